@@ -1,0 +1,3 @@
+"""See what a gene perturbation does to a cell."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,295 @@
+"""The bundle: a directory that holds everything that serving a model needs, and proves itself.
+
+::
+
+    manifest.json    what the model is, how it was made, and the SHA-256 of every other file
+    model.onnx       graph: tokens -> cell embedding; variants beside it (model.fp16.onnx, ...)
+    vocabulary.tsv   genes, tokens, medians
+    MODEL_CARD.md    data, licence, cost, numbers
+    controls.npz     embedded reference control cells (optional)
+
+No file is a pickle, and nothing in a bundle is executed but the ONNX graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from perturbscope.errors import (
+    BundleError,
+    CorruptBundleError,
+    UnsupportedBundleError,
+    VocabularyMismatchError,
+)
+from perturbscope.families import Family, load_family
+from perturbscope.genes import GeneVocabulary
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+VOCABULARY = "vocabulary.tsv"
+MODEL_CARD = "MODEL_CARD.md"
+CONTROLS = "controls.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One graph of a bundle.
+
+    Attributes
+    ----------
+    file
+        Name inside the bundle.
+    cosine
+        Lowest cosine to the fp32 embedding over the parity cells; 1.0 for fp32 itself.
+    """
+
+    file: str
+    cosine: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a bundle says of itself."""
+
+    name: str
+    """Name under which a server offers the model."""
+    version: str
+    """Version of the model."""
+    family: str
+    """Family of the tokenizer; see :mod:`perturbscope.families`."""
+    family_config: dict[str, Any]
+    """Options of the family."""
+    width: int
+    """Dimensions of a cell embedding."""
+    layer: str
+    """Which hidden state is pooled."""
+    pooling: str
+    """How tokens become one vector."""
+    vocabulary_hash: str
+    """Hash of vocabulary.tsv's content; see :attr:`GeneVocabulary.hash`."""
+    variants: dict[str, Variant]
+    """Graphs by name; ``fp32`` always."""
+    parity: dict[str, Any]
+    """Torch against ONNX Runtime: lengths, batch sizes, largest difference, tolerance."""
+    training: dict[str, Any]
+    """How the weights were made: data, configuration, cost, loss."""
+    licence: str
+    """SPDX identifier or sentence."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of every file but the manifest."""
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The manifest as text."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str) -> Manifest:
+        """Read what :meth:`to_json` wrote.
+
+        Raises
+        ------
+        CorruptBundleError
+            Not JSON, or a field is missing or of the wrong type.
+        UnsupportedBundleError
+            Made for a newer format.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise CorruptBundleError(f"{where} is not JSON: {error}.") from error
+        if not isinstance(data, dict) or not isinstance(data.get("format_version"), int):
+            raise CorruptBundleError(f"{where} has no format_version; it is not a bundle's manifest.")
+        if data["format_version"] > FORMAT_VERSION:
+            raise UnsupportedBundleError(
+                f"{where} has format {data['format_version']}; this perturbscope reads up to {FORMAT_VERSION}. "
+                "Upgrade perturbscope, or export the model again with this version.",
+                field="format_version",
+            )
+        names = {item.name for item in fields(cls)}
+        missing, unknown = names - set(data), set(data) - names
+        if missing or unknown:
+            raise CorruptBundleError(f"{where}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}.")
+        try:
+            data["variants"] = {
+                name: Variant(file=str(item["file"]), cosine=float(item["cosine"]))
+                for name, item in data["variants"].items()
+            }
+            manifest = cls(**data)
+            names_inside = [*manifest.files, *(variant.file for variant in manifest.variants.values())]
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise CorruptBundleError(f"{where}: a field has the wrong form ({error}).") from error
+        for name in names_inside:
+            if Path(name).name != name or name in {"", ".", ".."}:
+                raise CorruptBundleError(f"{where} names the file {name!r}, which is not a plain file name.")
+        return manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """An opened bundle. Use :meth:`open` and :meth:`write`."""
+
+    path: Path
+    manifest: Manifest
+    vocabulary: GeneVocabulary
+
+    @property
+    def model_id(self) -> str:
+        """Name, version and the first digits of the fp32 graph's hash: changes whenever the weights do."""
+        digest = self.manifest.files[self.manifest.variants["fp32"].file]
+        return f"{self.manifest.name}-{self.manifest.version}-{digest[:12]}"
+
+    def family(self) -> Family:
+        """The tokenizer."""
+        return load_family(self.manifest.family, self.manifest.family_config, self.vocabulary)
+
+    def graph(self, variant: str = "fp32") -> Path:
+        """Path of a variant's graph.
+
+        Raises
+        ------
+        BundleError
+            The bundle has no such variant.
+        """
+        if variant not in self.manifest.variants:
+            raise BundleError(
+                f"The bundle {self.path} has no variant {variant!r}; it has "
+                f"{', '.join(sorted(self.manifest.variants))}.",
+                field="variant",
+            )
+        return self.path / self.manifest.variants[variant].file
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Open a bundle after checking every file.
+
+        Raises
+        ------
+        CorruptBundleError
+            Not a bundle, or a file is missing, unlisted or changed.
+        UnsupportedBundleError
+            Newer format, or a family that is not installed.
+        VocabularyMismatchError
+            The vocabulary is not the one that the manifest names.
+        """
+        path = Path(path)
+        manifest_path = path / MANIFEST
+        try:
+            text = manifest_path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise CorruptBundleError(
+                f"{path} is not a bundle: it has no {MANIFEST}. Give the directory that export wrote."
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorruptBundleError(f"{manifest_path} cannot be read: {error}.") from error
+        manifest = Manifest.from_json(text, where=str(manifest_path))
+        _verify_files(path, manifest)
+        vocabulary = GeneVocabulary.read(path / VOCABULARY)
+        if vocabulary.hash != manifest.vocabulary_hash:
+            raise VocabularyMismatchError(
+                f"{path}: {VOCABULARY} has the hash {vocabulary.hash[:12]}, but the weights were made with "
+                f"{manifest.vocabulary_hash[:12]}. Put the original vocabulary back, or export again.",
+                field="vocabulary",
+            )
+        bundle = cls(path, manifest, vocabulary)
+        bundle.family()
+        return bundle
+
+    @staticmethod
+    def write(
+        path: str | Path,
+        manifest: Manifest,
+        files: Mapping[str, Path | bytes],
+        *,
+        overwrite: bool = False,
+    ) -> Bundle:
+        """Write a bundle under a temporary name, check it, and rename it into place.
+
+        Parameters
+        ----------
+        path
+            Directory to create.
+        manifest
+            Its `files` are filled in here.
+        files
+            Content of each file: bytes, or a file to copy.
+        overwrite
+            Replace an existing bundle; without it an existing `path` is an error.
+
+        Returns
+        -------
+        The bundle, opened from its final place.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise BundleError(f"{path} exists already. Give another directory, or allow overwriting.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            for name, content in files.items():
+                if isinstance(content, bytes):
+                    (staging / name).write_bytes(content)
+                else:
+                    shutil.copyfile(content, staging / name)
+            digests = {name: sha256(staging / name) for name in sorted(files)}
+            complete = Manifest(**{**_shallow(manifest), "files": digests})
+            (staging / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
+            staging.chmod(0o755)
+            Bundle.open(staging)
+            _replace_directory(staging, path)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        return Bundle.open(path)
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shallow(manifest: Manifest) -> dict[str, Any]:
+    return {item.name: getattr(manifest, item.name) for item in fields(manifest)}
+
+
+def _verify_files(path: Path, manifest: Manifest) -> None:
+    needed = {VOCABULARY, *(variant.file for variant in manifest.variants.values())}
+    unlisted = needed - set(manifest.files)
+    if unlisted or "fp32" not in manifest.variants:
+        raise CorruptBundleError(f"{path / MANIFEST} lists no {min(unlisted) if unlisted else 'fp32 variant'}.")
+    for name, digest in manifest.files.items():
+        try:
+            found = sha256(path / name)
+        except OSError as error:
+            raise CorruptBundleError(f"{path / name} cannot be read: {error}. Fetch the bundle again.") from error
+        if found != digest:
+            raise CorruptBundleError(
+                f"{path / name} has the SHA-256 {found[:12]}..., the manifest says {digest[:12]}.... "
+                "The file was changed or damaged; fetch the bundle again."
+            )
+
+
+def _replace_directory(new: Path, target: Path) -> None:
+    """Rename `new` to `target`; an older `target` is moved aside first and then deleted."""
+    if not target.exists():
+        new.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    os.replace(target, aside / target.name)
+    try:
+        new.rename(target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.replace(aside / target.name, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,267 @@
+"""Raw counts of cells: the one form in which expression enters the library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from perturbscope.errors import (
+    DuplicateGenesError,
+    EmptyCellError,
+    MalformedMatrixError,
+    NotRawCountsError,
+)
+
+INTEGRAL_TOLERANCE = 1e-6
+"""A float count this close to an integer is read as that integer."""
+MAX_COUNT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class CountMatrix:
+    """Raw counts of cells x genes, validated.
+
+    Build it with :meth:`from_csr` or :meth:`from_matrix`, or with a reader of
+    :mod:`perturbscope.readers`; they check what the constructor takes for granted.
+
+    Attributes
+    ----------
+    counts
+        CSR matrix, int32, [n_cells, n_genes]; no stored zeros, indices sorted.
+    gene_ids
+        Identifier of each column as the caller gave it: Ensembl id or symbol.
+    totals
+        Total counts of each cell over ALL genes that were measured, float64 [n_cells]. Taken before any
+        gene is dropped: it is the size factor of count normalisation.
+    """
+
+    counts: sparse.csr_matrix
+    gene_ids: NDArray[np.str_]
+    totals: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return int(self.counts.shape[0])
+
+    def __getitem__(self, rows: slice | NDArray[Any] | Sequence[int]) -> CountMatrix:
+        """The chosen cells, in the order given."""
+        return replace(self, counts=self.counts[rows], totals=self.totals[rows])
+
+    @property
+    def n_genes(self) -> int:
+        """Number of columns."""
+        return int(self.counts.shape[1])
+
+    @classmethod
+    def from_matrix(
+        cls,
+        matrix: Any,
+        gene_ids: Sequence[str] | NDArray[Any],
+        *,
+        totals: Sequence[float] | NDArray[Any] | None = None,
+        first_row: int = 0,
+    ) -> CountMatrix:
+        """Check a dense array or any scipy sparse matrix of raw counts, and take it over.
+
+        Parameters
+        ----------
+        matrix
+            Cells x genes. The caller's object is not changed.
+        gene_ids
+            One identifier a column.
+        totals
+            Total counts per cell over all measured genes, where `matrix` holds only a part of them.
+        first_row
+            Number of the first row in the caller's file; used in messages only.
+
+        Raises
+        ------
+        MalformedMatrixError
+            Not two-dimensional, not numeric, or sizes that disagree.
+        NotRawCountsError
+            A negative, fractional, NaN or infinite value; the message names cell and gene.
+        DuplicateGenesError
+            One identifier names two columns.
+        EmptyCellError
+            A cell without any count.
+        """
+        if not sparse.issparse(matrix):
+            array = np.asarray(matrix)
+            if array.ndim != 2:
+                raise MalformedMatrixError(
+                    f"Counts have {array.ndim} dimension(s); two are needed, cells x genes.",
+                    field="counts",
+                )
+            _require_numeric(array.dtype)
+            matrix = sparse.csr_matrix(array)
+        csr = matrix.tocsr(copy=False)
+        if not isinstance(csr, sparse.csr_matrix):
+            csr = sparse.csr_matrix(csr)
+        return cls.from_csr(
+            csr.data,
+            csr.indices,
+            csr.indptr,
+            gene_ids,
+            totals=totals,
+            first_row=first_row,
+        )
+
+    @classmethod
+    def from_csr(
+        cls,
+        data: NDArray[Any],
+        indices: NDArray[Any],
+        indptr: NDArray[Any],
+        gene_ids: Sequence[str] | NDArray[Any],
+        *,
+        totals: Sequence[float] | NDArray[Any] | None = None,
+        first_row: int = 0,
+    ) -> CountMatrix:
+        """Check the three arrays of a CSR matrix, and take them over. See :meth:`from_matrix`."""
+        data, indices, indptr = np.asarray(data), np.asarray(indices), np.asarray(indptr)
+        genes = _check_gene_ids(gene_ids)
+        _check_structure(data, indices, indptr, n_genes=len(genes))
+        values = _integral(data, indices, indptr, genes, first_row)
+        n_cells = len(indptr) - 1
+        if n_cells == 0:
+            raise MalformedMatrixError("The matrix has no cells.", field="counts")
+        csr = sparse.csr_matrix(
+            (values, indices.astype(np.int32, copy=False), indptr.astype(np.int64, copy=False)),
+            shape=(n_cells, len(genes)),
+        )
+        if values is data:
+            csr.data = values.copy()
+        if not csr.has_canonical_format:
+            csr = csr.copy()
+            csr.sum_duplicates()
+        if csr.nnz and csr.data.min() == 0:
+            csr.eliminate_zeros()
+        row_sums = np.asarray(csr.sum(axis=1, dtype=np.float64)).ravel()
+        empty = np.flatnonzero(row_sums == 0)
+        if len(empty):
+            raise EmptyCellError(
+                f"{len(empty)} of {n_cells} cells have no counts (first: row {first_row + int(empty[0])}). "
+                "Remove empty cells, e.g. scanpy.pp.filter_cells(adata, min_counts=1).",
+                field="counts",
+            )
+        return cls(csr, genes, _check_totals(totals, row_sums, first_row))
+
+
+def _require_numeric(dtype: np.dtype[Any]) -> None:
+    if dtype.kind not in "iufb":
+        raise MalformedMatrixError(f"Counts have dtype {dtype}; integers or floats are needed.", field="counts")
+
+
+def _check_gene_ids(gene_ids: Sequence[str] | NDArray[Any]) -> NDArray[np.str_]:
+    given = np.asarray(gene_ids)
+    if given.ndim != 1 or (given.dtype.kind not in "UO" and given.size):
+        raise MalformedMatrixError(
+            f"Gene identifiers must be a list of strings; got dtype {given.dtype} with {given.ndim} dimension(s).",
+            field="gene_ids",
+        )
+    genes = given.astype(np.str_) if given.size else np.zeros(0, dtype="U1")
+    names, n_columns = np.unique(genes, return_counts=True)
+    if len(names) < len(genes):
+        twice = names[n_columns > 1]
+        raise DuplicateGenesError(
+            f"{len(twice)} gene identifier(s) name more than one column (first: {twice[0]!r}). "
+            "Give each column its own identifier: Ensembl ids, or adata.var_names_make_unique().",
+            field="gene_ids",
+        )
+    return genes
+
+
+def _check_structure(data: NDArray[Any], indices: NDArray[Any], indptr: NDArray[Any], *, n_genes: int) -> None:
+    for name, array in (("data", data), ("indices", indices), ("indptr", indptr)):
+        if array.ndim != 1:
+            raise MalformedMatrixError(f"CSR {name} has {array.ndim} dimensions; one is needed.", field=name)
+    _require_numeric(data.dtype)
+    for name, array in (("indices", indices), ("indptr", indptr)):
+        if array.dtype.kind not in "iu" and array.size:
+            raise MalformedMatrixError(f"CSR {name} has dtype {array.dtype}; integers are needed.", field=name)
+    if len(indptr) < 1 or indptr[0] != 0:
+        raise MalformedMatrixError("CSR indptr must start with 0.", field="indptr")
+    if (np.diff(indptr.astype(np.int64)) < 0).any():
+        row = int(np.flatnonzero(np.diff(indptr.astype(np.int64)) < 0)[0])
+        raise MalformedMatrixError(f"CSR indptr decreases at row {row}.", field="indptr")
+    if not len(data) == len(indices) == indptr[-1]:
+        raise MalformedMatrixError(
+            f"CSR arrays disagree: {len(data)} values, {len(indices)} column indices, "
+            f"and indptr ends at {indptr[-1]}. The three must be equal.",
+            field="indptr",
+        )
+    if len(indices) and (indices.min() < 0 or indices.max() >= n_genes):
+        worst = int(indices.max()) if indices.max() >= n_genes else int(indices.min())
+        raise MalformedMatrixError(
+            f"CSR column index {worst} lies outside the {n_genes} gene identifiers.",
+            field="indices",
+        )
+
+
+def _integral(
+    data: NDArray[Any],
+    indices: NDArray[Any],
+    indptr: NDArray[Any],
+    genes: NDArray[np.str_],
+    first_row: int,
+) -> NDArray[np.int32]:
+    """The values as int32, or an error that names the first bad one and guesses the reason."""
+    if data.dtype.kind == "f":
+        finite = np.isfinite(data)
+        with np.errstate(invalid="ignore"):
+            rounded = np.rint(data)
+            bad = ~finite | (data < 0) | (np.abs(data - rounded) > INTEGRAL_TOLERANCE)
+    else:
+        rounded = data
+        bad = data < 0 if data.dtype.kind == "i" else np.zeros(len(data), dtype=bool)
+    bad |= rounded > MAX_COUNT
+    if not bad.any():
+        counts: NDArray[np.int32] = rounded.astype(np.int32, copy=False)
+        return counts
+    at = int(np.flatnonzero(bad)[0])
+    row = int(np.searchsorted(indptr, at, side="right")) - 1
+    value = data[at]
+    if not np.isfinite(value):
+        why = "is not a finite number"
+    elif value < 0:
+        why = "is negative; the data look scaled or centred"
+    elif value > MAX_COUNT:
+        why = f"is larger than {MAX_COUNT}"
+    elif np.nanmax(data) < 20:
+        why = "is fractional; the data look log-normalised"
+    else:
+        why = "is fractional; the data look normalised"
+    raise NotRawCountsError(
+        f"Raw counts are needed, but the value {float(value):g} of gene {str(genes[indices[at]])!r} in row "
+        f"{first_row + row} {why} ({int(bad.sum())} such values). Give the raw counts: a layer "
+        "(e.g. layer='counts'), adata.raw, or the matrix before normalisation.",
+        field="counts",
+    )
+
+
+def _check_totals(
+    totals: Sequence[float] | NDArray[Any] | None, row_sums: NDArray[np.float64], first_row: int
+) -> NDArray[np.float64]:
+    if totals is None:
+        return row_sums
+    given = np.asarray(totals)
+    if given.shape != row_sums.shape or given.dtype.kind not in "iuf":
+        raise MalformedMatrixError(
+            f"Total counts have shape {given.shape} and dtype {given.dtype}; "
+            f"{len(row_sums)} numbers are needed, one a cell.",
+            field="total_counts",
+        )
+    given = given.astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(given) | (given < row_sums * (1 - 1e-6)))
+    if len(bad):
+        row = int(bad[0])
+        raise MalformedMatrixError(
+            f"Total counts of row {first_row + row} are {given[row]:g}, but its genes sum to {row_sums[row]:g}; "
+            "the total runs over all measured genes, so it cannot be smaller.",
+            field="total_counts",
+        )
+    return given

@@ -1,0 +1,1 @@
+"""Reference tables that the library ships; their sources stand in each file."""

@@ -1,0 +1,244 @@
+"""Embedding cells: the one place where tokens are bucketed by length and run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.batching import BatchLimits, form_batches
+from perturbscope.bundle import Bundle
+from perturbscope.counts import CountMatrix
+from perturbscope.encoder import Device, Encoder, OnnxEncoder
+from perturbscope.errors import InferenceError, UnknownGenesError
+from perturbscope.families import Family, TokenizedCells, pad
+from perturbscope.genes import GeneCoverage
+
+MIN_GENES = 500
+"""Cells with fewer expressed genes are below the usual quality floor of an atlas: flagged, not dropped."""
+MIN_COVERAGE = 0.1
+"""Least share of the columns that must be genes of the vocabulary."""
+CHUNK_CELLS = 4096
+"""Cells tokenized at a time: bounds memory, and is a wide enough window to sort by length."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors of cells, with what made them.
+
+    Attributes
+    ----------
+    values
+        float32 [n_cells, width], in the order of the input.
+    lengths
+        Tokens that the model saw of each cell, int32 [n_cells].
+    n_detected
+        Genes of the vocabulary that each cell expresses, int32 [n_cells].
+    known_share
+        Share of each cell's counts in genes of the vocabulary, float32 [n_cells].
+    coverage
+        How the columns met the vocabulary.
+    model_id, vocabulary_hash
+        Which model.
+    timings
+        Seconds by stage: ``tokenize``, ``inference``, and on a server ``queue``.
+    """
+
+    values: NDArray[np.float32]
+    lengths: NDArray[np.int32]
+    n_detected: NDArray[np.int32]
+    known_share: NDArray[np.float32]
+    coverage: GeneCoverage
+    model_id: str
+    vocabulary_hash: str
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def below_min_genes(self) -> NDArray[np.bool_]:
+        """Cells with fewer than 500 expressed genes, bool [n_cells]."""
+        return self.n_detected < MIN_GENES
+
+    def warnings(self) -> list[str]:
+        """What a careful reader should know, in words."""
+        found = []
+        few = int(self.below_min_genes.sum())
+        if few:
+            found.append(
+                f"{few} of {len(self)} cells express fewer than {MIN_GENES} genes of the vocabulary; "
+                "their embeddings rest on little."
+            )
+        low = int((self.known_share < 0.5).sum())
+        if low:
+            found.append(
+                f"{low} of {len(self)} cells have over half of their counts in genes that the model does not know."
+            )
+        if self.coverage.n_ambiguous:
+            names = ", ".join(f"{a} -> {b}" for a, b in self.coverage.ambiguous[:3])
+            found.append(
+                f"{self.coverage.n_ambiguous} gene identifiers are ambiguous; "
+                f"the first reading was taken ({names}, ...)."
+            )
+        return found
+
+
+class Embedder:
+    """Tokenizer and encoder of one model.
+
+    Parameters
+    ----------
+    family
+        The tokenizer.
+    encoder
+        What runs the graph.
+    width
+        Dimensions of an embedding.
+    model_id, vocabulary_hash
+        Names of the model, passed on with results.
+    limits
+        Budget of a batch.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        encoder: Encoder,
+        *,
+        width: int,
+        model_id: str,
+        vocabulary_hash: str,
+        limits: BatchLimits | None = None,
+    ) -> None:
+        self.family = family
+        self.encoder = encoder
+        self.width = width
+        self.model_id = model_id
+        self.vocabulary_hash = vocabulary_hash
+        self.limits = limits or BatchLimits()
+
+    @classmethod
+    def from_bundle(
+        cls,
+        bundle: Bundle,
+        *,
+        variant: str = "fp32",
+        device: Device = "cpu",
+        threads: int | None = None,
+        limits: BatchLimits | None = None,
+    ) -> Embedder:
+        """The embedder of an opened bundle. Raises as :class:`OnnxEncoder`."""
+        return cls(
+            bundle.family(),
+            OnnxEncoder(bundle, variant=variant, device=device, threads=threads),
+            width=bundle.manifest.width,
+            model_id=bundle.model_id,
+            vocabulary_hash=bundle.manifest.vocabulary_hash,
+            limits=limits,
+        )
+
+    def tokenize(self, cells: CountMatrix) -> TokenizedCells:
+        """Tokens of cells.
+
+        Raises
+        ------
+        UnknownGenesError
+            Fewer than a tenth of the columns are genes of the vocabulary.
+        EmptyCellError
+            A cell expresses no gene of the vocabulary.
+        """
+        tokens = self.family.tokenize(cells)
+        coverage = tokens.coverage
+        if coverage.share < MIN_COVERAGE:
+            raise UnknownGenesError(
+                f"Only {coverage.n_matched} of {coverage.n_genes} genes are in the model's vocabulary; at least "
+                f"{MIN_COVERAGE:.0%} are needed (unknown: {', '.join(coverage.unmatched[:3])}). "
+                "Give human Ensembl ids or symbols, and name the column that holds them (gene_key) "
+                "if they are not the index.",
+                field="gene_ids",
+            )
+        return tokens
+
+    def plan(self, tokens: TokenizedCells) -> list[NDArray[np.intp]]:
+        """Batches of similar length within the budget; indices into `tokens`."""
+        return form_batches(tokens.lengths, self.limits)
+
+    def run(self, tokens: TokenizedCells, rows: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """Embed one batch, float32 [len(rows), width].
+
+        Raises
+        ------
+        InferenceError
+            The forward pass failed, or gave something that is not finite.
+        """
+        values = self.encoder.run(pad(tokens, rows, self.family.inputs))
+        if values.shape != (len(rows), self.width) or not np.isfinite(values).all():
+            raise InferenceError(
+                f"The model returned shape {values.shape} for {len(rows)} cells of width {self.width}"
+                f"{'' if np.isfinite(values).all() else ', with values that are not finite'}."
+            )
+        return values
+
+    def embed_tokens(
+        self, tokens: TokenizedCells, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Embed tokenized cells, in their order; `progress` is told the number of cells of each finished batch."""
+        values = np.empty((len(tokens), self.width), dtype=np.float32)
+        for rows in self.plan(tokens):
+            values[rows] = self.run(tokens, rows)
+            if progress:
+                progress(len(rows))
+        return values
+
+    def embed(self, cells: CountMatrix, *, progress: Callable[[int], None] | None = None) -> Embeddings:
+        """Embed cells; memory beyond the result stays bounded. Raises as :meth:`tokenize` and :meth:`run`."""
+        chunks = (cells[start : start + CHUNK_CELLS] for start in range(0, len(cells), CHUNK_CELLS))
+        return join(list(self.embed_stream(chunks, progress=progress)))
+
+    def embed_stream(
+        self, chunks: Iterable[CountMatrix], *, progress: Callable[[int], None] | None = None
+    ) -> Iterator[Embeddings]:
+        """Embed a stream of chunks, one result a chunk; at most one chunk is held at a time."""
+        for cells in chunks:
+            started = time.perf_counter()
+            tokens = self.tokenize(cells)
+            tokenized = time.perf_counter()
+            values = self.embed_tokens(tokens, progress)
+            timings = {
+                "tokenize": tokenized - started,
+                "inference": time.perf_counter() - tokenized,
+            }
+            yield self.describe(tokens, values, timings)
+
+    def describe(self, tokens: TokenizedCells, values: NDArray[np.float32], timings: dict[str, float]) -> Embeddings:
+        """Vectors with all that is known of them."""
+        return Embeddings(
+            values,
+            tokens.lengths.astype(np.int32),
+            tokens.n_detected,
+            tokens.known_share,
+            tokens.coverage,
+            self.model_id,
+            self.vocabulary_hash,
+            timings,
+        )
+
+
+def join(parts: list[Embeddings]) -> Embeddings:
+    """Results of one matrix's chunks as one; timings are added up."""
+    first = parts[0]
+    return Embeddings(
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.n_detected for part in parts]),
+        np.concatenate([part.known_share for part in parts]),
+        first.coverage,
+        first.model_id,
+        first.vocabulary_hash,
+        {stage: sum(part.timings.get(stage, 0.0) for part in parts) for stage in first.timings},
+    )

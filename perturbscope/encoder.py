@@ -1,0 +1,112 @@
+"""Running a model's graph."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.bundle import Bundle
+from perturbscope.errors import CorruptBundleError, InferenceError, ProviderUnavailableError
+
+Device = Literal["cpu", "cuda"]
+_PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+OUTPUT = "cell_embedding"
+"""Name of the graph output, float32 [batch, width]."""
+
+
+class Encoder(Protocol):
+    """Padded inputs in, one vector a cell out. Knows nothing of requests."""
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Embed one batch.
+
+        Parameters
+        ----------
+        inputs
+            What :func:`perturbscope.families.pad` returns; each [batch, longest, ...].
+
+        Returns
+        -------
+        float32 [batch, width].
+        """
+        ...
+
+
+class OnnxEncoder:
+    """A bundle's graph in ONNX Runtime; ready once constructed.
+
+    Parameters
+    ----------
+    bundle
+        An opened (so verified) bundle.
+    variant
+        Which of its graphs.
+    device
+        ``cpu`` or ``cuda``. There is no silent fallback.
+    threads
+        CPU threads of one operator; default: the cores that this process may use.
+
+    Raises
+    ------
+    ProviderUnavailableError
+        CUDA was asked for and ONNX Runtime could not use it.
+    CorruptBundleError
+        ONNX Runtime cannot load the graph.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        variant: str = "fp32",
+        device: Device = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        import onnxruntime as ort
+
+        wanted = _PROVIDERS[device]
+        if wanted not in ort.get_available_providers():
+            raise ProviderUnavailableError(
+                f"The device {device!r} was asked for, but this onnxruntime offers only "
+                f"{', '.join(ort.get_available_providers())}. Install onnxruntime-gpu in place of onnxruntime, "
+                "or choose the device 'cpu'.",
+                field="device",
+            )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(str(bundle.graph(variant)), options, providers=[wanted])
+        except Exception as error:
+            raise CorruptBundleError(f"ONNX Runtime cannot load {bundle.graph(variant)}: {error}") from error
+        # A provider that is listed can still fail to load its libraries; only the session knows.
+        self.provider: str = self._session.get_providers()[0]
+        if self.provider != wanted:
+            raise ProviderUnavailableError(
+                f"The device {device!r} was asked for, but ONNX Runtime could not start {wanted} and offers "
+                f"{self.provider}. Check driver, CUDA and cuDNN, or choose the device 'cpu'.",
+                field="device",
+            )
+        self._names = {item.name for item in self._session.get_inputs()}
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """See :meth:`Encoder.run`.
+
+        Raises
+        ------
+        InferenceError
+            The forward pass failed, for instance for want of memory.
+        """
+        feed = {name: array for name, array in inputs.items() if name in self._names}
+        try:
+            (output,) = self._session.run([OUTPUT], feed)
+        except Exception as error:
+            shape = inputs["attention_mask"].shape
+            raise InferenceError(
+                f"The forward pass of a batch of {shape[0]} x {shape[1]} tokens failed: {error}"
+            ) from error
+        return np.asarray(output, dtype=np.float32)

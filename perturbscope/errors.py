@@ -1,0 +1,239 @@
+"""Every error that PerturbScope raises on purpose.
+
+The tree::
+
+    PerturbScopeError
+    ├── InvalidInputError                 the caller's data or parameters; never retried
+    │   ├── NotRawCountsError             negative, fractional, NaN or log-normalised values
+    │   ├── MalformedMatrixError          ragged CSR, wrong dtype, shapes that do not agree
+    │   ├── EmptyCellError                a cell without counts, or without a known gene
+    │   ├── UnknownGenesError             no or too few genes of the vocabulary
+    │   ├── DuplicateGenesError           one gene identifier names two columns
+    │   ├── MissingColumnError            a label, batch or gene column that is not there
+    │   ├── ControlLabelMissingError      no cell carries the control label
+    │   ├── TooFewCellsError              a group below the floor
+    │   ├── TooFewControlsError           controls below the floor
+    │   ├── InvalidEmbeddingError         NaN, infinite or all-zero vectors
+    │   ├── InvalidParameterError         an option outside its range
+    │   └── UnreadableFileError           truncated, or of another format
+    ├── LimitExceededError                the request is larger than the server allows
+    ├── UnknownModelError                 no such model here
+    ├── BundleError
+    │   ├── CorruptBundleError            a file is missing or its checksum differs
+    │   ├── UnsupportedBundleError        newer format, or unknown family
+    │   └── VocabularyMismatchError       tokens of one vocabulary, weights of another
+    ├── ProviderUnavailableError          the accelerator was asked for and is not there
+    ├── InferenceError                    the model's forward pass failed
+    ├── SolverError                       optimal transport did not converge
+    ├── OverloadedError                   the queue is full; retry after ``retry_after`` seconds
+    ├── ServerUnreachableError            no answer from the server
+    └── ServerError                       the server failed in a way that it does not explain
+
+Each class has a stable ``code``: the same string in Python, on the command line, over HTTP and
+over gRPC. A message says what was found and where, the limit, and the remedy.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PerturbScopeError(Exception):
+    """Base of all errors raised on purpose.
+
+    Parameters
+    ----------
+    message
+        What was found, where, the limit and the remedy.
+    field
+        The parameter, column or request field at fault, if there is one.
+    """
+
+    code: ClassVar[str] = "internal"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+    def to_dict(self) -> dict[str, str | None]:
+        """The wire form: ``{"code", "message", "field"}``."""
+        return {"code": self.code, "message": self.message, "field": self.field}
+
+
+class InvalidInputError(PerturbScopeError):
+    """The caller's data or parameters cannot be used."""
+
+    code = "invalid_input"
+
+
+class NotRawCountsError(InvalidInputError):
+    """Values are not raw counts: negative, fractional, NaN or infinite."""
+
+    code = "not_raw_counts"
+
+
+class MalformedMatrixError(InvalidInputError):
+    """The matrix does not describe cells x genes."""
+
+    code = "malformed_matrix"
+
+
+class EmptyCellError(InvalidInputError):
+    """A cell has no counts, or none in the model's vocabulary."""
+
+    code = "empty_cell"
+
+
+class UnknownGenesError(InvalidInputError):
+    """None, or too few, of the genes are in the model's vocabulary."""
+
+    code = "unknown_genes"
+
+
+class DuplicateGenesError(InvalidInputError):
+    """The same gene identifier names more than one column."""
+
+    code = "duplicate_genes"
+
+
+class MissingColumnError(InvalidInputError):
+    """A column that was asked for does not exist."""
+
+    code = "missing_column"
+
+
+class ControlLabelMissingError(InvalidInputError):
+    """No cell carries the control label."""
+
+    code = "control_label_missing"
+
+
+class TooFewCellsError(InvalidInputError):
+    """A group has fewer cells than the statistic needs."""
+
+    code = "too_few_cells"
+
+
+class TooFewControlsError(InvalidInputError):
+    """There are fewer control cells than the statistic needs."""
+
+    code = "too_few_controls"
+
+
+class InvalidEmbeddingError(InvalidInputError):
+    """Embeddings with NaN, infinite or all-zero rows."""
+
+    code = "invalid_embedding"
+
+
+class InvalidParameterError(InvalidInputError):
+    """An option has a value outside its range."""
+
+    code = "invalid_parameter"
+
+
+class UnreadableFileError(InvalidInputError):
+    """A file is missing, truncated, or not of the format that its reader expects."""
+
+    code = "unreadable_file"
+
+
+class LimitExceededError(PerturbScopeError):
+    """The request is larger than the server allows."""
+
+    code = "limit_exceeded"
+
+
+class UnknownModelError(PerturbScopeError):
+    """No model of that name is loaded."""
+
+    code = "unknown_model"
+
+
+class BundleError(PerturbScopeError):
+    """A bundle cannot be used."""
+
+    code = "bundle"
+
+
+class CorruptBundleError(BundleError):
+    """A file of the bundle is missing, or differs from its checksum."""
+
+    code = "corrupt_bundle"
+
+
+class UnsupportedBundleError(BundleError):
+    """The bundle needs a newer PerturbScope, or a family that is not installed."""
+
+    code = "unsupported_bundle"
+
+
+class VocabularyMismatchError(BundleError):
+    """Two parts were made with different vocabularies."""
+
+    code = "vocab_mismatch"
+
+
+class ProviderUnavailableError(PerturbScopeError):
+    """The execution provider that was asked for could not be used."""
+
+    code = "provider_unavailable"
+
+
+class InferenceError(PerturbScopeError):
+    """The model's forward pass failed."""
+
+    code = "inference_failed"
+
+
+class SolverError(PerturbScopeError):
+    """A numerical solver stopped before it converged."""
+
+    code = "solver_failed"
+
+
+class OverloadedError(PerturbScopeError):
+    """The queue is full.
+
+    Parameters
+    ----------
+    message
+        What is full, and the limit.
+    retry_after
+        Seconds after which a retry is worth while.
+    """
+
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, field: str | None = None) -> None:
+        super().__init__(message, field=field)
+        self.retry_after = retry_after
+
+
+class ServerUnreachableError(PerturbScopeError):
+    """The server did not answer."""
+
+    code = "server_unreachable"
+
+
+class ServerError(PerturbScopeError):
+    """The server failed without an explanation that this client knows."""
+
+    code = "server_error"
+
+
+def error_classes() -> dict[str, type[PerturbScopeError]]:
+    """All classes of the tree by ``code``."""
+    found: dict[str, type[PerturbScopeError]] = {}
+    pending: list[type[PerturbScopeError]] = [PerturbScopeError]
+    while pending:
+        cls = pending.pop()
+        found[cls.code] = cls
+        pending.extend(cls.__subclasses__())
+    return found
+
+
+def from_code(code: str, message: str, *, field: str | None = None) -> PerturbScopeError:
+    """Rebuild the error that a server sent; an unknown code becomes :class:`ServerError`."""
+    return error_classes().get(code, ServerError)(message, field=field)
