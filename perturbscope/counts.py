@@ -38,18 +38,22 @@ class CountMatrix:
     totals
         Total counts of each cell over ALL genes that were measured, float64 [n_cells]. Taken before any
         gene is dropped: it is the size factor of count normalisation.
+    first_row
+        Number of the first row in the caller's file; used in messages only.
     """
 
     counts: sparse.csr_matrix
     gene_ids: NDArray[np.str_]
     totals: NDArray[np.float64]
+    first_row: int = 0
 
     def __len__(self) -> int:
         return int(self.counts.shape[0])
 
     def __getitem__(self, rows: slice | NDArray[Any] | Sequence[int]) -> CountMatrix:
         """The chosen cells, in the order given."""
-        return replace(self, counts=self.counts[rows], totals=self.totals[rows])
+        first_row = self.first_row + rows.indices(len(self))[0] if isinstance(rows, slice) else 0
+        return replace(self, counts=self.counts[rows], totals=self.totals[rows], first_row=first_row)
 
     @property
     def n_genes(self) -> int:
@@ -148,7 +152,7 @@ class CountMatrix:
                 "Remove empty cells, e.g. scanpy.pp.filter_cells(adata, min_counts=1).",
                 field="counts",
             )
-        return cls(csr, genes, _check_totals(totals, row_sums, first_row))
+        return cls(csr, genes, _check_totals(totals, row_sums, first_row), first_row)
 
 
 def _require_numeric(dtype: np.dtype[Any]) -> None:

@@ -69,7 +69,8 @@ class RankFamily:
                 field="gene_ids",
             )
         parts = [
-            self._tokenize_chunk(cells.counts[rows], mapping, rows.start) for rows in _row_chunks(cells.counts.indptr)
+            self._tokenize_chunk(cells.counts[rows], mapping, cells.first_row + rows.start)
+            for rows in _row_chunks(cells.counts.indptr)
         ]
         ids, detected, in_vocabulary = (np.concatenate(part) for part in zip(*parts, strict=True))
         lengths = np.minimum(detected, self.max_length)
