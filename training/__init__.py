@@ -1,0 +1,1 @@
+"""Training: from raw counts to a checkpoint. Needs torch, transformers and, on several GPUs, DeepSpeed."""

@@ -1,0 +1,67 @@
+"""Cell embeddings: the mean of the penultimate hidden state over a cell's tokens.
+
+The penultimate state is the output of block N-1 of N (``hidden_states[-2]``, as Theodoris et al. 2023 embed cells with
+Geneformer), so the last block and the language-model head are never computed, trained by the contrastive loss, or
+exported. Fine-tuning and export share this one module.
+
+Shapes: B cells in the batch, L tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import BertForMaskedLM
+from transformers.masking_utils import create_bidirectional_mask
+
+LAYER = "hidden_states[-2]"
+"""The state that is pooled, as a manifest names it."""
+POOLING = "mean over tokens, padding excluded"
+"""How it is pooled, as a manifest names it."""
+
+
+def masked_mean(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean of states [B, L, H] over the real tokens, summed in float32 whatever their type; float32 [B, H]."""
+    mask_BL1 = attention_mask.unsqueeze(-1).to(torch.float32)
+    return (hidden.to(torch.float32) * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
+
+
+class PooledEncoder(nn.Module):
+    """Embeddings, all blocks but the last, and the masked mean.
+
+    The modules are the model's own, not copies: training this module trains `model`, and saving `model` saves it.
+    Its parameters leave out the last block and the head, which get no gradient from a cell embedding.
+
+    Parameters
+    ----------
+    model
+        A masked-language model of at least two blocks.
+    """
+
+    def __init__(self, model: BertForMaskedLM) -> None:
+        super().__init__()
+        self.config = model.config
+        self.embeddings = model.bert.embeddings
+        self.blocks = nn.ModuleList(model.bert.encoder.layer[:-1])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embed a batch.
+
+        Parameters
+        ----------
+        input_ids
+            Token ids, int64 [B, L], padded on the right.
+        attention_mask
+            1 on tokens, 0 on padding, int64 [B, L]; every row has at least one token.
+
+        Returns
+        -------
+        float32 [B, H].
+        """
+        hidden_BLH = self.embeddings(input_ids=input_ids)
+        attention = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_BLH, attention_mask=attention_mask
+        )
+        for block in self.blocks:
+            hidden_BLH = block(hidden_BLH, attention)
+        return masked_mean(hidden_BLH, attention_mask)
