@@ -76,6 +76,9 @@ class OnnxEncoder:
                 "or choose the device 'cpu'.",
                 field="device",
             )
+        if device == "cuda":
+            # onnxruntime-gpu[cuda,cudnn] brings the libraries as packages, outside the loader's search path.
+            ort.preload_dlls()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.log_severity_level = 3
