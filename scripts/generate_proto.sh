@@ -1,0 +1,12 @@
+#!/bin/sh
+# Writes perturbscope/proto/*_pb2* from the .proto. Needs grpcio-tools and mypy-protobuf, at the versions of the
+# development set: their version is part of what they write.
+# usage: scripts/generate_proto.sh [DIRECTORY]    default: the checkout itself
+set -eu
+cd "$(dirname "$0")/.."
+out="${1:-.}"
+python="${PYTHON:-python3}"
+bin="$(dirname "$(command -v "$python")")"
+PATH="$bin:$PATH" "$python" -m grpc_tools.protoc -I . \
+    --python_out="$out" --pyi_out="$out" --grpc_python_out="$out" --mypy_grpc_out="$out" \
+    perturbscope/proto/perturbscope_v1.proto
