@@ -1,0 +1,79 @@
+# One virtual environment, .venv, for everything; `make help` lists the targets.
+# An install runs again only when its pins or pyproject.toml change: stamps in .venv remember what is there.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# --no-compile: byte code is written when a module is first imported, and most of torch never is.
+PIP := $(PY) -m pip --disable-pip-version-check install --no-compile
+SETS := serving training dev
+PINS := $(SETS:%=requirements/%.txt)
+# The first interpreter that is new enough; `make PYTHON=/path/to/python3.11` overrides the search.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3 python,\
+	$(shell $(name) -c 'import sys, venv, ensurepip; print("$(name)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
+
+# Nothing reaches for a network at run time.
+export BENTOML_DO_NOT_TRACK := True
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help serve setup test lint demo bench proto lock image image-test clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: $(VENV)/.serving ## install the serving set (no torch) and serve bundles/default: HTTP on 3000, gRPC on 3001
+	exec $(PY) -m serving
+
+setup: $(VENV)/.everything ## install everything: serving, training, export, checks
+
+test: lint ## set-up, then ruff, strict mypy and all tests
+	$(PY) -m pytest
+
+lint: setup ## ruff and strict mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+demo: setup ## the whole pipeline on the real data in data/, from counts to a scored screen
+	$(PY) scripts/demo.py
+
+bench: setup ## run the benchmarks
+	@for script in benchmarks/*.py; do \
+		case $$script in */_*) continue;; esac; echo "+ $$script"; $(PY) $$script || exit 1; done
+
+proto: setup ## write perturbscope/proto/*_pb2* from the .proto
+	PYTHON=$(PY) scripts/generate_proto.sh
+
+lock: setup ## pin requirements/*.txt anew from requirements/*.in and pyproject.toml
+	UV=$(VENV)/bin/uv scripts/lock.sh
+
+image: ## build the CPU image with docker or buildah (TARGET=gpu: the GPU image)
+	scripts/image.sh build
+
+image-test: ## build the CPU image, start it, embed a cell over HTTP and gRPC
+	scripts/image.sh test
+
+clean: ## remove .venv and what tools left behind
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "PerturbScope needs Python 3.11 or newer with its venv module, and none was found on PATH." >&2; \
+		echo "Install it (Debian, Ubuntu: python3 and python3-venv), or name it: make PYTHON=/path/to/python3.11 ..." >&2; \
+		exit 1; fi
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is older than 3.11 or has no venv module (Debian, Ubuntu: install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serving: requirements/serving.txt pyproject.toml | $(PY)
+	$(PIP) -r requirements/serving.txt
+	$(PIP) --no-deps --editable .
+	@touch $@
+
+# One call for all sets, so that pip proves that they fit together.
+$(VENV)/.everything: $(PINS) pyproject.toml | $(PY)
+	$(PIP) $(PINS:%=-r %)
+	$(PIP) --no-deps --editable .
+	@touch $@ $(VENV)/.serving
