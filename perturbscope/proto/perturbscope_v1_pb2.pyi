@@ -65,30 +65,36 @@ class EmbedAnswer(_message.Message):
     def __init__(self, embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., n_detected: _Optional[_Iterable[int]] = ..., known_share: _Optional[_Iterable[float]] = ..., meta: _Optional[_Union[Meta, _Mapping]] = ...) -> None: ...
 
 class ScoreOptions(_message.Message):
-    __slots__ = ("metrics", "estimator", "null", "null_size", "null_draws", "permutations", "correction", "min_cells", "repeats", "normalize", "seed")
+    __slots__ = ("metrics", "ground", "estimator", "null", "null_size", "null_draws", "permutations", "wasserstein_permutations", "correction", "min_cells", "max_cells", "repeats", "normalize", "seed")
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    GROUND_FIELD_NUMBER: _ClassVar[int]
     ESTIMATOR_FIELD_NUMBER: _ClassVar[int]
     NULL_FIELD_NUMBER: _ClassVar[int]
     NULL_SIZE_FIELD_NUMBER: _ClassVar[int]
     NULL_DRAWS_FIELD_NUMBER: _ClassVar[int]
     PERMUTATIONS_FIELD_NUMBER: _ClassVar[int]
+    WASSERSTEIN_PERMUTATIONS_FIELD_NUMBER: _ClassVar[int]
     CORRECTION_FIELD_NUMBER: _ClassVar[int]
     MIN_CELLS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CELLS_FIELD_NUMBER: _ClassVar[int]
     REPEATS_FIELD_NUMBER: _ClassVar[int]
     NORMALIZE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     metrics: _containers.RepeatedScalarFieldContainer[str]
+    ground: str
     estimator: str
     null: str
     null_size: int
     null_draws: int
     permutations: int
+    wasserstein_permutations: int
     correction: str
     min_cells: int
+    max_cells: int
     repeats: int
     normalize: bool
     seed: int
-    def __init__(self, metrics: _Optional[_Iterable[str]] = ..., estimator: _Optional[str] = ..., null: _Optional[str] = ..., null_size: _Optional[int] = ..., null_draws: _Optional[int] = ..., permutations: _Optional[int] = ..., correction: _Optional[str] = ..., min_cells: _Optional[int] = ..., repeats: _Optional[int] = ..., normalize: _Optional[bool] = ..., seed: _Optional[int] = ...) -> None: ...
+    def __init__(self, metrics: _Optional[_Iterable[str]] = ..., ground: _Optional[str] = ..., estimator: _Optional[str] = ..., null: _Optional[str] = ..., null_size: _Optional[int] = ..., null_draws: _Optional[int] = ..., permutations: _Optional[int] = ..., wasserstein_permutations: _Optional[int] = ..., correction: _Optional[str] = ..., min_cells: _Optional[int] = ..., max_cells: _Optional[int] = ..., repeats: _Optional[int] = ..., normalize: _Optional[bool] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("cells", "embeddings", "perturbations", "control", "batches", "options", "model")
@@ -151,7 +157,7 @@ class Pair(_message.Message):
     def __init__(self, a: _Optional[str] = ..., b: _Optional[str] = ...) -> None: ...
 
 class CompareRequest(_message.Message):
-    __slots__ = ("cells", "embeddings", "perturbations", "pairs", "batches", "options", "model")
+    __slots__ = ("cells", "embeddings", "perturbations", "pairs", "batches", "options", "model", "control")
     CELLS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     PERTURBATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +165,7 @@ class CompareRequest(_message.Message):
     BATCHES_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_FIELD_NUMBER: _ClassVar[int]
     cells: CountMatrix
     embeddings: EmbeddingMatrix
     perturbations: _containers.RepeatedScalarFieldContainer[str]
@@ -166,7 +173,8 @@ class CompareRequest(_message.Message):
     batches: _containers.RepeatedScalarFieldContainer[str]
     options: ScoreOptions
     model: str
-    def __init__(self, cells: _Optional[_Union[CountMatrix, _Mapping]] = ..., embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., perturbations: _Optional[_Iterable[str]] = ..., pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., batches: _Optional[_Iterable[str]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
+    control: str
+    def __init__(self, cells: _Optional[_Union[CountMatrix, _Mapping]] = ..., embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., perturbations: _Optional[_Iterable[str]] = ..., pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., batches: _Optional[_Iterable[str]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., model: _Optional[str] = ..., control: _Optional[str] = ...) -> None: ...
 
 class Comparison(_message.Message):
     __slots__ = ("a", "b", "n_a", "n_b", "metric", "distance", "null_mean", "null_sd", "z", "p", "q", "flags")

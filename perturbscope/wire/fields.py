@@ -1,0 +1,251 @@
+"""Checked reading of untrusted values. Everything raises an error that names the field."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.counts import CountMatrix
+from perturbscope.errors import (
+    InvalidEmbeddingError,
+    InvalidInputError,
+    InvalidParameterError,
+    MalformedMatrixError,
+    UnreadableFileError,
+)
+from perturbscope.genes import GeneCoverage
+from perturbscope.results import ScoreOptions
+from perturbscope.wire.messages import Meta
+
+MAX_NAME = 512
+"""Longest identifier, label or option. numpy pads every string of an array to the longest, so one string of a megabyte
+among 60,000 short ones would take hundreds of gigabytes."""
+
+
+def parse_json(body: bytes | str, field: str = "body") -> Any:
+    """Parse JSON; a name that stands twice in one object is an error. NaN is left to whoever reads the number."""
+    try:
+        return json.loads(body, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFileError(f"The {field} is not JSON: {error}.", field=field) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidParameterError(f"{shown(twice)} is given twice in one object.", field=printable(twice))
+    return found
+
+
+def dump_json(value: Any) -> str:
+    """JSON text; what is not a finite number becomes null."""
+    return json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
+
+
+def finite(value: Any) -> Any:
+    """The value with None for NaN and infinity, and plain numbers for numpy's."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [finite(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def printable(value: str) -> str:
+    """Part of a caller's string that is safe to put into an error."""
+    return value[:60].encode("ascii", "backslashreplace").decode()
+
+
+def shown(value: Any) -> str:
+    """A short description of a caller's value for a message."""
+    if isinstance(value, str):
+        return repr(printable(value))
+    return (
+        f"{type(value).__name__} {printable(str(value))}" if isinstance(value, (int, float)) else type(value).__name__
+    )
+
+
+def mapping(value: Any, field: str, *, required: Iterable[str] = (), optional: Iterable[str] = ()) -> dict[str, Any]:
+    """A JSON object with the keys that it must have, and no others than it may have."""
+    if not isinstance(value, Mapping):
+        raise InvalidParameterError(f"{field} must be an object; got {shown(value)}.", field=field)
+    required = tuple(required)
+    allowed = (*required, *optional)
+    for name in required:
+        if name not in value:
+            raise InvalidParameterError(f"{field} lacks {name!r}; it needs {', '.join(required)}.", field=name)
+    for name in value:
+        if name not in allowed:
+            raise InvalidParameterError(
+                f"{field} has the unknown field {shown(name)}; known are {', '.join(allowed)}.",
+                field=printable(str(name)),
+            )
+    return dict(value)
+
+
+def text(value: Any, field: str) -> str:
+    """A string of bounded length that UTF-8 can express."""
+    if not isinstance(value, str):
+        raise InvalidParameterError(f"{field} must be a string; got {shown(value)}.", field=field)
+    return texts([value], field)[0]
+
+
+def optional_text(value: Any, field: str) -> str | None:
+    """A string, or None."""
+    return None if value is None else text(value, field)
+
+
+def texts(
+    values: Any, field: str, error: type[InvalidInputError] = InvalidParameterError, *, longest: int = MAX_NAME
+) -> tuple[str, ...]:
+    """A list of strings."""
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise error(f"{field} must be a list of strings; got {shown(values)}.", field=field)
+    if not set(map(type, values)) <= {str}:
+        at, item = next((i, item) for i, item in enumerate(values) if type(item) is not str)
+        raise error(f"{field} must hold strings only; number {at} is {shown(item)}.", field=field)
+    for at, item in enumerate(values):
+        if len(item) > longest:
+            raise error(f"{field} number {at} has {len(item)} characters; at most {longest} are allowed.", field=field)
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        raise error(f"{field} holds characters that are not Unicode text (lone surrogates).", field=field) from None
+    return tuple(values)
+
+
+def numbers(values: Any, field: str, error: type[InvalidInputError] = MalformedMatrixError) -> NDArray[Any]:
+    """A list of numbers as an array of int64, uint64 or float64; NaN and infinity pass."""
+    if not isinstance(values, list):
+        raise error(f"{field} must be a list of numbers; got {shown(values)}.", field=field)
+    if not set(map(type, values)) <= {int, float}:
+        at, item = next((i, item) for i, item in enumerate(values) if type(item) not in {int, float})
+        raise error(f"{field} must hold numbers only; number {at} is {shown(item)}.", field=field)
+    try:
+        array = np.asarray(values) if values else np.zeros(0, dtype=np.int64)
+    except OverflowError:
+        array = np.zeros(0, dtype=np.object_)
+    if array.dtype.kind not in "iuf":
+        raise error(f"{field} holds an integer that does not fit into 64 bits.", field=field)
+    return array
+
+
+def rows_of_numbers(values: Any, field: str = "embeddings") -> NDArray[np.float32]:
+    """A list of lists of numbers as float32 [rows, width]; see :func:`embedding_matrix`."""
+    if not isinstance(values, list) or not set(map(type, values)) <= {list}:
+        raise InvalidEmbeddingError(f"{field} must be a list with one list of numbers a cell.", field=field)
+    widths = set(map(len, values))
+    if len(widths) > 1:
+        at = next(i for i, row in enumerate(values) if len(row) != len(values[0]))
+        raise InvalidEmbeddingError(
+            f"{field} is ragged: row 0 has {len(values[0])} numbers, row {at} has {len(values[at])}.", field=field
+        )
+    flat = numbers(list(chain.from_iterable(values)), field, InvalidEmbeddingError)
+    return embedding_matrix(flat.reshape(len(values), widths.pop() if widths else 0))
+
+
+def embedding_matrix(values: NDArray[Any], field: str = "embeddings") -> NDArray[np.float32]:
+    """float32 [n_cells, width], not empty. Finiteness is checked by the request that takes it."""
+    if values.ndim != 2 or not values.size:
+        raise InvalidEmbeddingError(f"{field} has shape {values.shape}; cells x width is needed.", field=field)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def count_matrix(
+    gene_ids: Any, indptr: NDArray[Any], indices: NDArray[Any], data: NDArray[Any], totals: NDArray[Any] | None
+) -> CountMatrix:
+    """Raw counts, with their names checked first."""
+    names = texts(gene_ids, "gene_ids", MalformedMatrixError)
+    return CountMatrix.from_csr(data, indices, indptr, names, totals=totals)
+
+
+def score_options(value: Any) -> ScoreOptions:
+    """Options of a score; None gives the defaults."""
+    if value is None:
+        return ScoreOptions()
+    if not isinstance(value, Mapping):
+        raise InvalidParameterError(f"options must be an object; got {shown(value)}.", field="options")
+    texts(list(value), "options")
+    for name, item in value.items():
+        if isinstance(item, str):
+            text(item, name)
+        elif isinstance(item, (list, tuple)):
+            texts(item, name)
+    return ScoreOptions.from_dict(value)
+
+
+def pairs(value: Any, field: str = "pairs") -> tuple[tuple[str, str], ...] | None:
+    """A list of pairs of labels, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise InvalidParameterError(f"{field} must be a list of pairs; got {shown(value)}.", field=field)
+    found = []
+    for at, item in enumerate(value):
+        names = texts(item, field)
+        if len(names) != 2:
+            raise InvalidParameterError(f"{field} number {at} has {len(names)} labels; a pair has two.", field=field)
+        found.append((names[0], names[1]))
+    return tuple(found)
+
+
+def optional_texts(value: Any, field: str) -> tuple[str, ...] | None:
+    """A list of strings, or None."""
+    return None if value is None else texts(value, field)
+
+
+def integer(value: Any, field: str) -> int:
+    """An integer of 64 bits, not below 0."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise InvalidParameterError(f"{field} must be an integer from 0 on; got {shown(value)}.", field=field)
+    return value
+
+
+def meta_to_dict(meta: Meta, warnings: Sequence[str]) -> dict[str, Any]:
+    """The JSON form of what made an answer."""
+    return {
+        "model_id": meta.model_id,
+        "vocabulary_hash": meta.vocabulary_hash,
+        "coverage": meta.coverage.to_dict() if meta.coverage else None,
+        "warnings": list(warnings),
+        "timings": meta.timings,
+    }
+
+
+def meta_from_dict(value: Any) -> tuple[Meta, list[str], dict[str, Any]]:
+    """Meta, warnings and provenance of an answer. Fields that a newer server added are passed over."""
+    if not isinstance(value, Mapping):
+        raise InvalidParameterError(f"meta must be an object; got {shown(value)}.", field="meta")
+    timings = value.get("timings") or {}
+    provenance = value.get("provenance") or {}
+    if not isinstance(timings, Mapping) or not all(type(item) in {int, float} for item in timings.values()):
+        raise InvalidParameterError("timings must be an object of numbers.", field="timings")
+    if not isinstance(provenance, Mapping):
+        raise InvalidParameterError("provenance must be an object.", field="provenance")
+    meta = Meta(
+        model_id=optional_text(value.get("model_id"), "model_id"),
+        vocabulary_hash=optional_text(value.get("vocabulary_hash"), "vocabulary_hash"),
+        coverage=_coverage(value.get("coverage")),
+        timings={str(stage): float(seconds) for stage, seconds in timings.items()},
+    )
+    return meta, list(texts(value.get("warnings") or [], "warnings", longest=100_000)), dict(provenance)
+
+
+def _coverage(value: Any) -> GeneCoverage | None:
+    if value is None:
+        return None
+    try:
+        return GeneCoverage.from_dict(value)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidParameterError(f"coverage cannot be read: {error!r}.", field="coverage") from error

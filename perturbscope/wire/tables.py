@@ -1,0 +1,109 @@
+"""The parts of answers: tables with the type of every column, and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from perturbscope.embedder import Embeddings
+from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
+from perturbscope.results import COMPARE_COLUMNS, SCORE_COLUMNS
+from perturbscope.wire.fields import integer, shown, text
+from perturbscope.wire.messages import Meta
+
+Kind = Literal["text", "integer", "number"]
+_TEXT = {"perturbation", "a", "b", "metric", "flags"}
+_INTEGER = {"n_cells", "n_controls", "n_a", "n_b"}
+
+
+def _kinds(columns: Sequence[str]) -> dict[str, Kind]:
+    return {name: "text" if name in _TEXT else "integer" if name in _INTEGER else "number" for name in columns}
+
+
+SCORE_KINDS = _kinds(SCORE_COLUMNS)
+"""Type of each column of a table of scores."""
+COMPARE_KINDS = _kinds(COMPARE_COLUMNS)
+"""Type of each column of a table of pairs."""
+_CASTS: dict[Kind, Any] = {"text": str, "integer": int, "number": float}
+_DTYPES: dict[Kind, Any] = {"text": object, "integer": np.int64, "number": np.float64}
+
+
+def rows_of(table: pd.DataFrame, kinds: Mapping[str, Kind]) -> list[dict[str, Any]]:
+    """One dict of plain Python values a row, columns in their order."""
+    columns = [[_CASTS[kind](item) for item in table[name].tolist()] for name, kind in kinds.items()]
+    return [dict(zip(kinds, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def table_of(rows: Any, kinds: Mapping[str, Kind]) -> pd.DataFrame:
+    """The table of rows; None in a column of numbers is NaN. Fields that a newer server added are passed over."""
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise InvalidParameterError("results must be a list of objects.", field="results")
+    missing = [name for row in rows for name in kinds if name not in row]
+    if missing:
+        raise InvalidParameterError(f"results lack {missing[0]!r}.", field=missing[0])
+    return pd.DataFrame(
+        {
+            name: np.array([_read(row[name], name, kind) for row in rows], dtype=_DTYPES[kind])
+            for name, kind in kinds.items()
+        },
+        columns=list(kinds),
+    )
+
+
+def embed_meta(answer: Embeddings) -> Meta:
+    """What made embeddings."""
+    return Meta(
+        model_id=answer.model_id,
+        vocabulary_hash=answer.vocabulary_hash,
+        coverage=answer.coverage,
+        timings=answer.timings,
+    )
+
+
+def embeddings_of(
+    meta: Meta,
+    values: NDArray[np.float32],
+    lengths: NDArray[Any],
+    n_detected: NDArray[Any],
+    known_share: NDArray[Any],
+) -> Embeddings:
+    """Embeddings from the parts of an answer, once they agree."""
+    for name, array, kinds in (
+        ("lengths", lengths, "iu"),
+        ("n_detected", n_detected, "iu"),
+        ("known_share", known_share, "iuf"),
+    ):
+        if array.shape != (len(values),) or array.dtype.kind not in kinds:
+            raise InvalidParameterError(
+                f"{name} has shape {array.shape} and dtype {array.dtype} for {len(values)} cells.", field=name
+            )
+    if not np.isfinite(values).all():
+        raise InvalidEmbeddingError("embeddings hold NaN or infinity.", field="embeddings")
+    if meta.model_id is None or meta.vocabulary_hash is None or meta.coverage is None:
+        raise InvalidParameterError("meta names no model, or no gene coverage.", field="meta")
+    return Embeddings(
+        values,
+        lengths.astype(np.int32),
+        n_detected.astype(np.int32),
+        known_share.astype(np.float32),
+        meta.coverage,
+        meta.model_id,
+        meta.vocabulary_hash,
+        meta.timings,
+    )
+
+
+def _read(value: Any, name: str, kind: Kind) -> Any:
+    if kind == "text":
+        return text(value, name)
+    if kind == "integer":
+        return integer(value, name)
+    if value is None:
+        return np.nan
+    if type(value) not in {int, float}:
+        raise InvalidParameterError(f"{name} must be a number or null; got {shown(value)}.", field=name)
+    return float(value)
