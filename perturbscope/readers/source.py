@@ -1,0 +1,207 @@
+"""What every reader gives: cells in chunks, with their labels."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.counts import CountMatrix
+from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, MalformedMatrixError, MissingColumnError
+from perturbscope.readers.matrices import Rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CHUNK_CELLS = 4096
+"""Cells that are in memory at a time."""
+_SHOWN = 20
+
+
+class CellSource(ABC):
+    """Cells of one file or object, read chunk by chunk.
+
+    Iterating gives :class:`CountMatrix` chunks of `chunk_cells` cells in the order of the file; it can be done again.
+    Use it as a context manager, or :meth:`close` it.
+
+    Attributes
+    ----------
+    path
+        The file; None for an object in memory.
+    n_cells
+        Number of cells.
+    gene_ids
+        Identifier of each gene, as the caller's `gene_key` selects it.
+    chunk_cells
+        Cells of one chunk.
+    """
+
+    def __init__(
+        self,
+        matrix: Rows,
+        gene_ids: NDArray[np.str_],
+        *,
+        path: Path | None = None,
+        totals: NDArray[Any] | None = None,
+        chunk_cells: int = CHUNK_CELLS,
+        root: Any = None,
+    ) -> None:
+        if chunk_cells < 1:
+            raise InvalidParameterError(f"chunk_cells is {chunk_cells}; it must be at least 1.", field="chunk_cells")
+        n_cells, n_genes = matrix.shape
+        where = str(path) if path else "The object"
+        if n_genes != len(gene_ids):
+            raise MalformedMatrixError(
+                f"{where}: the matrix has {n_genes} columns, but there are {len(gene_ids)} gene identifiers.",
+                field="gene_ids",
+            )
+        if n_cells == 0:
+            raise MalformedMatrixError(f"{where} has no cells.", field="counts")
+        if n_genes == 0:
+            raise MalformedMatrixError(f"{where} has no genes; the matrix has no columns.", field="gene_ids")
+        self.path = path
+        self.n_cells = n_cells
+        self.gene_ids = gene_ids
+        self.chunk_cells = chunk_cells
+        self._matrix = matrix
+        self._totals = totals
+        self._root = root
+
+    @property
+    @abstractmethod
+    def cell_ids(self) -> NDArray[np.str_]:
+        """Name of each cell, [n_cells]."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> list[str]:
+        """Names of the columns of obs that can be read."""
+
+    @abstractmethod
+    def _column(self, name: str) -> pd.Series[Any]:
+        """A column of obs that exists."""
+
+    @property
+    @abstractmethod
+    def representations(self) -> list[str]:
+        """Names of the matrices in obsm."""
+
+    @abstractmethod
+    def _representation(self, name: str) -> NDArray[Any]:
+        """A matrix of obsm that exists."""
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """All columns of obs that can be read, indexed by `cell_ids`."""
+        import pandas as pd
+
+        columns = {name: self._column(name).array for name in self.columns}
+        return pd.DataFrame(columns, index=pd.Index(self.cell_ids.astype(object)))
+
+    def column(self, name: str, *, field: str = "obs") -> pd.Series[Any]:
+        """One column of obs, [n_cells]; `field` is the caller's name for the choice, for messages.
+
+        Raises
+        ------
+        MissingColumnError
+            There is none of that name; the message names the columns that exist and the closest.
+        """
+        if name not in self.columns:
+            raise missing_column("column of obs", name, self.columns, field=field)
+        return self._column(name)
+
+    def labels(self, name: str, *, field: str = "obs") -> NDArray[np.object_]:
+        """One column of obs as strings, None where the label is missing. Raises as :meth:`column`."""
+        column = self.column(name, field=field)
+        present = column.notna().to_numpy()
+        labels = np.full(len(column), None, dtype=object)
+        labels[present] = column[present].astype(str).to_numpy()
+        return labels
+
+    def representation(self, name: str) -> NDArray[np.float32]:
+        """A matrix of obsm, float32 [n_cells, width].
+
+        Raises
+        ------
+        MissingColumnError
+            There is none of that name.
+        InvalidEmbeddingError
+            It is not a numeric matrix with one row a cell.
+        """
+        if name not in self.representations:
+            raise missing_column("matrix in obsm", name, self.representations, field="use_rep")
+        values = np.asarray(self._representation(name))
+        if values.ndim != 2 or len(values) != self.n_cells or values.dtype.kind not in "iufb":
+            raise InvalidEmbeddingError(
+                f"obsm[{name!r}] has shape {values.shape} and dtype {values.dtype}; numbers of shape "
+                f"({self.n_cells}, width) are needed, one row a cell.",
+                field="use_rep",
+            )
+        return values.astype(np.float32)
+
+    def rows(self, start: int, stop: int) -> CountMatrix:
+        """Cells `start` to `stop` of the file, validated. Raises as :meth:`CountMatrix.from_csr`."""
+        stop = min(stop, self.n_cells)
+        data, indices, indptr = self._matrix.rows(start, stop)
+        totals = None if self._totals is None else self._totals[start:stop]
+        return CountMatrix.from_csr(data, indices, indptr, self.gene_ids, totals=totals, first_row=start)
+
+    def __iter__(self) -> Iterator[CountMatrix]:
+        for start in range(0, self.n_cells, self.chunk_cells):
+            yield self.rows(start, start + self.chunk_cells)
+
+    def __len__(self) -> int:
+        return self.n_cells
+
+    def read(self) -> CountMatrix:
+        """All cells at once."""
+        return self.rows(0, self.n_cells)
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        close = getattr(self._root, "close", None)
+        if close:
+            close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def missing_column(what: str, name: str, available: Sequence[str], *, field: str) -> MissingColumnError:
+    """The error that says what there is in place of `name`, and what was probably meant."""
+    folded = {item.casefold(): item for item in available}
+    close = difflib.get_close_matches(name.casefold(), folded, n=1)
+    shown = ", ".join(map(repr, available[:_SHOWN])) + (", ..." if len(available) > _SHOWN else "")
+    hint = f" Did you mean {folded[close[0]]!r}?" if close else ""
+    return MissingColumnError(f"There is no {what} {name!r}; there are: {shown or 'none'}.{hint}", field=field)
+
+
+def check_totals(totals: NDArray[Any], name: str, n_cells: int) -> NDArray[np.float64]:
+    """A column of total counts, float64 [n_cells]; what the numbers must satisfy is checked with the counts."""
+    if totals.dtype.kind not in "iuf" or totals.shape != (n_cells,):
+        raise MalformedMatrixError(
+            f"The column {name!r} has dtype {totals.dtype}; total counts are numbers, one a cell.",
+            field="total_counts",
+        )
+    return totals.astype(np.float64)
+
+
+def name_genes(identifiers: NDArray[Any]) -> NDArray[np.str_]:
+    """Gene identifiers as strings; columns without one get a name that no vocabulary knows."""
+    names = identifiers.astype(object)
+    for column, name in enumerate(names):
+        if name is None or name != name or name == "":
+            names[column] = f"unnamed-{column}"
+    return names.astype(np.str_)
