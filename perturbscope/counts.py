@@ -51,8 +51,10 @@ class CountMatrix:
         return int(self.counts.shape[0])
 
     def __getitem__(self, rows: slice | NDArray[Any] | Sequence[int]) -> CountMatrix:
-        """The chosen cells, in the order given."""
-        first_row = self.first_row + rows.indices(len(self))[0] if isinstance(rows, slice) else 0
+        """The chosen cells, in the order given; a run of rows keeps its numbers, any other choice is numbered anew."""
+        first_row = 0
+        if isinstance(rows, slice) and rows.step in (None, 1):
+            first_row = self.first_row + rows.indices(len(self))[0]
         return replace(self, counts=self.counts[rows], totals=self.totals[rows], first_row=first_row)
 
     @property
@@ -101,10 +103,17 @@ class CountMatrix:
                     field="counts",
                 )
             _require_numeric(array.dtype)
-            matrix = sparse.csr_matrix(array)
+            # scipy has no sparse matrices of half floats.
+            matrix = sparse.csr_matrix(array.astype(np.float32) if array.dtype == np.float16 else array)
         csr = matrix.tocsr(copy=False)
         if not isinstance(csr, sparse.csr_matrix):
             csr = sparse.csr_matrix(csr)
+        if csr.shape[1] != len(gene_ids):
+            raise MalformedMatrixError(
+                f"The matrix has {csr.shape[1]} columns, but there are {len(gene_ids)} gene identifiers; "
+                "one a column is needed.",
+                field="gene_ids",
+            )
         return cls.from_csr(
             csr.data,
             csr.indices,
@@ -139,11 +148,7 @@ class CountMatrix:
         )
         if values is data:
             csr.data = values.copy()
-        if not csr.has_canonical_format:
-            csr = csr.copy()
-            csr.sum_duplicates()
-        if csr.nnz and csr.data.min() == 0:
-            csr.eliminate_zeros()
+        csr = _canonical(csr, first_row)
         row_sums = np.asarray(csr.sum(axis=1, dtype=np.float64)).ravel()
         empty = np.flatnonzero(row_sums == 0)
         if len(empty):
@@ -245,6 +250,24 @@ def _integral(
         "(e.g. layer='counts'), adata.raw, or the matrix before normalisation.",
         field="counts",
     )
+
+
+def _canonical(csr: sparse.csr_matrix, first_row: int) -> sparse.csr_matrix:
+    """The same counts with indices sorted and no entry repeated or zero; a copy, unless it is so already."""
+    if not csr.has_canonical_format:
+        csr = csr.astype(np.int64)
+        csr.sum_duplicates()
+        if csr.nnz and csr.data.max() > MAX_COUNT:
+            row = int(np.searchsorted(csr.indptr, int(csr.data.argmax()), side="right")) - 1
+            raise NotRawCountsError(
+                f"Repeated entries of row {first_row + row} add up to more than {MAX_COUNT}. Give the raw counts.",
+                field="counts",
+            )
+        csr = csr.astype(np.int32)
+    if csr.nnz and csr.data.min() == 0:
+        csr = csr.copy()
+        csr.eliminate_zeros()
+    return csr
 
 
 def _check_totals(
