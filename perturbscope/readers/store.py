@@ -166,7 +166,8 @@ class Frame:
 
     def __len__(self) -> int:
         node = self._node if self._compound else child(self._node, str(self._index))
-        return len(node) if not is_group(node) else len(child(node, "values"))
+        # A nullable string array is a group; zarr's arrays have no len().
+        return int((child(node, "values") if is_group(node) else node).shape[0])
 
     def index(self) -> NDArray[np.str_]:
         """The names of the rows."""
