@@ -293,7 +293,7 @@ def test_mtx_with_a_prefix_is_named_by_its_matrix(tmp_path: Path, counts: np.nda
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
-@pytest.mark.filterwarnings("ignore:Writing zarr v2", "ignore:zarr v3 autosharding")
+@pytest.mark.filterwarnings("ignore:Writing zarr v2", "ignore:zarr v3 autosharding", "ignore:Consolidated metadata")
 def test_zarr_reads_like_h5ad(adata: ad.AnnData, counts: np.ndarray, tmp_path: Path, zarr_format: int) -> None:
     with ad.settings.override(zarr_write_format=zarr_format):
         adata.write_zarr(tmp_path / "cells.zarr")
