@@ -1,0 +1,1 @@
+"""The server: HTTP and gRPC over one engine, in one process."""

@@ -1,0 +1,60 @@
+"""``python -m serving``: check everything, then hand over to ``bentoml serve``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+from perturbscope.errors import InvalidParameterError, PerturbScopeError
+from serving import preflight
+from serving.settings import PREFIX, Settings
+
+OPTIONS = {
+    "bundle": "bundle directory; several separated by ':'",
+    "variant": "graph of the bundle: fp32, fp16, int8",
+    "device": "cpu or cuda",
+    "host": "address to listen on",
+    "http_port": "port of the HTTP server",
+    "grpc_port": "port of the gRPC server",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until stopped.
+
+    Returns
+    -------
+    2 for a bad option, 1 where the server cannot start. Otherwise this process becomes BentoML's and does not return.
+    """
+    try:
+        settings = _settings(arguments)
+        preflight.check(settings, http=True)
+    except PerturbScopeError as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        return 2 if isinstance(error, InvalidParameterError) and error.field in OPTIONS else 1
+    os.environ.update(settings.to_env())
+    os.environ["BENTOML_DO_NOT_TRACK"] = os.environ.get("BENTOML_DO_NOT_TRACK", "True")
+    command = [sys.executable, "-m", "bentoml", "serve", "serving.service:PerturbScope"]
+    command += ["--working-dir", str(preflight.ROOT), "--host", settings.host, "--port", str(settings.http_port)]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)  # noqa: S606  no shell is wanted
+
+
+def _settings(arguments: Sequence[str] | None) -> Settings:
+    """The environment, overridden by options; paths made absolute, for BentoML changes the directory."""
+    parser = argparse.ArgumentParser(prog="python -m serving", description="Serve a PerturbScope bundle.")
+    for name, text in OPTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (or {PREFIX}{name.upper()})")
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    environ = {**os.environ, **{PREFIX + name.upper(): value for name, value in given.items()}}
+    settings = Settings.from_env(environ)
+    absolute = os.pathsep.join(str(path.absolute()) for path in settings.bundles)
+    values = {item.name: getattr(settings, item.name) for item in fields(settings)}
+    return Settings(**{**values, "bundle": absolute})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+"""The gRPC interface: the same engine, on the same event loop, as HTTP."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from perturbscope import wire
+from perturbscope.errors import OverloadedError, PerturbScopeError
+from perturbscope.proto import perturbscope_v1_pb2 as messages
+from perturbscope.proto import perturbscope_v1_pb2_grpc as services
+from serving.engine import Engine
+from serving.log import RequestLog
+from serving.routes import COMPARE, EMBED, SCORE, Route, describe, explain
+from serving.status import status_of
+
+SERVICE: str = messages.DESCRIPTOR.services_by_name["PerturbScope"].full_name
+_ENVELOPE = 64 * 2**10
+"""Room for what is around the counted bytes of a message."""
+
+
+_MAX_MESSAGE, _MAX_FIELD = 4000, 200
+"""Characters of an error that are sent: clients refuse more than 8 KiB of trailing metadata."""
+
+
+class Servicer(services.PerturbScopeServicer):
+    """``perturbscope.v1.PerturbScope``."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def Embed(self, request: Any, context: Any) -> Any:  # noqa: N802  gRPC's name
+        """Vectors of cells."""
+        return await self._answer(EMBED, request, context)
+
+    async def Score(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Every perturbation against the controls."""
+        return await self._answer(SCORE, request, context)
+
+    async def Compare(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Perturbations against each other."""
+        return await self._answer(COMPARE, request, context)
+
+    async def Models(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """What is served."""
+        return wire.models_answer_to_proto(self._engine.models())
+
+    async def _answer(self, route: Route, request: Any, context: Any) -> Any:
+        """Decode, call, encode; grpc.aio cancels this when the caller does, or its deadline passes."""
+        log = RequestLog(f"{SERVICE}/{route.name.capitalize()}")
+        try:
+            with self._engine.admit() as hold:
+                hold(request.ByteSize())
+                message = await self._engine.work(route.from_proto, request)
+                describe(log, message)
+                answer = await route.call(self._engine, message)
+                describe(log, answer)
+                encoded = await self._engine.work(route.to_proto, answer)
+        except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
+            told = explain(error, log)
+            status = status_of(told).grpc
+            log.write(status.name, told.code)
+            await context.abort(status, told.message[:_MAX_MESSAGE], _metadata(told, log))
+        except BaseException:
+            log.write("CANCELLED", "client_gone")
+            raise
+        log.write("OK")
+        return encoded
+
+
+def _metadata(error: PerturbScopeError, log: RequestLog) -> tuple[tuple[str, str], ...]:
+    found = [("perturbscope-code", error.code), ("perturbscope-request-id", log.id)]
+    if error.field is not None:
+        # Metadata is ASCII, and a field may be an unknown name that the caller made up.
+        name = "".join(c for c in error.field if c.isprintable())[:_MAX_FIELD]
+        found.append(("perturbscope-field", name.encode("ascii", "backslashreplace").decode()))
+    if isinstance(error, OverloadedError):
+        found.append(("retry-after", str(math.ceil(error.retry_after))))
+    return tuple(found)
+
+
+class GrpcServer:
+    """A grpc.aio server over an engine; made and used on one event loop.
+
+    Parameters
+    ----------
+    engine
+        Answers the requests.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        settings = engine.settings
+        largest = min(settings.max_body_bytes + _ENVELOPE, 2**31 - 1)
+        self._settings = settings
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", largest),
+                ("grpc.max_send_message_length", -1),
+                # Two servers on one port would each get a random half of the calls.
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        self._health = HealthServicer()
+        services.add_PerturbScopeServicer_to_server(Servicer(engine), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self) -> int:
+        """Listen, and say so in the health service.
+
+        Returns
+        -------
+        The port.
+
+        Raises
+        ------
+        OSError
+            The port is taken.
+        """
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        try:
+            port = self._server.add_insecure_port(f"{host}:{self._settings.grpc_port}")
+        except RuntimeError as error:
+            raise OSError(
+                f"gRPC cannot listen on {host}:{self._settings.grpc_port}: {error}. Stop what listens there, or set "
+                "PERTURBSCOPE_GRPC_PORT."
+            ) from error
+        await self._server.start()
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return int(port)
+
+    async def stop(self) -> None:
+        """Tell the health service, refuse new calls, and give those in progress their time."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self._settings.shutdown_grace)

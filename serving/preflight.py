@@ -1,0 +1,108 @@
+"""What can be known before the server starts: a server that cannot serve says why, and does not start.
+
+A worker that fails at start would be restarted again and again by its supervisor; so everything is tried once before
+there are workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from perturbscope.bundle import Bundle
+from perturbscope.errors import InvalidParameterError, ProviderUnavailableError
+from serving.settings import PREFIX, Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def check(settings: Settings, *, http: bool = False) -> None:
+    """Check bundles, device and ports.
+
+    Parameters
+    ----------
+    settings
+        What is to be served, and where.
+    http
+        Also check that the HTTP port is free; false where its socket is already ours.
+
+    Raises
+    ------
+    BundleError
+        A bundle is missing, damaged, unsupported, or has not the variant.
+    ProviderUnavailableError
+        The device was asked for and cannot be used.
+    InvalidParameterError
+        A port is taken.
+    """
+    for path in settings.bundles:
+        Bundle.open(path).graph(settings.variant)
+    check_device(settings)
+    if http:
+        check_port(settings.host, settings.http_port, "HTTP_PORT")
+    check_port(settings.host, settings.grpc_port, "GRPC_PORT")
+
+
+def check_device(settings: Settings) -> None:
+    """Raise ProviderUnavailableError unless the device truly runs the default model."""
+    if settings.device == "cpu":
+        return
+    import onnxruntime as ort
+
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        # A listed provider can still fail to load. Try it in a process of its own: its memory on the device goes with it.
+        command = [sys.executable, "-m", "serving.preflight"]
+        tried = subprocess.run(  # noqa: S603  our own module, no shell
+            command, env=_environment(settings), cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if tried.returncode == 0:
+            return
+        lines = tried.stderr.strip().splitlines()
+        raise ProviderUnavailableError(lines[-1] if lines else "The device could not be tried.", field="device")
+    raise ProviderUnavailableError(
+        f"The device {settings.device!r} was asked for ({PREFIX}DEVICE), but this onnxruntime offers only "
+        f"{', '.join(ort.get_available_providers())}. Install onnxruntime-gpu in place of onnxruntime, "
+        "or choose the device 'cpu'.",
+        field="device",
+    )
+
+
+def check_port(host: str, port: int, variable: str) -> None:
+    """Raise InvalidParameterError if nothing can listen on the port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InvalidParameterError(
+                f"Cannot listen on {host}:{port}: {error.strerror}. Stop what listens there, or give another port "
+                f"({PREFIX}{variable}).",
+                field=variable.lower(),
+            ) from error
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    import os
+
+    return {**os.environ, **settings.to_env(), "PYTHONPATH": str(ROOT)}
+
+
+def _try_device() -> int:
+    from perturbscope.errors import PerturbScopeError
+    from serving.engine import ServedModel
+
+    settings = Settings.from_env()
+    try:
+        ServedModel.load(settings.bundles[0], settings)
+    except PerturbScopeError as error:
+        sys.stderr.write(error.message.replace("\n", " ") + "\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_try_device())

@@ -1,0 +1,195 @@
+"""The bodies of requests and answers, for the OpenAPI document.
+
+Nothing is parsed with these models: :mod:`perturbscope.wire` decodes, for every transport alike. They describe, and a
+test holds real answers against them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from perturbscope.results import ScoreOptions
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Cells(_Body):
+    """Raw counts, cells x genes, as the three arrays of a CSR matrix."""
+
+    gene_ids: list[str] = Field(description="Ensembl id or symbol of each column.")
+    indptr: list[int] = Field(description="Where each cell's values start; number of cells + 1.")
+    indices: list[int] = Field(description="Column of each value.")
+    data: list[float] = Field(description="The raw counts.")
+    total_counts: list[float] | None = Field(
+        None, description="Total counts of each cell over all measured genes, where the matrix holds only some of them."
+    )
+
+
+class EmbedBody(_Body):
+    """Cells to embed."""
+
+    cells: Cells
+    model: str | None = Field(None, description="Name of a model; the server's first one by default.")
+
+
+class _Labelled(_Body):
+    cells: Cells | None = Field(None, description="Raw counts; this or embeddings.")
+    embeddings: list[list[float]] | None = Field(None, description="Vectors that the caller has; this or cells.")
+    perturbations: list[str] = Field(description="Label of each cell.")
+    batches: list[str] | None = Field(None, description="Batch of each cell; labels are permuted within batches.")
+    options: dict[str, Any] | None = Field(None, description="Options of scoring; see the schema ScoreOptions.")
+    model: str | None = Field(None, description="Name of a model; the server's first one by default.")
+
+
+class ScoreBody(_Labelled):
+    """Cells, or embeddings, with their perturbations."""
+
+    control: str = Field(description="The label of control cells.")
+
+
+class CompareBody(_Labelled):
+    """Cells, or embeddings, with their perturbations."""
+
+    control: str | None = Field(None, description="The label of control cells, which all pairs leave out.")
+    pairs: list[tuple[str, str]] | None = Field(None, description="Which to compare; all pairs by default.")
+
+
+class Coverage(_Body):
+    """How the genes of the request met the model's vocabulary."""
+
+    n_genes: int
+    n_matched: int
+    n_by_symbol: int
+    n_merged: int
+    n_ambiguous: int
+    ambiguous: list[tuple[str, str]]
+    unmatched: list[str]
+
+
+class Meta(_Body):
+    """What made an answer; the first three are null where the caller sent embeddings."""
+
+    model_id: str | None
+    vocabulary_hash: str | None
+    coverage: Coverage | None
+    warnings: list[str]
+    timings: dict[str, float] = Field(description="Seconds by stage: tokenize, queue, inference, score.")
+
+
+class ScoreMeta(Meta):
+    """As Meta, with what made the numbers."""
+
+    provenance: dict[str, Any] = Field(description="Metrics, estimator, null, sizes, seed, options.")
+
+
+class EmbedAnswer(_Body):
+    """Vectors, in the order of the cells."""
+
+    embeddings: list[list[float]]
+    lengths: list[int] = Field(description="Tokens that the model saw of each cell.")
+    n_detected: list[int] = Field(description="Genes of the vocabulary that each cell expresses.")
+    known_share: list[float] = Field(description="Share of each cell's counts in genes of the vocabulary.")
+    below_min_genes: list[bool] = Field(description="Cells that express fewer than 500 genes.")
+    meta: Meta
+
+
+class _Row(_Body):
+    metric: str
+    distance: float | None
+    null_mean: float | None
+    null_sd: float | None
+    z: float | None
+    p: float | None
+    q: float | None
+    flags: str = Field(description="Names, joined by semicolons.")
+
+
+class ScoreRow(_Row):
+    """One perturbation by one metric; null where a number is not defined."""
+
+    perturbation: str
+    n_cells: int
+    n_controls: int
+
+
+class CompareRow(_Row):
+    """Two perturbations by one metric."""
+
+    a: str
+    b: str
+    n_a: int
+    n_b: int
+
+
+class ScoreAnswer(_Body):
+    """The table of scores."""
+
+    results: list[ScoreRow]
+    meta: ScoreMeta
+
+
+class CompareAnswer(_Body):
+    """The table of pairs."""
+
+    results: list[CompareRow]
+    meta: ScoreMeta
+
+
+class Model(_Body):
+    """One model that is served."""
+
+    name: str = Field(description="What requests name it by.")
+    version: str
+    model_id: str = Field(description="Changes whenever the weights do.")
+    family: str
+    width: int = Field(description="Dimensions of an embedding.")
+    vocabulary_hash: str
+    layer: str
+    pooling: str
+    licence: str
+    variant: str
+    device: str
+
+
+class ModelsAnswer(_Body):
+    """What is served; the first is the default."""
+
+    models: list[Model]
+
+
+class Error(_Body):
+    """What went wrong, and the remedy."""
+
+    code: str = Field(description="Stable name of the error.")
+    message: str
+    field: str | None = Field(description="What was at fault, if known.")
+
+
+class ErrorAnswer(_Body):
+    """The body of every answer that is not 2xx."""
+
+    error: Error
+
+
+def inlined(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a model with no references, so that it can stand anywhere in a document."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+    if "options" in schema.get("properties", {}):
+        schema["properties"]["options"]["anyOf"][0] = TypeAdapter(ScoreOptions).json_schema()
+    resolved: dict[str, Any] = _resolve(schema, definitions)
+    return resolved
+
+
+def _resolve(node: Any, definitions: dict[str, Any]) -> Any:
+    if isinstance(node, dict):
+        if "$ref" in node:
+            return _resolve(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
+        return {key: _resolve(value, definitions) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_resolve(item, definitions) for item in node]
+    return node

@@ -1,0 +1,86 @@
+"""The BentoML service: one process, one event loop, one engine, two transports.
+
+BentoML runs the process and gives /healthz, /livez, /readyz and /metrics. The routes of /v1 are an ASGI application
+mounted into it, and a grpc.aio server is started beside it on the same loop. BentoML's own batching counts items and
+serves HTTP alone, so it is not used; see :mod:`perturbscope.dispatcher`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+# BentoML reports usage to its makers unless told not to; whoever sets the variable decides.
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+
+import bentoml
+
+from serving import log
+from serving.http import build_app
+from serving.settings import Settings
+
+NAME = "PerturbScope"
+app = build_app()
+
+
+@bentoml.service(
+    name=NAME,
+    workers=1,
+    # Requests end when their clients go away; a timer of BentoML's own would cut long scores short.
+    traffic={"timeout": None},
+    # The server writes one line a request itself, with the stages' times.
+    logging={"access": {"enabled": False}},
+)
+@bentoml.asgi_app(app, path="/")
+class PerturbScope:
+    """Embed cells, and score what perturbations did to them."""
+
+    def __init__(self) -> None:
+        from serving.engine import Engine
+        from serving.grpc_server import GrpcServer
+
+        log.configure()
+        self._settings = Settings.from_env()
+        self._engine = Engine.load(self._settings)
+        app.state.engine = self._engine
+        self._server: GrpcServer | None = None
+
+    @staticmethod
+    @bentoml.on_deployment
+    def preflight() -> None:
+        """Refuse to start what cannot serve; runs once, before there are workers."""
+        from serving import preflight
+
+        preflight.check(Settings.from_env())
+
+    @bentoml.on_startup
+    async def start(self) -> None:
+        """Start gRPC on the event loop of HTTP."""
+        from serving.grpc_server import GrpcServer
+
+        self._server = GrpcServer(self._engine)
+        port = await self._server.start()
+        models = ", ".join(model.model_id for model in self._engine.models().models)
+        sys.stdout.write(
+            f"HTTP on {_http_address(self._settings)}, gRPC on {self._settings.host}:{port}\n"
+            f"Serving {models} ({self._settings.variant}, {self._settings.device})\n"
+        )
+        sys.stdout.flush()
+
+    @bentoml.on_shutdown
+    async def stop(self) -> None:
+        """Finish what was accepted on both transports, then stop."""
+        if self._server is not None:
+            await self._server.stop()
+        await self._engine.close()
+
+    async def __is_ready__(self) -> bool:
+        """Whether the models answer; behind /readyz."""
+        return await self._engine.ready()
+
+
+def _http_address(settings: Settings) -> str:
+    """Where BentoML listens; it tells its workers so."""
+    addresses = json.loads(os.environ.get("BENTOML_RUNNER_MAP", "{}"))
+    return str(addresses.get(NAME, f"http://{settings.host}:{settings.http_port}"))

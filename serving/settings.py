@@ -1,0 +1,137 @@
+"""Settings of the server, from the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import get_args
+
+from perturbscope.encoder import Device
+from perturbscope.errors import InvalidParameterError
+
+PREFIX = "PERTURBSCOPE_"
+DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the server runs. Field `x` is read from the environment variable ``PERTURBSCOPE_X``.
+
+    Raises
+    ------
+    InvalidParameterError
+        A value outside its range.
+    """
+
+    bundle: str = str(DEFAULT_BUNDLE)
+    """Bundle directories, separated by ``:``; the first one is the default model."""
+    variant: str = "fp32"
+    """Graph of the bundle: fp32, fp16, int8."""
+    device: str = "cpu"
+    """cpu or cuda; there is no fallback from one to the other."""
+    threads: int = 0
+    """CPU threads of the model; 0: the cores that the process may use."""
+    host: str = "0.0.0.0"  # noqa: S104  a server in a container listens on all its interfaces
+    """Address that both servers listen on."""
+    http_port: int = 3000
+    """Port of the HTTP server."""
+    grpc_port: int = 3001
+    """Port of the gRPC server."""
+    max_cells: int = 20_000
+    """Cells of one request that are embedded."""
+    max_vectors: int = 200_000
+    """Rows of one score request that brings its own embeddings."""
+    max_genes: int = 100_000
+    """Columns of one matrix."""
+    max_values: int = 200_000_000
+    """Stored counts of one matrix: bounds what a compressed upload can grow to."""
+    max_body_bytes: int = 256 * 2**20
+    """Bytes of one request, over HTTP and over gRPC."""
+    body_timeout: int = 300
+    """Seconds within which the body of a request must have arrived."""
+    max_held_bytes: int = 2**30
+    """Bytes of all requests in progress; bounds the memory of bodies."""
+    max_requests: int = 256
+    """Requests in progress, over both transports."""
+    max_queued_tokens: int = 4_194_304
+    """Tokens that wait for the model; 2,048 cells of 2,048 tokens."""
+    max_batch_tokens: int = 16_384
+    """Padded tokens of one batch."""
+    max_permutations: int = 100_000
+    """Permutations and null draws that one score request may ask for."""
+    max_group_cells: int = 5_000
+    """Cells of a group that one score request may ask to be compared in full; memory grows with its square."""
+    score_workers: int = 1
+    """Score requests that are computed at a time."""
+    shutdown_grace: int = 30
+    """Seconds that requests in progress are given at shutdown."""
+
+    def __post_init__(self) -> None:
+        if self.device not in get_args(Device):
+            raise InvalidParameterError(
+                f"{PREFIX}DEVICE is {self.device!r}; it must be one of {', '.join(get_args(Device))}.", field="device"
+            )
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, int) and value < (0 if item.name == "threads" else 1):
+                raise InvalidParameterError(f"{_variable(item.name)} is {value}; it must be larger.", field=item.name)
+        for name in ("http_port", "grpc_port"):
+            if getattr(self, name) > 65_535:
+                raise InvalidParameterError(
+                    f"{_variable(name)} is {getattr(self, name)}; ports end at 65535.", field=name
+                )
+        if self.max_held_bytes < self.max_body_bytes:
+            raise InvalidParameterError(
+                f"{PREFIX}MAX_HELD_BYTES is {self.max_held_bytes}, less than one request may have "
+                f"({PREFIX}MAX_BODY_BYTES, {self.max_body_bytes}); raise it.",
+                field="max_held_bytes",
+            )
+        if self.http_port == self.grpc_port:
+            raise InvalidParameterError(
+                f"HTTP and gRPC cannot share the port {self.http_port}; give {PREFIX}GRPC_PORT another.",
+                field="grpc_port",
+            )
+        if not self.bundles:
+            raise InvalidParameterError(f"{PREFIX}BUNDLE names no directory.", field="bundle")
+
+    @property
+    def bundles(self) -> tuple[Path, ...]:
+        """The bundle directories."""
+        return tuple(Path(part) for part in self.bundle.split(os.pathsep) if part)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Settings of this process.
+
+        Raises
+        ------
+        InvalidParameterError
+            A value that is no number where one is needed, or outside its range. An unset or empty variable means the
+            default.
+        """
+        environ = os.environ if environ is None else environ
+        given: dict[str, str | int] = {}
+        for item in fields(cls):
+            text = environ.get(_variable(item.name), "")
+            if not text:
+                continue
+            if isinstance(item.default, int):
+                try:
+                    given[item.name] = int(text)
+                except ValueError as error:
+                    raise InvalidParameterError(
+                        f"{_variable(item.name)} is {text!r}; a whole number is needed.", field=item.name
+                    ) from error
+            else:
+                given[item.name] = text
+        return cls(**given)  # type: ignore[arg-type]
+
+    def to_env(self) -> dict[str, str]:
+        """The environment from which :meth:`from_env` reads these settings."""
+        return {_variable(item.name): str(getattr(self, item.name)) for item in fields(self)}
+
+
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()

@@ -1,0 +1,224 @@
+"""Uploaded .h5ad files.
+
+An upload lies in a temporary directory of its own while it is read, and is always deleted. HDF5 can point outside of
+the file (external links, external storage, virtual datasets); such a file is refused, or a caller could read files of
+the server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from perturbscope.counts import CountMatrix
+from perturbscope.errors import InvalidParameterError, LimitExceededError, PerturbScopeError, UnreadableFileError
+from perturbscope.readers import CellSource, open_cells
+from perturbscope.results import ScoreOptions
+from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
+from serving.engine import Engine
+
+FILE_NAME = "upload.h5ad"
+CELLS_PARAMETERS = {
+    "model": "Name of a model; the server's first one by default.",
+    "layer": "Where the raw counts are: X (default), a layer, or raw.",
+    "gene_key": "Column of var with the gene identifiers; the index by default.",
+    "total_counts_key": "Column of obs with each cell's total counts over all measured genes.",
+}
+LABEL_PARAMETERS = {
+    "perturbation_key": "Column of obs with the perturbation of each cell. Required.",
+    "batch_key": "Column of obs with the batch of each cell.",
+    "use_rep": "Matrix of obsm to score in place of the model's embedding.",
+    "options": "Options of scoring, a JSON object.",
+    "control": "Label of control cells.",
+}
+PARAMETERS: dict[str, dict[str, str]] = {
+    "embed": CELLS_PARAMETERS,
+    "score": CELLS_PARAMETERS | LABEL_PARAMETERS,
+    "compare": CELLS_PARAMETERS | LABEL_PARAMETERS | {"pairs": "Pairs to compare, a JSON list of lists of two."},
+}
+"""Query parameters, or form fields, of each route that go with an uploaded file."""
+_CHUNK_VALUES = 2**25
+
+
+def read_upload(
+    route: str, path: Path, parameters: Mapping[str, str], engine: Engine
+) -> EmbedRequest | ScoreRequest | CompareRequest:
+    """The request that an uploaded file and its parameters make. Blocks; for a worker thread.
+
+    Raises
+    ------
+    InvalidParameterError
+        A parameter that the route does not have, or lacks.
+    InvalidInputError
+        Whatever is wrong with the file; see :func:`perturbscope.readers.open_cells`.
+    LimitExceededError
+        More than the server takes.
+    """
+    unknown = sorted(set(parameters) - set(PARAMETERS[route]))
+    if unknown:
+        raise InvalidParameterError(
+            f"Unknown parameter {unknown[0]!r}; there are {', '.join(PARAMETERS[route])}.", field=unknown[0]
+        )
+    try:
+        refuse_outside_references(path, engine.settings.max_values)
+        with open_cells(
+            path,
+            layer=parameters.get("layer"),
+            gene_key=parameters.get("gene_key"),
+            total_counts_key=parameters.get("total_counts_key"),
+        ) as source:
+            if route == "embed":
+                return EmbedRequest(cells=_read_cells(source, engine), model=parameters.get("model"))
+            return _labelled(route, source, parameters, engine)
+    except PerturbScopeError as error:
+        # The caller knows its file, not where it lies here.
+        error.message = error.message.replace(f"{path.parent}/", "")
+        error.args = (error.message,)
+        raise
+
+
+def _labelled(
+    route: str, source: CellSource, parameters: Mapping[str, str], engine: Engine
+) -> ScoreRequest | CompareRequest:
+    for name in ["perturbation_key", "control"] if route == "score" else ["perturbation_key"]:
+        if not parameters.get(name):
+            raise InvalidParameterError(
+                f"{name} is missing: {PARAMETERS[route][name]} Give it as a query parameter or form field.", field=name
+            )
+    common: dict[str, Any] = {
+        "perturbations": _labels(source, parameters["perturbation_key"], "perturbation_key"),
+        "options": ScoreOptions.from_dict(_json(parameters, "options", dict) or {}),
+        "model": parameters.get("model"),
+    }
+    if parameters.get("batch_key"):
+        common["batches"] = _labels(source, parameters["batch_key"], "batch_key")
+    if parameters.get("use_rep"):
+        engine.check_vectors(source.n_cells)
+        common["embeddings"] = source.representation(parameters["use_rep"])
+    else:
+        common["cells"] = _read_cells(source, engine)
+    if route == "score":
+        return ScoreRequest(**common, control=parameters["control"])
+    pairs = _json(parameters, "pairs", list)
+    if pairs is not None:
+        common["pairs"] = _pairs(pairs)
+    return CompareRequest(**common, control=parameters.get("control") or None)
+
+
+def _read_cells(source: CellSource, engine: Engine) -> CountMatrix:
+    """All cells, read in pieces of bounded size so that a compressed bomb is noticed while it is small."""
+    n_genes = len(source.gene_ids)
+    engine.check_shape(source.n_cells, n_genes, 0)
+    parts: list[CountMatrix] = []
+    n_values = 0
+    step = max(1, _CHUNK_VALUES // n_genes)
+    for start in range(0, source.n_cells, step):
+        part = source.rows(start, start + step)
+        n_values += int(part.counts.nnz)
+        engine.check_shape(source.n_cells, n_genes, n_values)
+        parts.append(part)
+    if len(parts) == 1:
+        return parts[0]
+    return CountMatrix(
+        sparse.vstack([part.counts for part in parts], format="csr"),
+        parts[0].gene_ids,
+        np.concatenate([part.totals for part in parts]),
+    )
+
+
+def _labels(source: CellSource, column: str, field: str) -> tuple[str, ...]:
+    labels: NDArray[Any] = source.labels(column, field=field)
+    missing = [row for row, label in enumerate(labels) if label is None]
+    if missing:
+        raise InvalidParameterError(
+            f"{len(missing)} of {source.n_cells} cells have no value in the column {column!r} "
+            f"(first: row {missing[0]}). Remove these cells, or label them.",
+            field=field,
+        )
+    return tuple(labels.tolist())
+
+
+def _json(parameters: Mapping[str, str], name: str, kind: type[Any]) -> Any:
+    if not parameters.get(name):
+        return None
+    what = "an object" if kind is dict else "a list"
+    try:
+        value = json.loads(parameters[name])
+    except ValueError as error:
+        raise InvalidParameterError(f"{name} is not JSON ({error}); give {what}.", field=name) from error
+    if not isinstance(value, kind):
+        raise InvalidParameterError(f"{name} is JSON, but not {what}.", field=name)
+    return value
+
+
+def _pairs(value: list[Any]) -> tuple[tuple[str, str], ...]:
+    for pair in value:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(label, str) for label in pair)):
+            raise InvalidParameterError("pairs must be a JSON list of lists of two labels.", field="pairs")
+    return tuple((a, b) for a, b in value)
+
+
+def refuse_outside_references(path: Path, max_values: int) -> None:
+    """Refuse an HDF5 file that points outside of itself, or whose vectors would grow beyond `max_values`.
+
+    Raises
+    ------
+    UnreadableFileError
+        An external link, external storage or a virtual dataset; or not an HDF5 file.
+    LimitExceededError
+        A one-dimensional dataset of more than `max_values` elements. (Matrices are read in pieces.)
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            for name, item in _items(file, h5py):
+                if isinstance(item, h5py.ExternalLink) or (
+                    isinstance(item, h5py.Dataset) and (item.external or item.is_virtual)
+                ):
+                    raise UnreadableFileError(
+                        f"{name} lies outside of the file (an HDF5 external link, external storage or virtual "
+                        "dataset). Write the file anew with adata.write_h5ad().",
+                        field="file",
+                    )
+                if isinstance(item, h5py.Dataset) and item.ndim == 1 and item.size > max_values:
+                    raise LimitExceededError(
+                        f"{name} has {item.size:,} values; this server takes {max_values:,}. "
+                        "Send the cells in several requests.",
+                        field="data",
+                    )
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise UnreadableFileError(
+            f"{path.name} is not a whole HDF5 file ({str(error).replace(str(path), path.name)}). "
+            "It may be truncated; upload it again.",
+            field="file",
+        ) from error
+
+
+def _items(root: Any, h5py: Any) -> Iterator[tuple[str, Any]]:
+    """All links and datasets, each object once (hard links may form rings)."""
+    pending, seen = [root], set()
+    while pending:
+        group = pending.pop()
+        for name in group:
+            where = f"{group.name.rstrip('/')}/{name}"
+            link = group.get(name, getlink=True)
+            if isinstance(link, h5py.ExternalLink):
+                yield where, link
+                continue
+            if isinstance(link, h5py.SoftLink):
+                continue  # its target inside the file is visited on its own
+            item = group[name]
+            key = h5py.h5o.get_info(item.id).addr
+            if key in seen:
+                continue
+            seen.add(key)
+            if isinstance(item, h5py.Group):
+                pending.append(item)
+            yield where, item
