@@ -137,7 +137,7 @@ class Dispatcher:
             A forward pass with cells of this caller failed.
         """
         cost = int(tokens.offsets[-1] - tokens.offsets[0])
-        self._admit(cost)
+        self.check_room(cost)
         values = np.empty((len(tokens), self.embedder.width), dtype=np.float32)
         if not len(tokens):
             return values, {"queue": 0.0, "inference": 0.0}
@@ -158,14 +158,14 @@ class Dispatcher:
         queue = time.perf_counter() - started - caller.inference
         return values, {"queue": max(queue, 0.0), "inference": caller.inference}
 
-    async def close(self) -> None:
-        """Refuse new callers, finish the accepted ones, and stop the worker. May be called twice."""
-        self._closed = True
-        while self._task is not None:
-            await asyncio.wait([self._task])
-        self._worker.shutdown()
+    def check_room(self, cost: int) -> None:
+        """Raise what :meth:`submit` would raise now for `cost` tokens; spares the work of making them.
 
-    def _admit(self, cost: int) -> None:
+        Raises
+        ------
+        OverloadedError
+            The queue is full, or the dispatcher is closing.
+        """
         if self._closed:
             raise OverloadedError("The server is shutting down. Try again, or use another server.", retry_after=5.0)
         if self._pending and self._pending + cost > self.max_queued_tokens:
@@ -174,6 +174,13 @@ class Dispatcher:
                 f"{self.max_queued_tokens:,}. Try again after the stated time, or send fewer cells.",
                 retry_after=self._retry_after(cost),
             )
+
+    async def close(self) -> None:
+        """Refuse new callers, finish the accepted ones, and stop the worker. May be called twice."""
+        self._closed = True
+        while self._task is not None:
+            await asyncio.wait([self._task])
+        self._worker.shutdown()
 
     def _retry_after(self, cost: int) -> float:
         """Seconds until there should be room for `cost` tokens, at the speed of the last windows."""
