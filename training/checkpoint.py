@@ -131,6 +131,7 @@ def save_checkpoint(
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         save_file(_stored(state), staging / WEIGHTS)
+        (staging / WEIGHTS).chmod(0o644)
         (staging / VOCABULARY).write_text(vocabulary.to_tsv(), encoding="utf-8")
         config = {
             "format_version": FORMAT_VERSION,

@@ -26,6 +26,14 @@ def masked_mean(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return (hidden.to(torch.float32) * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
 
 
+class MaskedMean(nn.Module):
+    """:func:`masked_mean` as a module, so that its part of an exported graph has a name."""
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """States [B, L, H] and mask [B, L] to float32 [B, H]."""
+        return masked_mean(hidden, attention_mask)
+
+
 class PooledEncoder(nn.Module):
     """Embeddings, all blocks but the last, and the masked mean.
 
@@ -43,6 +51,7 @@ class PooledEncoder(nn.Module):
         self.config = model.config
         self.embeddings = model.bert.embeddings
         self.blocks = nn.ModuleList(model.bert.encoder.layer[:-1])
+        self.pooling = MaskedMean()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embed a batch.
@@ -64,4 +73,5 @@ class PooledEncoder(nn.Module):
         )
         for block in self.blocks:
             hidden_BLH = block(hidden_BLH, attention)
-        return masked_mean(hidden_BLH, attention_mask)
+        pooled_BH: Tensor = self.pooling(hidden_BLH, attention_mask)
+        return pooled_BH

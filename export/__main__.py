@@ -1,0 +1,124 @@
+"""``python -m export CHECKPOINT BUNDLE_DIR --name NAME --version V``: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from export import ExportError
+from perturbscope.errors import InvalidInputError, PerturbScopeError
+
+if TYPE_CHECKING:
+    from perturbscope.bundle import Bundle
+    from perturbscope.counts import CountMatrix
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class VariantOption(StrEnum):
+    """Smaller graphs."""
+
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory that training wrote.")],
+    bundle_dir: Annotated[Path, typer.Argument(help="Bundle to create.")],
+    name: Annotated[str, typer.Option(help="Name under which a server offers the model.")],
+    version: Annotated[str, typer.Option(help="Version of the model.")],
+    variant: Annotated[
+        list[VariantOption] | None, typer.Option(help="Write this smaller graph, too; may be repeated.")
+    ] = None,
+    cells: Annotated[
+        Path | None, typer.Option(help="Cells (.h5ad, ...) to compare the variants on; default: random genes.")
+    ] = None,
+    card: Annotated[Path | None, typer.Option(help="Model card in Markdown; default: made from the facts.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the weights; default: the checkpoint's.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest difference between torch and ONNX Runtime.")] = 1e-4,
+    min_cosine: Annotated[float, typer.Option(help="Least cosine of a variant's cell to float32.")] = 0.99,
+    seed: Annotated[int, typer.Option(help="Seed of the cells that are compared.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
+) -> None:
+    """Export a checkpoint as a bundle; a bundle that misses its tolerance is not written.
+
+    Exit code 0 if written, 2 for bad usage or input, 1 for the rest.
+    """
+    errors = Console(stderr=True, highlight=False)
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=errors
+    )
+    try:
+        with bars:
+            task = bars.add_task("loading", total=None)
+            # Imports of torch and transformers take seconds; --help should not.
+            from export.pipeline import export_checkpoint
+
+            bundle = export_checkpoint(
+                checkpoint,
+                bundle_dir,
+                name=name,
+                version=version,
+                variants=[item.value for item in variant or []],
+                cells=_read_cells(cells),
+                card=_read_card(card),
+                licence=licence,
+                tolerance=tolerance,
+                min_cosine=min_cosine,
+                seed=seed,
+                overwrite=overwrite,
+                progress=lambda stage, done, total: bars.update(task, description=stage, completed=done, total=total),
+            )
+    except (ExportError, PerturbScopeError) as error:
+        errors.print(f"[bold red]error[/]: {error}", soft_wrap=True)
+        raise typer.Exit(2 if isinstance(error, InvalidInputError) else 1) from error
+    _summary(bundle)
+
+
+def _read_card(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"The model card {path} cannot be read: {error}.") from error
+
+
+def _read_cells(path: Path | None) -> CountMatrix | None:
+    if path is None:
+        return None
+    from perturbscope.readers import open_cells
+
+    with open_cells(path) as source:
+        return source.read()
+
+
+def _summary(bundle: Bundle) -> None:
+    """The written bundle as a table on standard output."""
+    manifest = bundle.manifest
+    table = Table(title=f"{bundle.path}: {bundle.model_id}", title_justify="left")
+    for heading in ("graph", "MB", "against", "largest difference", "lowest cosine", "mean cosine"):
+        table.add_column(heading, justify="left" if heading in {"graph", "against"} else "right")
+    for name, variant in manifest.variants.items():
+        measured = manifest.parity if name == "fp32" else manifest.parity["variants"][name]
+        mean = measured.get("mean_cosine")
+        table.add_row(
+            f"{name} ({variant.file})",
+            f"{(bundle.path / variant.file).stat().st_size / 1e6:.2f}",
+            "torch" if name == "fp32" else "fp32",
+            f"{measured['max_abs_difference']:.2e}",
+            f"{measured['lowest_cosine']:.7f}",
+            "" if mean is None else f"{mean:.7f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    app()

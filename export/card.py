@@ -1,0 +1,45 @@
+"""A model card made of the facts that a manifest holds."""
+
+from __future__ import annotations
+
+import json
+
+from perturbscope.bundle import Manifest
+from perturbscope.genes import GeneVocabulary
+
+
+def model_card(manifest: Manifest, vocabulary: GeneVocabulary) -> str:
+    """Markdown text: what the model is, how it was made, and how near the graphs are to it."""
+    parity = manifest.parity
+    lines = [
+        f"# {manifest.name} {manifest.version}",
+        "",
+        f"Cell embeddings of width {manifest.width} from raw counts of single cells: {manifest.pooling}, of "
+        f"{manifest.layer}.",
+        "",
+        f"- Family: `{manifest.family}`, {json.dumps(manifest.family_config, sort_keys=True)}",
+        f"- Vocabulary: {len(vocabulary.gene_ids):,} genes, hash `{manifest.vocabulary_hash[:12]}`; "
+        f"{vocabulary.source}",
+        f"- Licence of the weights: {manifest.licence}",
+        f"- The graph holds {parity['blocks_in_graph']} of the model's {parity['blocks_of_model']} blocks, and no "
+        "language-model head.",
+        f"- torch {parity['torch']} against ONNX Runtime {parity['onnxruntime']}: largest difference "
+        f"{parity['max_abs_difference']:.2g} over {len(parity['cases'])} batches (tolerance {parity['tolerance']:g}).",
+        "",
+    ]
+    if "variants" in parity:
+        cells = parity["compared_cells"]
+        lines += [
+            f"Variants, on {cells['n']} cells ({cells['kind']}, {cells['shortest']} to {cells['longest']} tokens):",
+            "",
+            "| variant | lowest cosine to fp32 | mean cosine | mean cosine after centring |",
+            "|---|---|---|---|",
+            *(
+                f"| {name} | {item['lowest_cosine']:.6f} | {item['mean_cosine']:.6f} | "
+                f"{item['mean_centred_cosine']:.6f} |"
+                for name, item in parity["variants"].items()
+            ),
+            "",
+        ]
+    training = json.dumps(manifest.training, indent=2, sort_keys=True)
+    return "\n".join([*lines, "## Training", "", "```json", training, "```", ""])

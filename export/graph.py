@@ -1,0 +1,219 @@
+"""Graphs: the pooled encoder as ONNX, fused for ONNX Runtime, and its smaller variants.
+
+The fused operators (Attention, EmbedLayerNormalization, SkipLayerNormalization) take the attention mask as one length
+per row, so cells must be padded on the right, as :func:`perturbscope.families.pad` does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+import torch
+from onnx import ModelProto, TensorProto
+from transformers import BertForMaskedLM
+
+from export import GraphError
+from perturbscope.encoder import OUTPUT
+from training.pooling import PooledEncoder
+
+INPUTS = ("input_ids", "attention_mask")
+"""Inputs of the graph, both int64 [batch, length]."""
+_OPSET = 17
+"""The newest that the tracing exporter writes attention in such a way that the fusion finds it."""
+_POOLING = "/pooling/"
+"""Scope of the nodes of the mean over tokens: the name that the pooled encoder gives it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphFacts:
+    """What a graph holds.
+
+    Attributes
+    ----------
+    blocks
+        Transformer blocks, counted by their attention.
+    fused
+        Whether attention is one operator a block.
+    matrix_elements
+        Elements of all stored floating-point matrices (quantised ones included).
+    operators
+        Nodes by operator.
+    """
+
+    blocks: int
+    fused: bool
+    matrix_elements: int
+    operators: dict[str, int]
+
+
+def build_graph(model: BertForMaskedLM, *, fuse: bool = True) -> ModelProto:
+    """The graph of a model's cell embedding, float32.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode, on the CPU, with eager attention (fused attention kernels are opaque to the fusion).
+    fuse
+        Join each block's operators into those that ONNX Runtime has kernels for.
+
+    Raises
+    ------
+    GraphError
+        The graph holds a block or a head that the embedding does not need, or could not be fused.
+    """
+    encoder = PooledEncoder(model).eval()
+    graph = _trace(encoder)
+    if fuse:
+        graph = _fuse(graph, heads=model.config.num_attention_heads, hidden=model.config.hidden_size)
+    wanted = sum(parameter.numel() for parameter in encoder.parameters() if parameter.ndim == 2)
+    check_graph(graph, blocks=len(encoder.blocks), matrix_elements=wanted, fused=fuse)
+    return graph
+
+
+def half_precision(graph: ModelProto) -> ModelProto:
+    """The graph with float16 weights and arithmetic; the mean over tokens stays float32, as a sum could overflow."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    pooling = [node for node in graph.graph.node if node.name.startswith(_POOLING)]
+    states = _pooled_states(pooling)
+    body = ModelProto()
+    body.CopyFrom(graph)
+    _replace(body.graph.node, [node for node in graph.graph.node if not node.name.startswith(_POOLING)])
+    _replace(body.graph.output, [onnx.helper.make_tensor_value_info(states, TensorProto.FLOAT, None)])
+    converted: ModelProto = convert_float_to_float16(body)
+    wide = f"{states}_float32"
+    converted.graph.node.append(
+        onnx.helper.make_node("Cast", [states], [wide], name="/pooling/CastStates", to=TensorProto.FLOAT)
+    )
+    for node in pooling:
+        copy = converted.graph.node.add()
+        copy.CopyFrom(node)
+        _replace(copy.input, [wide if name == states else name for name in node.input])
+    _replace(converted.graph.output, list(graph.graph.output))
+    return converted
+
+
+def eight_bit(graph: ModelProto) -> ModelProto:
+    """The graph with int8 weights, one scale a channel; activations are quantised as they come.
+
+    Weights use 7 of the 8 bits: without that, processors that have AVX2 but not VNNI overflow their 16-bit sums, and
+    the embedding would depend on the machine.
+    """
+    from onnxruntime.quantization import quantize_dynamic
+
+    with TemporaryDirectory() as folder:
+        source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+        onnx.save(graph, source)
+        quantize_dynamic(
+            source,
+            target,
+            per_channel=True,
+            reduce_range=True,
+            # Shapes inside the fused operators are unknown to ONNX; without a default their type is, too.
+            extra_options={"DefaultTensorType": TensorProto.FLOAT},
+        )
+        return onnx.load(target)
+
+
+def graph_facts(graph: ModelProto) -> GraphFacts:
+    """Count what a graph holds."""
+    operators = Counter(node.op_type for node in graph.graph.node)
+    fused = operators["Attention"] + operators["QAttention"]
+    matrices = [item for item in graph.graph.initializer if len(item.dims) == 2]
+    return GraphFacts(
+        blocks=fused or operators["Softmax"],
+        fused=fused > 0,
+        matrix_elements=sum(int(item.dims[0]) * int(item.dims[1]) for item in matrices),
+        operators=dict(sorted(operators.items())),
+    )
+
+
+def check_graph(graph: ModelProto, *, blocks: int, matrix_elements: int, fused: bool) -> None:
+    """Prove that a graph holds what a cell embedding needs and no more.
+
+    Parameters
+    ----------
+    blocks
+        Transformer blocks wanted: all but the last.
+    matrix_elements
+        Elements of all matrices of the pooled encoder. A second embedding table, a language-model head or an unused
+        block would exceed it.
+    fused
+        Whether the graph was to be fused.
+
+    Raises
+    ------
+    GraphError
+        It does not.
+    """
+    facts = graph_facts(graph)
+    if facts.blocks != blocks:
+        raise GraphError(f"The graph has {facts.blocks} transformer blocks; the embedding needs {blocks}.")
+    if facts.matrix_elements > matrix_elements:
+        raise GraphError(
+            f"The graph stores matrices of {facts.matrix_elements} elements; the embedding needs {matrix_elements}. "
+            "A weight is stored twice, or belongs to an unused part."
+        )
+    if fused and not (
+        facts.fused
+        and facts.operators.get("EmbedLayerNormalization", 0) == 1
+        and facts.operators.get("SkipLayerNormalization", 0) == 2 * blocks
+    ):
+        raise GraphError(
+            f"The graph could not be fused; its operators are {facts.operators}. "
+            "The versions of torch, transformers and onnxruntime must be those of the requirements."
+        )
+
+
+def _trace(encoder: PooledEncoder) -> ModelProto:
+    """The encoder as a plain graph with dynamic batch and length."""
+    ids_BL = torch.full((2, 3), 2, dtype=torch.int64)
+    mask_BL = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.int64)
+    axes = {name: {0: "batch", 1: "length"} for name in INPUTS} | {OUTPUT: {0: "batch"}}
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        # The tracing exporter is the one whose graphs can be fused; its notices of age, and transformers' check of
+        # the mask's rank (the same for all inputs), say nothing about this graph, which is compared with torch.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="Converting a tensor to a Python boolean")
+        warnings.filterwarnings("ignore", message="Exporting aten::index operator", category=UserWarning)
+        torch.onnx.export(
+            encoder,
+            (ids_BL, mask_BL),
+            Path(folder) / "traced.onnx",
+            input_names=list(INPUTS),
+            output_names=[OUTPUT],
+            dynamic_axes=axes,
+            opset_version=_OPSET,
+            dynamo=False,
+        )
+        return onnx.load(Path(folder) / "traced.onnx")
+
+
+def _fuse(graph: ModelProto, *, heads: int, hidden: int) -> ModelProto:
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    optimizer = optimize_model(graph, model_type="bert", num_heads=heads, hidden_size=hidden, opt_level=0)
+    optimizer.topological_sort(is_deterministic=True)
+    fused: ModelProto = optimizer.model
+    fused.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    return fused
+
+
+def _pooled_states(pooling: list[onnx.NodeProto]) -> str:
+    """Name of the last block's output: what the pooling multiplies with the mask."""
+    inside = {name for node in pooling for name in node.output}
+    (product,) = (node for node in pooling if node.op_type == "Mul")
+    (states,) = (name for name in product.input if name not in inside)
+    return states
+
+
+def _replace(field: Any, items: list[Any]) -> None:
+    """Set a repeated protobuf field."""
+    del field[:]
+    field.extend(items)
