@@ -19,20 +19,22 @@ COUNT_TYPE_FLOAT32: CountType
 COUNT_TYPE_FLOAT64: CountType
 
 class CountMatrix(_message.Message):
-    __slots__ = ("gene_ids", "indptr", "indices", "data", "data_type", "total_counts")
+    __slots__ = ("gene_ids", "indptr", "indices", "data", "data_type", "total_counts", "first_row")
     GENE_IDS_FIELD_NUMBER: _ClassVar[int]
     INDPTR_FIELD_NUMBER: _ClassVar[int]
     INDICES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
     gene_ids: _containers.RepeatedScalarFieldContainer[str]
     indptr: bytes
     indices: bytes
     data: bytes
     data_type: CountType
     total_counts: bytes
-    def __init__(self, gene_ids: _Optional[_Iterable[str]] = ..., indptr: _Optional[bytes] = ..., indices: _Optional[bytes] = ..., data: _Optional[bytes] = ..., data_type: _Optional[_Union[CountType, str]] = ..., total_counts: _Optional[bytes] = ...) -> None: ...
+    first_row: int
+    def __init__(self, gene_ids: _Optional[_Iterable[str]] = ..., indptr: _Optional[bytes] = ..., indices: _Optional[bytes] = ..., data: _Optional[bytes] = ..., data_type: _Optional[_Union[CountType, str]] = ..., total_counts: _Optional[bytes] = ..., first_row: _Optional[int] = ...) -> None: ...
 
 class EmbeddingMatrix(_message.Message):
     __slots__ = ("values", "width")

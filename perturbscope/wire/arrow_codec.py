@@ -22,19 +22,20 @@ from perturbscope.wire.messages import CompareAnswer, CompareRequest, EmbedReque
 from perturbscope.wire.tables import COMPARE_KINDS, SCORE_KINDS, Kind, embed_meta, embeddings_of, rows_of, table_of
 
 _COUNTS = ("indices", "counts", "total_counts")
+_META = ("gene_ids", "first_row", "options", "model")
 _ARROW_TYPES: dict[Kind, Any] = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64()}
 
 
 def embed_request_to_arrow(request: EmbedRequest) -> bytes:
     """Columns ``indices, counts, total_counts``; metadata ``{"gene_ids", "model"}``."""
-    return write_stream(_count_columns(request.cells), {"gene_ids": _names(request.cells), "model": request.model})
+    return write_stream(_count_columns(request.cells), {**_count_meta(request.cells), "model": request.model})
 
 
 def embed_request_from_arrow(body: bytes) -> EmbedRequest:
     """Read what :func:`embed_request_to_arrow` writes. Raises errors of :mod:`perturbscope.errors` for bad input."""
     table, meta = read_stream(body)
     _expect_columns(table, _COUNTS)
-    meta = check.mapping(meta, "metadata", required=["gene_ids"], optional=["model"])
+    meta = check.mapping(meta, "metadata", required=["gene_ids"], optional=["first_row", "model"])
     return EmbedRequest(cells=_cells_from(table, meta), model=check.optional_text(meta.get("model"), "model"))
 
 
@@ -46,7 +47,7 @@ def score_request_to_arrow(request: ScoreRequest) -> bytes:
 def score_request_from_arrow(body: bytes) -> ScoreRequest:
     """Read what :func:`score_request_to_arrow` writes. Raises errors of :mod:`perturbscope.errors` for bad input."""
     table, meta = read_stream(body)
-    meta = check.mapping(meta, "metadata", required=["control"], optional=["gene_ids", "options", "model"])
+    meta = check.mapping(meta, "metadata", required=["control"], optional=_META)
     return ScoreRequest(**_labelled_from(table, meta), control=check.text(meta["control"], "control"))
 
 
@@ -59,7 +60,7 @@ def compare_request_to_arrow(request: CompareRequest) -> bytes:
 def compare_request_from_arrow(body: bytes) -> CompareRequest:
     """Read what :func:`compare_request_to_arrow` writes. Raises errors of :mod:`perturbscope.errors` for bad input."""
     table, meta = read_stream(body)
-    meta = check.mapping(meta, "metadata", optional=["gene_ids", "options", "model", "pairs", "control"])
+    meta = check.mapping(meta, "metadata", optional=(*_META, "pairs", "control"))
     return CompareRequest(
         **_labelled_from(table, meta),
         pairs=check.pairs(meta.get("pairs")),
@@ -112,9 +113,8 @@ def compare_answer_from_arrow(body: bytes) -> CompareAnswer:
     )
 
 
-def _names(cells: CountMatrix) -> list[str]:
-    names: list[str] = cells.gene_ids.tolist()
-    return names
+def _count_meta(cells: CountMatrix) -> dict[str, Any]:
+    return {"gene_ids": cells.gene_ids.tolist(), "first_row": cells.first_row}
 
 
 def _count_columns(cells: CountMatrix) -> dict[str, Any]:
@@ -141,8 +141,8 @@ def _labelled_columns(request: ScoreRequest | CompareRequest) -> dict[str, Any]:
 
 
 def _labelled_meta(request: ScoreRequest | CompareRequest) -> dict[str, Any]:
-    names = {"gene_ids": _names(request.cells)} if request.cells is not None else {}
-    return {**names, "options": request.options.to_dict(), "model": request.model}
+    about = _count_meta(request.cells) if request.cells is not None else {}
+    return {**about, "options": request.options.to_dict(), "model": request.model}
 
 
 def _labelled_from(table: pa.Table, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _labelled_from(table: pa.Table, meta: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidParameterError("gene_ids are given with embeddings; give cells or embeddings.", field="gene_ids")
     return {
         "embeddings": _vectors_from(table) if given else None,
-        "cells": None if given else _cells_from(table, check.mapping(meta, "metadata", optional=meta)),
+        "cells": None if given else _cells_from(table, meta),
         "perturbations": _labels(table, "perturbation"),
         "batches": _labels(table, "batch") if "batch" in table.column_names else None,
         "options": check.score_options(meta.get("options")),
@@ -226,7 +226,9 @@ def _cells_from(table: pa.Table, meta: Mapping[str, Any]) -> CountMatrix:
             field="counts",
         )
     totals = _plain(table, "total_counts") if "total_counts" in table.column_names else None
-    return check.count_matrix(meta["gene_ids"], starts, indices, counts, totals)
+    return check.count_matrix(
+        meta["gene_ids"], starts, indices, counts, totals=totals, first_row=meta.get("first_row", 0)
+    )
 
 
 def _vectors(values: NDArray[np.float32]) -> Any:

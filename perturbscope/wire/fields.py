@@ -163,11 +163,22 @@ def embedding_matrix(values: NDArray[Any], field: str = "embeddings") -> NDArray
 
 
 def count_matrix(
-    gene_ids: Any, indptr: NDArray[Any], indices: NDArray[Any], data: NDArray[Any], totals: NDArray[Any] | None
+    gene_ids: Any,
+    indptr: NDArray[Any],
+    indices: NDArray[Any],
+    data: NDArray[Any],
+    *,
+    totals: NDArray[Any] | None,
+    first_row: Any = 0,
 ) -> CountMatrix:
-    """Raw counts, with their names checked first."""
+    """Raw counts, once names and places are such that no later step is led out of its arrays."""
     names = texts(gene_ids, "gene_ids", MalformedMatrixError)
-    return CountMatrix.from_csr(data, indices, indptr, names, totals=totals)
+    if indptr.dtype.kind in "iu" and indptr.size and not 0 <= indptr.min() <= indptr.max() <= len(data):
+        raise MalformedMatrixError(
+            f"indptr runs from {indptr.min()} to {indptr.max()}, but there are {len(data)} values.", field="indptr"
+        )
+    row = integer(first_row, "first_row")
+    return CountMatrix.from_csr(data, indices, indptr, names, totals=totals, first_row=row)
 
 
 def score_options(value: Any) -> ScoreOptions:

@@ -167,18 +167,20 @@ def _cells_to_dict(cells: CountMatrix) -> dict[str, Any]:
         "indices": cells.counts.indices.tolist(),
         "data": cells.counts.data.tolist(),
         "total_counts": cells.totals.tolist(),
+        "first_row": cells.first_row,
     }
 
 
 def _cells_from(value: Any) -> CountMatrix:
-    data = check.mapping(value, "cells", required=_CELLS, optional=["total_counts"])
+    data = check.mapping(value, "cells", required=_CELLS, optional=["total_counts", "first_row"])
     totals = data.get("total_counts")
     return check.count_matrix(
         data["gene_ids"],
         check.numbers(data["indptr"], "indptr"),
         check.numbers(data["indices"], "indices"),
         check.numbers(data["data"], "data"),
-        None if totals is None else check.numbers(totals, "total_counts"),
+        totals=None if totals is None else check.numbers(totals, "total_counts"),
+        first_row=data.get("first_row", 0),
     )
 
 

@@ -159,6 +159,7 @@ def _cells_to_proto(cells: CountMatrix) -> pb.CountMatrix:
         data=_bytes(cells.counts.data, "<i4"),
         data_type=pb.COUNT_TYPE_INT32,
         total_counts=_bytes(cells.totals, "<f8"),
+        first_row=cells.first_row,
     )
 
 
@@ -176,7 +177,8 @@ def _cells_from(message: pb.CountMatrix) -> CountMatrix:
         _array(message.indptr, "<i8", "indptr", MalformedMatrixError),
         _array(message.indices, "<i4", "indices", MalformedMatrixError),
         _array(message.data, dtype, "data", MalformedMatrixError),
-        totals,
+        totals=totals,
+        first_row=message.first_row,
     )
 
 

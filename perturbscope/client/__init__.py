@@ -1,0 +1,20 @@
+"""Clients of a PerturbScope server: over HTTP and over gRPC, blocking and asynchronous, with the same answers.
+
+::
+
+    with Client("http://localhost:3000") as client:
+        embeddings = client.embed_cells(cells, progress=bar.update)
+        scores = client.score(embeddings.values, labels, control="non-targeting")
+
+    async with AsyncGrpcClient("localhost:3001") as client:
+        embeddings = await client.embed_cells(cells)
+
+Errors are those of :mod:`perturbscope.errors`, the same that the library raises without a server. Overload and a server
+that cannot be reached are retried; see :class:`RetryPolicy`.
+"""
+
+from perturbscope.client.exchange import ChunkLimits, RetryPolicy
+from perturbscope.client.grpc import AsyncGrpcClient, GrpcClient
+from perturbscope.client.http import AsyncClient, Client
+
+__all__ = ["AsyncClient", "AsyncGrpcClient", "ChunkLimits", "Client", "GrpcClient", "RetryPolicy"]

@@ -1,0 +1,141 @@
+"""Clients over gRPC. grpc itself is imported when the first client is made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from perturbscope.client.base import TIMEOUT, AsyncBase, SyncBase
+from perturbscope.client.exchange import ChunkLimits, RetryPolicy
+from perturbscope.client.transports import grpc_answer, grpc_call, grpc_failure
+from perturbscope.errors import InvalidParameterError
+from perturbscope.wire.messages import Answer, Request
+
+if TYPE_CHECKING:
+    import grpc
+
+# The server states its own limits; a client's would only hide them.
+_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+
+class GrpcClient(SyncBase):
+    """A blocking client over gRPC.
+
+    Parameters
+    ----------
+    target
+        ``host:port``; ``grpc://`` may stand before it.
+    model
+        Name of the model; None: the server's default.
+    timeout
+        Seconds to wait for one answer.
+    retries
+        When to try again.
+    chunks
+        How many cells one request carries.
+    credentials
+        For TLS, from ``grpc.ssl_channel_credentials``; None: no TLS.
+    seed
+        Of the jitter between tries.
+
+    Raises
+    ------
+    InvalidParameterError
+        `target` is empty or an address of another protocol, or another parameter is out of range.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        model: str | None = None,
+        timeout: float = TIMEOUT,
+        retries: RetryPolicy | None = None,
+        chunks: ChunkLimits | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        seed: int | None = None,
+    ) -> None:
+        import grpc
+
+        from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
+
+        super().__init__(model=model, retries=retries, chunks=chunks, seed=seed)
+        self._target, self._timeout = _checked_target(target), _checked_timeout(timeout)
+        self._channel = (
+            grpc.insecure_channel(self._target, _OPTIONS)
+            if credentials is None
+            else grpc.secure_channel(self._target, credentials, _OPTIONS)
+        )
+        self._stub = PerturbScopeStub(self._channel)
+        self._rpc_error = grpc.RpcError
+
+    def _exchange(self, request: Request) -> Answer:
+        rpc, message = grpc_call(request)
+        try:
+            reply = getattr(self._stub, rpc)(message, timeout=self._timeout)
+        except self._rpc_error as error:
+            call = cast("Any", error)
+            raise grpc_failure(call.code().name, call.details(), call.trailing_metadata(), self._target) from error
+        return grpc_answer(request, reply)
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._channel.close()
+
+
+class AsyncGrpcClient(AsyncBase):
+    """An asynchronous client over gRPC, to be made where an event loop runs. See :class:`GrpcClient`."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        model: str | None = None,
+        timeout: float = TIMEOUT,
+        retries: RetryPolicy | None = None,
+        chunks: ChunkLimits | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        seed: int | None = None,
+    ) -> None:
+        import grpc.aio
+
+        from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
+
+        super().__init__(model=model, retries=retries, chunks=chunks, seed=seed)
+        self._target, self._timeout = _checked_target(target), _checked_timeout(timeout)
+        self._channel = (
+            grpc.aio.insecure_channel(self._target, _OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(self._target, credentials, _OPTIONS)
+        )
+        self._stub = PerturbScopeStub(self._channel)
+        self._rpc_error = grpc.aio.AioRpcError
+
+    async def _exchange(self, request: Request) -> Answer:
+        rpc, message = grpc_call(request)
+        try:
+            reply = await getattr(self._stub, rpc)(message, timeout=self._timeout)
+        except self._rpc_error as error:
+            raise grpc_failure(
+                error.code().name,
+                error.details(),
+                cast("Any", error.trailing_metadata()),
+                self._target,
+            ) from error
+        return grpc_answer(request, reply)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+
+def _checked_target(target: str) -> str:
+    bare = target.removeprefix("grpc://")
+    if not bare or "://" in bare:
+        raise InvalidParameterError(f"{target!r} is not the address of a gRPC server; give host:port.", field="target")
+    return bare
+
+
+def _checked_timeout(seconds: float) -> float:
+    if not seconds > 0:
+        raise InvalidParameterError(f"timeout is {seconds}; it must be above 0 seconds.", field="timeout")
+    return seconds

@@ -1,0 +1,240 @@
+"""Requests as HTTP and gRPC calls, and what comes back as answers or failures. Pure functions, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from perturbscope import wire
+from perturbscope.client.exchange import Failure, failure_of, seconds_of
+from perturbscope.errors import (
+    InvalidInputError,
+    LimitExceededError,
+    OverloadedError,
+    PerturbScopeError,
+    ServerError,
+    ServerUnreachableError,
+)
+from perturbscope.wire.fields import parse_json
+
+Format = Literal["arrow", "json"]
+CODE, FIELD, RETRY_AFTER = "perturbscope-code", "perturbscope-field", "retry-after"
+"""Trailing metadata of a failed gRPC call."""
+
+
+class _Route(NamedTuple):
+    """How one kind of request travels."""
+
+    rpc: str
+    to_json: Callable[[Any], bytes] | None
+    to_arrow: Callable[[Any], bytes] | None
+    to_proto: Callable[[Any], Any]
+    from_json: Callable[[bytes], wire.Answer]
+    from_arrow: Callable[[bytes], wire.Answer] | None
+    from_proto: Callable[[Any], wire.Answer]
+
+
+def _models_request_to_proto(_: wire.ModelsRequest) -> Any:
+    from perturbscope.proto import perturbscope_v1_pb2 as pb
+
+    return pb.ModelsRequest()
+
+
+_ROUTES: dict[type[wire.Request], _Route] = {
+    wire.EmbedRequest: _Route(
+        "Embed",
+        wire.embed_request_to_json,
+        wire.embed_request_to_arrow,
+        wire.embed_request_to_proto,
+        wire.embed_answer_from_json,
+        wire.embed_answer_from_arrow,
+        wire.embed_answer_from_proto,
+    ),
+    wire.ScoreRequest: _Route(
+        "Score",
+        wire.score_request_to_json,
+        wire.score_request_to_arrow,
+        wire.score_request_to_proto,
+        wire.score_answer_from_json,
+        wire.score_answer_from_arrow,
+        wire.score_answer_from_proto,
+    ),
+    wire.CompareRequest: _Route(
+        "Compare",
+        wire.compare_request_to_json,
+        wire.compare_request_to_arrow,
+        wire.compare_request_to_proto,
+        wire.compare_answer_from_json,
+        wire.compare_answer_from_arrow,
+        wire.compare_answer_from_proto,
+    ),
+    wire.ModelsRequest: _Route(
+        "Models",
+        None,
+        None,
+        _models_request_to_proto,
+        wire.models_answer_from_json,
+        None,
+        wire.models_answer_from_proto,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class HttpCall:
+    """One HTTP request, without host."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    content: bytes | None
+
+
+def http_call(request: wire.Request, body: Format) -> HttpCall:
+    """The HTTP form of a request, its body and its answer as Arrow or JSON."""
+    route = _ROUTES[type(request)]
+    encode = route.to_arrow if body == "arrow" else route.to_json
+    if encode is None:
+        return HttpCall("GET", request.path, {"accept": wire.JSON}, None)
+    kind = wire.ARROW if body == "arrow" else wire.JSON
+    return HttpCall("POST", request.path, {"content-type": kind, "accept": kind}, encode(request))
+
+
+def http_answer(request: wire.Request, status: int, headers: Mapping[str, str], body: bytes) -> wire.Answer:
+    """The answer in an HTTP response.
+
+    Parameters
+    ----------
+    headers
+        With names in lower case, or a mapping that does not care, as httpx's.
+
+    Raises
+    ------
+    Failure
+        The server refused, or sent what is no answer.
+    """
+    if status != 200:
+        raise _http_failure(request.path, status, headers, body)
+    route = _ROUTES[type(request)]
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    decode = {wire.JSON: route.from_json, wire.ARROW: route.from_arrow}.get(kind)
+    if decode is None:
+        raise Failure(
+            ServerError(
+                f"{request.path} answered with the content type {kind[:60]!r}, which is no answer of PerturbScope. "
+                "Check the address of the server."
+            )
+        )
+    return _decoded(decode, body, request.path)
+
+
+def grpc_call(request: wire.Request) -> tuple[str, Any]:
+    """Name of the method, and the protobuf message."""
+    route = _ROUTES[type(request)]
+    return route.rpc, route.to_proto(request)
+
+
+def grpc_answer(request: wire.Request, message: Any) -> wire.Answer:
+    """The answer in a protobuf message. Raises :class:`Failure` for a message that is no answer."""
+    route = _ROUTES[type(request)]
+    return _decoded(route.from_proto, message, route.rpc)
+
+
+def grpc_failure(
+    status: str, details: str | None, metadata: Iterable[tuple[str, str | bytes]] | None, target: str
+) -> Failure:
+    """The failure behind a status that is not OK.
+
+    Parameters
+    ----------
+    status
+        Name of the status code, for instance ``UNAVAILABLE``.
+    details
+        Its text.
+    metadata
+        Trailing metadata.
+    target
+        Address of the server, for messages.
+    """
+    sent = {
+        name.lower(): value.decode(errors="replace") if isinstance(value, bytes) else value
+        for name, value in metadata or ()
+    }
+    text = details or status
+    if CODE in sent:
+        return failure_of(sent[CODE], text, sent.get(FIELD) or None, sent.get(RETRY_AFTER))
+    if status == "UNAVAILABLE":
+        return Failure(ServerUnreachableError(_unreachable(target, text)))
+    if status == "DEADLINE_EXCEEDED":
+        return Failure(ServerUnreachableError(_too_late(target)), retry=False)
+    if status == "RESOURCE_EXHAUSTED":
+        # grpc itself refuses a message above the server's limit in this way, and says so in the text only.
+        return Failure(LimitExceededError(text) if "larger than max" in text else OverloadedError(text))
+    if status == "INVALID_ARGUMENT":
+        return Failure(InvalidInputError(text))
+    return Failure(ServerError(f"The server at {target} failed with {status}: {text}"))
+
+
+def unreachable(target: str, cause: Exception, *, timed_out: bool) -> Failure:
+    """The failure to reach an HTTP server, or to get its answer in time.
+
+    What timed out is not retried: the server may still be computing.
+    """
+    if timed_out:
+        return Failure(ServerUnreachableError(_too_late(target)), retry=False)
+    return Failure(ServerUnreachableError(_unreachable(target, str(cause) or type(cause).__name__)))
+
+
+def _unreachable(target: str, why: str) -> str:
+    return f"No answer from {target}: {why}. Check the address, and that the server is running."
+
+
+def _too_late(target: str) -> str:
+    return f"No answer from {target} in time. Send fewer cells at a time, or allow a longer timeout."
+
+
+def _decoded(decode: Callable[[Any], wire.Answer], body: Any, where: str) -> wire.Answer:
+    try:
+        return decode(body)
+    except InvalidInputError as error:
+        raise Failure(ServerError(f"The answer of {where} cannot be read: {error.message}")) from error
+
+
+def _http_failure(path: str, status: int, headers: Mapping[str, str], body: bytes) -> Failure:
+    data = _json_or_none(body)
+    # BentoML wraps errors in a list, and has a plain text under "error".
+    if isinstance(data, list) and len(data) == 1:
+        data = data[0]
+    data = data if isinstance(data, Mapping) else {}
+    inner = data.get("error", data)
+    hint = headers.get("retry-after")
+    if isinstance(inner, Mapping) and isinstance(inner.get("code"), str):
+        field = inner.get("field")
+        text = str(inner.get("message") or f"The server answered {status}.")
+        return failure_of(inner["code"], text, field if isinstance(field, str) else None, hint)
+    text = next((item for item in (inner, data.get("detail"), data.get("message")) if isinstance(item, str)), "")
+    return Failure(_plain_error(path, status, text[:500], hint))
+
+
+def _plain_error(path: str, status: int, text: str, hint: str | None) -> PerturbScopeError:
+    """The error behind a status alone, as BentoML or a proxy sends it."""
+    said = f"{path} was answered with status {status}{': ' + text if text else ''}."
+    if status in {400, 415, 422}:
+        return InvalidInputError(said)
+    if status == 413:
+        return LimitExceededError(f"{said} Send fewer cells at a time.")
+    if status == 429:
+        return OverloadedError(said, retry_after=seconds_of(hint, 1.0))
+    if status in {502, 503}:
+        return ServerUnreachableError(f"{said} The server behind this address is not ready.")
+    if status == 404:
+        return ServerError(f"{said} Check the address: it does not lead to a PerturbScope server.")
+    return ServerError(said)
+
+
+def _json_or_none(body: bytes) -> Any:
+    try:
+        return parse_json(body)
+    except InvalidInputError:
+        return None
