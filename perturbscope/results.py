@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
@@ -39,8 +39,8 @@ FLAGS: dict[str, str] = {
     "cells_subsampled": "more cells than max_cells; a seeded sample was scored",
     "controls_subsampled": "more controls than max_cells; a seeded sample was used",
     "fewer_controls_than_cells": "not enough controls for a sample of the same size; all controls were used",
-    "null_extrapolated": "too few controls to draw two disjoint groups of this size; the null sd follows from its formula",
-    "null_capped": "too few controls to draw two disjoint groups of this size; the null has the largest size possible",
+    "null_extrapolated": "too few controls for two disjoint groups of this size; the null sd follows from its formula",
+    "null_capped": "too few controls for two disjoint groups of this size; the null has the largest size possible",
     "null_sd_zero": "the controls do not vary, so z is undefined",
     "constant_embeddings": "all cells of both groups have the same vector",
     "batch_confounded": "no batch holds cells of both groups, so labels cannot be exchanged and p is undefined",
@@ -115,9 +115,10 @@ class ScoreOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.metrics, str) or not isinstance(self.metrics, (list, tuple)) or not self.metrics:
+        given: object = self.metrics  # from the wire it may be anything
+        if not isinstance(given, list | tuple) or not given:
             raise InvalidParameterError(
-                f"metrics must be a list with at least one of {', '.join(get_args(Metric))}, not {self.metrics!r}.",
+                f"metrics must be a list with at least one of {', '.join(get_args(Metric))}, not {given!r}.",
                 field="metrics",
             )
         object.__setattr__(self, "metrics", tuple(dict.fromkeys(self.metrics)))
@@ -188,7 +189,7 @@ class ScoreResult:
     warnings: list[str] = field(default_factory=list)
 
     def summary(self) -> pd.DataFrame:
-        """Over the perturbations of each metric: number, median, quartiles and skewness of z, and how many have q < 0.05.
+        """Number, median, quartiles and skewness of the perturbations' z, by metric, and how many have q < 0.05.
 
         Returns
         -------
@@ -238,5 +239,5 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= cast("int", value) <= high:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidParameterError(f"{name} must be a whole number from {low} to {high}, not {value!r}.", field=name)

@@ -1,72 +1,152 @@
-"""Scores of perturbations: distance to control, z, p and q."""
+"""Scores of perturbations against control, from embeddings and labels of cells.
+
+Works on any embedding: the model's, PCA, scVI. See :mod:`perturbscope.scorers` for what the numbers are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
-from perturbscope.errors import ControlLabelMissingError
-from perturbscope.results import COMPARE_COLUMNS, SCORE_COLUMNS, CompareResult, Metric, ScoreOptions, ScoreResult
+from perturbscope.calibration import Calibration, CalibrationSet, calibrate
+from perturbscope.comparison import compare_perturbations
+from perturbscope.groups import Groups
+from perturbscope.results import SCORE_COLUMNS, CompareResult, Metric, ScoreOptions, ScoreResult
+from perturbscope.scorers import Scored, make_scorer
+from perturbscope.tables import flag_warnings, provenance, resolution_warning, with_q
 
-__all__ = ["CompareResult", "Metric", "ScoreOptions", "ScoreResult", "compare_perturbations", "score_perturbations"]
+__all__ = [
+    "Calibration",
+    "CalibrationSet",
+    "CompareResult",
+    "Metric",
+    "ScoreOptions",
+    "ScoreResult",
+    "calibrate",
+    "compare_perturbations",
+    "score_perturbations",
+]
 
-Progress = Callable[[str, int, int], None]
-
-
-def _distance(x: NDArray[Any], y: NDArray[Any]) -> float:
-    def mean(a: NDArray[Any], b: NDArray[Any]) -> float:
-        return float(np.linalg.norm(a[:, None] - b[None], axis=2).sum())
-
-    n, m = len(x), len(y)
-    return 2 * mean(x, y) / (n * m) - mean(x, x) / (n * (n - 1)) - mean(y, y) / (m * (m - 1))
+_NOT_SCORED = Scored(float("nan"), float("nan"), float("nan"), float("nan"), ())
 
 
 def score_perturbations(
-    embeddings: NDArray[np.float32],
+    embeddings: ArrayLike,
     perturbations: Sequence[str],
     *,
     control: str,
     batches: Sequence[str] | None = None,
     options: ScoreOptions | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> ScoreResult:
-    """Score every perturbation against the control cells."""
+    """Distance of every perturbation from control, with z, p and q.
+
+    Parameters
+    ----------
+    embeddings
+        One vector a cell, [n, width].
+    perturbations
+        Label of each cell.
+    control
+        The label of the control cells.
+    batches
+        Batch of each cell: labels are then exchanged within batches only. z takes no account of batches.
+    options
+        Metrics, estimator, null, sizes, seed; default :class:`ScoreOptions`.
+    progress
+        Called as ``progress("score", done, total)``, by perturbation and metric.
+
+    Returns
+    -------
+    One row a perturbation and metric, strongest first within a metric. Rows that could not be scored come last, with
+    NaN and a flag.
+
+    Raises
+    ------
+    InvalidEmbeddingError
+        Embeddings that are not a finite matrix, or with a zero row; names the row.
+    MalformedMatrixError
+        As many labels or batches as cells are needed.
+    ControlLabelMissingError, TooFewControlsError
+        No, or too few, control cells.
+    TooFewCellsError
+        No perturbation has `min_cells` cells.
+    SolverError
+        Optimal transport did not converge.
+    """
     options = options or ScoreOptions()
-    labels = np.asarray(perturbations, dtype=object)
-    if control not in labels:
-        raise ControlLabelMissingError(f"No cell is labelled {control!r}.", field="control")
+    groups = Groups.of(embeddings, perturbations, batches, options, control=control)
+    names = [name for name in groups.members if name != control]
+    scorable = set(groups.scorable(names, options))
+    controls = groups.members[control]
+    sampled = ["controls_subsampled"] if groups.sizes[control] > len(controls) else []
+    done, total = 0, len(scorable) * len(options.metrics)
     rows = []
-    for name in sorted(set(labels) - {control}):
-        x, y = embeddings[labels == name], embeddings[labels == control]
-        for metric in options.metrics:
-            rows.append((name, len(x), len(y), metric, _distance(x, y), *[float("nan")] * 5, ""))
-    table = pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
-    return ScoreResult(table, {"options": options.to_dict(), "seed": options.seed}, [])
+    for metric in options.metrics:
+        scorer = make_scorer(metric, groups, controls, options)
+        for name in names:
+            scored = scorer.score(name, groups.members[name]) if name in scorable else _NOT_SCORED
+            flags = [*groups.label_flags(name, options), *sampled, *scored.flags]
+            rows.append(
+                {
+                    "perturbation": name,
+                    "n_cells": groups.sizes[name],
+                    "n_controls": len(controls),
+                    "metric": metric,
+                    "distance": scored.distance,
+                    "null_mean": scored.null_mean,
+                    "null_sd": scored.null_sd,
+                    "z": scored.z,
+                    "p": scored.p,
+                    "q": float("nan"),
+                    "flags": ";".join(flags),
+                }
+            )
+            if name in scorable:
+                done += 1
+                if progress:
+                    progress("score", done, total)
+    table = with_q(pd.DataFrame(rows, columns=list(SCORE_COLUMNS)), options)
+    table["rank"] = table["metric"].map(options.metrics.index)
+    table = table.sort_values(["rank", "z", "distance", "perturbation"], ascending=[True, False, False, True])
+    table = table.drop(columns="rank").reset_index(drop=True)
+    warnings = groups.warnings(names, options) + flag_warnings(table, table["perturbation"])
+    warnings += _reading(options, groups, list(scorable))
+    facts = {
+        "control": control,
+        "n_controls": groups.sizes[control],
+        "n_controls_used": len(controls),
+        "n_perturbations": len(names),
+        "n_scored": len(scorable),
+        "null": options.null if options.null == "size_matched" else f"fixed, {options.null_size} cells a group",
+        "null_moments": {
+            metric: f"{options.null_draws} random draws" if metric == "wasserstein" else "closed form, over all draws"
+            for metric in options.metrics
+        },
+        "repeats": options.repeats,
+        "permutations": {metric: _permutations(metric, options) for metric in options.metrics},
+    }
+    return ScoreResult(table, provenance("score", options, groups, **facts), warnings)
 
 
-def compare_perturbations(
-    embeddings: NDArray[np.float32],
-    perturbations: Sequence[str],
-    *,
-    pairs: Sequence[tuple[str, str]] | None = None,
-    control: str | None = None,
-    batches: Sequence[str] | None = None,
-    options: ScoreOptions | None = None,
-    progress: Progress | None = None,
-) -> CompareResult:
-    """Distances between pairs of perturbations."""
-    options = options or ScoreOptions()
-    labels = np.asarray(perturbations, dtype=object)
-    names = sorted(set(labels) - {control})
-    chosen = pairs if pairs is not None else [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    rows = []
-    for a, b in chosen:
-        x, y = embeddings[labels == a], embeddings[labels == b]
-        for metric in options.metrics:
-            rows.append((a, b, len(x), len(y), metric, _distance(x, y), *[float("nan")] * 5, ""))
-    table = pd.DataFrame(rows, columns=list(COMPARE_COLUMNS))
-    return CompareResult(table, {"options": options.to_dict(), "seed": options.seed}, [])
+def _permutations(metric: Metric, options: ScoreOptions) -> int:
+    return options.wasserstein_permutations if metric == "wasserstein" else options.permutations
+
+
+def _reading(options: ScoreOptions, groups: Groups, scorable: list[str]) -> list[str]:
+    """Warnings about how to read z and p under these options."""
+    found = []
+    sizes = np.asarray([groups.sizes[name] for name in scorable])
+    biased = options.estimator == "V" or "wasserstein" in options.metrics
+    if options.null == "fixed" and np.any(sizes != options.null_size):
+        found.append(
+            f"The null is fixed at {options.null_size} cells a group, and the perturbations have {sizes.min()} to "
+            f"{sizes.max()}: z of smaller ones is "
+            f"{'too large, and spread' if biased else 'spread'} too widely. null='size_matched' has no such bias."
+        )
+    for metric in options.metrics:
+        found += resolution_warning(len(scorable), _permutations(metric, options), metric)
+    return found

@@ -1,0 +1,211 @@
+"""Whether p and z can be believed: controls scored against controls.
+
+Nothing was done to these cells, so their p-values must be uniform and their z must have mean 0 and sd 1. Two kinds of
+split are made:
+
+``cell``
+    Random cells of the controls against the others. Uniform p-values show that the test does what it says.
+``batch``
+    The controls of some batches (wells, donors, runs) against those of the others. p-values that pile up at 0 show
+    that batches differ by themselves: then a perturbation confined to a few batches gets a small p for that alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from perturbscope.errors import InvalidParameterError
+from perturbscope.groups import MIN_CONTROLS, Groups
+from perturbscope.results import Metric, ScoreOptions
+from perturbscope.scorers import make_scorer
+from perturbscope.statistics import Uniformity, generator, uniformity
+from perturbscope.tables import provenance
+
+MAX_CALIBRATION_CELLS = 1000
+"""Most controls used: the splits are many, and each is scored in full."""
+CALIBRATION_PERMUTATIONS = 199
+"""Permutations of a split: p in steps of 0.005, finer than a Kolmogorov-Smirnov test of 200 values resolves."""
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Control-against-control splits of one kind by one metric.
+
+    Attributes
+    ----------
+    kind, metric
+        What was split, and how it was scored.
+    p, z
+        One value a split.
+    n_cells
+        Cells of the smaller, pretended perturbation: mean over the splits.
+    uniform
+        Kolmogorov-Smirnov test of `p` against the uniform distribution.
+    """
+
+    kind: Literal["cell", "batch"]
+    metric: Metric
+    p: tuple[float, ...]
+    z: tuple[float, ...]
+    n_cells: float
+    uniform: Uniformity
+
+    @property
+    def z_mean(self) -> float:
+        """Mean z; 0 for a sound score."""
+        return float(np.mean(self.z))
+
+    @property
+    def z_sd(self) -> float:
+        """Standard deviation of z; 1 for a sound score."""
+        return float(np.std(self.z))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """All sets of splits, with what made them."""
+
+    sets: tuple[CalibrationSet, ...]
+    provenance: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "sets": [{**asdict(item), "z_mean": item.z_mean, "z_sd": item.z_sd} for item in self.sets],
+            "provenance": self.provenance,
+            "warnings": self.warnings,
+        }
+
+
+def calibrate(
+    embeddings: ArrayLike,
+    perturbations: Sequence[str],
+    *,
+    control: str,
+    batches: Sequence[str] | None = None,
+    options: ScoreOptions | None = None,
+    splits: int = 200,
+    group_size: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Calibration:
+    """Score random parts of the controls against the rest.
+
+    Parameters
+    ----------
+    embeddings, perturbations, control, batches, options
+        As of :func:`perturbscope.scoring.score_perturbations`. Splits by cell keep the options' test, exchanges within
+        batches included; splits by batch exchange labels freely, since batch and label coincide. Wasserstein is left
+        out: each split would need its own drawn null. At most 1,000 controls and 199 permutations are used.
+    splits
+        Splits of each kind; fewer where there are not so many ways to split the batches.
+    group_size
+        Cells of the pretended perturbation; default the median size of the perturbations, at most half the controls.
+    progress
+        Called as ``progress("calibrate", done, total)``.
+
+    Raises
+    ------
+    InvalidParameterError
+        No metric but Wasserstein, or a size out of range.
+    InvalidEmbeddingError, MalformedMatrixError, ControlLabelMissingError, TooFewControlsError
+        As :func:`perturbscope.scoring.score_perturbations`.
+    """
+    options = options or ScoreOptions()
+    metrics = tuple(metric for metric in options.metrics if metric != "wasserstein")
+    if not metrics:
+        raise InvalidParameterError(
+            "Calibration needs e_distance or cosine_e_distance; Wasserstein is too slow to score hundreds of times.",
+            field="metrics",
+        )
+    if splits < 2:
+        raise InvalidParameterError(f"splits must be 2 or more, not {splits}.", field="splits")
+    options = replace(
+        options,
+        metrics=metrics,
+        null="size_matched",
+        permutations=min(options.permutations, CALIBRATION_PERMUTATIONS),
+        max_cells=max(min(options.max_cells, MAX_CALIBRATION_CELLS), options.min_cells),
+    )
+    groups = Groups.of(embeddings, perturbations, batches, options, control=control)
+    controls = groups.members[control]
+    others = [size for name, size in groups.sizes.items() if name != control and size >= options.min_cells]
+    half = len(controls) // 2
+    size = group_size if group_size is not None else min(int(np.median(others)) if others else half, half)
+    if not 2 <= size <= len(controls) - MIN_CONTROLS:
+        raise InvalidParameterError(
+            f"group_size must be from 2 to {len(controls) - MIN_CONTROLS} (of {len(controls)} controls), not {size}.",
+            field="group_size",
+        )
+    rng = generator(options.seed, "calibrate")
+    parts = {"cell": [rng.choice(len(controls), size, replace=False) for _ in range(splits)]}
+    if groups.batches is not None:
+        by_batch = list(_batch_parts(groups.batches[controls], size, options.min_cells, splits, rng))
+        if by_batch:
+            parts["batch"] = by_batch
+    done, total = 0, len(metrics) * sum(map(len, parts.values()))
+    sets = []
+    for metric in metrics:
+        for kind, chosen in parts.items():
+            free = replace(groups, batches=None) if kind == "batch" else groups
+            scored = []
+            for i, part in enumerate(chosen):
+                mask = np.zeros(len(controls), dtype=bool)
+                mask[part] = True
+                scorer = make_scorer(metric, free, controls[~mask], options)
+                scored.append(scorer.score(f"calibrate {kind} {i}", controls[mask]))
+                done += 1
+                if progress:
+                    progress("calibrate", done, total)
+            p = tuple(item.p for item in scored if not np.isnan(item.p))
+            z = tuple(item.z for item in scored if not np.isnan(item.z))
+            if len(p) > 1 and len(z) > 1:
+                n_cells = float(np.mean([len(part) for part in chosen]))
+                sets.append(
+                    CalibrationSet("batch" if kind == "batch" else "cell", metric, p, z, n_cells, uniformity(p))
+                )
+    facts = {"control": control, "n_controls_used": len(controls), "splits": splits, "group_size": size}
+    return Calibration(tuple(sets), provenance("calibrate", options, groups, **facts), _warnings(sets))
+
+
+def _batch_parts(
+    batches: NDArray[np.intp], size: int, floor: int, splits: int, rng: np.random.Generator
+) -> Iterator[NDArray[np.intp]]:
+    """Yield different unions of whole batches with about `size` cells, leaving `floor` cells or more on either side."""
+    names = np.unique(batches)
+    seen: set[frozenset[int]] = set()
+    # With few batches the same union comes up again and again; stop when nothing new has come for a while.
+    for _ in range(20 * splits):
+        if len(seen) == splits:
+            return
+        order = rng.permutation(names)
+        reach = np.cumsum([np.count_nonzero(batches == name) for name in order])
+        key = frozenset(order[: int(np.searchsorted(reach, size)) + 1].tolist())
+        part = np.flatnonzero(np.isin(batches, list(key)))
+        if key in seen or len(part) < floor or len(batches) - len(part) < max(floor, MIN_CONTROLS):
+            continue
+        seen.add(key)
+        yield part
+
+
+def _warnings(sets: list[CalibrationSet]) -> list[str]:
+    found = []
+    for item in sets:
+        small = float(np.mean(np.asarray(item.p) < 0.05))
+        if item.kind == "cell" and item.uniform.p < 0.001:
+            found.append(
+                f"{item.metric}: p-values of controls against controls are not uniform "
+                f"(Kolmogorov-Smirnov p = {item.uniform.p:.1g})."
+            )
+        if item.kind == "batch" and small > 0.1:
+            found.append(
+                f"{item.metric}: controls of different batches differ: {small:.0%} of {len(item.p)} splits by batch "
+                f"have p < 0.05 (5% expected; mean z {item.z_mean:.1f}). Perturbations confined to a few batches get a "
+                "small p for that alone; give the batches, or judge z against this."
+            )
+    return found

@@ -1,0 +1,219 @@
+"""Distances between perturbations, pair by pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from perturbscope.distances import MAX_TRANSPORT_CELLS, assignment_cost, pairwise_distances, transport_cost
+from perturbscope.energy import RELATIVE_NOISE, Group, Moments, Pool, null_moments
+from perturbscope.errors import InvalidParameterError
+from perturbscope.groups import Groups
+from perturbscope.results import COMPARE_COLUMNS, CompareResult, Metric, ScoreOptions
+from perturbscope.scorers import GroupMaker, Scored, exchange_flags, is_constant
+from perturbscope.statistics import Exchange, empirical_p, generator
+from perturbscope.tables import flag_warnings, provenance, resolution_warning, with_q
+
+
+def compare_perturbations(
+    embeddings: ArrayLike,
+    perturbations: Sequence[str],
+    *,
+    pairs: Sequence[tuple[str, str]] | None = None,
+    control: str | None = None,
+    batches: Sequence[str] | None = None,
+    options: ScoreOptions | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> CompareResult:
+    """Distance between the cells of two perturbations, for each pair.
+
+    p comes from exchanging the labels of the two groups (within batches where they are given). z has one of two nulls:
+    with `control`, and for the energy distances, two disjoint groups of controls of the same two sizes, in closed form
+    (:mod:`perturbscope.energy`); otherwise the exchanged labels themselves, whose spread grows with the difference, so
+    that z levels off. All cells of a perturbation are used, up to the options' `max_cells`.
+
+    Parameters
+    ----------
+    embeddings, perturbations, batches, options
+        As of :func:`perturbscope.scoring.score_perturbations`; `repeats` and `null` are not used.
+    pairs
+        Pairs of labels; all pairs of perturbations (each once) if not given.
+    control
+        Label of control cells for z; left out of the default pairs.
+    progress
+        Called as ``progress("compare", done, total)``.
+
+    Returns
+    -------
+    One row a pair and metric, in the order of the pairs.
+
+    Raises
+    ------
+    InvalidParameterError
+        A pair that names an unknown label, or one label twice.
+    InvalidEmbeddingError, MalformedMatrixError, ControlLabelMissingError, TooFewControlsError, TooFewCellsError
+        As :func:`perturbscope.scoring.score_perturbations`.
+    """
+    options = options or ScoreOptions()
+    groups = Groups.of(embeddings, perturbations, batches, options, control=control)
+    chosen = _pairs(pairs, groups, control)
+    names = list(dict.fromkeys(name for pair in chosen for name in pair))
+    scorable = set(groups.scorable(names, options))
+    rows = []
+    done, total = 0, len(chosen) * len(options.metrics)
+    for metric in options.metrics:
+        comparer = _Comparer(metric, groups, control, options)
+        for a, b in chosen:
+            flags = list(dict.fromkeys(groups.label_flags(a, options) + groups.label_flags(b, options)))
+            scored = Scored(float("nan"), float("nan"), float("nan"), float("nan"), ())
+            if a in scorable and b in scorable:
+                scored = comparer.compare(a, b)
+            rows.append(
+                {
+                    "a": a,
+                    "b": b,
+                    "n_a": groups.sizes[a],
+                    "n_b": groups.sizes[b],
+                    "metric": metric,
+                    "distance": scored.distance,
+                    "null_mean": scored.null_mean,
+                    "null_sd": scored.null_sd,
+                    "z": scored.z,
+                    "p": scored.p,
+                    "q": float("nan"),
+                    "flags": ";".join([*flags, *scored.flags]),
+                }
+            )
+            done += 1
+            if progress:
+                progress("compare", done, total)
+    table = with_q(pd.DataFrame(rows, columns=list(COMPARE_COLUMNS)), options)
+    warnings = groups.warnings(names, options) + flag_warnings(table, table["a"] + " - " + table["b"])
+    for metric in options.metrics:
+        warnings += resolution_warning(len(chosen), _permutations(metric, options), metric)
+    facts = {
+        "control": control,
+        "n_pairs": len(chosen),
+        "null": {
+            metric: "exchanged labels"
+            if control is None or metric == "wasserstein"
+            else "size-matched controls, closed form"
+            for metric in options.metrics
+        },
+        "permutations": {metric: _permutations(metric, options) for metric in options.metrics},
+    }
+    return CompareResult(table, provenance("compare", options, groups, **facts), warnings)
+
+
+class _Comparer:
+    """Compares pairs by one metric; what concerns one group alone is computed once."""
+
+    def __init__(self, metric: Metric, groups: Groups, control: str | None, options: ScoreOptions) -> None:
+        self.metric, self.groups, self.options = metric, groups, options
+        self.maker = GroupMaker(metric, groups, options)
+        self.made: dict[str, Group] = {}
+        self.moments: Moments | None = None
+        self.n_controls = 0
+        if control is not None and metric != "wasserstein":
+            self.n_controls = len(groups.members[control])
+            self.moments = self.maker.make(groups.members[control]).moments()
+
+    def group(self, name: str) -> Group:
+        if name not in self.made:
+            self.made[name] = self.maker.make(self.groups.members[name])
+        return self.made[name]
+
+    def compare(self, a: str, b: str) -> Scored:
+        cells_a, cells_b = self.groups.members[a], self.groups.members[b]
+        if is_constant(self.maker.rows[cells_a], self.maker.rows[cells_b]):
+            return Scored(0.0, 0.0, 0.0, 1.0, ("constant_embeddings", "null_sd_zero"))
+        return self._transport(a, b) if self.metric == "wasserstein" else self._energy(a, b)
+
+    def _energy(self, a: str, b: str) -> Scored:
+        options = self.options
+        cells_a, cells_b = self.groups.members[a], self.groups.members[b]
+        n, m = len(cells_a), len(cells_b)
+        pool = Pool(self.group(a), self.group(b), options.estimator)
+        exchange = Exchange.of(n, m, self.groups.pooled_batches(cells_a, cells_b))
+        flags = exchange_flags(exchange, options.permutations)
+        draws = exchange.draw(options.permutations, generator(options.seed, "exchange", a, b))
+        null = np.concatenate([pool.split(members) for members in draws]) if exchange.blocks else np.empty(0)
+        mean, sd = _spread(null, pool.noise)
+        if self.moments is not None:
+            mean, sd = null_moments(self.moments, n, m, pool=m, repeats=1, estimator=options.estimator)
+            if n + m > self.n_controls:
+                flags.append("null_extrapolated")
+        return _scored(pool.observed, mean, sd, null, pool.noise, flags)
+
+    def _transport(self, a: str, b: str) -> Scored:
+        options, flags = self.options, []
+        cells = []
+        for name in (a, b):
+            members = self.groups.members[name]
+            if len(members) > MAX_TRANSPORT_CELLS:
+                flags = ["transport_subsampled"]
+                rng = generator(options.seed, "transport", name)
+                members = rng.choice(members, MAX_TRANSPORT_CELLS, replace=False)
+            cells.append(members)
+        n = len(cells[0])
+        pooled = pairwise_distances(self.groups.rows[np.concatenate(cells)])
+        exchange = Exchange.of(n, len(cells[1]), self.groups.pooled_batches(cells[0], cells[1]))
+        flags += exchange_flags(exchange, options.wasserstein_permutations)
+        rng = generator(options.seed, "exchange", a, b)
+        null = np.asarray(
+            [
+                _optimal(pooled[np.ix_(column, ~column)])
+                for members in exchange.draw(options.wasserstein_permutations if exchange.blocks else 0, rng)
+                for column in members.T > 0
+            ]
+        )
+        noise = RELATIVE_NOISE * float(pooled.mean(dtype=np.float64))
+        return _scored(_optimal(pooled[:n, n:]), *_spread(null, noise), null, noise, flags)
+
+
+def _optimal(cost: NDArray[np.float32]) -> float:
+    return assignment_cost(cost) if cost.shape[0] == cost.shape[1] else transport_cost(cost)
+
+
+def _spread(null: NDArray[np.float64], noise: float) -> tuple[float, float]:
+    """Mean and sd of a drawn null; an sd within rounding is 0."""
+    if len(null) < 2:
+        return float("nan"), float("nan")
+    sd = float(null.std())
+    return float(null.mean()), sd if sd > noise else 0.0
+
+
+def _scored(
+    distance: float, mean: float, sd: float, null: NDArray[np.float64], noise: float, flags: list[str]
+) -> Scored:
+    p = empirical_p(distance, null, noise=noise) if len(null) else float("nan")
+    return Scored(distance, mean, sd, p, tuple([*flags, "null_sd_zero"] if sd == 0 else flags))
+
+
+def _pairs(pairs: Sequence[tuple[str, str]] | None, groups: Groups, control: str | None) -> list[tuple[str, str]]:
+    if pairs is None:
+        found = list(combinations([name for name in groups.members if name != control], 2))
+        if not found:
+            raise InvalidParameterError(
+                "There are no two perturbations to compare; give at least two labels.", field="perturbations"
+            )
+        return found
+    if not len(pairs):
+        raise InvalidParameterError("pairs is empty; leave it out to compare all pairs.", field="pairs")
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2 or pair[0] == pair[1]:
+            raise InvalidParameterError(f"A pair must be two different labels, not {pair!r}.", field="pairs")
+        for name in pair:
+            if name not in groups.members:
+                raise InvalidParameterError(
+                    f"The pair {tuple(pair)!r} names {name!r}, which no cell is labelled with.", field="pairs"
+                )
+    return [(str(a), str(b)) for a, b in pairs]
+
+
+def _permutations(metric: Metric, options: ScoreOptions) -> int:
+    return options.wasserstein_permutations if metric == "wasserstein" else options.permutations

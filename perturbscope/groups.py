@@ -1,0 +1,207 @@
+"""Labelled vectors: checked, grouped by label, sampled to a bounded size, scaled."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from perturbscope.distances import check_rows, unit_rows
+from perturbscope.errors import (
+    ControlLabelMissingError,
+    InvalidParameterError,
+    MalformedMatrixError,
+    TooFewCellsError,
+    TooFewControlsError,
+)
+from perturbscope.results import ScoreOptions
+from perturbscope.statistics import generator
+
+MIN_CONTROLS = 4
+"""Cells that the null's unbiased moments need at the very least."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Vectors by label.
+
+    Attributes
+    ----------
+    rows
+        float64 [n, width], of unit length if the options say so.
+    members
+        Positions in `rows` of each label's cells: all of them, or a seeded sample of `max_cells`.
+    sizes
+        Cells that carry each label.
+    batches
+        Batch code of each row, or None.
+    similar
+        Labels that differ from another only in case or white space, and that other.
+    """
+
+    rows: NDArray[np.float64]
+    members: dict[str, NDArray[np.intp]]
+    sizes: dict[str, int]
+    batches: NDArray[np.intp] | None
+    similar: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        embeddings: Any,
+        perturbations: Sequence[str],
+        batches: Sequence[str] | None,
+        options: ScoreOptions,
+        *,
+        control: str | None = None,
+    ) -> Groups:
+        """Check and group.
+
+        Raises
+        ------
+        InvalidEmbeddingError
+            Not a finite matrix, or a zero row where unit length is asked for.
+        MalformedMatrixError
+            Labels or batches that are not as many as the rows.
+        InvalidParameterError
+            A cell without a label or batch.
+        ControlLabelMissingError, TooFewControlsError
+            No, or too few, cells carry the label `control` (if one is given).
+        """
+        values = check_rows(embeddings)
+        labels = _labels(perturbations, len(values), "perturbations")
+        codes = None
+        if batches is not None:
+            codes = np.unique(_labels(batches, len(values), "batches"), return_inverse=True)[1]
+        rows = unit_rows(values) if options.normalize else values.astype(np.float64)
+        names, inverse = np.unique(labels, return_inverse=True)
+        order = np.argsort(inverse, kind="stable")
+        members = dict(
+            zip(names.tolist(), np.split(order, np.cumsum(np.bincount(inverse))[:-1].astype(int)), strict=True)
+        )
+        sizes = {name: len(cells) for name, cells in members.items()}
+        if control is not None:
+            _check_control(control, sizes, options)
+        for name, cells in members.items():
+            if len(cells) > options.max_cells:
+                rng = generator(options.seed, "sample", name)
+                members[name] = np.sort(rng.choice(cells, options.max_cells, replace=False))
+        return cls(rows, members, sizes, codes, _similar(list(members)))
+
+    def vectors(self, name: str) -> NDArray[np.float64]:
+        """Vectors of a label's cells, float64 [n, width]."""
+        return self.rows[self.members[name]]
+
+    def pooled_batches(self, a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.intp] | None:
+        """Batches of the cells at positions `a`, then `b`."""
+        return None if self.batches is None else self.batches[np.concatenate([a, b])]
+
+    def scorable(self, names: Sequence[str], options: ScoreOptions) -> list[str]:
+        """The labels with at least `min_cells` cells.
+
+        Raises
+        ------
+        TooFewCellsError
+            None has.
+        """
+        found = [name for name in names if self.sizes[name] >= options.min_cells]
+        if not found:
+            largest = max(names, key=lambda name: self.sizes[name], default=None)
+            detail = f"the largest, {largest!r}, has {self.sizes[largest]}" if largest else "there is no label to score"
+            raise TooFewCellsError(
+                f"No perturbation has {options.min_cells} cells or more; {detail}. "
+                "Give more cells, or lower min_cells and read the result with care.",
+                field="perturbations",
+            )
+        return found
+
+    def label_flags(self, name: str, options: ScoreOptions) -> list[str]:
+        """Flags that hang on the label alone."""
+        flags = []
+        if self.sizes[name] < options.min_cells:
+            flags.append("too_few_cells")
+        if name in self.similar:
+            flags.append("similar_label")
+        if self.sizes[name] > options.max_cells:
+            flags.append("cells_subsampled")
+        return flags
+
+    def warnings(self, names: Sequence[str], options: ScoreOptions) -> list[str]:
+        """What a careful reader should know of the labels `names`."""
+        found = []
+        small = [name for name in names if self.sizes[name] < options.min_cells]
+        if small:
+            found.append(
+                f"{len(small)} of {len(names)} perturbations have fewer than {options.min_cells} cells and were not "
+                f"scored: {_listing(small)}."
+            )
+        pairs = sorted({tuple(sorted((name, other))) for name, other in self.similar.items()})
+        if pairs:
+            found.append(
+                "Labels that differ only in case or white space are taken as different perturbations: "
+                f"{_listing([f'{a!r} and {b!r}' for a, b in pairs])}. Merge them if they are one."
+            )
+        large = [name for name in self.members if self.sizes[name] > options.max_cells]
+        if large:
+            found.append(
+                f"Groups above {options.max_cells} cells were sampled to that size (seed {options.seed}): "
+                f"{_listing(large)}."
+            )
+        return found
+
+
+def _labels(values: Sequence[str], n: int, field: str) -> NDArray[np.str_]:
+    column = np.asarray(values, dtype=object)
+    if column.shape != (n,):
+        raise MalformedMatrixError(f"{n} cells, but {field} has shape {column.shape}; give one a cell.", field=field)
+    missing = np.asarray(pd.isna(column) | np.asarray([str(value).strip() == "" for value in column]))
+    if missing.any():
+        raise InvalidParameterError(
+            f"{int(missing.sum())} cells have no value in {field} (the first is row {int(missing.argmax())}). "
+            "Leave these cells out, or give them a label of their own.",
+            field=field,
+        )
+    return column.astype(str)
+
+
+def _check_control(control: str, sizes: dict[str, int], options: ScoreOptions) -> None:
+    if control not in sizes:
+        key = _key(control)
+        close = [name for name in sizes if _key(name) == key]
+        close += [name for name in difflib.get_close_matches(control, list(sizes), n=3) if name not in close]
+        usual = ("control", "ctrl", "non-targeting", "nt", "unperturbed", "vehicle", "dmso")
+        close += [name for name in sizes if _key(name) in usual and name not in close]
+        hint = f"Similar labels: {', '.join(map(repr, close))}." if close else f"Labels: {_listing(list(sizes))}."
+        raise ControlLabelMissingError(f"No cell has the control label {control!r}. {hint}", field="control")
+    floor = max(options.min_cells, MIN_CONTROLS)
+    if sizes[control] < floor:
+        raise TooFewControlsError(
+            f"{sizes[control]} cells carry the control label {control!r}; at least {floor} are needed. "
+            "Give more control cells, or lower min_cells and read the result with care.",
+            field="control",
+        )
+
+
+def _key(label: str) -> str:
+    return " ".join(label.split()).casefold()
+
+
+def _similar(names: list[str]) -> dict[str, str]:
+    by_key: dict[str, list[str]] = {}
+    for name in names:
+        by_key.setdefault(_key(name), []).append(name)
+    return {
+        name: next(other for other in same if other != name)
+        for same in by_key.values()
+        if len(same) > 1
+        for name in same
+    }
+
+
+def _listing(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,249 @@
+"""One perturbation against control by one metric: its distance, the null behind z, and p.
+
+Distance: the mean over `repeats` control samples as large as the perturbation's group (Zhao et al. 2025 use one).
+
+z: ``(distance - null_mean) / null_sd``, where the null is THIS statistic on controls: a group of as many controls
+against the mean over as many size-matched samples of other controls. For the energy distances its mean and sd are exact
+(:func:`perturbscope.energy.null_moments`); for Wasserstein they are estimated from `null_draws` random draws. A null of
+single draws beside an averaged distance, or of another size, would not have sd 1.
+
+p: the E-test. Labels "perturbed" and "control" are exchanged over the pooled cells, within batches where they are
+given. For the energy distances its statistic is the distance to all controls, the limit of the mean over many samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.distances import MAX_TRANSPORT_CELLS, assignment_cost, pairwise_distances, unit_rows
+from perturbscope.energy import RELATIVE_NOISE, DenseGroup, Group, LinearGroup, Pool, null_moments
+from perturbscope.errors import TooFewControlsError
+from perturbscope.groups import Groups
+from perturbscope.results import Metric, ScoreOptions
+from perturbscope.statistics import Exchange, empirical_p, generator, random_subsets
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Numbers of one perturbation and metric; NaN where a flag says why."""
+
+    distance: float
+    null_mean: float
+    null_sd: float
+    p: float
+    flags: tuple[str, ...]
+
+    @property
+    def z(self) -> float:
+        """Distance in null standard deviations above the null mean."""
+        return (self.distance - self.null_mean) / self.null_sd if self.null_sd > 0 else float("nan")
+
+
+class Scorer(Protocol):
+    """Scores groups of cells against one control group."""
+
+    def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
+        """Score the cells at positions `cells`; `name` seeds its random draws."""
+
+
+def make_scorer(metric: Metric, groups: Groups, controls: NDArray[np.intp], options: ScoreOptions) -> Scorer:
+    """The scorer of a metric.
+
+    Raises
+    ------
+    TooFewControlsError
+        The fixed null needs more controls than there are.
+    """
+    if options.null == "fixed" and len(controls) < 2 * options.null_size:
+        raise TooFewControlsError(
+            f"The fixed null draws two disjoint groups of {options.null_size} controls, and there are {len(controls)}. "
+            "Use null='size_matched', or a null_size of at most half of the controls.",
+            field="null_size",
+        )
+    if metric == "wasserstein":
+        return TransportScorer(groups, controls, options)
+    return EnergyScorer(metric, groups, controls, options)
+
+
+class GroupMaker:
+    """Groups of a metric's ground distance over the same cells."""
+
+    def __init__(self, metric: Metric, groups: Groups, options: ScoreOptions) -> None:
+        self.metric, self.ground = metric, options.ground
+        self.rows = groups.rows
+        if metric == "cosine_e_distance" and not options.normalize:
+            self.rows = unit_rows(groups.rows)
+        self.origin = self.rows.mean(axis=0)
+
+    def make(self, cells: NDArray[np.intp]) -> Group:
+        """The group of the cells at these positions."""
+        if self.metric == "cosine_e_distance":
+            return LinearGroup(self.rows[cells], 1.0, self.origin)
+        if self.ground == "sqeuclidean":
+            return LinearGroup(self.rows[cells], 2.0, self.origin)
+        return DenseGroup(self.rows[cells])
+
+
+class EnergyScorer:
+    """Energy distances; what concerns controls alone is computed once and shared by all perturbations."""
+
+    def __init__(self, metric: Metric, groups: Groups, controls: NDArray[np.intp], options: ScoreOptions) -> None:
+        self.metric, self.groups, self.controls, self.options = metric, groups, controls, options
+        self.maker = GroupMaker(metric, groups, options)
+        self.reference = self.maker.make(controls)
+        self.moments = self.reference.moments()
+        self.nulls: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def null(self, n: int, m: int) -> tuple[float, float]:
+        """Mean and sd of the statistic of n controls against samples of m controls (cached)."""
+        if (n, m) not in self.nulls:
+            self.nulls[n, m] = null_moments(
+                self.moments,
+                n,
+                m,
+                pool=len(self.controls),
+                repeats=self.options.repeats,
+                estimator=self.options.estimator,
+            )
+        return self.nulls[n, m]
+
+    def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
+        """See :class:`Scorer`."""
+        options, n, n_controls = self.options, len(cells), len(self.controls)
+        if is_constant(self.maker.rows[cells], self.maker.rows[self.controls]):
+            return Scored(0.0, 0.0, 0.0, 1.0, ("constant_embeddings", "null_sd_zero"))
+        pool = Pool(self.maker.make(cells), self.reference, options.estimator)
+        m = min(n, n_controls)
+        distance = pool.observed
+        if m < n_controls:
+            members = np.zeros((options.repeats, n_controls), dtype=np.float32)
+            chosen = random_subsets(n_controls, m, options.repeats, generator(options.seed, "repeats", name))
+            np.put_along_axis(members, chosen, 1, axis=1)
+            distance = float(pool.samples(members.T).mean())
+        fixed = options.null == "fixed"
+        mean, sd = self.null(options.null_size, options.null_size) if fixed else self.null(n, m)
+        flags = size_flags(n, n_controls, fixed=fixed, beyond="null_extrapolated")
+        if sd == 0:
+            flags.append("null_sd_zero")
+        exchange = Exchange.of(n, n_controls, self.groups.pooled_batches(cells, self.controls))
+        flags += exchange_flags(exchange, options.permutations)
+        p = float("nan")
+        if exchange.blocks:
+            draws = exchange.draw(options.permutations, generator(options.seed, "exchange", name))
+            null = np.concatenate([pool.split(members) for members in draws])
+            p = empirical_p(pool.observed, null, noise=pool.noise)
+        return Scored(distance, mean, sd, p, tuple(flags))
+
+
+class TransportScorer:
+    """Wasserstein distance between samples of equal size, so that every problem is a linear assignment.
+
+    The value falls with the number of cells, so a null of another size would be of no use: null groups have the size of
+    the perturbation's, to within 1.25 % (sizes share a null so that it can be cached).
+    """
+
+    def __init__(self, groups: Groups, controls: NDArray[np.intp], options: ScoreOptions) -> None:
+        self.groups, self.controls, self.options = groups, controls, options
+        self.reference = pairwise_distances(groups.rows[controls])
+        self.nulls: dict[int, tuple[float, float]] = {}
+
+    def null(self, size: int) -> tuple[float, float]:
+        """Mean and sd of the statistic between groups of `size` controls (cached).
+
+        Each draw takes one group X and two groups Y of other controls; the variance within and between draws then gives
+        the sd of the mean over any number of repeats.
+        """
+        if size not in self.nulls:
+            options = self.options
+            rng = generator(options.seed, "null", size)
+            draws = np.empty((options.null_draws, 2))
+            for draw in draws:
+                order = rng.permutation(len(self.controls))
+                for i in range(2):
+                    others = rng.choice(order[size:], size, replace=False)
+                    draw[i] = assignment_cost(self.reference[np.ix_(order[:size], others)])
+            # Of single draws: their variance, and the covariance of two that share X.
+            centred = draws - draws.mean()
+            variance = float((centred**2).sum()) / (draws.size - 1)
+            shared = min(max(float((centred[:, 0] * centred[:, 1]).sum()) / (len(draws) - 1), 0.0), variance)
+            sd = float(np.sqrt(shared + (variance - shared) / options.repeats))
+            self.nulls[size] = float(draws.mean()), sd if sd > RELATIVE_NOISE * float(draws.mean()) else 0.0
+        return self.nulls[size]
+
+    def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
+        """See :class:`Scorer`."""
+        options, n, n_controls = self.options, len(cells), len(self.controls)
+        rows = self.groups.rows
+        if is_constant(rows[cells], rows[self.controls]):
+            return Scored(0.0, 0.0, 0.0, 1.0, ("constant_embeddings", "null_sd_zero"))
+        size = min(n, n_controls, MAX_TRANSPORT_CELLS)
+        between = pairwise_distances(rows[cells], rows[self.controls])
+        rng = generator(options.seed, "repeats", name)
+        picks = [
+            (rng.choice(n, size, replace=False), rng.choice(n_controls, size, replace=False))
+            for _ in range(options.repeats)
+        ]
+        distance = float(np.mean([assignment_cost(between[np.ix_(a, b)]) for a, b in picks]))
+        fixed = options.null == "fixed"
+        flags = size_flags(n, n_controls, fixed=fixed, beyond="null_capped" if size > n_controls // 2 else None)
+        if min(n, n_controls) > size:
+            flags.append("transport_subsampled")
+        mean, sd = self.null(options.null_size if fixed else min(shared_size(size), n_controls // 2))
+        if sd == 0:
+            flags.append("null_sd_zero")
+        a, b = cells[picks[0][0]], self.controls[picks[0][1]]
+        exchange = Exchange.of(size, size, self.groups.pooled_batches(a, b))
+        flags += exchange_flags(exchange, options.wasserstein_permutations)
+        p = float("nan")
+        if exchange.blocks:
+            pooled = pairwise_distances(rows[np.concatenate([a, b])])
+            null = list(transport_splits(pooled, exchange, options, name))
+            observed = assignment_cost(pooled[:size, size:])
+            p = empirical_p(observed, null, noise=RELATIVE_NOISE * float(pooled.mean(dtype=np.float64)))
+        return Scored(distance, mean, sd, p, tuple(flags))
+
+
+def transport_splits(
+    pooled: NDArray[np.float32], exchange: Exchange, options: ScoreOptions, name: str
+) -> Iterator[float]:
+    """Wasserstein distances of groups of equal size after exchanges of labels; `pooled` holds all distances."""
+    rng = generator(options.seed, "exchange", name)
+    for members in exchange.draw(options.wasserstein_permutations, rng):
+        for column in members.T > 0:
+            yield assignment_cost(pooled[np.ix_(column, ~column)])
+
+
+def shared_size(size: int) -> int:
+    """Size whose null stands for this one: at most 1.25 % away, and the same up to 40 cells."""
+    step = max(1, size // 40)
+    return round(size / step) * step
+
+
+def size_flags(n: int, n_controls: int, *, fixed: bool, beyond: str | None) -> list[str]:
+    """Flags of a group's size against the number of controls; `beyond`: the flag of a null that cannot be drawn."""
+    flags = []
+    if n > n_controls:
+        flags.append("fewer_controls_than_cells")
+    if beyond and not fixed and 2 * min(n, n_controls) > n_controls:
+        flags.append(beyond)
+    return flags
+
+
+def exchange_flags(exchange: Exchange, permutations: int) -> list[str]:
+    """Flags of batches that leave few or no exchanges of labels."""
+    if not exchange.blocks:
+        return ["batch_confounded"]
+    flags = ["batch_partly_confounded"] if len(exchange.fixed) else []
+    return [*flags, "few_exchanges"] if exchange.log_count < np.log(permutations + 1) else flags
+
+
+def is_constant(*groups: NDArray[np.float64]) -> bool:
+    """Whether all rows of all groups are the same vector, up to the rounding of float32."""
+    first = groups[0][0]
+    tolerance = 4 * np.finfo(np.float32).eps * float(np.abs(first).max())
+    return all(float(np.abs(rows - first).max()) <= tolerance for rows in groups)

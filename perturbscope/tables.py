@@ -1,0 +1,65 @@
+"""What tables of scores and of pairs share: corrected p-values, and where the numbers come from."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pandas as pd
+
+from perturbscope.groups import Groups
+from perturbscope.results import FLAGS, ScoreOptions
+from perturbscope.statistics import benjamini_hochberg, bonferroni
+
+
+def with_q(table: pd.DataFrame, options: ScoreOptions) -> pd.DataFrame:
+    """The table with q: p corrected over the rows of each metric."""
+    adjust = benjamini_hochberg if options.correction == "bh" else bonferroni
+    table["q"] = table.groupby("metric")["p"].transform(adjust)
+    return table
+
+
+def provenance(kind: str, options: ScoreOptions, groups: Groups, **facts: Any) -> dict[str, Any]:
+    """What made the numbers, JSON-able."""
+    try:
+        release = version("perturbscope")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        release = "unknown"
+    return {
+        "kind": kind,
+        "version": release,
+        "metrics": list(options.metrics),
+        "ground": options.ground,
+        "estimator": options.estimator,
+        "seed": options.seed,
+        "n_cells": len(groups.rows),
+        "width": int(groups.rows.shape[1]),
+        "unit_length": options.normalize,
+        "batches": None if groups.batches is None else int(groups.batches.max()) + 1,
+        "correction": options.correction,
+        "options": options.to_dict(),
+        **facts,
+    }
+
+
+def flag_warnings(table: pd.DataFrame, names: pd.Series) -> list[str]:
+    """Warnings in words for the flags that undo a number; `names` holds a readable name of each row."""
+    found = []
+    for flag in ("batch_confounded", "batch_partly_confounded", "null_sd_zero", "null_capped", "null_extrapolated"):
+        hit = table["flags"].str.split(";").map(lambda flags, flag=flag: flag in flags)
+        if hit.any():
+            listed = list(dict.fromkeys(names[hit]))
+            more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+            found.append(f"{flag}: {FLAGS[flag]} ({', '.join(listed[:5])}{more}).")
+    return found
+
+
+def resolution_warning(n_tests: int, permutations: int, what: str) -> list[str]:
+    """A warning where even the smallest possible p, alone, could not pass q < 0.05."""
+    smallest = 1 / (1 + permutations)
+    if n_tests * smallest <= 0.05:
+        return []
+    return [
+        f"{what}: {permutations} permutations over {n_tests} tests; the smallest p is {smallest:.2g}, so a single hit "
+        f"cannot reach q < 0.05. Use {20 * n_tests:,} permutations or more if hits are few."
+    ]
