@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import NoReturn
 
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
 from serving import preflight
@@ -27,20 +28,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns
     -------
-    2 for a bad option, 1 where the server cannot start. Otherwise this process becomes BentoML's and does not return.
+    2 for a bad option, 1 where the server cannot start. Otherwise this process becomes BentoML's.
     """
     try:
         settings = _settings(arguments)
         preflight.check(settings, http=True)
     except PerturbScopeError as error:
         sys.stderr.write(f"error: {error.message}\n")
-        return 2 if isinstance(error, InvalidParameterError) and error.field in OPTIONS else 1
-    os.environ.update(settings.to_env())
-    os.environ["BENTOML_DO_NOT_TRACK"] = os.environ.get("BENTOML_DO_NOT_TRACK", "True")
+        return 2 if isinstance(error, InvalidParameterError) else 1
+    return _become_bentoml(settings)
+
+
+def _become_bentoml(settings: Settings) -> NoReturn:
     command = [sys.executable, "-m", "bentoml", "serve", "serving.service:PerturbScope"]
     command += ["--working-dir", str(preflight.ROOT), "--host", settings.host, "--port", str(settings.http_port)]
+    environment = {"BENTOML_DO_NOT_TRACK": "True", **os.environ, **settings.to_env()}
     sys.stdout.flush()
-    os.execv(sys.executable, command)  # noqa: S606  no shell is wanted
+    os.execve(sys.executable, command, environment)  # noqa: S606  no shell is wanted
 
 
 def _settings(arguments: Sequence[str] | None) -> Settings:

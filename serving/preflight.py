@@ -7,13 +7,14 @@ there are workers.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from perturbscope.bundle import Bundle
-from perturbscope.errors import InvalidParameterError, ProviderUnavailableError
+from perturbscope.errors import InvalidParameterError, PerturbScopeError, ProviderUnavailableError
 from serving.settings import PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +54,8 @@ def check_device(settings: Settings) -> None:
     import onnxruntime as ort
 
     if "CUDAExecutionProvider" in ort.get_available_providers():
-        # A listed provider can still fail to load. Try it in a process of its own: its memory on the device goes with it.
+        # A listed provider can still fail to load. Try it in a process of its own, so that its memory on the device is
+        # given back.
         command = [sys.executable, "-m", "serving.preflight"]
         tried = subprocess.run(  # noqa: S603  our own module, no shell
             command, env=_environment(settings), cwd=ROOT, capture_output=True, text=True, check=False
@@ -86,13 +88,10 @@ def check_port(host: str, port: int, variable: str) -> None:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    import os
-
     return {**os.environ, **settings.to_env(), "PYTHONPATH": str(ROOT)}
 
 
 def _try_device() -> int:
-    from perturbscope.errors import PerturbScopeError
     from serving.engine import ServedModel
 
     settings = Settings.from_env()

@@ -27,8 +27,8 @@ app = build_app()
 @bentoml.service(
     name=NAME,
     workers=1,
-    # Requests end when their clients go away; a timer of BentoML's own would cut long scores short.
-    traffic={"timeout": None},
+    # BentoML's default of a minute would cut long scores short.
+    traffic={"timeout": Settings.from_env().request_timeout},
     # The server writes one line a request itself, with the stages' times.
     logging={"access": {"enabled": False}},
 )
@@ -47,14 +47,14 @@ class PerturbScope:
         self._server: GrpcServer | None = None
 
     @staticmethod
-    @bentoml.on_deployment
+    @bentoml.on_deployment  # type: ignore[untyped-decorator]
     def preflight() -> None:
         """Refuse to start what cannot serve; runs once, before there are workers."""
         from serving import preflight
 
         preflight.check(Settings.from_env())
 
-    @bentoml.on_startup
+    @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
         """Start gRPC on the event loop of HTTP."""
         from serving.grpc_server import GrpcServer
@@ -68,7 +68,7 @@ class PerturbScope:
         )
         sys.stdout.flush()
 
-    @bentoml.on_shutdown
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
         """Finish what was accepted on both transports, then stop."""
         if self._server is not None:

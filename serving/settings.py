@@ -51,6 +51,8 @@ class Settings:
     """Bytes of one request, over HTTP and over gRPC."""
     body_timeout: int = 300
     """Seconds within which the body of a request must have arrived."""
+    request_timeout: int = 3600
+    """Seconds after which BentoML answers an HTTP request with 504; over gRPC the caller's deadline holds."""
     max_held_bytes: int = 2**30
     """Bytes of all requests in progress; bounds the memory of bodies."""
     max_requests: int = 256
