@@ -125,13 +125,25 @@ class Manifest:
                 for name, item in data["variants"].items()
             }
             manifest = cls(**data)
+            manifest._check_types()
             names_inside = [*manifest.files, *(variant.file for variant in manifest.variants.values())]
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CorruptBundleError(f"{where}: a field has the wrong form ({error}).") from error
         for name in names_inside:
-            if Path(name).name != name or name in {"", ".", ".."}:
+            if not _is_plain(name):
                 raise CorruptBundleError(f"{where} names the file {name!r}, which is not a plain file name.")
         return manifest
+
+    def _check_types(self) -> None:
+        kinds: dict[Any, type] = {"str": str, "int": int}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not isinstance(value, kinds.get(item.type, dict)):
+                raise TypeError(f"{item.name} is {value!r}")
+        if self.width < 1:
+            raise ValueError(f"width is {self.width}")
+        if not all(isinstance(digest, str) for digest in self.files.values()):
+            raise TypeError("a checksum is not a string")
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +242,9 @@ class Bundle:
         The bundle, opened from its final place.
         """
         path = Path(path)
+        strange = [name for name in files if not _is_plain(name)]
+        if strange:
+            raise BundleError(f"{strange[0]!r} is not a plain file name; a bundle has no folders.")
         if path.exists() and not overwrite:
             raise BundleError(f"{path} exists already. Give another directory, or allow overwriting.")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,6 +271,11 @@ def sha256(path: Path) -> str:
     """Hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name stays inside the bundle's directory."""
+    return Path(name).name == name and name not in {"", ".", ".."} and "\\" not in name
 
 
 def _shallow(manifest: Manifest) -> dict[str, Any]:
@@ -291,5 +311,6 @@ def _replace_directory(new: Path, target: Path) -> None:
     except OSError:
         with contextlib.suppress(OSError):
             os.replace(aside / target.name, target)
+            aside.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.bundle import Bundle
-from perturbscope.errors import CorruptBundleError, InferenceError, ProviderUnavailableError
+from perturbscope.errors import CorruptBundleError, InferenceError, InvalidParameterError, ProviderUnavailableError
 
 Device = Literal["cpu", "cuda"]
 _PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -52,10 +52,14 @@ class OnnxEncoder:
 
     Raises
     ------
+    InvalidParameterError
+        No such device.
+    BundleError
+        The bundle has no such variant.
     ProviderUnavailableError
         CUDA was asked for and ONNX Runtime could not use it.
     CorruptBundleError
-        ONNX Runtime cannot load the graph.
+        ONNX Runtime cannot load the graph, or its inputs and output are not those of the family.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class OnnxEncoder:
     ) -> None:
         import onnxruntime as ort
 
+        if device not in _PROVIDERS:
+            raise InvalidParameterError(f"The device is {device!r}; it must be 'cpu' or 'cuda'.", field="device")
         wanted = _PROVIDERS[device]
         if wanted not in ort.get_available_providers():
             raise ProviderUnavailableError(
@@ -79,13 +85,14 @@ class OnnxEncoder:
         if device == "cuda":
             # onnxruntime-gpu[cuda,cudnn] brings the libraries as packages, outside the loader's search path.
             ort.preload_dlls()
+        path = bundle.graph(variant)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.log_severity_level = 3
         try:
-            self._session = ort.InferenceSession(str(bundle.graph(variant)), options, providers=[wanted])
+            self._session = ort.InferenceSession(str(path), options, providers=[wanted])
         except Exception as error:
-            raise CorruptBundleError(f"ONNX Runtime cannot load {bundle.graph(variant)}: {error}") from error
+            raise CorruptBundleError(f"ONNX Runtime cannot load {path}: {error}") from error
         # A provider that is listed can still fail to load its libraries; only the session knows.
         self.provider: str = self._session.get_providers()[0]
         if self.provider != wanted:
@@ -95,6 +102,12 @@ class OnnxEncoder:
                 field="device",
             )
         self._names = {item.name for item in self._session.get_inputs()}
+        strange = self._names - {"attention_mask", *(spec.name for spec in bundle.family().inputs)}
+        if strange or OUTPUT not in {item.name for item in self._session.get_outputs()}:
+            raise CorruptBundleError(
+                f"{path} is not a graph of the family {bundle.manifest.family!r}: "
+                + (f"it wants the input {min(strange)!r}." if strange else f"it has no output {OUTPUT!r}.")
+            )
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """See :meth:`Encoder.run`.

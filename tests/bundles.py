@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -46,26 +47,35 @@ def masked_mean_graph(n_tokens: int, width: int, *, seed: int = 0) -> bytes:
     return serialized
 
 
-def write_tiny_bundle(path: Path, *, seed: int = 0, name: str = "tiny", overwrite: bool = False) -> Path:
-    """Write a bundle of width 8 over the whole default vocabulary; `seed` decides its weights."""
+def tiny_manifest(**changes: Any) -> Manifest:
+    """The manifest of the tiny bundle, with changes."""
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "version": "0.1",
+        "family": "rank",
+        "family_config": {"max_length": 2048},
+        "width": TINY_WIDTH,
+        "layer": "embeddings",
+        "pooling": "mean over tokens",
+        "vocabulary_hash": GeneVocabulary.geneformer_gc30m().hash,
+        "variants": {"fp32": Variant(file="model.onnx")},
+        "parity": {},
+        "training": {"data": "none: random weights for tests"},
+        "licence": "Apache-2.0",
+    }
+    return Manifest(**(fields | changes))
+
+
+def tiny_files(*, seed: int = 0) -> dict[str, Path | bytes]:
+    """The files of the tiny bundle, as :meth:`Bundle.write` takes them; `seed` decides the weights."""
     vocabulary = GeneVocabulary.geneformer_gc30m()
-    manifest = Manifest(
-        name=name,
-        version="0.1",
-        family="rank",
-        family_config={"max_length": 2048},
-        width=TINY_WIDTH,
-        layer="embeddings",
-        pooling="mean over tokens",
-        vocabulary_hash=vocabulary.hash,
-        variants={"fp32": Variant(file="model.onnx")},
-        parity={},
-        training={"data": "none: random weights for tests"},
-        licence="Apache-2.0",
-    )
-    files = {
+    return {
         "model.onnx": masked_mean_graph(len(vocabulary), TINY_WIDTH, seed=seed),
         "vocabulary.tsv": vocabulary.to_tsv().encode(),
         "MODEL_CARD.md": b"# tiny\n\nRandom weights, for tests.\n",
     }
-    return Bundle.write(path, manifest, files, overwrite=overwrite).path
+
+
+def write_tiny_bundle(path: Path, *, seed: int = 0, name: str = "tiny", overwrite: bool = False) -> Path:
+    """Write a bundle of width 8 over the whole default vocabulary; `seed` decides its weights."""
+    return Bundle.write(path, tiny_manifest(name=name), tiny_files(seed=seed), overwrite=overwrite).path

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from perturbscope.counts import CountMatrix
-from perturbscope.errors import EmptyCellError, UnknownGenesError, UnsupportedBundleError
+from perturbscope.errors import CorruptBundleError, EmptyCellError, UnknownGenesError, UnsupportedBundleError
 from perturbscope.families import InputSpec, TokenizedCells
 from perturbscope.genes import GeneMapping, GeneResolver, GeneVocabulary
 
@@ -36,6 +36,12 @@ class RankConfig:
 
     max_length: int = 2048
     """Tokens kept of a cell, highest rank first."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_length, int) or self.max_length < 1:
+            raise CorruptBundleError(
+                f"The rank family's max_length is {self.max_length!r}; a positive number is needed.", field="family"
+            )
 
 
 @dataclass(frozen=True, eq=False)
