@@ -1,3 +1,86 @@
-"""See what a gene perturbation does to a cell."""
+"""See what a gene perturbation does to a cell.
+
+>>> import perturbscope
+>>> model = perturbscope.load("bundles/default")            # or "http://localhost:3000", "grpc://localhost:3001"
+>>> vectors = model.embed(adata)                            # float32 [n_cells, width]
+>>> table = model.score(adata, perturbation_key="perturbation", control="control")
+
+Importing the package is cheap; what a name needs is imported when the name is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from perturbscope.bundle import Bundle
+    from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient
+    from perturbscope.counts import CountMatrix
+    from perturbscope.embedder import Embedder, Embeddings
+    from perturbscope.errors import PerturbScopeError
+    from perturbscope.genes import GeneVocabulary
+    from perturbscope.model import Model, load
+    from perturbscope.readers import CellSource, cells_from_anndata, open_cells
+    from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
+    from perturbscope.scoring import compare_perturbations, score_perturbations
+
+__all__ = [
+    "AsyncClient",
+    "AsyncGrpcClient",
+    "Bundle",
+    "CellSource",
+    "Client",
+    "CompareResult",
+    "CountMatrix",
+    "Embedder",
+    "Embeddings",
+    "GeneVocabulary",
+    "GrpcClient",
+    "Model",
+    "PerturbScopeError",
+    "ScoreOptions",
+    "ScoreResult",
+    "cells_from_anndata",
+    "compare_perturbations",
+    "load",
+    "open_cells",
+    "score_perturbations",
+]
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "AsyncClient": "client",
+    "AsyncGrpcClient": "client",
+    "Bundle": "bundle",
+    "CellSource": "readers",
+    "Client": "client",
+    "CompareResult": "results",
+    "CountMatrix": "counts",
+    "Embedder": "embedder",
+    "Embeddings": "embedder",
+    "GeneVocabulary": "genes",
+    "GrpcClient": "client",
+    "Model": "model",
+    "PerturbScopeError": "errors",
+    "ScoreOptions": "results",
+    "ScoreResult": "results",
+    "cells_from_anndata": "readers",
+    "compare_perturbations": "scoring",
+    "load": "model",
+    "open_cells": "readers",
+    "score_perturbations": "scoring",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'perturbscope' has no attribute {name!r}")
+    value = getattr(import_module(f"perturbscope.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

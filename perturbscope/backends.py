@@ -1,0 +1,138 @@
+"""Where the work is done: the one interface behind which this process and servers look alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.counts import CountMatrix
+from perturbscope.embedder import Embedder, Embeddings
+
+if TYPE_CHECKING:
+    from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
+
+CellProgress = Callable[[int], None]
+"""Told how many cells were finished since the last call."""
+StageProgress = Callable[[str, int, int], None]
+"""Told a stage, and how much of it is done of how much."""
+
+
+class Scorer(Protocol):
+    """What scores embeddings; needs no model."""
+
+    def score(
+        self,
+        embeddings: NDArray[np.float32],
+        perturbations: Sequence[str],
+        *,
+        control: str,
+        batches: Sequence[str] | None = None,
+        options: ScoreOptions | None = None,
+    ) -> ScoreResult:
+        """Distance of each perturbation to control; see :func:`perturbscope.scoring.score_perturbations`."""
+        ...
+
+    def compare(
+        self,
+        embeddings: NDArray[np.float32],
+        perturbations: Sequence[str],
+        *,
+        pairs: Sequence[tuple[str, str]] | None = None,
+        batches: Sequence[str] | None = None,
+        options: ScoreOptions | None = None,
+    ) -> CompareResult:
+        """Distances between perturbations; see :func:`perturbscope.scoring.compare_perturbations`."""
+        ...
+
+
+class Backend(Scorer, Protocol):
+    """Where the work is done: in this process, or on a server over HTTP or gRPC. All give the same answers."""
+
+    @property
+    def model_id(self) -> str:
+        """Name, version and hash of the model's weights."""
+        ...
+
+    def embed_cells(self, cells: CountMatrix, *, progress: CellProgress | None = None) -> Embeddings:
+        """Embed cells, in their order."""
+        ...
+
+    def close(self) -> None:
+        """Release what the backend holds."""
+        ...
+
+
+class LocalScorer:
+    """Scores in this process.
+
+    Parameters
+    ----------
+    progress
+        Told how far a long computation is.
+    """
+
+    def __init__(self, progress: StageProgress | None = None) -> None:
+        self.progress = progress
+
+    def score(
+        self,
+        embeddings: NDArray[np.float32],
+        perturbations: Sequence[str],
+        *,
+        control: str,
+        batches: Sequence[str] | None = None,
+        options: ScoreOptions | None = None,
+    ) -> ScoreResult:
+        """See :meth:`Scorer.score`."""
+        from perturbscope.scoring import score_perturbations
+
+        return score_perturbations(
+            embeddings, perturbations, control=control, batches=batches, options=options, progress=self.progress
+        )
+
+    def compare(
+        self,
+        embeddings: NDArray[np.float32],
+        perturbations: Sequence[str],
+        *,
+        pairs: Sequence[tuple[str, str]] | None = None,
+        batches: Sequence[str] | None = None,
+        options: ScoreOptions | None = None,
+    ) -> CompareResult:
+        """See :meth:`Scorer.compare`."""
+        from perturbscope.scoring import compare_perturbations
+
+        return compare_perturbations(
+            embeddings, perturbations, pairs=pairs, batches=batches, options=options, progress=self.progress
+        )
+
+
+class LocalBackend(LocalScorer):
+    """Embeds and scores in this process.
+
+    Parameters
+    ----------
+    embedder
+        Tokenizer and encoder.
+    progress
+        Told how far scoring is.
+    """
+
+    def __init__(self, embedder: Embedder, progress: StageProgress | None = None) -> None:
+        super().__init__(progress)
+        self.embedder = embedder
+
+    @property
+    def model_id(self) -> str:
+        """See :attr:`Backend.model_id`."""
+        return self.embedder.model_id
+
+    def embed_cells(self, cells: CountMatrix, *, progress: CellProgress | None = None) -> Embeddings:
+        """See :meth:`Backend.embed_cells`; raises as :meth:`Embedder.embed`."""
+        return self.embedder.embed(cells, progress=progress)
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
