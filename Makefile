@@ -49,10 +49,10 @@ lock: setup ## pin requirements/*.txt anew from requirements/*.in and pyproject.
 	UV=$(VENV)/bin/uv scripts/lock.sh
 
 image: ## build the CPU image with docker or buildah (TARGET=gpu: the GPU image)
-	scripts/image.sh build
+	scripts/image.sh $(or $(TARGET),cpu)
 
 image-test: ## build the CPU image, start it, embed a cell over HTTP and gRPC
-	scripts/image.sh test
+	scripts/image-test.sh
 
 clean: ## remove .venv and what tools left behind
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

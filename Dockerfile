@@ -1,0 +1,83 @@
+# PerturbScope's service, CPU (default, last stage) or GPU (--target gpu). No torch inside.
+#
+#   docker build -t perturbscope .
+#   docker run -p 3000:3000 -p 3001:3001 --read-only --tmpfs /tmp perturbscope
+#   docker run ... -v /my/bundle:/bundle:ro -e PERTURBSCOPE_BUNDLE=/bundle perturbscope
+#
+# BASE_IMAGE may be any Debian bookworm; Python is installed where it is missing.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE} AS base
+SHELL ["/bin/sh", "-eu", "-c"]
+# Debian drops old versions from its mirrors, so a version pinned here would break the build; the release is the pin.
+# hadolint ignore=DL3008
+RUN if ! python3 -c 'import venv, ensurepip'; then \
+        apt-get update; \
+        apt-get install --yes --no-install-recommends python3 python3-venv; \
+        rm -rf /var/lib/apt/lists/*; \
+    fi; \
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
+    mkdir -p /app /bundle; \
+    echo 'perturbscope:x:10001:10001:PerturbScope:/tmp:/usr/sbin/nologin' >> /etc/passwd; \
+    echo 'perturbscope:x:10001:' >> /etc/group
+
+# A network of one's own: --build-arg PIP_INDEX_URL=..., or PIP_CONFIG_FILE=... with that file mounted for the build.
+FROM base AS library
+ARG PIP_INDEX_URL
+ARG PIP_CONFIG_FILE
+WORKDIR /src
+ENV PATH=/opt/venv/bin:$PATH \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1
+# binutils: one extension of POT carries 160 MB of debugging symbols.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends binutils && rm -rf /var/lib/apt/lists/*; \
+    python3 -m venv /opt/venv
+COPY pyproject.toml README.md LICENSE ./
+COPY perturbscope perturbscope
+RUN pip wheel --no-deps --wheel-dir /wheels .
+
+FROM library AS install-cpu
+ARG PIP_INDEX_URL
+ARG PIP_CONFIG_FILE
+COPY requirements/serving.txt requirements/serving.txt
+RUN pip install -r requirements/serving.txt && pip install --no-deps /wheels/*.whl && pip check
+COPY scripts/slim_venv.sh scripts/slim_venv.sh
+RUN scripts/slim_venv.sh /opt/venv
+
+FROM library AS install-gpu
+ARG PIP_INDEX_URL
+ARG PIP_CONFIG_FILE
+COPY requirements/serving-gpu.txt requirements/serving-gpu.txt
+RUN pip install -r requirements/serving-gpu.txt && pip install --no-deps /wheels/*.whl
+COPY scripts/slim_venv.sh scripts/slim_venv.sh
+RUN scripts/slim_venv.sh /opt/venv
+
+FROM base AS runtime
+WORKDIR /app
+# The code and the bundle belong to root: the service can read and not change them.
+COPY serving serving
+ARG BUNDLE=bundles/default
+COPY ${BUNDLE} bundles/default
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp \
+    BENTOML_HOME=/tmp/bentoml \
+    BENTOML_DO_NOT_TRACK=True \
+    PERTURBSCOPE_BUNDLE=/app/bundles/default
+EXPOSE 3000 3001
+USER 10001:10001
+HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 \
+    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ.get(\"PERTURBSCOPE_HTTP_PORT\", 3000)}/readyz', timeout=4)"]
+CMD ["python3", "-m", "serving"]
+
+FROM runtime AS gpu
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    PERTURBSCOPE_DEVICE=cuda
+COPY --from=install-gpu /opt/venv /opt/venv
+
+FROM runtime AS cpu
+COPY --from=install-cpu /opt/venv /opt/venv
