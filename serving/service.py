@@ -46,8 +46,8 @@ class PerturbScope:
         app.state.engine = self._engine
         self._server: GrpcServer | None = None
 
-    @staticmethod
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
+    @staticmethod
     def preflight() -> None:
         """Refuse to start what cannot serve; runs once, before there are workers."""
         from serving import preflight
