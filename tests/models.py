@@ -1,0 +1,55 @@
+"""Tiny torch models: a vocabulary of 60 genes, three blocks of width 32. Import only in tests that need torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BertForMaskedLM
+
+from perturbscope.genes import GeneVocabulary
+from training.checkpoint import save_checkpoint
+from training.families.rank import RankModelConfig, build_model
+
+TINY_MODEL = RankModelConfig(layers=3, hidden=32, heads=4, feed_forward=48, max_length=40, init_sd=0.3)
+"""Weights ten times as large as usual, so that blocks and positions matter in an untrained model."""
+
+
+def small_vocabulary(genes: int = 60, *, median: float = 1.0) -> GeneVocabulary:
+    """Made-up genes with one median."""
+    return GeneVocabulary(
+        gene_ids=tuple(f"ENSG{number:011d}" for number in range(genes)),
+        tokens=np.arange(2, genes + 2, dtype=np.int32),
+        medians=np.full(genes, median),
+        special_tokens={"<pad>": 0, "<mask>": 1},
+        source="made up for tests",
+    )
+
+
+def small_model(config: RankModelConfig = TINY_MODEL, *, seed: int = 0) -> BertForMaskedLM:
+    """An untrained model in evaluation mode; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(config, small_vocabulary()).eval()
+
+
+def small_checkpoint(path: Path, *, seed: int = 0) -> Path:
+    """A checkpoint of :func:`small_model`."""
+    return save_checkpoint(
+        path,
+        model=small_model(seed=seed),
+        family="rank",
+        family_config={"max_length": TINY_MODEL.max_length},
+        model_config=TINY_MODEL,
+        vocabulary=small_vocabulary(),
+        provenance={"data": "none", "licence": "Apache-2.0"},
+    )
+
+
+def small_batch(*, lengths: tuple[int, ...] = (12, 7, 1), seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random cells, padded on the right: ids and attention mask."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(2, 62, mask.shape, generator=generator) * mask
+    return ids, mask
