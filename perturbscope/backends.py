@@ -41,6 +41,7 @@ class Scorer(Protocol):
         perturbations: Sequence[str],
         *,
         pairs: Sequence[tuple[str, str]] | None = None,
+        control: str | None = None,
         batches: Sequence[str] | None = None,
         options: ScoreOptions | None = None,
     ) -> CompareResult:
@@ -99,6 +100,7 @@ class LocalScorer:
         perturbations: Sequence[str],
         *,
         pairs: Sequence[tuple[str, str]] | None = None,
+        control: str | None = None,
         batches: Sequence[str] | None = None,
         options: ScoreOptions | None = None,
     ) -> CompareResult:
@@ -106,7 +108,13 @@ class LocalScorer:
         from perturbscope.scoring import compare_perturbations
 
         return compare_perturbations(
-            embeddings, perturbations, pairs=pairs, batches=batches, options=options, progress=self.progress
+            embeddings,
+            perturbations,
+            pairs=pairs,
+            control=control,
+            batches=batches,
+            options=options,
+            progress=self.progress,
         )
 
 

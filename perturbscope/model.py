@@ -171,6 +171,7 @@ class Model:
         cells: Any,
         *,
         perturbation_key: str,
+        control: str | None = None,
         pairs: Sequence[tuple[str, str]] | None = None,
         use_rep: str | None = None,
         batch_key: str | None = None,
@@ -184,6 +185,9 @@ class Model:
     ) -> pd.DataFrame:
         """How far perturbations are from each other: all pairs, or `pairs`. Else as :meth:`score`.
 
+        With `control`, z has the controls' null, and the default pairs leave the controls out; see
+        :func:`perturbscope.scoring.compare_perturbations`.
+
         Returns
         -------
         One row a pair and metric: a, b, n_a, n_b, metric, distance, null_mean, null_sd, z, p, q, flags.
@@ -193,6 +197,7 @@ class Model:
                 source,
                 self.backend,
                 perturbation_key=perturbation_key,
+                control=control,
                 pairs=pairs,
                 use_rep=use_rep,
                 batch_key=batch_key,

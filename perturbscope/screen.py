@@ -77,12 +77,8 @@ def score_source(
 
     Without a backend, `use_rep` is needed, and the scores are made in this process.
     """
-    from perturbscope.groups import Groups
-
     labelled = _Labelled.of(source, perturbation_key, batch_key)
-    # The same checks as scoring makes, before any cell is embedded: with vectors of ones in place of embeddings.
-    groups = Groups.of(np.ones((len(labelled.rows), 1)), labelled.labels, labelled.batches, options, control=control)
-    groups.scorable([name for name in groups.sizes if name != control], options)
+    labelled.check(options, control)
     values, origin = embed_or_take(source, backend, use_rep, progress)
     result = (backend or LocalScorer(scoring)).score(
         values[labelled.rows], labelled.labels, control=control, batches=labelled.batches, options=options
@@ -96,6 +92,7 @@ def compare_source(
     *,
     perturbation_key: str,
     options: ScoreOptions,
+    control: str | None = None,
     pairs: Sequence[tuple[str, str]] | None = None,
     use_rep: str | None = None,
     batch_key: str | None = None,
@@ -104,16 +101,15 @@ def compare_source(
 ) -> CompareResult:
     """Compare the perturbations of a source; see :meth:`perturbscope.model.Model.compare` and :func:`score_source`."""
     labelled = _Labelled.of(source, perturbation_key, batch_key)
-    unknown = sorted({name for pair in pairs or () for name in pair} - set(labelled.labels))
-    if unknown:
-        raise InvalidParameterError(
-            f"No cell has the label {unknown[0]!r} that a pair names; labels are "
-            f"{', '.join(sorted(set(labelled.labels))[:10])}, ....",
-            field="pairs",
-        )
+    labelled.check(options, control)
     values, origin = embed_or_take(source, backend, use_rep, progress)
     result = (backend or LocalScorer(scoring)).compare(
-        values[labelled.rows], labelled.labels, pairs=pairs, batches=labelled.batches, options=options
+        values[labelled.rows],
+        labelled.labels,
+        pairs=pairs,
+        control=control,
+        batches=labelled.batches,
+        options=options,
     )
     return labelled.complete(result, origin)
 
@@ -180,6 +176,13 @@ class _Labelled:
             {"perturbation_key": perturbation_key, "batch_key": batch_key},
             len(labels),
         )
+
+    def check(self, options: ScoreOptions, control: str | None) -> None:
+        """The checks of labels that scoring makes, before any cell is embedded: on vectors of ones."""
+        from perturbscope.groups import Groups
+
+        groups = Groups.of(np.ones((len(self.rows), 1)), self.labels, self.batches, options, control=control)
+        groups.scorable([name for name in groups.sizes if name != control], options)
 
     def complete(self, result: Result, origin: _Origin) -> Result:
         """The result with what is known of its cells."""

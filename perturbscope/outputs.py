@@ -1,0 +1,173 @@
+"""Results as files, each complete or absent: written under a temporary name beside its place, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perturbscope.embedder import Embeddings
+from perturbscope.errors import InvalidParameterError
+from perturbscope.readers import CellSource
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+OBSM_KEY = "X_perturbscope"
+OBS_KNOWN_SHARE = "perturbscope_known_share"
+OBS_N_GENES = "perturbscope_n_genes"
+UNS_KEY = "perturbscope"
+METADATA_KEY = b"perturbscope"
+"""Key of the provenance, as JSON, in the schema metadata of a result's parquet file."""
+
+
+def check_output(path: Path, suffixes: Sequence[str], *, source: Path | None = None) -> None:
+    """Refuse an output that could not be written, before any work is done.
+
+    Raises
+    ------
+    InvalidParameterError
+        A suffix that is not understood, a directory that does not exist, or the input itself.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise InvalidParameterError(f"The output {path} must end in {' or '.join(suffixes)}.", field="out")
+    if not path.parent.is_dir():
+        raise InvalidParameterError(f"The directory {path.parent} of the output does not exist.", field="out")
+    if path.is_dir():
+        raise InvalidParameterError(f"The output {path} is a directory.", field="out")
+    if not os.access(path.parent, os.W_OK):
+        raise InvalidParameterError(f"The directory {path.parent} of the output is not writable.", field="out")
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise InvalidParameterError(f"The output {path} is the input; give another name.", field="out")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; renamed to it at the end, removed after an error."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    staging = Path(name)
+    try:
+        yield staging
+        commit(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+
+
+def commit(staging: Path, path: Path) -> None:
+    """Give a finished file its name, once its content is on disk, with the permissions of a new file."""
+    with staging.open("rb") as file:
+        os.fsync(file.fileno())
+    mask = os.umask(0)
+    os.umask(mask)
+    staging.chmod(0o666 & ~mask)
+    os.replace(staging, path)
+
+
+def write_table(path: Path, table: pd.DataFrame, provenance: Mapping[str, Any]) -> None:
+    """Write a table of scores.
+
+    ``.parquet`` carries the provenance as JSON in its schema metadata, under ``perturbscope``. ``.csv`` has no place
+    for it: it goes to ``<path>.provenance.json``.
+    """
+    text = json.dumps(provenance, sort_keys=True)
+    plain = table.copy()
+    plain.attrs = {}
+    if path.suffix.lower() == ".csv":
+        with atomic(path.with_name(path.name + ".provenance.json")) as staging:
+            staging.write_text(json.dumps(provenance, sort_keys=True, indent=2) + "\n", encoding="utf-8")
+        with atomic(path) as staging:
+            plain.to_csv(staging, index=False)
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrow = pa.Table.from_pandas(plain, preserve_index=False)
+    arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), METADATA_KEY: text.encode()})
+    with atomic(path) as staging:
+        pq.write_table(arrow, staging)
+
+
+def write_embedded(staging: Path, source: CellSource, found: Embeddings, provenance: Mapping[str, Any]) -> None:
+    """Write the input with its embeddings: obsm, two columns of obs, provenance in uns.
+
+    An .h5ad file is copied and added to, so that its matrix never passes through memory and everything in it stays.
+    Other formats, and .h5ad files of anndata < 0.7, become a new AnnData file with the counts (CSR) and the labels.
+    """
+    columns = {OBS_KNOWN_SHARE: found.known_share, OBS_N_GENES: found.n_detected}
+    uns = {key: value for key, value in provenance.items() if value not in (None, [], {})}
+    if source.path is not None and source.path.is_file() and _is_current_h5ad(source.path):
+        shutil.copyfile(source.path, staging)
+        _add(staging, found, columns, uns)
+        return
+    import anndata as ad
+    import pandas as pd
+
+    obs = pd.DataFrame(index=pd.Index(source.cell_ids.astype(object)))
+    for name in source.columns:
+        column = source.column(name)
+        is_text = column.dtype == object
+        obs[name] = pd.Categorical(source.labels(name)) if is_text else column.array
+    for name, values in columns.items():
+        obs[name] = values
+    var = pd.DataFrame(index=pd.Index(source.gene_ids.astype(object)))
+    symbols = getattr(source, "gene_symbols", None)
+    if symbols is not None:
+        var["gene_symbols"] = symbols.astype(object)
+    adata = ad.AnnData(X=source.read().counts, obs=obs, var=var)
+    adata.obsm[OBSM_KEY] = found.values
+    adata.uns[UNS_KEY] = uns
+    adata.write_h5ad(staging)
+
+
+def _is_current_h5ad(path: Path) -> bool:
+    import h5py
+
+    if not h5py.is_hdf5(path):
+        return False
+    with h5py.File(path, "r") as file:
+        frames = all(isinstance(file.get(name), h5py.Group) for name in ("obs", "var"))
+        return frames and all(isinstance(file[name], h5py.Group) for name in ("obsm", "uns") if name in file)
+
+
+def _add(path: Path, found: Embeddings, columns: Mapping[str, Any], uns: Mapping[str, Any]) -> None:
+    import h5py
+    from anndata.io import write_elem
+
+    def put(group: Any, name: str, value: Any) -> None:
+        if name in group:
+            del group[name]
+        write_elem(group, name, value)
+
+    with h5py.File(path, "r+") as file:
+        for name in ("obsm", "uns"):
+            if name not in file:
+                write_elem(file, name, {})
+        put(file["obsm"], OBSM_KEY, found.values)
+        put(file["uns"], UNS_KEY, dict(uns))
+        obs = file["obs"]
+        order = [str(name) for name in obs.attrs.get("column-order", ())]
+        for name, values in columns.items():
+            put(obs, name, values)
+        order += [name for name in columns if name not in order]
+        obs.attrs.create("column-order", order, dtype=h5py.string_dtype())
+
+
+def provenance_of(found: Embeddings, options: Mapping[str, Any], version: str) -> dict[str, Any]:
+    """What made embeddings, in a form that both JSON and .h5ad hold."""
+    coverage = found.coverage.to_dict()
+    coverage["ambiguous"] = [f"{given} -> {taken}" for given, taken in found.coverage.ambiguous]
+    return {
+        "model_id": found.model_id,
+        "vocabulary_hash": found.vocabulary_hash,
+        "version": version,
+        "options": {key: value for key, value in options.items() if value is not None},
+        "coverage": {key: value for key, value in coverage.items() if value != []},
+        "warnings": found.warnings(),
+    }

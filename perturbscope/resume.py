@@ -1,0 +1,207 @@
+"""Embedding that survives an interruption: finished chunks are kept on disk until the output is complete."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.backends import Backend, CellProgress
+from perturbscope.embedder import Embeddings
+from perturbscope.errors import BundleError, InvalidParameterError
+from perturbscope.genes import GeneCoverage
+from perturbscope.readers import CellSource
+
+CHUNK_CELLS = 512
+"""Cells of one chunk: what an interruption can lose. Wide enough to sort cells by length."""
+FORMAT = 1
+_STATE = "state.json"
+_MODEL = "model.json"
+_SAMPLES = 64
+_SAMPLE_BYTES = 2**20
+
+
+def fingerprint(path: Path) -> str:
+    """A digest that changes when a file or directory does.
+
+    Names, sizes, times of change, and the content: all of it up to 64 MiB, 64 evenly spaced MiB of larger files.
+    """
+    digest = hashlib.sha256()
+    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+    for file in files:
+        facts = file.stat()
+        name = str(file.relative_to(path)) if path.is_dir() else ""
+        digest.update(f"{name}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
+        with file.open("rb") as content:
+            step = max(_SAMPLE_BYTES, facts.st_size // _SAMPLES)
+            for start in range(0, facts.st_size, step):
+                content.seek(start)
+                digest.update(content.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+class PartialRun:
+    """The directory ``<OUT>.partial`` of one run of embed.
+
+    Parameters
+    ----------
+    path
+        The directory.
+    identity
+        Model, input and options (JSON-able). Chunks of another identity are discarded.
+    notice
+        Told, in words, what became of an earlier run.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], notice: Callable[[str], None]) -> None:
+        self.path = path
+        self._identity = {"format": FORMAT, **identity}
+        self._notice = notice
+
+    @property
+    def staging(self) -> Path:
+        """Where the output is made, before it gets its name."""
+        return self.path / "out.h5ad"
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the directory; left in place after an error or a kill, removed after success.
+
+        Raises
+        ------
+        InvalidParameterError
+            Another process holds it.
+        """
+        self.path.mkdir(exist_ok=True)
+        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InvalidParameterError(
+                    f"Another process is writing to {self.path}. Wait for it, or give another output.", field="out"
+                ) from error
+            self._prepare()
+            yield
+            shutil.rmtree(self.path)
+        finally:
+            os.close(lock)
+
+    def _prepare(self) -> None:
+        """Keep the chunks of an earlier run if they belong to this one."""
+        state = self.path / _STATE
+        earlier = _read_json(state)
+        chunks = sorted(self.path.glob("chunk-*.npy"))
+        if chunks and earlier != self._identity:
+            changed = sorted(key for key in self._identity if (earlier or {}).get(key) != self._identity[key])
+            self._notice(
+                f"The {len(chunks)} chunks in {self.path} were made with another {', '.join(changed)}; "
+                "they are discarded."
+            )
+        elif chunks:
+            self._notice(f"Continuing an interrupted run: {len(chunks)} chunks are in {self.path}.")
+        if earlier != self._identity:
+            for item in [*chunks, self.path / _MODEL]:
+                item.unlink(missing_ok=True)
+            _write_json(state, self._identity)
+
+    def embed(self, source: CellSource, backend: Backend, *, progress: CellProgress | None = None) -> Embeddings:
+        """Embed all cells, taking over the chunks that are there.
+
+        Raises
+        ------
+        BundleError
+            The model is not the one that the chunks were made with: a server has changed it meanwhile.
+        """
+        parts: list[NDArray[Any]] = []
+        starts = range(0, source.n_cells, source.chunk_cells)
+        for number, start in enumerate(starts):
+            stop = min(start + source.chunk_cells, source.n_cells)
+            chunk = self._load(number, stop - start)
+            if chunk is None:
+                found = backend.embed_cells(source.rows(start, stop), progress=progress)
+                self._check_model(found)
+                chunk = self._save(number, found)
+            elif progress:
+                progress(len(chunk))
+            parts.append(chunk)
+        rows = np.concatenate(parts)
+        model = _read_json(self.path / _MODEL) or {}
+        return Embeddings(
+            np.ascontiguousarray(rows["values"]),
+            rows["lengths"].copy(),
+            rows["n_detected"].copy(),
+            rows["known_share"].copy(),
+            GeneCoverage.from_dict(model["coverage"]),
+            model["model_id"],
+            model["vocabulary_hash"],
+        )
+
+    def _check_model(self, found: Embeddings) -> None:
+        """Note the model with the first chunk; compare it with every other. Written before any chunk is."""
+        model = {
+            "model_id": found.model_id,
+            "vocabulary_hash": found.vocabulary_hash,
+            "coverage": found.coverage.to_dict(),
+        }
+        earlier = _read_json(self.path / _MODEL)
+        if earlier is None:
+            _write_json(self.path / _MODEL, model)
+        elif earlier["model_id"] != found.model_id:
+            raise BundleError(
+                f"The model changed during the run, from {earlier['model_id']} to {found.model_id}. Run again.",
+                field="model",
+            )
+
+    def _load(self, number: int, n_cells: int) -> NDArray[Any] | None:
+        """A finished chunk, or None."""
+        path = self._chunk(number)
+        if not path.exists() or _read_json(self.path / _MODEL) is None:
+            return None
+        try:
+            rows: NDArray[Any] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return rows if len(rows) == n_cells and rows.dtype == _row_type(rows["values"].shape[1]) else None
+
+    def _save(self, number: int, found: Embeddings) -> NDArray[Any]:
+        rows = np.empty(len(found), dtype=_row_type(found.values.shape[1]))
+        for name in ("values", "lengths", "n_detected", "known_share"):
+            rows[name] = getattr(found, name)
+        staging = self._chunk(number).with_suffix(".tmp")
+        with staging.open("wb") as file:
+            np.save(file, rows, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, self._chunk(number))
+        return rows
+
+    def _chunk(self, number: int) -> Path:
+        return self.path / f"chunk-{number:06d}.npy"
+
+
+def _row_type(width: int) -> np.dtype[Any]:
+    return np.dtype([("values", "<f4", (width,)), ("lengths", "<i4"), ("n_detected", "<i4"), ("known_share", "<f4")])
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    staging = path.with_suffix(".tmp")
+    staging.write_text(json.dumps(content, sort_keys=True, indent=1), encoding="utf-8")
+    os.replace(staging, path)
