@@ -103,19 +103,18 @@ def _read_cells(path: Path | None) -> CountMatrix | None:
 def _summary(bundle: Bundle) -> None:
     """The written bundle as a table on standard output."""
     manifest = bundle.manifest
-    table = Table(title=f"{bundle.path}: {bundle.model_id}", title_justify="left")
-    for heading in ("graph", "MB", "against", "largest difference", "lowest cosine", "mean cosine"):
-        table.add_column(heading, justify="left" if heading in {"graph", "against"} else "right")
-    for name, variant in manifest.variants.items():
+    table = Table(title=f"{bundle.model_id} in {bundle.path}", title_justify="left")
+    for heading in ("graph", "MB", "largest difference", "lowest cosine", "mean cosine"):
+        table.add_column(heading, justify="left" if heading == "graph" else "right")
+    for name, variant in sorted(manifest.variants.items(), key=lambda item: item[0] != "fp32"):
         measured = manifest.parity if name == "fp32" else manifest.parity["variants"][name]
         mean = measured.get("mean_cosine")
         table.add_row(
-            f"{name} ({variant.file})",
+            f"{name} (to torch)" if name == "fp32" else f"{name} (to fp32)",
             f"{(bundle.path / variant.file).stat().st_size / 1e6:.2f}",
-            "torch" if name == "fp32" else "fp32",
-            f"{measured['max_abs_difference']:.2e}",
-            f"{measured['lowest_cosine']:.7f}",
-            "" if mean is None else f"{mean:.7f}",
+            f"{measured['max_abs_difference']:.1e}",
+            f"{measured['lowest_cosine']:.6f}",
+            "" if mean is None else f"{mean:.6f}",
         )
     Console().print(table)
 

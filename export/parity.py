@@ -195,6 +195,8 @@ def compare_variant(
 def cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:
     """Cosine of each row of `left` with the same row of `right`, at most 1; float64 [n]."""
     a, b = left.astype(np.float64), right.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    values: NDArray[np.float64] = np.minimum((a * b).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny), 1.0)
-    return values
+    # Infinite values give NaN, which no tolerance accepts.
+    with np.errstate(invalid="ignore"):
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        values: NDArray[np.float64] = (a * b).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)
+    return np.minimum(values, 1.0)
