@@ -40,7 +40,7 @@ FLAGS: dict[str, str] = {
     "controls_subsampled": "more controls than max_cells; a seeded sample was used",
     "fewer_controls_than_cells": "not enough controls for a sample of the same size; all controls were used",
     "null_extrapolated": "too few controls for two disjoint groups of this size; the null sd follows from its formula",
-    "null_capped": "too few controls for two disjoint groups of this size; the null has the largest size possible",
+    "null_capped": "too few controls for two disjoint groups of this size; samples of half the controls were compared",
     "null_sd_zero": "the controls do not vary, so z is undefined",
     "constant_embeddings": "all cells of both groups have the same vector",
     "batch_confounded": "no batch holds cells of both groups, so labels cannot be exchanged and p is undefined",

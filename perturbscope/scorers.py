@@ -143,8 +143,9 @@ class EnergyScorer:
 class TransportScorer:
     """Wasserstein distance between samples of equal size, so that every problem is a linear assignment.
 
-    The value falls with the number of cells, so a null of another size would be of no use: null groups have the size of
-    the perturbation's, to within 1.25 % (sizes share a null so that it can be cached).
+    The value falls with the number of cells, so a null of another size would be of no use. Null groups have the size of
+    the perturbation's, to within 1.25 % (sizes share a null so that it can be cached); and a perturbation with more
+    cells than half of the controls is sampled to that many, for there is no null of a larger size (`null_capped`).
     """
 
     def __init__(self, groups: Groups, controls: NDArray[np.intp], options: ScoreOptions) -> None:
@@ -181,7 +182,9 @@ class TransportScorer:
         rows = self.groups.rows
         if is_constant(rows[cells], rows[self.controls]):
             return Scored(0.0, 0.0, 0.0, 1.0, ("constant_embeddings", "null_sd_zero"))
-        size = min(n, n_controls, MAX_TRANSPORT_CELLS)
+        fixed = options.null == "fixed"
+        limit = n_controls if fixed else n_controls // 2
+        size = min(n, limit, MAX_TRANSPORT_CELLS)
         between = pairwise_distances(rows[cells], rows[self.controls])
         rng = generator(options.seed, "repeats", name)
         picks = [
@@ -189,11 +192,10 @@ class TransportScorer:
             for _ in range(options.repeats)
         ]
         distance = float(np.mean([assignment_cost(between[np.ix_(a, b)]) for a, b in picks]))
-        fixed = options.null == "fixed"
-        flags = size_flags(n, n_controls, fixed=fixed, beyond="null_capped" if size > n_controls // 2 else None)
-        if min(n, n_controls) > size:
+        flags = size_flags(n, n_controls, fixed=fixed, beyond="null_capped")
+        if min(n, limit) > size:
             flags.append("transport_subsampled")
-        mean, sd = self.null(options.null_size if fixed else min(shared_size(size), n_controls // 2))
+        mean, sd = self.null(options.null_size if fixed else min(shared_size(size), limit))
         if sd == 0:
             flags.append("null_sd_zero")
         a, b = cells[picks[0][0]], self.controls[picks[0][1]]
@@ -224,12 +226,12 @@ def shared_size(size: int) -> int:
     return round(size / step) * step
 
 
-def size_flags(n: int, n_controls: int, *, fixed: bool, beyond: str | None) -> list[str]:
+def size_flags(n: int, n_controls: int, *, fixed: bool, beyond: str) -> list[str]:
     """Flags of a group's size against the number of controls; `beyond`: the flag of a null that cannot be drawn."""
     flags = []
     if n > n_controls:
         flags.append("fewer_controls_than_cells")
-    if beyond and not fixed and 2 * min(n, n_controls) > n_controls:
+    if not fixed and 2 * min(n, n_controls) > n_controls:
         flags.append(beyond)
     return flags
 
