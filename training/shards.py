@@ -1,0 +1,215 @@
+"""Token shards on disk: written chunk by chunk, read through memory maps.
+
+A corpus is a directory::
+
+    manifest.json                what is in it, from which files, made how
+    shard-00000/<input>.npy      tokens of its cells, end to end; uint16 where the vocabulary fits
+    shard-00000/offsets.npy      cell i owns tokens offsets[i]:offsets[i + 1]; int64
+    shard-00000/source.npy       which file each cell is from, int32
+    shard-00000/row.npy          which row of it, int64
+    shard-00000/n_detected.npy   genes of the vocabulary that the cell expresses, int32
+    shard-00000/known_share.npy  share of its counts that they hold, float32
+    shard-00000/label-<name>.npy the cell's label as a code, int32; -1 where it has none
+
+A token costs two bytes, so 30 million cells of 1,500 tokens are 90 GB, of which a batch reads what it needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.errors import CorruptBundleError
+from perturbscope.families import Family, TokenizedCells, load_family
+from perturbscope.genes import GeneCoverage, GeneVocabulary
+
+MANIFEST = "manifest.json"
+VOCABULARY = "vocabulary.tsv"
+FORMAT_VERSION = 1
+PER_CELL: dict[str, str] = {"source": "int32", "row": "int64", "n_detected": "int32", "known_share": "float32"}
+"""What is kept of every cell, and its type."""
+
+
+class ArrayWriter:
+    """A ``.npy`` file that grows along its first axis.
+
+    The header of a .npy file leaves room for the length to grow, so it is written again, in place, at the end.
+    """
+
+    def __init__(self, path: Path, dtype: Any, trailing: tuple[int, ...] = ()) -> None:
+        self._file = path.open("wb")
+        self._dtype = np.dtype(dtype)
+        self._trailing = trailing
+        self._header_size = self._write_header()
+        self.length = 0
+
+    def append(self, values: NDArray[Any]) -> None:
+        """Write more rows."""
+        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
+        self.length += len(values)
+
+    def close(self) -> None:
+        """Write the final length."""
+        self._file.seek(0)
+        size = self._write_header()
+        assert size == self._header_size, "the header grew"  # noqa: S101, numpy reserves the room
+        self._file.close()
+
+    def _write_header(self) -> int:
+        shape = (getattr(self, "length", 0), *self._trailing)
+        np.lib.format.write_array_header_1_0(
+            self._file,
+            {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape},
+        )
+        return self._file.tell()
+
+
+class ShardWriter:
+    """Writes one shard.
+
+    Parameters
+    ----------
+    path
+        Directory to create.
+    inputs
+        Name to type and trailing shape of each of the family's inputs.
+    labels
+        Names of the labels.
+    """
+
+    def __init__(self, path: Path, inputs: Mapping[str, tuple[str, tuple[int, ...]]], labels: Sequence[str]) -> None:
+        path.mkdir()
+        self.path = path
+        self._inputs = {name: ArrayWriter(path / f"{name}.npy", *kind) for name, kind in inputs.items()}
+        self._offsets = ArrayWriter(path / "offsets.npy", np.int64)
+        self._offsets.append(np.zeros(1, dtype=np.int64))
+        self._cells = {name: ArrayWriter(path / f"{name}.npy", dtype) for name, dtype in PER_CELL.items()}
+        self._cells |= {f"label-{name}": ArrayWriter(path / f"label-{name}.npy", np.int32) for name in labels}
+        self.n_tokens = 0
+        self.n_cells = 0
+
+    def append(self, tokens: TokenizedCells, per_cell: Mapping[str, NDArray[Any]]) -> None:
+        """Add cells with what is kept of each: ``source``, ``row`` and ``label-<name>``."""
+        for name, writer in self._inputs.items():
+            writer.append(tokens.arrays[name])
+        self._offsets.append(tokens.offsets[1:] + self.n_tokens)
+        own = {"n_detected": tokens.n_detected, "known_share": tokens.known_share}
+        for name, writer in self._cells.items():
+            writer.append({**own, **per_cell}[name])
+        self.n_tokens += int(tokens.offsets[-1])
+        self.n_cells += len(tokens)
+
+    def close(self) -> None:
+        """Finish every file."""
+        for writer in (*self._inputs.values(), self._offsets, *self._cells.values()):
+            writer.close()
+
+
+class Corpus:
+    """Tokenized cells of a corpus, by their number.
+
+    Parameters
+    ----------
+    path
+        The directory that ``training.corpus`` wrote.
+
+    Raises
+    ------
+    CorruptBundleError
+        Not a corpus, or a file is missing or does not fit the manifest.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = _read_manifest(self.path)
+        self.vocabulary = GeneVocabulary.read(self.path / VOCABULARY)
+        if self.vocabulary.hash != self.manifest["vocabulary_hash"]:
+            raise CorruptBundleError(f"{self.path / VOCABULARY} is not the vocabulary of this corpus. Build it again.")
+        self.family: Family = load_family(self.manifest["family"], self.manifest["family_config"], self.vocabulary)
+        counts = [shard["cells"] for shard in self.manifest["shards"]]
+        self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
+        self._shards = [self.path / shard["name"] for shard in self.manifest["shards"]]
+        self._offsets = [self._map(at, "offsets") for at in range(len(self._shards))]
+        for shard, offsets in zip(self.manifest["shards"], self._offsets, strict=True):
+            if len(offsets) != shard["cells"] + 1 or offsets[-1] != shard["tokens"]:
+                raise CorruptBundleError(f"{self.path / shard['name']} does not fit the manifest. Build it again.")
+        self._tokens = {
+            spec.name: [self._map(at, spec.name) for at in range(len(self._shards))] for spec in self.family.inputs
+        }
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @functools.cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each cell, [n_cells]."""
+        return np.concatenate([np.diff(offsets).astype(np.int32) for offsets in self._offsets])
+
+    def per_cell(self, name: str) -> NDArray[Any]:
+        """One of :data:`PER_CELL`, [n_cells]."""
+        return np.concatenate([np.asarray(self._map(at, name)) for at in range(len(self._shards))])
+
+    def labels(self, name: str) -> NDArray[np.object_]:
+        """A label of each cell, None where it has none, [n_cells].
+
+        Raises
+        ------
+        CorruptBundleError
+            The corpus was built without this label.
+        """
+        if name not in self.manifest["labels"]:
+            raise CorruptBundleError(
+                f"The corpus {self.path} keeps no label {name!r}; it keeps {', '.join(self.manifest['labels'])}. "
+                "Add it to labels and build the corpus again."
+            )
+        names = np.array([*self.manifest["labels"][name], None], dtype=object)
+        found: NDArray[np.object_] = names[self.per_cell(f"label-{name}")]
+        return found
+
+    def cells(self, numbers: NDArray[np.integer[Any]]) -> TokenizedCells:
+        """The tokens of some cells, in the order given."""
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        places = numbers - self._starts[shards]
+        bounds = [
+            (int(at), int(self._offsets[at][place]), int(self._offsets[at][place + 1]))
+            for at, place in zip(shards.tolist(), places.tolist(), strict=True)
+        ]
+        lengths = np.array([stop - start for _, start, stop in bounds], dtype=np.int64)
+        return TokenizedCells(
+            arrays={
+                name: np.concatenate([maps[at][start:stop] for at, start, stop in bounds])
+                for name, maps in self._tokens.items()
+            },
+            offsets=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]),
+            known_share=np.zeros(len(numbers), dtype=np.float32),
+            n_detected=lengths.astype(np.int32),
+            coverage=GeneCoverage(0, 0),
+        )
+
+    def _map(self, shard: int, name: str) -> NDArray[Any]:
+        path = self._shards[shard] / f"{name}.npy"
+        try:
+            mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise CorruptBundleError(f"{path} cannot be read: {error}. Build the corpus again.") from error
+        return mapped
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CorruptBundleError(
+            f"{path} is not a corpus: it has no {MANIFEST}. Build it with python -m training.corpus."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CorruptBundleError(f"{path / MANIFEST} cannot be read: {error}.") from error
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        raise CorruptBundleError(f"{path / MANIFEST} is not the manifest of a corpus. Build it again.")
+    return manifest
