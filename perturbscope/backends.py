@@ -17,7 +17,22 @@ if TYPE_CHECKING:
 CellProgress = Callable[[int], None]
 """Told how many cells were finished since the last call."""
 StageProgress = Callable[[str, int, int], None]
-"""Told a stage, and how much of it is done of how much."""
+"""Told a stage (``check``, ``embed``, or one of scoring), and how much of it is done of how much."""
+
+
+def cells_of(stage: str, total: int, progress: StageProgress | None) -> CellProgress | None:
+    """What counts the cells of one stage and reports them to `progress`."""
+    if progress is None:
+        return None
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        progress(stage, done, total)
+
+    progress(stage, 0, total)
+    return advance
 
 
 class Scorer(Protocol):

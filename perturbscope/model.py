@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.backends import Backend, CellProgress, LocalBackend
+from perturbscope.backends import Backend, LocalBackend, StageProgress, cells_of
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder, Embeddings
 from perturbscope.encoder import Device
@@ -55,7 +55,7 @@ class Model:
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
-        progress: CellProgress | None = None,
+        progress: StageProgress | None = None,
     ) -> NDArray[np.float32]:
         """Embed cells.
 
@@ -66,7 +66,7 @@ class Model:
         layer, gene_key, total_counts_key
             Where they are in `cells`; see :func:`perturbscope.open_cells`.
         progress
-            Told how many cells were finished since the last call.
+            Told a stage (``check``, ``embed``), and how many cells of how many it has done.
 
         Returns
         -------
@@ -88,7 +88,7 @@ class Model:
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
-        progress: CellProgress | None = None,
+        progress: StageProgress | None = None,
     ) -> Embeddings:
         """As :meth:`embed`, with each cell's length and share of known genes, and the genes' coverage."""
         if isinstance(cells, CountMatrix):
@@ -97,7 +97,7 @@ class Model:
                     "A CountMatrix has neither layers nor columns; leave layer, gene_key and total_counts_key out.",
                     field="layer",
                 )
-            result = self.backend.embed_cells(cells, progress=progress)
+            result = self.backend.embed_cells(cells, progress=cells_of("embed", len(cells), progress))
         else:
             with opened(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
                 result = embed_source(source, self.backend, progress=progress)
@@ -118,7 +118,7 @@ class Model:
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
-        progress: CellProgress | None = None,
+        progress: StageProgress | None = None,
         **options: Any,
     ) -> pd.DataFrame:
         """How far each perturbation is from control.
@@ -180,7 +180,7 @@ class Model:
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
-        progress: CellProgress | None = None,
+        progress: StageProgress | None = None,
         **options: Any,
     ) -> pd.DataFrame:
         """How far perturbations are from each other: all pairs, or `pairs`. Else as :meth:`score`.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.backends import Backend, CellProgress
+from perturbscope.backends import Backend, StageProgress, cells_of
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import BundleError, InvalidParameterError
 from perturbscope.genes import GeneCoverage
@@ -114,7 +114,7 @@ class PartialRun:
                 item.unlink(missing_ok=True)
             _write_json(state, self._identity)
 
-    def embed(self, source: CellSource, backend: Backend, *, progress: CellProgress | None = None) -> Embeddings:
+    def embed(self, source: CellSource, backend: Backend, *, progress: StageProgress | None = None) -> Embeddings:
         """Embed all cells, taking over the chunks that are there.
 
         Raises
@@ -123,16 +123,17 @@ class PartialRun:
             The model is not the one that the chunks were made with: a server has changed it meanwhile.
         """
         parts: list[NDArray[Any]] = []
+        advance = cells_of("embed", source.n_cells, progress)
         starts = range(0, source.n_cells, source.chunk_cells)
         for number, start in enumerate(starts):
             stop = min(start + source.chunk_cells, source.n_cells)
             chunk = self._load(number, stop - start)
             if chunk is None:
-                found = backend.embed_cells(source.rows(start, stop), progress=progress)
+                found = backend.embed_cells(source.rows(start, stop), progress=advance)
                 self._check_model(found)
                 chunk = self._save(number, found)
-            elif progress:
-                progress(len(chunk))
+            elif advance:
+                advance(len(chunk))
             parts.append(chunk)
         rows = np.concatenate(parts)
         model = _read_json(self.path / _MODEL) or {}
@@ -169,9 +170,10 @@ class PartialRun:
             return None
         try:
             rows: NDArray[Any] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            width = rows["values"].shape[1]
+        except (OSError, ValueError, EOFError, LookupError):
             return None
-        return rows if len(rows) == n_cells and rows.dtype == _row_type(rows["values"].shape[1]) else None
+        return rows if len(rows) == n_cells and rows.dtype == _row_type(width) else None
 
     def _save(self, number: int, found: Embeddings) -> NDArray[Any]:
         rows = np.empty(len(found), dtype=_row_type(found.values.shape[1]))

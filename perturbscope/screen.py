@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.backends import Backend, CellProgress, LocalBackend, LocalScorer, StageProgress
+from perturbscope.backends import Backend, LocalBackend, LocalScorer, StageProgress, cells_of
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embeddings, join
 from perturbscope.errors import InvalidParameterError
@@ -46,7 +46,7 @@ def opened(
         yield source
 
 
-def check_cells(source: CellSource, backend: Backend, *, progress: CellProgress | None = None) -> None:
+def check_cells(source: CellSource, backend: Backend, *, progress: StageProgress | None = None) -> None:
     """Read all cells once, so that a bad one is found before an hour was spent on the good ones before it.
 
     Raises
@@ -54,11 +54,12 @@ def check_cells(source: CellSource, backend: Backend, *, progress: CellProgress 
     InvalidInputError
         As reading raises; and, where the model is in this process, as :meth:`Embedder.tokenize` raises.
     """
+    advance = cells_of("check", source.n_cells, progress)
     for cells in source:
         if isinstance(backend, LocalBackend):
             backend.embedder.tokenize(cells)
-        if progress:
-            progress(len(cells))
+        if advance:
+            advance(len(cells))
 
 
 def score_source(
@@ -70,8 +71,7 @@ def score_source(
     options: ScoreOptions,
     use_rep: str | None = None,
     batch_key: str | None = None,
-    progress: CellProgress | None = None,
-    scoring: StageProgress | None = None,
+    progress: StageProgress | None = None,
 ) -> ScoreResult:
     """Score the perturbations of a source; see :meth:`perturbscope.model.Model.score`.
 
@@ -80,7 +80,7 @@ def score_source(
     labelled = _Labelled.of(source, perturbation_key, batch_key)
     labelled.check(options, control)
     values, origin = embed_or_take(source, backend, use_rep, progress)
-    result = (backend or LocalScorer(scoring)).score(
+    result = (backend or LocalScorer(progress)).score(
         values[labelled.rows], labelled.labels, control=control, batches=labelled.batches, options=options
     )
     return labelled.complete(result, origin)
@@ -96,14 +96,13 @@ def compare_source(
     pairs: Sequence[tuple[str, str]] | None = None,
     use_rep: str | None = None,
     batch_key: str | None = None,
-    progress: CellProgress | None = None,
-    scoring: StageProgress | None = None,
+    progress: StageProgress | None = None,
 ) -> CompareResult:
     """Compare the perturbations of a source; see :meth:`perturbscope.model.Model.compare` and :func:`score_source`."""
     labelled = _Labelled.of(source, perturbation_key, batch_key)
     labelled.check(options, control)
     values, origin = embed_or_take(source, backend, use_rep, progress)
-    result = (backend or LocalScorer(scoring)).compare(
+    result = (backend or LocalScorer(progress)).compare(
         values[labelled.rows],
         labelled.labels,
         pairs=pairs,
@@ -114,14 +113,15 @@ def compare_source(
     return labelled.complete(result, origin)
 
 
-def embed_source(source: CellSource, backend: Backend, *, progress: CellProgress | None = None) -> Embeddings:
+def embed_source(source: CellSource, backend: Backend, *, progress: StageProgress | None = None) -> Embeddings:
     """Embed all cells of a source, chunk by chunk, after :func:`check_cells`."""
-    check_cells(source, backend)
-    return join([backend.embed_cells(cells, progress=progress) for cells in source])
+    check_cells(source, backend, progress=progress)
+    advance = cells_of("embed", source.n_cells, progress)
+    return join([backend.embed_cells(cells, progress=advance) for cells in source])
 
 
 def embed_or_take(
-    source: CellSource, backend: Backend | None, use_rep: str | None, progress: CellProgress | None
+    source: CellSource, backend: Backend | None, use_rep: str | None, progress: StageProgress | None
 ) -> tuple[NDArray[np.float32], _Origin]:
     """Vectors of all cells, from obsm or from the model, and where they come from."""
     if use_rep is not None:

@@ -1,0 +1,5 @@
+"""``python -m perturbscope.cli``."""
+
+from perturbscope.cli import main
+
+main()

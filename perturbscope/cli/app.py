@@ -1,0 +1,85 @@
+"""The commands together, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from perturbscope import __version__
+from perturbscope.cli import bundles, console
+from perturbscope.cli.embedding import embed
+from perturbscope.cli.scoring import compare, score
+from perturbscope.errors import PerturbScopeError
+
+logger = logging.getLogger("perturbscope.cli")
+
+app = typer.Typer(
+    name="perturbscope",
+    help="See what a gene perturbation does to a cell.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(embed)
+app.command()(score)
+app.command()(compare)
+app.add_typer(bundles.app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    """See what a gene perturbation does to a cell."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    try:
+        code = typer.main.get_command(app).main(
+            args=None if arguments is None else list(arguments), prog_name="perturbscope", standalone_mode=False
+        )
+    except PerturbScopeError as error:
+        console.fail(error.code, error.message)
+        return console.exit_code(error)
+    except TyperException as error:
+        console.fail("usage", f"{error.format_message().rstrip('.')}. See perturbscope --help.")
+        return console.EXIT_USAGE
+    except (KeyboardInterrupt, typer.Abort):
+        console.fail("interrupted", "Stopped; no output was written. perturbscope embed continues where it was.")
+        return console.EXIT_FAILURE
+    except BrokenPipeError:
+        # The reader of stdout has gone (head, less); Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return console.EXIT_FAILURE
+    except Exception as error:
+        logger.debug("unexpected", exc_info=True)
+        console.fail("internal", f"{type(error).__name__}: {error}")
+        return console.EXIT_FAILURE
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Entry point of the ``perturbscope`` command."""
+    if os.environ.get("PERTURBSCOPE_DEBUG"):
+        logging.basicConfig(level=logging.DEBUG)
+    signal.signal(signal.SIGTERM, _interrupt)
+    raise SystemExit(run())
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt

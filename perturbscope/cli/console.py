@@ -1,0 +1,114 @@
+"""What the command line shows: progress, tables, warnings, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from perturbscope.backends import StageProgress
+from perturbscope.errors import BundleError, InvalidInputError, LimitExceededError, PerturbScopeError, UnknownModelError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EXIT_USAGE = 2
+EXIT_FAILURE = 1
+_CALLERS_FAULT = (InvalidInputError, LimitExceededError, UnknownModelError, BundleError)
+_STAGES = {"check": "Checking", "embed": "Embedding", "score": "Scoring", "compare": "Comparing"}
+_WIDTH = 140
+"""Columns of a table that goes into a file or pipe."""
+
+
+def exit_code(error: PerturbScopeError) -> int:
+    """2 where the caller's input, options, bundle or model name is at fault; 1 for the rest."""
+    return EXIT_USAGE if isinstance(error, _CALLERS_FAULT) else EXIT_FAILURE
+
+
+def fail(code: str, message: str) -> None:
+    """One line on stderr: the error's code, and what it says."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        Text.assemble((f"Error [{code}]: ", "bold red"), " ".join(message.split()))
+    )
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text.assemble(("Warning: ", "yellow"), message))
+
+
+def say(message: str) -> None:
+    """One line on stdout."""
+    Console(soft_wrap=True, highlight=False).print(Text(message))
+
+
+@contextmanager
+def progress_bars() -> Iterator[StageProgress]:
+    """Bars on stderr, one a stage; nothing where stderr is not a terminal."""
+    console = Console(stderr=True)
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(_STAGES.get(stage, stage.replace("_", " ").capitalize()), total=total)
+        bars.update(tasks[stage], completed=done, total=total)
+
+    with bars:
+        yield show
+
+
+def show_table(table: pd.DataFrame, *, title: str, top: int) -> None:
+    """The first `top` rows of each metric on stdout, ranked as the table is."""
+    for metric, rows in table.groupby("metric", sort=False):
+        shown = rows.head(top).drop(columns="metric")
+        caption = f"{len(shown)} of {len(rows)}" if len(rows) > len(shown) else None
+        _print(
+            f"{title}: {metric}",
+            list(map(str, shown.columns)),
+            [[_cell(value) for value in row] for row in shown.itertuples(index=False)],
+            caption=caption,
+        )
+
+
+def show_facts(title: str, facts: Sequence[tuple[str, Any]]) -> None:
+    """Names and values on stdout."""
+    _print(title, ["", ""], [[name, str(value)] for name, value in facts], header=False)
+
+
+def _print(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    caption: str | None = None,
+    header: bool = True,
+) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(console.width, _WIDTH))
+    table = Table(title=Text(title), caption=caption, title_justify="left", caption_justify="left", show_header=header)
+    for number, column in enumerate(columns):
+        is_text = number == 0 or column in ("b", "flags", "")
+        table.add_column(column, justify="left" if is_text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(item) for item in row))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.4g}"
+    return str(value)

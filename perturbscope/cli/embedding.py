@@ -1,0 +1,63 @@
+"""``perturbscope embed``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perturbscope import __version__
+from perturbscope.cli import console, options
+from perturbscope.cli.session import open_backend
+
+
+def embed(
+    cells: options.In,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .h5ad file to write.")],
+    layer: options.Layer = None,
+    gene_key: options.GeneKey = None,
+    total_counts_key: options.TotalCountsKey = None,
+    bundle: options.BundleDir = None,
+    server: options.Server = None,
+    grpc: options.Grpc = None,
+    model: options.ModelName = None,
+    device: options.DeviceName = "cpu",
+    variant: options.VariantName = "fp32",
+    seed: Annotated[int, typer.Option(min=0, help="Taken by all commands; embedding draws nothing at random.")] = 0,
+    chunk_cells: Annotated[int, typer.Option(min=1, help="Cells of a chunk: what an interruption can lose.")] = 512,
+) -> None:
+    """Embed cells: IN with obsm["X_perturbscope"] becomes OUT.
+
+    An interrupted run is continued by the same command: finished chunks wait in OUT.partial/.
+    """
+    from perturbscope.outputs import check_output, commit, provenance_of, write_embedded
+    from perturbscope.readers import open_cells
+    from perturbscope.resume import PartialRun, fingerprint
+    from perturbscope.screen import check_cells
+
+    check_output(out, [".h5ad"], source=cells)
+    where = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
+    with (
+        open_cells(cells, chunk_cells=chunk_cells, **where) as source,  # type: ignore[arg-type]
+        open_backend(bundle, server, grpc, model, device, variant) as backend,
+        console.progress_bars() as progress,
+    ):
+        check_cells(source, backend, progress=progress)
+        identity = {
+            "model": backend.model_id,
+            "input": fingerprint(cells),
+            "options": {**where, "chunk_cells": chunk_cells, "device": device, "variant": variant},
+            "version": __version__,
+        }
+        partial = PartialRun(out.with_name(f"{out.name}.partial"), identity, console.warn)
+        with partial.open():
+            found = partial.embed(source, backend, progress=progress)
+            write_embedded(partial.staging, source, found, provenance_of(found, where, __version__))
+            commit(partial.staging, out)
+    for warning in found.warnings():
+        console.warn(warning)
+    console.say(
+        f"{len(found)} cells x {found.values.shape[1]} by {found.model_id}; {found.coverage.n_matched} of "
+        f"{found.coverage.n_genes} genes known -> {out}"
+    )
