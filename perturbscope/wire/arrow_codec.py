@@ -182,6 +182,8 @@ def _column(table: pa.Table, name: str) -> Any:
     if name not in table.column_names:
         raise MalformedMatrixError(f"The column {name!r} is missing.", field=name)
     column = table.column(name)
+    if not len(column):
+        raise MalformedMatrixError("The stream has no rows; one a cell is needed.", field=name)
     if column.null_count:
         raise MalformedMatrixError(f"The column {name!r} has {column.null_count} nulls.", field=name)
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)

@@ -223,6 +223,16 @@ def integer(value: Any, field: str) -> int:
     return value
 
 
+def number(value: Any, field: str) -> float:
+    """A number, as a float."""
+    if type(value) not in {int, float}:
+        raise InvalidParameterError(f"{field} must be a number; got {shown(value)}.", field=field)
+    try:
+        return float(value)
+    except OverflowError:
+        raise InvalidParameterError(f"{field} is too large for a float.", field=field) from None
+
+
 def meta_to_dict(meta: Meta, warnings: Sequence[str]) -> dict[str, Any]:
     """The JSON form of what made an answer."""
     return {
@@ -240,7 +250,7 @@ def meta_from_dict(value: Any) -> tuple[Meta, list[str], dict[str, Any]]:
         raise InvalidParameterError(f"meta must be an object; got {shown(value)}.", field="meta")
     timings = value.get("timings") or {}
     provenance = value.get("provenance") or {}
-    if not isinstance(timings, Mapping) or not all(type(item) in {int, float} for item in timings.values()):
+    if not isinstance(timings, Mapping):
         raise InvalidParameterError("timings must be an object of numbers.", field="timings")
     if not isinstance(provenance, Mapping):
         raise InvalidParameterError("provenance must be an object.", field="provenance")
@@ -248,7 +258,7 @@ def meta_from_dict(value: Any) -> tuple[Meta, list[str], dict[str, Any]]:
         model_id=optional_text(value.get("model_id"), "model_id"),
         vocabulary_hash=optional_text(value.get("vocabulary_hash"), "vocabulary_hash"),
         coverage=_coverage(value.get("coverage")),
-        timings={str(stage): float(seconds) for stage, seconds in timings.items()},
+        timings={str(stage): number(seconds, "timings") for stage, seconds in timings.items()},
     )
     return meta, list(texts(value.get("warnings") or [], "warnings", longest=100_000)), dict(provenance)
 
@@ -258,5 +268,5 @@ def _coverage(value: Any) -> GeneCoverage | None:
         return None
     try:
         return GeneCoverage.from_dict(value)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise InvalidParameterError(f"coverage cannot be read: {error!r}.", field="coverage") from error

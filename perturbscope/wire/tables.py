@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
 from perturbscope.results import COMPARE_COLUMNS, SCORE_COLUMNS
-from perturbscope.wire.fields import integer, shown, text
+from perturbscope.wire.fields import integer, number, text
 from perturbscope.wire.messages import Meta
 
 Kind = Literal["text", "integer", "number"]
@@ -102,8 +102,4 @@ def _read(value: Any, name: str, kind: Kind) -> Any:
         return text(value, name)
     if kind == "integer":
         return integer(value, name)
-    if value is None:
-        return np.nan
-    if type(value) not in {int, float}:
-        raise InvalidParameterError(f"{name} must be a number or null; got {shown(value)}.", field=name)
-    return float(value)
+    return np.nan if value is None else number(value, name)

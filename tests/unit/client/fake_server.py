@@ -1,0 +1,163 @@
+"""A server in a function: real decoding, tokens and scores, a fake model, and the failures that a test asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import httpx
+
+from perturbscope import wire
+from perturbscope.embedder import Embedder
+from perturbscope.errors import PerturbScopeError
+from perturbscope.proto import perturbscope_v1_pb2 as pb
+from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeServicer, add_PerturbScopeServicer_to_server
+from perturbscope.scoring import compare_perturbations, score_perturbations
+
+
+class FakeServer:
+    """Answers requests.
+
+    Attributes
+    ----------
+    failures
+        What the next requests meet in place of an answer.
+    requests
+        All that arrived, decoded.
+    change
+        Applied to every answer of embed; may raise.
+    """
+
+    def __init__(self, embedder: Embedder) -> None:
+        self.embedder = embedder
+        self.failures: list[Any] = []
+        self.requests: list[wire.Request] = []
+        self.change: Callable[[Any], Any] = lambda answer: answer
+
+    def answer(self, request: wire.Request) -> Any:
+        self.requests.append(request)
+        match request:
+            case wire.EmbedRequest():
+                return self.change(self.embedder.embed(request.cells))
+            case wire.ScoreRequest():
+                return wire.ScoreAnswer(
+                    result=score_perturbations(
+                        self._vectors(request),
+                        request.perturbations,
+                        control=request.control,
+                        batches=request.batches,
+                        options=request.options,
+                    )
+                )
+            case wire.CompareRequest():
+                return wire.CompareAnswer(
+                    result=compare_perturbations(
+                        self._vectors(request),
+                        request.perturbations,
+                        pairs=request.pairs,
+                        control=request.control,
+                        batches=request.batches,
+                        options=request.options,
+                    )
+                )
+            case wire.ModelsRequest():
+                return wire.ModelsAnswer(models=tuple(map(model_info, ("first", "second"))))
+
+    def _vectors(self, request: wire.ScoreRequest | wire.CompareRequest) -> Any:
+        return self.embedder.embed(request.cells).values if request.cells is not None else request.embeddings
+
+    def http(self, call: httpx.Request) -> httpx.Response:
+        if self.failures:
+            failure = self.failures.pop(0)
+            if isinstance(failure, Exception):
+                raise failure
+            return failure
+        name = call.url.path.rpartition("/")[2]
+        if name == "models":
+            return httpx.Response(
+                200,
+                json=None,
+                content=wire.models_answer_to_json(self.answer(wire.ModelsRequest())),
+                headers={"content-type": wire.JSON},
+            )
+        kind = call.headers["content-type"]
+        assert call.headers["accept"] == kind
+        form = {wire.JSON: "json", wire.ARROW: "arrow"}[kind]
+        request = getattr(wire, f"{name}_request_from_{form}")(call.content)
+        try:
+            answer = self.answer(request)
+        except PerturbScopeError as error:
+            status = 413 if error.code == "limit_exceeded" else 422
+            return httpx.Response(status, content=wire.error_to_json(error), headers={"content-type": wire.JSON})
+        content = getattr(wire, f"{name}_answer_to_{form}")(answer)
+        return httpx.Response(200, content=content, headers={"content-type": f"{kind}; charset=utf-8"})
+
+    @contextmanager
+    def grpc(self) -> Iterator[str]:
+        """Serve on a free port; yields the target."""
+        server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", 2**20)])
+        add_PerturbScopeServicer_to_server(_Servicer(self), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.stop(None).wait()
+
+
+class Abort(Exception):  # noqa: N818
+    """A gRPC status that a test asks for."""
+
+    def __init__(self, status: grpc.StatusCode, details: str, metadata: tuple[tuple[str, str], ...] = ()) -> None:
+        self.status, self.details, self.metadata = status, details, metadata
+
+
+class _Servicer(PerturbScopeServicer):
+    def __init__(self, server: FakeServer) -> None:
+        self._server = server
+
+    def _serve(self, name: str, message: Any, context: Any) -> Any:
+        try:
+            if self._server.failures:
+                raise self._server.failures.pop(0)
+            request = getattr(wire, f"{name}_request_from_proto")(message) if name != "models" else wire.ModelsRequest()
+            return getattr(wire, f"{name}_answer_to_proto")(self._server.answer(request))
+        except Abort as abort:
+            context.set_trailing_metadata(abort.metadata)
+            context.abort(abort.status, abort.details)
+        except PerturbScopeError as error:
+            context.set_trailing_metadata(
+                (("perturbscope-code", error.code), ("perturbscope-field", error.field or ""))
+            )
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)
+
+    def Embed(self, request: pb.EmbedRequest, context: Any) -> Any:  # noqa: N802
+        return self._serve("embed", request, context)
+
+    def Score(self, request: pb.ScoreRequest, context: Any) -> Any:  # noqa: N802
+        return self._serve("score", request, context)
+
+    def Compare(self, request: pb.CompareRequest, context: Any) -> Any:  # noqa: N802
+        return self._serve("compare", request, context)
+
+    def Models(self, request: pb.ModelsRequest, context: Any) -> Any:  # noqa: N802
+        return self._serve("models", request, context)
+
+
+def model_info(name: str) -> wire.ModelInfo:
+    return wire.ModelInfo(
+        name=name,
+        version="1",
+        model_id=f"{name}-1-0123456789ab",
+        family="rank",
+        width=8,
+        vocabulary_hash="0" * 64,
+        layer="penultimate",
+        pooling="mean",
+        licence="CC0-1.0",
+        variant="fp32",
+        device="cpu",
+    )

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+GENERATED = [f"perturbscope_v1_pb2{suffix}" for suffix in (".py", ".pyi", "_grpc.py", "_grpc.pyi")]
+
+
+def test_the_committed_modules_are_those_of_the_proto(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [ROOT / "scripts" / "generate_proto.sh", tmp_path],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "perturbscope" / "proto"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(GENERATED)
+    for name in GENERATED:
+        committed = (ROOT / "perturbscope" / "proto" / name).read_text()
+        assert (folder / name).read_text() == committed, f"{name} is stale: run scripts/generate_proto.sh"
