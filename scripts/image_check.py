@@ -1,0 +1,76 @@
+"""Run inside the image, beside its service: embeds a cell over HTTP and over gRPC, and looks at what the image is.
+
+usage: python3 image_check.py [HTTP_PORT [GRPC_PORT]]
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+from perturbscope.client import GrpcClient
+from perturbscope.counts import CountMatrix
+from perturbscope.genes import GeneVocabulary
+
+http_port, grpc_port = (sys.argv[1:3] + ["3000", "3001"][len(sys.argv) - 1 :])[:2]
+base_url = f"http://127.0.0.1:{http_port}"
+
+
+def check(what: str, holds: bool) -> None:
+    print(f"  {'ok  ' if holds else 'FAIL'} {what}")
+    if not holds:
+        sys.exit(1)
+
+
+def writable(folder: str) -> bool:
+    probe = Path(folder, ".write-probe")
+    try:
+        probe.touch()
+    except OSError:
+        return False
+    probe.unlink()
+    return True
+
+
+rng = np.random.default_rng(0)
+gene_ids = list(GeneVocabulary.geneformer_gc30m().gene_ids[:500])
+counts = rng.poisson(1.0, size=500).astype(np.int32)
+kept = np.flatnonzero(counts)
+body = {
+    "cells": {
+        "gene_ids": gene_ids,
+        "indptr": [0, len(kept)],
+        "indices": kept.tolist(),
+        "data": counts[kept].tolist(),
+    }
+}
+
+check(f"not root (uid {os.getuid()})", os.getuid() != 0)
+for package in ("torch", "transformers", "deepspeed", "jax", "tensorflow"):
+    check(f"no {package}", importlib.util.find_spec(package) is None)
+check("the code, the bundle and the packages are read-only", not any(map(writable, ("/app", "/opt/venv", "/etc"))))
+
+start = time.perf_counter()
+request = urllib.request.Request(
+    f"{base_url}/v1/embed", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+)
+with urllib.request.urlopen(request, timeout=60) as response:
+    answer = json.load(response)
+over_http = np.asarray(answer["embeddings"], dtype=np.float32)
+check(
+    f"HTTP embeds a cell: {over_http.shape[1]} values of {answer['meta']['model_id']} "
+    f"in {1e3 * (time.perf_counter() - start):.0f} ms",
+    over_http.shape[0] == 1 and bool(np.isfinite(over_http).all()) and bool(over_http.any()),
+)
+start = time.perf_counter()
+with GrpcClient(f"127.0.0.1:{grpc_port}") as client:
+    over_grpc = client.embed_cells(CountMatrix.from_matrix(counts[None, :], gene_ids)).values
+check(
+    f"gRPC gives the same cell the same vector in {1e3 * (time.perf_counter() - start):.0f} ms",
+    np.allclose(over_http, over_grpc, rtol=0, atol=1e-6),
+)

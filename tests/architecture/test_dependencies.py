@@ -1,0 +1,112 @@
+"""Who may import whom: read from every import statement, and from what an import really loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import perturbscope
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = {"perturbscope", "training", "export", "serving", "evaluation"}
+LEARNING = {"torch", "transformers", "deepspeed", "accelerate", "safetensors", "jax", "tensorflow"}
+SERVER = {"bentoml", "fastapi", "starlette", "uvicorn", "pydantic"}
+NOT_SHIPPED = {"tests", "benchmarks", "scripts"}
+
+# Folder -> what none of its modules may import, at the top, in a function or for type checking alike.
+FORBIDDEN = {
+    "perturbscope": (OURS - {"perturbscope"}) | LEARNING | SERVER | {"onnx", "onnxscript", "sklearn", "matplotlib"},
+    "serving": (OURS - {"perturbscope", "serving"}) | LEARNING | {"onnx", "onnxscript", "sklearn", "matplotlib"},
+    "evaluation": (OURS - {"perturbscope", "evaluation"}) | LEARNING | SERVER,
+    "training": {"export", "serving", "evaluation"} | SERVER,
+    "export": {"serving", "evaluation"} | SERVER,
+}
+
+
+def imported(source: str) -> Iterator[tuple[int, str]]:
+    """Line and top-level package of each absolute import, wherever it stands."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.lineno, node.module.partition(".")[0]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"import_module", "importlib.import_module"}:
+            name = node.args[0] if node.args else None
+            yield node.lineno, str(name.value).partition(".")[0] if isinstance(name, ast.Constant) else ""
+
+
+def test_the_reader_of_imports_sees_hidden_ones() -> None:
+    source = "def f():\n    import torch.nn as nn\nif TYPE_CHECKING:\n    from serving.engine import Engine\n"
+    source += "importlib.import_module('jax.numpy')\nfrom . import torch\n"
+    assert sorted(imported(source)) == [(2, "torch"), (4, "serving"), (5, "jax")]
+
+
+@pytest.mark.parametrize("folder", sorted(FORBIDDEN))
+def test_no_module_imports_what_its_folder_may_not(folder: str) -> None:
+    modules = sorted((ROOT / folder).rglob("*.py"))
+    assert modules, f"{folder}/ holds no module"
+    wrong = [
+        f"{module.relative_to(ROOT)}:{line} imports {package}"
+        for module in modules
+        for line, package in imported(module.read_text())
+        if package in FORBIDDEN[folder] | NOT_SHIPPED
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", ["perturbscope", "perturbscope.client", "perturbscope.scoring", "perturbscope.cli"])
+def test_importing_the_library_loads_no_learning_and_no_server(module: str) -> None:
+    assert loaded_by(f"import {module}") & (LEARNING | SERVER) == set()
+
+
+def test_importing_the_service_loads_no_learning() -> None:
+    assert loaded_by("import serving.service") & LEARNING == set()
+
+
+def test_pot_brings_no_learning() -> None:
+    """POT imports every array library that it finds, unless it is told not to."""
+    code = """
+import numpy as np
+from perturbscope.distances import wasserstein
+rng = np.random.default_rng(0)
+wasserstein(rng.normal(size=(7, 4)).astype(np.float32), rng.normal(size=(5, 4)).astype(np.float32))
+"""
+    loaded = loaded_by(code)
+    assert "ot" in loaded
+    assert loaded & LEARNING == set()
+
+
+def test_importing_the_package_alone_is_light() -> None:
+    """`import perturbscope` reads no numpy: names are imported when they are first used."""
+    assert loaded_by("import perturbscope") & {"numpy", "scipy", "pandas", "anndata", "onnxruntime", "grpc"} == set()
+
+
+def test_public_names_are_sorted_and_complete() -> None:
+    assert perturbscope.__all__ == sorted(perturbscope.__all__)
+    for name in perturbscope.__all__:
+        assert getattr(perturbscope, name).__name__ == name
+    declared = {
+        alias.asname or alias.name
+        for node in ast.walk(ast.parse(Path(perturbscope.__file__).read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("perturbscope.")
+        for alias in node.names
+    }
+    assert declared == set(perturbscope.__all__)
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level packages in sys.modules of a fresh interpreter in which torch could be imported."""
+    script = f"""
+import importlib.util, sys
+assert importlib.util.find_spec("torch"), "without torch installed this shows nothing"
+{code}
+print("loaded:", *sorted({{name.partition(".")[0] for name in sys.modules}}))
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.rpartition("loaded: ")[2].split())
