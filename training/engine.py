@@ -1,0 +1,242 @@
+"""What turns a batch into a step: plain torch on one process, DeepSpeed on one or many.
+
+Both take the same AdamW and the same learning rate from the loop, so they give the same losses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from perturbscope.errors import InvalidParameterError, UnreadableFileError
+from training.config import LoopConfig, OptimizerConfig
+from training.optimizer import make_optimizer
+from training.process import Process
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STATE = "state.pt"
+
+
+class Engine(Protocol):
+    """A model with its optimiser."""
+
+    def micro_step(self, batch: Mapping[str, Tensor], *, lr: float, last: bool) -> float:
+        """Forward and backward; with the `last` micro-batch of a step, the optimiser's step. Gives the loss."""
+        ...
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient before clipping."""
+        ...
+
+    def evaluate(self, batch: Mapping[str, Tensor]) -> Any:
+        """What the module gives without gradients and dropout."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write weights and optimiser; every process calls it."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Read what :meth:`save` wrote."""
+        ...
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """State dict of `model` in full precision; every process calls it."""
+        ...
+
+
+def make_engine(module: nn.Module, loop: LoopConfig, optimizer: OptimizerConfig, process: Process) -> Engine:
+    """The engine that `loop` asks for."""
+    if loop.deepspeed is None:
+        return PlainEngine(module, loop, optimizer, process.device)
+    return DeepSpeedEngine(module, loop, optimizer, process)
+
+
+class PlainEngine:
+    """One process, torch alone."""
+
+    def __init__(self, module: nn.Module, loop: LoopConfig, optimizer: OptimizerConfig, device: torch.device) -> None:
+        self._module = module.to(device).train()
+        self._device = device
+        self._accumulation = loop.accumulation
+        self._clip = optimizer.clip
+        self._dtype = _TYPES[loop.precision]
+        self._optimizer = make_optimizer(module, optimizer, fused=device.type == "cuda")
+        self._scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "fp16")
+        self._grad_norm = 0.0
+
+    def micro_step(self, batch: Mapping[str, Tensor], *, lr: float, last: bool) -> float:
+        """See :class:`Engine`."""
+        loss = self._forward(batch)
+        self._scaler.scale(loss / self._accumulation).backward()
+        if last:
+            self._step(lr)
+        return float(loss.detach())
+
+    @property
+    def grad_norm(self) -> float:
+        """See :class:`Engine`."""
+        return self._grad_norm
+
+    def evaluate(self, batch: Mapping[str, Tensor]) -> Any:
+        """See :class:`Engine`."""
+        self._module.eval()
+        with torch.no_grad():
+            result = self._forward(batch)
+        self._module.train()
+        return result
+
+    def save(self, directory: Path) -> None:
+        """See :class:`Engine`."""
+        state = {
+            "module": self._module.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+        torch.save(state, directory / _STATE)
+
+    def load(self, directory: Path) -> None:
+        """See :class:`Engine`."""
+        state = torch.load(directory / _STATE, map_location=self._device, weights_only=True)
+        self._module.load_state_dict(state["module"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """See :class:`Engine`."""
+        return model.state_dict()
+
+    def _forward(self, batch: Mapping[str, Tensor]) -> Any:
+        moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+            return self._module(**moved)
+
+    def _step(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._scaler.unscale_(self._optimizer)
+        parameters = [item for group in self._optimizer.param_groups for item in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self._clip or float("inf"))
+        self._grad_norm = float(norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+class DeepSpeedEngine:
+    """A DeepSpeed engine around the same optimiser."""
+
+    def __init__(self, module: nn.Module, loop: LoopConfig, optimizer: OptimizerConfig, process: Process) -> None:
+        if process.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        for name, value in (("RANK", process.rank), ("WORLD_SIZE", process.world_size), ("LOCAL_RANK", 0)):
+            os.environ.setdefault(name, str(value))
+        import deepspeed
+
+        if process.device.type == "cpu":
+            # Or it compiles a shared-memory all-reduce, for more than a minute, where a compiler is to be found.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._device = process.device
+        module = module.to(process.device)
+        client = make_optimizer(module, optimizer, fused=process.device.type == "cuda")
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=client, config=deepspeed_config(loop, optimizer)
+        )
+
+    def micro_step(self, batch: Mapping[str, Tensor], *, lr: float, last: bool) -> float:
+        """See :class:`Engine`."""
+        loss = self._engine(**self._move(batch))
+        self._engine.backward(loss)
+        assert self._engine.is_gradient_accumulation_boundary() == last, "lost count of micro-batches"  # noqa: S101
+        if last:
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+        self._engine.step()
+        return float(loss.detach())
+
+    @property
+    def grad_norm(self) -> float:
+        """See :class:`Engine`; 0 where DeepSpeed does not compute it."""
+        norm = self._engine.get_global_grad_norm()
+        return 0.0 if norm is None else float(norm)
+
+    def evaluate(self, batch: Mapping[str, Tensor]) -> Any:
+        """See :class:`Engine`."""
+        self._engine.eval()
+        with torch.no_grad():
+            result = self._engine.module(**self._move(batch))
+        self._engine.train()
+        return result
+
+    def save(self, directory: Path) -> None:
+        """See :class:`Engine`."""
+        self._engine.save_checkpoint(str(directory), tag="deepspeed")
+
+    def load(self, directory: Path) -> None:
+        """See :class:`Engine`."""
+        self._engine.load_checkpoint(str(directory), tag="deepspeed")
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """See :class:`Engine`. Under bf16 and fp16 these are the optimiser's float32 weights."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full: dict[int, Tensor] = {}
+        for parameter in model.parameters():
+            master = safe_get_full_fp32_param(parameter)
+            full[id(parameter)] = parameter.detach() if master is None else master
+        state = model.state_dict(keep_vars=True)
+        return {name: full.get(id(tensor), tensor.detach()) for name, tensor in state.items()}
+
+    def _move(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def deepspeed_config(loop: LoopConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
+    """The DeepSpeed JSON file that `loop` names, with ``"auto"`` replaced by what the YAML file says.
+
+    Raises
+    ------
+    UnreadableFileError
+        The file is missing or is not JSON.
+    InvalidParameterError
+        It contradicts the YAML file, or sets an optimiser or scheduler, which the YAML file does.
+    """
+    path = Path(str(loop.deepspeed))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnreadableFileError(f"{path} cannot be read: {error}.", field="loop.deepspeed") from error
+    for name in ("optimizer", "scheduler"):
+        if name in values:
+            raise InvalidParameterError(
+                f"{path} sets {name!r}; the YAML file's section 'optimizer' does that for both engines. Remove it.",
+                field="loop.deepspeed",
+            )
+    settled = {
+        "train_micro_batch_size_per_gpu": loop.micro_batch,
+        "gradient_accumulation_steps": loop.accumulation,
+        "gradient_clipping": optimizer.clip,
+        "bf16": {"enabled": loop.precision == "bf16"},
+        "fp16": {"enabled": loop.precision == "fp16"},
+    }
+    return {**values, **{name: _settle(path, name, values.get(name, "auto"), value) for name, value in settled.items()}}
+
+
+def _settle(path: Path, name: str, given: Any, value: Any) -> Any:
+    """A value of the JSON file; "auto" becomes `value`, and anything else must equal it."""
+    if isinstance(value, dict):
+        inside = given if isinstance(given, dict) else {}
+        return {**inside, "enabled": _settle(path, f"{name}.enabled", inside.get("enabled", "auto"), value["enabled"])}
+    if given not in ("auto", value):
+        raise InvalidParameterError(
+            f'{path} has {name} {given!r}, the YAML file says {value!r}. Write "auto" in {path.name}.',
+            field="loop.deepspeed",
+        )
+    return value

@@ -1,0 +1,133 @@
+"""What a run tells: a progress bar for people, ``log.jsonl`` with every step, and the curve as a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from training.commands import console
+
+_SMOOTHING = 0.95
+
+
+class Journal:
+    """The log of one run. Use :func:`open_journal`."""
+
+    def __init__(self, file: Any, bars: Progress, task: TaskID) -> None:
+        self._file = file
+        self._bars = bars
+        self._task = task
+        self._loss: float | None = None
+
+    def step(self, values: dict[str, Any]) -> None:
+        """Write down one optimiser step."""
+        self._write(values)
+        loss = values["loss"]
+        self._loss = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
+        speed = values["tokens"] / max(values["seconds"], 1e-9)
+        self._bars.update(
+            self._task, completed=values["step"], loss=f"{self._loss:.4f}", speed=f"{speed:,.0f} tokens/s"
+        )
+
+    def validation(self, values: dict[str, Any]) -> None:
+        """Write down one validation."""
+        self._write(values)
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items() if key != "step")
+        self._bars.console.print(f"step {values['step']:,}: {shown}")
+
+    def say(self, text: str) -> None:
+        """Print above the bar."""
+        self._bars.console.print(text)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+
+
+@contextmanager
+def open_journal(path: Path, *, name: str, done: int, total: int, writes: bool) -> Iterator[Journal]:
+    """Open the log at step `done`; lines of later steps, from before an interruption, are removed.
+
+    Parameters
+    ----------
+    path
+        The JSONL file.
+    name
+        What the bar is called.
+    done, total
+        Optimiser steps.
+    writes
+        Whether this process writes.
+    """
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    file = None
+    if writes:
+        _cut(path, done)
+        file = path.open("a", encoding="utf-8")
+    try:
+        with Progress(*columns, console=console()) as bars:
+            task = bars.add_task(name, total=total, completed=done, loss="-", speed="")
+            yield Journal(file, bars, task)
+    finally:
+        if file is not None:
+            file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a log; the last one may be cut off by a kill."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def draw_curve(log: Path, picture: Path) -> bool:
+    """Draw the losses of a log, if matplotlib is installed; whether it was."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return False
+    mpl.use("Agg")
+    from matplotlib.figure import Figure
+
+    lines = read_log(log)
+    steps = [line for line in lines if "loss" in line]
+    checks = [line for line in lines if "validation_loss" in line]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="optimiser step", ylabel="loss")
+    if steps:
+        losses = np.array([line["loss"] for line in steps])
+        window = max(1, len(losses) // 50)
+        smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+        axes.plot([line["step"] for line in steps], losses, alpha=0.25, linewidth=0.8, label="each step")
+        axes.plot([line["step"] for line in steps][window - 1 :], smooth, label=f"mean of {window}")
+    if checks:
+        axes.plot(
+            [line["step"] for line in checks], [line["validation_loss"] for line in checks], "o-", label="validation"
+        )
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    return True
+
+
+def _cut(path: Path, done: int) -> None:
+    kept = [line for line in read_log(path) if line["step"] <= done]
+    staging = path.with_name(f".{path.name}")
+    staging.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(staging, path)

@@ -1,0 +1,311 @@
+"""The training loop of both objectives, over DeepSpeed or plain torch.
+
+All randomness of micro-batch k in process r is a function of (seed, r, k): the order of the cells, the masks, the
+dropout. So a run that was killed goes on with the losses that it would have had, and both engines give the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from perturbscope.errors import InvalidParameterError
+from training.config import LoopConfig, OptimizerConfig
+from training.engine import Engine, make_engine
+from training.errors import NonFiniteLossError
+from training.journal import Journal, draw_curve, open_journal
+from training.optimizer import check_warmup, learning_rate, peak_learning_rate
+from training.process import Process
+from training.states import Position, States
+
+LOG = "log.jsonl"
+_BEST = "best.safetensors"
+_DROPOUT, _MASKS = 1, 2
+
+Evaluate = Callable[[Mapping[str, Tensor]], Any]
+"""The module on a batch, without gradients and dropout."""
+
+
+class Task(Protocol):
+    """An objective with its data."""
+
+    @property
+    def name(self) -> str:
+        """What the progress bar is called."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """The network whose weights become the checkpoint."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained: batch -> scalar loss; shares its weights with `model`."""
+        ...
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of one process in an epoch."""
+        ...
+
+    def batch(self, epoch: int, index: int, seed: int) -> dict[str, Tensor]:
+        """Micro-batch `index` of an epoch for this process; a function of its arguments alone.
+
+        It holds ``attention_mask``, by which tokens are counted.
+        """
+        ...
+
+    def kind(self, epoch: int, index: int) -> str:
+        """Name of the micro-batch's kind, whose losses are logged apart; "" if there is one kind."""
+        ...
+
+    def validate(self, evaluate: Evaluate) -> dict[str, float]:
+        """Measures on held-out data, ``validation_loss`` among them; empty if there is none. Same on every process."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run came to."""
+
+    steps: int
+    peak_lr: float
+    seconds: float
+    tokens: int
+    final_loss: float
+    validation: list[dict[str, float]]
+    selected_step: int
+    weights: dict[str, Tensor]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the weights."""
+        names = ("steps", "selected_step", "peak_lr", "seconds", "tokens", "final_loss", "validation")
+        return {name: getattr(self, name) for name in names}
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed of 63 bits from several numbers; different parts give independent streams."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def plan_steps(batches_per_epoch: int, config: LoopConfig) -> int:
+    """Optimiser steps of a run; micro-batches that do not fill a last step are left out.
+
+    Raises
+    ------
+    InvalidParameterError
+        There is not one step's worth of data.
+    """
+    steps = batches_per_epoch * config.epochs // config.accumulation
+    if config.max_steps is not None:
+        steps = min(steps, config.max_steps)
+    if steps == 0:
+        raise InvalidParameterError(
+            f"{batches_per_epoch} micro-batches an epoch, {config.epochs} epochs and {config.accumulation} accumulated "
+            "make no optimiser step. Lower accumulation or micro_batch, or give more cells.",
+            field="loop.accumulation",
+        )
+    return steps
+
+
+def train(
+    task: Task,
+    loop: LoopConfig,
+    optimizer: OptimizerConfig,
+    process: Process,
+    *,
+    output: Path,
+    fingerprint: str,
+    select_best: bool = False,
+) -> Outcome:
+    """Train to the end, from the newest state in `output` if there is one.
+
+    Parameters
+    ----------
+    task
+        What to train.
+    loop, optimizer
+        How.
+    process
+        This process.
+    output
+        Directory of the run: ``log.jsonl``, ``loss.png``, ``states/``.
+    fingerprint
+        Names configuration and data; the state of another run is refused.
+    select_best
+        Give the weights of the lowest validation loss, not the last.
+
+    Raises
+    ------
+    NonFiniteLossError
+        The loss became NaN or infinite.
+    InvalidParameterError
+        The run has no step, or its warm-up does not end, or a state belongs to another run.
+    """
+    total = plan_steps(task.batches_per_epoch, loop)
+    check_warmup(optimizer, total)
+    output.mkdir(parents=True, exist_ok=True)
+    engine = make_engine(task.module, loop, optimizer, process)
+    states = States(output / "states", fingerprint=fingerprint, process=process, keep=loop.keep_states)
+    position = states.resume(engine)
+    run = _Run(task, loop, optimizer, process, engine, output, total, select_best)
+    with open_journal(
+        output / LOG, name=task.name, done=position.step, total=total, writes=process.is_first
+    ) as journal:
+        if position.step:
+            journal.say(f"resumed at step {position.step:,}")
+        loss = run.run(position, states, journal)
+    if process.is_first:
+        draw_curve(output / LOG, output / "loss.png")
+        states.prune(1)
+    weights = engine.weights(task.model)
+    if select_best and position.best is not None:
+        weights = load_file(output / _BEST)
+    return Outcome(
+        steps=position.step,
+        peak_lr=peak_learning_rate(optimizer, process.world_size),
+        seconds=position.seconds,
+        tokens=position.tokens,
+        final_loss=loss,
+        validation=position.validation,
+        selected_step=position.best_step if select_best and position.best is not None else position.step,
+        weights=weights,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that does not change during a run."""
+
+    task: Task
+    loop: LoopConfig
+    optimizer: OptimizerConfig
+    process: Process
+    engine: Engine
+    output: Path
+    total: int
+    select_best: bool
+
+    def run(self, position: Position, states: States, journal: Journal) -> float:
+        """All steps that are left; the last loss."""
+        loss = math.nan
+        per_epoch = max(1, self.task.batches_per_epoch // self.loop.accumulation)
+        validate_every = self.loop.validate_every or per_epoch
+        batches = self._batches(position.step * self.loop.accumulation)
+        started = time.perf_counter()
+        while position.step < self.total:
+            before = time.perf_counter()
+            values = self._step(position, batches)
+            loss = values["loss"]
+            now = time.perf_counter()
+            values["seconds"] = now - before
+            position.seconds += now - started
+            started = now
+            journal.step(values)
+            is_last = position.step == self.total
+            if is_last or position.step % validate_every == 0:
+                self._validate(position, journal)
+            if is_last or position.step % self.loop.checkpoint_every == 0:
+                states.save(self.engine, position)
+        return loss if not math.isnan(loss) else _last_loss(self.output / LOG)
+
+    def _step(self, position: Position, batches: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, Any]:
+        """One optimiser step; its line in the log."""
+        rate = learning_rate(
+            position.step, config=self.optimizer, total_steps=self.total, world_size=self.process.world_size
+        )
+        losses: list[float] = []
+        kinds: list[str] = []
+        tokens = cells = 0
+        epoch = 0
+        for micro in range(self.loop.accumulation):
+            number, batch = next(batches)
+            epoch, index = divmod(number, self.task.batches_per_epoch)
+            torch.manual_seed(derive_seed(self.loop.seed, _DROPOUT, self.process.rank, number))
+            losses.append(self.engine.micro_step(batch, lr=rate, last=micro == self.loop.accumulation - 1))
+            kinds.append(self.task.kind(epoch, index))
+            mask = batch["attention_mask"]
+            tokens += int(mask.sum())
+            cells += len(mask)
+        *losses, mean_tokens, mean_cells = self.process.mean([*losses, float(tokens), float(cells)])
+        position.step += 1
+        position.tokens += round(mean_tokens * self.process.world_size)
+        loss = sum(losses) / len(losses)
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"The loss of step {position.step} is {loss} (learning rate {rate:.3g}, epoch {epoch}). The run "
+                f"stopped; its last state is in {self.output / 'states'}. Lower optimizer.base_lr, lengthen "
+                "warmup_steps, or use fp32 or bf16, and start anew."
+            )
+        values: dict[str, Any] = {"step": position.step, "epoch": epoch, "loss": loss, "lr": rate}
+        for kind in sorted({kind for kind in kinds if kind}):
+            of_kind = [value for value, name in zip(losses, kinds, strict=True) if name == kind]
+            values[f"loss_{kind}"] = sum(of_kind) / len(of_kind)
+        values["grad_norm"] = self.engine.grad_norm
+        values["tokens"] = round(mean_tokens * self.process.world_size)
+        values["cells"] = round(mean_cells * self.process.world_size)
+        return values
+
+    def _batches(self, start: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Micro-batches from number `start` on; the next one is prepared while the current one is computed."""
+
+        def make(number: int) -> tuple[int, dict[str, Tensor]]:
+            epoch, index = divmod(number, self.task.batches_per_epoch)
+            seed = derive_seed(self.loop.seed, _MASKS, self.process.rank, number)
+            return number, self.task.batch(epoch, index, seed)
+
+        with ThreadPoolExecutor(1) as worker:
+            ahead = worker.submit(make, start)
+            for number in range(start, self.total * self.loop.accumulation):
+                ready = ahead.result()
+                if number + 1 < self.total * self.loop.accumulation:
+                    ahead = worker.submit(make, number + 1)
+                yield ready
+
+    def _validate(self, position: Position, journal: Journal) -> None:
+        values = self.task.validate(self.engine.evaluate)
+        if not values:
+            return
+        position.validation.append({"step": position.step, **values})
+        journal.validation(position.validation[-1])
+        if position.best is None or values["validation_loss"] < position.best:
+            position.best, position.best_step = values["validation_loss"], position.step
+            if self.select_best:
+                self._keep_best()
+
+    def _keep_best(self) -> None:
+        weights = self.engine.weights(self.task.model)
+        if self.process.is_first:
+            staging = self.output / f".{_BEST}"
+            once = {tensor.data_ptr(): name for name, tensor in reversed(weights.items())}  # tied weights once
+            save_file({name: weights[name].detach().cpu().clone() for name in once.values()}, staging)
+            staging.replace(self.output / _BEST)
+        self.process.barrier()
+
+
+def _last_loss(log: Path) -> float:
+    """The last loss of a run that had ended before its checkpoint was written."""
+    from training.journal import read_log
+
+    losses = [line["loss"] for line in read_log(log) if "loss" in line]
+    return float(losses[-1]) if losses else math.nan
+
+
+def start_anew(output: Path) -> None:
+    """Remove what an earlier run left in `output`."""
+    for name in ("states", "checkpoint"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (LOG, _BEST, "loss.png", "metrics.json"):
+        (output / name).unlink(missing_ok=True)

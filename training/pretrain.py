@@ -1,0 +1,170 @@
+"""Pre-training: restore hidden genes of a cell from the others (Devlin et al. 2019; Theodoris et al. 2023).
+
+``python -m training.pretrain CONFIG`` on one process;
+``torchrun --nproc-per-node 4 -m training.pretrain CONFIG`` or
+``deepspeed --num_gpus 4 --module training.pretrain CONFIG`` on several, with ``loop.deepspeed`` set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from perturbscope.errors import InvalidParameterError
+from training import commands, families, strict
+from training.batches import by_length, padded
+from training.config import PretrainConfig
+from training.corpus import build_corpus
+from training.loop import Evaluate, derive_seed
+from training.process import Process
+from training.runs import run_stage
+from training.sampling import LengthGroupedSampler
+from training.shards import Corpus
+
+_WEIGHTS, _SPLIT, _VALIDATION = 11, 12, 13
+
+
+class MaskedTask:
+    """The masked-language objective on a corpus. See :class:`training.loop.Task`.
+
+    Parameters
+    ----------
+    config
+        The stage's configuration.
+    corpus
+        The cells.
+    process
+        This process.
+    """
+
+    name = "pre-training"
+
+    def __init__(self, config: PretrainConfig, corpus: Corpus, process: Process) -> None:
+        self._config = config
+        self._corpus = corpus
+        self._process = process
+        self._family = families.load(corpus.manifest["family"])
+        options = {"max_length": corpus.family.max_length, **config.model}
+        self.model_config: Any = self._family.parse_config(options)
+        if self.model_config.max_length < corpus.family.max_length:
+            raise InvalidParameterError(
+                f"The model takes {self.model_config.max_length} tokens, but the corpus has cells of up to "
+                f"{corpus.family.max_length}. Raise model.max_length or lower corpus.max_length.",
+                field="model.max_length",
+            )
+        torch.manual_seed(derive_seed(config.loop.seed, _WEIGHTS))
+        self.model: nn.Module = self._family.build_model(self.model_config, corpus.vocabulary)
+        self.module: nn.Module = self._family.masked_lm(self.model)
+        self.train_cells, self.validation_cells = split_cells(len(corpus), config)
+        self._sampler = LengthGroupedSampler(
+            corpus.lengths[self.train_cells],
+            batch=config.loop.micro_batch,
+            world_size=process.world_size,
+            megabatch=config.sampler.megabatch,
+            seed=config.loop.seed,
+        )
+        self._epoch = -1
+        self._order: list[NDArray[np.int64]] = []
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of one process in an epoch."""
+        return len(self._sampler)
+
+    def batch(self, epoch: int, index: int, seed: int) -> dict[str, Tensor]:
+        """Masked cells, int64 [B, L]: ``input_ids``, ``attention_mask``, ``labels``."""
+        if epoch != self._epoch:
+            self._order = self._sampler.batches(epoch, rank=self._process.rank)
+            self._epoch = epoch
+        return self._masked(self.train_cells[self._order[index]], seed)
+
+    def kind(self, epoch: int, index: int) -> str:
+        """There is one kind."""
+        return ""
+
+    def validate(self, evaluate: Evaluate) -> dict[str, float]:
+        """Mean cross-entropy over masked tokens of held-out cells, with the same masks each time; its exponential."""
+        total, n_masked = 0.0, 0
+        batches = by_length(self._corpus, self.validation_cells, self._config.loop.micro_batch)
+        for number in range(self._process.rank, len(batches), self._process.world_size):
+            batch = self._masked(batches[number], derive_seed(self._config.loop.seed, _VALIDATION, number))
+            n = int((batch["labels"] >= 0).sum())
+            total += float(evaluate(batch)) * n
+            n_masked += n
+        loss_sum, count = self._process.mean([total, float(n_masked)])
+        if not count:
+            return {}
+        loss = loss_sum / count
+        return {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
+
+    def _masked(self, numbers: NDArray[np.int64], seed: int) -> dict[str, Tensor]:
+        batch = padded(self._corpus, numbers, multiple=self._config.sampler.pad_multiple)
+        generator = torch.Generator().manual_seed(seed)
+        batch["input_ids"], batch["labels"] = self._family.mask_batch(
+            batch["input_ids"],
+            batch["attention_mask"],
+            vocabulary=self._corpus.vocabulary,
+            generator=generator,
+            probability=self._config.mask_probability,
+        )
+        return batch
+
+
+def split_cells(n_cells: int, config: PretrainConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cells to train on and cells to validate on, both ascending.
+
+    Raises
+    ------
+    InvalidParameterError
+        No cell is left to train on.
+    """
+    n_validation = min(round(n_cells * config.validation_share), config.validation_cells)
+    if n_validation >= n_cells:
+        raise InvalidParameterError(f"The corpus has {n_cells} cells, too few to hold some out.", field="corpus")
+    order = np.random.default_rng([config.loop.seed, _SPLIT]).permutation(n_cells)
+    return np.sort(order[n_validation:]), np.sort(order[:n_validation])
+
+
+def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:
+    """Run the stage; the checkpoint's path (None in other processes than the first).
+
+    Raises
+    ------
+    PerturbScopeError
+        As :func:`training.corpus.build_corpus`, :func:`training.loop.train` and
+        :func:`training.checkpoint.save_checkpoint`.
+    """
+
+    def prepare() -> None:
+        with commands.cell_progress() as progress:
+            corpus = build_corpus(config.corpus, overwrite=overwrite, progress=progress)
+        commands.show_corpus(corpus)
+
+    def make(process: Process) -> tuple[MaskedTask, Corpus, dict[str, Any]]:
+        corpus = Corpus(config.corpus.path)
+        task = MaskedTask(config, corpus, process)
+        facts = {"train_cells": len(task.train_cells), "validation_cells": len(task.validation_cells)}
+        return task, corpus, facts
+
+    return run_stage("masked language model", config, prepare=prepare, make=make, overwrite=overwrite)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    options = commands.parser("Pre-train a model on a corpus of cells.").parse_args(arguments)
+
+    def train() -> None:
+        pretrain(strict.read(PretrainConfig, options.config, options.set), overwrite=options.overwrite)
+
+    return commands.run(train)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

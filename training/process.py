@@ -1,0 +1,111 @@
+"""One process of a run: its rank, its device, and how the processes find each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from perturbscope.errors import InvalidParameterError, ProviderUnavailableError
+from training.config import LoopConfig
+
+_PATIENCE = timedelta(hours=24)
+"""How long other processes wait while the first one prepares data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """Where this process stands among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    _waiting: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process builds data, prints and writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def first(self, body: Callable[[], None]) -> None:
+        """Run `body` in the first process while the others wait, for hours if need be."""
+        if self.is_first:
+            body()
+        if self.world_size > 1:
+            dist.barrier(group=self._waiting)
+
+    def mean(self, values: list[float]) -> list[float]:
+        """Each value's mean over the processes."""
+        if self.world_size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) / self.world_size for value in total.cpu()]
+
+
+def join(config: LoopConfig) -> Process:
+    """Find out who this process is, from what torchrun or the deepspeed launcher has set, and meet the others.
+
+    Raises
+    ------
+    InvalidParameterError
+        Several processes without a DeepSpeed configuration.
+    ProviderUnavailableError
+        CUDA was asked for, and is not there.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and config.deepspeed is None:
+        raise InvalidParameterError(
+            f"{world_size} processes were started, but loop.deepspeed names no DeepSpeed JSON file. "
+            "Set it, e.g. --set loop.deepspeed=training/configs/zero1.json, or start one process.",
+            field="loop.deepspeed",
+        )
+    device = _device(config, int(os.environ.get("LOCAL_RANK", "0")))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deepspeed is None:
+        return Process(rank=rank, world_size=world_size, device=device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if world_size == 1:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+    waiting = dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size > 1 else None
+    return Process(rank=rank, world_size=world_size, device=device, _waiting=waiting)
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(config: LoopConfig, local_rank: int) -> torch.device:
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ProviderUnavailableError(
+            "device is cuda, but torch finds no CUDA device here. Install torch with CUDA and its driver, or set "
+            "loop.device=cpu.",
+            field="loop.device",
+        )
+    if config.device == "cpu" or not torch.cuda.is_available():
+        if config.precision == "fp16":
+            raise InvalidParameterError(
+                "fp16 needs a CUDA device. Choose fp32 or bf16 on a CPU.", field="loop.precision"
+            )
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank) if config.device in {"auto", "cuda"} else torch.device(config.device)
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,84 @@
+"""How a checkpoint came to be: code, data, hyper-parameters, hardware, cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.shards import Corpus
+
+_PACKAGES = ("torch", "transformers", "deepspeed", "numpy")
+
+
+def code() -> dict[str, Any]:
+    """Git revision (None outside a checkout), whether the tree differs from it, and package versions."""
+    revision = _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {"git_revision": revision, "modified": bool(status) if revision else None, "packages": _versions()}
+
+
+def hardware(device: torch.device, world_size: int) -> dict[str, Any]:
+    """What it ran on."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "processes": world_size,
+        "device": device.type,
+        "gpu": gpu,
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def data(corpus: Corpus) -> dict[str, Any]:
+    """The manifest of a corpus, without its bulk."""
+    manifest = corpus.manifest
+    wanted = ("family", "family_config", "vocabulary_hash", "vocabulary_source", "cells", "tokens", "length_quantiles")
+    sources = [
+        {name: source[name] for name in ("name", "path", "sha256", "cells", "kept", "dropped", "tokens")}
+        for source in manifest["sources"]
+    ]
+    return {**{name: manifest[name] for name in wanted}, "sources": sources, "fingerprint": manifest["fingerprint"]}
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON under a temporary name and rename it."""
+    staging = path.with_name(f".{path.name}")
+    staging.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(staging, path)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(*arguments: str) -> str | None:
+    program = shutil.which("git")
+    if program is None:
+        return None
+    done = subprocess.run(  # noqa: S603, fixed arguments
+        [program, "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=False, timeout=30
+    )
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
