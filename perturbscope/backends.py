@@ -140,12 +140,10 @@ class LocalBackend(LocalScorer):
     ----------
     embedder
         Tokenizer and encoder.
-    progress
-        Told how far scoring is.
     """
 
-    def __init__(self, embedder: Embedder, progress: StageProgress | None = None) -> None:
-        super().__init__(progress)
+    def __init__(self, embedder: Embedder) -> None:
+        super().__init__()
         self.embedder = embedder
 
     @property
@@ -159,3 +157,8 @@ class LocalBackend(LocalScorer):
 
     def close(self) -> None:
         """Nothing is held but memory."""
+
+
+def scorer_of(backend: Backend | None, progress: StageProgress | None) -> Scorer:
+    """What scores for a backend: its server, or this process, which can say how far it is."""
+    return LocalScorer(progress) if backend is None or isinstance(backend, LocalBackend) else backend

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.backends import Backend, LocalBackend, StageProgress, cells_of
+from perturbscope.backends import Backend, LocalBackend, StageProgress, cells_of, scorer_of
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder, Embeddings
 from perturbscope.encoder import Device
 from perturbscope.errors import InvalidParameterError
-from perturbscope.screen import compare_source, embed_source, opened, score_source
+from perturbscope.screen import Screen, embed_source, opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,7 +154,7 @@ class Model:
             An option outside its range.
         """
         with opened(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
-            result = score_source(
+            screen = Screen.of(
                 source,
                 self.backend,
                 perturbation_key=perturbation_key,
@@ -164,6 +164,7 @@ class Model:
                 options=_options(metrics, seed, options),
                 progress=progress,
             )
+            result = screen.score(scorer_of(self.backend, progress))
         return _table(result)
 
     def compare(
@@ -193,17 +194,17 @@ class Model:
         One row a pair and metric: a, b, n_a, n_b, metric, distance, null_mean, null_sd, z, p, q, flags.
         """
         with opened(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
-            result = compare_source(
+            screen = Screen.of(
                 source,
                 self.backend,
                 perturbation_key=perturbation_key,
                 control=control,
-                pairs=pairs,
                 use_rep=use_rep,
                 batch_key=batch_key,
                 options=_options(metrics, seed, options),
                 progress=progress,
             )
+            result = screen.compare(scorer_of(self.backend, progress), pairs)
         return _table(result)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.backends import Backend, LocalBackend, LocalScorer, StageProgress, cells_of
+from perturbscope.backends import Backend, LocalBackend, Scorer, StageProgress, cells_of
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embeddings, join
 from perturbscope.errors import InvalidParameterError
@@ -19,6 +19,7 @@ from perturbscope.readers import CellSource, open_cells
 from perturbscope.readers.memory import AnnDataSource
 
 if TYPE_CHECKING:
+    from perturbscope.calibration import Calibration
     from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
 
     Result = TypeVar("Result", ScoreResult, CompareResult)
@@ -62,57 +63,6 @@ def check_cells(source: CellSource, backend: Backend, *, progress: StageProgress
             advance(len(cells))
 
 
-def score_source(
-    source: CellSource,
-    backend: Backend | None,
-    *,
-    perturbation_key: str,
-    control: str,
-    options: ScoreOptions,
-    use_rep: str | None = None,
-    batch_key: str | None = None,
-    progress: StageProgress | None = None,
-) -> ScoreResult:
-    """Score the perturbations of a source; see :meth:`perturbscope.model.Model.score`.
-
-    Without a backend, `use_rep` is needed, and the scores are made in this process.
-    """
-    labelled = _Labelled.of(source, perturbation_key, batch_key)
-    labelled.check(options, control)
-    values, origin = embed_or_take(source, backend, use_rep, progress)
-    result = (backend or LocalScorer(progress)).score(
-        values[labelled.rows], labelled.labels, control=control, batches=labelled.batches, options=options
-    )
-    return labelled.complete(result, origin)
-
-
-def compare_source(
-    source: CellSource,
-    backend: Backend | None,
-    *,
-    perturbation_key: str,
-    options: ScoreOptions,
-    control: str | None = None,
-    pairs: Sequence[tuple[str, str]] | None = None,
-    use_rep: str | None = None,
-    batch_key: str | None = None,
-    progress: StageProgress | None = None,
-) -> CompareResult:
-    """Compare the perturbations of a source; see :meth:`perturbscope.model.Model.compare` and :func:`score_source`."""
-    labelled = _Labelled.of(source, perturbation_key, batch_key)
-    labelled.check(options, control)
-    values, origin = embed_or_take(source, backend, use_rep, progress)
-    result = (backend or LocalScorer(progress)).compare(
-        values[labelled.rows],
-        labelled.labels,
-        pairs=pairs,
-        control=control,
-        batches=labelled.batches,
-        options=options,
-    )
-    return labelled.complete(result, origin)
-
-
 def embed_source(source: CellSource, backend: Backend, *, progress: StageProgress | None = None) -> Embeddings:
     """Embed all cells of a source, chunk by chunk, after :func:`check_cells`."""
     check_cells(source, backend, progress=progress)
@@ -120,85 +70,144 @@ def embed_source(source: CellSource, backend: Backend, *, progress: StageProgres
     return join([backend.embed_cells(cells, progress=advance) for cells in source])
 
 
-def embed_or_take(
+@dataclass(frozen=True)
+class Screen:
+    """Vectors and labels of the cells that carry a label (and a batch, where batches are asked for).
+
+    Attributes
+    ----------
+    values
+        float32 [n, width].
+    labels
+        Perturbation of each cell.
+    batches
+        Batch of each cell, or None.
+    options
+        How to score.
+    control
+        The label of control cells, if there is one.
+    provenance, warnings
+        Where cells and vectors come from, and what to be careful about.
+    """
+
+    values: NDArray[np.float32]
+    labels: list[str]
+    batches: list[str] | None
+    options: ScoreOptions
+    control: str | None
+    provenance: dict[str, Any]
+    warnings: list[str]
+
+    @classmethod
+    def of(
+        cls,
+        source: CellSource,
+        backend: Backend | None,
+        *,
+        perturbation_key: str,
+        options: ScoreOptions,
+        control: str | None = None,
+        use_rep: str | None = None,
+        batch_key: str | None = None,
+        progress: StageProgress | None = None,
+    ) -> Screen:
+        """Read labels, check them, and embed the cells; without a backend, `use_rep` is needed.
+
+        Raises
+        ------
+        InvalidInputError
+            Labels that do not allow a score are found before any cell is embedded.
+        """
+        labels = source.labels(perturbation_key, field="perturbation_key")
+        batches = None if batch_key is None else source.labels(batch_key, field="batch_key")
+        rows = np.flatnonzero(_given(labels) if batches is None else _given(labels) & _given(batches))
+        keys = " and ".join(f"obs[{key!r}]" for key in (perturbation_key, batch_key) if key)
+        if not len(rows):
+            raise InvalidParameterError(f"No cell has a value in {keys}.", field="perturbation_key")
+        there = labels[rows].tolist()
+        there_batches = None if batches is None else batches[rows].tolist()
+        _check_labels(there, there_batches, options, control)
+        values, provenance, warnings = _vectors(source, backend, use_rep, progress)
+        n_left_out = len(labels) - len(rows)
+        if n_left_out:
+            warnings.append(f"{n_left_out} of {len(labels)} cells have no value in {keys} and were left out.")
+        provenance |= {
+            "perturbation_key": perturbation_key,
+            "batch_key": batch_key,
+            "n_cells_read": len(labels),
+            "n_cells_left_out": n_left_out,
+        }
+        return cls(values[rows], there, there_batches, options, control, provenance, warnings)
+
+    def score(self, scorer: Scorer) -> ScoreResult:
+        """Scores against the control, which must have been named."""
+        if self.control is None:
+            raise InvalidParameterError("Scores need the label of control cells.", field="control")
+        return self._complete(
+            scorer.score(self.values, self.labels, control=self.control, batches=self.batches, options=self.options)
+        )
+
+    def compare(self, scorer: Scorer, pairs: Sequence[tuple[str, str]] | None = None) -> CompareResult:
+        """Distances between perturbations: all pairs, or `pairs`."""
+        return self._complete(
+            scorer.compare(
+                self.values,
+                self.labels,
+                pairs=pairs,
+                control=self.control,
+                batches=self.batches,
+                options=self.options,
+            )
+        )
+
+    def calibrate(self, progress: StageProgress | None = None) -> Calibration | None:
+        """Controls against controls, in this process; None where only Wasserstein was asked for."""
+        from perturbscope.calibration import calibrate
+
+        if self.control is None or set(self.options.metrics) == {"wasserstein"}:
+            return None
+        return calibrate(
+            self.values,
+            self.labels,
+            control=self.control,
+            batches=self.batches,
+            options=self.options,
+            progress=progress,
+        )
+
+    def _complete(self, result: Result) -> Result:
+        return replace(
+            result,
+            provenance={**result.provenance, **self.provenance},
+            warnings=[*self.warnings, *result.warnings],
+        )
+
+
+def _vectors(
     source: CellSource, backend: Backend | None, use_rep: str | None, progress: StageProgress | None
-) -> tuple[NDArray[np.float32], _Origin]:
-    """Vectors of all cells, from obsm or from the model, and where they come from."""
+) -> tuple[NDArray[np.float32], dict[str, Any], list[str]]:
+    """Vectors of all cells, from obsm or from the model; where they come from; warnings."""
     if use_rep is not None:
-        return source.representation(use_rep), _Origin({"use_rep": use_rep}, [])
+        return source.representation(use_rep), {"use_rep": use_rep}, []
     if backend is None:
         raise InvalidParameterError(
             "There is no model to embed the cells with. Give one, or name a matrix of obsm (use_rep).", field="use_rep"
         )
     found = embed_source(source, backend, progress=progress)
-    model = {
+    origin = {
         "model_id": found.model_id,
         "vocabulary_hash": found.vocabulary_hash,
         "coverage": found.coverage.to_dict(),
     }
-    return found.values, _Origin(model, found.warnings())
+    return found.values, origin, found.warnings()
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """Where vectors come from: entries for the provenance, and warnings."""
+def _check_labels(labels: list[str], batches: list[str] | None, options: ScoreOptions, control: str | None) -> None:
+    """The checks of labels that scoring makes, on vectors of ones: before any cell is embedded."""
+    from perturbscope.groups import Groups
 
-    provenance: dict[str, Any]
-    warnings: list[str]
-
-
-@dataclass(frozen=True)
-class _Labelled:
-    """The cells that carry a label (and a batch, where batches are asked for)."""
-
-    rows: NDArray[np.intp]
-    labels: list[str]
-    batches: list[str] | None
-    keys: dict[str, str | None]
-    n_cells: int
-
-    @classmethod
-    def of(cls, source: CellSource, perturbation_key: str, batch_key: str | None) -> _Labelled:
-        labels = source.labels(perturbation_key, field="perturbation_key")
-        batches = None if batch_key is None else source.labels(batch_key, field="batch_key")
-        there = _given(labels) if batches is None else _given(labels) & _given(batches)
-        rows = np.flatnonzero(there)
-        if not len(rows):
-            raise InvalidParameterError(
-                f"No cell has a value in obs[{perturbation_key!r}]"
-                f"{'' if batch_key is None else f' and obs[{batch_key!r}]'}.",
-                field="perturbation_key",
-            )
-        return cls(
-            rows,
-            labels[rows].tolist(),
-            None if batches is None else batches[rows].tolist(),
-            {"perturbation_key": perturbation_key, "batch_key": batch_key},
-            len(labels),
-        )
-
-    def check(self, options: ScoreOptions, control: str | None) -> None:
-        """The checks of labels that scoring makes, before any cell is embedded: on vectors of ones."""
-        from perturbscope.groups import Groups
-
-        groups = Groups.of(np.ones((len(self.rows), 1)), self.labels, self.batches, options, control=control)
-        groups.scorable([name for name in groups.sizes if name != control], options)
-
-    def complete(self, result: Result, origin: _Origin) -> Result:
-        """The result with what is known of its cells."""
-        n_left_out = self.n_cells - len(self.rows)
-        warnings = [*origin.warnings, *result.warnings]
-        if n_left_out:
-            keys = " or ".join(f"obs[{key!r}]" for key in self.keys.values() if key)
-            warnings.append(f"{n_left_out} of {self.n_cells} cells have no value in {keys} and were left out.")
-        provenance = {
-            **result.provenance,
-            **self.keys,
-            **origin.provenance,
-            "n_cells_read": self.n_cells,
-            "n_cells_left_out": n_left_out,
-        }
-        return replace(result, provenance=provenance, warnings=warnings)
+    groups = Groups.of(np.ones((len(labels), 1)), labels, batches, options, control=control)
+    groups.scorable([name for name in groups.sizes if name != control], options)
 
 
 def _given(labels: NDArray[np.object_]) -> NDArray[np.bool_]:

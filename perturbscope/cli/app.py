@@ -57,7 +57,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         console.fail(error.code, error.message)
         return console.exit_code(error)
     except TyperException as error:
-        console.fail("usage", f"{error.format_message().rstrip('.')}. See perturbscope --help.")
+        # Without arguments, the help is on the screen already and there is nothing more to say.
+        message = error.format_message().rstrip(".")
+        if message:
+            console.fail("usage", f"{message}. See perturbscope --help.")
         return console.EXIT_USAGE
     except (KeyboardInterrupt, typer.Abort):
         console.fail("interrupted", "Stopped; no output was written. perturbscope embed continues where it was.")

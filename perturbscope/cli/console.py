@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
 _CALLERS_FAULT = (InvalidInputError, LimitExceededError, UnknownModelError, BundleError)
-_STAGES = {"check": "Checking", "embed": "Embedding", "score": "Scoring", "compare": "Comparing"}
+_STAGES = {
+    "check": "Checking",
+    "embed": "Embedding",
+    "score": "Scoring",
+    "compare": "Comparing",
+    "calibrate": "Calibrating",
+}
 _WIDTH = 140
 """Columns of a table that goes into a file or pipe."""
 

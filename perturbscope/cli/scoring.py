@@ -39,8 +39,9 @@ def score(
     seed: options.Seed = 0,
 ) -> None:
     """Score perturbations against control: distance, z, p and q of each, in OUT and as a ranked table."""
+    from perturbscope.backends import scorer_of
     from perturbscope.outputs import check_output
-    from perturbscope.screen import score_source
+    from perturbscope.screen import Screen
 
     check_output(out, [".parquet", ".csv"], source=cells)
     if report is not None:
@@ -48,7 +49,7 @@ def score(
     chosen = options.score_options(metric, seed, min_cells, permutations, setting)
     where = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
     with open_work(cells, where, use_rep, bundle, server, grpc, model, device, variant) as (source, backend, progress):
-        result = score_source(
+        screen = Screen.of(
             source,
             backend,
             perturbation_key=perturbation_key,
@@ -58,9 +59,13 @@ def score(
             options=chosen,
             progress=progress,
         )
+        result = screen.score(scorer_of(backend, progress))
+        calibration = screen.calibrate(progress) if report is not None else None
     _deliver(result, out, {"input": cells.name, **where}, title="Scores", top=top)
     if report is not None:
-        _write_report(result, report)
+        from perturbscope.report import write_report
+
+        write_report(report, result, title=f"Perturbations of {cells.stem}", calibration=calibration)
 
 
 def compare(
@@ -89,14 +94,15 @@ def compare(
     seed: options.Seed = 0,
 ) -> None:
     """Compare perturbations with each other, all pairs."""
+    from perturbscope.backends import scorer_of
     from perturbscope.outputs import check_output
-    from perturbscope.screen import compare_source
+    from perturbscope.screen import Screen
 
     check_output(out, [".parquet", ".csv"], source=cells)
     chosen = options.score_options(metric, seed, min_cells, permutations, setting)
     where = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
     with open_work(cells, where, use_rep, bundle, server, grpc, model, device, variant) as (source, backend, progress):
-        result = compare_source(
+        screen = Screen.of(
             source,
             backend,
             perturbation_key=perturbation_key,
@@ -106,6 +112,7 @@ def compare(
             options=chosen,
             progress=progress,
         )
+        result = screen.compare(scorer_of(backend, progress))
     _deliver(result, out, {"input": cells.name, **where}, title="Distances", top=top)
 
 
@@ -117,11 +124,3 @@ def _deliver(result: ScoreResult | CompareResult, out: Path, facts: dict[str, An
         console.warn(warning)
     if top:
         console.show_table(result.table, title=title, top=top)
-
-
-def _write_report(result: ScoreResult, path: Path) -> None:
-    from perturbscope.outputs import atomic
-    from perturbscope.report import write_report
-
-    with atomic(path) as staging:
-        write_report(result, staging)

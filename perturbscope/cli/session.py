@@ -46,7 +46,6 @@ def open_work(
     cells: Path, where: dict[str, str | None], use_rep: str | None, *chosen: Any
 ) -> Iterator[tuple[CellSource, Backend | None, StageProgress]]:
     """The cells, the model (None where a representation is scored in this process), and progress bars."""
-    from perturbscope.backends import LocalBackend
     from perturbscope.readers import open_cells
 
     with open_cells(cells, **where) as source, console.progress_bars() as progress:  # type: ignore[arg-type]
@@ -54,6 +53,4 @@ def open_work(
             yield source, None, progress
             return
         with open_backend(*chosen) as backend:
-            if isinstance(backend, LocalBackend):
-                backend.progress = progress
             yield source, backend, progress
