@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -38,7 +39,7 @@ def main(
         list[VariantOption] | None, typer.Option(help="Write this smaller graph, too; may be repeated.")
     ] = None,
     cells: Annotated[
-        Path | None, typer.Option(help="Cells (.h5ad, ...) to compare the variants on; default: random genes.")
+        Path | None, typer.Option(help="Raw counts (.h5ad, ...) to compare the variants on; default: random genes.")
     ] = None,
     card: Annotated[Path | None, typer.Option(help="Model card in Markdown; default: made from the facts.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the weights; default: the checkpoint's.")] = None,
@@ -77,7 +78,7 @@ def main(
                 progress=lambda stage, done, total: bars.update(task, description=stage, completed=done, total=total),
             )
     except (ExportError, PerturbScopeError) as error:
-        errors.print(f"[bold red]error[/]: {error}", soft_wrap=True)
+        errors.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, InvalidInputError) else 1) from error
     _summary(bundle)
 
@@ -92,18 +93,19 @@ def _read_card(path: Path | None) -> str | None:
 
 
 def _read_cells(path: Path | None) -> CountMatrix | None:
+    """The file's first chunk; a comparison needs no more."""
     if path is None:
         return None
     from perturbscope.readers import open_cells
 
     with open_cells(path) as source:
-        return source.read()
+        return next(iter(source))
 
 
 def _summary(bundle: Bundle) -> None:
     """The written bundle as a table on standard output."""
     manifest = bundle.manifest
-    table = Table(title=f"{bundle.model_id} in {bundle.path}", title_justify="left")
+    table = Table(title=escape(f"{bundle.model_id} in {bundle.path}"), title_justify="left")
     for heading in ("graph", "MB", "largest difference", "lowest cosine", "mean cosine"):
         table.add_column(heading, justify="left" if heading == "graph" else "right")
     for name, variant in sorted(manifest.variants.items(), key=lambda item: item[0] != "fp32"):

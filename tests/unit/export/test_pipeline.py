@@ -14,8 +14,10 @@ from perturbscope.bundle import Bundle
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import BundleError, CorruptBundleError, InvalidParameterError
+from perturbscope.genes import GeneVocabulary
 from tests.models import TINY_MODEL, small_checkpoint, small_model, small_vocabulary
 from training.checkpoint import save_checkpoint
+from training.families.rank import build_model
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,28 @@ class TestCommandLine:
         manifest = json.loads((target / "manifest.json").read_text())
         assert manifest["licence"] == "MIT"
         assert (target / "MODEL_CARD.md").read_text() == "# Tiny\n"
+
+    def test_cells_of_a_file(self, target: Path, tmp_path: Path, data_dir: Path) -> None:
+        genes = GeneVocabulary.geneformer_gc30m()
+        path = save_checkpoint(
+            tmp_path / "c",
+            model=build_model(TINY_MODEL, genes),
+            family="rank",
+            family_config={"max_length": 40},
+            model_config=TINY_MODEL,
+            vocabulary=genes,
+            provenance={},
+        )
+        options = ("--variant", "fp16", "--cells", data_dir / "pbmc3k_10x.h5ad", "--min-cosine", "0.9")
+        result = self.run(path, target, *options)
+        assert result.exit_code == 0, result.output
+        compared = json.loads((target / "manifest.json").read_text())["parity"]["compared_cells"]
+        assert compared == {"kind": "real cells", "n": 32, "shortest": 40, "longest": 40}
+
+    def test_brackets_in_a_message_are_not_markup(self, tmp_path: Path, target: Path) -> None:
+        result = self.run(tmp_path / "[bold]", target)
+        assert result.exit_code == 1
+        assert "[bold] is not a checkpoint" in result.stderr
 
     def test_a_missed_tolerance_exits_with_1(self, checkpoint: Path, target: Path) -> None:
         result = self.run(checkpoint, target, "--tolerance", "1e-12")
