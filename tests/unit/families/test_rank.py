@@ -250,6 +250,28 @@ def test_counts_of_any_size(family, highest):
     assert tokens_of(cells, family) == plain_tokens(cells, family)
 
 
+def test_thousands_of_huge_counts_behind_one_entry_of_the_table(family, rng):
+    """All above 32 / median of any gene: they share one place in the table, more than short keys can number."""
+    cells = matrix(rng.integers(10**8, MAX_COUNT, size=(20, 400)), list(GENEFORMER.gene_ids[:400]))
+    counts, genes = cells.counts.data, cells.counts.indices.astype(np.intp)
+    assert family._ranking._rank(genes, counts)[0].dtype == np.int64
+    assert family._ranking._rank(genes[:400], counts[:400])[0].dtype == np.int32
+    assert tokens_of(cells, family) == plain_tokens(cells, family)
+
+
+def test_merged_columns_may_add_up_beyond_32_bits():
+    family = toy_family([2.0, 2.0, 1.0], aliases={"OLD": (gene(1), False)})
+    cells = matrix([MAX_COUNT, MAX_COUNT, 1, 5], [gene(0), gene(1), "OLD", gene(2)])
+    assert tokens_of(cells, family) == [[3, 2, 4]]
+
+
+def test_large_counts_of_unknown_genes_are_ignored():
+    cells = matrix([3, 1000, 2, 1000], [gene(0), "unknown", gene(1), "unheard of"])
+    found = toy_family([1.0, 1.0]).tokenize(cells)
+    assert found.arrays["input_ids"].tolist() == [2, 3]
+    assert found.known_share[0] == pytest.approx(5 / 2005)
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_cells_over_any_medians(data):
