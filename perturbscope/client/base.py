@@ -16,11 +16,15 @@ from perturbscope.client.exchange import (
     Conversation,
     Failure,
     Pause,
+    Reply,
     RetryPolicy,
+    Step,
+    Together,
     ask,
     embed_in_chunks,
     expect,
 )
+from perturbscope.client.together import hold_together, hold_together_async
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidEmbeddingError, UnknownModelError
@@ -139,18 +143,22 @@ class SyncBase(Conversations):
         try:
             step = next(conversation)
             while True:
-                if isinstance(step, Pause):
-                    time.sleep(step.seconds)
-                    step = conversation.send(None)
-                    continue
                 try:
-                    answer = self._exchange(step)
+                    reply = self._perform(step)
                 except Failure as failure:
                     step = conversation.throw(failure)
                 else:
-                    step = conversation.send(answer)
+                    step = conversation.send(reply)
         except StopIteration as stop:
             return cast("T", stop.value)
+
+    def _perform(self, step: Step) -> Reply:
+        if isinstance(step, Pause):
+            time.sleep(step.seconds)
+            return None
+        if isinstance(step, Together):
+            return hold_together(self._hold, step)
+        return self._exchange(step)
 
     @property
     def model_id(self) -> str:
@@ -242,18 +250,22 @@ class AsyncBase(Conversations):
         try:
             step = next(conversation)
             while True:
-                if isinstance(step, Pause):
-                    await asyncio.sleep(step.seconds)
-                    step = conversation.send(None)
-                    continue
                 try:
-                    answer = await self._exchange(step)
+                    reply = await self._perform(step)
                 except Failure as failure:
                     step = conversation.throw(failure)
                 else:
-                    step = conversation.send(answer)
+                    step = conversation.send(reply)
         except StopIteration as stop:
             return cast("T", stop.value)
+
+    async def _perform(self, step: Step) -> Reply:
+        if isinstance(step, Pause):
+            await asyncio.sleep(step.seconds)
+            return None
+        if isinstance(step, Together):
+            return await hold_together_async(self._hold, step)
+        return await self._exchange(step)
 
     async def models(self) -> tuple[ModelInfo, ...]:
         """What the server offers; the first is the default."""

@@ -1,16 +1,16 @@
 """What the clients say and understand, without any network: the part that all of them share.
 
-A conversation is a generator. It yields a request, or a :class:`Pause`; it is sent the answer, or a :class:`Failure` is
-thrown into it. So retries and chunks are written once, and a client only has to perform the steps, with or without
-``await``.
+A conversation is a generator. It yields a request, and is sent the answer, or a :class:`Failure` is thrown into it. It
+may also yield a :class:`Pause`, or other conversations to hold :class:`Together`. So retries and chunks are written
+once, and a client only has to perform the steps, with or without ``await``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -39,7 +39,19 @@ class Pause:
     seconds: float
 
 
-Conversation = Generator[Request | Pause, Answer | None, T]
+@dataclass(frozen=True)
+class Together:
+    """Hold several conversations, some at a time; what is sent back is the list of their results, in their order."""
+
+    conversations: Sequence[Conversation[Embeddings]]
+    at_a_time: int
+    each: Callable[[Embeddings], None]
+    """Called with each result as it comes, one at a time, where the client was called."""
+
+
+Step = Request | Pause | Together
+Reply = Answer | list[Embeddings] | None
+Conversation = Generator[Step, Reply, T]
 
 
 class Failure(Exception):  # noqa: N818  it carries an error, and never leaves a client
@@ -105,8 +117,7 @@ def ask(request: Request, policy: RetryPolicy, rng: np.random.Generator) -> Conv
             yield policy.pause(attempt, failure.error, rng)
             attempt += 1
         else:
-            assert answer is not None, "a request is always answered"  # noqa: S101  a client of ours
-            return answer
+            return cast("Answer", answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +128,57 @@ class ChunkLimits:
     """Cells; bounds the time of one request, and is the step of progress."""
     values: int = 8_000_000
     """Stored counts, of 8 bytes each; bounds the bytes of one request."""
+    at_a_time: int = 2
+    """Requests in flight: while one is computed, the next is sent and tokenized."""
 
     def __post_init__(self) -> None:
-        for name in ("cells", "values"):
+        for name in ("cells", "values", "at_a_time"):
             if getattr(self, name) < 1:
                 raise InvalidParameterError(f"{name} is {getattr(self, name)}; it must be at least 1.", field=name)
 
-    def stop(self, cells: CountMatrix, start: int, most: int) -> int:
-        """End of the chunk that begins at `start` and has at most `most` cells, but at least one."""
+    def split(self, cells: CountMatrix) -> list[tuple[int, int]]:
+        """First and last + 1 cell of each chunk; a chunk has at least one cell."""
         indptr = cells.counts.indptr
-        fitting = int(np.searchsorted(indptr, indptr[start] + self.values, side="right")) - 1
-        return min(len(cells), start + most, max(start + 1, fitting))
+        chunks = []
+        start = 0
+        while start < len(cells):
+            fitting = int(np.searchsorted(indptr, indptr[start] + self.values, side="right")) - 1
+            stop = min(len(cells), start + self.cells, max(start + 1, fitting))
+            chunks.append((start, stop))
+            start = stop
+        return chunks
+
+
+@dataclass
+class _Embedding:
+    """Embedding cells in chunks; the chunks share what they learn of the server's limit."""
+
+    cells: CountMatrix
+    model: str | None
+    policy: RetryPolicy
+    rng: np.random.Generator
+    most: int
+    """Most cells of a request that the server has not refused yet."""
+
+    def chunk(self, start: int, stop: int) -> Conversation[Embeddings]:
+        """Embed one chunk, in parts if the server refuses it whole."""
+        parts: list[Embeddings] = []
+        while start < stop:
+            end = min(stop, start + self.most)
+            request = EmbedRequest(cells=self.cells[start:end], model=self.model)
+            try:
+                answer = yield from ask(request, self.policy, self.rng)
+            except LimitExceededError:
+                if end - start == 1:
+                    raise
+                self.most = min(self.most, (end - start) // 2)
+                continue
+            part = expect(answer, Embeddings)
+            if len(part) != end - start:
+                raise ServerError(f"The server sent {len(part)} embeddings for {end - start} cells.")
+            parts.append(part)
+            start = end
+        return _joined(parts)
 
 
 def embed_in_chunks(
@@ -139,30 +190,24 @@ def embed_in_chunks(
     rng: np.random.Generator,
     progress: Callable[[int], None] | None,
 ) -> Conversation[Embeddings]:
-    """Embed cells, chunk after chunk; `progress` is told the number of cells of each."""
-    parts: list[Embeddings] = []
-    start, most = 0, limits.cells
-    while start < len(cells):
-        stop = limits.stop(cells, start, most)
-        try:
-            answer = yield from ask(EmbedRequest(cells=cells[start:stop], model=model), policy, rng)
-        except LimitExceededError:
-            if stop - start == 1:
-                raise
-            most = (stop - start) // 2
-            continue
-        part = expect(answer, Embeddings)
-        if len(part) != stop - start:
-            raise ServerError(f"The server sent {len(part)} embeddings for {stop - start} cells.")
-        if parts and part.model_id != parts[0].model_id:
-            raise ServerError(
-                f"The server went from the model {parts[0].model_id} to {part.model_id} between two chunks of the "
-                "cells. Embed them again."
-            )
-        parts.append(part)
-        if progress:
-            progress(len(part))
-        start = stop
+    """Embed cells, several chunks at a time; `progress` is told the number of cells of each."""
+    embedding = _Embedding(cells, model, policy, rng, limits.cells)
+    parts = yield Together(
+        [embedding.chunk(start, stop) for start, stop in limits.split(cells)],
+        limits.at_a_time,
+        (lambda part: progress(len(part))) if progress else lambda _: None,
+    )
+    return _joined(cast("list[Embeddings]", parts))
+
+
+def _joined(parts: list[Embeddings]) -> Embeddings:
+    """The parts as one, if one model made them."""
+    models = list(dict.fromkeys(part.model_id for part in parts))
+    if len(models) > 1:
+        raise ServerError(
+            f"The server went from the model {models[0]} to {models[1]} while the cells were embedded. "
+            "Embed them again."
+        )
     return join(parts)
 
 

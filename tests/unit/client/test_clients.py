@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -75,9 +77,9 @@ async def test_chunks_are_put_together_in_order(
     client = connect(chunks=ChunkLimits(cells=7), model="second")
     steps: list[int] = []
     found = await done(client.embed_cells(tiny_cells, progress=steps.append))
-    assert steps == [7, 7, 7, 3]
+    assert sorted(steps) == [3, 7, 7, 7]
     assert np.array_equal(found.values, fake_embedder.embed(tiny_cells).values)
-    assert [request.cells.first_row for request in server.requests] == [0, 7, 14, 21]  # type: ignore[union-attr]
+    assert sorted(request.cells.first_row for request in server.requests) == [0, 7, 14, 21]  # type: ignore[union-attr]
     assert {request.model for request in server.requests} == {"second"}  # type: ignore[union-attr]
     await done(client.close())
 
@@ -94,9 +96,90 @@ async def test_a_request_over_the_limits_is_halved(
     client = connect()
     steps: list[int] = []
     found = await done(client.embed_cells(tiny_cells, progress=steps.append))
-    assert steps == [3] * 8
+    assert steps == [24]
+    assert {len(request.cells) for request in server.requests} == {24, 12, 6, 3}  # type: ignore[union-attr]
     assert np.array_equal(found.values, fake_embedder.embed(tiny_cells).values)
     await done(client.close())
+
+
+async def test_chunks_learn_the_limit_from_each_other(
+    connect: Connect, server: FakeServer, fake_embedder: Embedder, tiny_cells: CountMatrix
+) -> None:
+    refused = []
+
+    def refuse(answer: Any) -> Any:
+        if len(answer) > 2:
+            refused.append(answer)
+            raise LimitExceededError("Too large.", field="cells")
+        return answer
+
+    server.change = refuse
+    client = connect(chunks=ChunkLimits(cells=4, at_a_time=2))
+    found = await done(client.embed_cells(tiny_cells))
+    assert np.array_equal(found.values, fake_embedder.embed(tiny_cells).values)
+    assert len(refused) <= 2, "six chunks, two of them in flight when the limit shows"
+    await done(client.close())
+
+
+@pytest.mark.parametrize("connect", ["http-arrow", "grpc", "async-grpc"], indirect=True)
+async def test_chunks_are_in_flight_together(connect: Connect, server: FakeServer, tiny_cells: CountMatrix) -> None:
+    both = threading.Barrier(2, timeout=20)
+
+    def meet(answer: Any) -> Any:
+        both.wait()
+        return answer
+
+    server.change = meet
+    client = connect(chunks=ChunkLimits(cells=6, at_a_time=2))
+    assert len(await done(client.embed_cells(tiny_cells))) == 24
+    await done(client.close())
+
+
+async def test_an_error_of_one_chunk_ends_the_others(
+    connect: Connect, server: FakeServer, tiny_cells: CountMatrix
+) -> None:
+    def refuse(answer: Any) -> Any:
+        raise EmptyCellError("Row 0 is empty.", field="counts")
+
+    server.change = refuse
+    client = connect(chunks=ChunkLimits(cells=1, at_a_time=2))
+    with pytest.raises(EmptyCellError, match=r"^Row 0 is empty\.$"):
+        await done(client.embed_cells(tiny_cells))
+    assert len(server.requests) <= 3, "two were in flight"
+    await done(client.close())
+
+
+async def test_an_error_of_the_progress_callback_reaches_the_caller(
+    connect: Connect, server: FakeServer, tiny_cells: CountMatrix
+) -> None:
+    def interrupt(cells: int) -> None:
+        raise KeyError("stop")
+
+    client = connect(chunks=ChunkLimits(cells=1, at_a_time=1))
+    with pytest.raises(KeyError):
+        await done(client.embed_cells(tiny_cells, progress=interrupt))
+    await done(client.close())
+
+
+async def test_a_cancelled_caller_sends_nothing_more(
+    server: FakeServer, grpc_target: str, tiny_cells: CountMatrix
+) -> None:
+    arrived, release = threading.Event(), threading.Event()
+
+    def hold(answer: Any) -> Any:
+        arrived.set()
+        assert release.wait(20)
+        return answer
+
+    server.change = hold
+    async with AsyncGrpcClient(grpc_target, chunks=ChunkLimits(cells=1, at_a_time=1)) as client:
+        task = asyncio.ensure_future(client.embed_cells(tiny_cells))
+        await asyncio.to_thread(arrived.wait, 20)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        release.set()
+    assert len(server.requests) == 1
 
 
 async def test_one_cell_over_the_limits_is_an_error(
@@ -119,7 +202,7 @@ async def test_vectors_of_two_models_are_never_mixed(
     names = iter("abcd")
     server.change = lambda answer: replace(answer, model_id=next(names))
     client = connect(chunks=ChunkLimits(cells=10))
-    with pytest.raises(ServerError, match="from the model a to b"):
+    with pytest.raises(ServerError, match="went from the model"):
         await done(client.embed_cells(tiny_cells))
     await done(client.close())
 
@@ -326,7 +409,7 @@ def test_grpc_message_above_the_limit_of_the_server_is_halved(
         steps: list[int] = []
         found = client.embed_cells(cells, progress=steps.append)
     assert len(found) == len(cells) == sum(steps)
-    assert len(steps) > 1
+    assert len(server.requests) > 1
 
 
 def test_grpc_too_late(server: FakeServer, grpc_target: str, tiny_cells: CountMatrix) -> None:

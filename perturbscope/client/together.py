@@ -1,0 +1,73 @@
+"""Several conversations at a time: with threads, or with tasks of an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from queue import SimpleQueue
+
+from perturbscope.client.exchange import Conversation, Together
+from perturbscope.embedder import Embeddings
+
+_Outcome = tuple[int, Embeddings | BaseException]
+
+
+def hold_together(hold: Callable[[Conversation[Embeddings]], Embeddings], step: Together) -> list[Embeddings]:
+    """Results of the conversations of `step`, in their order. The first error ends it; no new conversation begins.
+
+    `step.each` is called in the caller's thread.
+    """
+    results: dict[int, Embeddings] = {}
+    waiting = iter(enumerate(step.conversations))
+    outcomes: SimpleQueue[_Outcome] = SimpleQueue()
+    taking, stopped = threading.Lock(), threading.Event()
+
+    def work() -> None:
+        while not stopped.is_set():
+            with taking:
+                number, conversation = next(waiting, (-1, None))
+            if conversation is None:
+                return
+            try:
+                outcomes.put((number, hold(conversation)))
+            except BaseException as error:  # noqa: BLE001  it is raised again where the caller waits
+                outcomes.put((number, error))
+                return
+
+    workers = min(step.at_a_time, len(step.conversations))
+    try:
+        # Daemons: an interrupted program need not wait for answers that nobody wants any more.
+        for _ in range(workers):
+            threading.Thread(target=work, daemon=True, name="perturbscope-client").start()
+        while len(results) < len(step.conversations):
+            number, outcome = outcomes.get()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            results[number] = outcome
+            step.each(outcome)
+    finally:
+        stopped.set()
+    return [results[number] for number in range(len(results))]
+
+
+async def hold_together_async(
+    hold: Callable[[Conversation[Embeddings]], Awaitable[Embeddings]], step: Together
+) -> list[Embeddings]:
+    """As :func:`hold_together`, with tasks; an error or a cancelled caller cancels them."""
+    results: dict[int, Embeddings] = {}
+    waiting = iter(enumerate(step.conversations))
+
+    async def work() -> None:
+        for number, conversation in waiting:
+            results[number] = await hold(conversation)
+            step.each(results[number])
+
+    tasks = [asyncio.ensure_future(work()) for _ in range(min(step.at_a_time, len(step.conversations)))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return [results[number] for number in range(len(results))]
