@@ -334,6 +334,8 @@ class Engine:
             given = cast("NDArray[np.float32]", request.embeddings)
             self.check_vectors(len(given))
             return given, Meta(), []
+        # A missing control label should not cost the embedding of all cells.
+        await self.work(_check_labels, request)
         found = await self.embed(EmbedRequest(cells=request.cells, model=request.model))
         meta = Meta(
             model_id=found.model_id,
@@ -344,11 +346,11 @@ class Engine:
         return found.values, meta, found.warnings()
 
     async def _scored(self, score: Callable[[Callable[[str, int, int], None]], Scored]) -> tuple[Scored, float]:
-        """Score on a thread of its own; a caller that goes away stops it at its next report of progress."""
+        """Score on a thread of its own. When the caller goes, or the server stops, it ends at its next progress."""
         gone = threading.Event()
 
         def progress(stage: str, done: int, total: int) -> None:
-            if gone.is_set():
+            if gone.is_set() or self._closed:
                 raise _CallerGoneError(stage, done, total)
 
         def timed() -> tuple[Scored, float]:
@@ -370,6 +372,15 @@ class _CallerGoneError(Exception):
 def _tokenize(embedder: Embedder, cells: CountMatrix) -> tuple[TokenizedCells, float]:
     started = time.perf_counter()
     return embedder.tokenize(cells), time.perf_counter() - started
+
+
+def _check_labels(request: ScoreRequest | CompareRequest) -> None:
+    """The checks of labels that scoring makes, on vectors of ones."""
+    from perturbscope.groups import Groups
+
+    ones = np.ones((len(request.perturbations), 1))
+    groups = Groups.of(ones, request.perturbations, request.batches, request.options, control=request.control)
+    groups.scorable([name for name in groups.sizes if name != request.control], request.options)
 
 
 def _timed(meta: Meta, seconds: float) -> Meta:

@@ -17,6 +17,7 @@ from perturbscope.proto import perturbscope_v1_pb2_grpc as services
 from serving.engine import Engine
 from serving.log import RequestLog
 from serving.routes import COMPARE, EMBED, SCORE, Route, describe, explain
+from serving.settings import PREFIX
 from serving.status import status_of
 
 SERVICE: str = messages.DESCRIPTOR.services_by_name["PerturbScope"].full_name
@@ -24,8 +25,8 @@ _ENVELOPE = 64 * 2**10
 """Room for what is around the counted bytes of a message."""
 
 
-_MAX_MESSAGE, _MAX_FIELD = 4000, 200
-"""Characters of an error that are sent: clients refuse more than 8 KiB of trailing metadata."""
+_MAX_MESSAGE, _MAX_FIELD = 2000, 200
+"""Bytes of an error that are sent. Clients refuse more than 8 KiB of trailing metadata, where a byte may take three."""
 
 
 class Servicer(services.PerturbScopeServicer):
@@ -65,7 +66,9 @@ class Servicer(services.PerturbScopeServicer):
             told = explain(error, log)
             status = status_of(told).grpc
             log.write(status.name, told.code)
-            await context.abort(status, told.message[:_MAX_MESSAGE], _metadata(told, log))
+            await context.abort(
+                status, told.message.encode()[:_MAX_MESSAGE].decode(errors="ignore"), _metadata(told, log)
+            )
         except BaseException:
             log.write("CANCELLED", "client_gone")
             raise
@@ -90,13 +93,15 @@ class GrpcServer:
     Parameters
     ----------
     engine
-        Answers the requests.
+        Answers the requests, and has the settings.
+    host, port
+        Where to listen; port 0 asks the system for a free one.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        settings = engine.settings
-        largest = min(settings.max_body_bytes + _ENVELOPE, 2**31 - 1)
-        self._settings = settings
+    def __init__(self, engine: Engine, *, host: str, port: int) -> None:
+        largest = min(engine.settings.max_body_bytes + _ENVELOPE, 2**31 - 1)
+        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._grace = engine.settings.shutdown_grace
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", largest),
@@ -123,13 +128,11 @@ class GrpcServer:
         OSError
             The port is taken.
         """
-        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
         try:
-            port = self._server.add_insecure_port(f"{host}:{self._settings.grpc_port}")
+            port = self._server.add_insecure_port(self._address)
         except RuntimeError as error:
             raise OSError(
-                f"gRPC cannot listen on {host}:{self._settings.grpc_port}: {error}. Stop what listens there, or set "
-                "PERTURBSCOPE_GRPC_PORT."
+                f"gRPC cannot listen on {self._address}: {error}. Stop what listens there, or set {PREFIX}GRPC_PORT."
             ) from error
         await self._server.start()
         for name in ("", SERVICE):
@@ -139,4 +142,4 @@ class GrpcServer:
     async def stop(self) -> None:
         """Tell the health service, refuse new calls, and give those in progress their time."""
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(self._settings.shutdown_grace)
+        await self._server.stop(self._grace)

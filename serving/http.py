@@ -7,6 +7,7 @@ import json
 import math
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from serving.engine import Engine, too_many_bytes
 from serving.log import RequestLog
 from serving.routes import COMPARE, EMBED, SCORE, Route, describe, explain
 from serving.status import status_of
-from serving.uploads import FILE_NAME, PARAMETERS, read_upload
+from serving.uploads import FILE_NAME, PARAMETERS, Upload, read_upload
 
 T = TypeVar("T")
 MULTIPART = "multipart/form-data"
@@ -86,10 +87,14 @@ async def _answer(request: Request, route: Route) -> Response:
     code = "ok"
     try:
         with engine.admit() as hold:
-            message = await _read(_Limited(request, engine, hold), route, engine)
-            describe(log, message)
-            answer = await _while_connected(request, route.call(engine, message))
+            upload = await _read(_Limited(request, engine, hold), route, engine)
+            describe(log, upload.request)
+            answer = await _while_connected(request, route.call(engine, upload.request))
             describe(log, answer)
+            if upload.warnings:
+                answer = replace(
+                    answer, result=replace(answer.result, warnings=answer.result.warnings + upload.warnings)
+                )
             media_type = wire.ARROW if wire.ARROW in request.headers.get("accept", "") else wire.JSON
             body = await engine.work(route.encode[media_type], answer)
         response = Response(body, media_type=media_type)
@@ -142,13 +147,13 @@ class _Limited:
 
         return counted
 
-    async def _timed(self, reading: Awaitable[T]) -> T:
+    async def _timed(self, read: Callable[[], Awaitable[T]]) -> T:
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self._limit:
             raise too_many_bytes(self._limit)
         try:
             async with asyncio.timeout(self._timeout):
-                return await reading
+                return await read()
         except TimeoutError as error:
             raise LimitExceededError(
                 f"The body did not arrive within {self._timeout} seconds. Send less at a time.", field="body"
@@ -156,7 +161,7 @@ class _Limited:
 
     async def body(self) -> bytes:
         """The whole body."""
-        return await self._timed(self._request.body())
+        return await self._timed(self._request.body)
 
     async def save(self, path: Path) -> None:
         """Write the body to a file as it arrives."""
@@ -166,7 +171,7 @@ class _Limited:
                 async for part in self._request.stream():
                     file.write(part)
 
-        await self._timed(save())
+        await self._timed(save)
 
     async def form(self, path: Path) -> dict[str, str]:
         """Write the form's `file` to `path`; return its other fields."""
@@ -191,7 +196,7 @@ class _Limited:
             finally:
                 await form.close()
 
-        return await self._timed(read())
+        return await self._timed(read)
 
 
 async def _parts(upload: UploadFile) -> AsyncIterator[bytes]:
@@ -199,7 +204,7 @@ async def _parts(upload: UploadFile) -> AsyncIterator[bytes]:
         yield part
 
 
-async def _read(request: _Limited, route: Route, engine: Engine) -> Any:
+async def _read(request: _Limited, route: Route, engine: Engine) -> Upload:
     """The request in the body, whatever its type."""
     kind = request.content_type
     if kind in route.decode:
@@ -208,7 +213,7 @@ async def _read(request: _Limited, route: Route, engine: Engine) -> Any:
                 f"The query parameter {next(iter(request.query))!r} has no effect here; put it into the body.",
                 field=next(iter(request.query)),
             )
-        return await engine.work(route.decode[kind], await request.body())
+        return Upload(await engine.work(route.decode[kind], await request.body()))
     if kind not in (*HDF5_TYPES, MULTIPART):
         raise InvalidParameterError(
             f"The content type {kind or '(none)'!r} is not understood. Send {wire.JSON}, {wire.ARROW}, an .h5ad file "

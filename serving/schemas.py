@@ -27,6 +27,7 @@ class Cells(_Body):
     total_counts: list[float] | None = Field(
         None, description="Total counts of each cell over all measured genes, where the matrix holds only some of them."
     )
+    first_row: int = Field(0, description="Row of the first cell in the caller's file; for messages only.")
 
 
 class EmbedBody(_Body):

@@ -59,7 +59,7 @@ class PerturbScope:
         """Start gRPC on the event loop of HTTP."""
         from serving.grpc_server import GrpcServer
 
-        self._server = GrpcServer(self._engine)
+        self._server = GrpcServer(self._engine, host=self._settings.host, port=self._settings.grpc_port)
         port = await self._server.start()
         models = ", ".join(model.model_id for model in self._engine.models().models)
         sys.stdout.write(

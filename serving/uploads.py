@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import sparse
 
 from perturbscope.counts import CountMatrix
@@ -46,9 +46,15 @@ PARAMETERS: dict[str, dict[str, str]] = {
 _CHUNK_VALUES = 2**25
 
 
-def read_upload(
-    route: str, path: Path, parameters: Mapping[str, str], engine: Engine
-) -> EmbedRequest | ScoreRequest | CompareRequest:
+@dataclass(frozen=True)
+class Upload:
+    """The request that a file made, and what its sender should know."""
+
+    request: EmbedRequest | ScoreRequest | CompareRequest
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_upload(route: str, path: Path, parameters: Mapping[str, str], engine: Engine) -> Upload:
     """The request that an uploaded file and its parameters make. Blocks; for a worker thread.
 
     Raises
@@ -74,7 +80,7 @@ def read_upload(
             total_counts_key=parameters.get("total_counts_key"),
         ) as source:
             if route == "embed":
-                return EmbedRequest(cells=_read_cells(source, engine), model=parameters.get("model"))
+                return Upload(EmbedRequest(cells=_read_cells(source, engine), model=parameters.get("model")))
             return _labelled(route, source, parameters, engine)
     except PerturbScopeError as error:
         # The caller knows its file, not where it lies here.
@@ -83,32 +89,41 @@ def read_upload(
         raise
 
 
-def _labelled(
-    route: str, source: CellSource, parameters: Mapping[str, str], engine: Engine
-) -> ScoreRequest | CompareRequest:
+def _labelled(route: str, source: CellSource, parameters: Mapping[str, str], engine: Engine) -> Upload:
+    """A request to score or compare the cells that carry a label; the others are left out, with a warning."""
     for name in ["perturbation_key", "control"] if route == "score" else ["perturbation_key"]:
         if not parameters.get(name):
             raise InvalidParameterError(
                 f"{name} is missing: {PARAMETERS[route][name]} Give it as a query parameter or form field.", field=name
             )
+    keys = [name for name in ("perturbation_key", "batch_key") if parameters.get(name)]
+    columns = [source.labels(parameters[name], field=name) for name in keys]
+    labelled = np.all([[bool(label and label.strip()) for label in column] for column in columns], axis=0)
+    rows = np.flatnonzero(labelled)
+    where = " and ".join(f"obs[{parameters[name]!r}]" for name in keys)
+    if not len(rows):
+        raise InvalidParameterError(f"No cell has a value in {where}.", field="perturbation_key")
     common: dict[str, Any] = {
-        "perturbations": _labels(source, parameters["perturbation_key"], "perturbation_key"),
+        "perturbations": tuple(columns[0][rows].tolist()),
+        "batches": tuple(columns[1][rows].tolist()) if len(columns) > 1 else None,
         "options": ScoreOptions.from_dict(_json(parameters, "options", dict) or {}),
         "model": parameters.get("model"),
+        "control": parameters.get("control") or None,
     }
-    if parameters.get("batch_key"):
-        common["batches"] = _labels(source, parameters["batch_key"], "batch_key")
     if parameters.get("use_rep"):
         engine.check_vectors(source.n_cells)
-        common["embeddings"] = source.representation(parameters["use_rep"])
+        common["embeddings"] = source.representation(parameters["use_rep"])[rows]
     else:
-        common["cells"] = _read_cells(source, engine)
-    if route == "score":
-        return ScoreRequest(**common, control=parameters["control"])
-    pairs = _json(parameters, "pairs", list)
-    if pairs is not None:
-        common["pairs"] = _pairs(pairs)
-    return CompareRequest(**common, control=parameters.get("control") or None)
+        cells = _read_cells(source, engine)
+        common["cells"] = cells if len(rows) == len(cells) else cells[rows]
+    n_left_out = source.n_cells - len(rows)
+    warnings = [f"{n_left_out} of {source.n_cells} cells have no value in {where} and were left out."]
+    request = (
+        ScoreRequest(**common)
+        if route == "score"
+        else CompareRequest(**common, pairs=_pairs(_json(parameters, "pairs", list)))
+    )
+    return Upload(request, warnings if n_left_out else [])
 
 
 def _read_cells(source: CellSource, engine: Engine) -> CountMatrix:
@@ -132,18 +147,6 @@ def _read_cells(source: CellSource, engine: Engine) -> CountMatrix:
     )
 
 
-def _labels(source: CellSource, column: str, field: str) -> tuple[str, ...]:
-    labels: NDArray[Any] = source.labels(column, field=field)
-    missing = [row for row, label in enumerate(labels) if label is None]
-    if missing:
-        raise InvalidParameterError(
-            f"{len(missing)} of {source.n_cells} cells have no value in the column {column!r} "
-            f"(first: row {missing[0]}). Remove these cells, or label them.",
-            field=field,
-        )
-    return tuple(labels.tolist())
-
-
 def _json(parameters: Mapping[str, str], name: str, kind: type[Any]) -> Any:
     if not parameters.get(name):
         return None
@@ -157,7 +160,9 @@ def _json(parameters: Mapping[str, str], name: str, kind: type[Any]) -> Any:
     return value
 
 
-def _pairs(value: list[Any]) -> tuple[tuple[str, str], ...]:
+def _pairs(value: list[Any] | None) -> tuple[tuple[str, str], ...] | None:
+    if value is None:
+        return None
     for pair in value:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(label, str) for label in pair)):
             raise InvalidParameterError("pairs must be a JSON list of lists of two labels.", field="pairs")

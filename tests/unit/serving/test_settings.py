@@ -1,0 +1,50 @@
+"""Settings come from the environment, and a wrong one is named."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from perturbscope.errors import InvalidParameterError
+from serving.settings import DEFAULT_BUNDLE, Settings
+
+
+def test_an_empty_environment_means_the_defaults() -> None:
+    settings = Settings.from_env({})
+    assert settings == Settings()
+    assert settings.bundles == (DEFAULT_BUNDLE,)
+    assert (settings.http_port, settings.grpc_port, settings.device) == (3000, 3001, "cpu")
+
+
+def test_every_setting_survives_the_environment() -> None:
+    odd = {
+        item.name: getattr(Settings(), item.name) + 1 if isinstance(item.default, int) else str(item.default)
+        for item in fields(Settings)
+    }
+    settings = Settings(**{**odd, "bundle": "/a:/b", "grpc_port": 5000})
+    assert Settings.from_env(settings.to_env()) == settings
+    assert settings.bundles == (Path("/a"), Path("/b"))
+
+
+def test_an_empty_variable_is_an_unset_one() -> None:
+    assert Settings.from_env({"PERTURBSCOPE_DEVICE": "", "PERTURBSCOPE_HTTP_PORT": ""}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("HTTP_PORT", "eighty", "PERTURBSCOPE_HTTP_PORT is 'eighty'; a whole number is needed"),
+        ("HTTP_PORT", "70000", "ports end at 65535"),
+        ("GRPC_PORT", "3000", "cannot share the port 3000"),
+        ("DEVICE", "tpu", "must be one of cpu, cuda"),
+        ("MAX_CELLS", "0", "PERTURBSCOPE_MAX_CELLS is 0"),
+        ("THREADS", "-1", "PERTURBSCOPE_THREADS is -1"),
+        ("MAX_HELD_BYTES", "5", "less than one request may have"),
+        ("BUNDLE", ":", "names no directory"),
+    ],
+)
+def test_a_wrong_value_is_named(variable: str, value: str, message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        Settings.from_env({f"PERTURBSCOPE_{variable}": value})

@@ -1,0 +1,45 @@
+"""The one table of statuses covers every error, and says the same over both transports."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from perturbscope.errors import (
+    InvalidInputError,
+    LimitExceededError,
+    OverloadedError,
+    PerturbScopeError,
+    UnknownModelError,
+    error_classes,
+)
+from serving.status import STATUS, internal, status_of
+
+CLASSES = sorted(error_classes().values(), key=lambda cls: cls.__name__)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_error_has_a_row_and_blame_is_the_same_on_both_transports(cls: type[PerturbScopeError]) -> None:
+    status = status_of(cls("what happened"))
+    callers_fault = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert (400 <= status.http < 500) == (status.grpc in callers_fault)
+    assert (
+        (status.http == 429) == (status.grpc is grpc.StatusCode.RESOURCE_EXHAUSTED) == issubclass(cls, OverloadedError)
+    )
+    assert (status.http == 422) == issubclass(cls, InvalidInputError)
+    assert (status.http == 413) == issubclass(cls, LimitExceededError)
+    assert (status.http == 404) == issubclass(cls, UnknownModelError)
+
+
+def test_the_table_names_classes_of_the_tree_only() -> None:
+    assert set(STATUS) <= set(CLASSES)
+
+
+def test_an_internal_error_says_where_to_look_and_nothing_else() -> None:
+    error = internal("abc123")
+    assert status_of(error) == (500, grpc.StatusCode.INTERNAL)
+    assert error.to_dict() == {
+        "code": "internal",
+        "message": "The server failed on this request. Its log has the reason under the request id abc123.",
+        "field": None,
+    }

@@ -1,0 +1,96 @@
+"""Uploads cannot reach outside of themselves, and cannot grow without bound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from perturbscope.counts import CountMatrix
+from perturbscope.errors import InvalidParameterError, LimitExceededError, UnreadableFileError
+from perturbscope.wire import EmbedRequest
+from serving import uploads
+from serving.engine import Engine
+from serving.uploads import read_upload, refuse_outside_references
+from tests.unit.serving.conftest import MakeEngine
+
+
+def test_a_plain_file_is_taken(h5ad: Path) -> None:
+    refuse_outside_references(h5ad, 10**6)
+
+
+def test_an_external_link_is_refused(h5ad: Path, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["secret"] = np.arange(24)
+    with h5py.File(h5ad, "a") as file:
+        file["obs/leak"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "secret")
+    with pytest.raises(UnreadableFileError, match="/obs/leak lies outside of the file"):
+        refuse_outside_references(h5ad, 10**6)
+
+
+def test_external_storage_is_refused(h5ad: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_bytes(bytes(24))
+    with h5py.File(h5ad, "a") as file:
+        external = [(str(tmp_path / "secret.txt"), 0, 24)]
+        file.create_dataset("obs/leak", (24,), dtype="u1", external=external)
+    with pytest.raises(UnreadableFileError, match="/obs/leak lies outside"):
+        refuse_outside_references(h5ad, 10**6)
+
+
+def test_a_virtual_dataset_is_refused(h5ad: Path, tmp_path: Path) -> None:
+    layout = h5py.VirtualLayout(shape=(24,), dtype="i8")
+    layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "secret", shape=(24,))
+    with h5py.File(h5ad, "a") as file:
+        file.create_virtual_dataset("obs/leak", layout)
+    with pytest.raises(UnreadableFileError, match="/obs/leak lies outside"):
+        refuse_outside_references(h5ad, 10**6)
+
+
+def test_links_in_a_ring_end(h5ad: Path) -> None:
+    with h5py.File(h5ad, "a") as file:
+        file["obs/self"] = file["obs"]
+        file["uns/soft"] = h5py.SoftLink("/uns/soft")
+    refuse_outside_references(h5ad, 10**6)
+
+
+def test_a_compressed_bomb_is_noticed_before_it_is_read(h5ad: Path) -> None:
+    with h5py.File(h5ad, "a") as file:
+        file.create_dataset("obs/bomb", (10**9,), dtype="i8", chunks=(10**6,), compression="gzip")
+    with pytest.raises(LimitExceededError, match=r"/obs/bomb has 1,000,000,000 values"):
+        refuse_outside_references(h5ad, 10**6)
+
+
+def test_cells_read_in_pieces_are_the_same(
+    h5ad: Path, engine: Engine, tiny_cells: CountMatrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "_CHUNK_VALUES", 40 * 5)
+    request = read_upload("embed", h5ad, {}, engine).request
+    assert isinstance(request, EmbedRequest)
+    assert (request.cells.counts != tiny_cells.counts).nnz == 0
+    np.testing.assert_array_equal(request.cells.totals, tiny_cells.totals)
+    assert request.cells.gene_ids.tolist() == tiny_cells.gene_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_cells": 10}, {"max_genes": 10}, {"max_values": 400}], ids=["cells", "genes", "values"]
+)
+async def test_limits_hold_for_uploads(make_engine: MakeEngine, h5ad: Path, limits: dict[str, int]) -> None:
+    with pytest.raises(LimitExceededError):
+        read_upload("embed", h5ad, {}, make_engine(**limits))
+
+
+async def test_too_many_vectors_in_a_file(make_engine: MakeEngine, h5ad: Path) -> None:
+    parameters = {"perturbation_key": "perturbation", "control": "control", "use_rep": "X_pca"}
+    with pytest.raises(LimitExceededError, match="24 vectors"):
+        read_upload("score", h5ad, parameters, make_engine(max_vectors=10))
+
+
+async def test_a_column_without_any_label(engine: Engine, h5ad: Path) -> None:
+    with h5py.File(h5ad, "a") as file:
+        del file["obs/perturbation"]
+        labels = file.create_dataset("obs/perturbation", data=np.array([""] * 24, dtype=h5py.string_dtype()))
+        labels.attrs["encoding-type"], labels.attrs["encoding-version"] = "string-array", "0.2.0"
+    with pytest.raises(InvalidParameterError, match=r"No cell has a value in obs\['perturbation'\]"):
+        read_upload("score", h5ad, {"perturbation_key": "perturbation", "control": "control"}, engine)
