@@ -16,7 +16,7 @@ from perturbscope.groups import Groups
 from perturbscope.results import COMPARE_COLUMNS, CompareResult, Metric, ScoreOptions
 from perturbscope.scorers import GroupMaker, Scored, exchange_flags, is_constant
 from perturbscope.statistics import Exchange, empirical_p, generator
-from perturbscope.tables import flag_warnings, provenance, resolution_warning, with_q
+from perturbscope.tables import flag_warnings, permutations_by_metric, provenance, resolution_warnings, with_q
 
 
 def compare_perturbations(
@@ -93,8 +93,7 @@ def compare_perturbations(
                 progress("compare", done, total)
     table = with_q(pd.DataFrame(rows, columns=list(COMPARE_COLUMNS)), options)
     warnings = groups.warnings(names, options) + flag_warnings(table, table["a"] + " - " + table["b"])
-    for metric in options.metrics:
-        warnings += resolution_warning(len(chosen), _permutations(metric, options), metric)
+    warnings += resolution_warnings(len(chosen), options)
     facts = {
         "control": control,
         "n_pairs": len(chosen),
@@ -104,7 +103,7 @@ def compare_perturbations(
             else "size-matched controls, closed form"
             for metric in options.metrics
         },
-        "permutations": {metric: _permutations(metric, options) for metric in options.metrics},
+        "permutations": permutations_by_metric(options),
     }
     return CompareResult(table, provenance("compare", options, groups, **facts), warnings)
 
@@ -213,7 +212,3 @@ def _pairs(pairs: Sequence[tuple[str, str]] | None, groups: Groups, control: str
                     f"The pair {tuple(pair)!r} names {name!r}, which no cell is labelled with.", field="pairs"
                 )
     return [(str(a), str(b)) for a, b in pairs]
-
-
-def _permutations(metric: Metric, options: ScoreOptions) -> int:
-    return options.wasserstein_permutations if metric == "wasserstein" else options.permutations

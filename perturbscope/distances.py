@@ -61,8 +61,8 @@ def unit_rows(values: Floats, *, name: str = "embeddings") -> NDArray[np.float64
             "to unit length. Leave these cells out, or score with normalize off and a Euclidean distance.",
             field=name,
         )
-    rows = rows / largest[:, None]
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    scaled: NDArray[np.float64] = rows / largest[:, None]
+    return scaled / np.sqrt((scaled * scaled).sum(axis=1, keepdims=True))
 
 
 def check_rows(values: Any, *, name: str = "embeddings") -> Floats:

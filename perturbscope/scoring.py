@@ -16,7 +16,7 @@ from perturbscope.comparison import compare_perturbations
 from perturbscope.groups import Groups
 from perturbscope.results import SCORE_COLUMNS, CompareResult, Metric, ScoreOptions, ScoreResult
 from perturbscope.scorers import Scored, make_scorer
-from perturbscope.tables import flag_warnings, provenance, resolution_warning, with_q
+from perturbscope.tables import flag_warnings, permutations_by_metric, provenance, resolution_warnings, with_q
 
 __all__ = [
     "Calibration",
@@ -127,13 +127,9 @@ def score_perturbations(
             for metric in options.metrics
         },
         "repeats": options.repeats,
-        "permutations": {metric: _permutations(metric, options) for metric in options.metrics},
+        "permutations": permutations_by_metric(options),
     }
     return ScoreResult(table, provenance("score", options, groups, **facts), warnings)
-
-
-def _permutations(metric: Metric, options: ScoreOptions) -> int:
-    return options.wasserstein_permutations if metric == "wasserstein" else options.permutations
 
 
 def _reading(options: ScoreOptions, groups: Groups, scorable: list[str]) -> list[str]:
@@ -147,6 +143,4 @@ def _reading(options: ScoreOptions, groups: Groups, scorable: list[str]) -> list
             f"{sizes.max()}: z of smaller ones is "
             f"{'too large, and spread' if biased else 'spread'} too widely. null='size_matched' has no such bias."
         )
-    for metric in options.metrics:
-        found += resolution_warning(len(scorable), _permutations(metric, options), metric)
-    return found
+    return found + resolution_warnings(len(scorable), options)

@@ -54,12 +54,22 @@ def flag_warnings(table: pd.DataFrame, names: pd.Series) -> list[str]:
     return found
 
 
-def resolution_warning(n_tests: int, permutations: int, what: str) -> list[str]:
-    """A warning where even the smallest possible p, alone, could not pass q < 0.05."""
-    smallest = 1 / (1 + permutations)
-    if n_tests * smallest <= 0.05:
-        return []
+def permutations_by_metric(options: ScoreOptions) -> dict[str, int]:
+    """Exchanges of labels behind p, by metric."""
+    return {
+        metric: options.wasserstein_permutations if metric == "wasserstein" else options.permutations
+        for metric in options.metrics
+    }
+
+
+def resolution_warnings(n_tests: int, options: ScoreOptions) -> list[str]:
+    """Warnings where even the smallest possible p, alone, could not pass q < 0.05."""
+    by_count: dict[int, list[str]] = {}
+    for metric, count in permutations_by_metric(options).items():
+        by_count.setdefault(count, []).append(metric)
     return [
-        f"{what}: {permutations} permutations over {n_tests} tests; the smallest p is {smallest:.2g}, so a single hit "
-        f"cannot reach q < 0.05. Use {20 * n_tests:,} permutations or more if hits are few."
+        f"{', '.join(metrics)}: {count} permutations over {n_tests} tests; the smallest p is {1 / (1 + count):.2g}, so "
+        f"a single hit cannot reach q < 0.05. Use {20 * n_tests:,} permutations or more if hits are few."
+        for count, metrics in by_count.items()
+        if n_tests / (1 + count) > 0.05
     ]

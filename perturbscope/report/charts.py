@@ -86,7 +86,7 @@ def effect_chart(points: Sequence[Point], *, metric: str) -> str:
         )
     for i, point in enumerate(ranked[:LABELS]):
         if point.significant or i < 3:
-            label = _label(point.name, x(point.z), y(-math.log10(point.q)), placed, minor=i >= 5)
+            label = _label(point.name, x(point.z), y(-math.log10(point.q)), placed, minor=i >= 3)
             if label:
                 labels.append(label)
     return _svg(parts + labels, f"Effect size against significance of {len(shown)} perturbations, {metric}")

@@ -131,7 +131,7 @@ def _calibration(calibration: Calibration | None) -> str:
 
 
 def _table(result: ScoreResult) -> str:
-    heads = ["perturbation", "metric", "cells", "distance", "null mean", "null sd", "z", "p", "q", "flags"]
+    heads = ["perturbation", "metric", "z", "q", "p", "cells", "distance", "null mean", "null sd", "flags"]
     head = "".join(f'<th class="{_HEAD_CLASSES.get(name, "")}">{name}</th>' for name in heads)
     largest = {
         metric: max(1.0, float(part["z"].max(skipna=True)) if part["z"].notna().any() else 1.0)
@@ -166,11 +166,11 @@ def _row(row: dict[Any, Any], largest: float) -> str:
     cells = [
         f'<td title="{escape(name)}">{escape(name)}</td>',
         f'<td class="metric text">{METRIC_NAMES[metric]}</td>',
+        _cell(z, bar=f'<span class="bar"><i style="width:{share:.0f}%"></i></span>'),
+        _cell(row["q"], probability=True),
+        _cell(row["p"], probability=True),
         f'<td data-value="{row["n_cells"]}">{row["n_cells"]:,}</td>',
         *(_cell(row[column], wide=column.startswith("null")) for column in ("distance", "null_mean", "null_sd")),
-        _cell(z, bar=f'<span class="bar"><i style="width:{share:.0f}%"></i></span>'),
-        _cell(row["p"], probability=True),
-        _cell(row["q"], probability=True),
         f'<td class="text">{flags}</td>',
     ]
     weak = "" if row["q"] < 0.05 else ' class="weak"'
