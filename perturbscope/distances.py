@@ -61,8 +61,9 @@ def unit_rows(values: Floats, *, name: str = "embeddings") -> NDArray[np.float64
             "to unit length. Leave these cells out, or score with normalize off and a Euclidean distance.",
             field=name,
         )
-    scaled: NDArray[np.float64] = rows / largest[:, None]
-    return scaled / np.sqrt((scaled * scaled).sum(axis=1, keepdims=True))
+    rows = rows / largest[:, None]
+    unit: NDArray[np.float64] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit
 
 
 def check_rows(values: Any, *, name: str = "embeddings") -> Floats:
