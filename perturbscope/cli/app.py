@@ -17,6 +17,9 @@ from perturbscope.cli.embedding import embed
 from perturbscope.cli.scoring import compare, score
 from perturbscope.errors import PerturbScopeError
 
+_INTERRUPTED = 128 + signal.SIGINT
+"""What typer makes of a KeyboardInterrupt."""
+
 logger = logging.getLogger("perturbscope.cli")
 
 app = typer.Typer(
@@ -62,9 +65,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if message:
             console.fail("usage", f"{message}. See perturbscope --help.")
         return console.EXIT_USAGE
-    except (KeyboardInterrupt, typer.Abort):
-        console.fail("interrupted", "Stopped; no output was written. perturbscope embed continues where it was.")
-        return console.EXIT_FAILURE
     except BrokenPipeError:
         # The reader of stdout has gone (head, less); Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -72,6 +72,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         logger.debug("unexpected", exc_info=True)
         console.fail("internal", f"{type(error).__name__}: {error}")
+        return console.EXIT_FAILURE
+    if code == _INTERRUPTED:
+        console.fail("interrupted", "Stopped; no output was written. perturbscope embed continues where it was.")
         return console.EXIT_FAILURE
     return code if isinstance(code, int) else 0
 

@@ -1,0 +1,156 @@
+"""An embedding that is killed continues where it was, and ends in the same file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata as ad
+import pytest
+
+from perturbscope.cli.app import run
+from tests.screens import make_screen
+
+CHUNK = 16
+# The command itself, with a model that takes a while for each batch.
+SLOW = """
+import sys, time
+from perturbscope.cli.app import run
+from perturbscope.embedder import Embedder
+quick = Embedder.run
+def slow(self, tokens, rows):
+    time.sleep(float(sys.argv[1]))
+    return quick(self, tokens, rows)
+Embedder.run = slow
+sys.exit(run(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    make_screen().write_h5ad(tmp_path / "in.h5ad")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PERTURBSCOPE_BUNDLE", str(tiny_bundle))
+    return tmp_path
+
+
+def embed(*more: str) -> list[str]:
+    return ["embed", "in.h5ad", "out.h5ad", "--chunk-cells", str(CHUNK), *more]
+
+
+def start(folder: Path, *arguments: str, pause: float = 0.3) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(pause), *arguments],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill_after_chunks(folder: Path, number: int, how: signal.Signals) -> set[str]:
+    """Run, kill once so many chunks are there, and say which."""
+    process = start(folder, *embed())
+    deadline = time.monotonic() + 60
+    while len(list((folder / "out.h5ad.partial").glob("chunk-*.npy"))) < number:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no chunk was finished"
+        time.sleep(0.01)
+    os.kill(process.pid, how)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    return {item.name for item in (folder / "out.h5ad.partial").glob("chunk-*.npy")}
+
+
+def test_a_killed_run_continues_and_ends_in_the_same_file(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kept = kill_after_chunks(folder, 2, signal.SIGKILL)
+    assert 2 <= len(kept) < 8
+    assert not (folder / "out.h5ad").exists()
+    times = {name: (folder / "out.h5ad.partial" / name).stat().st_mtime_ns for name in kept}
+    # Killed once more: what was there is taken over, not made again.
+    more = kill_after_chunks(folder, len(kept) + 1, signal.SIGKILL)
+    assert kept < more
+    assert {name: (folder / "out.h5ad.partial" / name).stat().st_mtime_ns for name in kept} == times
+    assert not (folder / "out.h5ad").exists()
+    assert run(embed()) == 0
+    assert f"Continuing an interrupted run: {len(more)} chunks" in capfd.readouterr().err
+    assert not (folder / "out.h5ad.partial").exists()
+    resumed = (folder / "out.h5ad").read_bytes()
+    assert run(embed()) == 0
+    assert (folder / "out.h5ad").read_bytes() == resumed
+    assert "Continuing" not in capfd.readouterr().err
+    assert ad.read_h5ad(folder / "out.h5ad").obsm["X_perturbscope"].shape == (123, 8)
+
+
+def test_an_interruption_from_the_keyboard_keeps_the_chunks(folder: Path) -> None:
+    kept = kill_after_chunks(folder, 1, signal.SIGINT)
+    assert kept
+    assert not (folder / "out.h5ad").exists()
+    assert run(embed()) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda folder: make_screen(seed=1).write_h5ad(folder / "in.h5ad"), "input"),
+        (lambda folder: embed("--gene-key", "ensembl"), "options"),
+        (lambda folder: None, "model"),
+    ],
+    ids=["another input", "another option", "another model"],
+)
+def test_chunks_of_another_run_are_discarded_with_a_notice(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, change: object, named: str
+) -> None:
+    from tests.bundles import write_tiny_bundle
+
+    kill_after_chunks(folder, 1, signal.SIGKILL)
+    arguments = change(folder) if callable(change) else None
+    if named == "model":
+        other = write_tiny_bundle(folder / "other", seed=1)
+        monkeypatch.setenv("PERTURBSCOPE_BUNDLE", str(other))
+    assert run(arguments or embed()) == 0
+    assert f"made with another {named}; they are discarded" in capfd.readouterr().err
+    resumed = (folder / "out.h5ad").read_bytes()
+    (folder / "out.h5ad").unlink()
+    assert run(arguments or embed()) == 0
+    assert (folder / "out.h5ad").read_bytes() == resumed
+
+
+def test_damaged_chunks_are_made_again(folder: Path) -> None:
+    assert run(embed()) == 0
+    wanted = (folder / "out.h5ad").read_bytes()
+    kept = kill_after_chunks(folder, 3, signal.SIGKILL)
+    partial = folder / "out.h5ad.partial"
+    (partial / "chunk-000000.npy").write_bytes(b"not an array")
+    (partial / "chunk-000001.npy").write_bytes((partial / "chunk-000001.npy").read_bytes()[:-9])
+    assert len(kept) >= 3
+    assert run(embed()) == 0
+    assert (folder / "out.h5ad").read_bytes() == wanted
+
+
+def test_two_runs_never_share_a_directory(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    process = start(folder, *embed())
+    try:
+        while not list((folder / "out.h5ad.partial").glob("chunk-*.npy")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        assert run(embed()) == 2
+        assert "Another process is writing to" in capfd.readouterr().err
+    finally:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "123 cells x 8" in out
+
+
+def test_a_server_that_changes_its_model_stops_the_run(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kill_after_chunks(folder, 1, signal.SIGKILL)
+    note = folder / "out.h5ad.partial" / "model.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "model_id": "older-1.0-000000000000"}))
+    assert run(embed()) == 2
+    assert "The model changed during the run, from older-1.0" in capfd.readouterr().err
+    assert not (folder / "out.h5ad").exists()
