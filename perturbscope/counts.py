@@ -194,9 +194,10 @@ def _check_structure(data: NDArray[Any], indices: NDArray[Any], indptr: NDArray[
             raise MalformedMatrixError(f"CSR {name} has dtype {array.dtype}; integers are needed.", field=name)
     if len(indptr) < 1 or indptr[0] != 0:
         raise MalformedMatrixError("CSR indptr must start with 0.", field="indptr")
-    if (np.diff(indptr.astype(np.int64)) < 0).any():
-        row = int(np.flatnonzero(np.diff(indptr.astype(np.int64)) < 0)[0])
-        raise MalformedMatrixError(f"CSR indptr decreases at row {row}.", field="indptr")
+    # Compared, not subtracted: a difference of large numbers can wrap around and look like growth.
+    falls = np.flatnonzero(indptr[1:] < indptr[:-1])
+    if len(falls):
+        raise MalformedMatrixError(f"CSR indptr decreases at row {int(falls[0])}.", field="indptr")
     if not len(data) == len(indices) == indptr[-1]:
         raise MalformedMatrixError(
             f"CSR arrays disagree: {len(data)} values, {len(indices)} column indices, "
