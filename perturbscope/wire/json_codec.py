@@ -74,10 +74,10 @@ def embed_answer_to_json(answer: Embeddings) -> bytes:
     """``{"embeddings", "lengths", "n_detected", "known_share", "below_min_genes", "meta"}``."""
     return _dump(
         {
-            "embeddings": answer.values.tolist(),
+            "embeddings": check.short_floats(answer.values),
             "lengths": answer.lengths.tolist(),
             "n_detected": answer.n_detected.tolist(),
-            "known_share": answer.known_share.tolist(),
+            "known_share": check.short_floats(answer.known_share),
             "below_min_genes": answer.below_min_genes.tolist(),
             "meta": check.finite(check.meta_to_dict(embed_meta(answer), answer.warnings())),
         }
@@ -188,7 +188,7 @@ def _labelled_to_dict(request: ScoreRequest | CompareRequest) -> dict[str, Any]:
     if request.cells is not None:
         source: dict[str, Any] = {"cells": _cells_to_dict(request.cells)}
     else:
-        source = {"embeddings": None if request.embeddings is None else request.embeddings.tolist()}
+        source = {"embeddings": None if request.embeddings is None else check.short_floats(request.embeddings)}
     return {
         **source,
         "perturbations": request.perturbations,

@@ -7,10 +7,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 from perturbscope import wire
 from perturbscope.counts import CountMatrix
 from perturbscope.results import ScoreOptions
+from perturbscope.wire.fields import short_floats
 from tests.unit.wire.messages import MESSAGES, same
 
 FORMATS = ["json", "arrow", "proto"]
@@ -121,3 +123,18 @@ def test_embeddings_of_an_answer_may_be_changed_by_the_caller(fake_embedder, tin
         read = getattr(wire, f"embed_answer_from_{form}")(sent)
         read.values[0, 0] = 1.0
         assert read.values.flags.writeable, form
+
+
+@settings(max_examples=300)
+@given(arrays.arrays(np.uint32, 20))
+def test_nine_digits_are_the_same_float32(bits: np.ndarray) -> None:
+    values = bits.view(np.float32)
+    values = values[np.isfinite(values)]
+    read = json.loads(json.dumps(short_floats(values)))
+    assert np.array_equal(np.array(read, dtype=np.float32), values)
+
+
+def test_no_more_than_nine_digits_are_written(rng: np.random.Generator) -> None:
+    values = rng.normal(size=1000).astype(np.float32)
+    digits = [len(repr(abs(value)).replace(".", "").lstrip("0")) for value in short_floats(values)]
+    assert max(digits) <= 9
