@@ -174,7 +174,7 @@ def test_wasserstein_in_one_dimension_is_the_area_between_the_distributions(rng)
 
 def test_wasserstein_of_a_shift_is_its_length(rng):
     x = rng.normal(size=(25, 4))
-    assert wasserstein(x, x + [3.0, 0, 4.0, 0]) == pytest.approx(5, rel=1e-6)
+    assert wasserstein(x, x + np.array([3.0, 0, 4.0, 0])) == pytest.approx(5, rel=1e-6)
     assert wasserstein(x, x) == pytest.approx(0, abs=1e-12)
 
 

@@ -1,0 +1,380 @@
+"""Scores of perturbations: formulas, calibration, real anchors, and what happens to degenerate input."""
+
+from __future__ import annotations
+
+import json
+
+import anndata
+import numpy as np
+import pytest
+
+from perturbscope.distances import e_distance, unit_rows
+from perturbscope.errors import (
+    ControlLabelMissingError,
+    InvalidEmbeddingError,
+    InvalidParameterError,
+    MalformedMatrixError,
+    TooFewCellsError,
+    TooFewControlsError,
+)
+from perturbscope.results import FLAGS, SCORE_COLUMNS
+from perturbscope.scoring import ScoreOptions, score_perturbations
+from perturbscope.statistics import benjamini_hochberg
+
+FAST = ScoreOptions(permutations=99)
+
+
+def screen(rng, sizes, shifts=None, width=6):
+    """Vectors and labels of groups that differ from "control" by a shift of the mean."""
+    labels = np.repeat(list(sizes), list(sizes.values()))
+    vectors = rng.normal(size=(len(labels), width)) + 1
+    for name, shift in (shifts or {}).items():
+        vectors[labels == name, 0] += shift
+    return vectors.astype(np.float32), labels
+
+
+def row(result, name, metric="e_distance"):
+    table = result.table
+    return table[(table["perturbation"] == name) & (table["metric"] == metric)].iloc[0]
+
+
+def flags(result, name, metric="e_distance"):
+    return set(filter(None, row(result, name, metric)["flags"].split(";")))
+
+
+@pytest.fixture(scope="module")
+def jurkat(data_dir):
+    """Principal components of all Jurkat cells; guides of the stimulated ones."""
+    data = anndata.read_h5ad(data_dir / "datlinger_jurkat_cropseq.h5ad")
+    depth = data.obs["total_umi_full_transcriptome"].to_numpy(float)
+    values = np.log1p(data.X.toarray() / depth[:, None] * 1e4)
+    values -= values.mean(axis=0)
+    _, vectors = np.linalg.eigh(values.T @ values)
+    stimulated = (data.obs["stimulation"] == "stimulated").to_numpy()
+    obs = data.obs[stimulated]
+    return (values @ vectors[:, :-51:-1])[stimulated], obs["guide"].to_numpy(str), obs["batch"].to_numpy(str)
+
+
+def test_table_holds_what_was_computed(rng):
+    vectors, labels = screen(rng, {"control": 60, "a": 25, "b": 40}, {"b": 2})
+    result = score_perturbations(vectors, labels, control="control", options=ScoreOptions(permutations=99, repeats=500))
+    assert tuple(result.table.columns) == SCORE_COLUMNS
+    assert list(result.table["perturbation"]) == ["b", "a"]
+    found = row(result, "b")
+    assert (found["n_cells"], found["n_controls"]) == (40, 60)
+    unit = unit_rows(vectors)
+    expected = e_distance(unit[labels == "b"], unit[labels == "control"])
+    assert found["distance"] == pytest.approx(expected, rel=0.02)  # the mean over samples tends to all controls
+    assert found["z"] == pytest.approx((found["distance"] - found["null_mean"]) / found["null_sd"])
+    assert found["p"] == 0.01
+    assert row(result, "a")["p"] > 0.05
+    assert list(result.table["q"]) == list(benjamini_hochberg(result.table["p"]))
+    json.dumps(result.provenance)
+    assert result.provenance["seed"] == 0
+    assert result.provenance["options"] == ScoreOptions(permutations=99, repeats=500).to_dict()
+
+
+@pytest.mark.parametrize("metric", ["e_distance", "cosine_e_distance", "wasserstein"])
+@pytest.mark.parametrize("estimator", ["U", "V"])
+def test_every_metric_finds_the_shifted_group(rng, metric, estimator):
+    vectors, labels = screen(rng, {"control": 90, "same": 30, "moved": 30}, {"moved": 2.5})
+    options = ScoreOptions(metrics=(metric,), estimator=estimator, permutations=99, wasserstein_permutations=39)
+    result = score_perturbations(vectors, labels, control="control", options=options)
+    assert row(result, "moved", metric)["z"] > 5
+    assert row(result, "moved", metric)["q"] < 0.06
+    assert abs(row(result, "same", metric)["z"]) < 4
+    if estimator == "V" or metric == "wasserstein":
+        assert row(result, "same", metric)["null_mean"] > 0
+
+
+def test_same_seed_same_numbers_and_other_labels_do_not_matter(rng):
+    vectors, labels = screen(rng, {"control": 60, "a": 25, "b": 40})
+    first = score_perturbations(vectors, labels, control="control", options=FAST)
+    again = score_perturbations(vectors, labels, control="control", options=FAST)
+    assert first.table.equals(again.table)
+    without = labels != "b"
+    alone = score_perturbations(vectors[without], labels[without], control="control", options=FAST)
+    assert row(alone, "a")[["distance", "z", "p"]].tolist() == pytest.approx(
+        row(first, "a")[["distance", "z", "p"]].tolist(), rel=1e-4
+    )
+    other = score_perturbations(vectors, labels, control="control", options=ScoreOptions(permutations=99, seed=1))
+    assert row(other, "a")["distance"] != row(first, "a")["distance"]
+
+
+def test_normalized_scores_ignore_the_length_of_vectors(rng):
+    vectors, labels = screen(rng, {"control": 40, "a": 40})
+    scaled = vectors * rng.uniform(0.5, 20, size=(80, 1)).astype(np.float32)
+    one, two = (score_perturbations(v, labels, control="control", options=FAST).table for v in (vectors, scaled))
+    assert one["z"][0] == pytest.approx(two["z"][0], abs=0.01)
+    raw = ScoreOptions(permutations=99, normalize=False)
+    assert score_perturbations(scaled, labels, control="control", options=raw).table["distance"][0] != pytest.approx(
+        one["distance"][0], rel=0.1
+    )
+
+
+def test_input_is_left_alone(rng):
+    vectors, labels = screen(rng, {"control": 40, "a": 40})
+    before = vectors.copy()
+    score_perturbations(vectors, labels, control="control", options=FAST)
+    np.testing.assert_array_equal(vectors, before)
+
+
+@pytest.mark.parametrize("estimator", ["U", "V"])
+@pytest.mark.parametrize("repeats", [1, 10])
+def test_z_of_untouched_groups_has_mean_0_and_sd_1(rng, estimator, repeats):
+    sizes = {"control": 700, **{f"p{i}": int(n) for i, n in enumerate(rng.integers(20, 120, size=150))}}
+    vectors, labels = screen(rng, sizes, width=4)
+    options = ScoreOptions(permutations=1, estimator=estimator, repeats=repeats)
+    z = score_perturbations(vectors, labels, control="control", options=options).table["z"]
+    # The same controls meet all groups, so that the z's share a small part.
+    assert abs(z.mean()) < 0.35
+    assert 0.8 < z.std() < 1.25
+
+
+def test_fixed_null_is_biased_by_size_and_says_so(rng):
+    vectors, labels = screen(rng, {"control": 700, "a": 50, "b": 60}, width=20)
+    paper = ScoreOptions(estimator="V", null="fixed", null_size=300, repeats=1, permutations=99)
+    result = score_perturbations(vectors, labels, control="control", options=paper)
+    assert (result.table["z"] > 8).all()
+    assert any("fixed at 300" in text for text in result.warnings)
+    matched = ScoreOptions(estimator="V", repeats=1, permutations=99)
+    assert (score_perturbations(vectors, labels, control="control", options=matched).table["z"].abs() < 4).all()
+    with pytest.raises(TooFewControlsError, match="300"):
+        score_perturbations(vectors[150:], labels[150:], control="control", options=paper)
+
+
+def test_jurkat_anchor_values(jurkat):
+    components, guides, _ = jurkat
+    assert (guides == "control").sum() == 140
+    controls = components[guides == "control"]
+    found = {name: e_distance(components[guides == name], controls) for name in np.unique(guides) if name != "control"}
+    ranked = sorted(found, key=found.__getitem__, reverse=True)
+    assert ranked[:6] == ["ZAP70_2", "LAT_2", "LCK_1", "PTPN6_1", "LCK_2", "PTPN11_1"]
+    anchors = {"ZAP70_2": 1.04, "LAT_2": 0.53, "LCK_1": 0.48, "PTPN6_1": 0.45, "LCK_2": 0.42, "PTPN11_1": 0.33}
+    for name, value in anchors.items():
+        assert found[name] == pytest.approx(value, abs=0.006)  # printed to two decimals
+    assert found["NR4A1_2"] == pytest.approx(-0.017, abs=0.002)
+    assert found["NFKB1_1"] == pytest.approx(-0.014, abs=0.002)
+
+
+def test_jurkat_screen(jurkat):
+    components, guides, _ = jurkat
+    options = ScoreOptions(normalize=False, permutations=500)
+    result = score_perturbations(components, guides, control="control", options=options)
+    assert len(result.table) == 40
+    assert result.table["perturbation"][0] == "ZAP70_2"
+    assert 27 <= (result.table["q"] < 0.05).sum() <= 34  # 31 were measured with other draws
+    summary = result.summary()
+    assert summary["n"][0] == 40
+    assert summary["median_z"][0] == pytest.approx(result.table["z"].median())
+    assert summary["skewness_z"][0] > 1
+
+
+def test_batches_hold_the_exchanges(rng):
+    """A batch effect alone: seen without batches, gone within them."""
+    vectors, labels = screen(rng, {"control": 120, "a": 60})
+    batches = np.array(["one"] * 100 + ["two"] * 20 + ["one"] * 10 + ["two"] * 50)
+    vectors[batches == "two", 1] += 2
+    assert row(score_perturbations(vectors, labels, control="control", options=FAST), "a")["p"] == 0.01
+    within = score_perturbations(vectors, labels, control="control", batches=batches, options=FAST)
+    assert row(within, "a")["p"] > 0.05
+    assert within.provenance["batches"] == 2
+
+
+def test_confounded_batches_give_no_p(rng):
+    vectors, labels = screen(rng, {"control": 40, "a": 30, "b": 30})
+    batches = np.array(["x"] * 40 + ["y"] * 30 + ["x"] * 25 + ["y"] * 5)
+    options = ScoreOptions(metrics=("e_distance", "wasserstein"), permutations=99, wasserstein_permutations=19)
+    result = score_perturbations(vectors, labels, control="control", batches=batches, options=options)
+    for metric in options.metrics:
+        assert np.isnan(row(result, "a", metric)["p"])
+        assert np.isnan(row(result, "a", metric)["q"])
+        assert np.isfinite(row(result, "a", metric)["z"])
+        assert "batch_confounded" in flags(result, "a", metric)
+    assert "batch_partly_confounded" in flags(result, "b")
+    assert any(text.startswith("batch_confounded") and "a" in text for text in result.warnings)
+
+
+def test_few_exchanges_are_flagged(rng):
+    vectors, labels = screen(rng, {"control": 20, "a": 20})
+    batches = np.array(["x"] + [f"c{i}" for i in range(19)] + ["x"] + [f"a{i}" for i in range(19)])
+    result = score_perturbations(vectors, labels, control="control", batches=batches, options=FAST)
+    assert "few_exchanges" in flags(result, "a")
+    assert row(result, "a")["p"] > 0.2
+
+
+def test_constant_embeddings_look_degenerate(rng):
+    _, labels = screen(rng, {"control": 30, "a": 30})
+    same = np.tile(rng.normal(size=5).astype(np.float32), (60, 1))
+    options = ScoreOptions(
+        metrics=("e_distance", "cosine_e_distance", "wasserstein"), permutations=99, wasserstein_permutations=9
+    )
+    result = score_perturbations(same, labels, control="control", options=options)
+    for metric in options.metrics:
+        found = row(result, "a", metric)
+        assert (found["distance"], found["p"]) == (0.0, 1.0)
+        assert np.isnan(found["z"])
+        assert {"constant_embeddings", "null_sd_zero"} <= flags(result, "a", metric)
+
+
+def test_constant_controls_give_no_z(rng):
+    vectors, labels = screen(rng, {"control": 30, "a": 30})
+    vectors[labels == "control"] = 1
+    options = ScoreOptions(metrics=("e_distance", "wasserstein"), permutations=99, wasserstein_permutations=19)
+    result = score_perturbations(vectors, labels, control="control", options=options)
+    for metric in options.metrics:
+        assert np.isnan(row(result, "a", metric)["z"])
+        assert "null_sd_zero" in flags(result, "a", metric)
+        assert row(result, "a", metric)["p"] <= 0.05
+
+
+def test_ties_among_few_distinct_vectors_are_counted():
+    """Two kinds of cells in equal shares in both groups: the observed split is the most likely one."""
+    vectors = np.tile([[1.0, 0.0], [0.0, 1.0]], (20, 1)).astype(np.float32)
+    labels = np.repeat(["control", "a"], 20)
+    result = score_perturbations(vectors, labels, control="control", options=ScoreOptions(permutations=400))
+    assert row(result, "a")["p"] == 1.0
+
+
+def test_small_perturbations_are_listed_not_scored(rng):
+    vectors, labels = screen(rng, {"control": 30, "a": 30, "few": 19})
+    result = score_perturbations(vectors, labels, control="control", options=FAST)
+    found = row(result, "few")
+    assert found["n_cells"] == 19
+    assert found[["distance", "null_mean", "null_sd", "z", "p", "q"]].isna().all()
+    assert flags(result, "few") == {"too_few_cells"}
+    assert result.table["perturbation"].iloc[-1] == "few"
+    assert any("few" in text and "20 cells" in text for text in result.warnings)
+    kept = labels != "a"
+    with pytest.raises(TooFewCellsError, match="'few', has 19"):
+        score_perturbations(vectors[kept], labels[kept], control="control")
+
+
+def test_no_perturbation_at_all(rng):
+    vectors, labels = screen(rng, {"control": 30})
+    with pytest.raises(TooFewCellsError, match="no label"):
+        score_perturbations(vectors, labels, control="control")
+
+
+def test_labels_that_differ_in_case_or_space_are_flagged(rng):
+    vectors, labels = screen(rng, {"control": 30, "STAT1": 25, "stat1 ": 25, "b": 25})
+    result = score_perturbations(vectors, labels, control="control", options=FAST)
+    assert "similar_label" in flags(result, "STAT1")
+    assert "similar_label" in flags(result, "stat1 ")
+    assert "similar_label" not in flags(result, "b")
+    assert any("'STAT1' and 'stat1 '" in text for text in result.warnings)
+
+
+def test_missing_control_names_similar_labels(rng):
+    vectors, labels = screen(rng, {"Control": 30, "a": 30})
+    with pytest.raises(ControlLabelMissingError, match="'Control'"):
+        score_perturbations(vectors, labels, control="control")
+
+
+def test_too_few_controls(rng):
+    vectors, labels = screen(rng, {"control": 19, "a": 30})
+    with pytest.raises(TooFewControlsError, match="19 cells"):
+        score_perturbations(vectors, labels, control="control")
+
+
+def test_more_cells_than_controls(rng):
+    vectors, labels = screen(rng, {"control": 30, "a": 50, "b": 20}, {"a": 3})
+    options = ScoreOptions(metrics=("e_distance", "wasserstein"), permutations=99, wasserstein_permutations=39)
+    result = score_perturbations(vectors, labels, control="control", options=options)
+    assert flags(result, "a") == {"fewer_controls_than_cells", "null_extrapolated"}
+    assert flags(result, "a", "wasserstein") == {"fewer_controls_than_cells", "null_capped"}
+    assert "null_extrapolated" in flags(result, "b")
+    assert row(result, "a")["z"] > 5
+    assert row(result, "a", "wasserstein")["z"] > 3
+
+
+def test_large_groups_are_sampled_and_flagged(rng):
+    vectors, labels = screen(rng, {"control": 300, "a": 120, "b": 40}, {"a": 3})
+    result = score_perturbations(
+        vectors, labels, control="control", options=ScoreOptions(permutations=99, max_cells=100)
+    )
+    assert flags(result, "a") == {"cells_subsampled", "controls_subsampled", "null_extrapolated"}
+    assert flags(result, "b") == {"controls_subsampled"}
+    assert row(result, "a")["n_cells"] == 120
+    assert row(result, "a")["n_controls"] == 100
+    assert any("sampled" in text for text in result.warnings)
+
+
+def test_bad_embeddings_name_the_row(rng):
+    vectors, labels = screen(rng, {"control": 30, "a": 30})
+    for value, message in ((np.nan, "Row 33"), (np.inf, "Row 33")):
+        bad = vectors.copy()
+        bad[33, 1] = value
+        with pytest.raises(InvalidEmbeddingError, match=message):
+            score_perturbations(bad, labels, control="control")
+    bad[33] = 0
+    with pytest.raises(InvalidEmbeddingError, match="Row 33 of embeddings is all zero"):
+        score_perturbations(bad, labels, control="control")
+    score_perturbations(bad, labels, control="control", options=ScoreOptions(permutations=9, normalize=False))
+
+
+def test_labels_must_fit_and_be_there(rng):
+    vectors, labels = screen(rng, {"control": 30, "a": 30})
+    with pytest.raises(MalformedMatrixError, match="60 cells"):
+        score_perturbations(vectors, labels[:-1], control="control")
+    with pytest.raises(MalformedMatrixError, match="batches"):
+        score_perturbations(vectors, labels, control="control", batches=["x"])
+    missing = labels.astype(object)
+    missing[40] = None
+    with pytest.raises(InvalidParameterError, match="row 40"):
+        score_perturbations(vectors, missing, control="control")
+
+
+def test_a_correction_that_permutations_cannot_reach_is_announced(rng):
+    vectors, labels = screen(rng, {"control": 30, **{f"p{i}": 20 for i in range(10)}})
+    result = score_perturbations(vectors, labels, control="control", options=ScoreOptions(permutations=19))
+    assert any("200 permutations" in text for text in result.warnings)
+
+
+def test_bonferroni_and_progress(rng):
+    vectors, labels = screen(rng, {"control": 30, "a": 30, "b": 30, "few": 3})
+    seen = []
+    options = ScoreOptions(metrics=("e_distance", "cosine_e_distance"), permutations=99, correction="bonferroni")
+    result = score_perturbations(
+        vectors, labels, control="control", options=options, progress=lambda *args: seen.append(args)
+    )
+    assert seen == [("score", i, 4) for i in (1, 2, 3, 4)]
+    scored = result.table.dropna(subset="p")
+    np.testing.assert_allclose(scored["q"], np.minimum(2 * scored["p"], 1))
+
+
+def test_every_flag_has_words():
+    assert all(text and text[0].islower() for text in FLAGS.values())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"metrics": []},
+        {"metrics": "e_distance"},
+        {"metrics": ["edist"]},
+        {"estimator": "W"},
+        {"null": "none"},
+        {"ground": "manhattan"},
+        {"correction": "none"},
+        {"permutations": 0},
+        {"permutations": 1.5},
+        {"permutations": True},
+        {"min_cells": 1},
+        {"seed": -1},
+        {"repeats": 0},
+        {"normalize": 1},
+        {"min_cells": 60, "max_cells": 50},
+        {"colour": "red"},
+    ],
+    ids=lambda values: "-".join(f"{k}={v}" for k, v in values.items()),
+)
+def test_options_outside_their_range(values):
+    with pytest.raises(InvalidParameterError) as caught:
+        ScoreOptions.from_dict(values)
+    assert caught.value.field in values
+
+
+def test_options_survive_the_wire():
+    options = ScoreOptions(metrics=("wasserstein", "e_distance"), estimator="V", null="fixed", seed=3)
+    assert ScoreOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
