@@ -242,7 +242,7 @@ class SplitConfig:
     control_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Of the control cells of each data set."""
     validation: tuple[str, ...] | None = None
-    """Targets to validate on, instead of a random choice; 'data set:target' where a name is in several."""
+    """Targets to validate on, instead of a random choice; in every data set that has them."""
     test: tuple[str, ...] | None = None
     """Targets to hold out, instead of a random choice."""
     score_ineligible: bool = True

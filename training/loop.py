@@ -71,6 +71,10 @@ class Task(Protocol):
         """Name of the micro-batch's kind, whose losses are logged apart; "" if there is one kind."""
         ...
 
+    def begin(self, evaluate: Evaluate) -> dict[str, float]:
+        """Measures to log before the first step; empty if there are none. Same on every process."""
+        ...
+
     def validate(self, evaluate: Evaluate) -> dict[str, float]:
         """Measures on held-out data, ``validation_loss`` among them; empty if there is none. Same on every process."""
         ...
@@ -85,13 +89,14 @@ class Outcome:
     seconds: float
     tokens: int
     final_loss: float
+    initial: dict[str, float]
     validation: list[dict[str, float]]
     selected_step: int
     weights: dict[str, Tensor]
 
     def to_dict(self) -> dict[str, Any]:
         """All but the weights."""
-        names = ("steps", "selected_step", "peak_lr", "seconds", "tokens", "final_loss", "validation")
+        names = ("steps", "selected_step", "peak_lr", "seconds", "tokens", "final_loss", "initial", "validation")
         return {name: getattr(self, name) for name in names}
 
 
@@ -166,6 +171,10 @@ def train(
     ) as journal:
         if position.step:
             journal.say(f"resumed at step {position.step:,}")
+        else:
+            position.initial = task.begin(engine.evaluate)
+            if position.initial:
+                journal.validation({"step": 0, **position.initial})
         loss = run.run(position, states, journal)
     if process.is_first:
         draw_curve(output / LOG, output / "loss.png")
@@ -179,6 +188,7 @@ def train(
         seconds=position.seconds,
         tokens=position.tokens,
         final_loss=loss,
+        initial=position.initial,
         validation=position.validation,
         selected_step=position.best_step if select_best and position.best is not None else position.step,
         weights=weights,

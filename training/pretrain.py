@@ -59,6 +59,7 @@ class MaskedTask:
                 f"{corpus.family.max_length}. Raise model.max_length or lower corpus.max_length.",
                 field="model.max_length",
             )
+        self.family_config: dict[str, Any] = corpus.manifest["family_config"]
         torch.manual_seed(derive_seed(config.loop.seed, _WEIGHTS))
         self.model: nn.Module = self._family.build_model(self.model_config, corpus.vocabulary)
         self.module: nn.Module = self._family.masked_lm(self.model)
@@ -88,6 +89,10 @@ class MaskedTask:
     def kind(self, epoch: int, index: int) -> str:
         """There is one kind."""
         return ""
+
+    def begin(self, evaluate: Evaluate) -> dict[str, float]:
+        """Nothing is measured before the first step."""
+        return {}
 
     def validate(self, evaluate: Evaluate) -> dict[str, float]:
         """Mean cross-entropy over masked tokens of held-out cells, with the same masks each time; its exponential."""

@@ -32,6 +32,11 @@ class StageTask(Task, Protocol):
         """The family's model configuration."""
         ...
 
+    @property
+    def family_config(self) -> dict[str, Any]:
+        """Options of the family's tokenizer."""
+        ...
+
 
 def run_stage(
     objective: str,
@@ -125,7 +130,7 @@ def _finish(
         output / CHECKPOINT,
         model=outcome.weights,
         family=corpus.manifest["family"],
-        family_config=corpus.manifest["family_config"],
+        family_config=task.family_config,
         model_config=task.model_config,
         vocabulary=corpus.vocabulary,
         provenance=made,

@@ -33,6 +33,8 @@ class Position:
     """Lowest validation loss so far."""
     best_step: int = 0
     """Where it was."""
+    initial: dict[str, float] = field(default_factory=dict)
+    """What was measured before the first step."""
     validation: list[dict[str, float]] = field(default_factory=list)
     """Every validation."""
 

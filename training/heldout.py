@@ -1,0 +1,76 @@
+"""The cells that fine-tuning never saw, as a file ready to be scored."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+
+from training.config import SourceConfig
+from training.corpus import chunks, open_source
+from training.shards import Corpus
+from training.splits import INELIGIBLE, DataSplit
+
+
+def write_heldout(
+    path: Path, corpus: Corpus, number: int, source: SourceConfig, split: DataSplit, *, score_ineligible: bool
+) -> dict[str, int]:
+    """Write raw counts and labels of the test targets' cells and the test controls of one data set.
+
+    Parameters
+    ----------
+    path
+        The ``.h5ad`` file. ``obs`` has the source's columns and ``split`` (test, control or ineligible); ``uns`` says
+        where it comes from.
+    corpus
+        The tokenized cells; only these take part.
+    number
+        Number of the data set in the corpus.
+    source, split
+        The data set and its split.
+    score_ineligible
+        Add the targets with too few differentially expressed genes.
+
+    Returns
+    -------
+    Cells of each value of ``split``.
+    """
+    import anndata
+
+    inside = corpus.per_cell("source") == number
+    rows, labels = corpus.per_cell("row"), corpus.labels(source.perturbation_key)
+    parts = {"test": set(split.targets["test"])}
+    if score_ineligible:
+        parts[INELIGIBLE] = set(split.targets[INELIGIBLE])
+    with open_source(source) as cells:
+        kind = np.full(cells.n_cells, "", dtype=object)
+        kind[split.controls["test"]] = "control"
+        for part, targets in parts.items():
+            kind[rows[inside & np.isin(labels.astype(str), sorted(targets))]] = part
+        found = list(chunks(cells, kind != ""))
+        at = np.concatenate([chosen for chosen, _ in found])
+        obs = cells.obs.iloc[at].copy()
+        obs["split"] = kind[at].astype(str)
+        adata = anndata.AnnData(
+            X=sparse.csr_matrix(sparse.vstack([counts.counts for _, counts in found], format="csr")), obs=obs
+        )
+        adata.var_names = cells.gene_ids.astype(object)
+    for column in obs.select_dtypes("category"):
+        adata.obs[column] = adata.obs[column].cat.remove_unused_categories()
+    adata.uns["heldout"] = json.dumps(
+        {
+            "source": source.path,
+            "perturbation_key": source.perturbation_key,
+            "control": source.control,
+            "total_counts_key": source.total_counts_key,
+            "targets": {part: sorted(targets) for part, targets in parts.items()},
+            "degs": {name: split.degs[name] for targets in parts.values() for name in sorted(targets)},
+        }
+    )
+    staging = path.with_name(f".{path.name}")
+    adata.write_h5ad(staging, compression="gzip")
+    os.replace(staging, path)
+    return {name: int((kind == name).sum()) for name in ("control", *parts)}

@@ -1,0 +1,259 @@
+"""Which perturbed genes and controls are trained on, validated on, and held out; kept in ``splits.json``.
+
+A split is by perturbed gene: all cells of a gene, whatever the guide and the data set, are on one side. Controls are
+split by cell.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from perturbscope.errors import (
+    ControlLabelMissingError,
+    CorruptBundleError,
+    InvalidParameterError,
+    TooFewCellsError,
+)
+from perturbscope.genes import GeneResolver
+from training.config import DegConfig, SourceConfig, SplitConfig
+from training.corpus import chunks, name_of, open_source
+from training.degs import RankTester, count_degs, log_normalized
+from training.provenance import write_json
+from training.shards import Corpus
+
+PARTS = ("train", "validation", "test")
+INELIGIBLE = "ineligible"
+_FORMAT_VERSION = 1
+_VALUES_AT_ONCE = 2**28
+"""Non-zero values in memory while genes are tested; a larger data set is read in several passes."""
+_CONTROLS, _TARGETS, _DEGS = 1, 2, 3
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSplit:
+    """The split of one data set.
+
+    Attributes
+    ----------
+    name
+        Name of the data set.
+    degs
+        Differentially expressed genes of each perturbation.
+    targets
+        Perturbations of each part: train, validation, test; and ``ineligible`` ones, which have too few of them.
+    controls
+        Rows in the file of each part's controls.
+    """
+
+    name: str
+    degs: dict[str, int]
+    targets: dict[str, list[str]]
+    controls: dict[str, list[int]]
+
+
+def make_splits(
+    corpus: Corpus,
+    sources: Sequence[SourceConfig],
+    degs: DegConfig,
+    config: SplitConfig,
+    *,
+    progress: Progress | None = None,
+) -> list[DataSplit]:
+    """Count differentially expressed genes, and divide perturbations and controls.
+
+    Parameters
+    ----------
+    corpus
+        The tokenized cells; only these take part.
+    sources
+        Their files, in the corpus' order.
+    degs, config
+        Thresholds and shares.
+    progress
+        Called with a data set, the perturbations done, and all of them.
+
+    Raises
+    ------
+    ControlLabelMissingError
+        A data set has no cell with the control label.
+    InvalidParameterError
+        A listed target does not exist, or one to validate on is not eligible.
+    TooFewCellsError
+        No target is left to train on.
+    """
+    counts = [count_source(corpus, number, source, degs, progress=progress) for number, source in enumerate(sources)]
+    eligible = sorted({name for found in counts for name, n in found.items() if n >= degs.min_degs})
+    parts = divide(eligible, {name for found in counts for name in found}, config)
+    if not parts["train"]:
+        raise TooFewCellsError(
+            f"No perturbation with at least {degs.min_degs} differentially expressed genes is left to train on "
+            f"({len(eligible)} have as many). Lower degs.min_degs, or hold out fewer.",
+            field="degs.min_degs",
+        )
+    splits = []
+    for number, (source, found) in enumerate(zip(sources, counts, strict=True)):
+        _, rows = _controls(corpus, number, source)
+        order = np.random.default_rng([config.seed, _CONTROLS, number]).permutation(rows)
+        bounds = np.rint(np.cumsum((0.0, *config.control_fractions)) * len(order)).astype(int)
+        targets = {
+            part: sorted(name for name in names if found.get(name, -1) >= (0 if part == "test" else degs.min_degs))
+            for part, names in parts.items()
+        }
+        # Weak here but trained on in another data set: neither used here nor called unseen.
+        used = parts["train"] | parts["validation"] | parts["test"]
+        splits.append(
+            DataSplit(
+                name=name_of(source),
+                degs=dict(sorted(found.items())),
+                targets={**targets, INELIGIBLE: sorted(set(found) - used)},
+                controls={part: np.sort(order[bounds[at] : bounds[at + 1]]).tolist() for at, part in enumerate(PARTS)},
+            )
+        )
+    return splits
+
+
+def divide(eligible: Sequence[str], known: set[str], config: SplitConfig) -> dict[str, set[str]]:
+    """Targets of each part: as listed, or a seeded random choice with at least one in each part that has a share.
+
+    Raises
+    ------
+    InvalidParameterError
+        A listed target does not exist, or one to validate on is not eligible.
+    """
+    if config.test is not None and config.validation is not None:
+        for name in (*config.test, *config.validation):
+            if name not in known:
+                raise InvalidParameterError(f"There is no perturbation {name!r} to hold out.", field="split.test")
+        weak = set(config.validation) - set(eligible)
+        if weak:
+            raise InvalidParameterError(
+                f"{min(weak)} cannot be validated on: it has too few differentially expressed genes.",
+                field="split.validation",
+            )
+        test, validation = set(config.test), set(config.validation)
+        return {"train": set(eligible) - test - validation, "validation": validation, "test": test}
+    order = np.random.default_rng([config.seed, _TARGETS]).permutation(np.asarray(eligible, dtype=object)).tolist()
+    sizes = [max(1, round(share * len(order))) if share else 0 for share in config.fractions[1:]]
+    n_train = max(0, len(order) - sum(sizes))
+    return {
+        "train": set(order[:n_train]),
+        "validation": set(order[n_train : n_train + sizes[0]]),
+        "test": set(order[n_train + sizes[0] :]),
+    }
+
+
+def count_source(
+    corpus: Corpus, number: int, source: SourceConfig, config: DegConfig, *, progress: Progress | None = None
+) -> dict[str, int]:
+    """Differentially expressed genes of every perturbation of one data set.
+
+    Raises
+    ------
+    ControlLabelMissingError
+        No cell has the control label.
+    """
+    labels = corpus.labels(source.perturbation_key)
+    inside = corpus.per_cell("source") == number
+    rows, weights = corpus.per_cell("row"), corpus.per_cell("n_detected")
+    names = sorted({name for name in labels[inside] if name is not None and name != source.control})
+    _, control_rows = _controls(corpus, number, source)
+    rng = np.random.default_rng([_DEGS, number])
+    if len(control_rows) > config.max_controls:
+        control_rows = np.sort(rng.choice(control_rows, config.max_controls, replace=False))
+    found: dict[str, int] = {}
+    with open_source(source) as cells:
+        values, _ = _read(cells, control_rows)
+        tester = RankTester(values)
+        columns = _columns(cells.gene_ids, names)
+        cells_of = {name: np.flatnonzero(inside & (labels == name)) for name in names}
+        for group in _passes(names, {name: int(weights[cells_of[name]].sum()) for name in names}):
+            wanted = np.sort(np.concatenate([rows[cells_of[name]] for name in group]))
+            values, at = _read(cells, wanted)
+            for name in group:
+                chosen = values[np.searchsorted(at, np.sort(rows[cells_of[name]]))]
+                found[name] = count_degs(tester, chosen, config, target=columns.get(name))
+                if progress:
+                    progress(f"{name_of(source)}: genes", len(found), len(names))
+    return found
+
+
+def save_splits(path: Path, splits: Sequence[DataSplit], *, fingerprint: str) -> None:
+    """Write ``splits.json``."""
+    values = {
+        "format_version": _FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        "data_sets": [vars(split) for split in splits],
+    }
+    write_json(path, values)
+
+
+def load_splits(path: Path, *, fingerprint: str) -> list[DataSplit] | None:
+    """Read ``splits.json``; None if it is not there, or was made from something else.
+
+    Raises
+    ------
+    CorruptBundleError
+        The file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if values["format_version"] != _FORMAT_VERSION or values["fingerprint"] != fingerprint:
+            return None
+        return [DataSplit(**split) for split in values["data_sets"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptBundleError(f"{path} cannot be read: {error}. Remove it; it is made again.") from error
+
+
+def _controls(corpus: Corpus, number: int, source: SourceConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Controls of a data set: their numbers in the corpus and their rows in the file."""
+    inside = corpus.per_cell("source") == number
+    found = np.flatnonzero(inside & (corpus.labels(source.perturbation_key) == source.control))
+    if not len(found):
+        raise ControlLabelMissingError(
+            f"{source.path}: no cell has the label {source.control!r} in {source.perturbation_key!r}. "
+            "Name the controls' label with 'control' under the source.",
+            field="control",
+        )
+    return found, corpus.per_cell("row")[found]
+
+
+def _columns(gene_ids: NDArray[np.str_], targets: Sequence[str]) -> dict[str, int]:
+    """Column of each target's own gene, where it is measured."""
+    resolver = GeneResolver.default()
+    by_id = {resolver.resolve(gene)[0] or gene: column for column, gene in enumerate(gene_ids.tolist())}
+    found = {target: by_id.get(resolver.resolve(target)[0] or target) for target in targets}
+    return {target: column for target, column in found.items() if column is not None}
+
+
+def _passes(names: Sequence[str], values: dict[str, int]) -> list[list[str]]:
+    """Perturbations in groups whose non-zero values fit into memory together."""
+    groups: list[list[str]] = []
+    held = _VALUES_AT_ONCE
+    for name in names:
+        if held + values[name] > _VALUES_AT_ONCE:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += values[name]
+    return groups
+
+
+def _read(cells: Any, rows: NDArray[np.int64]) -> tuple[sparse.csr_matrix, NDArray[np.int64]]:
+    """Log-normalised values of some rows of a file, in its order; and the rows."""
+    keep = np.zeros(cells.n_cells, dtype=bool)
+    keep[rows] = True
+    parts = [(found, log_normalized(counts)) for found, counts in chunks(cells, keep)]
+    values = sparse.csr_matrix(sparse.vstack([part for _, part in parts], format="csr"))
+    return values, np.concatenate([found for found, _ in parts])
