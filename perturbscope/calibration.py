@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from perturbscope.errors import InvalidParameterError
 from perturbscope.groups import MIN_CONTROLS, Groups
 from perturbscope.results import Metric, ScoreOptions
-from perturbscope.scorers import make_scorer
+from perturbscope.scorers import GroupMaker, make_scorer
 from perturbscope.statistics import Uniformity, generator, uniformity
 from perturbscope.tables import provenance
 
@@ -151,13 +151,15 @@ def calibrate(
     done, total = 0, len(metrics) * sum(map(len, parts.values()))
     sets = []
     for metric in metrics:
+        maker = GroupMaker(metric, groups, options)
+        maker.remember(controls)
         for kind, chosen in parts.items():
             free = replace(groups, batches=None) if kind == "batch" else groups
             scored = []
             for i, part in enumerate(chosen):
                 mask = np.zeros(len(controls), dtype=bool)
                 mask[part] = True
-                scorer = make_scorer(metric, free, controls[~mask], options)
+                scorer = make_scorer(metric, free, controls[~mask], options, maker)
                 scored.append(scorer.score(f"calibrate {kind} {i}", controls[mask]))
                 done += 1
                 if progress:

@@ -88,12 +88,15 @@ class Link(Protocol):
 
 
 class DenseGroup:
-    """Group whose distance matrix is held; rows are float [n, width]."""
+    """Group whose distance matrix is held; rows are float [n, width].
 
-    def __init__(self, rows: NDArray[np.float64]) -> None:
+    Give `matrix` if the distances among the rows are already known.
+    """
+
+    def __init__(self, rows: NDArray[np.float64], matrix: NDArray[np.float32] | None = None) -> None:
         self.rows = rows
         self.size = len(rows)
-        self.matrix = pairwise_distances(rows)
+        self.matrix = pairwise_distances(rows) if matrix is None else matrix
         self.row_sums = self.matrix.sum(axis=1, dtype=np.float64)
 
     def within(self, members: Members) -> NDArray[np.float64]:
@@ -110,11 +113,25 @@ class DenseGroup:
         return DenseLink(self, other)
 
 
-class DenseLink:
-    """Distances between two dense groups, held as a matrix."""
+class DensePart(DenseGroup):
+    """Some cells of a dense group: distances are looked up in it, not computed again."""
 
-    def __init__(self, a: DenseGroup, b: DenseGroup) -> None:
-        self.matrix = pairwise_distances(a.rows, b.rows)
+    def __init__(self, whole: DenseGroup, positions: NDArray[np.intp]) -> None:
+        super().__init__(whole.rows[positions], whole.matrix[np.ix_(positions, positions)])
+        self.whole, self.positions = whole, positions
+
+    def link(self, other: DenseGroup) -> DenseLink:
+        """See :class:`Group`."""
+        if isinstance(other, DensePart) and other.whole is self.whole:
+            return DenseLink(self, other, self.whole.matrix[np.ix_(self.positions, other.positions)])
+        return DenseLink(self, other)
+
+
+class DenseLink:
+    """Distances between two dense groups, held as a matrix (`matrix`, if it is known already)."""
+
+    def __init__(self, a: DenseGroup, b: DenseGroup, matrix: NDArray[np.float32] | None = None) -> None:
+        self.matrix = pairwise_distances(a.rows, b.rows) if matrix is None else matrix
         self.sums_a = self.matrix.sum(axis=1, dtype=np.float64)
         self.sums_b = self.matrix.sum(axis=0, dtype=np.float64)
 

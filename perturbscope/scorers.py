@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.distances import MAX_TRANSPORT_CELLS, assignment_cost, pairwise_distances, unit_rows
-from perturbscope.energy import RELATIVE_NOISE, DenseGroup, Group, LinearGroup, Pool, null_moments
+from perturbscope.energy import RELATIVE_NOISE, DenseGroup, DensePart, Group, LinearGroup, Pool, null_moments
 from perturbscope.errors import TooFewControlsError
 from perturbscope.groups import Groups
 from perturbscope.results import Metric, ScoreOptions
@@ -51,8 +51,14 @@ class Scorer(Protocol):
         """Score the cells at positions `cells`; `name` seeds its random draws."""
 
 
-def make_scorer(metric: Metric, groups: Groups, controls: NDArray[np.intp], options: ScoreOptions) -> Scorer:
-    """The scorer of a metric.
+def make_scorer(
+    metric: Metric,
+    groups: Groups,
+    controls: NDArray[np.intp],
+    options: ScoreOptions,
+    maker: GroupMaker | None = None,
+) -> Scorer:
+    """The scorer of a metric; a `maker` may be shared by scorers of the same metric with other controls.
 
     Raises
     ------
@@ -67,7 +73,7 @@ def make_scorer(metric: Metric, groups: Groups, controls: NDArray[np.intp], opti
         )
     if metric == "wasserstein":
         return TransportScorer(groups, controls, options)
-    return EnergyScorer(metric, groups, controls, options)
+    return EnergyScorer(groups, controls, options, maker or GroupMaker(metric, groups, options))
 
 
 class GroupMaker:
@@ -79,9 +85,21 @@ class GroupMaker:
         if metric == "cosine_e_distance" and not options.normalize:
             self.rows = unit_rows(groups.rows)
         self.origin = self.rows.mean(axis=0)
+        self.whole: DenseGroup | None = None
+        self.places = np.empty(0, dtype=np.intp)
+
+    def remember(self, cells: NDArray[np.intp]) -> None:
+        """Compute the distances among these cells once, for all groups that will be made of some of them."""
+        whole = self.make(cells)
+        if isinstance(whole, DenseGroup):
+            self.whole = whole
+            self.places = np.full(len(self.rows), -1)
+            self.places[cells] = np.arange(len(cells))
 
     def make(self, cells: NDArray[np.intp]) -> Group:
         """The group of the cells at these positions."""
+        if self.whole is not None and (self.places[cells] >= 0).all():
+            return DensePart(self.whole, self.places[cells])
         if self.metric == "cosine_e_distance":
             return LinearGroup(self.rows[cells], 1.0, self.origin)
         if self.ground == "sqeuclidean":
@@ -92,9 +110,8 @@ class GroupMaker:
 class EnergyScorer:
     """Energy distances; what concerns controls alone is computed once and shared by all perturbations."""
 
-    def __init__(self, metric: Metric, groups: Groups, controls: NDArray[np.intp], options: ScoreOptions) -> None:
-        self.metric, self.groups, self.controls, self.options = metric, groups, controls, options
-        self.maker = GroupMaker(metric, groups, options)
+    def __init__(self, groups: Groups, controls: NDArray[np.intp], options: ScoreOptions, maker: GroupMaker) -> None:
+        self.groups, self.controls, self.options, self.maker = groups, controls, options, maker
         self.reference = self.maker.make(controls)
         self.moments = self.reference.moments()
         self.nulls: dict[tuple[int, int], tuple[float, float]] = {}
