@@ -244,7 +244,6 @@ async def test_bad_cells_fail_alike_on_both_transports_and_harm_nobody(
     mates = [AsyncClient(server.url), AsyncGrpcClient(server.target)]
     async with httpx.AsyncClient() as http, grpc.aio.insecure_channel(server.target) as channel:
         waiting = [asyncio.ensure_future(mate.embed_cells(tiny_cells)) for mate in mates]
-        # NaN is not JSON, so a careful client sends it as nothing else than a bare word.
         body = json.dumps({"cells": cells})
         reply = await http.post(f"{server.url}/v1/embed", content=body, headers={"content-type": wire.JSON})
         with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -253,9 +252,8 @@ async def test_bad_cells_fail_alike_on_both_transports_and_harm_nobody(
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert metadata["perturbscope-code"] == kind.code
     assert reply.status_code == 422
-    if case != "NaN":
-        assert reply.json()["error"]["code"] == kind.code
-        assert reply.json()["error"]["message"] == raised.value.details()
+    assert reply.json()["error"]["code"] == kind.code
+    assert reply.json()["error"]["message"] == raised.value.details()
     for mate, answer in zip(mates, await asyncio.gather(*waiting), strict=True):
         np.testing.assert_allclose(answer.values, offline, rtol=0, atol=TOLERANCE)
         await mate.close()
@@ -331,7 +329,7 @@ def test_the_log_has_a_line_a_request_and_no_data(server: RunningServer, tiny_ce
 def test_it_finishes_what_it_accepted_when_told_to_stop(bundle: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     vectors = rng.standard_normal((1200, 32)).astype(np.float32)
     labels = ["control"] * 600 + ["KO"] * 600
-    slow = ScoreOptions(permutations=20_000, seed=1)
+    slow = ScoreOptions(permutations=10_000, seed=1)
     answers: dict[str, Any] = {}
     with RunningServer(tmp_path, bundle=bundle, score_workers=2) as running:
         clients = {"http": Client(running.url), "grpc": GrpcClient(running.target)}
@@ -342,7 +340,7 @@ def test_it_finishes_what_it_accepted_when_told_to_stop(bundle: Path, tmp_path: 
         threads = [threading.Thread(target=ask, args=[name]) for name in clients]
         for thread in threads:
             thread.start()
-        time.sleep(1.0)
+        time.sleep(0.5)
         assert not answers, "the scores must still be in progress for this test to mean anything"
         assert running.stop() == 0
         for thread in threads:
