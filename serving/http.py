@@ -20,7 +20,8 @@ from starlette.types import Message, Receive
 from perturbscope import __version__, wire
 from perturbscope.errors import InvalidParameterError, LimitExceededError, OverloadedError, PerturbScopeError
 from serving import schemas
-from serving.engine import Engine, too_many_bytes
+from serving.engine import Engine
+from serving.limits import too_many_bytes
 from serving.log import RequestLog
 from serving.routes import COMPARE, EMBED, SCORE, Route, describe, explain
 from serving.status import status_of
@@ -227,7 +228,7 @@ async def _read(request: _Limited, route: Route, engine: Engine) -> Upload:
             parameters = {**request.query, **await request.form(path)}
         else:
             await request.save(path)
-        return await engine.work(read_upload, route.name, path, parameters, engine)
+        return await engine.work(read_upload, route.name, path, parameters, engine.settings)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T] | Awaitable[T]) -> T:

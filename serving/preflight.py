@@ -92,7 +92,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def _try_device() -> int:
-    from serving.engine import ServedModel
+    from serving.models import ServedModel
 
     settings = Settings.from_env()
     try:

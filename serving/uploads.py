@@ -21,7 +21,8 @@ from perturbscope.errors import InvalidParameterError, LimitExceededError, Pertu
 from perturbscope.readers import CellSource, open_cells
 from perturbscope.results import ScoreOptions
 from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
-from serving.engine import Engine
+from serving.limits import check_shape, check_vectors
+from serving.settings import Settings
 
 FILE_NAME = "upload.h5ad"
 CELLS_PARAMETERS = {
@@ -54,7 +55,7 @@ class Upload:
     warnings: list[str] = field(default_factory=list)
 
 
-def read_upload(route: str, path: Path, parameters: Mapping[str, str], engine: Engine) -> Upload:
+def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings: Settings) -> Upload:
     """The request that an uploaded file and its parameters make. Blocks; for a worker thread.
 
     Raises
@@ -72,7 +73,7 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], engine: E
             f"Unknown parameter {unknown[0]!r}; there are {', '.join(PARAMETERS[route])}.", field=unknown[0]
         )
     try:
-        refuse_outside_references(path, engine.settings.max_values)
+        refuse_outside_references(path, settings.max_values)
         with open_cells(
             path,
             layer=parameters.get("layer"),
@@ -80,8 +81,8 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], engine: E
             total_counts_key=parameters.get("total_counts_key"),
         ) as source:
             if route == "embed":
-                return Upload(EmbedRequest(cells=_read_cells(source, engine), model=parameters.get("model")))
-            return _labelled(route, source, parameters, engine)
+                return Upload(EmbedRequest(cells=_read_cells(source, settings), model=parameters.get("model")))
+            return _labelled(route, source, parameters, settings)
     except PerturbScopeError as error:
         # The caller knows its file, not where it lies here.
         error.message = error.message.replace(f"{path.parent}/", "")
@@ -89,7 +90,7 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], engine: E
         raise
 
 
-def _labelled(route: str, source: CellSource, parameters: Mapping[str, str], engine: Engine) -> Upload:
+def _labelled(route: str, source: CellSource, parameters: Mapping[str, str], settings: Settings) -> Upload:
     """A request to score or compare the cells that carry a label; the others are left out, with a warning."""
     for name in ["perturbation_key", "control"] if route == "score" else ["perturbation_key"]:
         if not parameters.get(name):
@@ -111,10 +112,10 @@ def _labelled(route: str, source: CellSource, parameters: Mapping[str, str], eng
         "control": parameters.get("control") or None,
     }
     if parameters.get("use_rep"):
-        engine.check_vectors(source.n_cells)
+        check_vectors(settings, source.n_cells)
         common["embeddings"] = source.representation(parameters["use_rep"])[rows]
     else:
-        cells = _read_cells(source, engine)
+        cells = _read_cells(source, settings)
         common["cells"] = cells if len(rows) == len(cells) else cells[rows]
     n_left_out = source.n_cells - len(rows)
     warnings = [f"{n_left_out} of {source.n_cells} cells have no value in {where} and were left out."]
@@ -126,17 +127,17 @@ def _labelled(route: str, source: CellSource, parameters: Mapping[str, str], eng
     return Upload(request, warnings if n_left_out else [])
 
 
-def _read_cells(source: CellSource, engine: Engine) -> CountMatrix:
+def _read_cells(source: CellSource, settings: Settings) -> CountMatrix:
     """All cells, read in pieces of bounded size so that a compressed bomb is noticed while it is small."""
     n_genes = len(source.gene_ids)
-    engine.check_shape(source.n_cells, n_genes, 0)
+    check_shape(settings, source.n_cells, n_genes, 0)
     parts: list[CountMatrix] = []
     n_values = 0
     step = max(1, _CHUNK_VALUES // n_genes)
     for start in range(0, source.n_cells, step):
         part = source.rows(start, start + step)
         n_values += int(part.counts.nnz)
-        engine.check_shape(source.n_cells, n_genes, n_values)
+        check_shape(settings, source.n_cells, n_genes, n_values)
         parts.append(part)
     if len(parts) == 1:
         return parts[0]

@@ -20,9 +20,10 @@ from perturbscope.dispatcher import Dispatcher
 from perturbscope.embedder import Embedder
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from perturbscope.wire import EmbedRequest, ModelInfo
-from serving.engine import Engine, ServedModel
+from serving.engine import Engine
 from serving.grpc_server import GrpcServer
 from serving.http import build_app
+from serving.models import ServedModel
 from serving.settings import Settings
 
 LABELS = ("control",) * 12 + ("KO",) * 12

@@ -83,10 +83,12 @@ def test_options_override_the_environment_and_paths_become_absolute(
     monkeypatch.chdir(tiny_bundle.parent)
     monkeypatch.setenv("PERTURBSCOPE_BUNDLE", "elsewhere")
     monkeypatch.setenv("PERTURBSCOPE_MAX_CELLS", "7")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        http = str(probe.getsockname()[1])
+    ports = ["--grpc-port", str(free), "--http-port", http]
     with pytest.raises(SystemExit):
-        command.main(
-            ["--bundle", tiny_bundle.name, "--host", "127.0.0.1", "--grpc-port", str(free), "--http-port", "1"]
-        )
+        command.main(["--bundle", tiny_bundle.name, "--host", "127.0.0.1", *ports])
     ((arguments, environ),) = started
     assert arguments[2:5] == ["bentoml", "serve", "serving.service:PerturbScope"]
     assert arguments[-4:] == ["--host", "127.0.0.1", "--port", http]

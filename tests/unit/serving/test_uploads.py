@@ -12,9 +12,8 @@ from perturbscope.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, LimitExceededError, UnreadableFileError
 from perturbscope.wire import EmbedRequest
 from serving import uploads
-from serving.engine import Engine
+from serving.settings import Settings
 from serving.uploads import read_upload, refuse_outside_references
-from tests.unit.serving.conftest import MakeEngine
 
 
 def test_a_plain_file_is_taken(h5ad: Path) -> None:
@@ -63,10 +62,10 @@ def test_a_compressed_bomb_is_noticed_before_it_is_read(h5ad: Path) -> None:
 
 
 def test_cells_read_in_pieces_are_the_same(
-    h5ad: Path, engine: Engine, tiny_cells: CountMatrix, monkeypatch: pytest.MonkeyPatch
+    h5ad: Path, tiny_cells: CountMatrix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploads, "_CHUNK_VALUES", 40 * 5)
-    request = read_upload("embed", h5ad, {}, engine).request
+    request = read_upload("embed", h5ad, {}, Settings()).request
     assert isinstance(request, EmbedRequest)
     assert (request.cells.counts != tiny_cells.counts).nnz == 0
     np.testing.assert_array_equal(request.cells.totals, tiny_cells.totals)
@@ -76,21 +75,21 @@ def test_cells_read_in_pieces_are_the_same(
 @pytest.mark.parametrize(
     "limits", [{"max_cells": 10}, {"max_genes": 10}, {"max_values": 400}], ids=["cells", "genes", "values"]
 )
-async def test_limits_hold_for_uploads(make_engine: MakeEngine, h5ad: Path, limits: dict[str, int]) -> None:
+def test_limits_hold_for_uploads(h5ad: Path, limits: dict[str, int]) -> None:
     with pytest.raises(LimitExceededError):
-        read_upload("embed", h5ad, {}, make_engine(**limits))
+        read_upload("embed", h5ad, {}, Settings(**limits))
 
 
-async def test_too_many_vectors_in_a_file(make_engine: MakeEngine, h5ad: Path) -> None:
+def test_too_many_vectors_in_a_file(h5ad: Path) -> None:
     parameters = {"perturbation_key": "perturbation", "control": "control", "use_rep": "X_pca"}
     with pytest.raises(LimitExceededError, match="24 vectors"):
-        read_upload("score", h5ad, parameters, make_engine(max_vectors=10))
+        read_upload("score", h5ad, parameters, Settings(max_vectors=10))
 
 
-async def test_a_column_without_any_label(engine: Engine, h5ad: Path) -> None:
+def test_a_column_without_any_label(h5ad: Path) -> None:
     with h5py.File(h5ad, "a") as file:
         del file["obs/perturbation"]
         labels = file.create_dataset("obs/perturbation", data=np.array([""] * 24, dtype=h5py.string_dtype()))
         labels.attrs["encoding-type"], labels.attrs["encoding-version"] = "string-array", "0.2.0"
     with pytest.raises(InvalidParameterError, match=r"No cell has a value in obs\['perturbation'\]"):
-        read_upload("score", h5ad, {"perturbation_key": "perturbation", "control": "control"}, engine)
+        read_upload("score", h5ad, {"perturbation_key": "perturbation", "control": "control"}, Settings())
