@@ -43,9 +43,11 @@ def embed(
         open_backend(bundle, server, grpc, model, device, variant) as backend,
         console.progress_bars() as progress,
     ):
+        # A server that does not answer is found before the file is read.
+        model_id = backend.model_id
         check_cells(source, backend, progress=progress)
         identity = {
-            "model": backend.model_id,
+            "model": model_id,
             "input": fingerprint(cells),
             "options": {**where, "chunk_cells": chunk_cells, "device": device, "variant": variant},
             "version": __version__,
