@@ -237,7 +237,7 @@ def _tokenize(
     """Rows and tokens of the cells of one file that pass all filters; the others are counted in `dropped`."""
     source = config.sources[number]
     min_genes = config.min_genes if source.min_genes is None else source.min_genes
-    keep = _keep(cells, source, config, np.random.default_rng([config.seed, number]), dropped)
+    keep = keep_cells(cells, config, number, dropped)
     n_read = 0
     for rows, counts in chunks(cells, keep):
         n_read += len(rows)
@@ -254,14 +254,12 @@ def _tokenize(
         progress(name_of(source), cells.n_cells, cells.n_cells)
 
 
-def _keep(
-    cells: CellSource,
-    source: SourceConfig,
-    config: CorpusConfig,
-    rng: np.random.Generator,
-    dropped: Counter[str],
+def keep_cells(
+    cells: CellSource, config: CorpusConfig, number: int, dropped: Counter[str] | None = None
 ) -> NDArray[np.bool_]:
-    """Which cells pass the filters that need no counts; the others are counted in `dropped`."""
+    """Which cells of source `number` pass the filters that need no counts; the others are counted in `dropped`."""
+    source = config.sources[number]
+    dropped = Counter() if dropped is None else dropped
     keep = np.ones(cells.n_cells, dtype=bool)
 
     def drop(bad: NDArray[np.bool_], reason: str) -> None:
@@ -282,6 +280,7 @@ def _keep(
     left = np.flatnonzero(keep)
     if source.max_cells is not None and len(left) > source.max_cells:
         chosen = np.zeros(cells.n_cells, dtype=bool)
+        rng = np.random.default_rng([config.seed, number])
         chosen[rng.choice(left, source.max_cells, replace=False)] = True
         drop(~chosen, "over_max_cells")
     return keep

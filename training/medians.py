@@ -1,0 +1,228 @@
+"""Non-zero medians of genes over a corpus, which make a vocabulary of one's own.
+
+``python -m training.medians CONFIG OUT.tsv``, where CONFIG has a ``corpus`` section: its files and filters are used.
+
+The median of a gene is that of its counts per 10,000 in the cells that express it (Theodoris et al. 2023). It is exact
+for a small corpus; for a large one it comes from a sketch of logarithmic buckets (Masson et al. 2019, DDSketch), whose
+quantiles have a bounded relative error, and which can be merged by adding.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.errors import InvalidParameterError, UnreadableFileError
+from perturbscope.genes import GeneResolver, GeneVocabulary
+from training import commands, strict
+from training.config import CorpusConfig, SourceConfig
+from training.corpus import Progress, chunks, keep_cells, name_of, open_source
+
+EXACT_VALUES = 25_000_000
+"""Corpora with up to this many non-zero values are computed exactly, in less than a gigabyte."""
+_LOW, _HIGH = 1e-4, 1e4
+"""Counts per 10,000 lie in this range for cells with up to 100 million counts."""
+
+
+class MedianSketch:
+    """Counts of values in logarithmic buckets, one row of buckets a gene.
+
+    Every value of a bucket is within `accuracy`, relative, of the bucket's representative; so is the median.
+
+    Parameters
+    ----------
+    n_genes
+        Rows.
+    accuracy
+        Relative error of a median.
+    """
+
+    def __init__(self, n_genes: int, *, accuracy: float = 0.005) -> None:
+        if not 0 < accuracy < 1:
+            raise InvalidParameterError(f"accuracy is {accuracy}; it must be between 0 and 1.", field="accuracy")
+        self._gamma = (1 + accuracy) / (1 - accuracy)
+        self._n_buckets = math.ceil(math.log(_HIGH / _LOW) / math.log(self._gamma)) + 1
+        self._counts = np.zeros((n_genes, self._n_buckets), dtype=np.uint32)
+
+    def add(self, genes: NDArray[np.integer], values: NDArray[np.floating]) -> None:
+        """Count values, [n], of genes, [n]."""
+        buckets = np.ceil(np.log(np.clip(values, _LOW, _HIGH) / _LOW) / math.log(self._gamma)).astype(np.int64)
+        places, counts = np.unique(genes.astype(np.int64) * self._n_buckets + buckets, return_counts=True)
+        self._counts.reshape(-1)[places] += counts.astype(np.uint32)
+
+    def merge(self, other: MedianSketch) -> None:
+        """Add what another sketch of the same shape has counted."""
+        assert self._counts.shape == other._counts.shape, "sketches of different shape"  # noqa: S101, our bug
+        self._counts += other._counts
+
+    @property
+    def n_values(self) -> NDArray[np.int64]:
+        """Values counted of each gene."""
+        counted: NDArray[np.int64] = self._counts.sum(axis=1, dtype=np.int64)
+        return counted
+
+    def medians(self) -> NDArray[np.float64]:
+        """Median of each gene; NaN where there are no values."""
+        totals = self.n_values
+        representatives = _LOW * self._gamma ** np.arange(self._n_buckets) * 2 / (1 + self._gamma)
+        found = np.full(len(totals), np.nan)
+        for gene in np.flatnonzero(totals).tolist():
+            upto = np.cumsum(self._counts[gene], dtype=np.int64)
+            middle = [(int(totals[gene]) - 1) // 2, int(totals[gene]) // 2]
+            found[gene] = representatives[np.searchsorted(upto, middle, side="right")].mean()
+        return found
+
+
+def exact_medians(genes: NDArray[np.integer], values: NDArray[np.floating], n_genes: int) -> NDArray[np.float64]:
+    """Median of each gene's values, [n_genes]; NaN where there are none."""
+    order = np.lexsort((values, genes))
+    ordered = values[order].astype(np.float64)
+    counts = np.bincount(genes, minlength=n_genes)
+    starts = np.cumsum(counts) - counts
+    found = np.full(n_genes, np.nan)
+    some = counts > 0
+    low, high = starts[some] + (counts[some] - 1) // 2, starts[some] + counts[some] // 2
+    found[some] = (ordered[low] + ordered[high]) / 2
+    return found
+
+
+def corpus_medians(
+    config: CorpusConfig,
+    *,
+    min_cells: int = 10,
+    genes: Sequence[str] | None = None,
+    exact: bool | None = None,
+    progress: Progress | None = None,
+) -> GeneVocabulary:
+    """A vocabulary of the genes that a corpus expresses.
+
+    Parameters
+    ----------
+    config
+        Files and filters; its vocabulary is not used.
+    min_cells
+        A gene that fewer cells express is left out.
+    genes
+        Ensembl ids to choose from, e.g. protein-coding and miRNA genes; all Ensembl ids of the files by default.
+    exact
+        Whether to keep all values, or a sketch; by the size of the corpus if not given.
+    progress
+        Called after every chunk.
+
+    Raises
+    ------
+    InvalidParameterError
+        No gene is left.
+    """
+    universe = _universe(config.sources, genes)
+    index = {gene: row for row, gene in enumerate(universe)}
+    kept: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = []
+    n_kept = 0
+    sketch: MedianSketch | None = None if exact is not False else MedianSketch(len(universe))
+    n_cells = np.zeros(len(universe), dtype=np.int64)
+    for rows, values in _values(config, index, progress):
+        n_cells += np.bincount(rows, minlength=len(universe))
+        if sketch is None:
+            kept.append((rows, values))
+            n_kept += len(rows)
+            if n_kept > EXACT_VALUES and exact is None:
+                sketch = MedianSketch(len(universe))
+                for part in kept:
+                    sketch.add(*part)
+                kept.clear()
+        else:
+            sketch.add(rows, values)
+    if sketch is not None:
+        medians = sketch.medians()
+    elif kept:
+        all_rows, all_values = (np.concatenate(part) for part in zip(*kept, strict=True))
+        medians = exact_medians(all_rows, all_values, len(universe))
+    else:
+        medians = np.full(len(universe), np.nan)
+    chosen = np.flatnonzero(n_cells >= max(1, min_cells))
+    if not len(chosen):
+        raise InvalidParameterError(
+            f"No gene is expressed in {min_cells} cells that pass the filters. Lower min_cells.", field="min_cells"
+        )
+    names = ", ".join(name_of(source) for source in config.sources)
+    how = "exact" if sketch is None else "within 0.5 %"
+    return GeneVocabulary(
+        gene_ids=tuple(universe[row] for row in chosen.tolist()),
+        tokens=np.arange(2, 2 + len(chosen), dtype=np.int32),
+        medians=medians[chosen],
+        special_tokens={"<pad>": 0, "<mask>": 1},
+        source=f"non-zero medians ({how}) over {names}",
+    )
+
+
+def _universe(sources: Sequence[SourceConfig], wanted: Sequence[str] | None) -> list[str]:
+    """Ensembl ids of all files, without versions, sorted."""
+    resolver = GeneResolver.default()
+    found: set[str] = set()
+    for source in sources:
+        with open_source(source) as cells:
+            resolved = (resolver.resolve(gene)[0] for gene in cells.gene_ids.tolist())
+            found.update(gene for gene in resolved if gene is not None)
+    return sorted(found if wanted is None else found & set(wanted))
+
+
+def _values(
+    config: CorpusConfig, index: dict[str, int], progress: Progress | None
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
+    """Gene and counts per 10,000 of every non-zero count; columns of one gene in a cell are added up."""
+    resolver = GeneResolver.default()
+    for number, source in enumerate(config.sources):
+        with open_source(source, chunk_cells=config.chunk_cells) as cells:
+            columns = np.array([index.get(resolver.resolve(gene)[0] or "", -1) for gene in cells.gene_ids.tolist()])
+            keep = keep_cells(cells, config, number)
+            min_genes = config.min_genes if source.min_genes is None else source.min_genes
+            for rows, counts in chunks(cells, keep):
+                per_cell = np.diff(counts.counts.indptr)
+                cell = np.repeat(np.arange(len(rows)), per_cell)
+                gene = columns[counts.counts.indices]
+                used = (gene >= 0) & (per_cell >= min_genes)[cell]
+                places, first = np.unique(cell[used] * len(index) + gene[used], return_inverse=True)
+                total = np.bincount(first, weights=counts.counts.data[used], minlength=len(places))
+                scale = 10_000.0 / counts.totals[places // max(len(index), 1)]
+                yield (places % max(len(index), 1)).astype(np.int32), (total * scale).astype(np.float32)
+                if progress:
+                    progress(name_of(source), int(rows[-1]) + 1, cells.n_cells)
+
+
+def _read_genes(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnreadableFileError(f"{path} cannot be read: {error}.", field="genes") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = commands.parser("Compute a vocabulary with the non-zero gene medians of a corpus.")
+    parser.add_argument("output", metavar="OUT.tsv", type=Path, help="the vocabulary to write")
+    parser.add_argument("--min-cells", type=int, default=10, help="leave out genes that fewer cells express")
+    parser.add_argument("--genes", type=Path, help="file with the Ensembl ids to choose from, one a line")
+    options = parser.parse_args(arguments)
+
+    def compute() -> None:
+        if options.output.exists() and not options.overwrite:
+            raise InvalidParameterError(f"{options.output} exists already; allow --overwrite.", field="output")
+        config = strict.section(CorpusConfig, options.config, "corpus", options.set)
+        wanted = _read_genes(options.genes) if options.genes else None
+        with commands.cell_progress() as progress:
+            vocabulary = corpus_medians(config, min_cells=options.min_cells, genes=wanted, progress=progress)
+        staging = options.output.with_name(f".{options.output.name}")
+        staging.write_text(vocabulary.to_tsv(), encoding="utf-8")
+        os.replace(staging, options.output)
+        commands.console().print(f"{options.output}: {len(vocabulary.gene_ids):,} genes, hash {vocabulary.hash[:12]}")
+
+    return commands.run(compute)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
