@@ -30,7 +30,9 @@
     button.textContent = head.textContent;
     head.replaceChildren(button);
     button.addEventListener("click", () => {
-      const down = head.getAttribute("aria-sort") === "descending";
+      // Names start from A, numbers from the largest.
+      const sorted = head.getAttribute("aria-sort");
+      const down = sorted ? sorted === "descending" : column === 0;
       document.querySelectorAll("#scores th").forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", down ? "ascending" : "descending");
       const sign = down ? 1 : -1;
