@@ -124,7 +124,7 @@ def _label(
 ) -> str | None:
     """A point's name at the first free place around it; none if all are taken."""
     text = name if len(name) <= 18 else name[:17] + "…"
-    width = 7.4 * len(text)
+    width = 8.4 * len(text)
     for step in range(5):
         for dx, dy, anchor in (
             (8, 4, "start"),
