@@ -27,6 +27,9 @@ from perturbscope.groups import Groups
 from perturbscope.results import Metric, ScoreOptions
 from perturbscope.statistics import Exchange, empirical_p, generator, random_subsets
 
+NULL_REPEATS = 4
+"""Most control samples beside one group in a drawn null; fewer leave the sd of an averaged distance uncertain."""
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -173,24 +176,23 @@ class TransportScorer:
     def null(self, size: int) -> tuple[float, float]:
         """Mean and sd of the statistic between groups of `size` controls (cached).
 
-        Each draw takes one group X and two groups Y of other controls; the variance within and between draws then gives
-        the sd of the mean over any number of repeats.
+        Each draw takes one group X and a few groups Y of other controls; the variance between and within draws then
+        gives the sd of the mean over any number of repeats.
         """
         if size not in self.nulls:
             options = self.options
             rng = generator(options.seed, "null", size)
-            draws = np.empty((options.null_draws, 2))
+            few = min(options.repeats, NULL_REPEATS)
+            draws = np.empty((options.null_draws, few))
             for draw in draws:
                 order = rng.permutation(len(self.controls))
-                for i in range(2):
+                for i in range(few):
                     others = rng.choice(order[size:], size, replace=False)
                     draw[i] = assignment_cost(self.reference[np.ix_(order[:size], others)])
-            # Of single draws: their variance, and the covariance of two that share X.
-            centred = draws - draws.mean()
-            variance = float((centred**2).sum()) / (draws.size - 1)
-            shared = min(max(float((centred[:, 0] * centred[:, 1]).sum()) / (len(draws) - 1), 0.0), variance)
-            sd = float(np.sqrt(shared + (variance - shared) / options.repeats))
-            self.nulls[size] = float(draws.mean()), sd if sd > RELATIVE_NOISE * float(draws.mean()) else 0.0
+            within = float(draws.var(axis=1, ddof=1).mean()) if few > 1 else 0.0
+            between = max(float(draws.mean(axis=1).var(ddof=1)) - within / few, 0.0)
+            mean, sd = float(draws.mean()), float(np.sqrt(between + within / options.repeats))
+            self.nulls[size] = mean, sd if sd > RELATIVE_NOISE * mean else 0.0
         return self.nulls[size]
 
     def score(self, name: str, cells: NDArray[np.intp]) -> Scored:

@@ -77,7 +77,7 @@ def test_table_holds_what_was_computed(rng):
 @pytest.mark.parametrize("metric", ["e_distance", "cosine_e_distance", "wasserstein"])
 @pytest.mark.parametrize("estimator", ["U", "V"])
 def test_every_metric_finds_the_shifted_group(rng, metric, estimator):
-    vectors, labels = screen(rng, {"control": 90, "same": 30, "moved": 30}, {"moved": 2.5})
+    vectors, labels = screen(rng, {"control": 90, "same": 30, "moved": 30}, {"moved": 4})
     options = ScoreOptions(metrics=(metric,), estimator=estimator, permutations=99, wasserstein_permutations=39)
     result = score_perturbations(vectors, labels, control="control", options=options)
     assert row(result, "moved", metric)["z"] > 5
@@ -129,6 +129,16 @@ def test_z_of_untouched_groups_has_mean_0_and_sd_1(rng, estimator, repeats):
     # The same controls meet all groups, so that the z's share a small part.
     assert abs(z.mean()) < 0.35
     assert 0.8 < z.std() < 1.25
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 10])
+def test_drawn_null_of_wasserstein_fits_untouched_groups(rng, repeats):
+    sizes = {"control": 400, **{f"p{i}": 30 for i in range(150)}}
+    vectors, labels = screen(rng, sizes, width=4)
+    options = ScoreOptions(metrics=("wasserstein",), wasserstein_permutations=1, repeats=repeats)
+    z = score_perturbations(vectors, labels, control="control", options=options).table["z"]
+    assert abs(z.mean()) < 0.5  # the same controls meet all groups
+    assert 0.7 < z.std() < 1.35
 
 
 def test_fixed_null_is_biased_by_size_and_says_so(rng):
