@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import BertForMaskedLM
 
 from perturbscope.errors import InvalidParameterError
+from perturbscope.genes import GeneVocabulary
 from perturbscope.scoring import ScoreOptions, score_perturbations
 from training import commands, strict
 from training.batches import by_length, padded
@@ -222,7 +223,7 @@ def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | No
     """
     output = Path(config.output)
     checkpoint = load_checkpoint(config.checkpoint)
-    cells = _corpus_config(config, checkpoint)
+    cells = _completed(config, checkpoint)
 
     def prepare() -> None:
         with commands.cell_progress() as progress:
@@ -263,7 +264,13 @@ def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | No
     return path
 
 
-def _corpus_config(config: ContrastiveConfig, checkpoint: Checkpoint) -> CorpusConfig:
+def corpus_config(config: ContrastiveConfig) -> tuple[CorpusConfig, GeneVocabulary]:
+    """The corpus of the stage, with the checkpoint's vocabulary. Raises as :func:`finetune`."""
+    checkpoint = load_checkpoint(config.checkpoint)
+    return _completed(config, checkpoint), checkpoint.vocabulary
+
+
+def _completed(config: ContrastiveConfig, checkpoint: Checkpoint) -> CorpusConfig:
     """The corpus' configuration with what the checkpoint decides, and all labels that are needed.
 
     Raises

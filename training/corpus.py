@@ -27,8 +27,8 @@ from perturbscope.families import Family, TokenizedCells, load_family
 from perturbscope.genes import GeneMapping, GeneResolver, GeneVocabulary
 from perturbscope.readers import CellSource, open_cells
 from training import commands, strict
-from training.config import CorpusConfig, SourceConfig
-from training.shards import FORMAT_VERSION, MANIFEST, VOCABULARY, Corpus, ShardWriter
+from training.config import ContrastiveConfig, CorpusConfig, SourceConfig
+from training.shards import FORMAT_VERSION, MANIFEST, VOCABULARY, Corpus, ShardsWriter
 from training.strict import plain
 
 Progress = Callable[[str, int, int], None]
@@ -173,39 +173,43 @@ def _write(
     narrow = "uint16" if len(vocabulary) <= 2**16 else "int32"
     inputs = {spec.name: (narrow if spec.name == "input_ids" else spec.dtype, spec.trailing) for spec in family.inputs}
     labels: dict[str, dict[str, int]] = {name: {} for name in config.labels}
-    shards: list[ShardWriter] = []
     sources: list[dict[str, Any]] = []
     lengths: Counter[int] = Counter()
-    for number, source in enumerate(config.sources):
-        facts: dict[str, Any] = {"name": name_of(source), "path": source.path, "sha256": _identity(Path(source.path))}
-        dropped: Counter[str] = Counter()
-        kept: Counter[str] = Counter()
-        try:
-            with open_source(source, chunk_cells=config.chunk_cells) as cells:
-                codes = _label_codes(cells, labels)
-                mapping = GeneResolver.default().map(cells.gene_ids, vocabulary)
-                for rows, tokens in _tokenize(cells, number, config, family, mapping, dropped, progress):
-                    if not shards or shards[-1].n_tokens >= config.shard_tokens:
-                        if shards:
-                            shards[-1].close()
-                        shards.append(ShardWriter(staging / f"shard-{len(shards):05d}", inputs, config.labels))
-                    per_cell = {f"label-{name}": values[rows] for name, values in codes.items()}
-                    of_file = np.full(len(rows), number, dtype=np.int32)
-                    shards[-1].append(tokens, {"source": of_file, "row": rows, **per_cell})
-                    lengths.update(tokens.lengths.tolist())
-                    kept.update(cells=len(rows), tokens=int(tokens.offsets[-1]))
-                facts |= {"cells": cells.n_cells, "kept": kept["cells"], "tokens": kept["tokens"]}
-        except InvalidInputError as error:
-            raise type(error)(f"{source.path}: {error.message}", field=error.field) from error
-        facts["dropped"] = {reason: count for reason, count in sorted(dropped.items()) if count}
-        sources.append({**facts, "coverage": mapping.coverage.to_dict()})
-    if not shards:
+    with ShardsWriter(staging, inputs, config.labels, max_tokens=config.shard_tokens) as shards:
+        for number, source in enumerate(config.sources):
+            dropped: Counter[str] = Counter()
+            kept: Counter[str] = Counter()
+            try:
+                with open_source(source, chunk_cells=config.chunk_cells) as cells:
+                    n_cells = cells.n_cells
+                    codes = _label_codes(cells, labels)
+                    mapping = GeneResolver.default().map(cells.gene_ids, vocabulary)
+                    for rows, tokens in _tokenize(cells, number, config, family, mapping, dropped, progress):
+                        per_cell = {f"label-{name}": values[rows] for name, values in codes.items()}
+                        of_file = np.full(len(rows), number, dtype=np.int32)
+                        shards.append(tokens, {"source": of_file, "row": rows, **per_cell})
+                        lengths.update(tokens.lengths.tolist())
+                        kept.update(cells=len(rows), tokens=int(tokens.offsets[-1]))
+            except InvalidInputError as error:
+                raise type(error)(f"{source.path}: {error.message}", field=error.field) from error
+            sources.append(
+                {
+                    "name": name_of(source),
+                    "path": source.path,
+                    "sha256": _identity(Path(source.path)),
+                    "cells": n_cells,
+                    "kept": kept["cells"],
+                    "tokens": kept["tokens"],
+                    "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
+                    "coverage": mapping.coverage.to_dict(),
+                }
+            )
+    if not lengths:
         raise InvalidParameterError(
             f"No cell passes the filters (min_genes {config.min_genes}). Lower min_genes; for a gene panel set it "
             "under the source.",
             field="min_genes",
         )
-    shards[-1].close()
     every = np.repeat(list(lengths), list(lengths.values()))
     quantiles = np.quantile(every, (0, 0.25, 0.5, 0.75, 1)).tolist()
     return {
@@ -216,11 +220,11 @@ def _write(
         "vocabulary_hash": vocabulary.hash,
         "vocabulary_source": vocabulary.source,
         "config": plain(config),
-        "cells": sum(shard.n_cells for shard in shards),
-        "tokens": sum(shard.n_tokens for shard in shards),
+        "cells": len(every),
+        "tokens": int(every.sum()),
         "length_quantiles": dict(zip(("min", "q25", "median", "q75", "max"), quantiles, strict=True)),
         "sources": sources,
-        "shards": [{"name": shard.path.name, "cells": shard.n_cells, "tokens": shard.n_tokens} for shard in shards],
+        "shards": shards.written,
         "labels": {name: list(values) for name, values in labels.items()},
     }
 
@@ -318,15 +322,24 @@ def _identity(path: Path) -> str:
         raise UnreadableFileError(f"{path} cannot be read: {error}.", field="sources") from error
 
 
+def _of_stage(path: str, overrides: Sequence[str]) -> tuple[CorpusConfig, GeneVocabulary | None]:
+    """The corpus of a stage's configuration; fine-tuning takes the vocabulary of the checkpoint that it starts from."""
+    if strict.has_key(path, "checkpoint", overrides):
+        from training.contrastive import corpus_config  # imports torch
+
+        return corpus_config(strict.read(ContrastiveConfig, path, overrides))
+    return strict.section(CorpusConfig, path, "corpus", overrides), None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = commands.parser("Build the corpus of a training configuration: raw counts -> token shards.")
     options = parser.parse_args(arguments)
 
     def build() -> None:
-        config = strict.section(CorpusConfig, options.config, "corpus", options.set)
+        config, vocabulary = _of_stage(options.config, options.set)
         with commands.cell_progress() as progress:
-            corpus = build_corpus(config, overwrite=options.overwrite, progress=progress)
+            corpus = build_corpus(config, vocabulary=vocabulary, overwrite=options.overwrite, progress=progress)
         commands.show_corpus(corpus)
 
     return commands.run(build)

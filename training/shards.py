@@ -111,6 +111,57 @@ class ShardWriter:
             writer.close()
 
 
+class ShardsWriter:
+    """Writes one shard after another; a context manager, which closes the last one.
+
+    Parameters
+    ----------
+    path
+        Directory of the corpus.
+    inputs, labels
+        See :class:`ShardWriter`.
+    max_tokens
+        Tokens after which a new shard is begun.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        inputs: Mapping[str, tuple[str, tuple[int, ...]]],
+        labels: Sequence[str],
+        *,
+        max_tokens: int,
+    ) -> None:
+        self._path = path
+        self._inputs = inputs
+        self._labels = labels
+        self._max_tokens = max_tokens
+        self._open: ShardWriter | None = None
+        self.written: list[dict[str, Any]] = []
+
+    def append(self, tokens: TokenizedCells, per_cell: Mapping[str, NDArray[Any]]) -> None:
+        """Add cells; see :meth:`ShardWriter.append`."""
+        if self._open is None or self._open.n_tokens >= self._max_tokens:
+            self.close()
+            name = f"shard-{len(self.written):05d}"
+            self._open = ShardWriter(self._path / name, self._inputs, self._labels)
+            self.written.append({"name": name})
+        self._open.append(tokens, per_cell)
+        self.written[-1] |= {"cells": self._open.n_cells, "tokens": self._open.n_tokens}
+
+    def close(self) -> None:
+        """Finish the current shard."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def __enter__(self) -> ShardsWriter:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+
 class Corpus:
     """Tokenized cells of a corpus, by their number.
 

@@ -50,6 +50,11 @@ def section(cls: type[T], path: str | Path, name: str, overrides: Sequence[str] 
     return parse(cls, values[name], where=name)
 
 
+def has_key(path: str | Path, name: str, overrides: Sequence[str] = ()) -> bool:
+    """Whether a YAML file has a top-level key. Raises as :func:`read`."""
+    return name in _load(path, overrides)
+
+
 def _load(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     path = Path(path)
     try:
