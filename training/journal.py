@@ -121,7 +121,8 @@ def draw_curve(log: Path, picture: Path) -> bool:
         axes.plot(
             [line["step"] for line in checks], [line["validation_loss"] for line in checks], "o-", label="validation"
         )
-    axes.legend()
+    if steps or checks:
+        axes.legend()
     figure.savefig(picture, dpi=120)
     return True
 

@@ -52,8 +52,9 @@ def test_the_target_and_small_changes_are_not_counted() -> None:
     assert count_degs(tester, group, DegConfig(), target=1) == everything - 1
     assert count_degs(tester, group, DegConfig(exclude_target=False), target=1) == everything
     assert count_degs(tester, group, DegConfig(min_log2_fold_change=2.0)) == 1
-    rare = sparse.csr_matrix(np.pad(group.toarray(), ((0, 4000), (0, 0))))
-    assert count_degs(RankTester(rare), rare, DegConfig()) == 0
+    rare, silent = sparse.csr_matrix(np.pad(group.toarray(), ((0, 4000), (0, 0)))), sparse.csr_matrix((4000, 3))
+    assert count_degs(RankTester(silent), rare, DegConfig(min_expressed=0.0)) == 3
+    assert count_degs(RankTester(silent), rare, DegConfig()) == 0
 
 
 def test_normalisation_uses_the_totals_given() -> None:

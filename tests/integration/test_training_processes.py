@@ -1,0 +1,163 @@
+"""Training as it is started for real: killed and resumed, with DeepSpeed, on two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.screens import contrastive_values, pretrain_values
+from training import strict
+from training.checkpoint import load_checkpoint
+from training.config import ContrastiveConfig, PretrainConfig
+from training.contrastive import finetune
+from training.journal import read_log
+from training.pretrain import pretrain
+
+ROOT = Path(__file__).resolve().parents[2]
+ZERO = {stage: str(ROOT / "training" / "configs" / f"zero{stage}.json") for stage in (1, 2)}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+TIMEOUT = 180
+
+
+def write(folder: Path, values: dict[str, Any], name: str = "config") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run(module: str, config: Path, *arguments: str, processes: int = 1) -> None:
+    """Run a stage; on several processes through torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", module, str(config), *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(folder: Path, name: str = "loss") -> list[float]:
+    return [line[name] for line in read_log(folder / "log.jsonl") if name in line]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pre-training of 20 steps, plain torch, fp32."""
+    folder = tmp_path_factory.mktemp("processes")
+    run("training.pretrain", write(folder, pretrain_values(folder, max_steps=20)))
+    return folder
+
+
+def test_deepspeed_gives_the_same_losses(base: Path, tmp_path: Path) -> None:
+    values = pretrain_values(base, max_steps=20, deepspeed=ZERO[1]) | {"output": str(tmp_path / "zero1")}
+    run("training.pretrain", write(tmp_path, values))
+    plain, deepspeed = losses(base / "pretrain"), losses(tmp_path / "zero1")
+    assert len(plain) == 20
+    np.testing.assert_allclose(deepspeed, plain, atol=1e-3)
+    before, after = (load_checkpoint(path / "checkpoint").weights for path in (base / "pretrain", tmp_path / "zero1"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_allclose(after[name].numpy(), tensor.numpy(), atol=1e-3)
+
+
+def test_two_processes_learn_the_same_with_zero_1_and_2(base: Path, tmp_path: Path) -> None:
+    found = {}
+    for stage in ZERO:
+        output = tmp_path / f"zero{stage}"
+        values = pretrain_values(base, max_steps=8, accumulation=2, deepspeed=ZERO[stage]) | {"output": str(output)}
+        values["optimizer"] |= {"lr_scale_by_world_size": True}
+        run("training.pretrain", write(tmp_path, values), processes=2)
+        found[stage] = losses(output)
+        provenance = load_checkpoint(output / "checkpoint").provenance
+        assert provenance["hardware"]["processes"] == 2
+        assert provenance["result"]["peak_lr"] == pytest.approx(2 * values["optimizer"]["base_lr"])
+    assert len(found[1]) == 8
+    np.testing.assert_allclose(found[1], found[2], rtol=1e-4)
+    assert found[1][-1] < found[1][0]
+
+
+def test_finetuning_on_two_processes_equals_one_with_twice_the_batch(tmp_path: Path) -> None:
+    values = pretrain_values(tmp_path, max_steps=5)
+    values["model"] = values["model"] | {"dropout": 0.0, "attention_dropout": 0.0}
+    pretrain(strict.parse(PretrainConfig, values))
+    one = contrastive_values(tmp_path, max_steps=10, micro_batch=10) | {"output": str(tmp_path / "one")}
+    finetune(strict.parse(ContrastiveConfig, one))
+    two = contrastive_values(tmp_path, max_steps=10, deepspeed=ZERO[2]) | {"output": str(tmp_path / "two")}
+    run("training.contrastive", write(tmp_path, two), processes=2)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3)
+    checks = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert checks[1]["validation"][-1] == pytest.approx(checks[0]["validation"][-1], rel=1e-2)
+    assert (tmp_path / "two" / "heldout.h5ad").is_file()
+
+
+def test_bf16_keeps_full_precision_in_the_checkpoint(base: Path, tmp_path: Path) -> None:
+    values = pretrain_values(base, max_steps=6, precision="bf16", deepspeed=ZERO[1]) | {
+        "output": str(tmp_path / "bf16")
+    }
+    run("training.pretrain", write(tmp_path, values))
+    np.testing.assert_allclose(losses(tmp_path / "bf16"), losses(base / "pretrain")[:6], atol=0.1)
+    weights = load_checkpoint(tmp_path / "bf16" / "checkpoint").weights["bert.embeddings.word_embeddings.weight"]
+    assert not bool((weights == weights.bfloat16().float()).all())
+
+
+def kill_after(module: str, config: Path, log: Path, step: int) -> None:
+    """Start a stage, and kill it with SIGKILL once it has logged `step`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, str(config)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while not any(line.get("step", 0) >= step and "loss" in line for line in read_log(log)):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_a_killed_run_resumes_with_the_same_losses(tmp_path: Path, engine: str) -> None:
+    options: dict[str, Any] = {"epochs": 15, "checkpoint_every": 25, "validate_every": 60}
+    if engine == "deepspeed":
+        options["deepspeed"] = ZERO[2]
+    whole = write(tmp_path, pretrain_values(tmp_path, **options), "whole")
+    run("training.pretrain", whole)
+    values = pretrain_values(tmp_path, **options) | {"output": str(tmp_path / "killed")}
+    killed = write(tmp_path, values, "killed")
+    kill_after("training.pretrain", killed, tmp_path / "killed" / "log.jsonl", 60)
+    assert not (tmp_path / "killed" / "checkpoint").exists()
+    states = sorted(path.name for path in (tmp_path / "killed" / "states").glob("step-*"))
+    assert states[-1] >= "step-000000050"
+    run("training.pretrain", killed)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "pretrain")
+    checks = [
+        json.loads((tmp_path / name / "metrics.json").read_text())["validation"] for name in ("killed", "pretrain")
+    ]
+    assert checks[0] == checks[1]
+
+
+def test_the_deepspeed_launcher_starts_two_processes(base: Path, tmp_path: Path) -> None:
+    values = pretrain_values(base, max_steps=3, deepspeed=ZERO[1]) | {"output": str(tmp_path / "launched")}
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_accelerators", "2", "--module", "training.pretrain", str(write(tmp_path, values))]
+    environment = {**ENVIRONMENT, "DS_ACCELERATOR": "cpu", "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert load_checkpoint(tmp_path / "launched" / "checkpoint").provenance["hardware"]["processes"] == 2
