@@ -16,7 +16,7 @@ export BENTOML_DO_NOT_TRACK := True
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve setup test lint demo bench proto lock image image-test clean
+.PHONY: help serve setup test lint demo bundle bench proto lock image image-test clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -37,6 +37,13 @@ lint: setup ## ruff and strict mypy
 
 demo: setup ## the whole pipeline on the real data in data/, from counts to a scored screen
 	$(PY) scripts/demo.py
+
+bundle: setup ## make bundles/default anew from the data in data/: about half an hour on two cores
+	$(PY) -m training.pretrain training/configs/default-pretrain.yaml --overwrite
+	$(PY) -m training.contrastive training/configs/default-contrastive.yaml --overwrite
+	$(PY) -m export runs/default/contrastive/checkpoint bundles/default --name default --version 1 --variant int8 \
+		--cells data/papalexi2021_eccite_thp1_panel.h5ad --licence Apache-2.0 --card docs/default-model-card.md --overwrite
+	$(PY) -m tests.golden.golden
 
 bench: setup ## run the benchmarks
 	@for script in benchmarks/*.py; do \
