@@ -44,7 +44,8 @@ def main() -> int:
     times: dict[str, float] = {}
 
     with step("Corpus: raw counts to rank tokens", times):
-        python("-m", "training.corpus", "training/configs/demo-pretrain.yaml", unless=OUT / "pretrain-corpus" / "manifest.json")
+        corpus = OUT / "pretrain-corpus" / "manifest.json"
+        python("-m", "training.corpus", "training/configs/demo-pretrain.yaml", unless=corpus)
     with step("Pre-training: restore masked genes", times):
         python("-m", "training.pretrain", "training/configs/demo-pretrain.yaml", unless=PRETRAINED)
     with step("Fine-tuning: perturbed cells apart from controls", times):

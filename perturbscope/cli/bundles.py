@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,12 +39,22 @@ def bundle_info(
             ("vocabulary", f"{len(opened.vocabulary.gene_ids)} genes, {manifest.vocabulary_hash[:12]}"),
             ("medians", opened.vocabulary.source),
             ("variants", variants),
-            ("parity", json.dumps(manifest.parity)),
-            ("training", json.dumps(manifest.training)),
+            ("parity", _scalars(manifest.parity)),
+            ("training", _scalars(manifest.training)),
             ("licence", manifest.licence),
             ("format", manifest.format_version),
         ],
     )
+
+
+def _scalars(facts: Mapping[str, Any]) -> str:
+    """What fits a line of a mapping: its text and numbers; ``--json`` shows the rest."""
+    kept = [f"{name}: {_short(value)}" for name, value in facts.items() if isinstance(value, str | int | float)]
+    return "; ".join(kept) or "see --json"
+
+
+def _short(value: str | float) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @app.command("verify")

@@ -1,0 +1,43 @@
+"""The default bundle gives the numbers that it gave when it was shipped."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.golden.golden import FILE, embed
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads(FILE.read_text())
+
+
+def test_vectors_are_those_of_the_shipped_model(golden):
+    bundle, found = embed()
+    assert bundle.model_id == golden["model_id"]
+    for name, result in found.items():
+        assert result.lengths.tolist() == [cell["length"] for cell in golden["cells"][name]]
+        expected = [cell["first_values"] for cell in golden["cells"][name]]
+        np.testing.assert_allclose(result.values[:, :5], expected, atol=1e-4)
+
+
+def test_the_manifest_records_parity_with_torch_and_the_data():
+    bundle, _ = embed()
+    parity = bundle.manifest.parity
+    assert parity["max_abs_difference"] <= parity["tolerance"]
+    assert parity["blocks_in_graph"] == parity["blocks_of_model"] - 1
+    assert {(case["batch"], case["length"]) for case in parity["cases"]} >= {
+        (batch, length) for batch in (1, 3) for length in (1, 7, 64, bundle.family().max_length)
+    }
+    assert bundle.manifest.training["data"]
+
+
+def test_the_int8_variant_is_as_near_as_its_manifest_says():
+    bundle, exact = embed()
+    _, small = embed("int8")
+    for name, result in small.items():
+        a, b = result.values, exact[name].values
+        cosine = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        assert cosine.min() > 0.99
+    assert 0.99 < bundle.manifest.variants["int8"].cosine <= 1
