@@ -1,105 +1,42 @@
-"""Little made-up screens and corpora of 60 genes for the tests of training."""
+"""A small screen for tests: cells with perturbation labels, two of which differ from control."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-import anndata
+import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from tests.models import small_vocabulary
+from perturbscope.genes import GeneVocabulary
 
-TARGETS = ("strong1", "strong2", "strong3", "strong4", "weak")
-VOCABULARY = small_vocabulary()
+SIZES = {"control": 60, "strong": 30, "weak": 30, "rare": 3}
 
 
-def screen(*, cells_per_target: int = 14, controls: int = 60, seed: int = 0) -> anndata.AnnData:
-    """Raw counts of a screen: each strong target shifts 20 of the 60 genes, the weak one none."""
+def make_screen(*, seed: int = 0, repeats: int = 1) -> ad.AnnData:
+    """123 cells (times `repeats`) x 40 genes of the vocabulary, with labels, batches, totals and layers."""
     rng = np.random.default_rng(seed)
-    base = rng.gamma(2.0, 1.0, size=60) + 0.3
-    labels = ["control"] * controls
-    rates = [np.tile(base, (controls, 1))]
-    for number, target in enumerate(TARGETS):
-        shifted = base.copy()
-        if target != "weak":
-            shifted[rng.choice(60, 20, replace=False)] *= 4.0 + number
-        rates.append(np.tile(shifted, (cells_per_target, 1)))
-        labels += [target] * cells_per_target
-    mean = np.concatenate(rates)
-    counts = rng.poisson(mean * rng.uniform(0.5, 1.5, size=(len(mean), 1)))
-    counts[:, 0] += 1
-    order = rng.permutation(len(counts))
+    vocabulary = GeneVocabulary.geneformer_gc30m()
+    genes = [vocabulary.gene_ids[row] for row in rng.choice(len(vocabulary.gene_ids), size=40, replace=False)]
+    labels = np.repeat(list(SIZES), [size * repeats for size in SIZES.values()])
+    rates = rng.gamma(0.7, 1.5, size=(1, 40)) * rng.uniform(0.5, 2.0, size=(len(labels), 1))
+    rates[labels == "strong", :15] *= 6
+    rates[labels == "weak", 15:18] *= 2
+    counts = rng.poisson(rates).astype(np.float32)
+    counts[:, 0] += 1  # no cell is empty
     obs = pd.DataFrame(
         {
-            "perturbation": pd.Categorical(np.asarray(labels)[order]),
-            "batch": pd.Categorical(rng.choice(["a", "b"], len(counts))),
-            "disease": pd.Categorical(rng.choice(["normal", "lung carcinoma"], len(counts), p=[0.8, 0.2])),
+            "perturbation": pd.Categorical(labels),
+            "batch": [f"lane{i % 2}" for i in range(len(labels))],
+            "total": counts.sum(axis=1) * 3.0,
         },
-        index=pd.Index([f"cell{number}" for number in range(len(counts))]),
+        index=[f"cell{i}" for i in range(len(labels))],
     )
-    var = pd.DataFrame(index=pd.Index(list(VOCABULARY.gene_ids)))
-    return anndata.AnnData(X=sparse.csr_matrix(counts[order].astype(np.int32)), obs=obs, var=var)
-
-
-def write_screen(path: Path, **options: Any) -> Path:
-    """The screen as a file."""
-    screen(**options).write_h5ad(path)
-    return path
-
-
-def write_vocabulary(path: Path) -> Path:
-    """The 60 genes as a file."""
-    path.write_text(VOCABULARY.to_tsv(), encoding="utf-8")
-    return path
-
-
-MODEL = {"layers": 2, "hidden": 16, "heads": 2, "feed_forward": 24, "max_length": 40, "dropout": 0.1}
-
-
-def pretrain_values(folder: Path, **loop: Any) -> dict[str, Any]:
-    """A pre-training configuration of seconds, over a screen in `folder`, as plain values."""
-    if not (folder / "screen.h5ad").exists():
-        write_screen(folder / "screen.h5ad")
-        write_vocabulary(folder / "genes.tsv")
-    return {
-        "output": str(folder / "pretrain"),
-        "corpus": {
-            "path": str(folder / "corpus"),
-            "sources": [{"path": str(folder / "screen.h5ad")}],
-            "vocabulary": str(folder / "genes.tsv"),
-            "max_length": 40,
-            "min_genes": 1,
-            "exclude_cancer": False,
-        },
-        "model": MODEL,
-        "validation_share": 0.1,
-        "optimizer": {"base_lr": 5e-3, "warmup_steps": 2},
-        "loop": {"epochs": 2, "micro_batch": 8, "device": "cpu", "threads": 1, **loop},
-    }
-
-
-def contrastive_values(folder: Path, **loop: Any) -> dict[str, Any]:
-    """A fine-tuning configuration of seconds, from the checkpoint of :func:`pretrain_values`."""
-    return {
-        "output": str(folder / "contrastive"),
-        "checkpoint": str(folder / "pretrain" / "checkpoint"),
-        "corpus": {
-            "path": str(folder / "contrastive-corpus"),
-            "sources": [{"path": str(folder / "screen.h5ad")}],
-            "max_length": 40,
-            "min_genes": 1,
-            "exclude_cancer": False,
-        },
-        "degs": {"min_degs": 5},
-        "split": {
-            "control_fractions": [0.5, 0.25, 0.25],
-            "validation": ["strong3"],
-            "test": ["strong4"],
-        },
-        "loss": {"margin": 3.0},
-        "optimizer": {"base_lr": 1e-3, "schedule": "constant"},
-        "loop": {"epochs": 2, "micro_batch": 5, "device": "cpu", "threads": 1, **loop},
-    }
+    var = pd.DataFrame(
+        {"symbol": [f"no-gene-{i}" for i in range(40)], "ensembl": genes, "one": ["A"] * 40}, index=genes
+    )
+    adata = ad.AnnData(X=sparse.csr_matrix(counts), obs=obs, var=var)
+    adata.layers["logged"] = sparse.csr_matrix(np.log1p(counts))
+    adata.layers["negative"] = sparse.csr_matrix(counts - 2 * (np.arange(40) == 7)[None, :])
+    adata.obsm["X_pca"] = rng.standard_normal((len(labels), 5))
+    adata.uns["kept"] = {"as": "it was"}
+    return adata

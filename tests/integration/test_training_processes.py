@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.screens import contrastive_values, pretrain_values
+from tests.training_screens import contrastive_values, pretrain_values
 from training import strict
 from training.checkpoint import load_checkpoint
 from training.config import ContrastiveConfig, PretrainConfig

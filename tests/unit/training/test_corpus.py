@@ -14,7 +14,7 @@ from perturbscope.counts import CountMatrix
 from perturbscope.errors import CorruptBundleError, InvalidParameterError, NotRawCountsError, UnreadableFileError
 from perturbscope.families import load_family
 from perturbscope.readers import open_cells
-from tests.screens import VOCABULARY, contrastive_values, screen, write_screen, write_vocabulary
+from tests.training_screens import VOCABULARY, contrastive_values, screen, write_screen, write_vocabulary
 from training import corpus as module
 from training.batches import by_length, padded
 from training.config import CorpusConfig, SourceConfig
@@ -199,7 +199,7 @@ def test_batches_are_padded_to_their_longest_cell(config: CorpusConfig) -> None:
 def test_the_command_builds_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import yaml
 
-    from tests.screens import pretrain_values
+    from tests.training_screens import pretrain_values
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(pretrain_values(tmp_path)))
     assert module.main([str(tmp_path / "config.yaml")]) == 0

@@ -8,7 +8,7 @@ import pytest
 from perturbscope.errors import InvalidParameterError
 from perturbscope.genes import GeneVocabulary
 from perturbscope.readers import open_cells
-from tests.screens import VOCABULARY, write_screen
+from tests.training_screens import VOCABULARY, write_screen
 from training import medians, strict
 from training.config import CorpusConfig, SourceConfig
 from training.medians import MedianSketch, corpus_medians, exact_medians

@@ -18,7 +18,7 @@ from perturbscope.errors import (
     InvalidParameterError,
     TooFewCellsError,
 )
-from tests.screens import TARGETS, VOCABULARY, contrastive_values, pretrain_values
+from tests.training_screens import TARGETS, VOCABULARY, contrastive_values, pretrain_values
 from training import contrastive, pretrain, strict
 from training.checkpoint import load_checkpoint
 from training.config import ContrastiveConfig, DegConfig, PretrainConfig, SplitConfig
