@@ -267,7 +267,10 @@ def _import_pot() -> Any:
     unset = [name for name in names if name not in os.environ]
     os.environ.update(dict.fromkeys(unset, "1"))
     try:
-        return importlib.import_module("ot")
+        with warnings.catch_warnings():
+            # Python warns of escapes in its docstrings when it first compiles them.
+            warnings.simplefilter("ignore")
+            return importlib.import_module("ot")
     finally:
         for name in unset:
             del os.environ[name]
