@@ -18,6 +18,13 @@ OUTPUT = "cell_embedding"
 """Name of the graph output, float32 [batch, width]."""
 
 
+def usable_cores() -> int:
+    """Cores that this process may use; all of the machine's where the system does not tell (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Encoder(Protocol):
     """Padded inputs in, one vector a cell out. Knows nothing of requests."""
 
@@ -87,7 +94,7 @@ class OnnxEncoder:
             ort.preload_dlls()
         path = bundle.graph(variant)
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[wanted])

@@ -8,7 +8,6 @@ bundle: the event loop only ever waits.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder, Embeddings
+from perturbscope.encoder import usable_cores
 from perturbscope.errors import PerturbScopeError, UnknownModelError
 from perturbscope.families import TokenizedCells
 from perturbscope.wire.messages import (
@@ -58,9 +58,7 @@ class Engine:
         self.settings = settings
         self._models = tuple(models)
         self._admission = Admission(settings)
-        self._workers = ThreadPoolExecutor(
-            max_workers=max(2, len(os.sched_getaffinity(0))), thread_name_prefix="perturbscope-worker"
-        )
+        self._workers = ThreadPoolExecutor(max_workers=max(2, usable_cores()), thread_name_prefix="perturbscope-worker")
         self._scorers = ThreadPoolExecutor(settings.score_workers, thread_name_prefix="perturbscope-score")
 
     @classmethod

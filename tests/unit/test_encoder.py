@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 from perturbscope.bundle import Bundle
-from perturbscope.encoder import OnnxEncoder
+from perturbscope.encoder import OnnxEncoder, usable_cores
 from perturbscope.errors import (
     BundleError,
     CorruptBundleError,
@@ -123,3 +124,9 @@ def test_the_encoder_is_fine_after_a_failure(bundle):
     with pytest.raises(InferenceError):
         encoder.run(inputs([[10_000_000]]))
     np.testing.assert_array_equal(encoder.run(inputs([[5, 9]])), before)
+
+
+def test_cores_are_counted_where_the_system_knows_no_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert usable_cores() == 6
