@@ -1,0 +1,276 @@
+"""A screen as the evaluation sees it: counts and labels of the cells that can be used, in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from perturbscope.counts import CountMatrix
+from perturbscope.errors import ControlLabelMissingError, InvalidParameterError
+from perturbscope.readers import CellSource, open_cells
+from perturbscope.readers.source import missing_column
+
+SYMBOL_KEYS = ("gene_symbol", "gene_symbols", "gene_name", "symbol", "feature_name")
+"""Columns of var that are looked for when no `symbol_key` is given."""
+GUIDE_UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class EvaluationScreen:
+    """Cells with labels.
+
+    Attributes
+    ----------
+    name
+        Of the screen, for tables and folders.
+    cells
+        Raw counts, [n_cells, n_genes].
+    perturbations
+        Label of each cell.
+    control
+        The label of control cells.
+    batches, guides, contexts
+        Batch, guide (replicate), and context of each cell, or None. A perturbation is compared with the controls of
+        its own context only: a cell type, a stimulation.
+    symbols
+        Gene symbol of each column, or its identifier where none is known.
+    obsm
+        Embeddings that the file brought, float32 [n_cells, width] each.
+    split
+        ``train``, ``validation``, ``test`` or ``ineligible`` for each cell, where the file says so.
+    provenance
+        Where the cells come from, and which were left out (JSON-able).
+    """
+
+    name: str
+    cells: CountMatrix
+    perturbations: list[str]
+    control: str
+    batches: list[str] | None = None
+    guides: list[str] | None = None
+    symbols: list[str] = field(default_factory=list)
+    obsm: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    split: list[str] | None = None
+    contexts: list[str] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __getitem__(self, rows: NDArray[Any] | Sequence[int]) -> EvaluationScreen:
+        """The cells at these positions (or of this mask), in the order given."""
+        chosen = np.asarray(rows)
+        places = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+
+        def take(values: list[str] | None) -> list[str] | None:
+            return None if values is None else [values[row] for row in places]
+
+        return replace(
+            self,
+            cells=self.cells[places],
+            perturbations=[self.perturbations[row] for row in places],
+            batches=take(self.batches),
+            guides=take(self.guides),
+            split=take(self.split),
+            contexts=take(self.contexts),
+            obsm={key: values[places] for key, values in self.obsm.items()},
+        )
+
+    @property
+    def targets(self) -> dict[str, int]:
+        """Perturbations that are named like a gene of the screen, and the column of that gene."""
+        column = {symbol: i for i, symbol in reversed(list(enumerate(self.symbols)))}
+        return {name: column[name] for name in dict.fromkeys(self.perturbations) if name in column}
+
+    def key(self) -> str:
+        """Hash of the counts, in their order: the same for the same cells, whatever their labels."""
+        digest = hashlib.sha256()
+        counts = self.cells.counts
+        for array in (counts.data, counts.indices.astype(np.int64), counts.indptr.astype(np.int64), self.cells.totals):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update("\n".join(self.cells.gene_ids.tolist()).encode())
+        return digest.hexdigest()[:16]
+
+
+def open_screen(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    perturbation_key: str = "perturbation",
+    control: str = "control",
+    batch_key: str | None = None,
+    guide_key: str | None = None,
+    context_key: str | None = None,
+    split_key: str | None = None,
+    symbol_key: str | None = None,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    total_counts_key: str | None = None,
+    obsm: Sequence[str] = (),
+    keep: Mapping[str, str | Sequence[str]] | None = None,
+) -> EvaluationScreen:
+    """Read a screen.
+
+    Parameters
+    ----------
+    path
+        Raw counts, any format of :func:`perturbscope.readers.open_cells`.
+    name
+        Default: the file's name without its suffix.
+    perturbation_key, control
+        Column of obs with the labels, and the label of control cells.
+    batch_key, guide_key, context_key
+        Columns of obs, where there are any; see :class:`EvaluationScreen`. A cell without a batch or context is left
+        out; one without a guide is called ``unknown``.
+    split_key
+        Column that says which cells a model was trained on; ``split`` is taken if the file has it.
+    symbol_key
+        Column of var with gene symbols; a few usual names are tried.
+    layer, gene_key, total_counts_key
+        As of :func:`perturbscope.readers.open_cells`.
+    obsm
+        Matrices of obsm to bring along.
+    keep
+        Restriction to some cells: column of obs, and the value or values to keep.
+
+    Raises
+    ------
+    InvalidInputError
+        As reading raises; a column that is not there; nothing left after a restriction; no controls.
+    """
+    path = Path(path)
+    with open_cells(path, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
+        labels = source.labels(perturbation_key, field="perturbation_key")
+        columns: dict[str, NDArray[np.object_]] = {"perturbations": labels}
+        split_key = split_key or ("split" if "split" in source.columns else None)
+        for attribute, key in (
+            ("batches", batch_key),
+            ("guides", guide_key),
+            ("contexts", context_key),
+            ("split", split_key),
+        ):
+            if key is not None:
+                columns[attribute] = source.labels(key, field=f"{attribute}_key")
+        left_out: dict[str, int] = {}
+        kept = _present(columns, left_out) & _restricted(source, keep, left_out)
+        if not kept.any():
+            raise InvalidParameterError(
+                f"No cell of {path} is left: of {source.n_cells} cells, {left_out} were left out.", field="keep"
+            )
+        if not (labels[kept] == control).any():
+            known = ", ".join(map(repr, sorted(set(labels[kept].tolist()))[:10]))
+            raise ControlLabelMissingError(
+                f"No cell of {path} that is kept has the control label {control!r}; there are: {known}.",
+                field="control",
+            )
+        rows = np.flatnonzero(kept)
+        if "guides" in columns:
+            columns["guides"] = np.where(columns["guides"] == None, GUIDE_UNKNOWN, columns["guides"])  # noqa: E711
+        taken: dict[str, list[str]] = {key: values[rows].tolist() for key, values in columns.items()}
+        return EvaluationScreen(
+            name=name or path.name.removesuffix(".h5ad"),
+            cells=source.read()[rows],
+            perturbations=taken["perturbations"],
+            control=control,
+            batches=taken.get("batches"),
+            guides=taken.get("guides"),
+            contexts=taken.get("contexts"),
+            split=taken.get("split"),
+            symbols=_symbols(source, path, symbol_key),
+            obsm={key: source.representation(key)[rows] for key in obsm},
+            provenance={
+                "file": path.name,
+                "n_cells_read": source.n_cells,
+                "n_cells": len(rows),
+                "left_out": left_out,
+                "kept": {key: _values(value) for key, value in (keep or {}).items()},
+                "keys": {
+                    "perturbation": perturbation_key,
+                    "batch": batch_key,
+                    "guide": guide_key,
+                    "context": context_key,
+                    "split": split_key,
+                    "total_counts": total_counts_key,
+                },
+            },
+        )
+
+
+def _present(columns: Mapping[str, NDArray[np.object_]], left_out: dict[str, int]) -> NDArray[np.bool_]:
+    """Cells with a perturbation, batch and context."""
+    present = np.ones(len(columns["perturbations"]), dtype=bool)
+    for name, labels in columns.items():
+        if name in ("guides", "split"):
+            continue
+        given = np.array([label is not None and label.strip() != "" for label in labels], dtype=bool)
+        if not given.all():
+            left_out[f"without {name}"] = int((~given).sum())
+        present &= given
+    return present
+
+
+def _restricted(
+    source: CellSource, keep: Mapping[str, str | Sequence[str]] | None, left_out: dict[str, int]
+) -> NDArray[np.bool_]:
+    kept = np.ones(source.n_cells, dtype=bool)
+    for key, value in (keep or {}).items():
+        labels = source.labels(key, field="keep")
+        wanted = _values(value)
+        unknown = [item for item in wanted if item not in set(labels.tolist())]
+        if unknown:
+            known = ", ".join(map(repr, sorted({str(label) for label in labels})[:10]))
+            raise InvalidParameterError(
+                f"No cell has {unknown[0]!r} in obs[{key!r}]; there are: {known}.", field="keep"
+            )
+        inside = np.isin(labels.astype(str), wanted)
+        left_out[f"{key} is not {' or '.join(wanted)}"] = int((~inside).sum())
+        kept &= inside
+    return kept
+
+
+def _values(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else [str(item) for item in value]
+
+
+def _symbols(source: CellSource, path: Path, symbol_key: str | None) -> list[str]:
+    """Symbols from var, or the identifiers of the genes."""
+    ids: list[str] = source.gene_ids.tolist()
+    given = getattr(source, "gene_symbols", None)
+    if given is not None:
+        return [str(symbol) for symbol in given]
+    var = _var(path)
+    if symbol_key is not None and (var is None or symbol_key not in var):
+        raise missing_column(
+            "column of var", symbol_key, [] if var is None else [str(name) for name in var], field="symbol_key"
+        )
+    if var is None:
+        return ids
+    key = symbol_key or next((name for name in SYMBOL_KEYS if name in var), None)
+    if key is None:
+        return ids
+    column = var[key]
+    return [
+        str(symbol) if there and str(symbol).strip() else gene
+        for symbol, there, gene in zip(column, column.notna(), ids, strict=True)
+    ]
+
+
+def _var(path: Path) -> pd.DataFrame | None:
+    """The table of genes of an .h5ad file; None for other formats."""
+    import h5py
+    from anndata.io import read_elem
+
+    if not path.is_file() or not h5py.is_hdf5(path):
+        return None
+    with h5py.File(path, "r") as file:
+        if not isinstance(file.get("var"), h5py.Group):
+            return None
+        table: pd.DataFrame = read_elem(file["var"])
+        return table
