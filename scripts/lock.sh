@@ -1,6 +1,6 @@
 #!/bin/sh
 # Pins requirements/*.txt from pyproject.toml and requirements/*.in. A pin that still fits stays as it is; remove the
-# line (or the file) to let it move. All four files are solved against each other, so that one environment holds them.
+# line (or the file) to let it move. All five files are solved against each other, so that one environment holds them.
 set -eu
 cd "$(dirname "$0")/.."
 uv="${UV:-uv}"
@@ -21,7 +21,8 @@ pin() { # pin NAME [OPTION or SOURCE]...
     mv "requirements/$name.txt.new" "requirements/$name.txt"
 }
 
-pin serving pyproject.toml
+pin serving --extra report pyproject.toml
 pin training
+pin evaluation
 pin dev
-pin serving-gpu --constraint requirements/serving.txt --no-emit-package onnxruntime pyproject.toml requirements/serving.in
+pin serving-gpu --constraint requirements/serving.txt --no-emit-package onnxruntime --extra report pyproject.toml requirements/serving.in
