@@ -11,7 +11,7 @@ pin() { # pin NAME [OPTION or SOURCE]...
     "$uv" pip compile --quiet --python-version 3.11 --annotation-style line --no-header \
         --output-file "requirements/$name.txt" "$@" "requirements/$name.in"
     # torch pins its own CUDA libraries, and a CPU build of it has none; its local version names a build, not a release.
-    if [ "$name" = training ]; then
+    if [ "$name" = training ] || [ "$name" = evaluation ]; then
         sed -i -E '/^(nvidia-|cuda-|triton==)/d; s/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' "requirements/$name.txt"
     fi
     {
