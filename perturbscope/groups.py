@@ -74,10 +74,10 @@ class Groups:
             No, or too few, cells carry the label `control` (if one is given).
         """
         values = check_rows(embeddings)
-        labels = _labels(perturbations, len(values), "perturbations")
+        labels = check_labels(perturbations, len(values), "perturbations")
         codes = None
         if batches is not None:
-            codes = np.unique(_labels(batches, len(values), "batches"), return_inverse=True)[1]
+            codes = np.unique(check_labels(batches, len(values), "batches"), return_inverse=True)[1]
         rows = unit_rows(values) if options.normalize else values.astype(np.float64)
         names, inverse = np.unique(labels, return_inverse=True)
         order = np.argsort(inverse, kind="stable")
@@ -155,7 +155,16 @@ class Groups:
         return found
 
 
-def _labels(values: Sequence[str], n: int, field: str) -> NDArray[np.str_]:
+def check_labels(values: Sequence[str], n: int, field: str) -> NDArray[np.str_]:
+    """One label a cell, [n]; `field` is its name in messages.
+
+    Raises
+    ------
+    MalformedMatrixError
+        Not as many as the cells.
+    InvalidParameterError
+        A cell has none.
+    """
     column = np.asarray(values, dtype=object)
     if column.shape != (n,):
         raise MalformedMatrixError(f"{n} cells, but {field} has shape {column.shape}; give one a cell.", field=field)
@@ -169,15 +178,27 @@ def _labels(values: Sequence[str], n: int, field: str) -> NDArray[np.str_]:
     return column.astype(str)
 
 
+def require_control(control: str, names: Sequence[str]) -> None:
+    """Refuse a control label that is none of `names`, with those that may have been meant.
+
+    Raises
+    ------
+    ControlLabelMissingError
+        No cell has the label.
+    """
+    if control in names:
+        return
+    key = _key(control)
+    close = [name for name in names if _key(name) == key]
+    close += [name for name in difflib.get_close_matches(control, list(names), n=3) if name not in close]
+    usual = ("control", "ctrl", "non-targeting", "nt", "unperturbed", "vehicle", "dmso")
+    close += [name for name in names if _key(name) in usual and name not in close]
+    hint = f"Similar labels: {', '.join(map(repr, close))}." if close else f"Labels: {_listing(list(names))}."
+    raise ControlLabelMissingError(f"No cell has the control label {control!r}. {hint}", field="control")
+
+
 def _check_control(control: str, sizes: dict[str, int], options: ScoreOptions) -> None:
-    if control not in sizes:
-        key = _key(control)
-        close = [name for name in sizes if _key(name) == key]
-        close += [name for name in difflib.get_close_matches(control, list(sizes), n=3) if name not in close]
-        usual = ("control", "ctrl", "non-targeting", "nt", "unperturbed", "vehicle", "dmso")
-        close += [name for name in sizes if _key(name) in usual and name not in close]
-        hint = f"Similar labels: {', '.join(map(repr, close))}." if close else f"Labels: {_listing(list(sizes))}."
-        raise ControlLabelMissingError(f"No cell has the control label {control!r}. {hint}", field="control")
+    require_control(control, list(sizes))
     floor = max(options.min_cells, MIN_CONTROLS)
     if sizes[control] < floor:
         raise TooFewControlsError(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from perturbscope.degs import DegOptions
 from perturbscope.errors import InvalidParameterError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -209,27 +210,14 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DegConfig:
+class DegConfig(DegOptions):
     """When a gene counts as differentially expressed, and a target as strong enough to learn from."""
 
-    alpha: float = 0.05
-    """A gene is one if its Benjamini-Hochberg q, within the perturbation, is below this."""
-    min_expressed: float = 0.05
-    """Genes expressed in at least this share of either group are tested."""
-    min_log2_fold_change: float = 0.0
-    """Smallest absolute log2 fold change of the mean counts per 10,000."""
-    exclude_target: bool = True
-    """Do not count the perturbed gene itself."""
-    max_controls: int = 5000
-    """Controls to compare with: a seeded choice of this many."""
     min_degs: int = 20
     """Targets with at least this many are trained on (Zhao et al. 2025)."""
 
     def __post_init__(self) -> None:
-        _between("alpha", self.alpha, 0.0, 1.0)
-        _between("min_expressed", self.min_expressed, 0.0, 1.0)
-        _between("min_log2_fold_change", self.min_log2_fold_change, 0.0, float("inf"))
-        _at_least("max_controls", self.max_controls, 2)
+        super().__post_init__()
         _at_least("min_degs", self.min_degs, 0)
 
 

@@ -16,16 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from perturbscope.degs import RankTester, count_degs, log_normalized, target_columns
 from perturbscope.errors import (
     ControlLabelMissingError,
     CorruptBundleError,
     InvalidParameterError,
     TooFewCellsError,
 )
-from perturbscope.genes import GeneResolver
 from training.config import DegConfig, SourceConfig, SplitConfig
 from training.corpus import chunks, name_of, open_source
-from training.degs import RankTester, count_degs, log_normalized
 from training.provenance import write_json
 from training.shards import Corpus
 
@@ -174,14 +173,14 @@ def count_source(
     with open_source(source) as cells:
         values, _ = _read(cells, control_rows)
         tester = RankTester(values)
-        columns = _columns(cells.gene_ids, names)
+        columns = target_columns(cells.gene_ids, names)
         cells_of = {name: np.flatnonzero(inside & (labels == name)) for name in names}
         for group in _passes(names, {name: int(weights[cells_of[name]].sum()) for name in names}):
             wanted = np.sort(np.concatenate([rows[cells_of[name]] for name in group]))
             values, at = _read(cells, wanted)
             for name in group:
                 chosen = values[np.searchsorted(at, np.sort(rows[cells_of[name]]))]
-                found[name] = count_degs(tester, chosen, config, target=columns.get(name))
+                found[name] = count_degs(tester, chosen, config, target=columns.get(name)).n_degs
                 if progress:
                     progress(f"{name_of(source)}: genes", len(found), len(names))
     return found
@@ -227,14 +226,6 @@ def _controls(corpus: Corpus, number: int, source: SourceConfig) -> tuple[NDArra
             field="control",
         )
     return found, corpus.per_cell("row")[found]
-
-
-def _columns(gene_ids: NDArray[np.str_], targets: Sequence[str]) -> dict[str, int]:
-    """Column of each target's own gene, where it is measured."""
-    resolver = GeneResolver.default()
-    by_id = {resolver.resolve(gene)[0] or gene: column for column, gene in enumerate(gene_ids.tolist())}
-    found = {target: by_id.get(resolver.resolve(target)[0] or target) for target in targets}
-    return {target: column for target, column in found.items() if column is not None}
 
 
 def _passes(names: Sequence[str], values: dict[str, int]) -> list[list[str]]:
