@@ -23,11 +23,27 @@ CANCER_TERMS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class SomaConfig:
+    """Where the cells are in a SOMA store; the defaults are those of a release of the CELLxGENE census, human cells."""
+
+    experiment: str = "census_data/homo_sapiens"
+    """Names from the store down to the experiment, with slashes; empty where `path` is the experiment."""
+    measurement: str = "RNA"
+    """Measurement of the experiment; the source's layer is one of its matrices, raw by default."""
+    region: str | None = "us-west-2"
+    """Region of an s3:// store; None leaves it to the environment."""
+    anonymous: bool = True
+    """Read an s3:// store without credentials, as public ones allow."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One ``.h5ad`` file of raw counts."""
+    """One file of raw counts, or one SOMA store."""
 
     path: str
-    """The file."""
+    """The file; or the directory or s3:// address of the store."""
+    soma: SomaConfig | None = None
+    """Given (``soma: {}`` will do), `path` is a SOMA store."""
     name: str | None = None
     """Name of the data set; the file's name without its ending by default."""
     layer: str | None = None

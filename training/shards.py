@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,8 @@ class ShardsWriter:
         See :class:`ShardWriter`.
     max_tokens
         Tokens after which a new shard is begun.
+    written
+        Shards that an earlier run has finished; any other shard in `path` is removed.
     """
 
     def __init__(
@@ -131,17 +134,27 @@ class ShardsWriter:
         labels: Sequence[str],
         *,
         max_tokens: int,
+        written: Sequence[dict[str, Any]] = (),
     ) -> None:
         self._path = path
         self._inputs = inputs
         self._labels = labels
         self._max_tokens = max_tokens
         self._open: ShardWriter | None = None
-        self.written: list[dict[str, Any]] = []
+        self.written: list[dict[str, Any]] = list(written)
+        finished = {shard["name"] for shard in self.written}
+        for left in path.glob("shard-*"):
+            if left.name not in finished:
+                shutil.rmtree(left)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the current shard has as many tokens as it may; the next cells would begin another."""
+        return self._open is not None and self._open.n_tokens >= self._max_tokens
 
     def append(self, tokens: TokenizedCells, per_cell: Mapping[str, NDArray[Any]]) -> None:
         """Add cells; see :meth:`ShardWriter.append`."""
-        if self._open is None or self._open.n_tokens >= self._max_tokens:
+        if self._open is None or self.is_full:
             self.close()
             name = f"shard-{len(self.written):05d}"
             self._open = ShardWriter(self._path / name, self._inputs, self._labels)

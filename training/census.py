@@ -1,0 +1,339 @@
+"""Cells of a SOMA store, such as a release of the CELLxGENE census, streamed.
+
+A store is a tree of TileDB arrays, on disk or in an object store: ``obs`` and ``var`` are tables, the counts a sparse
+array of (cell, gene) coordinates. Cells come in the order of their join id, so a corpus is the same whenever it is
+built. tiledbsoma is imported when a store is opened; it is in requirements/census.txt.
+
+``python -m training.census CONFIG`` lists what the filters of a configuration would keep of its stores: look at it
+before days of work, above all at the diseases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.counts import INTEGRAL_TOLERANCE, CountMatrix
+from perturbscope.errors import (
+    InvalidParameterError,
+    MalformedMatrixError,
+    PerturbScopeError,
+    ServerUnreachableError,
+    UnreadableFileError,
+)
+from perturbscope.readers import CellSource
+from perturbscope.readers.matrices import CsrArrays
+from perturbscope.readers.source import check_totals, missing_column, name_genes
+from training.config import SomaConfig, SourceConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_ID = "soma_joinid"
+_GENES = "feature_id"
+_LAYER = "raw"
+_BUFFER_BYTES = 2**27
+"""Memory of TileDB for each column that it reads; its own default is a gigabyte."""
+
+
+class SomaRows:
+    """Rows of a sparse SOMA array; see :class:`perturbscope.readers.matrices.Rows`.
+
+    Parameters
+    ----------
+    array
+        The open ``SparseNDArray``.
+    cells, genes
+        Join ids of rows and columns, ascending.
+    """
+
+    def __init__(self, array: Any, cells: NDArray[np.int64], genes: NDArray[np.int64]) -> None:
+        self._array = array
+        self._cells = cells
+        self._genes = genes
+        self.shape: tuple[int, int] = (len(cells), len(genes))
+
+    @property
+    def n_values(self) -> int:
+        """Stored values."""
+        return int(self._array.nnz)
+
+    def rows(self, start: int, stop: int) -> CsrArrays:
+        """Rows `start` to `stop`."""
+        return self.some(np.arange(start, stop))
+
+    def some(self, rows: NDArray[np.int64]) -> CsrArrays:
+        """Chosen rows, ascending."""
+        ids = self._cells[rows]
+        is_run = len(ids) > 0 and ids[-1] - ids[0] == len(ids) - 1
+        wanted: Any = slice(int(ids[0]), int(ids[-1])) if is_run else ids
+        parts = list(self._array.read((wanted,), result_order="row-major").tables()) if len(ids) else []
+        cell, gene, data = (
+            np.concatenate([part[name].to_numpy() for part in parts]) if parts else np.zeros(0, dtype=np.int64)
+            for name in ("soma_dim_0", "soma_dim_1", "soma_data")
+        )
+        row, column = np.searchsorted(ids, cell), np.searchsorted(self._genes, gene)
+        if len(gene) and (gene.max() > self._genes[-1] or (self._genes[column] != gene).any()):
+            raise MalformedMatrixError("The counts name a gene that var does not have.", field="counts")
+        indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.bincount(row, minlength=len(ids)))])
+        return data, column, indptr
+
+
+class SomaSource(CellSource):
+    """The cells of one experiment, in the order of their join ids.
+
+    Parameters
+    ----------
+    source
+        A source with ``soma``. `layer` defaults to raw, `gene_key` to feature_id.
+    chunk_cells
+        Cells in memory at a time.
+
+    Raises
+    ------
+    InvalidParameterError
+        tiledbsoma is not installed.
+    UnreadableFileError
+        The store, or something in it, is not there.
+    MissingColumnError
+        There is no such layer or column.
+    """
+
+    def __init__(self, source: SourceConfig, *, chunk_cells: int = 4096) -> None:
+        where = source.soma or SomaConfig()
+        self._uri = source.path
+        root, experiment = _open(source.path, where)
+        self._obs: Any = experiment.obs
+        measurement = _inside(experiment.ms, where.measurement, source.path)
+        matrices = measurement.X
+        layer = source.layer or _LAYER
+        if layer not in matrices:
+            raise missing_column("matrix", layer, sorted(matrices), field="layer")
+        var = measurement.var
+        gene_key = source.gene_key or _GENES
+        if gene_key not in var.keys():  # noqa: SIM118, a SOMA table has no `in`
+            raise missing_column("column of var", gene_key, list(var.keys()), field="gene_key")
+        with _reading(self._uri):
+            genes = var.read(column_names=[_ID, gene_key], result_order="row-major").concat()
+            names = name_genes(genes[gene_key].to_numpy(zero_copy_only=False))
+            self._ids = _numbers(self._obs, _ID)
+        totals = None
+        if source.total_counts_key is not None:
+            if source.total_counts_key not in self._obs.keys():  # noqa: SIM118
+                raise missing_column("column of obs", source.total_counts_key, self.columns, field="total_counts_key")
+            with _reading(self._uri):
+                numbers = _numbers(self._obs, source.total_counts_key)
+            totals = check_totals(numbers, source.total_counts_key, len(self._ids))
+        self._soma_rows = SomaRows(matrices[layer], self._ids, genes[_ID].to_numpy())
+        self._not_raw: list[NDArray[np.int64]] = []
+        super().__init__(self._soma_rows, names, totals=totals, chunk_cells=chunk_cells, root=root)
+
+    @property
+    def cell_ids(self) -> NDArray[np.str_]:
+        """The join ids as names."""
+        return self._ids.astype(np.str_)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns of obs."""
+        return [str(name) for name in self._obs.keys() if name != _ID]  # noqa: SIM118
+
+    def _column(self, name: str) -> pd.Series[Any]:
+        with _reading(self._uri):
+            return _column(self._obs, name)
+
+    @property
+    def representations(self) -> list[str]:
+        """None: a store's embeddings are not read."""
+        return []
+
+    def _representation(self, name: str) -> NDArray[Any]:
+        raise AssertionError(name)
+
+    def rows(self, start: int, stop: int) -> CountMatrix:
+        """See :meth:`CellSource.rows`."""
+        with _reading(self._uri):
+            return super().rows(start, stop)
+
+    def usable(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], CountMatrix]]:
+        """Chosen rows, ascending, without those that have no counts or whose counts are not raw; at most one batch.
+
+        A store that collects thousands of data sets has both, and one of them must not end a build of days; see
+        :meth:`n_not_raw`.
+        """
+        with _reading(self._uri):
+            data, indices, indptr = self._soma_rows.some(rows)
+        bad = ~np.isfinite(data) | (data < 0)
+        bad |= np.abs(data - np.rint(data)) > INTEGRAL_TOLERANCE
+        cell = np.repeat(np.arange(len(rows)), np.diff(indptr))
+        is_bad = np.bincount(cell[bad], minlength=len(rows)) > 0
+        has_counts = np.bincount(cell[data != 0], minlength=len(rows)) > 0
+        if is_bad.any():
+            self._not_raw.append(rows[is_bad])
+        chosen = np.flatnonzero(~is_bad & has_counts)
+        if not len(chosen):
+            return
+        kept = np.isin(cell, chosen)
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.diff(indptr)[chosen])])
+        totals = None if self._totals is None else self._totals[rows[chosen]]
+        yield rows[chosen], CountMatrix.from_csr(data[kept], indices[kept], starts, self.gene_ids, totals=totals)
+
+    def facts(self) -> dict[str, Any]:
+        """Number of stored values, and the store's metadata as text."""
+        with _reading(self._uri):
+            metadata = {str(key): str(value) for key, value in dict(self._root.metadata).items()}
+            return {"values": int(self._soma_rows.n_values), "metadata": metadata}
+
+    def n_not_raw(self, start: int, stop: int) -> int:
+        """Cells among rows `start` to `stop` that :meth:`usable` left out because their counts are not raw."""
+        return sum(int(((rows >= start) & (rows < stop)).sum()) for rows in self._not_raw)
+
+
+def soma_identity(source: SourceConfig) -> str:
+    """A digest of a store.
+
+    Of a store on disk: how many cells and values, which genes, the store's own metadata. Of an s3:// store: its address
+    alone, since releases there do not change, and training from a finished corpus should not need the network.
+
+    Raises
+    ------
+    PerturbScopeError
+        As :class:`SomaSource`.
+    """
+    facts: list[Any] = [source.path.rstrip("/")]
+    if "://" not in source.path:
+        with SomaSource(source) as cells:
+            facts = [cells.n_cells, cells.gene_ids.tolist(), cells.facts()]
+    return hashlib.sha256(json.dumps(["soma", *facts], sort_keys=True).encode()).hexdigest()
+
+
+def _open(uri: str, where: SomaConfig) -> tuple[Any, Any]:
+    """A store, to be closed, and the experiment in it."""
+    try:
+        import tiledbsoma
+    except ImportError as error:
+        raise InvalidParameterError(
+            f"{uri} is a SOMA store; reading it needs tiledbsoma (pip install -r requirements/census.txt).",
+            field="soma",
+        ) from error
+    settings: dict[str, Any] = {"soma.init_buffer_bytes": _BUFFER_BYTES}
+    if where.region:
+        settings["vfs.s3.region"] = where.region
+    if where.anonymous:
+        settings["vfs.s3.no_sign_request"] = "true"
+    try:
+        root = tiledbsoma.open(uri, context=tiledbsoma.SOMATileDBContext(tiledb_config=settings))
+    except (tiledbsoma.SOMAError, RuntimeError, OSError, ValueError) as error:
+        raise UnreadableFileError(f"{uri} cannot be opened as a SOMA store: {_reason(error)}.", field="path") from error
+    node: Any = root
+    for name in where.experiment.split("/"):
+        node = _inside(node, name, uri) if name else node
+    if not isinstance(node, tiledbsoma.Experiment):
+        raise UnreadableFileError(
+            f"{where.experiment or 'The root'} of {uri} is a {type(node).__name__}, not an experiment. Name one with "
+            "soma.experiment.",
+            field="soma.experiment",
+        )
+    return root, node
+
+
+def _inside(node: Any, name: str, uri: str) -> Any:
+    try:
+        return node[name]
+    except KeyError as error:
+        there = ", ".join(sorted(node)) if hasattr(node, "keys") else "nothing"
+        raise UnreadableFileError(f"{uri} has no {name!r} there; it has {there}.", field="soma") from error
+
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    """What TileDB raises, as an error of ours. A remote store is taken to be out of reach, not wrong."""
+    import tiledbsoma
+
+    try:
+        yield
+    except PerturbScopeError:
+        raise
+    except (tiledbsoma.SOMAError, RuntimeError, OSError) as error:
+        if "://" in uri:
+            raise ServerUnreachableError(
+                f"Reading {uri} failed: {_reason(error)}. Run the same command again; it goes on after its last "
+                "finished shard.",
+                field="path",
+            ) from error
+        raise UnreadableFileError(f"{uri} cannot be read: {_reason(error)}.", field="path") from error
+
+
+def _reason(error: Exception) -> str:
+    return (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")
+
+
+def _numbers(table: Any, name: str) -> NDArray[Any]:
+    """A column of numbers, in the order of the join ids."""
+    parts = table.read(column_names=[name], result_order="row-major")
+    return np.concatenate([part[name].to_numpy() for part in parts])
+
+
+def _column(table: Any, name: str) -> pd.Series[Any]:
+    """A column in the order of the join ids; text as categories, so that it takes four bytes a cell."""
+    import pandas as pd
+    import pyarrow as pa
+
+    kind = table.schema.field(name).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
+        return pd.Series(_numbers(table, name))
+    known: dict[str, int] = {}
+    codes = [np.zeros(0, dtype=np.int32)]
+    for part in table.read(column_names=[name], result_order="row-major"):
+        for chunk in part[name].chunks:
+            encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+            of_chunk = [known.setdefault(str(label), len(known)) for label in encoded.dictionary.to_pylist()]
+            numbers = np.array([*of_chunk, -1], dtype=np.int32)
+            codes.append(numbers[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)])
+    return pd.Series(pd.Categorical.from_codes(np.concatenate(codes), categories=pd.Index(list(known))))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    from collections import Counter
+
+    from rich.table import Table
+
+    from training import commands, strict
+    from training.config import CorpusConfig
+    from training.sources import coded, keep_cells, name_of, open_source
+
+    parser = commands.parser("List what the filters of a training configuration would keep, without reading counts.")
+    options = parser.parse_args(arguments)
+
+    def show() -> None:
+        config = strict.section(CorpusConfig, options.config, "corpus", options.set)
+        for number, source in enumerate(config.sources):
+            dropped: Counter[str] = Counter()
+            with open_source(source) as cells:
+                keep = keep_cells(cells, config, number, dropped)
+                reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items() if count)
+                has_disease = config.disease_key in cells.columns
+                names, codes = coded(cells.column(config.disease_key)) if has_disease else ([], np.full(len(keep), -1))
+            table = Table(config.disease_key, "cells", "kept", title=f"{name_of(source)}: {source.path}")
+            totals = np.bincount(codes[codes >= 0], minlength=len(names))
+            kept = np.bincount(codes[keep & (codes >= 0)], minlength=len(names))
+            for at in np.argsort(-totals, kind="stable").tolist():
+                if totals[at]:
+                    table.add_row(names[at], f"{totals[at]:,}", f"{kept[at]:,}")
+            commands.console().print(table)
+            commands.console().print(
+                f"{len(keep):,} cells, {int(keep.sum()):,} kept before genes are counted; dropped: {reasons or 'none'}"
+            )
+
+    return commands.run(show)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
