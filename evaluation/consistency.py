@@ -14,11 +14,13 @@ magnitude
 
 Both are relative to the rest. Where a few perturbations have a strong effect, the rest contains it, and perturbations
 without any effect differ from the rest by not having it: a small p says "unlike the others", not "unlike untreated".
+With PCA on the screen of Papalexi et al. 2021, where five of 22 targets share a pathway, all 22 are "detected" for that
+reason. Name such perturbations as `strong`, and they are left out of the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +38,8 @@ Progress = Callable[[str, int, int], None]
 
 SIGNAL_COLUMNS = ("perturbation", "n_cells", "value", "null_mean", "null_sd", "z", "p", "q", "flags")
 """Columns of a table of either statistic, in their order."""
+MOST = 0.8
+"""Share of detected perturbations above which a warning says how that may come about."""
 _NAN = float("nan")
 _ZERO = 1e-6
 
@@ -72,6 +76,7 @@ def consistency(
     *,
     control: str | None = None,
     batches: Sequence[str] | None = None,
+    strong: Collection[str] = (),
     min_cells: int = 10,
     max_cells: int = 2000,
     draws: int = 999,
@@ -90,6 +95,8 @@ def consistency(
         Label of cells to leave out.
     batches
         Of each cell: random sets then have as many cells of each batch as the perturbation.
+    strong
+        Perturbations that are judged, but are no part of the rest beside the others (nor of the centre).
     min_cells
         Fewest cells of a perturbation.
     max_cells
@@ -110,8 +117,9 @@ def consistency(
     TooFewCellsError
         No perturbation has `min_cells` cells.
     """
-    cells = _Cells.of(values, perturbations, control, batches, min_cells, max_cells, draws, seed)
-    centred = cells.rows - cells.rows.mean(axis=0)
+    cells = _Cells.of(values, perturbations, control, batches, strong, min_cells, max_cells, draws, seed)
+    at = cells.reference if len(cells.reference) else slice(None)
+    centred = cells.rows - cells.rows[at].mean(axis=0)
     lengths = np.linalg.norm(centred, axis=1, keepdims=True)
     largest = float(np.linalg.norm(cells.rows, axis=1).max())
     flat = lengths[:, 0] <= _ZERO * largest
@@ -140,6 +148,7 @@ def magnitude(
     *,
     control: str | None = None,
     batches: Sequence[str] | None = None,
+    strong: Collection[str] = (),
     min_cells: int = 10,
     max_cells: int = 1000,
     draws: int = 499,
@@ -153,7 +162,7 @@ def magnitude(
     ----------
     normalize
         Scale every vector to unit length first, as scoring does.
-    values, perturbations, control, batches, min_cells, max_cells, draws, seed, progress
+    values, perturbations, control, batches, strong, min_cells, max_cells, draws, seed, progress
         As of :func:`consistency`; `draws` are exchanges of labels, and time grows with the square of `max_cells`.
 
     Raises
@@ -161,7 +170,7 @@ def magnitude(
     InvalidEmbeddingError, MalformedMatrixError, InvalidParameterError, TooFewCellsError
         As :func:`consistency`; and InvalidEmbeddingError for a zero row where unit length is asked for.
     """
-    cells = _Cells.of(values, perturbations, control, batches, min_cells, max_cells, draws, seed)
+    cells = _Cells.of(values, perturbations, control, batches, strong, min_cells, max_cells, draws, seed)
     rows = unit_rows(cells.rows) if normalize else cells.rows
 
     def statistic(own: NDArray[np.intp], rest: NDArray[np.intp]) -> _Statistic | None:
@@ -188,6 +197,7 @@ class _Cells:
 
     rows: NDArray[np.float64]
     members: dict[str, NDArray[np.intp]]
+    reference: NDArray[np.intp]
     batches: NDArray[np.intp] | None
     min_cells: int
     max_cells: int
@@ -201,6 +211,7 @@ class _Cells:
         perturbations: Sequence[str],
         control: str | None,
         batches: Sequence[str] | None,
+        strong: Collection[str],
         min_cells: int,
         max_cells: int,
         draws: int,
@@ -223,6 +234,9 @@ class _Cells:
             raise TooFewCellsError("Every cell is a control; there is no perturbation.", field="perturbations")
         names, inverse = np.unique(labels[kept], return_inverse=True)
         members = {str(name): np.flatnonzero(inverse == code) for code, name in enumerate(names)}
+        unknown = sorted(set(strong) - set(members))
+        if unknown:
+            raise InvalidParameterError(f"strong names {unknown[0]!r}, which is no perturbation here.", field="strong")
         largest = max(map(len, members.values()))
         if largest < min_cells:
             raise TooFewCellsError(
@@ -232,6 +246,7 @@ class _Cells:
         return cls(
             rows[kept].astype(np.float64),
             members,
+            np.flatnonzero(~np.isin(labels[kept], list(strong))),
             None if codes is None else codes[kept],
             min_cells,
             max_cells,
@@ -269,7 +284,7 @@ class _Cells:
     ) -> dict[str, Any]:
         row: dict[str, Any] = dict.fromkeys(("value", "null_mean", "null_sd", "z", "p"), _NAN)
         rng = generator(self.seed, name, label)
-        rest = np.setdiff1d(np.arange(len(self.rows)), own, assume_unique=True)
+        rest = np.setdiff1d(self.reference, own, assume_unique=True)
         if len(own) < self.min_cells or len(rest) < self.min_cells:
             return {**row, "flags": "too_few_cells" if len(own) < self.min_cells else "no_other_cells"}
         flags = ["cells_subsampled"] if len(own) > self.max_cells else []
@@ -315,6 +330,12 @@ class _Cells:
             count = sum(flag in flags.split(";") for flags in table["flags"])
             if count:
                 found.append(f"{count} of {len(table)} perturbations {text}.")
+        known = table["p"].notna()
+        if known.sum() > 2 and (table.loc[known, "q"] < 0.05).mean() > MOST:
+            found.append(
+                "Nearly every perturbation differs from the rest. A few strong ones within the rest are enough for "
+                "that; name them as strong, so that they are left out of it, before reading this as many effects."
+            )
         return found
 
 

@@ -41,10 +41,10 @@ def test_magnitude_is_the_energy_distance_to_all_other_perturbed_cells(rng):
 
 @BOTH
 def test_an_effect_is_found_and_hardly_anything_else(rng, measure):
-    found = measure(*screen(rng, effect=2.0, n_names=30, size=20), draws=199)
+    found = measure(*screen(rng, effect=2.0, n_names=30, size=20), draws=999)
     table = found.table.set_index("perturbation")
     assert table.index[0] == "P0"
-    assert table.loc["P0", "p"] == pytest.approx(1 / 200)
+    assert table.loc["P0", "p"] == pytest.approx(1 / 1000)
     assert table.loc["P0", "z"] > 8
     assert 1 / 30 <= found.detected <= 3 / 30
     assert found.n_perturbations == 30
@@ -158,3 +158,17 @@ def test_bad_input_is_named(rng, measure):
         measure(values, labels, max_cells=5)
     with pytest.raises(TooFewCellsError, match="Every cell is a control"):
         measure(values, ["c"] * len(values), control="c")
+
+
+@BOTH
+def test_strong_effects_make_the_others_differ_from_the_rest_unless_left_out(rng, measure):
+    values, labels = screen(rng, n_names=6, size=60)
+    values[np.isin(labels, ["P0", "P1"]), 0] += 6
+    blind = measure(values, labels, draws=199)
+    assert blind.detected == 1
+    assert any("Nearly every perturbation" in text for text in blind.warnings)
+    aware = measure(values, labels, strong=["P0", "P1"], draws=199).table.set_index("perturbation")
+    assert (aware.loc[["P0", "P1"], "p"] == 1 / 200).all()
+    assert (aware.drop(index=["P0", "P1"])["z"] < 4).all()
+    with pytest.raises(InvalidParameterError, match="'Q'"):
+        measure(values, labels, strong=["Q"])
