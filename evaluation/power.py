@@ -250,9 +250,7 @@ def _needed(curves: pd.DataFrame, names: list[str], sizes: dict[str, int], targe
     return table.sort_values(order, ascending=[True, False, True], ignore_index=True)
 
 
-def _warnings(
-    curves: pd.DataFrame, false: pd.DataFrame, needed: pd.DataFrame, alpha: float, target: float
-) -> list[str]:
+def _warnings(curves: pd.DataFrame, false: pd.DataFrame, needed: pd.DataFrame, target: float) -> list[str]:
     found = []
     untried = int((needed["flags"] == "not_tried").sum())
     if untried:
