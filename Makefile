@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # --no-compile: byte code is written when a module is first imported, and most of torch never is.
 PIP := $(PY) -m pip --disable-pip-version-check install --no-compile
-SETS := serving training evaluation dev
+SETS := serving training evaluation census dev
 PINS := $(SETS:%=requirements/%.txt)
 # The first interpreter that is new enough; `make PYTHON=/path/to/python3.11` overrides the search.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3 python,\

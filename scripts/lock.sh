@@ -1,6 +1,6 @@
 #!/bin/sh
 # Pins requirements/*.txt from pyproject.toml and requirements/*.in. A pin that still fits stays as it is; remove the
-# line (or the file) to let it move. All five files are solved against each other, so that one environment holds them.
+# line (or the file) to let it move. All files but the last are solved against each other, so that one environment holds them.
 set -eu
 cd "$(dirname "$0")/.."
 uv="${UV:-uv}"
@@ -24,5 +24,7 @@ pin() { # pin NAME [OPTION or SOURCE]...
 pin serving --extra report pyproject.toml
 pin training
 pin evaluation
+pin census
 pin dev
 pin serving-gpu --constraint requirements/serving.txt --no-emit-package onnxruntime --extra report pyproject.toml requirements/serving.in
+pin peers # in an environment of its own, so not solved against the others
