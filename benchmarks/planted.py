@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from benchmarks._markdown import markdown
 from evaluation.peers import PERTPY, SCPERTURB, peer_e_test
 from evaluation.planted import CONTROL, ControlPCA, Effect, PlantedScreen, measured, planted_screen, scatter
 from perturbscope.bundle import Bundle
@@ -175,18 +176,6 @@ def smallest_n(table: pd.DataFrame, power: float) -> pd.DataFrame:
         return str(part.loc[enough, "n"].min()) if enough.any() else f"> {part['n'].max()}"
 
     return table.groupby(["effect", "column"], sort=False)[["n", "adjusted"]].apply(fewest).unstack()
-
-
-def markdown(table: pd.DataFrame, first: str, *, digits: int = 2) -> str:
-    def text(value: object) -> str:
-        if isinstance(value, float):
-            return f"{value:.{digits}f}" if np.isfinite(value) else "-"
-        return str(value)
-
-    lines = ["| " + " | ".join([first, *map(str, table.columns)]) + " |", "|---" * (len(table.columns) + 1) + "|"]
-    for name, *values in table.itertuples():
-        lines.append("| " + " | ".join([str(name), *map(text, values)]) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def tables(table: pd.DataFrame, rows: pd.DataFrame, order: dict[str, list[str]]) -> str:
