@@ -1,0 +1,289 @@
+"""Evaluate pre-training: hits@k, perplexity and rank reproduction of a checkpoint on cells it was not trained on.
+
+``python -m training.evaluate CHECKPOINT CELLS.h5ad... --corpus CORPUS --out scores.json``; the definitions are in
+:mod:`evaluation.mlm`. With the corpus that the model was trained on, cells that it holds are left out, and predictors
+that know only how often a gene stands at which rank are scored beside the model.
+
+Shapes: B cells in the batch, L tokens, H hidden, M masked tokens, V vocabulary, R rows of logits held at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from evaluation.mlm import GeneFrequencies, HitTally, Judged, RankTally, choose_masked, copied, judge
+from perturbscope.errors import ProviderUnavailableError, UnsupportedBundleError, VocabularyMismatchError
+from perturbscope.outputs import atomic, check_output
+from training import commands
+from training.checkpoint import Checkpoint, load_checkpoint
+from training.shards import Corpus
+from training.unseen import EvaluateOptions, Heldout, read_heldout
+
+LOGIT_VALUES = 16_000_000
+"""Logits held at a time (64 MB of float32, a few times over)."""
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(eq=False)
+class Tallies:
+    """What one predictor got."""
+
+    hits: HitTally
+    ranks: RankTally | None = None
+
+    def summary(self) -> dict[str, float | int]:
+        """Both summaries."""
+        return self.hits.summary() | (self.ranks.summary() if self.ranks else {})
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    heldout: Heldout,
+    *,
+    options: EvaluateOptions,
+    frequencies: GeneFrequencies | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tallies]:
+    """Score the model, and what needs none, on the cells of a file.
+
+    Parameters
+    ----------
+    checkpoint
+        The model.
+    heldout
+        The cells; see :func:`read_heldout`.
+    options
+        How they are scored.
+    frequencies
+        Of the training corpus; without it the frequency baselines are left out.
+    progress
+        Called as ``progress(name, done, total)``, in cells.
+
+    Returns
+    -------
+    ``model``; ``copy`` (rank reproduction of what is shown); ``frequency`` and ``frequency at rank`` (hits).
+
+    Raises
+    ------
+    UnsupportedBundleError
+        The family has no head over genes that this module knows.
+    ProviderUnavailableError
+        There is no such device.
+    """
+    if checkpoint.family != "rank":
+        raise UnsupportedBundleError(
+            f"Masked evaluation knows the family 'rank', and this checkpoint is of {checkpoint.family!r}.",
+            field="family",
+        )
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ProviderUnavailableError("No CUDA device is available to torch. Use device cpu.", field="device")
+    vocabulary = checkpoint.vocabulary
+    genes, n_tokens = np.asarray(vocabulary.tokens), len(vocabulary)
+    found = {"model": Tallies(HitTally(n_tokens), RankTally()), "copy": Tallies(HitTally(n_tokens), RankTally())}
+    tables: dict[str, NDArray[np.float64]] = {}
+    if frequencies is not None:
+        tables = {"frequency": frequencies.overall(), "frequency at rank": frequencies.by_rank()}
+        found |= {name: Tallies(HitTally(n_tokens)) for name in tables}
+    model = checkpoint.model(attention="sdpa").to(options.device)
+    head = _Head(model, genes, n_tokens, options.device)
+    order = np.argsort([-len(tokens) for tokens in heldout.tokens], kind="stable")
+    for start in range(0, len(order), options.batch):
+        batch = order[start : start + options.batch].tolist()
+        cells = [heldout.tokens[i] for i in batch]
+        masks = [
+            choose_masked(
+                len(heldout.tokens[i]),
+                np.random.default_rng([options.seed, heldout.rows[i]]),
+                share=options.mask_probability,
+            )
+            for i in batch
+        ]
+        ids, attention = _padded(cells, masks, vocabulary.special_tokens["<pad>"], vocabulary.special_tokens["<mask>"])
+        judged, predicted = head.run(ids.to(options.device), attention.to(options.device), cells, masks)
+        found["model"].hits.add(judged)
+        for tokens, masked, guess in zip(cells, masks, predicted, strict=True):
+            _ranks(found["model"]).add(tokens, guess)
+            _ranks(found["copy"]).add(tokens, copied(tokens, masked))
+            for name, table in tables.items():
+                assert frequencies is not None  # noqa: S101, tables come from it
+                logits = frequencies.logits(tokens, masked, table)
+                found[name].hits.add(judge(logits, tokens[masked], genes))
+        if progress:
+            progress(heldout.name, start + len(batch), len(order))
+    return found
+
+
+def corpus_frequencies(corpus: Corpus, max_length: int, *, block: int = 2048) -> GeneFrequencies:
+    """How often each gene stands at which rank in a corpus."""
+    made = GeneFrequencies(len(corpus.vocabulary), corpus.vocabulary.tokens, max_length)
+    for start in range(0, len(corpus), block):
+        cells = corpus.cells(np.arange(start, min(start + block, len(corpus))))
+        made.add(cell["input_ids"] for cell in cells)
+    return made
+
+
+class _Head:
+    """The model's predictions, a bounded number of logits at a time."""
+
+    def __init__(self, model: nn.Module, genes: NDArray[Any], n_tokens: int, device: str) -> None:
+        self.model: Any = model
+        special = np.setdiff1d(np.arange(n_tokens), genes)
+        self.special = torch.from_numpy(special).to(device)
+        self.rows = max(1, LOGIT_VALUES // n_tokens)
+
+    @torch.inference_mode()
+    def run(
+        self, input_ids: Tensor, attention_mask: Tensor, cells: list[NDArray[np.int64]], masks: list[NDArray[np.intp]]
+    ) -> tuple[Judged, list[NDArray[np.int64]]]:
+        """The judged masked tokens of a batch [B, L], and the best gene at every position of each cell."""
+        hidden_BLH = self.model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        states = hidden_BLH[attention_mask.bool()]
+        truth = torch.from_numpy(np.concatenate(cells)).to(states.device)
+        lengths = [len(tokens) for tokens in cells]
+        starts = np.cumsum([0, *lengths[:-1]])
+        masked = np.zeros(len(truth), dtype=bool)
+        masked[np.concatenate([start + mask for start, mask in zip(starts, masks, strict=True)])] = True
+        best, parts = [], []
+        for start in range(0, len(states), self.rows):
+            rows = slice(start, start + self.rows)
+            logits_RV = self.model.cls(states[rows]).float()
+            at = torch.from_numpy(np.flatnonzero(masked[rows])).to(states.device)
+            own = truth[rows][at]
+            loss = nn.functional.cross_entropy(logits_RV[at], own, reduction="none")
+            logits_RV[:, self.special] = -torch.inf
+            best.append(logits_RV.argmax(dim=1))
+            logits_MV = logits_RV[at]
+            value = logits_MV.gather(1, own[:, None])
+            larger, equal = (logits_MV > value).sum(dim=1), (logits_MV == value).sum(dim=1)
+            parts.append([item.cpu().numpy() for item in (own, larger, equal, loss)])
+        genes, larger_n, equal_n, losses = (np.concatenate(column) for column in zip(*parts, strict=True))
+        predicted = torch.cat(best).cpu().numpy()
+        return Judged(genes, larger_n, equal_n, losses), np.split(predicted, np.cumsum(lengths)[:-1])
+
+
+def _ranks(tallies: Tallies) -> RankTally:
+    assert tallies.ranks is not None  # noqa: S101, the model and the copier have one
+    return tallies.ranks
+
+
+def _padded(
+    cells: list[NDArray[np.int64]], masks: list[NDArray[np.intp]], pad: int, mask: int
+) -> tuple[Tensor, Tensor]:
+    """Masked ids and attention mask, int64 [B, L]."""
+    ids = np.full((len(cells), max(map(len, cells))), pad, dtype=np.int64)
+    attention = np.zeros_like(ids)
+    for row, (tokens, masked) in enumerate(zip(cells, masks, strict=True)):
+        ids[row, : len(tokens)] = tokens
+        ids[row, masked] = mask
+        attention[row, : len(tokens)] = 1
+    return torch.from_numpy(ids), torch.from_numpy(attention)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def _results(found: dict[str, Tallies], heldout: Heldout) -> Iterator[dict[str, Any]]:
+    for name, tallies in found.items():
+        yield {"file": heldout.name, "cells": len(heldout.tokens), "predictor": name, **tallies.summary()}
+
+
+def _show(results: list[dict[str, Any]]) -> Table:
+    """The most read columns."""
+    columns = {f"macro_hits@{k}": f"macro @{k}" for k in (1, 10, 100)}
+    columns |= {f"micro_hits@{k}": f"micro @{k}" for k in (1, 10, 100)}
+    columns |= {"perplexity": "perplexity"}
+    columns |= {f"spearman@{top}": f"rho @{top}" for top in (100, 500, 2000)} | {"coverage@100": "coverage @100"}
+    table = Table("file", "cells", "predictor", *columns.values())
+    for row in results:
+        values = [row.get(name) for name in columns]
+        cells = ["" if value is None or np.isnan(value) else f"{value:.4g}" for value in values]
+        table.add_row(row["file"], f"{row['cells']:,}", row["predictor"], *cells)
+    return table
+
+
+def run(
+    checkpoint_path: str, files: Sequence[str], *, options: EvaluateOptions, corpus_path: str | None, out: Path | None
+) -> list[dict[str, Any]]:
+    """Evaluate, print a table, and write JSON.
+
+    Raises
+    ------
+    PerturbScopeError
+        As :func:`evaluate`, :func:`read_heldout`, :func:`training.checkpoint.load_checkpoint`; InvalidParameterError
+        for an `out` that cannot be written, VocabularyMismatchError for a corpus of other tokens.
+    """
+    if out is not None:
+        check_output(out, (".json",))
+    checkpoint = load_checkpoint(checkpoint_path)
+    corpus = None if corpus_path is None else Corpus(corpus_path)
+    if corpus is not None and corpus.vocabulary.hash != checkpoint.vocabulary.hash:
+        raise VocabularyMismatchError(
+            f"The corpus {corpus_path} has the vocabulary {corpus.vocabulary.hash[:12]}, the checkpoint "
+            f"{checkpoint.vocabulary.hash[:12]}. Give the corpus that the model was trained on.",
+            field="corpus",
+        )
+    frequencies = None if corpus is None else corpus_frequencies(corpus, options.max_length)
+    results, left_out = [], {}
+    with commands.cell_progress() as progress:
+        for path in files:
+            heldout = read_heldout(path, checkpoint, options=options, corpus=corpus)
+            found = evaluate(checkpoint, heldout, options=options, frequencies=frequencies, progress=progress)
+            results += list(_results(found, heldout))
+            left_out[heldout.name] = heldout.left_out
+    Console(width=200).print(_show(results))
+    if out is not None:
+        facts = {
+            "checkpoint": str(checkpoint_path),
+            "vocabulary_hash": checkpoint.vocabulary.hash,
+            "corpus": corpus_path,
+            "options": vars(options),
+            "left_out": left_out,
+            "results": [{name: _plain(value) for name, value in row.items()} for row in results],
+        }
+        with atomic(out) as staging:
+            staging.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    defaults = EvaluateOptions()
+    parser = argparse.ArgumentParser(description="Score a pre-trained checkpoint on cells it was not trained on.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("files", metavar="CELLS.h5ad", nargs="+")
+    parser.add_argument("--corpus", help="the training corpus: leave its cells out, and score gene frequencies")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    for name in ("cells", "min_genes", "max_length", "batch", "seed"):
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=getattr(defaults, name), help="default %(default)s")
+    parser.add_argument("--mask-probability", type=float, default=defaults.mask_probability, help="default %(default)s")
+    for name in ("layer", "gene_key", "total_counts_key"):
+        parser.add_argument(f"--{name.replace('_', '-')}", default=None)
+    parser.add_argument("--device", default=defaults.device, help="cpu or cuda")
+    given = vars(parser.parse_args(arguments))
+    paths = {name: given.pop(name) for name in ("checkpoint", "files", "corpus", "out")}
+
+    def body() -> None:
+        options = EvaluateOptions(**given)
+        run(paths["checkpoint"], paths["files"], options=options, corpus_path=paths["corpus"], out=paths["out"])
+
+    return commands.run(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

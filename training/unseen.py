@@ -1,0 +1,150 @@
+"""Cells of a file that a model was not trained on, as tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.bundle import sha256
+from perturbscope.errors import EmptyCellError, InvalidParameterError, UnreadableFileError
+from perturbscope.families import load_family
+from perturbscope.genes import GeneResolver
+from perturbscope.readers import open_cells
+from training.checkpoint import Checkpoint
+from training.corpus import chunks
+from training.shards import Corpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """How cells are chosen and scored.
+
+    Parameters
+    ----------
+    cells
+        Most cells of a file; a seeded sample.
+    min_genes
+        Cells with fewer genes of the vocabulary are left out.
+    max_length
+        Genes of a cell, highest ranks first (Zhao et al. 2025 use 2,000); never more than the model takes.
+    batch
+        Cells of a forward pass.
+    mask_probability
+        Share of a cell's tokens that are masked.
+    layer, gene_key, total_counts_key
+        As of :func:`perturbscope.readers.open_cells`.
+    device
+        ``cpu`` or ``cuda``.
+    seed
+        Of the sample and of the masks. What is masked in a cell does not depend on the other cells.
+    """
+
+    cells: int = 10_000
+    min_genes: int = 10
+    max_length: int = 2000
+    batch: int = 16
+    mask_probability: float = 0.15
+    layer: str | None = None
+    gene_key: str | None = None
+    total_counts_key: str | None = None
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("cells", "min_genes", "max_length", "batch"):
+            if getattr(self, name) < 1:
+                raise InvalidParameterError(f"{name} must be 1 or more, not {getattr(self, name)}.", field=name)
+        if not 0 < self.mask_probability < 1:
+            raise InvalidParameterError(
+                f"mask_probability must be between 0 and 1, not {self.mask_probability}.", field="mask_probability"
+            )
+        if self.device not in ("cpu", "cuda"):
+            raise InvalidParameterError(f"device must be cpu or cuda, not {self.device!r}.", field="device")
+
+
+@dataclass(frozen=True, eq=False)
+class Heldout:
+    """Cells of one file, as tokens.
+
+    Attributes
+    ----------
+    name
+        Of the file.
+    tokens
+        Genes by rank, int64 [L] each.
+    rows
+        Row of each in the file.
+    left_out
+        Cells by the reason why they were not taken.
+    """
+
+    name: str
+    tokens: list[NDArray[np.int64]]
+    rows: list[int]
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def read_heldout(
+    path: str | Path, checkpoint: Checkpoint, *, options: EvaluateOptions, corpus: Corpus | None = None
+) -> Heldout:
+    """Tokens of a sample of a file's cells, those of the corpus left out.
+
+    Raises
+    ------
+    InvalidInputError
+        As :func:`perturbscope.readers.open_cells`.
+    EmptyCellError
+        No cell is left; says why.
+    """
+    path = Path(path)
+    vocabulary = checkpoint.vocabulary
+    family = load_family(checkpoint.family, checkpoint.family_config, vocabulary)
+    length = min(options.max_length, family.max_length)
+    left_out: dict[str, int] = {}
+    tokens: list[NDArray[np.int64]] = []
+    taken: list[int] = []
+    with open_cells(
+        path, layer=options.layer, gene_key=options.gene_key, total_counts_key=options.total_counts_key
+    ) as source:
+        keep = np.ones(source.n_cells, dtype=bool)
+        if corpus is not None:
+            keep[_trained_rows(path, corpus)] = False
+            left_out["in the corpus"] = int((~keep).sum())
+        free = np.flatnonzero(keep)
+        if len(free) > options.cells:
+            rng = np.random.default_rng([options.seed, len(free)])
+            keep[:] = False
+            keep[rng.choice(free, options.cells, replace=False)] = True
+            left_out["not sampled"] = len(free) - options.cells
+        mapping = GeneResolver.default().map(source.gene_ids, vocabulary)
+        n_read = 0
+        for rows, counts in chunks(source, keep):
+            n_read += len(rows)
+            good = np.flatnonzero(counts.counts[:, mapping.rows >= 0].getnnz(axis=1) >= options.min_genes)
+            left_out["too few genes"] = left_out.get("too few genes", 0) + len(rows) - len(good)
+            if len(good):
+                made = family.tokenize(counts[good])
+                tokens += [cell["input_ids"][:length].astype(np.int64) for cell in made]
+                taken += rows[good].tolist()
+        left_out["empty"] = int(keep.sum()) - n_read
+    left_out = {reason: count for reason, count in left_out.items() if count}
+    if not tokens:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        raise EmptyCellError(
+            f"{path}: no cell is left to evaluate ({reasons}). Give other cells, or lower min_genes.", field="cells"
+        )
+    return Heldout(path.name, tokens, taken, left_out)
+
+
+def _trained_rows(path: Path, corpus: Corpus) -> NDArray[np.int64]:
+    """Rows of this very file (by content) that the corpus holds."""
+    try:
+        content = sha256(path)
+    except OSError as error:
+        raise UnreadableFileError(f"{path} cannot be read: {error}.", field="cells") from error
+    numbers = [i for i, source in enumerate(corpus.manifest["sources"]) if source["sha256"] == content]
+    rows: NDArray[np.int64] = corpus.per_cell("row")[np.isin(corpus.per_cell("source"), numbers)]
+    return rows
