@@ -62,10 +62,18 @@ class SourceConfig:
     """Fine-tuning: column of obs with the perturbed gene."""
     control: str = "control"
     """Fine-tuning: label of unperturbed cells in that column."""
+    context_key: str | None = None
+    """Fine-tuning on mixed batches: column of obs within which cells are compared (a stimulation, a cell type)."""
+    control_fractions: tuple[float, float, float] | None = None
+    """Fine-tuning: replaces the split's control_fractions for this file."""
+    unlabelled: bool = False
+    """Fine-tuning on mixed batches: no perturbations here; only the expression geometry is learnt from all cells."""
 
     def __post_init__(self) -> None:
         _at_least("max_cells", self.max_cells, 1)
         _at_least("min_genes", self.min_genes, 0)
+        if self.control_fractions is not None:
+            _shares("control_fractions", self.control_fractions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +128,28 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         _at_least("megabatch", self.megabatch, 1)
         _at_least("pad_multiple", self.pad_multiple, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PanelConfig:
+    """Genes hidden from some batches, so that panels and shallow cells are in distribution."""
+
+    share: float = 0.0
+    """Share of the batches from which genes are hidden."""
+    genes: tuple[float, float] = (0.02, 1.0)
+    """Share of the vocabulary that a panel measures, the same genes for the whole batch: log-uniform in this range."""
+    depth: tuple[float, float] = (0.3, 1.0)
+    """Share of the panel's expressed genes that a cell still shows: uniform in this range, drawn for each cell."""
+
+    def __post_init__(self) -> None:
+        _between("share", self.share, 0.0, 1.0)
+        for name in ("genes", "depth"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise InvalidParameterError(
+                    f"panel.{name} is {[low, high]}; two shares above 0 and up to 1 are needed, the smaller first.",
+                    field=f"panel.{name}",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +244,8 @@ class PretrainConfig:
     """At most this many of them."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Order of the cells."""
+    panel: PanelConfig = field(default_factory=PanelConfig)
+    """Genes hidden from some training batches."""
     optimizer: OptimizerConfig
     """Learning rate and the rest."""
     loop: LoopConfig
@@ -257,11 +289,9 @@ class SplitConfig:
     def __post_init__(self) -> None:
         for name in ("fractions", "control_fractions"):
             values = getattr(self, name)
-            if abs(sum(values) - 1) > 1e-9 or min(values) < 0 or values[0] <= 0:
-                raise InvalidParameterError(
-                    f"{name} is {list(values)}; three shares that add up to 1 are needed, the first above 0.",
-                    field=name,
-                )
+            _shares(name, values)
+            if values[0] <= 0:
+                raise InvalidParameterError(f"{name} is {list(values)}; the first must be above 0.", field=name)
         if (self.validation is None) != (self.test is None):
             raise InvalidParameterError(
                 "Give both validation and test targets, or neither; an empty list is allowed.", field="validation"
@@ -303,6 +333,65 @@ class PairConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GeometryConfig:
+    """The expression geometry that mixed batches can keep; see training/geometry.py."""
+
+    components: int = 50
+    """Principal components."""
+    power: float = 0.5
+    """Exponent of a component's variance: 1 keeps principal components, 0 whitens them."""
+    stretch: float = 3.0
+    """How much axes between training perturbations are stretched; 0 does not use the labels."""
+
+    def __post_init__(self) -> None:
+        _at_least("components", self.components, 1)
+        _between("power", self.power, 0.0, 2.0)
+        _between("stretch", self.stretch, 0.0, 1e6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedConfig:
+    """Batches that mix the perturbations of a data set, and the weights of the terms of their loss."""
+
+    geometry: float = 0.0
+    """Keep the expression geometry."""
+    margin_contrastive: float = 0.0
+    """Margin contrastive loss over all pairs of a batch, of unit vectors around the mean cell."""
+    supervised_contrastive: float = 0.0
+    """Cells of one perturbation together, others apart (Khosla et al. 2020)."""
+    info_nce: float = 0.0
+    """Two views of one cell together, other cells apart (Oord et al. 2018); needs panel.share above 0."""
+    cross_entropy: float = 0.0
+    """Name the perturbation with a linear head."""
+    margin: float = 1.0
+    """Of the margin contrastive term, up to 2."""
+    temperature: float = 0.1
+    """Of the supervised contrastive and the InfoNCE term."""
+    expression: GeometryConfig = field(default_factory=GeometryConfig)
+    """The geometry to keep."""
+    panel: PanelConfig = field(default_factory=PanelConfig)
+    """Genes hidden from some batches; the geometry stays that of the whole cell."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """By data set, how often its cells are used in an epoch, on average; 1 by default."""
+
+    def __post_init__(self) -> None:
+        terms = ("geometry", "margin_contrastive", "supervised_contrastive", "info_nce", "cross_entropy")
+        for name in terms:
+            _between(name, getattr(self, name), 0.0, 1e6)
+        if not any(getattr(self, name) for name in terms):
+            raise InvalidParameterError(f"No term has a weight; give one of {', '.join(terms)}.", field="mixed")
+        _between("margin", self.margin, 1e-9, 2.0)
+        _between("temperature", self.temperature, 1e-4, 1e3)
+        for name, weight in self.weights.items():
+            _between(f"weights.{name}", weight, 1e-6, 1e6)
+        if self.info_nce and not self.panel.share:
+            raise InvalidParameterError(
+                "info_nce compares two views of a cell, but panel.share is 0, so both would be equal. Raise it.",
+                field="mixed.panel.share",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContrastiveConfig:
     """Contrastive fine-tuning of a pre-trained checkpoint on perturbed and control cells."""
 
@@ -319,7 +408,9 @@ class ContrastiveConfig:
     pairs: PairConfig = field(default_factory=PairConfig)
     """Pairing."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """Loss."""
+    """Loss of pairs."""
+    mixed: MixedConfig | None = None
+    """Train on mixed batches with this loss instead of alternating pairs."""
     select: Literal["last", "best"] = "last"
     """Which weights become the checkpoint: those of the last step, or of the lowest validation loss."""
     validation_z: bool = True
@@ -336,6 +427,11 @@ class ContrastiveConfig:
                 "target can always form a batch of 2.",
                 field="loop.micro_batch",
             )
+
+
+def _shares(name: str, values: tuple[float, float, float]) -> None:
+    if abs(sum(values) - 1) > 1e-9 or min(values) < 0:
+        raise InvalidParameterError(f"{name} is {list(values)}; three shares that add up to 1 are needed.", field=name)
 
 
 def _at_least(name: str, value: int | None, low: int) -> None:

@@ -16,25 +16,25 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import BertForMaskedLM
 
 from perturbscope.errors import InvalidParameterError
 from perturbscope.genes import GeneVocabulary
-from perturbscope.scoring import ScoreOptions, score_perturbations
 from training import commands, strict
-from training.batches import by_length, padded
+from training.batches import padded
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.config import ContrastiveConfig, CorpusConfig
 from training.corpus import build_corpus, name_of
 from training.heldout import write_heldout
 from training.loop import Evaluate, derive_seed
 from training.losses import ContrastiveModule, squared_distances
-from training.pairs import Group, PairBatch, PairSampler
+from training.mixed import MixedTask
+from training.pairs import PairBatch, PairSampler
 from training.pooling import PooledEncoder
 from training.process import Process
-from training.runs import run_stage
+from training.runs import StageTask, run_stage
+from training.screens import groups_of, median_z
 from training.shards import Corpus
 from training.splits import DataSplit, load_splits, make_splits, save_splits
 from training.strict import plain
@@ -44,8 +44,6 @@ HELDOUT = "heldout.h5ad"
 _PAIRS, _VALIDATION = 21, 22
 _LOGGED_BATCHES = 20
 """Batches whose distances are measured before training."""
-_SCORED_CELLS = 300
-"""Cells of a target, and controls, that are embedded to measure the validation z."""
 
 
 class ContrastiveTask:
@@ -83,7 +81,7 @@ class ContrastiveTask:
         self.model_config: Any = checkpoint.model_config
         self.model: nn.Module = checkpoint.model().train()
         self.module: nn.Module = ContrastiveModule(PooledEncoder(cast("BertForMaskedLM", self.model)), config.loss)
-        self._groups = {part: self._make_groups(part) for part in ("train", "validation")}
+        self._groups = {part: groups_of(config, corpus, splits, part) for part in ("train", "validation")}
         self._train = PairSampler(
             self._groups["train"],
             batch=config.loop.micro_batch,
@@ -159,54 +157,19 @@ class ContrastiveTask:
             "validation_loss_dissimilar": totals[1] / totals[3],
         }
         if self._config.validation_z:
-            measured["validation_median_z"] = self._median_z(evaluate)
+            measured["validation_median_z"] = median_z(
+                self._groups["validation"],
+                self._corpus,
+                evaluate,
+                micro_batch=self._config.loop.micro_batch,
+                seed=self._config.loop.seed,
+            )
         return measured
-
-    def _median_z(self, evaluate: Evaluate) -> float:
-        """Median over validation targets of the z of their E-distance from validation controls."""
-        scores = []
-        for source, split in zip(self._config.corpus.sources, self._splits, strict=True):
-            groups = [group for group in self._groups["validation"] if group.name.startswith(f"{split.name}/")]
-            if not groups:
-                continue
-            control, *targets = [groups[0].controls, *[group.cells for group in groups]]
-            chosen = [cells[:_SCORED_CELLS] for cells in (control, *targets)]
-            labels = [source.control, *[group.name for group in groups]]
-            vectors = self._embed(np.concatenate(chosen), evaluate)
-            table = score_perturbations(
-                vectors,
-                np.repeat(labels, [len(cells) for cells in chosen]).tolist(),
-                control=source.control,
-                options=ScoreOptions(permutations=1, min_cells=2, seed=self._config.loop.seed),
-            ).table
-            scores.extend(table["z"].tolist())
-        return float(np.nanmedian(scores)) if np.isfinite(scores).any() else float("nan")
-
-    def _embed(self, numbers: NDArray[np.int64], evaluate: Evaluate) -> NDArray[np.float32]:
-        """Embeddings of cells, float32 [n, H]."""
-        vectors: dict[int, NDArray[np.float32]] = {}
-        for cells in by_length(self._corpus, np.unique(numbers), 2 * self._config.loop.micro_batch):
-            embedded = evaluate(padded(self._corpus, cells)).float().cpu().numpy()
-            vectors.update(zip(cells.tolist(), embedded, strict=True))
-        return np.stack([vectors[number] for number in numbers.tolist()])
 
     def _tensors(self, pairs: PairBatch) -> dict[str, Tensor]:
         batch = padded(self._corpus, np.concatenate([pairs.first, pairs.second]))
         batch["similar"] = torch.full((len(pairs.first),), float(pairs.similar))
         return batch
-
-    def _make_groups(self, part: str) -> list[Group]:
-        groups = []
-        of_source, rows = self._corpus.per_cell("source"), self._corpus.per_cell("row")
-        for number, (source, split) in enumerate(zip(self._config.corpus.sources, self._splits, strict=True)):
-            labels = self._corpus.labels(source.perturbation_key)
-            inside = of_source == number
-            is_control = inside & (labels == source.control) & np.isin(rows, split.controls[part])
-            for target in split.targets[part]:
-                cells = np.flatnonzero(inside & (labels == target))
-                if len(cells) >= 2:
-                    groups.append(Group(f"{split.name}/{target}", cells, np.flatnonzero(is_control)))
-        return groups
 
 
 def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | None:
@@ -236,17 +199,18 @@ def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | No
                 splits = make_splits(corpus, cells.sources, config.degs, config.split, progress=progress)
             save_splits(output / SPLITS, splits, fingerprint=fingerprint)
 
-    def make(process: Process) -> tuple[ContrastiveTask, Corpus, dict[str, Any]]:
+    def make(process: Process) -> tuple[StageTask, Corpus, dict[str, Any]]:
         corpus = Corpus(cells.path)
         splits = load_splits(output / SPLITS, fingerprint=_split_fingerprint(config, corpus)) or []
         for split in splits:
             listed = (f"{part}: {', '.join(split.targets[part]) or 'none'}" for part in ("train", "validation", "test"))
             commands.console().print(f"{split.name}: {'; '.join(listed)}")
-        task = ContrastiveTask(replace(config, corpus=cells), corpus, splits, checkpoint, process)
+        objective = ContrastiveTask if config.mixed is None else MixedTask
+        task: StageTask = objective(replace(config, corpus=cells), corpus, splits, checkpoint, process)
         return task, corpus, _facts(splits, checkpoint)
 
     path = run_stage(
-        "margin contrastive loss on pairs of cells",
+        "margin contrastive loss on pairs of cells" if config.mixed is None else "mixed batches",
         config,
         prepare=prepare,
         make=make,
@@ -256,8 +220,11 @@ def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | No
     if path is not None:
         corpus = Corpus(cells.path)
         splits = load_splits(output / SPLITS, fingerprint=_split_fingerprint(config, corpus)) or []
+        alone = sum(not source.unlabelled for source in cells.sources) == 1
         for number, (source, split) in enumerate(zip(cells.sources, splits, strict=True)):
-            target = output / (HELDOUT if len(splits) == 1 else f"heldout-{split.name}.h5ad")
+            if source.unlabelled:
+                continue
+            target = output / (HELDOUT if alone else f"heldout-{split.name}.h5ad")
             found = write_heldout(target, corpus, number, source, split, score_ineligible=config.split.score_ineligible)
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in found.items())
             commands.console().print(f"{target}: {kinds} cells")
@@ -289,7 +256,8 @@ def _completed(config: ContrastiveConfig, checkpoint: Checkpoint) -> CorpusConfi
             f"corpus.max_length is {cells.max_length}, but the checkpoint's model takes {longest} tokens. Lower it.",
             field="corpus.max_length",
         )
-    labels = dict.fromkeys((*cells.labels, *(source.perturbation_key for source in cells.sources)))
+    contexts = (source.context_key for source in cells.sources if source.context_key is not None)
+    labels = dict.fromkeys((*cells.labels, *(source.perturbation_key for source in cells.sources), *contexts))
     named = tuple(replace(source, name=name_of(source)) for source in cells.sources)
     return replace(cells, labels=tuple(labels), sources=named)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from perturbscope.errors import InvalidParameterError
 from training import commands, families, strict
+from training.augment import hide_genes
 from training.batches import by_length, padded
 from training.config import PretrainConfig
 from training.corpus import build_corpus
@@ -84,7 +85,7 @@ class MaskedTask:
         if epoch != self._epoch:
             self._order = self._sampler.batches(epoch, rank=self._process.rank)
             self._epoch = epoch
-        return self._masked(self.train_cells[self._order[index]], seed)
+        return self._masked(self.train_cells[self._order[index]], seed, training=True)
 
     def kind(self, epoch: int, index: int) -> str:
         """There is one kind."""
@@ -109,8 +110,16 @@ class MaskedTask:
         loss = loss_sum / count
         return {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
 
-    def _masked(self, numbers: NDArray[np.int64], seed: int) -> dict[str, Tensor]:
+    def _masked(self, numbers: NDArray[np.int64], seed: int, *, training: bool = False) -> dict[str, Tensor]:
         batch = padded(self._corpus, numbers, multiple=self._config.sampler.pad_multiple)
+        if training and self._config.panel.share:
+            batch["input_ids"], batch["attention_mask"] = hide_genes(
+                batch["input_ids"],
+                batch["attention_mask"],
+                self._config.panel,
+                n_tokens=len(self._corpus.vocabulary),
+                seed=seed,
+            )
         generator = torch.Generator().manual_seed(seed)
         batch["input_ids"], batch["labels"] = self._family.mask_batch(
             batch["input_ids"],

@@ -90,7 +90,10 @@ def make_splits(
     TooFewCellsError
         No target is left to train on.
     """
-    counts = [count_source(corpus, number, source, degs, progress=progress) for number, source in enumerate(sources)]
+    counts: list[dict[str, int]] = [
+        {} if source.unlabelled else count_source(corpus, number, source, degs, progress=progress)
+        for number, source in enumerate(sources)
+    ]
     eligible = sorted({name for found in counts for name, n in found.items() if n >= degs.min_degs})
     parts = divide(eligible, {name for found in counts for name in found}, config)
     if not parts["train"]:
@@ -101,9 +104,10 @@ def make_splits(
         )
     splits = []
     for number, (source, found) in enumerate(zip(sources, counts, strict=True)):
-        _, rows = _controls(corpus, number, source)
+        rows = np.zeros(0, dtype=np.int64) if source.unlabelled else _controls(corpus, number, source)[1]
         order = np.random.default_rng([config.seed, _CONTROLS, number]).permutation(rows)
-        bounds = np.rint(np.cumsum((0.0, *config.control_fractions)) * len(order)).astype(int)
+        shares = source.control_fractions or config.control_fractions
+        bounds = np.rint(np.cumsum((0.0, *shares)) * len(order)).astype(int)
         targets = {
             part: sorted(name for name in names if found.get(name, -1) >= (0 if part == "test" else degs.min_degs))
             for part, names in parts.items()

@@ -1,0 +1,114 @@
+"""The expression geometry: where each cell lies among the others of its data set, by its counts.
+
+A loss that only pulls and pushes labelled groups keeps what separates these groups and forgets everything else: an
+effect of a kind that it never saw disappears. The geometry is what should be kept. A cell's log-normalised expression
+is scaled to unit length and reduced to principal components, fitted on the cells that are trained on. Two
+numbers then shape it:
+
+``power``
+    Component j has variance s_j^power, s_j its own: 1 leaves principal components as they are, 0 whitens them. Below 1,
+    cell cycle and other large variation that no perturbation causes stop drowning small effects.
+``stretch``
+    Axes along which training perturbations differ are stretched. With b_j the eigenvalues of the between-perturbation
+    covariance (less what sampling noise alone would give), axis j is scaled by sqrt(1 + stretch * b_j / max b).
+
+The geometry of cells in a data set without perturbations is not stretched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from perturbscope.degs import log_normalized
+from training.config import GeometryConfig, SourceConfig
+from training.corpus import chunks, open_source
+
+_MIN_GENE_CELLS = 10
+"""Genes seen in fewer training cells say nothing about others."""
+
+
+def expression_of(source: SourceConfig, rows: NDArray[np.int64]) -> sparse.csr_matrix:
+    """Log-normalised expression of some rows of a file, each scaled to unit length; float32 [n, n_genes]."""
+    with open_source(source) as cells:
+        keep = np.zeros(cells.n_cells, dtype=bool)
+        keep[rows] = True
+        parts = [(found, log_normalized(counts)) for found, counts in chunks(cells, keep)]
+    found = np.concatenate([part for part, _ in parts])
+    values = sparse.csr_matrix(sparse.vstack([part for _, part in parts], format="csr"))
+    norms = np.sqrt(np.asarray(values.multiply(values).sum(axis=1)).ravel())
+    unit = sparse.diags(1 / np.maximum(norms, 1e-12)) @ values
+    return sparse.csr_matrix(unit, dtype=np.float32)[np.searchsorted(found, rows)]
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """A linear map from expression to the geometry.
+
+    Attributes
+    ----------
+    genes
+        Columns that take part, [g].
+    mean
+        Their mean, [g].
+    axes
+        Expression to geometry, [g, K].
+    """
+
+    genes: NDArray[np.intp]
+    mean: NDArray[np.float64]
+    axes: NDArray[np.float64]
+
+    def apply(self, expression: sparse.csr_matrix) -> NDArray[np.float32]:
+        """Coordinates of cells, float32 [n, K]."""
+        chosen = expression[:, self.genes]
+        coordinates: NDArray[np.float32] = (chosen @ self.axes - self.mean @ self.axes).astype(np.float32)
+        return coordinates
+
+
+def fit_geometry(
+    expression: sparse.csr_matrix, classes: NDArray[np.int64] | None, config: GeometryConfig, *, seed: int = 0
+) -> Geometry:
+    """Fit the geometry of one data set.
+
+    Parameters
+    ----------
+    expression
+        Of the training cells, from :func:`expression_of`, [n, n_genes].
+    classes
+        Perturbation in its context of each cell, [n]; None where there are no perturbations.
+    config
+        Components, power, stretch.
+    seed
+        Of the start vector of the decomposition.
+    """
+    from sklearn.decomposition import PCA
+
+    genes = np.flatnonzero(expression.getnnz(axis=0) >= min(_MIN_GENE_CELLS, expression.shape[0]))
+    chosen = expression[:, genes]
+    n_components = min(config.components, min(chosen.shape) - 1)
+    model = PCA(n_components=n_components, svd_solver="arpack", random_state=seed)
+    scores = model.fit_transform(chosen)
+    axes = model.components_.T * model.explained_variance_ ** ((config.power - 1) / 2)
+    scores = scores * model.explained_variance_ ** ((config.power - 1) / 2)
+    if classes is not None and config.stretch and len(np.unique(classes)) > 1:
+        axes = axes @ _stretch(scores, classes, config.stretch)
+    return Geometry(genes, np.asarray(model.mean_, dtype=np.float64), axes)
+
+
+def _stretch(scores: NDArray[np.floating], classes: NDArray[np.int64], stretch: float) -> NDArray[np.float64]:
+    """Rotation to the axes between perturbations, scaled, [K, K]."""
+    names, sizes = np.unique(classes, return_counts=True)
+    groups = [scores[classes == name].astype(np.float64) for name in names]
+    means = np.stack([group.mean(axis=0) for group in groups])
+    within = sum(np.cov(group.T) * (len(group) - 1) for group in groups if len(group) > 1) / len(scores)
+    between = np.cov(means.T) - within * np.mean(1 / sizes)
+    values, vectors = np.linalg.eigh(between)
+    values = np.maximum(values, 0)
+    largest = values.max()
+    scale = np.sqrt(1 + stretch * values / largest) if largest > 0 else np.ones_like(values)
+    scaled: NDArray[np.float64] = vectors * scale
+    return scaled

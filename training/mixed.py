@@ -1,0 +1,211 @@
+"""Fine-tuning on mixed batches: the expression geometry is kept while perturbations are pulled apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import BertForMaskedLM
+
+from perturbscope.errors import InvalidParameterError
+from training.augment import hide_genes
+from training.batches import padded
+from training.checkpoint import Checkpoint
+from training.config import ContrastiveConfig, MixedConfig
+from training.geometry import expression_of, fit_geometry
+from training.loop import Evaluate, derive_seed
+from training.pooling import PooledEncoder
+from training.pools import UNLABELLED, MixedSampler, Pool
+from training.process import Process
+from training.screens import groups_of, median_z
+from training.shards import Corpus
+from training.splits import DataSplit
+from training.terms import MixedModule
+
+_BATCHES, _VALIDATION, _HEAD, _VIEW = 51, 52, 53, 54
+
+
+class MixedTask:
+    """The objective of mixed batches on perturbation data sets. See :class:`training.loop.Task`.
+
+    Parameters
+    ----------
+    config
+        The stage's configuration, with ``mixed``.
+    corpus
+        The tokenized cells.
+    splits
+        Their split.
+    checkpoint
+        The pre-trained model.
+    process
+        This process.
+    """
+
+    name = "fine-tuning"
+
+    def __init__(
+        self,
+        config: ContrastiveConfig,
+        corpus: Corpus,
+        splits: Sequence[DataSplit],
+        checkpoint: Checkpoint,
+        process: Process,
+    ) -> None:
+        if config.mixed is None:
+            raise InvalidParameterError("Mixed batches need the section 'mixed'.", field="mixed")
+        self._config = config
+        self._mixed: MixedConfig = config.mixed
+        unknown = set(self._mixed.weights) - {split.name for split in splits}
+        if unknown:
+            raise InvalidParameterError(
+                f"mixed.weights names {min(unknown)!r}; the data sets are {', '.join(split.name for split in splits)}.",
+                field="mixed.weights",
+            )
+        self._corpus = corpus
+        self._process = process
+        self.family_config: dict[str, Any] = checkpoint.family_config
+        self.model_config: Any = checkpoint.model_config
+        self.model: nn.Module = checkpoint.model().train()
+        self._pools = make_pools(config, corpus, splits)
+        self._groups = groups_of(config, corpus, splits, "validation")
+        batch = config.loop.micro_batch
+        self._train = MixedSampler(
+            [train for train, _ in self._pools],
+            batch=batch,
+            weights=self._mixed.weights,
+            world_size=process.world_size,
+            seed=derive_seed(config.loop.seed, _BATCHES),
+        )
+        n_classes = 1 + max(int(train.classes.max()) for train, _ in self._pools)
+        torch.manual_seed(derive_seed(config.loop.seed, _HEAD))
+        encoder = PooledEncoder(cast("BertForMaskedLM", self.model))
+        width = int(encoder.config.hidden_size)
+        self.module: nn.Module = MixedModule(encoder, self._mixed, width=width, n_classes=max(n_classes, 1))
+        self._epoch = -1
+        self._order: list[tuple[int, NDArray[np.int64]]] = []
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of one process in an epoch."""
+        return len(self._train)
+
+    def batch(self, epoch: int, index: int, seed: int) -> dict[str, Tensor]:
+        """Cells of one data set; see :meth:`training.terms.MixedModule.forward`."""
+        if epoch != self._epoch:
+            self._order = self._train.batches(epoch, rank=self._process.rank)
+            self._epoch = epoch
+        number, places = self._order[index]
+        return self._tensors(self._pools[number][0], places, seed)
+
+    def kind(self, epoch: int, index: int) -> str:
+        """The data set of the batch."""
+        if epoch != self._epoch:
+            self.batch(epoch, index, 0)
+        return self._pools[self._order[index][0]][0].name
+
+    def begin(self, evaluate: Evaluate) -> dict[str, float]:
+        """The validation before any training."""
+        return self.validate(evaluate)
+
+    def validate(self, evaluate: Evaluate) -> dict[str, float]:
+        """Mean loss over validation cells, the same batches each time, whole cells; and the median z of the targets.
+
+        Classes of validation cells are unknown to the model, so terms that need known classes are left out.
+        """
+        losses: dict[str, float] = {}
+        for _, pool in self._pools:
+            if pool is None:
+                continue
+            size = min(self._config.loop.micro_batch, len(pool.cells))
+            order = np.random.default_rng(derive_seed(self._config.loop.seed, _VALIDATION)).permutation(len(pool.cells))
+            batches = [order[at : at + size] for at in range(0, len(order) - size + 1, size)]
+            found = [float(evaluate(self._tensors(pool, batch, None))) for batch in batches]
+            losses[pool.name] = float(np.mean(found))
+        if not losses:
+            return {}
+        measured = {f"validation_loss_{name}": value for name, value in losses.items()}
+        measured["validation_loss"] = float(np.mean(list(losses.values())))
+        if self._config.validation_z and self._groups:
+            measured["validation_median_z"] = median_z(
+                self._groups,
+                self._corpus,
+                evaluate,
+                micro_batch=self._config.loop.micro_batch,
+                seed=self._config.loop.seed,
+            )
+        return measured
+
+    def _tensors(self, pool: Pool, places: NDArray[np.int64], seed: int | None) -> dict[str, Tensor]:
+        """A batch; without a seed it is of whole cells, and its classes are unknown."""
+        batch = padded(self._corpus, pool.cells[places])
+        views: list[int | None] = [seed]
+        if self._mixed.info_nce:
+            views.append(None if seed is None else derive_seed(seed, _VIEW))
+        batch = _stacked([self._view(batch, view) for view in views])
+        classes = pool.classes[places] if seed is not None else np.full(len(places), UNLABELLED)
+        batch["classes"] = torch.from_numpy(classes.astype(np.int64))
+        batch["contexts"] = torch.from_numpy(pool.contexts[places])
+        batch["is_control"] = torch.from_numpy(pool.is_control[places])
+        batch["geometry"] = torch.from_numpy(pool.geometry[places])
+        return batch
+
+    def _view(self, batch: dict[str, Tensor], seed: int | None) -> tuple[Tensor, Tensor]:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if seed is None or not self._mixed.panel.share:
+            return ids, mask
+        return hide_genes(ids, mask, self._mixed.panel, n_tokens=len(self._corpus.vocabulary), seed=seed)
+
+
+def make_pools(
+    config: ContrastiveConfig, corpus: Corpus, splits: Sequence[DataSplit]
+) -> list[tuple[Pool, Pool | None]]:
+    """Training and validation cells of each data set, with the geometry that the training cells define."""
+    if config.mixed is None:
+        raise InvalidParameterError("Mixed batches need the section 'mixed'.", field="mixed")
+    of_source, rows = corpus.per_cell("source"), corpus.per_cell("row")
+    pools: list[tuple[Pool, Pool | None]] = []
+    n_classes = 0
+    for number, (source, split) in enumerate(zip(config.corpus.sources, splits, strict=True)):
+        inside = of_source == number
+        labels = corpus.labels(source.perturbation_key).astype(str)
+        contexts = np.zeros(len(labels), dtype=np.int64)
+        if source.context_key is not None:
+            names = corpus.labels(source.context_key).astype(str)
+            contexts = np.unique(names, return_inverse=True)[1].astype(np.int64)
+        is_control = inside & (labels == source.control)
+        parts = {}
+        for part in ("train", "validation"):
+            chosen = inside & (
+                np.isin(labels, split.targets[part]) | (is_control & np.isin(rows, split.controls[part]))
+            )
+            parts[part] = np.flatnonzero(inside if source.unlabelled and part == "train" else chosen)
+        train = parts["train"]
+        classes = np.full(len(labels), UNLABELLED, dtype=np.int64)
+        if not source.unlabelled:
+            named = np.char.add(np.char.add(labels[train], "\t"), contexts[train].astype(str))
+            classes[train] = n_classes + np.unique(named, return_inverse=True)[1]
+            n_classes = 1 + int(classes.max())
+        expression = expression_of(source, rows[train])
+        labelled = None if source.unlabelled else classes[train]
+        geometry = fit_geometry(expression, labelled, config.mixed.expression, seed=config.loop.seed)
+
+        def pool(cells: NDArray[np.int64], coordinates: NDArray[np.float32], name: str = split.name) -> Pool:
+            return Pool(name, cells, classes[cells], contexts[cells], is_control[cells], coordinates)  # noqa: B023
+
+        held = parts["validation"]
+        validation = pool(held, geometry.apply(expression_of(source, rows[held]))) if len(held) > 1 else None
+        pools.append((pool(train, geometry.apply(expression)), validation))
+    return pools
+
+
+def _stacked(views: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Views of the same cells as one batch, padded to the longest."""
+    longest = max(ids.shape[1] for ids, _ in views)
+    padded_views = [[nn.functional.pad(tensor, (0, longest - tensor.shape[1])) for tensor in view] for view in views]
+    ids, masks = zip(*padded_views, strict=True)
+    return {"input_ids": torch.cat(list(ids)), "attention_mask": torch.cat(list(masks))}

@@ -1,0 +1,74 @@
+"""What the objectives of fine-tuning have in common: groups of cells, and the z of the validation targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.scoring import ScoreOptions, score_perturbations
+from training.batches import by_length, padded
+from training.config import ContrastiveConfig
+from training.loop import Evaluate
+from training.pairs import Group
+from training.shards import Corpus
+from training.splits import DataSplit
+
+_SCORED_CELLS = 300
+"""Cells of a target, and controls, that are embedded to measure the validation z."""
+
+
+def groups_of(config: ContrastiveConfig, corpus: Corpus, splits: Sequence[DataSplit], part: str) -> list[Group]:
+    """Perturbed cells of one part of the split, and the controls of that part, by data set and target."""
+    groups = []
+    of_source, rows = corpus.per_cell("source"), corpus.per_cell("row")
+    for number, (source, split) in enumerate(zip(config.corpus.sources, splits, strict=True)):
+        if source.unlabelled:
+            continue
+        labels = corpus.labels(source.perturbation_key)
+        inside = of_source == number
+        is_control = inside & (labels == source.control) & np.isin(rows, split.controls[part])
+        for target in split.targets[part]:
+            cells = np.flatnonzero(inside & (labels == target))
+            if len(cells) >= 2:
+                groups.append(Group(f"{split.name}/{target}", cells, np.flatnonzero(is_control)))
+    return groups
+
+
+def median_z(groups: Sequence[Group], corpus: Corpus, evaluate: Evaluate, *, micro_batch: int, seed: int) -> float:
+    """Median over targets of the z of their E-distance from the controls; NaN where there are no controls."""
+    scores: list[float] = []
+    for data_set in dict.fromkeys(_data_set(group) for group in groups):
+        found = [group for group in groups if _data_set(group) == data_set]
+        controls = found[0].controls
+        if len(controls) < 2:
+            continue
+        chosen = [cells[:_SCORED_CELLS] for cells in (controls, *[group.cells for group in found])]
+        # A group's name holds the data set, so no target can be called as the controls are here.
+        labels = ["control", *[group.name for group in found]]
+        vectors = embed(np.concatenate(chosen), corpus, evaluate, micro_batch=micro_batch)
+        table = score_perturbations(
+            vectors,
+            np.repeat(labels, [len(cells) for cells in chosen]).tolist(),
+            control="control",
+            options=ScoreOptions(permutations=1, min_cells=2, seed=seed),
+        ).table
+        scores.extend(table["z"].tolist())
+    return float(np.nanmedian(scores)) if np.isfinite(scores).any() else float("nan")
+
+
+def embed(
+    numbers: NDArray[np.integer[Any]], corpus: Corpus, evaluate: Evaluate, *, micro_batch: int
+) -> NDArray[np.float32]:
+    """Embeddings of cells, float32 [n, H]."""
+    vectors: dict[int, NDArray[np.float32]] = {}
+    for cells in by_length(corpus, np.unique(numbers), 2 * micro_batch):
+        embedded = evaluate(padded(corpus, cells)).float().cpu().numpy()
+        vectors.update(zip(cells.tolist(), embedded, strict=True))
+    return np.stack([vectors[number] for number in numbers.tolist()])
+
+
+def _data_set(group: Group) -> str:
+    return group.name.rpartition("/")[0]

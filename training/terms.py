@@ -1,0 +1,129 @@
+"""The terms of the loss of a mixed batch.
+
+Shapes: B cells, H hidden, K axes of the expression geometry, P pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.config import MixedConfig
+from training.losses import contrastive_loss
+from training.pools import UNLABELLED
+
+_SELF = -1e9
+"""Similarity of a cell with itself, or with one of another context: neither counts."""
+
+
+def margin_term(unit: Tensor, batch: dict[str, Tensor], margin: float) -> Tensor | None:
+    """The margin contrastive loss over all pairs of the batch: half for perturbed with control, half for two controls.
+
+    None where the batch has no pair of either kind.
+    """
+    is_control, contexts = batch["is_control"], batch["contexts"]
+    first, second = torch.triu_indices(len(unit), len(unit), offset=1, device=unit.device)
+    same = contexts[first] == contexts[second]
+    similar = same & is_control[first] & is_control[second]
+    dissimilar = same & (is_control[first] != is_control[second])
+    terms = []
+    for chosen, y in ((similar, 1.0), (dissimilar, 0.0)):
+        if chosen.any():
+            squared = (unit[first[chosen]] - unit[second[chosen]]).square().sum(dim=1)
+            terms.append(contrastive_loss(squared, torch.full_like(squared, y), margin=margin))
+    return torch.stack(terms).mean() if terms else None
+
+
+def supervised_contrastive_term(unit: Tensor, batch: dict[str, Tensor], temperature: float) -> Tensor | None:
+    """Cells of one perturbation together, all others of the context apart (Khosla et al. 2020, L_out)."""
+    classes, contexts = batch["classes"], batch["contexts"]
+    itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    similarity_BB = (unit @ unit.T / temperature).masked_fill(itself, _SELF)
+    similarity_BB = similarity_BB.masked_fill(contexts[:, None] != contexts[None], _SELF)
+    log_p_BB = similarity_BB - torch.logsumexp(similarity_BB, dim=1, keepdim=True)
+    positive_BB = (classes[:, None] == classes[None]) & (classes[:, None] != UNLABELLED) & ~itself
+    n_B = positive_BB.sum(dim=1)
+    if not n_B.any():
+        return None
+    per_cell = -(log_p_BB * positive_BB).sum(dim=1)[n_B > 0] / n_B[n_B > 0]
+    return per_cell.mean()
+
+
+def info_nce_term(unit: Tensor, other: Tensor, temperature: float) -> Tensor:
+    """Two views of a cell, each with other genes hidden, together; views of other cells apart (Oord et al. 2018)."""
+    logits_BB = unit @ other.T / temperature
+    truth = torch.arange(len(logits_BB), device=logits_BB.device)
+    return (functional.cross_entropy(logits_BB, truth) + functional.cross_entropy(logits_BB.T, truth)) / 2
+
+
+def geometry_term(centred: Tensor, geometry: Tensor) -> Tensor:
+    """Mean squared difference between the cells' inner products in the embedding and in the expression geometry.
+
+    Both are centred and scaled to a mean squared norm of 1, so only the shape of the cloud of cells counts; the term is
+    1 when the embedding says nothing of it and 0 when it is a rotation of it.
+    """
+    truth_BK = geometry - geometry.mean(dim=0)
+    truth_BK = truth_BK / truth_BK.square().sum(dim=1).mean().clamp_min(1e-12).sqrt()
+    scaled_BH = centred / centred.square().sum(dim=1).mean().clamp_min(1e-12).sqrt()
+    gram_BB = truth_BK @ truth_BK.T
+    return (scaled_BH @ scaled_BH.T - gram_BB).square().sum() / gram_BB.square().sum().clamp_min(1e-12)
+
+
+class MixedModule(nn.Module):
+    """The weighted sum of the terms, over an encoder of cells.
+
+    Parameters
+    ----------
+    encoder
+        (input ids, attention mask) -> embeddings.
+    config
+        Weights of the terms.
+    width, n_classes
+        Of the embedding, and of the classification head, which is thrown away after training.
+    """
+
+    def __init__(self, encoder: nn.Module, config: MixedConfig, *, width: int, n_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._config = config
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_classes)) if config.cross_entropy else None
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """The loss of a mixed batch; without ``classes`` in it, the embeddings.
+
+        Parameters
+        ----------
+        **batch
+            ``input_ids`` and ``attention_mask`` [B, L] (twice B where two views are asked for), ``classes``,
+            ``contexts``, ``is_control`` [B], ``geometry`` [B, K].
+        """
+        embeddings: Tensor = self.encoder(batch["input_ids"], batch["attention_mask"])
+        if "classes" not in batch:
+            return embeddings
+        config, n = self._config, len(batch["classes"])
+        raw_BH = embeddings[:n].float()
+        # Scores compare unit vectors, so that is what is trained; the mean cell, which no distance sees, is taken out.
+        unit_BH = functional.normalize(raw_BH)
+        mean_H = unit_BH.mean(dim=0).detach()
+        centred_BH = unit_BH - unit_BH.mean(dim=0)
+        sphere_BH = functional.normalize(unit_BH - mean_H)
+        terms: list[tuple[float, Tensor | None]] = []
+        if config.geometry:
+            terms.append((config.geometry, geometry_term(centred_BH, batch["geometry"])))
+        if config.margin_contrastive:
+            terms.append((config.margin_contrastive, margin_term(sphere_BH, batch, config.margin)))
+        if config.supervised_contrastive:
+            terms.append(
+                (config.supervised_contrastive, supervised_contrastive_term(sphere_BH, batch, config.temperature))
+            )
+        if config.info_nce:
+            other_BH = functional.normalize(functional.normalize(embeddings[n:].float()) - mean_H)
+            terms.append((config.info_nce, info_nce_term(sphere_BH, other_BH, config.temperature)))
+        labelled = batch["classes"] != UNLABELLED
+        if self.head is not None and bool(labelled.any()):
+            logits = self.head(raw_BH[labelled])
+            terms.append((config.cross_entropy, functional.cross_entropy(logits, batch["classes"][labelled])))
+        # Every parameter must have a gradient on every process, also where no term applies to a batch.
+        nothing = sum(parameter.sum() for parameter in self.parameters()) * 0.0
+        return sum((weight * term for weight, term in terms if term is not None), start=torch.as_tensor(nothing))
