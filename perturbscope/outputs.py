@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perturbscope.embedder import Embeddings
-from perturbscope.errors import InvalidParameterError
+from perturbscope.errors import InvalidParameterError, UnreadableFileError
 from perturbscope.readers import CellSource
 
 if TYPE_CHECKING:
@@ -92,6 +92,26 @@ def write_table(path: Path, table: pd.DataFrame, provenance: Mapping[str, Any]) 
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), METADATA_KEY: text.encode()})
     with atomic(path) as staging:
         pq.write_table(arrow, staging)
+
+
+def read_table(path: Path, *, field: str) -> pd.DataFrame:
+    """Read a table that :func:`write_table` wrote, or any other ``.parquet`` or ``.csv``.
+
+    Raises
+    ------
+    UnreadableFileError
+        Neither of the two, not there, or damaged; `field` is the caller's name for it.
+    """
+    import pandas as pd
+
+    try:
+        if path.suffix.lower() == ".csv":
+            return pd.read_csv(path, dtype={"perturbation": str, "flags": str}, keep_default_na=False, na_values=[""])
+        if path.suffix.lower() == ".parquet":
+            return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UnreadableFileError(f"The table {path} cannot be read: {error}.", field=field) from error
+    raise UnreadableFileError(f"The table {path} must end in .parquet or .csv.", field=field)
 
 
 def write_embedded(staging: Path, source: CellSource, found: Embeddings, provenance: Mapping[str, Any]) -> None:

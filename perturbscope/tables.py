@@ -19,15 +19,19 @@ def with_q(table: pd.DataFrame, options: ScoreOptions) -> pd.DataFrame:
     return table
 
 
+def release() -> str:
+    """Version of the installed package."""
+    try:
+        return version("perturbscope")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"
+
+
 def provenance(kind: str, options: ScoreOptions, groups: Groups, **facts: Any) -> dict[str, Any]:
     """What made the numbers, JSON-able."""
-    try:
-        release = version("perturbscope")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        release = "unknown"
     return {
         "kind": kind,
-        "version": release,
+        "version": release(),
         "metrics": list(options.metrics),
         "ground": options.ground,
         "estimator": options.estimator,

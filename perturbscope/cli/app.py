@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 from perturbscope import __version__
 from perturbscope.cli import bundles, console
 from perturbscope.cli.embedding import embed
+from perturbscope.cli.enrichment import degs, enrich
 from perturbscope.cli.scoring import compare, score
 from perturbscope.errors import PerturbScopeError
 
@@ -32,6 +33,8 @@ app = typer.Typer(
 app.command()(embed)
 app.command()(score)
 app.command()(compare)
+app.command()(degs)
+app.command()(enrich)
 app.add_typer(bundles.app)
 
 

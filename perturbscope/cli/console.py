@@ -26,6 +26,9 @@ _STAGES = {
     "score": "Scoring",
     "compare": "Comparing",
     "calibrate": "Calibrating",
+    "degs": "Testing genes",
+    "enrich": "Drawing",
+    "map": "Mapping cells",
 }
 _WIDTH = 140
 """Columns of a table that goes into a file or pipe."""
@@ -79,14 +82,18 @@ def progress_bars() -> Iterator[StageProgress]:
 def show_table(table: pd.DataFrame, *, title: str, top: int) -> None:
     """The first `top` rows of each metric on stdout, ranked as the table is."""
     for metric, rows in table.groupby("metric", sort=False):
-        shown = rows.head(top).drop(columns="metric")
-        caption = f"{len(shown)} of {len(rows)}" if len(rows) > len(shown) else None
-        _print(
-            f"{title}: {metric}",
-            list(map(str, shown.columns)),
-            [[_cell(value) for value in row] for row in shown.itertuples(index=False)],
-            caption=caption,
-        )
+        show_rows(rows.drop(columns="metric"), title=f"{title}: {metric}", top=top)
+
+
+def show_rows(table: pd.DataFrame, *, title: str, top: int) -> None:
+    """The first `top` rows on stdout."""
+    shown = table.head(top)
+    _print(
+        title,
+        list(map(str, shown.columns)),
+        [[_cell(value) for value in row] for row in shown.itertuples(index=False)],
+        caption=f"{len(shown)} of {len(table)}" if len(table) > len(shown) else None,
+    )
 
 
 def show_facts(title: str, facts: Sequence[tuple[str, Any]]) -> None:

@@ -1,0 +1,149 @@
+"""``perturbscope degs`` and ``perturbscope enrich``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perturbscope.cli import console, options
+from perturbscope.errors import InvalidParameterError
+
+_TESTING = "Testing"
+
+
+def degs(
+    cells: options.In,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .parquet or .csv file to write.")],
+    perturbation_key: options.PerturbationKey,
+    control: Annotated[str, typer.Option(metavar="LABEL", help="The label of control cells.")],
+    alpha: Annotated[
+        float, typer.Option(help="A gene counts if its q is below this.", rich_help_panel=_TESTING)
+    ] = 0.05,
+    min_expressed: Annotated[
+        float, typer.Option(help="Test genes expressed in this share of either group.", rich_help_panel=_TESTING)
+    ] = 0.05,
+    min_log2_fold_change: Annotated[
+        float, typer.Option(help="Smallest absolute log2 fold change.", rich_help_panel=_TESTING)
+    ] = 0.0,
+    max_controls: Annotated[
+        int, typer.Option(help="Most controls; a seeded choice of more.", rich_help_panel=_TESTING)
+    ] = 5000,
+    exclude_target: Annotated[
+        bool, typer.Option(help="Leave out the perturbed gene itself.", rich_help_panel=_TESTING)
+    ] = True,
+    top: Annotated[int, typer.Option(min=0, help="Rows of the table on stdout; 0 for none.")] = 20,
+    layer: options.Layer = None,
+    gene_key: options.GeneKey = None,
+    total_counts_key: options.TotalCountsKey = None,
+    seed: options.Seed = 0,
+) -> None:
+    """Count each perturbation's differentially expressed genes (Mann-Whitney U against controls). Reads all counts."""
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from perturbscope.degs import DegOptions, deg_table, target_columns
+    from perturbscope.outputs import check_output, write_table
+    from perturbscope.readers import open_cells
+    from perturbscope.tables import release
+
+    check_output(out, [".parquet", ".csv"], source=cells)
+    chosen = DegOptions(
+        alpha=alpha,
+        min_expressed=min_expressed,
+        min_log2_fold_change=min_log2_fold_change,
+        exclude_target=exclude_target,
+        max_controls=max_controls,
+    )
+    where = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
+    with (
+        open_cells(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source,
+        console.progress_bars() as progress,
+    ):
+        labels = source.labels(perturbation_key, field="perturbation_key")
+        rows = np.flatnonzero([label is not None and label.strip() != "" for label in labels])
+        if not len(rows):
+            raise InvalidParameterError(f"No cell has a value in obs[{perturbation_key!r}].", field="perturbation_key")
+        counts = source.read()
+        there = labels[rows].tolist()
+        targets = target_columns(counts.gene_ids, sorted(set(there) - {control}))
+        table = deg_table(
+            counts[rows], there, control=control, targets=targets, options=chosen, seed=seed, progress=progress
+        )
+    warnings = []
+    if len(rows) < len(labels):
+        warnings.append(
+            f"{len(labels) - len(rows)} of {len(labels)} cells have no value in obs[{perturbation_key!r}] and were "
+            "left out."
+        )
+    unknown = [name for name in table["perturbation"] if name not in targets]
+    if exclude_target and unknown:
+        warnings.append(
+            f"{len(unknown)} of {len(table)} perturbations are not named by a gene that was measured, so their own "
+            f"gene could not be left out: {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}."
+        )
+    facts = {"kind": "degs", "version": release(), "options": asdict(chosen), "control": control, "seed": seed}
+    facts |= {"perturbation_key": perturbation_key, "input": cells.name, **where, "warnings": warnings}
+    write_table(out, table, facts)
+    for warning in warnings:
+        console.warn(warning)
+    if top:
+        ranked = table.sort_values(["n_degs", "perturbation"], ascending=[False, True])
+        console.show_rows(ranked, title="Differentially expressed genes", top=top)
+
+
+def enrich(
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="What perturbscope score wrote: .parquet or .csv.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .parquet or .csv file to write.")],
+    gene_sets: Annotated[Path, typer.Option(metavar="SETS.gmt", help="Gene sets: .gmt, plain or gzipped.")],
+    degs: Annotated[
+        Path | None, typer.Option(metavar="DEGS", help="What perturbscope degs wrote: rank only the weak ones.")
+    ] = None,
+    max_degs: Annotated[int, typer.Option(min=0, help="With --degs: most differentially expressed genes.")] = 0,
+    metric: Annotated[str | None, typer.Option(help="Metric to rank by, where SCORES has several.")] = None,
+    rank_by: Annotated[str, typer.Option(metavar="COL", help="Column to rank by, largest first.")] = "z",
+    grid: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Sizes of the top; default: every 100, fewer if small.")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Random draws behind p.")] = 10_000,
+    top: Annotated[int, typer.Option(min=0, help="Sets of the table on stdout; 0 for none.")] = 20,
+    seed: options.Seed = 0,
+) -> None:
+    """Test whether gene sets gather at the top of a ranking; beside it, within strata of the number of cells."""
+    from perturbscope.enrichment import enrich_scores
+    from perturbscope.gene_sets import read_gmt
+    from perturbscope.outputs import check_output, read_table, write_table
+
+    check_output(out, [".parquet", ".csv"], source=scores)
+    with console.progress_bars() as progress:
+        result = enrich_scores(
+            read_table(scores, field="scores"),
+            read_gmt(gene_sets),
+            metric=metric,
+            rank_by=rank_by,
+            degs=None if degs is None else read_table(degs, field="degs"),
+            max_degs=max_degs,
+            grid=None if grid is None else _numbers(grid),
+            draws=draws,
+            seed=seed,
+            progress=progress,
+        )
+    facts = {"scores": scores.name, "gene_sets": gene_sets.name, "degs": degs.name if degs else None}
+    write_table(out, result.table, {**result.provenance, **facts, "warnings": result.warnings})
+    for warning in result.warnings:
+        console.warn(warning)
+    if top:
+        columns = ["gene_set", "n_members", "n", "k", "expected", "p_exact", "p_exact_adjusted"]
+        columns += ["p_stratified_exact", "p_stratified_exact_adjusted"]
+        console.show_rows(result.best()[columns], title="Enrichment, at each set's strongest n", top=top)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidParameterError(
+            f"--grid {text} is not a list of whole numbers, e.g. 100,200,500.", field="grid"
+        ) from None

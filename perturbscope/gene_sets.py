@@ -1,0 +1,53 @@
+"""Gene sets in the GMT format: a line a set, its name, a description and its genes, separated by tabs."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+from perturbscope.errors import UnreadableFileError
+
+_GZIP = b"\x1f\x8b"
+
+
+def read_gmt(path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Gene sets of a ``.gmt`` file, plain or gzipped, as MSigDB and Enrichr give them.
+
+    Returns
+    -------
+    Genes of each set, in their order and each once. Empty lines and empty fields at the end of a line are passed over.
+
+    Raises
+    ------
+    UnreadableFileError
+        No such file, not text, no set in it, or a line that is not a name, a description and at least one gene; the
+        message names the line.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if content.startswith(_GZIP) else content).decode("utf-8-sig")
+    except (OSError, EOFError, ValueError) as error:
+        raise UnreadableFileError(f"The gene sets {path} cannot be read: {error}.", field="gene_sets") from error
+    found: dict[str, tuple[str, ...]] = {}
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        name, *rest = (part.strip() for part in line.split("\t"))
+        genes = tuple(dict.fromkeys(gene for gene in rest[1:] if gene))
+        if not name or not genes:
+            raise UnreadableFileError(
+                f"{path}, line {number}: a set needs its name, a description (which may be empty) and at least one "
+                f"gene, separated by tabs; found {len(rest) + 1} field(s), {name[:40]!r} first.",
+                field="gene_sets",
+            )
+        if name in found:
+            raise UnreadableFileError(
+                f"{path}, line {number}: the set {name!r} stands in line {lines[name]} too; give each its own name.",
+                field="gene_sets",
+            )
+        found[name], lines[name] = genes, number
+    if not found:
+        raise UnreadableFileError(f"The file {path} holds no gene set.", field="gene_sets")
+    return found
