@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,9 +64,10 @@ def score(
         calibration = screen.calibrate(progress) if report is not None else None
     _deliver(result, out, {"input": cells.name, **where}, title="Scores", top=top)
     if report is not None:
-        from perturbscope.report import write_report
+        from perturbscope.report import Report, write_report
 
-        write_report(report, result, title=f"Perturbations of {cells.stem}", calibration=calibration)
+        page = Report(title=f"Perturbations of {cells.stem}", scores=result)
+        write_report(report, page if calibration is None else replace(page, calibration=calibration))
 
 
 def compare(

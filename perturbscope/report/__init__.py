@@ -1,5 +1,20 @@
-"""One self-contained HTML page from scores: opens offline, in light and dark, on a phone."""
+"""A report of a scored screen: one self-contained HTML page, and its tables and figures as files.
 
+The page opens offline, in light and dark, on a phone.
+"""
+
+from perturbscope.report.build import build_report
+from perturbscope.report.files import write_figures, write_tables
 from perturbscope.report.page import render_report, write_report
+from perturbscope.report.parts import Absent, Pairs, Report
 
-__all__ = ["render_report", "write_report"]
+__all__ = [
+    "Absent",
+    "Pairs",
+    "Report",
+    "build_report",
+    "render_report",
+    "write_figures",
+    "write_report",
+    "write_tables",
+]

@@ -1,17 +1,23 @@
-"""The report's sentences: conclusions in plain words, and how to read the numbers."""
+"""The report's sentences: conclusions and cautions in plain words, and how to read the numbers."""
 
 from __future__ import annotations
 
 import math
 
+import pandas as pd
+
 from perturbscope.calibration import Calibration, CalibrationSet
-from perturbscope.results import ScoreResult
+from perturbscope.report.parts import Absent, Pairs, Report
 
 METRIC_NAMES = {
     "e_distance": "E-distance",
     "cosine_e_distance": "cosine E-distance",
     "wasserstein": "Wasserstein distance",
 }
+FEW_CELLS = 50
+"""Below this many cells only large effects can be seen."""
+FEW_GENES = 1000
+"""Below this many known genes, what the model sees of a cell is a small part of what it was trained on."""
 
 READING = [
     "Distance: how far a perturbation's cells lie from control cells, less how far cells lie from each other within "
@@ -34,7 +40,7 @@ def number(value: float) -> str:
     if value == 0:
         return "0"
     if abs(value) >= 100:
-        return f"{value:,.0f}"
+        return f"{value:,.0f}".replace("-", "\N{MINUS SIGN}")
     return (f"{value:.3g}" if abs(value) >= 1e-4 else f"{value:.1e}").replace("-", "\N{MINUS SIGN}")
 
 
@@ -45,8 +51,16 @@ def p_value(value: float) -> str:
     return f"{value:.3f}" if value >= 0.00095 else f"{value:.1e}".replace("-", "\N{MINUS SIGN}")
 
 
-def conclusions(result: ScoreResult, calibration: Calibration | None) -> list[str]:
-    """What the table says, in sentences."""
+def listing(names: list[str], limit: int = 8) -> str:
+    """Names in a sentence; the rest as a number."""
+    if len(names) > limit:
+        return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)
+
+
+def conclusions(report: Report) -> list[str]:
+    """What the report says, in sentences; the most important first."""
+    result = report.scores
     found = []
     for metric in result.provenance["metrics"]:
         part = result.table[result.table["metric"] == metric]
@@ -58,19 +72,76 @@ def conclusions(result: ScoreResult, calibration: Calibration | None) -> list[st
             listed = [f"{row.perturbation} (z {number(float(row.z))})" for row in hits.head(5).itertuples(index=False)]
             found.append(f"Strongest by {name}: {', '.join(listed)}.")
     first = result.table[result.table["metric"] == result.provenance["metrics"][0]]
-    none = list(first["perturbation"][first["q"] >= 0.05])
+    hits = first[first["q"] < 0.05]
+    if isinstance(report.degs, pd.DataFrame):
+        found += _degs(list(hits["perturbation"].astype(str)), report.degs)
+    if isinstance(report.pairs, Pairs):
+        found += [
+            f"These act alike, nearer to each other than to control: {listing(g)}." for g in report.pairs.alike[:3]
+        ]
+    none = list(first["perturbation"][first["q"] >= 0.05].astype(str))
     if none:
         found.append(
-            f"No difference was shown for {', '.join(none[:8])}"
-            f"{f' and {len(none) - 8} more' if len(none) > 8 else ''}. "
+            f"No difference was shown for {listing(none)}. "
             "That is not proof of no effect: small groups show only large effects."
         )
     skipped = list(first["perturbation"][first["flags"].str.split(";").map(lambda flags: "too_few_cells" in flags)])
     if skipped:
-        found.append(f"Not scored, too few cells: {', '.join(skipped[:8])}{', ...' if len(skipped) > 8 else ''}.")
-    if calibration is not None:
-        found += [_calibration(item) for item in calibration.sets]
+        found.append(f"Not scored, too few cells: {listing(skipped)}.")
+    if isinstance(report.calibration, Calibration):
+        found += [_calibration(item) for item in report.calibration.sets]
     return found
+
+
+def cautions(report: Report) -> list[str]:
+    """What a careful reader should know before believing a number."""
+    result = report.scores
+    found = list(result.warnings)
+    if isinstance(report.calibration, Calibration):
+        found += report.calibration.warnings
+    first = result.table[result.table["metric"] == result.provenance["metrics"][0]]
+    few = first[first["p"].notna() & (first["n_cells"] < FEW_CELLS)]
+    if len(few):
+        found.append(
+            f"{len(few)} scored perturbations have fewer than {FEW_CELLS} cells "
+            f"({listing(list(few['perturbation'].astype(str)), 5)}): only large effects can be seen in so few."
+        )
+    if result.provenance.get("batches") is None:
+        found.append(
+            "No batches were named, so labels were exchanged freely. If perturbations are spread unevenly over wells, "
+            "lanes or donors, part of what is seen here may be the batch."
+        )
+    return [*found, *_coverage(result.provenance.get("coverage"))]
+
+
+def _coverage(coverage: dict[str, object] | None) -> list[str]:
+    """Low gene coverage, where the model embedded the cells in this run."""
+    if not coverage:
+        return []
+    n_genes, n_matched = int(str(coverage["n_genes"])), int(str(coverage["n_matched"]))
+    found = []
+    if n_matched < 0.5 * n_genes:
+        found.append(
+            f"Low gene coverage: the model knows {n_matched:,} of the file's {n_genes:,} genes. Check that the gene "
+            "identifiers are Ensembl ids or symbols of human genes."
+        )
+    elif n_matched < FEW_GENES:
+        found.append(
+            f"Low gene coverage: the file holds {n_matched:,} genes that the model knows, a small part of the "
+            "transcriptome. Effects on other genes cannot be seen."
+        )
+    return found
+
+
+def _degs(hits: list[str], degs: pd.DataFrame) -> list[str]:
+    counts = degs.set_index(degs["perturbation"].astype(str))["n_degs"]
+    silent = [name for name in hits if name in counts.index and counts[name] == 0]
+    if not silent:
+        return []
+    return [
+        f"{len(silent)} of the {len(hits)} that differ have no differentially expressed gene, so a test gene by gene "
+        f"would miss them: {listing(silent)}."
+    ]
 
 
 def _calibration(item: CalibrationSet) -> str:
@@ -82,3 +153,8 @@ def _calibration(item: CalibrationSet) -> str:
         return f"{splits} gave p-values that are {verdict} ({test}; {values}; {name})."
     small = sum(p < 0.05 for p in item.p) / len(item.p)
     return f"{splits} gave p < 0.05 in {small:.0%} of cases, where 5% are expected by chance ({values}; {name})."
+
+
+def why(part: object) -> str:
+    """Why a part is missing; empty where it is there."""
+    return part.reason if isinstance(part, Absent) else ""

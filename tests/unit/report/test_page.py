@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from perturbscope.report import render_report, write_report
-from perturbscope.report.charts import Point, effect_chart, qq_chart
-from perturbscope.report.words import number, p_value
-from perturbscope.scoring import ScoreOptions, calibrate, score_perturbations
-
-EVIL = "<script>alert('x')</script>&\"quoted\""
+from perturbscope.report import Absent, Report, render_report, write_report
+from perturbscope.report.charts import NARROW, WIDE, Point, effect_chart, qq_chart
+from perturbscope.report.words import cautions, conclusions, listing, number, p_value
+from tests.reports import EVIL, make_report
 
 
 @pytest.fixture(scope="module")
-def scored():
-    rng = np.random.default_rng(0)
-    sizes = {"control": 80, EVIL: 30, "moved": 30, "same": 30, "few": 4}
-    labels = np.repeat(list(sizes), list(sizes.values()))
-    vectors = rng.normal(size=(len(labels), 4)) + 1
-    vectors[labels == "moved", 0] += 3
-    options = ScoreOptions(metrics=("e_distance", "cosine_e_distance"), permutations=199)
-    batches = np.array([f"b{i % 8}" for i in range(len(labels))])
-    result = score_perturbations(vectors, labels, control="control", options=options)
-    return result, calibrate(vectors, labels, control="control", batches=batches, splits=20)
+def report() -> Report:
+    return make_report()
+
+
+@pytest.fixture(scope="module")
+def bare(report) -> Report:
+    """Scores alone."""
+    return Report(title="Screen", scores=report.scores)
 
 
 class Page(HTMLParser):
@@ -61,11 +58,11 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_page_is_well_formed_and_fetches_nothing(scored):
-    text = render_report(scored[0], title="Screen", calibration=scored[1])
+def test_page_is_well_formed_and_fetches_nothing(report):
+    text = render_report(report)
     page = Page(text)
     assert page.open == []
-    assert page.fetched == []
+    assert all(address.startswith("#") and address[1:] in page.ids for address in page.fetched)
     assert "url(" not in text
     assert "@import" not in text
     assert "http" not in re.sub(r"http://www\.w3\.org/\S+", "", text)
@@ -74,60 +71,110 @@ def test_page_is_well_formed_and_fetches_nothing(scored):
     assert 'name="viewport"' in text
 
 
-def test_every_row_of_the_table_is_there(scored):
-    page = Page(render_report(scored[0], title="Screen"))
-    names = page.cells[::10]
-    assert names == list(scored[0].table["perturbation"])
-    row = scored[0].table.iloc[0]
+def test_every_row_of_the_table_is_there(report):
+    page = Page(render_report(report))
+    table = report.scores.table
+    names = page.cells[: 11 * len(table) : 11]
+    assert names == list(table["perturbation"])
+    row = table.iloc[0]
     assert page.cells[2] == number(row["z"])
     assert page.cells[3] == p_value(row["q"])
+    genes = report.degs.set_index("perturbation")["n_degs"]
+    assert page.cells[6] == number(float(genes[row["perturbation"]]))
     assert "\N{EN DASH}" in page.cells  # what could not be scored is a dash, not a number
 
 
-def test_all_text_is_escaped(scored):
-    text = render_report(scored[0], title=EVIL, calibration=scored[1])
+def test_all_text_is_escaped(report):
+    text = render_report(replace(report, title=EVIL))
     assert "<script>alert" not in text
     assert text.count("<script>") == 1
     assert "&lt;script&gt;alert(" in text
 
 
-def test_conclusions_say_what_the_table_says(scored):
-    text = render_report(scored[0], title="Screen", calibration=scored[1])
-    assert "1 of 3 perturbations differ from control at q &lt; 0.05 (E-distance)" in text
-    assert "Strongest by E-distance: moved" in text
-    assert "Not scored, too few cells: few." in text
-    assert "20 splits of the controls by cell gave p-values that are uniform" in text
-    assert "fewer cells than the floor" in text
-    assert scored[0].warnings[0].split(":")[0] in text
-    assert "cannot show that its p-values hold" in render_report(scored[0], title="Screen")
+def test_conclusions_say_what_the_tables_say(report):
+    hits = report.scores.table.query("metric == 'e_distance' and q < 0.05")
+    scored = report.scores.table.query("metric == 'e_distance' and p == p")
+    said = conclusions(report)
+    assert said[0] == f"{len(hits)} of {len(scored)} perturbations differ from control at q < 0.05 (E-distance)."
+    assert said[1].startswith("Strongest by E-distance: gene0 (z ")
+    counts = report.degs.set_index("perturbation")["n_degs"]
+    silent = [name for name in hits["perturbation"] if counts[name] == 0]
+    assert silent
+    assert any(f"{len(silent)} of the {len(hits)} that differ have no" in line for line in said)
+    assert "Not scored, too few cells: few." in said
+    assert any("200 splits of the controls by cell gave p-values that are uniform" in line for line in said)
 
 
-def test_file_is_replaced_whole_or_not_at_all(scored, tmp_path, monkeypatch):
+def test_cautions_name_few_cells_missing_batches_and_low_coverage(report):
+    said = "\n".join(cautions(report))
+    assert report.scores.warnings[0] in said
+    assert "scored perturbations have fewer than 50 cells" in said
+    assert "No batches were named" in said
+    assert "coverage" not in said
+
+    def with_facts(**facts):
+        scores = replace(report.scores, provenance={**report.scores.provenance, **facts})
+        return "\n".join(cautions(replace(report, scores=scores)))
+
+    assert "No batches" not in with_facts(batches=4)
+    assert "knows 200 of the file's 500 genes" in with_facts(coverage={"n_genes": 500, "n_matched": 200})
+    assert "holds 260 genes that the model knows" in with_facts(coverage={"n_genes": 300, "n_matched": 260})
+    assert "coverage" not in with_facts(coverage={"n_genes": 20_000, "n_matched": 15_000})
+
+
+def test_parts_that_are_missing_say_why(bare):
+    text = render_report(replace(bare, projection=Absent("No umap-learn <here>.")))
+    assert "cannot show that its p-values hold" in text
+    assert "Genes were not tested one by one." in text
+    assert "No gene sets were given." in text
+    assert "No umap-learn &lt;here&gt;." in text
+    assert Page(text).open == []
+
+
+def test_file_is_replaced_whole_or_not_at_all(report, bare, tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        write_report(path, scored[0], title="Screen")
+        write_report(path, bare)
     monkeypatch.undo()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-    write_report(path, scored[0], title="Screen", calibration=scored[1])
-    assert path.read_text(encoding="utf-8") == render_report(scored[0], title="Screen", calibration=scored[1])
+    write_report(path, report)
+    assert path.read_text(encoding="utf-8") == render_report(report)
 
 
+@pytest.mark.parametrize("frame", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("scale", [1, 5, 30, 500, 20_000])
-def test_effect_chart_places_every_point_inside(scale):
+def test_effect_chart_places_every_point_inside(scale, frame):
     rng = np.random.default_rng(scale)
     points = [
         Point(f"gene{i}", float(z), float(q)) for i, (z, q) in enumerate(rng.uniform(0.001, 1, (40, 2)) * [scale, 1])
     ]
-    svg = ET.fromstring(effect_chart([*points, Point("none", float("nan"), float("nan"))], metric="E-distance"))
+    svg = ET.fromstring(
+        effect_chart([*points, Point("none", float("nan"), float("nan"))], metric="E-distance", frame=frame)
+    )
     dots = svg.findall("circle")
     assert len(dots) == 40
-    assert all(58 <= float(dot.get("cx")) <= 542 and 16 <= float(dot.get("cy")) <= 348 for dot in dots)
+    assert all(frame.x0 <= float(dot.get("cx")) <= frame.x1 for dot in dots)
+    assert all(frame.y1 <= float(dot.get("cy")) <= frame.y0 for dot in dots)
     at = {dot.find("title").text.split(":")[0]: float(dot.get("cx")) for dot in dots}
     assert (np.diff([at[point.name] for point in sorted(points, key=lambda point: point.z)]) >= 0).all()
     assert len([tick for tick in svg.findall("text") if tick.get("class") == "tick"]) >= 6
+    boxes = [box_of(text) for text in svg.findall("g[@class='label']/text")]
+    assert boxes or frame is NARROW  # where all points crowd together there is no room
+    assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if overlap(a, b)]
+
+
+def box_of(text):
+    """Left, top, right, bottom of a name, at 7.5 units a letter."""
+    x, y, width = float(text.get("x")), float(text.get("y")), 7.5 * len(text.text)
+    left = x - {"start": 0, "middle": width / 2, "end": width}[text.get("text-anchor")]
+    return left, y - 11, left + width, y + 3
+
+
+def overlap(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def test_effect_chart_without_points():
@@ -159,3 +206,11 @@ def test_numbers(value, text):
 
 def test_probabilities():
     assert [p_value(p) for p in (1.0, 0.0312, 0.000999, 0.0001)] == ["1.000", "0.031", "0.001", "1.0e\N{MINUS SIGN}04"]
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [([], ""), (["a"], "a"), (["a", "b", "c"], "a, b and c"), (["a", "b", "c", "d"], "a, b and 2 more")],
+)
+def test_listings(names, text):
+    assert listing(names, 3 if len(names) < 4 else 2) == text

@@ -1,0 +1,295 @@
+"""A map of the cells: their vectors in two dimensions, by UMAP (McInnes et al. 2018).
+
+UMAP shows neighbourhoods. Distances between far clusters, and their sizes, mean little: a map is for looking, the
+scores are for concluding. umap-learn does the work and is imported only here, when it is used: it compiles itself for
+ten seconds or more, and is no dependency of scoring. It comes with ``perturbscope[report]``.
+
+``python -m perturbscope.projection`` reads vectors from stdin and writes coordinates to stdout (both ``.npy``), for
+servers: compiling holds the interpreter's lock, which would stop their other requests.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from perturbscope.distances import check_rows, unit_rows
+from perturbscope.errors import (
+    InvalidParameterError,
+    MalformedMatrixError,
+    PerturbScopeError,
+    ProviderUnavailableError,
+    TooFewCellsError,
+)
+from perturbscope.statistics import generator
+
+NEIGHBORS, MIN_DIST, MAX_CELLS = 15, 0.1, 5000
+_ROWS = 1024
+"""Rows of the distance matrix in memory at a time."""
+
+
+class Projector(Protocol):
+    """Coordinates of vectors; :func:`umap_coordinates`, or the same in another process."""
+
+    def __call__(
+        self, embeddings: ArrayLike, /, *, n_neighbors: int, min_dist: float, seed: int
+    ) -> NDArray[np.float32]:
+        """float32 [n, 2]."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """Cells on a map.
+
+    Attributes
+    ----------
+    coordinates
+        float32 [m, 2].
+    labels
+        Perturbation of each of the m cells.
+    rows
+        Which of the cells given they are, ascending.
+    provenance
+        Method, parameters, seed, and how many of how many cells are shown.
+    """
+
+    coordinates: NDArray[np.float32]
+    labels: list[str]
+    rows: NDArray[np.intp]
+    provenance: dict[str, Any]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a cell: ``row, perturbation, umap1, umap2``."""
+        return pd.DataFrame(
+            {
+                "row": self.rows,
+                "perturbation": self.labels,
+                "umap1": self.coordinates[:, 0],
+                "umap2": self.coordinates[:, 1],
+            }
+        )
+
+
+def is_available() -> bool:
+    """Whether umap-learn is installed."""
+    return find_spec("umap") is not None
+
+
+def project(
+    embeddings: ArrayLike,
+    labels: Sequence[str],
+    *,
+    max_cells: int = MAX_CELLS,
+    n_neighbors: int = NEIGHBORS,
+    min_dist: float = MIN_DIST,
+    normalize: bool = True,
+    seed: int = 0,
+    projector: Projector | None = None,
+) -> Projection:
+    """A map of cells, or of a stratified sample of them.
+
+    Parameters
+    ----------
+    embeddings
+        One vector a cell, [n, width].
+    labels
+        Perturbation of each cell.
+    max_cells
+        Most cells on the map; see :func:`stratified_sample`.
+    n_neighbors, min_dist
+        Of UMAP: how local its view is, and how tightly it packs points.
+    normalize
+        Scale vectors to unit length first, as scoring does.
+    seed
+        Of the sample and of UMAP.
+    projector
+        What computes the coordinates; default :func:`umap_coordinates`.
+
+    Raises
+    ------
+    ProviderUnavailableError
+        umap-learn is not installed.
+    TooFewCellsError
+        Not more cells than neighbours.
+    InvalidEmbeddingError, MalformedMatrixError, InvalidParameterError
+        Vectors that are not finite, labels that are not one a cell, or an option outside its range.
+    """
+    values = check_rows(embeddings)
+    if len(labels) != len(values):
+        raise MalformedMatrixError(f"{len(values)} cells, but {len(labels)} labels; give one a cell.", field="labels")
+    rows = stratified_sample(labels, max_cells, seed=seed)
+    chosen = unit_rows(values[rows]) if normalize else values[rows]
+    coordinates = (projector or umap_coordinates)(
+        chosen.astype(np.float32), n_neighbors=n_neighbors, min_dist=min_dist, seed=seed
+    )
+    facts = {
+        "method": "UMAP (umap-learn)",
+        "n_neighbors": n_neighbors,
+        "min_dist": min_dist,
+        "seed": seed,
+        "unit_length": normalize,
+        "n_cells": len(values),
+        "n_shown": len(rows),
+    }
+    return Projection(coordinates, [str(labels[row]) for row in rows], rows, facts)
+
+
+def umap_coordinates(
+    embeddings: ArrayLike, /, *, n_neighbors: int = NEIGHBORS, min_dist: float = MIN_DIST, seed: int = 0
+) -> NDArray[np.float32]:
+    """UMAP of vectors by Euclidean distance, from their exact nearest neighbours.
+
+    Parameters
+    ----------
+    embeddings
+        [n, width]; n above `n_neighbors`.
+    n_neighbors, min_dist, seed
+        As of :func:`project`. The same seed gives the same map on the same machine and versions.
+
+    Returns
+    -------
+    float32 [n, 2]
+
+    Raises
+    ------
+    ProviderUnavailableError, TooFewCellsError, InvalidEmbeddingError, InvalidParameterError
+        As :func:`project`.
+    """
+    values = check_rows(embeddings).astype(np.float32)
+    if n_neighbors < 2:
+        raise InvalidParameterError(f"n_neighbors is {n_neighbors}; it must be 2 or more.", field="n_neighbors")
+    if not 0 <= min_dist <= 1:
+        raise InvalidParameterError(f"min_dist is {min_dist}; it must be from 0 to 1.", field="min_dist")
+    if len(values) <= n_neighbors:
+        raise TooFewCellsError(
+            f"A map needs more cells than neighbours: {len(values)} cells, n_neighbors {n_neighbors}.",
+            field="embeddings",
+        )
+    if not is_available():
+        raise ProviderUnavailableError(
+            "A map of the cells needs umap-learn, which is not installed here: pip install 'perturbscope[report]'.",
+            field="projection",
+        )
+    with warnings.catch_warnings():
+        # About an optional import, and about what exact neighbours and a seed cost: nothing that a reader could use.
+        warnings.simplefilter("ignore")
+        from umap import UMAP
+
+        made = UMAP(
+            n_neighbors=n_neighbors,
+            min_dist=min_dist,
+            random_state=int(generator(seed, "umap").integers(2**31)),
+            n_jobs=1,
+            precomputed_knn=nearest(values, n_neighbors),
+            force_approximation_algorithm=True,
+        )
+        return np.ascontiguousarray(made.fit_transform(values), dtype=np.float32)
+
+
+def umap_in_process(
+    embeddings: ArrayLike,
+    /,
+    *,
+    n_neighbors: int = NEIGHBORS,
+    min_dist: float = MIN_DIST,
+    seed: int = 0,
+    check: Callable[[], None] = lambda: None,
+) -> NDArray[np.float32]:
+    """As :func:`umap_coordinates`, in a process of its own.
+
+    Parameters
+    ----------
+    embeddings, n_neighbors, min_dist, seed
+        As of :func:`umap_coordinates`.
+    check
+        Called a few times a second; what it raises ends the process, and is raised here.
+    """
+    options = json.dumps({"n_neighbors": n_neighbors, "min_dist": min_dist, "seed": seed})
+    command = [sys.executable, "-m", "perturbscope.projection", options]
+    # Files and not pipes: a pipe that nobody reads while the other side waits would stop both.
+    with tempfile.TemporaryFile() as sent, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as told:
+        np.save(sent, check_rows(embeddings).astype(np.float32), allow_pickle=False)
+        sent.seek(0)
+        process = subprocess.Popen(command, stdin=sent, stdout=answer, stderr=told)  # noqa: S603  ours, no shell
+        try:
+            while process.poll() is None:
+                check()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.25)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            told.seek(0)
+            lines = told.read().decode(errors="replace").strip().splitlines()
+            why = lines[-1] if lines else f"exit code {process.returncode}"
+            raise ProviderUnavailableError(f"The map could not be made: {why}", field="projection")
+        answer.seek(0)
+        return np.asarray(np.load(answer, allow_pickle=False), dtype=np.float32)
+
+
+def nearest(values: NDArray[np.float32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Each row's `k` nearest rows, itself first: their positions and Euclidean distances, both [n, k], ascending."""
+    squares = np.einsum("ij,ij->i", values, values)
+    found, distances = [], []
+    for start in range(0, len(values), _ROWS):
+        part = values[start : start + _ROWS]
+        squared = squares[start : start + _ROWS, None] + squares[None] - 2 * (part @ values.T)
+        np.maximum(squared, 0, out=squared)
+        squared[np.arange(len(part)), np.arange(start, start + len(part))] = -1  # itself first, duplicates or not
+        near = np.argpartition(squared, k - 1, axis=1)[:, :k]
+        order = np.argsort(np.take_along_axis(squared, near, axis=1), axis=1, kind="stable")
+        near = np.take_along_axis(near, order, axis=1)
+        found.append(near.astype(np.int32))
+        distances.append(np.sqrt(np.maximum(np.take_along_axis(squared, near, axis=1), 0)).astype(np.float32))
+    return np.concatenate(found), np.concatenate(distances)
+
+
+def stratified_sample(labels: Sequence[str], max_cells: int, *, seed: int = 0) -> NDArray[np.intp]:
+    """Positions of at most `max_cells` cells, ascending, in which small groups stay visible.
+
+    Half of the places are shared out evenly over the groups, the rest by the number of cells that are left.
+    """
+    if max_cells < 1:
+        raise InvalidParameterError(f"max_cells is {max_cells}; it must be 1 or more.", field="max_cells")
+    if len(labels) <= max_cells:
+        return np.arange(len(labels))
+    names, codes, sizes = np.unique(np.asarray(labels, dtype=str), return_inverse=True, return_counts=True)
+    quota = np.minimum(sizes, max_cells // (2 * len(names)))
+    left = sizes - quota
+    quota = quota + (left * (max_cells - quota.sum()) / left.sum()).astype(int)
+    chosen = [
+        generator(seed, "map", name).choice(np.flatnonzero(codes == code), quota[code], replace=False)
+        for code, name in enumerate(names)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def main() -> int:
+    """Coordinates of the vectors on stdin; options as JSON in the first argument."""
+    values = np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False)
+    try:
+        found = umap_coordinates(values, **json.loads(sys.argv[1]))
+    except PerturbScopeError as error:
+        sys.stderr.write(error.message.replace("\n", " ") + "\n")
+        return 1
+    np.save(sys.stdout.buffer, found, allow_pickle=False)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,50 @@
+"""The map of the cells: one path a perturbation, so that thousands of points stay a small page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.report.charts.frame import Frame, svg
+
+COLOURS = 7
+"""Perturbations with a colour of their own; more cannot be told apart, least by the colour-blind."""
+_FRAME = Frame(640, 480, left=10, right=10, top=10, bottom=10, labels=0)
+
+
+def cell_map(coordinates: NDArray[np.float32], labels: Sequence[str], *, control: str, ranked: Sequence[str]) -> str:
+    """Cells at their coordinates.
+
+    Parameters
+    ----------
+    coordinates
+        [n, 2].
+    labels
+        Perturbation of each cell.
+    control
+        The label of control cells, drawn below all others.
+    ranked
+        Perturbations from the strongest; the first :data:`COLOURS` of them have a colour each.
+    """
+    low, high = coordinates.min(axis=0), coordinates.max(axis=0)
+    span = np.where(high > low, high - low, 1.0)
+    room = np.array([_FRAME.x1 - _FRAME.x0, _FRAME.y0 - _FRAME.y1])
+    scale = float((room / span).min())
+    middle = np.array([_FRAME.x0 + _FRAME.x1, _FRAME.y0 + _FRAME.y1]) / 2
+    placed = (coordinates - (low + high) / 2) * scale * [1, -1] + middle
+    members: dict[str, list[int]] = {}
+    for row, label in enumerate(labels):
+        members.setdefault(label, []).append(row)
+    coloured = [name for name in ranked if name in members and name != control][:COLOURS]
+    others = [name for name in members if name not in coloured and name != control]
+    # Later paths lie above earlier ones: the strongest on top.
+    order = [*([control] if control in members else []), *others, *reversed(coloured)]
+    parts = []
+    for name in order:
+        kind = "control" if name == control else f"c{coloured.index(name)}" if name in coloured else "others"
+        points = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in placed[members[name]])
+        parts.append(f'<path class="cells {kind}" data-name="{escape(name)}" d="{points}"/>')
+    return svg(_FRAME, parts, f"Map of {len(labels)} cells of {len(members)} groups", kind="map")

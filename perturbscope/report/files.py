@@ -1,0 +1,116 @@
+"""The report as files for other programs: tables as CSV and parquet, figures as SVG and PNG."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from perturbscope.calibration import Calibration
+from perturbscope.outputs import atomic, write_table
+from perturbscope.projection import Projection
+from perturbscope.report import sections
+from perturbscope.report.page import chart_style
+from perturbscope.report.parts import Pairs, Report
+
+_CHART = re.compile(
+    r'<svg (?:style="[^"]*" )?class="chart (?:points|map|heat|)" viewBox="0 0 (\d+) (\d+)".*?</svg>', re.DOTALL
+)
+_ZOOM = 3
+"""Pixels of a PNG per unit of its SVG: about 220 dots an inch on a page's width."""
+
+
+def tables(report: Report) -> dict[str, pd.DataFrame]:
+    """The tables that the report rests on, by the name of their file."""
+    found = {"scores": report.scores.table}
+    if isinstance(report.degs, pd.DataFrame):
+        found["genes"] = report.degs
+    if isinstance(report.pairs, Pairs):
+        found["pairs"] = report.pairs.table
+    if isinstance(report.projection, Projection):
+        found["umap"] = report.projection.to_frame()
+    if isinstance(report.enrichment, pd.DataFrame):
+        found["enrichment"] = report.enrichment
+    if isinstance(report.calibration, Calibration):
+        rows = [(i.kind, i.metric, p, z) for i in report.calibration.sets for p, z in zip(i.p, i.z, strict=False)]
+        found["calibration"] = pd.DataFrame(rows, columns=["kind", "metric", "p", "z"])
+    return found
+
+
+def write_tables(folder: Path, report: Report) -> list[Path]:
+    """Write every table as ``.csv`` and ``.parquet`` into an existing folder; the files' paths."""
+    written = []
+    facts: dict[str, Any] = {**report.scores.provenance, "warnings": report.scores.warnings}
+    for name, table in tables(report).items():
+        parquet, csv = folder / f"{name}.parquet", folder / f"{name}.csv"
+        write_table(parquet, table, facts)
+        with atomic(csv) as staging:
+            table.to_csv(staging, index=False)
+        written += [parquet, csv]
+    return written
+
+
+def figures(report: Report) -> dict[str, str]:
+    """The charts as SVG documents of their own, by the name of their file."""
+    metrics = report.scores.provenance["metrics"]
+    pages = {
+        **{f"effect-{m}": sections.effects(report).partition(f'id="effect-{m}"')[2] for m in metrics},
+        **{f"genes-{m}": sections.effects(report).partition(f'id="genes-{m}"')[2] for m in metrics},
+        "umap": sections.map_of_cells(report),
+        "pairs": sections.alike(report),
+        "calibration": sections.calibration(report),
+    }
+    found = {}
+    for name, text in pages.items():
+        chart = _CHART.search(text)
+        if chart:
+            found[name] = _document(chart)
+    return found
+
+
+def write_figures(folder: Path, report: Report) -> tuple[list[Path], str]:
+    """Write every chart as ``.svg``, and as ``.png`` where that is possible, into an existing folder.
+
+    Returns
+    -------
+    The files' paths, and why there is no PNG (empty where there is).
+    """
+    written, why = [], no_png()
+    for name, text in figures(report).items():
+        path = folder / f"{name}.svg"
+        with atomic(path) as staging:
+            staging.write_text(text, encoding="utf-8")
+        written.append(path)
+        if not why:
+            with atomic(path.with_suffix(".png")) as staging:
+                staging.write_bytes(_png(text))
+            written.append(path.with_suffix(".png"))
+    return written, why
+
+
+def no_png() -> str:
+    """Why figures cannot be written as PNG here; empty if they can."""
+    try:
+        import resvg_py  # noqa: F401  to see whether it is there
+    except ImportError:
+        return "Figures are SVG only: PNG needs resvg-py, pip install 'perturbscope[report]'."
+    box = '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40">{}</svg>'
+    # Without any font, text is left out without a word.
+    if _png(box.format('<text x="2" y="30" font-size="30" font-family="sans-serif">M</text>')) == _png(box.format("")):
+        return "Figures are SVG only: this system has no fonts for PNG; install one, such as fonts-dejavu-core."
+    return ""
+
+
+def _document(chart: re.Match[str]) -> str:
+    width, height = chart[1], chart[2]
+    start, _, rest = chart[0].partition(">")
+    start = start.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" ', 1)
+    return f'{start}><style>{chart_style()}</style><rect width="{width}" height="{height}" fill="#ffffff"/>{rest}\n'
+
+
+def _png(text: str) -> bytes:
+    import resvg_py
+
+    return bytes(resvg_py.svg_to_bytes(svg_string=text, zoom=_ZOOM, sans_serif_family="DejaVu Sans"))

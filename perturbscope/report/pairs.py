@@ -1,0 +1,89 @@
+"""Perturbations against each other: distances, their clustering, and who acts alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
+
+from perturbscope.comparison import compare_perturbations
+from perturbscope.report.parts import Absent, Pairs
+from perturbscope.results import ScoreOptions, ScoreResult
+
+MAX_NAMES = 60
+"""Most perturbations of the heat map: more names cannot be read."""
+PAIR_CELLS = 300
+"""Most cells of a group: there are many pairs, and a colour needs no third digit."""
+CLEAR = 5.0
+"""z from which a perturbation is far enough from control for its direction to be known."""
+ALIKE = 0.5
+"""Perturbations are alike if their distance is below this share of the smaller of their distances to control."""
+
+
+def make_pairs(
+    embeddings: ArrayLike,
+    labels: Sequence[str],
+    scores: ScoreResult,
+    *,
+    options: ScoreOptions,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Pairs | Absent:
+    """Distances between the strongest perturbations, and to control.
+
+    Parameters
+    ----------
+    embeddings, labels, options
+        As they were scored.
+    scores
+        What came of it; by its first metric perturbations are chosen and called different from control.
+    progress
+        Called as ``progress("compare", done, total)``.
+    """
+    control = str(scores.provenance["control"])
+    table = scores.table[scores.table["metric"] == scores.provenance["metrics"][0]]
+    scored = table[table["z"].notna() | table["p"].notna()]
+    if len(scored) < 2:
+        return Absent("There are no two perturbations with enough cells to compare.")
+    names = [control, *scored["perturbation"].astype(str).head(MAX_NAMES)]
+    metric = "e_distance" if options.metrics[0] == "wasserstein" else options.metrics[0]
+    cheap = replace(
+        options,
+        metrics=(metric,),
+        estimator="U",
+        permutations=1,
+        max_cells=max(min(options.max_cells, PAIR_CELLS), options.min_cells, 4),
+    )
+    found = compare_perturbations(
+        embeddings, labels, pairs=list(combinations(names, 2)), options=cheap, progress=progress
+    ).table[["a", "b", "n_a", "n_b", "distance"]]
+    distances = squareform(np.maximum(found["distance"].to_numpy(dtype=np.float64), 0.0))
+    tree = hierarchy.linkage(squareform(distances, checks=False), "average", optimal_ordering=True)
+    clear = scored[(scored["q"] < 0.05) & (scored["z"] >= CLEAR)]
+    hits = set(clear["perturbation"].astype(str))
+    return Pairs(names, distances, tree, _alike(names, distances, hits), len(scored), found)
+
+
+def _alike(names: list[str], distances: NDArray[np.float64], hits: set[str]) -> list[list[str]]:
+    """Groups, largest first, in which every two perturbations are alike (:data:`ALIKE`); row 0 is the control."""
+    chosen = [i for i, name in enumerate(names) if name in hits and distances[0, i] > 0]
+    if len(chosen) < 2:
+        return []
+    to_control = distances[0, chosen]
+    ratio = distances[np.ix_(chosen, chosen)] / np.minimum.outer(to_control, to_control)
+    np.fill_diagonal(ratio, 0.0)
+    tree = hierarchy.linkage(squareform(ratio, checks=False), "complete")
+    groups: dict[int, list[str]] = {}
+    for i, code in zip(chosen, hierarchy.fcluster(tree, ALIKE, "distance"), strict=True):
+        groups.setdefault(int(code), []).append(names[i])
+    return sorted((group for group in groups.values() if len(group) > 1), key=lambda group: -len(group))
+
+
+def as_frame(pairs: Pairs) -> pd.DataFrame:
+    """The matrix of distances with its names."""
+    return pd.DataFrame(pairs.distances, index=pairs.names, columns=pairs.names)

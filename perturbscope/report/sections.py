@@ -1,0 +1,213 @@
+"""The cards of the page: each a heading that asks what a reader asks, a picture, and how to read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+import pandas as pd
+
+from perturbscope.calibration import Calibration
+from perturbscope.degs import correlate_degs
+from perturbscope.projection import Projection
+from perturbscope.report.charts import (
+    NARROW,
+    WIDE,
+    DegPoint,
+    Frame,
+    Point,
+    cell_map,
+    deg_chart,
+    effect_chart,
+    heat_map,
+    qq_chart,
+)
+from perturbscope.report.charts.cells import COLOURS
+from perturbscope.report.charts.heatmap import scale
+from perturbscope.report.pairs import PAIR_CELLS
+from perturbscope.report.parts import Absent, Pairs, Report
+from perturbscope.report.table import plain_table
+from perturbscope.report.words import METRIC_NAMES, number
+
+
+def card(heading: str, body: str, *, anchor: str = "", kind: str = "", metric: str = "") -> str:
+    """A titled box; `anchor` is its address on the page."""
+    attributes = "".join(f' {name}="{value}"' for name, value in (("id", anchor), ("data-metric", metric)) if value)
+    return f'<section class="card {kind}"{attributes}><h2>{heading}</h2>{body}</section>'
+
+
+def absent(part: Absent) -> str:
+    """Why a part is not there."""
+    return f'<p class="muted absent">{escape(part.reason)}</p>'
+
+
+def bullets(lines: list[str]) -> str:
+    """Sentences, one a point."""
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+
+
+def both(draw: Callable[[Frame], str]) -> str:
+    """A chart twice: laid out for a laptop and for a phone; the style sheet shows the one that fits."""
+    return f'<div class="for-wide">{draw(WIDE)}</div><div class="for-narrow">{draw(NARROW)}</div>'
+
+
+def effects(report: Report) -> str:
+    """Effect against evidence, and against changed genes; one pair of charts a metric."""
+    result = report.scores
+    parts = []
+    for metric in result.provenance["metrics"]:
+        rows = result.table[result.table["metric"] == metric]
+        name = METRIC_NAMES[metric]
+        points = [
+            Point(str(label), float(z), float(q))
+            for label, z, q in zip(rows["perturbation"], rows["z"], rows["q"], strict=True)
+        ]
+        chart = both(lambda frame, points=points, name=name: effect_chart(points, metric=name, frame=frame))  # type: ignore[misc]
+        note = (
+            '<p class="muted">One point a perturbation. Further right: its cells lie further from control than '
+            "controls lie from each other. Above the dashed line: beyond chance, after correction for the number of "
+            "perturbations.</p>"
+        )
+        parts.append(card(f"Effect and evidence ({name})", chart + note, metric=metric, anchor=f"effect-{metric}"))
+        parts.append(_degs(report, points, metric, name))
+    return "".join(parts)
+
+
+def _degs(report: Report, points: list[Point], metric: str, name: str) -> str:
+    heading = "Effect and changed genes"
+    if isinstance(report.degs, Absent):
+        return card(heading, absent(report.degs), metric=metric)
+    counts = report.degs.set_index(report.degs["perturbation"].astype(str))["n_degs"]
+    with_counts = [
+        DegPoint(point.name, point.z, point.q, int(counts[point.name]))
+        for point in points
+        if point.name in counts.index
+    ]
+    found = correlate_degs(report.scores.table, report.degs)
+    (row,) = found[(found["metric"] == metric) & (found["against"] == "z")].itertuples(index=False)
+    chart = both(lambda frame: deg_chart(with_counts, metric=name, frame=frame))
+    note = (
+        '<p class="muted">Up: a larger effect on the whole cell. Right: more genes that change by themselves. High on '
+        "the left are perturbations that a test gene by gene would miss. "
+        f"Spearman correlation {number(float(row.spearman))}, Pearson {number(float(row.pearson))}, "
+        f"n = {row.n}.</p>"
+    )
+    return card(f"{heading} ({name})", chart + note, metric=metric, anchor=f"genes-{metric}")
+
+
+def map_of_cells(report: Report) -> str:
+    """UMAP of the cells."""
+    heading = "Map of the cells"
+    part = report.projection
+    if not isinstance(part, Projection):
+        return card(heading, absent(part), anchor="map")
+    control = str(report.scores.provenance["control"])
+    first = report.scores.table[report.scores.table["metric"] == report.scores.provenance["metrics"][0]]
+    there = set(part.labels)
+    ranked = [str(name) for name in first["perturbation"] if str(name) in there]
+    options = "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in ranked)
+    legend = "".join(
+        f'<span class="key"><i class="c{i}"></i>{escape(name)}</span>' for i, name in enumerate(ranked[:COLOURS])
+    )
+    facts = part.provenance
+    few = facts["n_shown"] < facts["n_cells"]
+    sample = f"{facts['n_shown']:,} of {facts['n_cells']:,} cells" if few else f"{facts['n_cells']:,} cells"
+    others = '<span class="key"><i class="others"></i>other perturbations</span>' if len(ranked) > COLOURS else ""
+    body = (
+        '<div class="tools" hidden><label for="focus">Colour</label>'
+        f'<select id="focus"><option value="">the strongest {min(COLOURS, len(ranked))}</option>{options}</select>'
+        '<span class="muted">against control</span></div>'
+        f"{cell_map(part.coordinates, part.labels, control=control, ranked=ranked)}"
+        f'<p class="legend" id="keys"><span class="key"><i class="control"></i>{escape(control)}</span>{legend}{others}'
+        "</p>"
+        f'<p class="muted">One dot a cell ({sample}); cells with similar profiles lie close together. A map bends '
+        "distances, and sizes of and gaps between clouds mean little: look here, and judge by the scores. "
+        f"UMAP, {facts['n_neighbors']} neighbours, minimum distance {facts['min_dist']}, seed {facts['seed']}.</p>"
+    )
+    return card(heading, body, anchor="map")
+
+
+def alike(report: Report) -> str:
+    """Heat map of the distances between perturbations."""
+    heading = "Which perturbations act alike?"
+    part = report.pairs
+    if not isinstance(part, Pairs):
+        return card(heading, absent(part), anchor="alike")
+    control = str(report.scores.provenance["control"])
+    shown = len(part.names) - 1
+    which = f"The {shown} strongest of {part.n_all} perturbations" if shown < part.n_all else f"{shown} perturbations"
+    body = (
+        '<p id="pair" class="muted" aria-live="polite">Point at a square to see its pair.</p>'
+        f'<div class="scroll">{heat_map(part.names, part.distances, part.tree, control=control)}</div>'
+        f'<p class="legend scale-legend"><span>close</span>{scale()}<span>far</span></p>'
+        f'<p class="muted">{which} and control. Dark squares are pairs whose cells lie close together; the tree above '
+        "joins the closest first (average linkage of the E-distance). Perturbations without an effect form one dark "
+        f"block around control. At most {PAIR_CELLS} cells of each were compared.</p>"
+    )
+    return card(heading, body, anchor="alike", kind="whole" if shown > 32 else "")
+
+
+def gene_sets(report: Report) -> str:
+    """Enrichment of the ranking."""
+    heading = "Gene sets among the strongest"
+    part = report.enrichment
+    if isinstance(part, Absent):
+        return card(heading, absent(part), anchor="sets")
+    if not len(part):
+        return card(heading, '<p class="muted">No gene set holds enough of these perturbations.</p>', anchor="sets")
+    note = (
+        '<p class="muted">Sets of genes whose perturbations rank higher than chance would put them. q is corrected for '
+        "the number of sets.</p>"
+    )
+    return card(heading, plain_table(part) + note, anchor="sets")
+
+
+def calibration(report: Report) -> str:
+    """Controls against controls."""
+    heading = "Can the p-values be trusted?"
+    part = report.calibration
+    if isinstance(part, Absent):
+        return card(heading, absent(part), anchor="calibration")
+    if not part.sets:
+        return card(heading, '<p class="muted">There were too few controls to split.</p>', anchor="calibration")
+    curves = [(f"split by {item.kind}, {METRIC_NAMES[item.metric]}", item.p) for item in part.sets]
+    note = (
+        '<p class="muted">Controls were scored against controls, to which nothing was done. On the dashed line, '
+        "p-values are what they say. Above it they are too small: those cells differ all the same.</p>"
+    )
+    return card(heading, both(lambda frame: qq_chart(curves, frame=frame)) + note, anchor="calibration")
+
+
+def provenance(report: Report) -> str:
+    """What made the numbers."""
+    facts = report.scores.provenance
+    keys = ["model_id", "use_rep", "input", "perturbation_key", "batch_key", "metrics", "ground", "estimator", "null"]
+    keys += ["repeats", "permutations", "correction", "seed", "unit_length", "control", "n_controls_used", "batches"]
+    keys += ["version"]
+    items = "".join(
+        f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(_plain(facts[key]))}</dd>" for key in keys if key in facts
+    )
+    everything = {
+        "score": facts,
+        "calibration": report.calibration.provenance if isinstance(report.calibration, Calibration) else None,
+        "map": report.projection.provenance if isinstance(report.projection, Projection) else None,
+        "genes": None
+        if not isinstance(report.degs, pd.DataFrame)
+        else "q < 0.05 within the perturbation, Mann-Whitney",
+    }
+    return card(
+        "Where the numbers come from",
+        f"<dl>{items}</dl><details><summary>All of it, as JSON</summary>"
+        f"<pre>{escape(json.dumps(everything, indent=1))}</pre></details>",
+        anchor="provenance",
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return {None: "none", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
