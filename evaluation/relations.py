@@ -46,8 +46,9 @@ class RelationRecall:
         embeddings.
     recall, recall_top, recall_bottom
         Share of the known pairs in either, the upper, and the lower extreme share of all pairs.
-    chance
-        Share of all pairs in either extreme.
+    chance, ceiling
+        Share of all pairs in either extreme; and the recall if nothing but known pairs stood there, below 1 where more
+        pairs are known than are extreme.
     p, z
         Of `recall`, from exchanged names of genes.
     nearest, nearest_chance, nearest_p
@@ -70,6 +71,7 @@ class RelationRecall:
     recall_top: float
     recall_bottom: float
     chance: float
+    ceiling: float
     p: float
     z: float
     nearest: float
@@ -177,7 +179,7 @@ def relation_recall(
 
 
 _NUMBERS = (
-    "recall", "recall_top", "recall_bottom", "chance", "p", "z", "nearest", "nearest_chance", "nearest_p",
+    "recall", "recall_top", "recall_bottom", "chance", "ceiling", "p", "z", "nearest", "nearest_chance", "nearest_p",
 )  # fmt: skip
 
 
@@ -210,12 +212,13 @@ def _judge(
         null[i] = np.mean((drawn >= high) | (drawn <= low))
         null_nearest[i] = np.mean(partners[related, place[nearest[order[related]]]])
     recall, hits = float(np.mean(top | bottom)), float(np.mean(partners[related, nearest[related]]))
-    sd = float(null.std())
+    sd, extremes = float(null.std()), (every >= high) | (every <= low)
     return {
         "recall": recall,
         "recall_top": float(np.mean(top)),
         "recall_bottom": float(np.mean(bottom)),
-        "chance": float(np.mean((every >= high) | (every <= low))),
+        "chance": float(np.mean(extremes)),
+        "ceiling": min(1.0, int(extremes.sum()) / len(a)),
         "p": empirical_p(recall, null, noise=1e-12),
         "z": (recall - float(null.mean())) / sd if sd > 0 else _NAN,
         "nearest": hits,

@@ -29,6 +29,7 @@ def test_related_genes_are_recalled_and_nearest(rng):
     assert found.recall_top > 0.8
     assert found.recall == found.recall_top + found.recall_bottom
     assert found.chance == pytest.approx(26 / 276)
+    assert found.ceiling == 1.0
     assert found.p == 0.001
     assert found.z > 5
     assert found.nearest > 0.8
@@ -94,7 +95,9 @@ def test_large_sets_are_left_out(rng):
     data = screen(rng)
     sets = {"small": {"G00", "G01"}, "large": {f"G{i:02d}" for i in range(20)}}
     assert relation_recall(*data, sets, max_set_size=10, permutations=9).n_known == 1
-    assert relation_recall(*data, sets, permutations=9).n_known == 190
+    many = relation_recall(*data, sets, permutations=9)
+    assert many.n_known == 190
+    assert many.ceiling == pytest.approx(26 / 190)
 
 
 def test_controls_take_no_part(rng):
