@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from evaluation.profiles import check_labels
+from evaluation.profiles import check_labels, label_warnings
 from perturbscope.distances import check_rows, unit_rows
 from perturbscope.energy import DenseGroup, Pool
 from perturbscope.errors import InvalidParameterError, TooFewCellsError
@@ -325,7 +325,7 @@ class _Cells:
             "batch_confounded": "share no batch with another perturbation, so p is undefined",
             "batch_partly_confounded": "have cells in batches of their own, which are never exchanged",
         }
-        found = []
+        found = label_warnings(self.members)
         for flag, text in texts.items():
             count = sum(flag in flags.split(";") for flags in table["flags"])
             if count:

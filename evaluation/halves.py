@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from evaluation.profiles import Profiles, Whitening, group_means, make_profiles, random_halves, whiten
+from evaluation.profiles import Profiles, Whitening, group_means, label_warnings, make_profiles, random_halves, whiten
 from perturbscope.errors import InvalidParameterError
 
 _NAN = float("nan")
@@ -121,7 +121,7 @@ def split_half(
             with np.errstate(invalid="ignore"):
                 forth, back = matched > rivals.max(axis=1), matched > rivals.max(axis=0)
             hits[repeat] = np.where(np.isnan(matched), _NAN, (forth.astype(float) + back) / 2)
-    warnings = []
+    warnings = label_warnings(names.tolist())
     if len(names) == 1:
         warnings.append(f"Only {names[0]!r} has {min_cells} cells or more: nothing to tell it from.")
     if constant or np.isnan(correlations).any():

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from evaluation.profiles import label_warnings
 from perturbscope.errors import InvalidParameterError
 from perturbscope.groups import MIN_CONTROLS, Groups
 from perturbscope.results import Metric, ScoreOptions
@@ -161,7 +162,9 @@ def power(
     curves = table[table["perturbation"] != control].reset_index(drop=True)
     false = table[table["perturbation"] == control].reset_index(drop=True)
     needed = _needed(curves, names, groups.sizes, target)
-    return Power(curves, needed, false, alpha, target, _warnings(curves, false, needed, target))
+    return Power(
+        curves, needed, false, alpha, target, [*label_warnings(names), *_warnings(curves, false, needed, target)]
+    )
 
 
 def cells_needed(n: ArrayLike, detected: ArrayLike, *, target: float = 0.8) -> tuple[float, str]:

@@ -7,7 +7,7 @@ a metric cannot be won by pushing everything that was treated away from everythi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -221,6 +221,21 @@ def check_labels(values: Sequence[str], n: int, field: str) -> NDArray[np.str_]:
             field=field,
         )
     return column.astype(str)
+
+
+def label_warnings(names: Iterable[str]) -> list[str]:
+    """A warning where labels differ only in case or white space, so that one perturbation may pass for two."""
+    by_key: dict[str, list[str]] = {}
+    for name in names:
+        by_key.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    twice = [same for same in by_key.values() if len(same) > 1]
+    if not twice:
+        return []
+    listed = ", ".join(" and ".join(map(repr, same)) for same in twice[:3])
+    return [
+        f"Labels that differ only in case or white space are taken as different perturbations ({len(twice)} cases): "
+        f"{listed}. Merge them if they are one."
+    ]
 
 
 def one_of(field: str, value: object, known: Sequence[str]) -> None:

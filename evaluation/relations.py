@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from evaluation.profiles import Whitening, make_profiles
+from evaluation.profiles import Whitening, label_warnings, make_profiles
 from perturbscope.errors import InvalidParameterError, LimitExceededError
 from perturbscope.statistics import empirical_p, generator
 
@@ -146,7 +146,7 @@ def relation_recall(
         )
     vectors, directed = found.directions("cells")
     names, sizes = found.perturbations[directed].tolist(), found.sizes[directed]
-    warnings = _label_warnings(len(found) - len(names), found.dropped)
+    warnings = [*label_warnings(names), *_left_out(len(found) - len(names), found.dropped)]
     known = _known_pairs(relations, names, max_set_size)
     n_pairs = len(names) * (len(names) - 1) // 2
     count = int(share * n_pairs + 1e-9)
@@ -298,7 +298,7 @@ def _gene_table(
     return table.sort_values(["recalled", "n_known", "perturbation"], ascending=[False, False, True], ignore_index=True)
 
 
-def _label_warnings(undirected: int, dropped: Sequence[tuple[str, str]]) -> list[str]:
+def _left_out(undirected: int, dropped: Sequence[tuple[str, str]]) -> list[str]:
     found = []
     if undirected:
         found.append(f"{undirected} perturbations have the mean vector of all cells and were left out.")

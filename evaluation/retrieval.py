@@ -19,7 +19,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from evaluation.halves import SplitHalf, split_half
-from evaluation.profiles import Centre, Profiles, Whitening, make_profiles, random_halves
+from evaluation.profiles import Centre, Profiles, Whitening, label_warnings, make_profiles, random_halves
 from perturbscope.errors import InvalidParameterError, LimitExceededError
 from perturbscope.statistics import benjamini_hochberg, empirical_p, generator
 
@@ -170,7 +170,7 @@ def retrieve(
         int(observed[-1].sum()),
         len(profiles),
         len(asked),
-        _warnings(profiles, directed, len(names), len(asked)),
+        [*label_warnings(names.tolist()), *_warnings(profiles, directed, len(names), len(asked))],
     )
 
 

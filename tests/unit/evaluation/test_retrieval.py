@@ -5,7 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from evaluation.consistency import consistency
 from evaluation.profiles import make_profiles, random_halves, whiten
+from evaluation.relations import relation_recall
 from evaluation.retrieval import chance_average_precision, retrieve, split_half
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, MalformedMatrixError, TooFewCellsError
 
@@ -271,3 +273,17 @@ def test_split_half_without_an_answer(rng):
     assert any("nothing to tell it from" in text for text in alone.warnings)
     with pytest.raises(InvalidParameterError, match="repeats"):
         split_half(values, names, repeats=0)
+
+
+def test_labels_that_differ_in_case_are_named(rng):
+    values, names, parts = noisy(rng, n_names=4)
+    names = ["p00" if name == "P00" and i % 2 else name for i, name in enumerate(names)]
+    relations = relation_recall(values, names, [("P00", "P01")], permutations=9)
+    signal = consistency(values, names, draws=9)
+    for found in (
+        retrieve(values, names, parts, permutations=9),
+        split_half(values, names, repeats=1),
+        relations,
+        signal,
+    ):
+        assert any("'P00' and 'p00'" in text for text in found.warnings)
