@@ -15,6 +15,7 @@ from perturbscope import __version__
 from perturbscope.cli import bundles, console
 from perturbscope.cli.embedding import embed
 from perturbscope.cli.enrichment import degs, enrich
+from perturbscope.cli.report import report
 from perturbscope.cli.scoring import compare, score
 from perturbscope.errors import PerturbScopeError
 
@@ -35,6 +36,7 @@ app.command()(score)
 app.command()(compare)
 app.command()(degs)
 app.command()(enrich)
+app.command()(report)
 app.add_typer(bundles.app)
 
 
