@@ -291,6 +291,7 @@ def main() -> None:
         order[background.name] = [effect.name for effect in (NULL, *background.effects)]
         rows, seconds = run(background, embedder, screens)
         every.append(rows)
+        pd.concat(every, ignore_index=True).to_csv(options.out / "p.csv", index=False)
         notes.append(f"{background.name}: {', '.join(f'{k} {v:.0f} s of CPU' for k, v in seconds.items())}.\n")
         sizes = [measured(make(background, number), background.cells) for number in range(screens)]
         means = pd.concat(sizes).drop(columns="perturbation").groupby("effect", sort=False).mean()
@@ -299,7 +300,6 @@ def main() -> None:
             notes.append(pertpy_itself(background, options.peers_python, min(100, background.sizes[-1])))
     rows = pd.concat(every, ignore_index=True)
     table = rates(rows)
-    rows.to_csv(options.out / "p.csv", index=False)
     table.to_csv(options.out / "rates.csv", index=False)
     text = "\n".join([*notes, tables(table, rows, order)])
     (options.out / "tables.md").write_text(text)
