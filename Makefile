@@ -16,7 +16,7 @@ export BENTOML_DO_NOT_TRACK := True
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve setup test lint demo bundle bench proto lock image image-test clean
+.PHONY: help serve setup test lint demo bundle quality bench proto lock image image-test clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -44,6 +44,10 @@ bundle: setup ## make bundles/default anew from the data in data/: about half an
 	$(PY) -m export runs/default/contrastive/checkpoint bundles/default --name default --version 1 --variant int8 \
 		--cells data/papalexi2021_eccite_thp1_panel.h5ad --licence Apache-2.0 --card docs/default-model-card.md --overwrite
 	$(PY) -m tests.golden.golden
+
+quality: setup ## benchmarks/quality.md: bundles/default beside PCA, HVG and scVI on the screens in data/ (QUALITY=more options)
+	$(PY) -m evaluation --config evaluation/configs/quality.yaml --out runs/quality --cache runs/quality-cache \
+		--page benchmarks/quality.md --template benchmarks/quality.in.md $(QUALITY)
 
 bench: setup ## run the benchmarks
 	@for script in benchmarks/*.py; do \

@@ -20,6 +20,8 @@ from perturbscope.readers.source import missing_column
 SYMBOL_KEYS = ("gene_symbol", "gene_symbols", "gene_name", "symbol", "feature_name")
 """Columns of var that are looked for when no `symbol_key` is given."""
 GUIDE_UNKNOWN = "unknown"
+TRAINED = "train"
+"""Split of the cells that a model was trained on."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class EvaluationScreen:
     obsm
         Embeddings that the file brought, float32 [n_cells, width] each.
     split
-        ``train``, ``validation``, ``test`` or ``ineligible`` for each cell, where the file says so.
+        ``train``, ``validation``, ``test``, ``ineligible`` or ``control`` (held-out controls) for each cell, where it
+        is known which cells a model was trained on.
     provenance
         Where the cells come from, and which were left out (JSON-able).
     """
@@ -84,6 +87,13 @@ class EvaluationScreen:
         )
 
     @property
+    def held_out(self) -> NDArray[np.bool_]:
+        """Cells that no model was trained on, bool [n_cells]: all where nothing says otherwise."""
+        if self.split is None or TRAINED not in self.split:
+            return np.ones(len(self), dtype=bool)
+        return ~np.isin(np.asarray(self.split), (TRAINED, "validation"))
+
+    @property
     def targets(self) -> dict[str, int]:
         """Perturbations that are named like a gene of the screen, and the column of that gene."""
         column = {symbol: i for i, symbol in reversed(list(enumerate(self.symbols)))}
@@ -109,6 +119,7 @@ def open_screen(
     guide_key: str | None = None,
     context_key: str | None = None,
     split_key: str | None = None,
+    held_out: str | Path | None = None,
     symbol_key: str | None = None,
     layer: str | None = None,
     gene_key: str | None = None,
@@ -131,6 +142,9 @@ def open_screen(
         out; one without a guide is called ``unknown``.
     split_key
         Column that says which cells a model was trained on; ``split`` is taken if the file has it.
+    held_out
+        A file with the cells that were held out, as fine-tuning writes it: cells of the same name belong to its
+        ``split`` (or to ``test``, if it has none), all others to ``train``.
     symbol_key
         Column of var with gene symbols; a few usual names are tried.
     layer, gene_key, total_counts_key
@@ -158,6 +172,8 @@ def open_screen(
         ):
             if key is not None:
                 columns[attribute] = source.labels(key, field=f"{attribute}_key")
+        if held_out is not None:
+            columns["split"] = _split_of(Path(held_out), source.cell_ids)
         left_out: dict[str, int] = {}
         kept = _present(columns, left_out) & _restricted(source, keep, left_out)
         if not kept.any():
@@ -196,11 +212,26 @@ def open_screen(
                     "batch": batch_key,
                     "guide": guide_key,
                     "context": context_key,
-                    "split": split_key,
+                    "split": split_key if held_out is None else f"cells of {Path(held_out).name} are held out",
                     "total_counts": total_counts_key,
                 },
             },
         )
+
+
+def _split_of(path: Path, cell_ids: NDArray[np.str_]) -> NDArray[np.object_]:
+    """Split of each cell, from a file with those that were held out."""
+    with open_cells(path) as source:
+        kind = source.labels("split") if "split" in source.columns else np.full(source.n_cells, "test", dtype=object)
+        known = dict(zip(source.cell_ids.tolist(), kind.tolist(), strict=True))
+    unknown = sorted(set(known) - set(cell_ids.tolist()))
+    if unknown:
+        raise InvalidParameterError(
+            f"{len(unknown)} of {len(known)} cells of {path} are not in the screen (the first is {unknown[0]!r}); "
+            "give the file that was held out of this screen.",
+            field="held_out",
+        )
+    return np.asarray([known.get(cell, TRAINED) for cell in cell_ids.tolist()], dtype=object)
 
 
 def _present(columns: Mapping[str, NDArray[np.object_]], left_out: dict[str, int]) -> NDArray[np.bool_]:

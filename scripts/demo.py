@@ -65,10 +65,12 @@ def main() -> int:
     console.print(f"Largest difference between the two tables: {difference:.1e}")
     with step("Beside PCA and the pre-trained model, on the same held-out cells", times):
         python(
-            "-m", "evaluation.separation", HELDOUT,
+            "-m", "evaluation", HELDOUT,
             "--bundle", f"pre-trained={OUT / 'bundle-pretrained'}",
             "--bundle", f"fine-tuned={OUT / 'bundle'}",
             "--total-counts-key", "total_umi_full_transcriptome",
+            "--batch-key", "batch", "--guide-key", "guide",
+            "--out", OUT / "evaluation", "--cache", OUT / "evaluation-cache",
         )  # fmt: skip
     DONE.touch()
     show_times(times, time.perf_counter() - started)

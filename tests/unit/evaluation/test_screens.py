@@ -70,7 +70,23 @@ def test_a_split_column_is_found(tmp_path):
     adata = make_screen()
     adata.obs["split"] = "test"
     adata.write_h5ad(tmp_path / "s.h5ad")
-    assert set(open_screen(tmp_path / "s.h5ad").split or []) == {"test"}
+    screen = open_screen(tmp_path / "s.h5ad")
+    assert set(screen.split or []) == {"test"}
+    assert screen.held_out.all()
+
+
+def test_cells_of_the_held_out_file_are_held_out_of_the_whole_screen(path, tmp_path):
+    adata = make_screen()
+    part = adata[::3].copy()
+    part.obs["split"] = ["control" if label == "control" else "test" for label in part.obs["perturbation"]]
+    part.write_h5ad(tmp_path / "part.h5ad")
+    screen = open_screen(path, held_out=tmp_path / "part.h5ad")
+    np.testing.assert_array_equal(screen.held_out, np.arange(adata.n_obs) % 3 == 0)
+    assert set(screen.split or []) == {"train", "test", "control"}
+    part.obs_names = [f"other{i}" for i in range(part.n_obs)]
+    part.write_h5ad(tmp_path / "other.h5ad")
+    with pytest.raises(InvalidParameterError, match="'other0'"):
+        open_screen(path, held_out=tmp_path / "other.h5ad")
 
 
 def test_mistakes_are_named(path):

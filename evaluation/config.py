@@ -1,0 +1,206 @@
+"""A YAML file that names screens and models, so that one command evaluates them all.
+
+``screens``: a list of mappings with ``path`` and any of the other parameters of :func:`evaluation.screens.open_screen`,
+and ``title``, ``note`` (for the page), ``relations`` (a .gmt file). ``models``: see :class:`ModelsConfig`.
+``options``: ``seed``, and those of :class:`evaluation.separation.SeparationOptions` under ``separation``, of
+:class:`evaluation.replication.ReplicationOptions` under ``replication``, and ``umap_cells``. Paths are relative to the
+folder in which the command runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from evaluation.models import Model, baselines
+from evaluation.replication import ReplicationOptions
+from evaluation.run import RunOptions
+from evaluation.screens import EvaluationScreen, open_screen
+from evaluation.scvi import ScviOptions
+from evaluation.separation import SeparationOptions
+from perturbscope.errors import InvalidParameterError, UnreadableFileError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsConfig:
+    """What is compared.
+
+    Parameters
+    ----------
+    hvg
+        Highly variable genes; 0: none.
+    pca
+        Numbers of principal components.
+    scvi
+        Options of :class:`evaluation.scvi.ScviOptions`; None: no scVI.
+    bundles
+        Name -> directory.
+    obsm
+        Name -> matrix of obsm, which every screen must have.
+    """
+
+    hvg: int = 300
+    pca: tuple[int, ...] = (200, 50)
+    scvi: ScviOptions | None = None
+    bundles: dict[str, str] = field(default_factory=dict)
+    obsm: dict[str, str] = field(default_factory=dict)
+
+    def models(self, *, obsm: Mapping[str, str] | None = None) -> list[Model]:
+        """Baselines first, in a fixed order; then matrices of obsm, then bundles."""
+        found = baselines(pca_components=self.pca, hvg_genes=self.hvg or 1, scvi=self.scvi)
+        found = [model for model in found if self.hvg or model.kind != "hvg"]
+        found += [Model(name, "obsm", {"key": key}) for name, key in (self.obsm if obsm is None else obsm).items()]
+        found += [Model(name, "bundle", {"path": path}) for name, path in self.bundles.items()]
+        names = [model.name for model in found]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise InvalidParameterError(f"Two models are called {twice[0]!r}; give another name.", field="models")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreenConfig:
+    """Where a screen is.
+
+    Parameters
+    ----------
+    path
+        The file.
+    title, note
+        For its page.
+    relations
+        A .gmt file of gene sets.
+    arguments
+        All others of :func:`evaluation.screens.open_screen`.
+    """
+
+    path: Path
+    title: str | None = None
+    note: str = ""
+    relations: Path | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def open(self, *, obsm: Sequence[str] = ()) -> EvaluationScreen:
+        """Read it. Raises as :func:`evaluation.screens.open_screen`."""
+        return open_screen(self.path, **{"obsm": obsm, **self.arguments})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Screens, models and options."""
+
+    screens: list[ScreenConfig]
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    options: RunOptions = field(default_factory=RunOptions)
+
+
+def read_config(path: Path) -> EvaluationConfig:
+    """Read a YAML file.
+
+    Raises
+    ------
+    UnreadableFileError
+        There is none, or it is no YAML.
+    InvalidParameterError
+        An unknown key, or a value of the wrong kind.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UnreadableFileError(f"{path} cannot be read as YAML: {error}", field="config") from error
+    top = _mapping(found, str(path), {"screens", "models", "options"})
+    screens = top.get("screens")
+    if not isinstance(screens, list) or not screens:
+        raise InvalidParameterError(f"{path}: screens must be a list with at least one screen.", field="screens")
+    return EvaluationConfig(
+        screens=[_screen(item, f"{path}, screens[{i}]") for i, item in enumerate(screens)],
+        models=_models(top.get("models") or {}, f"{path}: models"),
+        options=_options(top.get("options") or {}, f"{path}: options"),
+    )
+
+
+def read_gene_sets(path: Path) -> dict[str, list[str]]:
+    """Gene sets of a .gmt file: name, description and genes, separated by tabs.
+
+    Raises
+    ------
+    UnreadableFileError
+        There is no such file, or a line without a gene.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnreadableFileError(f"{path} cannot be read: {error}", field="relations") from error
+    sets: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            name, *rest = line.split("\t")
+            if len(rest) < 2:
+                raise UnreadableFileError(
+                    f"{path}, line {number}: a set needs a name, a description and genes, separated by tabs.",
+                    field="relations",
+                )
+            sets[name] = [gene for gene in rest[1:] if gene]
+    return sets
+
+
+def _screen(item: object, where: str) -> ScreenConfig:
+    own = {"path", "title", "note", "relations"}
+    known = own | set(signature(open_screen).parameters)
+    values = _mapping(item, where, known)
+    if "path" not in values:
+        raise InvalidParameterError(f"{where} has no path.", field="path")
+    relations = values.get("relations")
+    return ScreenConfig(
+        path=Path(values["path"]),
+        title=values.get("title"),
+        note=str(values.get("note", "")),
+        relations=None if relations is None else Path(relations),
+        arguments={key: value for key, value in values.items() if key not in own},
+    )
+
+
+def _models(item: object, where: str) -> ModelsConfig:
+    values = _mapping(item, where, {spec.name for spec in fields(ModelsConfig)})
+    values["pca"] = tuple(values.get("pca", ModelsConfig.pca))
+    if values.get("scvi") is not None:
+        options = _mapping(values["scvi"], f"{where}: scvi", {spec.name for spec in fields(ScviOptions)})
+        values["scvi"] = ScviOptions(**options)
+    return ModelsConfig(**values)
+
+
+def _options(item: object, where: str) -> RunOptions:
+    values = _mapping(item, where, {"seed", "separation", "replication", "umap_cells"})
+    seed = values.get("seed", 0)
+    separation = _mapping(
+        values.get("separation") or {}, f"{where}: separation", {spec.name for spec in fields(SeparationOptions)}
+    )
+    chosen = values.get("replication", {})
+    replication = None
+    if chosen is not False:
+        rest = _mapping(chosen or {}, f"{where}: replication", {spec.name for spec in fields(ReplicationOptions)})
+        if "power_grid" in rest:
+            rest["power_grid"] = tuple(rest["power_grid"])
+        replication = ReplicationOptions(**{"seed": seed, **rest})
+    return RunOptions(
+        separation=SeparationOptions(**{"seed": seed, **separation}),
+        replication=replication,
+        umap_cells=values.get("umap_cells", RunOptions.umap_cells),
+        seed=seed,
+    )
+
+
+def _mapping(item: object, where: str, known: set[str]) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise InvalidParameterError(f"{where} must be a mapping, not {item!r}.", field="config")
+    unknown = sorted(str(key) for key in item if key not in known)
+    if unknown:
+        raise InvalidParameterError(
+            f"{where}: unknown key {unknown[0]!r}; the keys are {', '.join(sorted(known))}.", field=unknown[0]
+        )
+    return {str(key): value for key, value in item.items()}

@@ -1,0 +1,194 @@
+"""What is compared: ways to turn the cells of a screen into vectors, computed once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.baselines import hvg_expression, pca
+from evaluation.screens import TRAINED, EvaluationScreen
+from evaluation.scvi import ScviOptions, scvi_embedding
+from perturbscope.bundle import Bundle
+from perturbscope.embedder import Embedder
+from perturbscope.errors import InvalidParameterError
+from perturbscope.outputs import atomic
+
+Kind = Literal["hvg", "pca", "scvi", "bundle", "obsm"]
+Progress = Callable[[str, int, int], None]
+CACHE_VERSION = 1
+"""Raised when a baseline's definition changes, so that vectors from before are not used again."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A way to embed cells.
+
+    Attributes
+    ----------
+    name
+        In tables.
+    kind
+        ``hvg``, ``pca``, ``scvi``, ``bundle`` (a directory) or ``obsm`` (a matrix that the file brought).
+    options
+        Of the kind (JSON-able): ``n_genes``; ``n_components``; ``architecture`` and those of
+        :class:`evaluation.scvi.ScviOptions`; ``path``; ``key``.
+    """
+
+    name: str
+    kind: Kind
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise InvalidParameterError(f"A model is one of {', '.join(get_args(Kind))}, not {self.kind!r}.")
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it is fitted to the cells of the screen, so that its vectors hang on which cells are given."""
+        return self.kind in ("hvg", "pca", "scvi")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Vectors of the held-out cells of a screen.
+
+    Attributes
+    ----------
+    values
+        float32 [n_held_out, width].
+    facts
+        What made them (JSON-able).
+    warnings
+        What to be careful about.
+    """
+
+    values: NDArray[np.float32]
+    facts: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+def baselines(
+    *, pca_components: Sequence[int] = (200, 50), hvg_genes: int = 300, scvi: ScviOptions | None = None
+) -> list[Model]:
+    """The models of Zhao et al. (2025) that need no pre-training; both scVI only where their options are given."""
+    found = [Model(f"HVG-{hvg_genes}", "hvg", {"n_genes": hvg_genes})]
+    found += [Model(f"PCA-{number}", "pca", {"n_components": number}) for number in pca_components]
+    if scvi is not None:
+        found += [
+            Model(f"scVI-{name}", "scvi", {"architecture": architecture, **vars(scvi)})
+            for name, architecture in (("Linear", "linear"), ("5L", "5L"))
+        ]
+    return found
+
+
+def embed(
+    model: Model, screen: EvaluationScreen, *, cache: Path | None = None, progress: Progress | None = None
+) -> Embedded:
+    """Vectors of a screen's held-out cells; from `cache` if they were computed before.
+
+    HVG and PCA are fitted to all cells of the screen, as Zhao et al. (2025) do: they see no label. scVI is trained on
+    the training split, where there is one.
+
+    Raises
+    ------
+    InvalidParameterError
+        Too few cells or genes for a baseline; an unknown matrix of obsm; scvi-tools is missing.
+    BundleError, InvalidInputError
+        As opening a bundle and embedding raise.
+    """
+    bundle = Bundle.open(model.options["path"]) if model.kind == "bundle" else None
+    if cache is None or model.kind == "obsm":
+        return _compute(model, screen, bundle, progress)
+    path = cache / f"{cache_key(model, screen, bundle)}.npz"
+    if path.is_file():
+        with np.load(path) as stored:
+            facts = json.loads(str(stored["facts"]))
+            return Embedded(stored["values"], facts["facts"], facts["warnings"])
+    found = _compute(model, screen, bundle, progress)
+    cache.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as staging, staging.open("wb") as file:
+        text = json.dumps({"facts": found.facts, "warnings": found.warnings})
+        np.savez(file, values=found.values, facts=np.asarray(text))
+    return found
+
+
+def cache_key(model: Model, screen: EvaluationScreen, bundle: Bundle | None = None) -> str:
+    """Name of the stored vectors: of the model (a bundle by its checksum, wherever it lies) and of the cells."""
+    identity: dict[str, Any] = {"kind": model.kind, "version": CACHE_VERSION}
+    identity |= {"bundle": bundle.model_id} if bundle else {"options": model.options}
+    held_out = screen.held_out
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    digest.update(screen.key().encode() if model.fitted else screen[held_out].key().encode())
+    if model.fitted:
+        digest.update(held_out.tobytes())
+    return f"{model.kind}-{digest.hexdigest()[:20]}"
+
+
+def _compute(model: Model, screen: EvaluationScreen, bundle: Bundle | None, progress: Progress | None) -> Embedded:
+    held_out, options = screen.held_out, model.options
+    if bundle is not None:
+        return _from_bundle(bundle, screen[held_out], progress)
+    if model.kind == "obsm":
+        if options["key"] not in screen.obsm:
+            raise InvalidParameterError(
+                f"The screen {screen.name} was opened without obsm[{options['key']!r}].", field="obsm"
+            )
+        values = screen.obsm[options["key"]][held_out]
+        return Embedded(values, {"width": values.shape[1], "obsm": options["key"]})
+    warnings: list[str] = []
+    facts: dict[str, Any]
+    if model.kind == "hvg":
+        values, n_silent = hvg_expression(screen.cells, n_genes=options["n_genes"])
+        facts = {"fitted_on": "all cells", "cells_without_a_gene": n_silent}
+        if n_silent:
+            warnings.append(
+                f"{n_silent} of {len(screen)} cells express none of the {values.shape[1]} most variable genes; they "
+                "got the mean vector."
+            )
+        if values.shape[1] < options["n_genes"]:
+            warnings.append(f"The screen has {values.shape[1]} genes; all of them were taken.")
+    elif model.kind == "pca":
+        values = pca(screen.cells, n_components=options["n_components"])
+        facts = {"fitted_on": "all cells"}
+        if values.shape[1] < options["n_components"]:
+            warnings.append(f"The data allow {values.shape[1]} components.")
+    else:
+        rest = {key: value for key, value in options.items() if key != "architecture"}
+        train = None if held_out.all() else np.asarray(screen.split) == TRAINED
+        found = scvi_embedding(screen.cells, options["architecture"], train=train, options=ScviOptions(**rest))
+        values, facts = found.values, found.facts
+        facts = {**facts, "fitted_on": "all cells" if train is None else "the training split"}
+        if facts["epochs_run"] >= facts["max_epochs"]:
+            warnings.append(f"Training was cut off at {facts['max_epochs']} epochs, before early stopping ended it.")
+        if facts["n_latent"] < options["n_latent"]:
+            warnings.append(f"{facts['n_latent']} dimensions: half of the genes.")
+    return Embedded(values[held_out], {"width": values.shape[1], **facts}, warnings)
+
+
+def _from_bundle(bundle: Bundle, screen: EvaluationScreen, progress: Progress | None) -> Embedded:
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress("embed", done, len(screen))
+
+    found = Embedder.from_bundle(bundle).embed(screen.cells, progress=advance)
+    coverage = found.coverage.to_dict()
+    facts = {
+        "width": found.values.shape[1],
+        "model_id": found.model_id,
+        "vocabulary_hash": found.vocabulary_hash,
+        "n_genes": coverage["n_genes"],
+        "n_genes_matched": coverage["n_matched"],
+        "median_tokens": float(np.median(found.lengths)),
+    }
+    return Embedded(found.values, facts, found.warnings())

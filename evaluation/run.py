@@ -1,0 +1,314 @@
+"""One screen, several models: every result computed once, kept, and summed up in a table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evaluation.models import Embedded, Model, embed
+from evaluation.replication import ReplicationOptions, replicate
+from evaluation.screens import EvaluationScreen
+from evaluation.separation import (
+    SeparationOptions,
+    batch_agreement,
+    contexts,
+    detection,
+    separate,
+    summarise,
+)
+from perturbscope.calibration import CALIBRATION_PERMUTATIONS
+from perturbscope.degs import deg_table
+from perturbscope.errors import PerturbScopeError
+from perturbscope.projection import is_available, project
+from perturbscope.statistics import correlation, uniformity
+
+Progress = Callable[[str, int, int], None]
+RESULT_VERSION = 1
+"""Raised when a result would come out different for the same embedding, so that old ones are not used again."""
+TABLES = ("scores", "pairs", "null", "batches", "umap")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How every model is judged.
+
+    Parameters
+    ----------
+    separation, replication
+        Options of the two groups of measures; no replication: leave the second out.
+    relations
+        Gene sets whose genes should resemble each other.
+    umap_cells
+        Most cells on a map; 0: no maps.
+    seed
+        Of maps and differential genes.
+    """
+
+    separation: SeparationOptions = field(default_factory=SeparationOptions)
+    replication: ReplicationOptions | None = field(default_factory=ReplicationOptions)
+    relations: Mapping[str, Collection[str]] | None = None
+    umap_cells: int = 1500
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        relations = None if self.relations is None else {key: sorted(genes) for key, genes in self.relations.items()}
+        return {**asdict(self), "relations": relations}
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """All that one model showed of one screen.
+
+    Attributes
+    ----------
+    model
+        Its name.
+    tables
+        :data:`TABLES` and those of :class:`evaluation.replication.Replication`, whichever there are.
+    facts
+        What made the embedding, the numbers of the replication, seconds (JSON-able).
+    warnings
+        What a careful reader should know.
+    """
+
+    model: str
+    tables: dict[str, pd.DataFrame]
+    facts: dict[str, Any]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class ScreenResult:
+    """Several models over one screen.
+
+    Attributes
+    ----------
+    screen
+        Its held-out cells.
+    models
+        In the order given; those that failed are not among them.
+    degs
+        Differentially expressed genes: ``context, perturbation, n_cells, n_degs, n_tested``.
+    failed
+        Why a model gave nothing, by name.
+    provenance
+        Of the screen, with options and seed (JSON-able).
+    """
+
+    screen: EvaluationScreen
+    models: list[ModelResult]
+    degs: pd.DataFrame
+    failed: dict[str, str]
+    provenance: dict[str, Any]
+
+
+def evaluate(
+    screen: EvaluationScreen,
+    models: Sequence[Model],
+    *,
+    options: RunOptions | None = None,
+    cache: Path | None = None,
+    progress: Callable[[str, str, int, int], None] | None = None,
+    finished: Callable[[str, float, bool], None] | None = None,
+) -> ScreenResult:
+    """Embed and judge, model by model.
+
+    Parameters
+    ----------
+    screen
+        Where a split is known, models are fitted as :func:`evaluation.models.embed` says, and judged on held-out cells.
+    models
+        Names must differ.
+    cache
+        Folder of embeddings and results; what is there for the same cells, labels, model and options is not computed
+        again.
+    progress
+        Called as ``progress(model, stage, done, total)``.
+    finished
+        Called as ``finished(model, seconds, from_cache)``.
+    """
+    options = options or RunOptions()
+    there = screen[screen.held_out]
+    found, failed = [], {}
+    for model in models:
+        start = time.monotonic()
+
+        def report(stage: str, done: int, total: int, name: str = model.name) -> None:
+            if progress:
+                progress(name, stage, done, total)
+
+        try:
+            embedded = embed(model, screen, cache=cache, progress=report)
+            path = None if cache is None else cache / _result_key(embedded, there, options)
+            kept = path is not None and path.is_dir()
+            if path is not None and kept:
+                result = _read(path, model.name)
+            else:
+                result = _judge(model.name, embedded, there, options, report)
+                if path is not None:
+                    _write(path, result)
+        except PerturbScopeError as error:
+            failed[model.name] = error.message
+            continue
+        found.append(result)
+        if finished:
+            finished(model.name, time.monotonic() - start, kept)
+    provenance = {**screen.provenance, "n_cells_scored": len(there), "options": options.to_dict()}
+    return ScreenResult(there, found, _degs(there, options.seed), failed, provenance)
+
+
+def overview(result: ScreenResult) -> pd.DataFrame:
+    """The main table: one row a model, the numbers that matter most.
+
+    Returns
+    -------
+    ``model, width``; ``median z`` (size-matched E-distance), ``paper z``; ``detected`` and ``pretended``
+    (:func:`evaluation.separation.detection`); ``null KS p``, ``null z`` and ``null sd`` (controls against controls by
+    cell), ``batch z`` (mean z of controls of some batches against others); ``DEG rho`` (Spearman's, of z with the
+    number of differential genes); ``batch r`` (mean Pearson correlation of z between batches); and the numbers of
+    :class:`evaluation.replication.Replication`.
+    """
+    rows = []
+    for model in result.models:
+        scores, null = model.tables["scores"], model.tables.get("null", pd.DataFrame())
+        z = {mode: scores[(scores["mode"] == mode) & (scores["metric"] == "e_distance")] for mode in _MODES}
+        row: dict[str, Any] = {"model": model.model, "width": model.facts["embedding"].get("width")}
+        row["median z"] = z["size_matched"]["z"].median()
+        row["paper z"] = z["paper"]["z"].median()
+        row |= {key: model.facts["detection"][key] for key in ("detected", "pretended")}
+        for kind in ("cell", "batch"):
+            part = null[(null["metric"] == "e_distance") & (null["kind"] == kind)] if len(null) else null
+            row[f"null KS p ({kind})"] = uniformity(part["p"]).p if len(part) > 1 else float("nan")
+            row[f"null z ({kind})"] = float(part["z"].mean()) if len(part) else float("nan")
+        row["DEG rho"] = deg_correlation(model, result.degs).set_index("metric").loc["e_distance", "spearman"]
+        batches = model.tables.get("batches", pd.DataFrame())
+        row["batch r"] = batch_agreement(batches)["pearson"].mean() if len(batches) else float("nan")
+        rows.append({**row, **model.facts["replication"]})
+    return pd.DataFrame(rows)
+
+
+_MODES = ("size_matched", "paper")
+
+
+def separation_table(result: ScreenResult) -> pd.DataFrame:
+    """The paper's table: one row a model, comparison (control or pairs), mode and metric."""
+    rows = []
+    for model in result.models:
+        for name, table in (("control", "scores"), ("pairs", "pairs")):
+            if len(model.tables.get(table, ())):
+                found = summarise(model.tables[table])
+                found.insert(0, "against", name)
+                found.insert(0, "model", model.model)
+                rows.append(found)
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+
+
+def by_target(result: ScreenResult, *, metric: str = "e_distance", mode: str = "size_matched") -> pd.DataFrame:
+    """z, a row a perturbation (and context) and a column a model, with cells and differential genes; by the last."""
+    found = result.degs[["context", "perturbation", "n_cells", "n_degs"]]
+    for model in result.models:
+        scores = model.tables["scores"]
+        rows = scores[(scores["mode"] == mode) & (scores["metric"] == metric)]
+        column = rows[["context", "perturbation", "z"]].rename(columns={"z": model.model})
+        found = found.merge(column, on=["context", "perturbation"], how="left")
+    if result.models:
+        found = found.sort_values(result.models[-1].model, ascending=False, ignore_index=True)
+    return found.drop(columns="context") if (found["context"] == "").all() else found
+
+
+def deg_correlation(model: ModelResult, degs: pd.DataFrame) -> pd.DataFrame:
+    """Correlation of z with the number of differential genes, by metric: ``metric, n, pearson, spearman``."""
+    scores = model.tables["scores"]
+    joined = scores[scores["mode"] == "size_matched"].merge(degs, on=["context", "perturbation"], suffixes=("", "_deg"))
+    rows = []
+    for metric, part in joined.groupby("metric", sort=False):
+        found = correlation(part["z"].to_numpy(), part["n_degs"].to_numpy())
+        rows.append({"metric": metric, "n": found.n, "pearson": found.pearson, "spearman": found.spearman})
+    return pd.DataFrame(rows, columns=["metric", "n", "pearson", "spearman"])
+
+
+def _judge(
+    name: str, embedded: Embedded, screen: EvaluationScreen, options: RunOptions, progress: Progress
+) -> ModelResult:
+    start = time.process_time()
+    separation = separate(embedded.values, screen, options=options.separation, progress=progress)
+    tables = {
+        "scores": separation.scores,
+        "pairs": separation.pairs,
+        "null": separation.null,
+        "batches": separation.batches,
+    }
+    warnings = [*embedded.warnings, *separation.warnings]
+    numbers: dict[str, float] = {}
+    if options.replication is not None:
+        replication = replicate(
+            embedded.values, screen, relations=options.relations, options=options.replication, progress=progress
+        )
+        tables |= replication.tables
+        numbers = replication.numbers
+        warnings += replication.warnings
+    if options.umap_cells and is_available():
+        labels = screen.perturbations
+        if screen.contexts is not None:
+            labels = [f"{label} in {context}" for label, context in zip(labels, screen.contexts, strict=True)]
+        progress("umap", 0, 1)
+        found = project(embedded.values, labels, max_cells=options.umap_cells, seed=options.seed)
+        tables["umap"] = found.to_frame()
+        progress("umap", 1, 1)
+    facts = {
+        "embedding": embedded.facts,
+        "detection": detection(separation),
+        "replication": numbers,
+        "cpu_seconds": round(time.process_time() - start, 1),
+        "calibration_permutations": CALIBRATION_PERMUTATIONS,
+    }
+    tables = {key: table for key, table in tables.items() if len(table)}
+    return ModelResult(name, tables, facts, list(dict.fromkeys(warnings)))
+
+
+def _degs(screen: EvaluationScreen, seed: int) -> pd.DataFrame:
+    tables = []
+    for name, part in contexts(screen):
+        there = screen[part]
+        table = deg_table(there.cells, there.perturbations, control=there.control, targets=screen.targets, seed=seed)
+        tables.append(table.assign(context=name))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _result_key(embedded: Embedded, screen: EvaluationScreen, options: RunOptions) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(embedded.values).tobytes())
+    labels = [screen.perturbations, screen.control, screen.batches, screen.guides, screen.contexts]
+    digest.update(json.dumps([RESULT_VERSION, labels, options.to_dict()], sort_keys=True).encode())
+    return f"result-{digest.hexdigest()[:20]}"
+
+
+def _write(path: Path, result: ModelResult) -> None:
+    """A folder of tables, complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".result-", dir=path.parent))
+    try:
+        for name, table in result.tables.items():
+            table.to_parquet(staging / f"{name}.parquet", index=False)
+        text = json.dumps({"facts": result.facts, "warnings": result.warnings})
+        (staging / "facts.json").write_text(text, encoding="utf-8")
+        staging.rename(path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _read(path: Path, name: str) -> ModelResult:
+    found = json.loads((path / "facts.json").read_text(encoding="utf-8"))
+    tables = {file.stem: pd.read_parquet(file) for file in sorted(path.glob("*.parquet"))}
+    return ModelResult(name, tables, found["facts"], found["warnings"])
