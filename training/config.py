@@ -369,8 +369,12 @@ class MixedConfig:
     """Of the supervised contrastive and the InfoNCE term."""
     expression: GeometryConfig = field(default_factory=GeometryConfig)
     """The geometry to keep."""
+    expressions: dict[str, GeometryConfig] = field(default_factory=dict)
+    """By data set, replaces `expression`."""
     panel: PanelConfig = field(default_factory=PanelConfig)
     """Genes hidden from some batches; the geometry stays that of the whole cell."""
+    panels: dict[str, PanelConfig] = field(default_factory=dict)
+    """By data set, replaces `panel`."""
     weights: dict[str, float] = field(default_factory=dict)
     """By data set, how often its cells are used in an epoch, on average; 1 by default."""
 

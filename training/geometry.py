@@ -1,9 +1,9 @@
 """The expression geometry: where each cell lies among the others of its data set, by its counts.
 
 A loss that only pulls and pushes labelled groups keeps what separates these groups and forgets everything else: an
-effect of a kind that it never saw disappears. The geometry is what should be kept. A cell's log-normalised expression
-is scaled to unit length and reduced to principal components, fitted on the cells that are trained on. Two
-numbers then shape it:
+effect of a kind that it never saw disappears. The geometry is what should be kept. Log-normalised expression is
+reduced to principal components, fitted on the cells that are trained on, and every cell is scaled to unit length around
+the mean cell, as scores scale their vectors. Two numbers shape it:
 
 ``power``
     Component j has variance s_j^power, s_j its own: 1 leaves principal components as they are, 0 whitens them. Below 1,
@@ -32,16 +32,14 @@ _MIN_GENE_CELLS = 10
 
 
 def expression_of(source: SourceConfig, rows: NDArray[np.int64]) -> sparse.csr_matrix:
-    """Log-normalised expression of some rows of a file, each scaled to unit length; float32 [n, n_genes]."""
+    """Log-normalised expression of some rows of a file, float32 [n, n_genes]."""
     with open_source(source) as cells:
         keep = np.zeros(cells.n_cells, dtype=bool)
         keep[rows] = True
         parts = [(found, log_normalized(counts)) for found, counts in chunks(cells, keep)]
     found = np.concatenate([part for part, _ in parts])
     values = sparse.csr_matrix(sparse.vstack([part for _, part in parts], format="csr"))
-    norms = np.sqrt(np.asarray(values.multiply(values).sum(axis=1)).ravel())
-    unit = sparse.diags(1 / np.maximum(norms, 1e-12)) @ values
-    return sparse.csr_matrix(unit, dtype=np.float32)[np.searchsorted(found, rows)]
+    return values[np.searchsorted(found, rows)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +61,12 @@ class Geometry:
     axes: NDArray[np.float64]
 
     def apply(self, expression: sparse.csr_matrix) -> NDArray[np.float32]:
-        """Coordinates of cells, float32 [n, K]."""
+        """Coordinates of cells, unit vectors around the mean of the training cells, float32 [n, K]."""
         chosen = expression[:, self.genes]
-        coordinates: NDArray[np.float32] = (chosen @ self.axes - self.mean @ self.axes).astype(np.float32)
-        return coordinates
+        coordinates = np.asarray(chosen @ self.axes - self.mean @ self.axes, dtype=np.float32)
+        norms = np.linalg.norm(coordinates, axis=1, keepdims=True)
+        unit: NDArray[np.float32] = coordinates / np.maximum(norms, np.float32(1e-12))
+        return unit
 
 
 def fit_geometry(

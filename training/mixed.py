@@ -15,7 +15,7 @@ from perturbscope.errors import InvalidParameterError
 from training.augment import hide_genes
 from training.batches import padded
 from training.checkpoint import Checkpoint
-from training.config import ContrastiveConfig, MixedConfig
+from training.config import ContrastiveConfig, MixedConfig, PanelConfig
 from training.geometry import expression_of, fit_geometry
 from training.loop import Evaluate, derive_seed
 from training.pooling import PooledEncoder
@@ -60,12 +60,13 @@ class MixedTask:
             raise InvalidParameterError("Mixed batches need the section 'mixed'.", field="mixed")
         self._config = config
         self._mixed: MixedConfig = config.mixed
-        unknown = set(self._mixed.weights) - {split.name for split in splits}
-        if unknown:
-            raise InvalidParameterError(
-                f"mixed.weights names {min(unknown)!r}; the data sets are {', '.join(split.name for split in splits)}.",
-                field="mixed.weights",
-            )
+        for key in ("weights", "expressions", "panels"):
+            unknown = set(getattr(self._mixed, key)) - {split.name for split in splits}
+            if unknown:
+                names = ", ".join(split.name for split in splits)
+                raise InvalidParameterError(
+                    f"mixed.{key} names {min(unknown)!r}; the data sets are {names}.", field=f"mixed.{key}"
+                )
         self._corpus = corpus
         self._process = process
         self.family_config: dict[str, Any] = checkpoint.family_config
@@ -146,7 +147,8 @@ class MixedTask:
         views: list[int | None] = [seed]
         if self._mixed.info_nce:
             views.append(None if seed is None else derive_seed(seed, _VIEW))
-        batch = _stacked([self._view(batch, view) for view in views])
+        panel = self._mixed.panels.get(pool.name, self._mixed.panel)
+        batch = _stacked([self._view(batch, panel, view) for view in views])
         classes = pool.classes[places] if seed is not None else np.full(len(places), UNLABELLED)
         batch["classes"] = torch.from_numpy(classes.astype(np.int64))
         batch["contexts"] = torch.from_numpy(pool.contexts[places])
@@ -154,11 +156,11 @@ class MixedTask:
         batch["geometry"] = torch.from_numpy(pool.geometry[places])
         return batch
 
-    def _view(self, batch: dict[str, Tensor], seed: int | None) -> tuple[Tensor, Tensor]:
+    def _view(self, batch: dict[str, Tensor], panel: PanelConfig, seed: int | None) -> tuple[Tensor, Tensor]:
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        if seed is None or not self._mixed.panel.share:
+        if seed is None or not panel.share:
             return ids, mask
-        return hide_genes(ids, mask, self._mixed.panel, n_tokens=len(self._corpus.vocabulary), seed=seed)
+        return hide_genes(ids, mask, panel, n_tokens=len(self._corpus.vocabulary), seed=seed)
 
 
 def make_pools(
@@ -192,7 +194,8 @@ def make_pools(
             n_classes = 1 + int(classes.max())
         expression = expression_of(source, rows[train])
         labelled = None if source.unlabelled else classes[train]
-        geometry = fit_geometry(expression, labelled, config.mixed.expression, seed=config.loop.seed)
+        shape = config.mixed.expressions.get(split.name, config.mixed.expression)
+        geometry = fit_geometry(expression, labelled, shape, seed=config.loop.seed)
 
         def pool(cells: NDArray[np.int64], coordinates: NDArray[np.float32], name: str = split.name) -> Pool:
             return Pool(name, cells, classes[cells], contexts[cells], is_control[cells], coordinates)  # noqa: B023

@@ -45,7 +45,12 @@ def median_z(groups: Sequence[Group], corpus: Corpus, evaluate: Evaluate, *, mic
         controls = found[0].controls
         if len(controls) < 2:
             continue
-        chosen = [cells[:_SCORED_CELLS] for cells in (controls, *[group.cells for group in found])]
+        # A file often runs through its batches one after the other; cells are taken from all of it.
+        rng = np.random.default_rng(seed)
+        chosen = [
+            np.sort(rng.choice(cells, min(len(cells), _SCORED_CELLS), replace=False))
+            for cells in (controls, *[group.cells for group in found])
+        ]
         # A group's name holds the data set, so no target can be called as the controls are here.
         labels = ["control", *[group.name for group in found]]
         vectors = embed(np.concatenate(chosen), corpus, evaluate, micro_batch=micro_batch)

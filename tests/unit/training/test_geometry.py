@@ -32,13 +32,14 @@ def share_between(coordinates: NDArray[np.float32], classes: NDArray[np.int64]) 
 
 def test_power_one_keeps_principal_components_and_power_zero_whitens() -> None:
     values, _ = cloud()
-    plain = fit_geometry(values, None, GeometryConfig(components=5, power=1.0)).apply(values)
-    white = fit_geometry(values, None, GeometryConfig(components=5, power=0.0)).apply(values)
     dense = values.toarray() - values.toarray().mean(axis=0)
-    _, singular, _ = np.linalg.svd(dense, full_matrices=False)
-    np.testing.assert_allclose(np.sort(plain.var(axis=0, ddof=1))[::-1], singular[:5] ** 2 / 399, rtol=1e-3)
-    np.testing.assert_allclose(white.var(axis=0, ddof=1), 1, rtol=1e-3)
-    np.testing.assert_allclose(plain.mean(axis=0), 0, atol=1e-4)
+    left, singular, _ = np.linalg.svd(dense, full_matrices=False)
+    for power in (1.0, 0.0):
+        found = fit_geometry(values, None, GeometryConfig(components=5, power=power)).apply(values)
+        expected = left[:, :5] * singular[:5] ** power
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        # Axes may point either way.
+        np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=2e-3)
 
 
 def test_stretching_favours_the_axis_between_perturbations() -> None:
@@ -57,20 +58,20 @@ def test_without_labels_nothing_is_stretched() -> None:
     np.testing.assert_array_equal(with_stretch, without)
 
 
-def test_labels_without_a_difference_stretch_next_to_nothing() -> None:
-    """Sampling noise is taken off before axes are compared, so a difference by chance is not blown up everywhere."""
+def test_no_axis_is_stretched_beyond_the_limit() -> None:
+    """Labels that mean nothing stretch an axis of noise: by no more than was asked for."""
     rng = np.random.default_rng(1)
     values = sparse.csr_matrix(rng.normal(2, 0.1, (2000, 10)).astype(np.float32))
     classes = rng.integers(0, 4, 2000)
     stretched = fit_geometry(values, classes, GeometryConfig(components=9, power=0.0, stretch=3.0)).apply(values)
-    assert np.sort(np.linalg.eigvalsh(np.cov(stretched.T)))[:5].max() == pytest.approx(1.0, abs=0.2)
+    variances = np.linalg.eigvalsh(np.cov(stretched.T))
+    assert 1.0 < variances.max() / np.median(variances) < 4.2
 
 
-def test_expression_is_read_in_the_order_asked_for_and_has_unit_length(tmp_path: Path) -> None:
+def test_expression_is_read_in_the_order_asked_for(tmp_path: Path) -> None:
     path = write_screen(tmp_path / "screen.h5ad")
     counts = screen().X.toarray().astype(float)
     rows = np.array([5, 2, 90])
     found = expression_of(SourceConfig(path=str(path)), rows).toarray()
     expected = np.log1p(counts[rows] / counts[rows].sum(axis=1, keepdims=True) * 1e4)
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
