@@ -34,8 +34,10 @@ from perturbscope.wire.messages import (
     ScoreRequest,
 )
 from serving import limits
+from serving.columns import Columns
 from serving.limits import Admission
 from serving.models import ServedModel
+from serving.reports import ReportAnswer, ReportRequest, make_report
 from serving.settings import Settings
 
 T = TypeVar("T")
@@ -140,6 +142,19 @@ class Engine:
         )
         result = replace(result, warnings=[*warnings, *result.warnings])
         return CompareAnswer(result=result, meta=_timed(meta, seconds))
+
+    async def report(self, request: ReportRequest) -> ReportAnswer:
+        """The result page of a score. Raises as :meth:`score`."""
+        limits.check_options(self.settings, request.score.options)
+        embeddings, meta, warnings = await self._embeddings(request.score)
+        report, seconds = await self._scored(
+            lambda progress: make_report(request, embeddings, meta, warnings, progress)
+        )
+        return ReportAnswer(report=report, meta=_timed(meta, seconds))
+
+    async def columns(self, columns: Columns) -> Columns:
+        """What a file holds: all is known once it is read."""
+        return columns
 
     async def ready(self) -> bool:
         """Whether the models answer. One that failed last is tried with one cell, so that it can recover."""

@@ -16,7 +16,7 @@ from perturbscope.proto import perturbscope_v1_pb2 as messages
 from perturbscope.proto import perturbscope_v1_pb2_grpc as services
 from serving.engine import Engine
 from serving.log import RequestLog
-from serving.routes import COMPARE, EMBED, SCORE, Route, describe, explain
+from serving.routes import COMPARE, EMBED, SCORE, RpcRoute, describe, explain
 from serving.settings import PREFIX
 from serving.status import status_of
 
@@ -51,7 +51,7 @@ class Servicer(services.PerturbScopeServicer):
         """What is served."""
         return wire.models_answer_to_proto(self._engine.models())
 
-    async def _answer(self, route: Route, request: Any, context: Any) -> Any:
+    async def _answer(self, route: RpcRoute, request: Any, context: Any) -> Any:
         """Decode, call, encode; grpc.aio cancels this when the caller does, or its deadline passes."""
         log = RequestLog(f"{SERVICE}/{route.name.capitalize()}")
         try:

@@ -7,7 +7,6 @@ import json
 import math
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +22,9 @@ from serving import schemas
 from serving.engine import Engine
 from serving.limits import too_many_bytes
 from serving.log import RequestLog
-from serving.routes import COMPARE, EMBED, SCORE, Route, describe, explain
+from serving.pages import PAGE_HEADERS, screen_page
+from serving.reports import HTML
+from serving.routes import COLUMNS, COMPARE, EMBED, REPORT, SCORE, Route, add_warnings, describe, explain
 from serving.status import status_of
 from serving.uploads import FILE_NAME, PARAMETERS, Upload, read_upload
 
@@ -46,11 +47,12 @@ def build_app() -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    for route, body, answer, what in (
+    routes: list[tuple[Route, type[Any], type[Any], str]] = [
         (EMBED, schemas.EmbedBody, schemas.EmbedAnswer, "Vectors of cells."),
         (SCORE, schemas.ScoreBody, schemas.ScoreAnswer, "How far each perturbation moved its cells from control."),
         (COMPARE, schemas.CompareBody, schemas.CompareAnswer, "How far perturbations lie from each other."),
-    ):
+    ]
+    for route, body, answer, what in routes:
         app.add_api_route(
             route.path,
             _endpoint(route),
@@ -70,6 +72,26 @@ def build_app() -> FastAPI:
         response_class=Response,
         responses={200: {"model": schemas.ModelsAnswer}},
     )
+    for route, file_body, described, what in (
+        (
+            REPORT,
+            schemas.ScoreBody,
+            {"content": {HTML: {"schema": {"type": "string"}}}},
+            "As /v1/score, as a page to read.",
+        ),
+        (COLUMNS, None, {"model": schemas.ColumnsAnswer}, "The labels of an .h5ad file, to choose from."),
+    ):
+        app.add_api_route(
+            route.path,
+            _endpoint(route),
+            methods=["POST"],
+            summary=what,
+            name=route.name,
+            response_class=Response,
+            responses={**_refusals(), 200: {"description": "The answer.", **described}},
+            openapi_extra=_request_body(route, file_body),
+        )
+    app.add_api_route("/", _screen, methods=["GET"], include_in_schema=False, response_class=Response)
     app.add_exception_handler(HTTPException, _refused)
     return app
 
@@ -92,13 +114,12 @@ async def _answer(request: Request, route: Route) -> Response:
             describe(log, upload.request)
             answer = await _while_connected(request, route.call(engine, upload.request))
             describe(log, answer)
-            if upload.warnings:
-                answer = replace(
-                    answer, result=replace(answer.result, warnings=answer.result.warnings + upload.warnings)
-                )
-            media_type = wire.ARROW if wire.ARROW in request.headers.get("accept", "") else wire.JSON
+            answer = add_warnings(answer, upload.warnings)
+            accepted = request.headers.get("accept", "")
+            wants_arrow = wire.ARROW in route.encode and wire.ARROW in accepted
+            media_type = wire.ARROW if wants_arrow else next(iter(route.encode))
             body = await engine.work(route.encode[media_type], answer)
-        response = Response(body, media_type=media_type)
+        response = Response(body, headers=PAGE_HEADERS if media_type == HTML else None, media_type=media_type)
     except ClientDisconnect:
         code, response = "client_gone", Response(status_code=CLIENT_GONE)
     except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
@@ -112,6 +133,12 @@ async def _answer(request: Request, route: Route) -> Response:
 async def _models(request: Request) -> Response:
     engine: Engine = request.app.state.engine
     return Response(wire.models_answer_to_json(engine.models()), media_type=wire.JSON)
+
+
+async def _screen(request: Request) -> Response:
+    """Where a screen is uploaded in the browser."""
+    engine: Engine = request.app.state.engine
+    return Response(screen_page(engine.settings), headers=PAGE_HEADERS, media_type=HTML)
 
 
 async def _refused(_: Request, error: Exception) -> Response:
@@ -217,8 +244,8 @@ async def _read(request: _Limited, route: Route, engine: Engine) -> Upload:
         return Upload(await engine.work(route.decode[kind], await request.body()))
     if kind not in (*HDF5_TYPES, MULTIPART):
         raise InvalidParameterError(
-            f"The content type {kind or '(none)'!r} is not understood. Send {wire.JSON}, {wire.ARROW}, an .h5ad file "
-            f"as {wire.HDF5}, or a form ({MULTIPART}) with the .h5ad file in the field 'file'.",
+            f"The content type {kind or '(none)'!r} is not understood. Send {''.join(f'{t}, ' for t in route.decode)}"
+            f"an .h5ad file as {wire.HDF5}, or a form ({MULTIPART}) with the .h5ad file in the field 'file'.",
             field="content-type",
         )
     with tempfile.TemporaryDirectory(prefix="perturbscope-") as directory:
@@ -253,6 +280,12 @@ async def _disconnected(receive: Receive) -> None:
 
 def _responses(answer: type[Any]) -> dict[int | str, dict[str, Any]]:
     """What a route may answer, for the OpenAPI document."""
+    arrow = {"schema": {"type": "string", "format": "binary"}}
+    return {200: {"model": answer, "description": "The answer.", "content": {wire.ARROW: arrow}}, **_refusals()}
+
+
+def _refusals() -> dict[int | str, dict[str, Any]]:
+    """What every route may answer in place of what was asked for."""
     texts = {
         404: "No such model.",
         413: "Larger than this server takes.",
@@ -260,14 +293,10 @@ def _responses(answer: type[Any]) -> dict[int | str, dict[str, Any]]:
         429: "The queue is full; Retry-After says when to come back.",
         500: "The server failed.",
     }
-    arrow = {"schema": {"type": "string", "format": "binary"}}
-    return {
-        200: {"model": answer, "description": "The answer.", "content": {wire.ARROW: arrow}},
-        **{status: {"model": schemas.ErrorAnswer, "description": text} for status, text in texts.items()},
-    }
+    return {status: {"model": schemas.ErrorAnswer, "description": text} for status, text in texts.items()}
 
 
-def _request_body(route: Route, body: type[Any]) -> dict[str, Any]:
+def _request_body(route: Route, body: type[Any] | None) -> dict[str, Any]:
     """What a route takes, for the OpenAPI document."""
     binary = {"type": "string", "format": "binary"}
     parameters = PARAMETERS[route.name]
@@ -278,8 +307,7 @@ def _request_body(route: Route, body: type[Any]) -> dict[str, Any]:
         "requestBody": {
             "required": True,
             "content": {
-                wire.JSON: {"schema": schemas.inlined(body)},
-                wire.ARROW: {"schema": binary},
+                **({wire.JSON: {"schema": schemas.inlined(body)}, wire.ARROW: {"schema": binary}} if body else {}),
                 wire.HDF5: {"schema": binary},
                 MULTIPART: {"schema": {"type": "object", "properties": form, "required": ["file"]}},
             },

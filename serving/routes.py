@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from perturbscope import wire
 from perturbscope.errors import PerturbScopeError
+from serving.columns import Columns, columns_to_json
 from serving.engine import Engine
 from serving.log import RequestLog
+from serving.reports import (
+    HTML,
+    ReportAnswer,
+    ReportRequest,
+    report_answer_to_html,
+    report_request_from_arrow,
+    report_request_from_json,
+)
 from serving.status import internal
 
 
@@ -24,17 +33,13 @@ class Route:
     call
         What answers it.
     decode, encode
-        By media type.
-    from_proto, to_proto
-        The same for gRPC.
+        By media type; the first of `encode` is the default.
     """
 
     name: str
     call: Callable[[Engine, Any], Awaitable[Any]]
     decode: Mapping[str, Callable[[bytes], Any]]
     encode: Mapping[str, Callable[[Any], bytes]]
-    from_proto: Callable[[Any], Any]
-    to_proto: Callable[[Any], Any]
 
     @property
     def path(self) -> str:
@@ -42,7 +47,21 @@ class Route:
         return f"/v1/{self.name}"
 
 
-EMBED = Route(
+@dataclass(frozen=True)
+class RpcRoute(Route):
+    """One that gRPC answers too.
+
+    Attributes
+    ----------
+    from_proto, to_proto
+        Its messages, decoded and encoded.
+    """
+
+    from_proto: Callable[[Any], Any]
+    to_proto: Callable[[Any], Any]
+
+
+EMBED = RpcRoute(
     "embed",
     Engine.embed,
     {wire.JSON: wire.embed_request_from_json, wire.ARROW: wire.embed_request_from_arrow},
@@ -50,7 +69,7 @@ EMBED = Route(
     wire.embed_request_from_proto,
     wire.embed_answer_to_proto,
 )
-SCORE = Route(
+SCORE = RpcRoute(
     "score",
     Engine.score,
     {wire.JSON: wire.score_request_from_json, wire.ARROW: wire.score_request_from_arrow},
@@ -58,7 +77,7 @@ SCORE = Route(
     wire.score_request_from_proto,
     wire.score_answer_to_proto,
 )
-COMPARE = Route(
+COMPARE = RpcRoute(
     "compare",
     Engine.compare,
     {wire.JSON: wire.compare_request_from_json, wire.ARROW: wire.compare_request_from_arrow},
@@ -66,18 +85,40 @@ COMPARE = Route(
     wire.compare_request_from_proto,
     wire.compare_answer_to_proto,
 )
+REPORT = Route(
+    "report",
+    Engine.report,
+    {wire.JSON: report_request_from_json, wire.ARROW: report_request_from_arrow},
+    {HTML: report_answer_to_html},
+)
+COLUMNS = Route("columns", Engine.columns, {}, {wire.JSON: columns_to_json})
 
 
-def describe(log: RequestLog, message: wire.Request | wire.Answer) -> None:
+def add_warnings(answer: Any, warnings: list[str]) -> Any:
+    """An answer with more warnings."""
+    if not warnings:
+        return answer
+    if isinstance(answer, ReportAnswer):
+        scores = answer.report.scores
+        scores = replace(scores, warnings=scores.warnings + warnings)
+        return replace(answer, report=replace(answer.report, scores=scores))
+    return replace(answer, result=replace(answer.result, warnings=answer.result.warnings + warnings))
+
+
+def describe(log: RequestLog, message: Any) -> None:
     """Note the size of a request, or the timings of its answer."""
     match message:
         case wire.EmbedRequest():
             log.cells = len(message.cells)
         case wire.ScoreRequest() | wire.CompareRequest():
             log.cells = len(message.perturbations)
+        case ReportRequest():
+            log.cells = len(message.score.perturbations)
+        case Columns():
+            log.cells = message.n_cells
         case wire.EmbedAnswer():
             log.timings = message.timings
-        case wire.ScoreAnswer() | wire.CompareAnswer():
+        case wire.ScoreAnswer() | wire.CompareAnswer() | ReportAnswer():
             log.timings = message.meta.timings
         case _:
             pass

@@ -140,6 +140,31 @@ class CompareAnswer(_Body):
     meta: ScoreMeta
 
 
+class Label(_Body):
+    """A label, and how many cells carry it."""
+
+    label: str
+    n_cells: int
+
+
+class Column(_Body):
+    """A column of labels."""
+
+    name: str
+    n_labels: int
+    labels: list[Label] = Field(description="The most frequent first.")
+    control: str | None = Field(description="Which of them looks like that of control cells.")
+
+
+class ColumnsAnswer(_Body):
+    """What a file holds; the likely column of perturbations first."""
+
+    n_cells: int
+    n_genes: int
+    columns: list[Column]
+    representations: list[str] = Field(description="Matrices of obsm, which can be scored in place of an embedding.")
+
+
 class Model(_Body):
     """One model that is served."""
 

@@ -14,14 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
 from perturbscope.counts import CountMatrix
-from perturbscope.errors import InvalidParameterError, LimitExceededError, PerturbScopeError, UnreadableFileError
+from perturbscope.errors import (
+    InvalidInputError,
+    InvalidParameterError,
+    LimitExceededError,
+    PerturbScopeError,
+    UnreadableFileError,
+)
 from perturbscope.readers import CellSource, open_cells
+from perturbscope.report import Absent
 from perturbscope.results import ScoreOptions
 from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
+from serving.columns import Columns, read_columns
 from serving.limits import check_shape, check_vectors
+from serving.reports import TITLE, ReportRequest
 from serving.settings import Settings
 
 FILE_NAME = "upload.h5ad"
@@ -41,6 +51,8 @@ LABEL_PARAMETERS = {
 PARAMETERS: dict[str, dict[str, str]] = {
     "embed": CELLS_PARAMETERS,
     "score": CELLS_PARAMETERS | LABEL_PARAMETERS,
+    "report": CELLS_PARAMETERS | LABEL_PARAMETERS | {"title": "Heading of the page."},
+    "columns": {},
     "compare": CELLS_PARAMETERS | LABEL_PARAMETERS | {"pairs": "Pairs to compare, a JSON list of lists of two."},
 }
 """Query parameters, or form fields, of each route that go with an uploaded file."""
@@ -51,7 +63,7 @@ _CHUNK_VALUES = 2**25
 class Upload:
     """The request that a file made, and what its sender should know."""
 
-    request: EmbedRequest | ScoreRequest | CompareRequest
+    request: EmbedRequest | ScoreRequest | CompareRequest | ReportRequest | Columns
     warnings: list[str] = field(default_factory=list)
 
 
@@ -70,7 +82,7 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings:
     unknown = sorted(set(parameters) - set(PARAMETERS[route]))
     if unknown:
         raise InvalidParameterError(
-            f"Unknown parameter {unknown[0]!r}; there are {', '.join(PARAMETERS[route])}.", field=unknown[0]
+            f"Unknown parameter {unknown[0]!r}; there are {', '.join(PARAMETERS[route]) or 'none'}.", field=unknown[0]
         )
     try:
         refuse_outside_references(path, settings.max_values)
@@ -80,6 +92,8 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings:
             gene_key=parameters.get("gene_key"),
             total_counts_key=parameters.get("total_counts_key"),
         ) as source:
+            if route == "columns":
+                return Upload(read_columns(source))
             if route == "embed":
                 return Upload(EmbedRequest(cells=_read_cells(source, settings), model=parameters.get("model")))
             return _labelled(route, source, parameters, settings)
@@ -92,7 +106,7 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings:
 
 def _labelled(route: str, source: CellSource, parameters: Mapping[str, str], settings: Settings) -> Upload:
     """A request to score or compare the cells that carry a label; the others are left out, with a warning."""
-    for name in ["perturbation_key", "control"] if route == "score" else ["perturbation_key"]:
+    for name in ["perturbation_key"] if route == "compare" else ["perturbation_key", "control"]:
         if not parameters.get(name):
             raise InvalidParameterError(
                 f"{name} is missing: {PARAMETERS[route][name]} Give it as a query parameter or form field.", field=name
@@ -119,12 +133,25 @@ def _labelled(route: str, source: CellSource, parameters: Mapping[str, str], set
         common["cells"] = cells if len(rows) == len(cells) else cells[rows]
     n_left_out = source.n_cells - len(rows)
     warnings = [f"{n_left_out} of {source.n_cells} cells have no value in {where} and were left out."]
-    request = (
-        ScoreRequest(**common)
-        if route == "score"
-        else CompareRequest(**common, pairs=_pairs(_json(parameters, "pairs", list)))
-    )
-    return Upload(request, warnings if n_left_out else [])
+    warnings = warnings if n_left_out else []
+    if route == "compare":
+        return Upload(CompareRequest(**common, pairs=_pairs(_json(parameters, "pairs", list))), warnings)
+    score = ScoreRequest(**common)
+    if route == "score":
+        return Upload(score, warnings)
+    title = parameters.get("title") or TITLE
+    if not parameters.get("use_rep"):
+        return Upload(ReportRequest(score=score, title=title), warnings)
+    return Upload(ReportRequest(score=score, title=title, counts=_counts(source, rows, settings)), warnings)
+
+
+def _counts(source: CellSource, rows: NDArray[np.intp], settings: Settings) -> CountMatrix | Absent:
+    """Raw counts beside an embedding of the file; where there are none, the page says so."""
+    try:
+        return _read_cells(source, settings)[rows]
+    except (InvalidInputError, LimitExceededError) as error:
+        message = error.message.replace(f"{source.path.parent}/" if source.path else "\0", "")
+        return Absent(f"The file has no raw counts that could be tested gene by gene: {message}")
 
 
 def _read_cells(source: CellSource, settings: Settings) -> CountMatrix:

@@ -11,9 +11,13 @@ from perturbscope.cli import console, options
 from perturbscope.cli.session import open_work
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from perturbscope.backends import StageProgress
     from perturbscope.counts import CountMatrix
     from perturbscope.readers import CellSource
     from perturbscope.report import Absent, Report
+    from perturbscope.results import ScoreResult
 
 PAGE = "report.html"
 """Name of the page where OUT is a folder."""
@@ -55,12 +59,14 @@ def report(
     A folder as OUT gets report.html, the tables as CSV and parquet, and the figures as SVG and PNG.
     """
     from perturbscope.backends import scorer_of
+    from perturbscope.gene_sets import read_gmt
     from perturbscope.outputs import check_output
     from perturbscope.report import build_report, write_report
     from perturbscope.screen import Screen
 
     page, folder = _places(out, figures)
     check_output(page, [".html"], source=cells)
+    sets = None if gene_sets is None else read_gmt(gene_sets)
     chosen = options.score_options(metric, seed, min_cells, permutations, setting)
     where = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
     with open_work(cells, where, use_rep, bundle, server, grpc, model, device, variant) as (source, backend, progress):
@@ -84,6 +90,7 @@ def report(
             options=chosen,
             batches=screen.batches,
             cells=_counts(source, perturbation_key, batch_key),
+            enrichment=_enrichment(sets, scores, seed, progress),
             progress=progress,
         )
     write_report(page, made)
@@ -125,6 +132,25 @@ def _counts(source: CellSource, perturbation_key: str, batch_key: str | None) ->
         return source.read()[[row for row, given in enumerate(zip(*labelled, strict=True)) if all(given)]]
     except InvalidInputError as error:
         return Absent(f"The file has no raw counts that could be tested gene by gene: {error.message}")
+
+
+def _enrichment(
+    sets: dict[str, tuple[str, ...]] | None, scores: ScoreResult, seed: int, progress: StageProgress
+) -> pd.DataFrame | Absent:
+    """Gene sets at the top of the ranking by the first metric."""
+    from perturbscope.enrichment import enrich_scores
+    from perturbscope.errors import InvalidInputError
+    from perturbscope.report import Absent
+
+    if sets is None:
+        return Absent("No gene sets were given; --gene-sets FILE.gmt looks for them among the strongest perturbations.")
+    try:
+        metric = scores.provenance["metrics"][0]
+        result = enrich_scores(scores.table, sets, metric=metric, seed=seed, progress=progress)
+    except InvalidInputError as error:
+        return Absent(f"The gene sets could not be tested: {error.message}")
+    scores.warnings.extend(result.warnings)
+    return result.best()
 
 
 def _write_files(folder: Path, made: Report) -> None:

@@ -31,6 +31,18 @@ from perturbscope.report.parts import Absent, Pairs, Report
 from perturbscope.report.table import plain_table
 from perturbscope.report.words import METRIC_NAMES, number
 
+_SET_COLUMNS = {
+    "gene_set": "gene set",
+    "n_members": "genes perturbed",
+    "n": "among the top",
+    "k": "found",
+    "expected": "by chance",
+    "p_exact": "p",
+    "p_exact_adjusted": "p adjusted",
+    "p_stratified_exact_adjusted": "p adjusted, similar cells",
+}
+"""What is shown of a table of enrichment."""
+
 
 def card(heading: str, body: str, *, anchor: str = "", kind: str = "", metric: str = "") -> str:
     """A titled box; `anchor` is its address on the page."""
@@ -86,13 +98,13 @@ def _degs(report: Report, points: list[Point], metric: str, name: str) -> str:
         if point.name in counts.index
     ]
     found = correlate_degs(report.scores.table, report.degs)
-    (row,) = found[(found["metric"] == metric) & (found["against"] == "z")].itertuples(index=False)
+    row = found[(found["metric"] == metric) & (found["against"] == "z")].iloc[0].to_dict()
     chart = both(lambda frame: deg_chart(with_counts, metric=name, frame=frame))
     note = (
         '<p class="muted">Up: a larger effect on the whole cell. Right: more genes that change by themselves. High on '
         "the left are perturbations that a test gene by gene would miss. "
-        f"Spearman correlation {number(float(row.spearman))}, Pearson {number(float(row.pearson))}, "
-        f"n = {row.n}.</p>"
+        f"Spearman correlation {number(row['spearman'])}, Pearson {number(row['pearson'])}, "
+        f"n = {row['n']}.</p>"
     )
     return card(f"{heading} ({name})", chart + note, metric=metric, anchor=f"genes-{metric}")
 
@@ -139,12 +151,12 @@ def alike(report: Report) -> str:
     shown = len(part.names) - 1
     which = f"The {shown} strongest of {part.n_all} perturbations" if shown < part.n_all else f"{shown} perturbations"
     body = (
-        '<p id="pair" class="muted" aria-live="polite">Point at a square to see its pair.</p>'
+        '<p id="pair" class="muted" aria-live="polite">Point at a square, or tap it, to see its pair.</p>'
         f'<div class="scroll">{heat_map(part.names, part.distances, part.tree, control=control)}</div>'
         f'<p class="legend scale-legend"><span>close</span>{scale()}<span>far</span></p>'
-        f'<p class="muted">{which} and control. Dark squares are pairs whose cells lie close together; the tree above '
-        "joins the closest first (average linkage of the E-distance). Perturbations without an effect form one dark "
-        f"block around control. At most {PAIR_CELLS} cells of each were compared.</p>"
+        f'<p class="muted">{which} and control. Strong colours are pairs whose cells lie close together; the tree '
+        "above joins the closest first (average linkage of the E-distance). Perturbations without an effect form one "
+        f"strong block around control. At most {PAIR_CELLS} cells of each were compared.</p>"
     )
     return card(heading, body, anchor="alike", kind="whole" if shown > 32 else "")
 
@@ -157,11 +169,13 @@ def gene_sets(report: Report) -> str:
         return card(heading, absent(part), anchor="sets")
     if not len(part):
         return card(heading, '<p class="muted">No gene set holds enough of these perturbations.</p>', anchor="sets")
+    shown = part[[name for name in _SET_COLUMNS if name in part.columns] or list(part.columns)]
     note = (
-        '<p class="muted">Sets of genes whose perturbations rank higher than chance would put them. q is corrected for '
-        "the number of sets.</p>"
+        '<p class="muted">For each set, how many of the strongest perturbations hit its genes, and how many would by '
+        "chance. The last column compares perturbations with similar numbers of cells only, since those with more "
+        "cells rank higher for that alone.</p>"
     )
-    return card(heading, plain_table(part) + note, anchor="sets")
+    return card(heading, plain_table(shown.rename(columns=_SET_COLUMNS)) + note, anchor="sets")
 
 
 def calibration(report: Report) -> str:

@@ -64,7 +64,7 @@ def plain_table(table: pd.DataFrame, *, limit: int = 25) -> str:
             if text:
                 cells.append(f'<td class="text">{escape(str(value))}</td>')
             else:
-                cells.append(f"<td>{(p_value if name in ('p', 'q') else number)(float(value))}</td>")
+                cells.append(f"<td>{(p_value if str(name)[:2] in ('p', 'p ', 'q') else number)(float(value))}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     more = f'<p class="note">{limit} of {len(table):,} rows.</p>' if len(table) > limit else ""
     return (

@@ -96,7 +96,7 @@ def test_bentoml_answers_its_probes(server: RunningServer, path: str) -> None:
 
 
 def test_the_documents_describe_the_routes(server: RunningServer) -> None:
-    routes = {"/v1/embed", "/v1/score", "/v1/compare", "/v1/models"}
+    routes = {f"/v1/{name}" for name in ("embed", "score", "compare", "report", "columns", "models")}
     assert set(httpx.get(f"{server.url}/v1/openapi.json").json()["paths"]) == routes
     bentos = httpx.get(f"{server.url}/docs.json").json()["paths"]
     assert routes <= set(bentos)

@@ -9,7 +9,7 @@ from html import escape
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
-_LETTER = 8.4
+_LETTER = 9.0
 """Widest mean width of a letter at 13 px, bold capitals included."""
 _LONGEST = 18
 
@@ -55,7 +55,7 @@ class Frame:
 
 WIDE = Frame(560, 400, left=58, right=18, top=16, bottom=52, labels=14)
 """For a column of a laptop's screen."""
-NARROW = Frame(340, 360, left=46, right=10, top=14, bottom=50, labels=7)
+NARROW = Frame(340, 360, left=60, right=10, top=14, bottom=50, labels=7)
 """For a phone, at about one unit a pixel."""
 
 
@@ -81,9 +81,8 @@ class Axis:
             found: list[float] = []
             # Zero first, then from large to small: where two are too close, the rounder one further out stays.
             for value in [0.0, *sorted(decades[1:], key=lambda v: (-abs(v), v))]:
-                apart = 34 if abs(self.end - self.start) > 300 else 30
                 inside = self.low <= value <= self.high
-                if inside and all(abs(self(value) - self(other)) >= apart for other in found):
+                if inside and all(abs(self(value) - self(other)) >= self._apart(value, other) for other in found):
                     found.append(value)
             return sorted(found)
         span = self.high - self.low
@@ -91,6 +90,10 @@ class Axis:
         step *= next(k for k in (1, 2, 5, 10) if span / (step * k) <= 6)
         first = math.ceil(self.low / step)
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+    def _apart(self, a: float, b: float) -> float:
+        """Pixels that two numbers need: their width side by side, a line above each other."""
+        return 4.2 * (len(plain_number(a)) + len(plain_number(b))) + 8 if self.start < self.end else 24
 
 
 def plain_number(value: float) -> str:
@@ -152,13 +155,8 @@ class Names:
         frame = self._frame
         text = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
         width = _LETTER * len(text)
-        for step in range(7):
-            for dx, dy, anchor in (
-                (8, 4, "start"),
-                (0, -9 - 15 * step, "middle"),
-                (0, 19 + 15 * step, "middle"),
-                (-8, 4, "end"),
-            ):
+        for step in range(6):
+            for dx, dy, anchor in _places(step):
                 left = px + dx - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
                 box = (left, py + dy - 11, left + width, py + dy + 3)
                 inside = box[0] > frame.x0 and box[2] < frame.width - 2 and box[1] > 2 and box[3] < frame.y0
@@ -166,13 +164,23 @@ class Names:
                     self._taken.append(box)
                     leader = ""
                     if step:
-                        end = py + dy + (4 if dy < 0 else -12)
-                        leader = f'<line class="leader" x1="{px:.1f}" y1="{py:.1f}" x2="{px:.1f}" y2="{end:.1f}"/>'
+                        end = (px, py + dy + (4 if dy < 0 else -12)) if not dx else (px + dx - 2, py + dy - 4)
+                        leader = (
+                            f'<line class="leader" x1="{px:.1f}" y1="{py:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}"/>'
+                        )
                     return (
                         f'<g class="label">{leader}<text x="{px + dx:.1f}" y="{py + dy:.1f}" '
                         f'text-anchor="{anchor}">{escape(text)}</text></g>'
                     )
         return ""
+
+
+def _places(step: int) -> list[tuple[float, float, str]]:
+    """Offsets and anchors of a name around its point, the nearest first; from the second step on with a line."""
+    if step == 0:
+        return [(8, 4, "start"), (0, -9, "middle"), (0, 19, "middle"), (-8, 4, "end")]
+    down = 14 * step
+    return [(16, 4 - down, "start"), (16, 4 + down, "start"), (0, -9 - down, "middle"), (0, 19 + down, "middle")]
 
 
 def _overlap(a: Box, b: Box) -> bool:

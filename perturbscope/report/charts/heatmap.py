@@ -14,7 +14,7 @@ from perturbscope.report.charts.frame import Frame, svg
 
 LEVELS = 9
 """Colours, from far (0) to near."""
-_CELL, _TREE, _LETTER = 17, 64, 7.6
+_CELL, _TREE, _LETTER = 17, 64, 8.8
 
 
 def heat_map(names: Sequence[str], distances: NDArray[np.float64], tree: NDArray[np.float64], *, control: str) -> str:
@@ -31,7 +31,7 @@ def heat_map(names: Sequence[str], distances: NDArray[np.float64], tree: NDArray
     control
         Which name is set in italics.
     """
-    order = hierarchy.leaves_list(tree)
+    order = [int(i) for i in hierarchy.leaves_list(tree)]
     names = [names[i] for i in order]
     shown = distances[np.ix_(order, order)]
     n = len(names)
@@ -88,12 +88,12 @@ def scale() -> str:
 
 def _branches(tree: NDArray[np.float64], frame: Frame) -> str:
     drawn = hierarchy.dendrogram(tree, no_plot=True)
-    highest = max(max(heights) for heights in drawn["dcoord"]) or 1.0
+    highest = max(max(heights) for heights in drawn["dcoord"]) or 1.0  # heights as roots, like the colours
     lines = []
     for across, heights in zip(drawn["icoord"], drawn["dcoord"], strict=True):
         # scipy puts leaf i at 5 + 10 i.
         points = [
-            (frame.left + place / 10 * _CELL, _TREE - 4 - height / highest * (_TREE - 12))
+            (frame.left + place / 10 * _CELL, _TREE - 4 - (height / highest) ** 0.5 * (_TREE - 12))
             for place, height in zip(across, heights, strict=True)
         ]
         lines.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points))

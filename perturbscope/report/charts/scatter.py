@@ -39,7 +39,7 @@ def effect_chart(points: Sequence[Point], *, metric: str, frame: Frame = WIDE) -
     if not shown:
         return '<p class="muted">No perturbation has both z and q.</p>'
     x = _effect_axis([point.z for point in shown], frame.x0, frame.x1)
-    top = max(1.6, *(-math.log10(point.q) for point in shown)) * 1.15
+    top = max(1.6, *(-math.log10(point.q) for point in shown)) * 1.3
     y = Axis(0.0, top, frame.y0, frame.y1)
     threshold = y(-math.log10(0.05))
     note = (frame.x1 - 70, threshold - 18, frame.x1, threshold)
@@ -76,8 +76,9 @@ def deg_chart(points: Sequence[DegPoint], *, metric: str, frame: Frame = WIDE) -
         for point, at in zip(ranked, where, strict=True)
     ]
     names = Names(frame, [_around(at) for at in where])
-    # First the perturbations that a count of genes would miss, then the strongest.
-    order = sorted(range(len(ranked)), key=lambda i: (not (ranked[i].significant and not ranked[i].n_degs), i))
+    # The strongest, and then what a count of genes would miss.
+    silent = [i for i, point in enumerate(ranked) if point.significant and not point.n_degs]
+    order = list(dict.fromkeys([*range(min(len(ranked), frame.labels // 2)), *silent]))
     parts += [names.place(ranked[i].name, *where[i]) for i in order[: frame.labels]]
     return svg(
         frame,

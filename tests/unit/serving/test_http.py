@@ -429,7 +429,8 @@ async def test_unknown_paths_and_methods(http: httpx.AsyncClient) -> None:
 
 async def test_the_openapi_document_is_true(http: httpx.AsyncClient) -> None:
     document = (await http.get("/v1/openapi.json")).json()
-    assert set(document["paths"]) == {"/v1/embed", "/v1/score", "/v1/compare", "/v1/models"}
+    routes = ("embed", "score", "compare", "report", "columns", "models")
+    assert set(document["paths"]) == {f"/v1/{name}" for name in routes}
     for name in ("embed", "score", "compare"):
         operation = document["paths"][f"/v1/{name}"]["post"]
         assert set(operation["requestBody"]["content"]) == {

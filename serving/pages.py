@@ -1,0 +1,31 @@
+"""The page on which a screen is uploaded in the browser."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from perturbscope import __version__
+from perturbscope.report.page import stylesheet
+from serving.settings import Settings
+
+PAGE_HEADERS = {
+    # What a page may do: run what it carries, and talk to this server. It loads nothing from anywhere.
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; form-action 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+def screen_page(settings: Settings) -> str:
+    """The upload form, with this server's limits; one file, no other address."""
+    text = (resources.files("serving") / "screen.html").read_text(encoding="utf-8")
+    for name, value in (
+        ("STYLE", stylesheet()),
+        ("MAX_BYTES", str(settings.max_body_bytes)),
+        ("MAX_MEGABYTES", f"{settings.max_body_bytes / 2**20:,.0f}"),
+        ("MAX_CELLS", f"{settings.max_cells:,}"),
+        ("VERSION", __version__),
+    ):
+        text = text.replace("{{" + name + "}}", value)
+    return text

@@ -1,0 +1,105 @@
+"""The result page: a request to score cells, answered with the report that the command line writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope import wire
+from perturbscope.counts import CountMatrix
+from perturbscope.projection import umap_in_process
+from perturbscope.report import Absent, Report, build_report, render_report
+from perturbscope.wire import Meta, ScoreRequest
+
+HTML = "text/html"
+TITLE = "Perturbation screen"
+Progress = Callable[[str, int, int], None]
+_NO_COUNTS = Absent("Embeddings were sent without counts, so no gene was tested by itself.")
+_NO_SETS = "The service takes no gene sets; the command line does: perturbscope report --gene-sets FILE.gmt."
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReportRequest:
+    """Score cells, and show it.
+
+    Attributes
+    ----------
+    score
+        What is to be scored.
+    title
+        Heading of the page.
+    counts
+        Raw counts of the same cells, or why there are none; by default those of `score`.
+    """
+
+    score: ScoreRequest
+    title: str = TITLE
+    counts: CountMatrix | Absent = _NO_COUNTS
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReportAnswer:
+    """The answer to :class:`ReportRequest`."""
+
+    report: Report
+    meta: Meta = field(default_factory=Meta)
+
+
+def make_report(
+    request: ReportRequest, embeddings: NDArray[np.float32], meta: Meta, warnings: list[str], progress: Progress
+) -> Report:
+    """Score and draw. Blocks; for a thread. `progress` may raise to end it early.
+
+    Raises
+    ------
+    InvalidInputError, SolverError
+        As :func:`perturbscope.scoring.score_perturbations`.
+    """
+    from perturbscope.scoring import score_perturbations
+
+    asked = request.score
+    scores = score_perturbations(
+        embeddings,
+        asked.perturbations,
+        control=asked.control,
+        batches=asked.batches,
+        options=asked.options,
+        progress=progress,
+    )
+    facts = {"model_id": meta.model_id, "coverage": meta.coverage.to_dict() if meta.coverage else None}
+    scores = replace(
+        scores,
+        warnings=[*warnings, *scores.warnings],
+        provenance={**scores.provenance, **{key: value for key, value in facts.items() if value}},
+    )
+    return build_report(
+        embeddings,
+        asked.perturbations,
+        scores,
+        title=request.title,
+        options=asked.options,
+        batches=asked.batches,
+        cells=request.counts if asked.cells is None else asked.cells,
+        enrichment=Absent(_NO_SETS),
+        projector=partial(umap_in_process, check=lambda: progress("map", 0, 1)),
+        progress=progress,
+    )
+
+
+def report_request_from_json(body: bytes) -> ReportRequest:
+    """The body of /v1/score, in JSON."""
+    return ReportRequest(score=wire.score_request_from_json(body))
+
+
+def report_request_from_arrow(body: bytes) -> ReportRequest:
+    """The body of /v1/score, in Arrow."""
+    return ReportRequest(score=wire.score_request_from_arrow(body))
+
+
+def report_answer_to_html(answer: ReportAnswer) -> bytes:
+    """The page."""
+    return render_report(answer.report).encode()

@@ -1,0 +1,35 @@
+"""``python -m tests.integration.upload_server PORT``: the HTTP routes over a fake model, without BentoML."""
+
+from __future__ import annotations
+
+import sys
+
+import uvicorn
+
+from perturbscope.embedder import Embedder
+from perturbscope.families import load_family
+from perturbscope.genes import GeneVocabulary
+from serving.engine import Engine
+from serving.http import build_app
+from serving.settings import Settings
+from tests.bundles import TINY_WIDTH
+from tests.fakes import FakeEncoder
+from tests.unit.serving.conftest import served
+
+
+def main(port: int) -> None:
+    vocabulary = GeneVocabulary.geneformer_gc30m()
+    embedder = Embedder(
+        load_family("rank", {}, vocabulary),
+        FakeEncoder(TINY_WIDTH),
+        width=TINY_WIDTH,
+        model_id="fake-1.0-000000000000",
+        vocabulary_hash=vocabulary.hash,
+    )
+    app = build_app()
+    app.state.engine = Engine([served(embedder)], Settings())
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,184 @@
+"""The result page, the labels of a file, and the page on which it is uploaded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+
+import anndata as ad
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+
+from perturbscope import wire
+from perturbscope.counts import CountMatrix
+from perturbscope.errors import ProviderUnavailableError
+from perturbscope.results import ScoreOptions
+from perturbscope.wire import ScoreRequest
+from serving import reports, schemas
+from serving.columns import likely_control
+from tests.reports import EVIL, first_two
+from tests.unit.serving.conftest import FAST, LABELS, Connect, MakeEngine, write_h5ad
+
+HDF5 = {"content-type": wire.HDF5}
+PARAMETERS = {"perturbation_key": "perturbation", "control": "control", "options": json.dumps(FAST)}
+
+
+@pytest.fixture(autouse=True)
+def _quick_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The map is made by umap-learn in a process of its own, which has its own test."""
+
+    def stand_in(values, /, *, n_neighbors, min_dist, seed, check):
+        check()
+        return first_two(values, n_neighbors=n_neighbors, min_dist=min_dist, seed=seed)
+
+    monkeypatch.setattr(reports, "umap_in_process", stand_in)
+
+
+async def test_every_kind_of_body_gives_the_page(http: httpx.AsyncClient, tiny_cells: CountMatrix, h5ad: Path) -> None:
+    request = ScoreRequest(cells=tiny_cells, perturbations=LABELS, control="control", options=ScoreOptions(**FAST))
+    file = h5ad.read_bytes()
+    replies = [
+        await http.post("/v1/report", content=wire.score_request_to_json(request), headers={"content-type": wire.JSON}),
+        await http.post(
+            "/v1/report", content=wire.score_request_to_arrow(request), headers={"content-type": wire.ARROW}
+        ),
+        await http.post("/v1/report", params=PARAMETERS, content=file, headers=HDF5),
+        await http.post("/v1/report", files={"file": ("a.h5ad", file)}, data={**PARAMETERS, "title": EVIL}),
+    ]
+    for reply in replies:
+        assert reply.status_code == 200, reply.text
+        assert reply.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in reply.headers["content-security-policy"]
+        assert reply.text.startswith("<!doctype html>")
+        assert ">KO</td>" in reply.text
+        assert "1 perturbations in 24 cells" in reply.text
+        assert "differentially expressed genes" in reply.text  # the counts were there
+        assert "Low gene coverage" in reply.text
+        assert "fake-1.0-000000000000" in reply.text
+    assert replies[3].text.count("<script>") == 1
+    assert "<h1>&lt;script&gt;" in replies[3].text
+
+
+async def test_an_embedding_of_the_file_keeps_its_counts(http: httpx.AsyncClient, h5ad: Path) -> None:
+    parameters = {**PARAMETERS, "use_rep": "X_pca"}
+    reply = await http.post("/v1/report", params=parameters, content=h5ad.read_bytes(), headers=HDF5)
+    assert reply.status_code == 200, reply.text
+    assert "differentially expressed genes" in reply.text
+    assert "fake-1.0" not in reply.text
+
+
+async def test_parts_that_cannot_be_had_say_why(
+    http: httpx.AsyncClient, tiny_cells: CountMatrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_, **__):
+        raise ProviderUnavailableError("No umap-learn here.")
+
+    monkeypatch.setattr(reports, "umap_in_process", fail)
+    vectors = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
+    request = ScoreRequest(embeddings=vectors, perturbations=LABELS, control="control", options=ScoreOptions(**FAST))
+    reply = await http.post(
+        "/v1/report", content=wire.score_request_to_json(request), headers={"content-type": wire.JSON}
+    )
+    assert reply.status_code == 200, reply.text
+    for part in ("No umap-learn here.", "without counts", "no two perturbations", "takes no gene sets"):
+        assert part in reply.text
+
+
+async def test_left_out_cells_are_named_on_the_page(
+    http: httpx.AsyncClient, tiny_cells: CountMatrix, tmp_path: Path
+) -> None:
+    labels = (None, " ", *LABELS[2:])
+    file = write_h5ad(tiny_cells, tmp_path / "some.h5ad", labels=labels).read_bytes()
+    reply = await http.post("/v1/report", params=PARAMETERS, content=file, headers=HDF5)
+    assert "2 of 24 cells have no value in obs[&#x27;perturbation&#x27;]" in reply.text
+
+
+async def test_errors_and_limits_are_those_of_a_score(make_engine: MakeEngine, connect: Connect, h5ad: Path) -> None:
+    http = connect(make_engine(max_cells=10, max_permutations=500))
+    file = h5ad.read_bytes()
+    for parameters, status, code in (
+        (PARAMETERS, 413, "limit_exceeded"),
+        ({**PARAMETERS, "options": '{"permutations": 600}', "use_rep": "X_pca"}, 413, "limit_exceeded"),
+        ({**PARAMETERS, "control": "nobody", "use_rep": "X_pca"}, 422, "control_label_missing"),
+        ({"perturbation_key": "perturbation"}, 422, "invalid_parameter"),
+    ):
+        reply = await http.post("/v1/report", params=parameters, content=file, headers=HDF5)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+        assert reply.headers["content-type"] == wire.JSON
+
+
+async def test_the_columns_of_a_file(http: httpx.AsyncClient, tmp_path: Path, tiny_cells: CountMatrix) -> None:
+    obs = pd.DataFrame(
+        {
+            "depth": np.linspace(0, 1, 24),
+            "one": ["same"] * 24,
+            "barcode": [f"c{i}" for i in range(24)],
+            "lane": pd.Categorical(["a", "b"] * 12),
+            "Perturbation": ["Non-Targeting_1"] * 4 + ["KO1"] * 12 + [EVIL] * 8,
+            "number": [1, 2] * 12,
+        },
+        index=[f"cell{i}" for i in range(24)],
+    )
+    adata = ad.AnnData(tiny_cells.counts, obs=obs, var=pd.DataFrame(index=tiny_cells.gene_ids.astype(object)))
+    adata.obsm["X_pca"] = np.ones((24, 2))
+    adata.write_h5ad(tmp_path / "labels.h5ad")
+    file = (tmp_path / "labels.h5ad").read_bytes()
+    reply = await http.post("/v1/columns", files={"file": ("labels.h5ad", file)})
+    assert reply.status_code == 200, reply.text
+    schemas.ColumnsAnswer.model_validate_json(reply.content)
+    answer = reply.json()
+    assert (answer["n_cells"], answer["n_genes"], answer["representations"]) == (24, 40, ["X_pca"])
+    assert [column["name"] for column in answer["columns"]] == ["Perturbation", "lane", "number"]
+    first = answer["columns"][0]
+    assert first["control"] == "Non-Targeting_1"
+    assert first["labels"][0] == {"label": "KO1", "n_cells": 12}
+    assert (await http.post("/v1/columns", content=b"no file", headers=HDF5)).status_code == 422
+    assert (await http.post("/v1/columns", content=b"{}", headers={"content-type": wire.JSON})).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["TP53", "NT", "control"], "control"),
+        (["KO", "NT_1"], "NT_1"),
+        (["non-targeting", "BRD4"], "non-targeting"),
+        (["A", "B"], None),
+    ],
+)
+def test_likely_controls(labels: list[str], expected: str | None) -> None:
+    assert likely_control(labels) == expected
+
+
+async def test_the_upload_page_names_the_limits_and_loads_nothing(make_engine: MakeEngine, connect: Connect) -> None:
+    http = connect(make_engine(max_cells=1234, max_body_bytes=7 * 2**20))
+    reply = await http.get("/")
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
+    assert "1,234 cells" in reply.text
+    assert "7 MB" in reply.text
+    assert "{{" not in reply.text
+    assert "http" not in reply.text
+    assert (await http.get("/v1/openapi.json")).json()["paths"]["/v1/report"]["post"]["responses"]["200"][
+        "content"
+    ] == {"text/html": {"schema": {"type": "string"}}}
+
+
+async def test_a_report_leaves_the_event_loop_free(
+    http: httpx.AsyncClient, h5ad: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(values, /, *, n_neighbors, min_dist, seed, check):
+        time.sleep(0.5)
+        return np.zeros((len(values), 2), dtype=np.float32)
+
+    monkeypatch.setattr(reports, "umap_in_process", slow)
+    task = asyncio.create_task(http.post("/v1/report", params=PARAMETERS, content=h5ad.read_bytes(), headers=HDF5))
+    ticks = 0
+    while not task.done():
+        assert (await http.get("/v1/models")).status_code == 200
+        ticks += 1
+        await asyncio.sleep(0.02)
+    assert (await task).status_code == 200
+    assert ticks > 5
