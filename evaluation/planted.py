@@ -309,6 +309,7 @@ class ControlPCA:
         self.columns = np.flatnonzero(controls.counts.getnnz(axis=0))
         values = log_cp10k(controls)[:, self.columns]
         self.model = PCA(min(n_components, min(values.shape) - 1), svd_solver="arpack", random_state=seed).fit(values)
+        self.centre: NDArray[np.float32] = self(controls).mean(axis=0)
 
     def __call__(self, cells: CountMatrix) -> NDArray[np.float32]:
         """Scores of cells with the same genes, float32 [n, n_components]."""
