@@ -21,13 +21,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from perturbscope.errors import InvalidParameterError
 from perturbscope.groups import MIN_CONTROLS, Groups
-from perturbscope.results import Metric, ScoreOptions
-from perturbscope.scorers import GroupMaker, make_scorer
+from perturbscope.results import FLAGS, Metric, ScoreOptions
+from perturbscope.scorers import GroupMaker, Scored, make_scorer
 from perturbscope.statistics import Uniformity, generator, uniformity
 from perturbscope.tables import provenance
 
 MAX_CALIBRATION_CELLS = 1000
 """Most controls used: the splits are many, and each is scored in full."""
+_UNDOING = ("constant_embeddings", "null_sd_zero", "batch_confounded")
 CALIBRATION_PERMUTATIONS = 199
 """Permutations of a split: p in steps of 0.005, finer than a Kolmogorov-Smirnov test of 200 values resolves."""
 
@@ -150,6 +151,7 @@ def calibrate(
             parts["batch"] = by_batch
     done, total = 0, len(metrics) * sum(map(len, parts.values()))
     sets = []
+    gaps: list[str] = []
     for metric in metrics:
         maker = GroupMaker(metric, groups, options)
         maker.remember(controls)
@@ -171,8 +173,22 @@ def calibrate(
                 sets.append(
                     CalibrationSet("batch" if kind == "batch" else "cell", metric, p, z, n_cells, uniformity(p))
                 )
+            if len(p) < len(scored) or len(z) < len(scored):
+                gaps.append(_gap(metric, kind, len(p) > 1 and len(z) > 1, scored))
+    warnings = [*groups.warnings([control], options), *gaps, *_warnings(sets)]
+    if groups.has_copies(control):
+        warnings.append(f"duplicated_vectors: {FLAGS['duplicated_vectors']} ({control}).")
     facts = {"control": control, "n_controls_used": len(controls), "splits": splits, "group_size": size}
-    return Calibration(tuple(sets), provenance("calibrate", options, groups, **facts), _warnings(sets))
+    return Calibration(tuple(sets), provenance("calibrate", options, groups, **facts), warnings)
+
+
+def _gap(metric: Metric, kind: str, kept: bool, scored: Sequence[Scored]) -> str:
+    """What became of splits without p or z."""
+    missing = [item for item in scored if np.isnan(item.p) or np.isnan(item.z)]
+    flags = dict.fromkeys(flag for item in missing for flag in item.flags if flag in _UNDOING)
+    why = "; ".join(f"{flag}: {FLAGS[flag]}" for flag in flags)
+    outcome = "and are left out" if kept else "so that there is no such calibration"
+    return f"{metric}: {len(missing)} of {len(scored)} splits by {kind} have no p or no z {outcome} ({why})."
 
 
 def _batch_parts(

@@ -14,7 +14,7 @@ from perturbscope.energy import RELATIVE_NOISE, Group, Moments, Pool, null_momen
 from perturbscope.errors import InvalidParameterError
 from perturbscope.groups import Groups
 from perturbscope.results import COMPARE_COLUMNS, CompareResult, Metric, ScoreOptions
-from perturbscope.scorers import GroupMaker, Scored, exchange_flags, is_constant
+from perturbscope.scorers import CONSTANT, GroupMaker, Scored, control_moments, exchange_flags, is_constant
 from perturbscope.statistics import Exchange, empirical_p, generator
 from perturbscope.tables import flag_warnings, permutations_by_metric, provenance, resolution_warnings, with_q
 
@@ -60,6 +60,7 @@ def compare_perturbations(
     """
     options = options or ScoreOptions()
     groups = Groups.of(embeddings, perturbations, batches, options, control=control)
+    copied = ["duplicated_vectors"] if control is not None and groups.has_copies(control) else []
     chosen = _pairs(pairs, groups, control)
     names = list(dict.fromkeys(name for pair in chosen for name in pair))
     scorable = set(groups.scorable(names, options))
@@ -68,7 +69,7 @@ def compare_perturbations(
     for metric in options.metrics:
         comparer = _Comparer(metric, groups, control, options)
         for a, b in chosen:
-            flags = list(dict.fromkeys(groups.label_flags(a, options) + groups.label_flags(b, options)))
+            flags = list(dict.fromkeys(groups.label_flags(a, options) + groups.label_flags(b, options) + copied))
             scored = Scored(float("nan"), float("nan"), float("nan"), float("nan"), ())
             if a in scorable and b in scorable:
                 scored = comparer.compare(a, b)
@@ -119,7 +120,8 @@ class _Comparer:
         self.n_controls = 0
         if control is not None and metric != "wasserstein":
             self.n_controls = len(groups.members[control])
-            self.moments = self.maker.make(groups.members[control]).moments()
+            controls = groups.members[control]
+            self.moments = control_moments(self.maker.make(controls), self.maker.rows[controls])
 
     def group(self, name: str) -> Group:
         if name not in self.made:
@@ -129,7 +131,7 @@ class _Comparer:
     def compare(self, a: str, b: str) -> Scored:
         cells_a, cells_b = self.groups.members[a], self.groups.members[b]
         if is_constant(self.maker.rows[cells_a], self.maker.rows[cells_b]):
-            return Scored(0.0, 0.0, 0.0, 1.0, ("constant_embeddings", "null_sd_zero"))
+            return CONSTANT
         return self._transport(a, b) if self.metric == "wasserstein" else self._energy(a, b)
 
     def _energy(self, a: str, b: str) -> Scored:

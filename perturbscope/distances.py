@@ -36,6 +36,8 @@ Floats = NDArray[np.floating[Any]]
 
 TILE_VALUES = 4_000_000
 """Values of a pairwise matrix computed at a time in float64 (32 MB)."""
+LARGEST_VALUE = 1e15
+"""Largest magnitude of a value: sums of squared distances of thousands of cells must stay within float32."""
 MAX_TRANSPORT_CELLS = 2000
 """Most cells of a group in an exact transport problem (time grows with about the cube)."""
 TRANSPORT_ITERATIONS = 10_000_000
@@ -43,8 +45,10 @@ TRANSPORT_ITERATIONS = 10_000_000
 _POT_BACKENDS = ("PYTORCH", "JAX", "CUPY", "TENSORFLOW")
 
 
-def unit_rows(values: Floats, *, name: str = "embeddings") -> NDArray[np.float64]:
-    """Rows scaled to unit length, float64 [n, width].
+def unit_rows(
+    values: Floats, *, name: str = "embeddings", numbers: NDArray[np.intp] | None = None
+) -> NDArray[np.float64]:
+    """Rows scaled to unit length, float64 [n, width]; `numbers`: what a message calls each row, if not by its place.
 
     Raises
     ------
@@ -57,8 +61,9 @@ def unit_rows(values: Floats, *, name: str = "embeddings") -> NDArray[np.float64
     zero = np.flatnonzero(largest == 0)
     if len(zero):
         raise InvalidEmbeddingError(
-            f"Row {zero[0]} of {name} is all zero ({len(zero)} such rows); it has no direction, so it cannot be scaled "
-            "to unit length. Leave these cells out, or score with normalize off and a Euclidean distance.",
+            f"Row {_number(zero[0], numbers)} of {name} is all zero ({len(zero)} such rows); it has no direction, so "
+            "it cannot be scaled to unit length. Leave these cells out, or score with normalize off and a Euclidean "
+            "distance.",
             field=name,
         )
     rows = rows / largest[:, None]
@@ -66,13 +71,13 @@ def unit_rows(values: Floats, *, name: str = "embeddings") -> NDArray[np.float64
     return unit
 
 
-def check_rows(values: Any, *, name: str = "embeddings") -> Floats:
-    """A finite matrix [n, width] with n, width >= 1, as floats.
+def check_rows(values: Any, *, name: str = "embeddings", numbers: NDArray[np.intp] | None = None) -> Floats:
+    """A finite matrix [n, width] with n, width >= 1, as floats; `numbers` as of :func:`unit_rows`.
 
     Raises
     ------
     InvalidEmbeddingError
-        Not a matrix of numbers, or a row with NaN or infinite values.
+        Not a matrix of numbers, or a row with NaN, infinite or absurdly large values.
     """
     try:
         rows = np.asarray(values)
@@ -88,11 +93,22 @@ def check_rows(values: Any, *, name: str = "embeddings") -> Floats:
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
         raise InvalidEmbeddingError(
-            f"Row {bad[0]} of {name} has a value that is not finite ({len(bad)} such rows of {len(rows)}). "
-            "Leave these cells out or embed them again.",
+            f"Row {_number(bad[0], numbers)} of {name} has a value that is not finite ({len(bad)} such rows of "
+            f"{len(rows)}). Leave these cells out or embed them again.",
+            field=name,
+        )
+    large = np.flatnonzero((np.abs(rows) > LARGEST_VALUE).any(axis=1))
+    if len(large):
+        raise InvalidEmbeddingError(
+            f"Row {_number(large[0], numbers)} of {name} has a value above {LARGEST_VALUE:g} ({len(large)} such rows "
+            f"of {len(rows)}), too large to measure distances with. Scale the vectors, or embed them again.",
             field=name,
         )
     return rows
+
+
+def _number(row: np.intp, numbers: NDArray[np.intp] | None) -> int:
+    return int(row) if numbers is None else int(numbers[row])
 
 
 def pairwise_distances(x: Floats, y: Floats | None = None, *, distance: Distance = "euclidean") -> NDArray[np.float32]:

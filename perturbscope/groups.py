@@ -24,6 +24,9 @@ from perturbscope.statistics import generator
 
 MIN_CONTROLS = 4
 """Cells that the null's unbiased moments need at the very least."""
+MAX_COPIES = 0.1
+"""Share of cells with the vector of another cell above which copies are suspected. A few shallow cells are equal by
+chance; the same cells twice, from files that were joined, are not exchangeable, and their p is too small."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class Groups:
         Batch code of each row, or None.
     similar
         Labels that differ from another only in case or white space, and that other.
+    similar_batches
+        The same of batches.
+    copies
+        Share of each label's cells whose vector is also that of another cell of the label, or of a control.
     """
 
     rows: NDArray[np.float64]
@@ -49,6 +56,8 @@ class Groups:
     sizes: dict[str, int]
     batches: NDArray[np.intp] | None
     similar: dict[str, str]
+    similar_batches: dict[str, str]
+    copies: dict[str, float]
 
     @classmethod
     def of(
@@ -75,9 +84,9 @@ class Groups:
         """
         values = check_rows(embeddings)
         labels = check_labels(perturbations, len(values), "perturbations")
-        codes = None
+        codes, batch_names = None, np.empty(0, dtype=np.str_)
         if batches is not None:
-            codes = np.unique(check_labels(batches, len(values), "batches"), return_inverse=True)[1]
+            batch_names, codes = np.unique(check_labels(batches, len(values), "batches"), return_inverse=True)
         rows = unit_rows(values) if options.normalize else values.astype(np.float64)
         names, inverse = np.unique(labels, return_inverse=True)
         order = np.argsort(inverse, kind="stable")
@@ -91,7 +100,8 @@ class Groups:
             if len(cells) > options.max_cells:
                 rng = generator(options.seed, "sample", name)
                 members[name] = np.sort(rng.choice(cells, options.max_cells, replace=False))
-        return cls(rows, members, sizes, codes, _similar(list(members)))
+        copies = _copies(rows, members, control)
+        return cls(rows, members, sizes, codes, _similar(list(members)), _similar(batch_names.tolist()), copies)
 
     def vectors(self, name: str) -> NDArray[np.float64]:
         """Vectors of a label's cells, float64 [n, width]."""
@@ -100,6 +110,10 @@ class Groups:
     def pooled_batches(self, a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.intp] | None:
         """Batches of the cells at positions `a`, then `b`."""
         return None if self.batches is None else self.batches[np.concatenate([a, b])]
+
+    def has_copies(self, name: str) -> bool:
+        """Whether more of a label's cells share their vector with others than a few equal cells explain."""
+        return self.copies[name] > MAX_COPIES
 
     def scorable(self, names: Sequence[str], options: ScoreOptions) -> list[str]:
         """The labels with at least `min_cells` cells.
@@ -129,6 +143,8 @@ class Groups:
             flags.append("similar_label")
         if self.sizes[name] > options.max_cells:
             flags.append("cells_subsampled")
+        if self.has_copies(name):
+            flags.append("duplicated_vectors")
         return flags
 
     def warnings(self, names: Sequence[str], options: ScoreOptions) -> list[str]:
@@ -144,6 +160,12 @@ class Groups:
         if pairs:
             found.append(
                 "Labels that differ only in case or white space are taken as different perturbations: "
+                f"{_listing([f'{a!r} and {b!r}' for a, b in pairs])}. Merge them if they are one."
+            )
+        if self.similar_batches:
+            pairs = sorted({tuple(sorted(pair)) for pair in self.similar_batches.items()})
+            found.append(
+                "Batches that differ only in case or white space are taken as different batches: "
                 f"{_listing([f'{a!r} and {b!r}' for a, b in pairs])}. Merge them if they are one."
             )
         large = [name for name in self.members if self.sizes[name] > options.max_cells]
@@ -210,6 +232,19 @@ def _check_control(control: str, sizes: dict[str, int], options: ScoreOptions) -
 
 def _key(label: str) -> str:
     return " ".join(label.split()).casefold()
+
+
+def _copies(rows: NDArray[np.float64], members: dict[str, NDArray[np.intp]], control: str | None) -> dict[str, float]:
+    keys = np.fromiter((hash(row.tobytes()) for row in rows), dtype=np.int64, count=len(rows))
+    controls = np.empty(0, dtype=np.int64) if control is None else np.unique(keys[members[control]])
+    found = {}
+    for name, cells in members.items():
+        _, inverse, counts = np.unique(keys[cells], return_inverse=True, return_counts=True)
+        shared = counts[inverse] > 1
+        if name != control:
+            shared |= np.isin(keys[cells], controls)
+        found[name] = float(shared.mean())
+    return found
 
 
 def _similar(names: list[str]) -> dict[str, str]:

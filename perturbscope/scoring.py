@@ -82,14 +82,15 @@ def score_perturbations(
     names = [name for name in groups.members if name != control]
     scorable = set(groups.scorable(names, options))
     controls = groups.members[control]
-    sampled = ["controls_subsampled"] if groups.sizes[control] > len(controls) else []
+    of_control = ["controls_subsampled"] if groups.sizes[control] > len(controls) else []
+    of_control += ["duplicated_vectors"] if groups.has_copies(control) else []
     done, total = 0, len(scorable) * len(options.metrics)
     rows = []
     for metric in options.metrics:
         scorer = make_scorer(metric, groups, controls, options)
         for name in names:
             scored = scorer.score(name, groups.members[name]) if name in scorable else _NOT_SCORED
-            flags = [*groups.label_flags(name, options), *sampled, *scored.flags]
+            flags = list(dict.fromkeys([*groups.label_flags(name, options), *of_control, *scored.flags]))
             rows.append(
                 {
                     "perturbation": name,

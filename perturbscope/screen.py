@@ -128,6 +128,7 @@ class Screen:
         there_batches = None if batches is None else batches[rows].tolist()
         _check_labels(there, there_batches, options, control)
         values, provenance, warnings = _vectors(source, backend, use_rep, progress)
+        _check_vectors(values[rows], rows, options)
         n_left_out = len(labels) - len(rows)
         if n_left_out:
             warnings.append(f"{n_left_out} of {len(labels)} cells have no value in {keys} and were left out.")
@@ -208,6 +209,15 @@ def _check_labels(labels: list[str], batches: list[str] | None, options: ScoreOp
 
     groups = Groups.of(np.ones((len(labels), 1)), labels, batches, options, control=control)
     groups.scorable([name for name in groups.sizes if name != control], options)
+
+
+def _check_vectors(values: NDArray[np.float32], rows: NDArray[np.intp], options: ScoreOptions) -> None:
+    """The checks of vectors that scoring makes, here with the rows' numbers in the file."""
+    from perturbscope.distances import check_rows, unit_rows
+
+    check_rows(values, numbers=rows)
+    if options.normalize or "cosine_e_distance" in options.metrics:
+        unit_rows(values, numbers=rows)
 
 
 def _given(labels: NDArray[np.object_]) -> NDArray[np.bool_]:

@@ -11,6 +11,18 @@ from perturbscope.groups import Groups
 from perturbscope.results import FLAGS, ScoreOptions
 from perturbscope.statistics import benjamini_hochberg, bonferroni
 
+_TOLD = (
+    "constant_embeddings",
+    "duplicated_vectors",
+    "batch_confounded",
+    "batch_partly_confounded",
+    "few_exchanges",
+    "null_sd_zero",
+    "null_capped",
+    "null_extrapolated",
+)
+"""Flags that undo a number, or cast doubt on it: a result says them in words too."""
+
 
 def with_q(table: pd.DataFrame, options: ScoreOptions) -> pd.DataFrame:
     """The table with q: p corrected over the rows of each metric."""
@@ -47,9 +59,9 @@ def provenance(kind: str, options: ScoreOptions, groups: Groups, **facts: Any) -
 
 
 def flag_warnings(table: pd.DataFrame, names: pd.Series) -> list[str]:
-    """Warnings in words for the flags that undo a number; `names` holds a readable name of each row."""
+    """Warnings in words for the flags that undo a number or cast doubt on it; `names`: a readable name of each row."""
     found = []
-    for flag in ("batch_confounded", "batch_partly_confounded", "null_sd_zero", "null_capped", "null_extrapolated"):
+    for flag in _TOLD:
         hit = table["flags"].str.split(";").map(lambda flags, flag=flag: flag in flags)
         if hit.any():
             listed = list(dict.fromkeys(names[hit]))
