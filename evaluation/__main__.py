@@ -149,13 +149,17 @@ def _scvi(options: ScviOptions | None, wanted: bool | None, epochs: int | None) 
 
 def _run(config: EvaluationConfig, cache: Path, console: Console) -> list[tuple[ScreenResult, ScreenConfig]]:
     results: list[tuple[ScreenResult, ScreenConfig]] = []
+    names = [settings.name for settings in config.screens]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InvalidParameterError(f"Two screens are called {twice[0]!r}; give them names.", field="screens")
+    for settings in config.screens:  # all models are known before the first hour of work
+        config.models.models(scvi_epochs=settings.scvi_epochs)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for settings in config.screens:
         screen = settings.open(obsm=list(config.models.obsm.values()))
-        if screen.name in [result.screen.name for result, _ in results]:
-            raise InvalidParameterError(f"Two screens are called {screen.name!r}; give them names.", field="screens")
         relations = read_gene_sets(settings.relations) if settings.relations else None
-        models = config.models.models()
+        models = config.models.models(scvi_epochs=settings.scvi_epochs)
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(screen.name, total=None)
             result = evaluate(

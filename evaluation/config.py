@@ -1,16 +1,16 @@
 """A YAML file that names screens and models, so that one command evaluates them all.
 
 ``screens``: a list of mappings with ``path`` and any of the other parameters of :func:`evaluation.screens.open_screen`,
-and ``title``, ``note`` (for the page), ``relations`` (a .gmt file). ``models``: see :class:`ModelsConfig`.
-``options``: ``seed``, and those of :class:`evaluation.separation.SeparationOptions` under ``separation``, of
-:class:`evaluation.replication.ReplicationOptions` under ``replication``, and ``umap_cells``. Paths are relative to the
-folder in which the command runs.
+and ``title`` and ``note`` (for the page), ``relations`` (a .gmt file), ``scvi_epochs``. ``models``: see
+:class:`ModelsConfig`. ``options``: ``seed``, those of :class:`evaluation.separation.SeparationOptions` under
+``separation``, those of :class:`evaluation.replication.ReplicationOptions` under ``replication`` (or false), and
+``umap_cells``. Paths are relative to the folder in which the command runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,20 @@ class ModelsConfig:
     bundles: dict[str, str] = field(default_factory=dict)
     obsm: dict[str, str] = field(default_factory=dict)
 
-    def models(self, *, obsm: Mapping[str, str] | None = None) -> list[Model]:
-        """Baselines first, in a fixed order; then matrices of obsm, then bundles."""
-        found = baselines(pca_components=self.pca, hvg_genes=self.hvg or 1, scvi=self.scvi)
+    def models(self, *, scvi_epochs: int | None = None) -> list[Model]:
+        """Baselines first, in a fixed order; then matrices of obsm, then bundles.
+
+        Raises
+        ------
+        InvalidParameterError
+            Two of them have the same name.
+        """
+        scvi = self.scvi
+        if scvi is not None and scvi_epochs is not None:
+            scvi = replace(scvi, max_epochs=min(scvi.max_epochs, scvi_epochs))
+        found = baselines(pca_components=self.pca, hvg_genes=self.hvg or 1, scvi=scvi)
         found = [model for model in found if self.hvg or model.kind != "hvg"]
-        found += [Model(name, "obsm", {"key": key}) for name, key in (self.obsm if obsm is None else obsm).items()]
+        found += [Model(name, "obsm", {"key": key}) for name, key in self.obsm.items()]
         found += [Model(name, "bundle", {"path": path}) for name, path in self.bundles.items()]
         names = [model.name for model in found]
         twice = [name for name in names if names.count(name) > 1]
@@ -73,6 +82,8 @@ class ScreenConfig:
         For its page.
     relations
         A .gmt file of gene sets.
+    scvi_epochs
+        Most epochs of scVI on this screen, where that is fewer than for all.
     arguments
         All others of :func:`evaluation.screens.open_screen`.
     """
@@ -81,11 +92,17 @@ class ScreenConfig:
     title: str | None = None
     note: str = ""
     relations: Path | None = None
+    scvi_epochs: int | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of the screen: given, or that of the file."""
+        return str(self.arguments.get("name") or self.path.name.removesuffix(".h5ad"))
 
     def open(self, *, obsm: Sequence[str] = ()) -> EvaluationScreen:
         """Read it. Raises as :func:`evaluation.screens.open_screen`."""
-        return open_screen(self.path, **{"obsm": obsm, **self.arguments})
+        return open_screen(self.path, **{"obsm": obsm, **self.arguments, "name": self.name})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +167,7 @@ def read_gene_sets(path: Path) -> dict[str, list[str]]:
 
 
 def _screen(item: object, where: str) -> ScreenConfig:
-    own = {"path", "title", "note", "relations"}
+    own = {"path", "title", "note", "relations", "scvi_epochs"}
     known = own | set(signature(open_screen).parameters)
     values = _mapping(item, where, known)
     if "path" not in values:
@@ -161,6 +178,7 @@ def _screen(item: object, where: str) -> ScreenConfig:
         title=values.get("title"),
         note=str(values.get("note", "")),
         relations=None if relations is None else Path(relations),
+        scvi_epochs=values.get("scvi_epochs"),
         arguments={key: value for key, value in values.items() if key not in own},
     )
 

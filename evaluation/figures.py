@@ -141,12 +141,12 @@ def umap_figure(result: ScreenResult) -> Figure | None:
         labels = cells["perturbation"].astype(str)
         controls = labels.str.startswith(control)
         rest = ~controls & ~labels.isin(chosen)
-        axis.scatter(cells["umap1"][rest], cells["umap2"][rest], s=1.5, color="#e8e9ec", lw=0)
+        axis.scatter(cells["umap1"][rest], cells["umap2"][rest], s=1.5, color="#dfe2e7", lw=0)
         axis.scatter(cells["umap1"][controls], cells["umap2"][controls], s=2, color="#7d828a", lw=0, label=control)
         for label, colour in zip(chosen, COLOURS, strict=False):
             own = labels == label
             axis.scatter(cells["umap1"][own], cells["umap2"][own], s=4, color=colour, lw=0, label=label)
-        axis.set_title(name)
+        axis.set(title=name, xlim=_span(cells["umap1"]), ylim=_span(cells["umap2"]))
     axes.flat[0].legend(frameon=False, fontsize=7, markerscale=3, loc="upper right", bbox_to_anchor=(0.0, 1.0))
     return figure
 
@@ -161,6 +161,13 @@ def _shown(result: ScreenResult, cells: pd.DataFrame, control: str) -> list[str]
         labels = labels + " in " + table.loc[order, "context"].astype(str)
     there = set(cells["perturbation"].astype(str))
     return [label for label in labels if label in there and label != control][:MOST_LABELS]
+
+
+def _span(values: pd.Series) -> tuple[float, float]:
+    """Limits of an axis that leave out one cell in a hundred at either end, where these lie far away."""
+    low, high = (float(values.quantile(share)) for share in (0.01, 0.99))
+    margin = 0.1 * (high - low)
+    return max(float(values.min()), low - margin) - 0.2, min(float(values.max()), high + margin) + 0.2
 
 
 def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:

@@ -24,7 +24,12 @@ from evaluation.screens import EvaluationScreen
 from perturbscope.calibration import CALIBRATION_PERMUTATIONS, Calibration, calibrate
 from perturbscope.comparison import compare_perturbations
 from perturbscope.energy import null_moments
-from perturbscope.errors import ControlLabelMissingError, TooFewCellsError, TooFewControlsError
+from perturbscope.errors import (
+    ControlLabelMissingError,
+    InvalidParameterError,
+    TooFewCellsError,
+    TooFewControlsError,
+)
 from perturbscope.groups import Groups
 from perturbscope.results import Metric, ScoreOptions
 from perturbscope.scorers import GroupMaker, TransportScorer
@@ -59,6 +64,11 @@ class SeparationOptions:
         Compare perturbations with each other as well.
     seed
         Of all draws.
+
+    Raises
+    ------
+    InvalidParameterError
+        Fewer cells for the Wasserstein distance than a group must have.
     """
 
     permutations: int = 1000
@@ -69,6 +79,13 @@ class SeparationOptions:
     max_cells: int = 2500
     pairs: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if 0 < self.transport_cells < self.min_cells:
+            raise InvalidParameterError(
+                f"transport_cells is {self.transport_cells}, below min_cells ({self.min_cells}); raise it (0: none).",
+                field="transport_cells",
+            )
 
     def score_options(self, **changes: Any) -> ScoreOptions:
         """Options of scoring, the size-matched ones by default."""

@@ -42,6 +42,8 @@ def screen_page(
     if note:
         parts.append(note.strip() + "\n")
     parts.append(_facts(result) + "\n")
+    if not result.models:
+        return "\n".join([*parts, *_warnings(result)])
     table = overview(result)
     parts += ["### At a glance\n", markdown(_glance(table)), _GLANCE]
     replication = _replication(table)
@@ -61,7 +63,7 @@ def screen_page(
     if len(power):
         parts += ["### Cells needed\n", markdown(power), _POWER]
     targets = by_target(result)
-    parts += [f"### z by target\n\n{_top(targets)}", markdown(targets.head(MAX_TARGETS))]
+    parts += ["### z by target\n" + _top(targets), markdown(targets.head(MAX_TARGETS))]
     for caption, path in (figures or {}).items():
         parts.append(f"![{caption}]({path})\n")
     parts += _warnings(result)
@@ -188,7 +190,8 @@ def _power(result: ScreenResult) -> pd.DataFrame:
         row: dict[str, Any] = {"model": model.model}
         for n, part in curves[~control].groupby("n"):
             row[f"{n} cells"] = f"{_percent(float((part['detected'] >= 0.8).mean()))} of {len(part)}"
-        row["false positives"] = _percent(float(curves.loc[control, "detected"].mean()))
+        draws = int(curves.loc[control, "repeats"].sum())
+        row["false positives"] = f"{_percent(float(curves.loc[control, 'detected'].mean()))} of {draws} draws"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -210,14 +213,18 @@ def _facts(result: ScreenResult) -> str:
 
 def _warnings(result: ScreenResult) -> list[str]:
     """What made each embedding, and what to be careful about; warnings that all models share once."""
-    everyone = [text for text in _listed(result) if all(text in model.warnings for model in result.models)]
+    everyone = (
+        []
+        if len(result.models) < 2
+        else [text for text in _listed(result) if all(text in model.warnings for model in result.models)]
+    )
     lines = ["### Embeddings and warnings\n"]
-    lines += [f"- All: {text}" for text in everyone] if len(result.models) > 1 else []
+    lines += [f"- All: {text}" for text in everyone]
     for model in result.models:
         facts = {key: value for key, value in model.facts["embedding"].items() if key not in _SILENT}
         described = "; ".join(f"{key.replace('_', ' ')}: {_cell(value)}" for key, value in facts.items())
         lines.append(f"- **{model.model}** - {described}.")
-        own = [text for text in model.warnings if text not in everyone or len(result.models) == 1]
+        own = [text for text in model.warnings if text not in everyone]
         lines += [f"  - {text}" for text in own]
     lines += [f"- **{name}** gave nothing: {message}" for name, message in result.failed.items()]
     return [*lines, ""]
@@ -233,7 +240,7 @@ def _listed(result: ScreenResult) -> list[str]:
 def _top(targets: pd.DataFrame) -> str:
     if len(targets) <= MAX_TARGETS:
         return ""
-    return f"The first {MAX_TARGETS} of {len(targets)}.\n"
+    return f"\nThe first {MAX_TARGETS} of {len(targets)}.\n"
 
 
 def _beside(values: Sequence[Any] | pd.Series, chance: Sequence[Any] | pd.Series) -> list[str]:
@@ -264,7 +271,8 @@ _REPLICATION = (
 )
 _SEPARATION = (
     "Against control, and pairs of perturbations (each once). Wasserstein: at most 200 cells a perturbation and 400 "
-    "controls, so its two modes coincide for pairs; pairs with fewer cells have none.\n"
+    "controls, so its two modes coincide for pairs; pairs with fewer cells have none. It falls as cells get more, so "
+    "that in paper mode a perturbation with more cells than the null has a z below 0 for that alone.\n"
 )
 _NULL = (
     "Pretended perturbations: random cells of the controls (cell), or all controls of some batches (batch). Uniform "

@@ -72,7 +72,7 @@ def test_training_takes_only_the_score_of_masked_tokens_from_the_evaluation() ->
 
 
 def test_the_evaluation_loads_scvi_only_when_a_model_is_trained() -> None:
-    assert loaded_by("import evaluation.scvi") & LEARNING == set()
+    assert loaded_by("import evaluation.scvi, evaluation.__main__") & LEARNING == set()
 
 
 @pytest.mark.parametrize("module", ["perturbscope", "perturbscope.client", "perturbscope.scoring", "perturbscope.cli"])
