@@ -153,7 +153,8 @@ def run(
                 with atomic(path) as staging:
                     rows.to_csv(staging, index=False)
                 print(f"{background.name}, {embedding}: screen {number + 1} of {wanted}", file=sys.stderr, flush=True)
-            parts.append(pd.read_csv(path).assign(embedding=embedding))
+            # "null" is the name of an effect here.
+            parts.append(pd.read_csv(path, keep_default_na=False, na_values="").assign(embedding=embedding))
     rows = pd.concat(parts, ignore_index=True).assign(background=background.name)
     return rows, float(rows.groupby(["embedding", "screen"])["seconds"].first().sum())
 
@@ -252,6 +253,7 @@ def figure(table: pd.DataFrame, order: dict[str, list[str]], path: Path) -> None
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
+    from PIL import Image
 
     shown = [
         ("PCA-50", "E-distance"),
@@ -270,6 +272,9 @@ def figure(table: pd.DataFrame, order: dict[str, list[str]], path: Path) -> None
         for axis, (embedding, method) in zip(row, shown, strict=True):
             part = table.query("background == @name and embedding == @embedding and method == @method")
             wide = part.pivot_table(index="effect", columns="n", values="adjusted").reindex(effects)
+            if wide.empty:
+                axis.set_axis_off()
+                continue
             axis.imshow(wide.to_numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
             axis.set_xticks(range(wide.shape[1]), wide.columns)
             axis.set_yticks(range(len(effects)), effects if axis is row[0] else [""] * len(effects))
@@ -281,8 +286,11 @@ def figure(table: pd.DataFrame, order: dict[str, list[str]], path: Path) -> None
                         axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color=colour)
         row[0].set_ylabel(name)
         row[len(row) // 2].set_xlabel("cells in a group; numbers: % detected after correction")
-    chart.savefig(path, dpi=110, metadata={"Software": None})
+    chart.savefig(path, dpi=110)
     plt.close(chart)
+    with Image.open(path) as picture:  # few colours, so a palette makes it several times smaller
+        small = picture.convert("RGB").quantize(96)
+    small.save(path, optimize=True)
 
 
 def pertpy_itself(background: Background, python: Path, n: int) -> str:
