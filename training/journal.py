@@ -31,10 +31,9 @@ class Journal:
         self._write(values)
         loss = values["loss"]
         self._loss = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
-        speed = values["tokens"] / max(values["seconds"], 1e-9)
-        self._bars.update(
-            self._task, completed=values["step"], loss=f"{self._loss:.4f}", speed=f"{speed:,.0f} tokens/s"
-        )
+        seconds = max(values["seconds"], 1e-9)
+        speed = f"{values['tokens'] / seconds:,.0f} tokens/s {values['cells'] / seconds:,.1f} cells/s"
+        self._bars.update(self._task, completed=values["step"], loss=f"{self._loss:.4f}", speed=speed)
 
     def validation(self, values: dict[str, Any]) -> None:
         """Write down one validation."""
