@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pandas as pd
 
@@ -20,6 +22,7 @@ def first_two(values, /, *, n_neighbors, min_dist, seed):
     return np.asarray(values, dtype=np.float32)[:, :2]
 
 
+@cache
 def make_report(*, names: int = 6, seed: int = 0, title: str = "Screen", projector: Projector = first_two) -> Report:
     """Perturbations ``gene0`` (strongest) and on, one of an evil name without effect, one of four cells."""
     rng = np.random.default_rng(seed)

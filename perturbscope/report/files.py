@@ -58,7 +58,7 @@ def figures(report: Report) -> dict[str, str]:
     pages = {
         **{f"effect-{m}": sections.effects(report).partition(f'id="effect-{m}"')[2] for m in metrics},
         **{f"genes-{m}": sections.effects(report).partition(f'id="genes-{m}"')[2] for m in metrics},
-        "umap": sections.map_of_cells(report),
+        "umap": sections.map_of_cells(report, alone=True),
         "pairs": sections.alike(report),
         "calibration": sections.calibration(report),
     }

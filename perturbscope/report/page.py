@@ -50,6 +50,7 @@ def render_report(report: Report) -> str:
         f"\N{RIGHT DOUBLE QUOTATION MARK}."
     )
     warnings = cautions(report)
+    reading = sections.card("How to read the numbers", sections.bullets(READING), anchor="reading")
     links = "".join(f'<a href="#{anchor}">{text}</a>' for anchor, text in _LINKS)
     body = [
         f'<header><h1>{escape(report.title)}</h1><p class="lead">{escape(subtitle)}</p>'
@@ -60,8 +61,8 @@ def render_report(report: Report) -> str:
         sections.card("All perturbations, strongest first", score_table(report), anchor="ranking"),
         f'<div class="charts" id="charts">{sections.effects(report)}</div>',
         f'<div class="charts uneven">{sections.map_of_cells(report)}{sections.alike(report)}</div>',
-        f'<div class="charts">{sections.gene_sets(report)}{sections.calibration(report)}</div>',
-        sections.card("How to read the numbers", sections.bullets(READING), anchor="reading"),
+        sections.gene_sets(report),
+        f'<div class="charts">{sections.calibration(report)}{reading}</div>',
         sections.provenance(report),
         f'<footer class="muted">PerturbScope {escape(str(facts["version"]))}. This file needs no network.</footer>',
     ]

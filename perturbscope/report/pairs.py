@@ -70,7 +70,7 @@ def make_pairs(
 
 
 def _alike(names: list[str], distances: NDArray[np.float64], hits: set[str]) -> list[list[str]]:
-    """Groups, largest first, in which every two perturbations are alike (:data:`ALIKE`); row 0 is the control."""
+    """Groups, strongest first, in which every two perturbations are alike (:data:`ALIKE`); row 0 is the control."""
     chosen = [i for i, name in enumerate(names) if name in hits and distances[0, i] > 0]
     if len(chosen) < 2:
         return []
@@ -81,7 +81,7 @@ def _alike(names: list[str], distances: NDArray[np.float64], hits: set[str]) -> 
     groups: dict[int, list[str]] = {}
     for i, code in zip(chosen, hierarchy.fcluster(tree, ALIKE, "distance"), strict=True):
         groups.setdefault(int(code), []).append(names[i])
-    return sorted((group for group in groups.values() if len(group) > 1), key=lambda group: -len(group))
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def as_frame(pairs: Pairs) -> pd.DataFrame:

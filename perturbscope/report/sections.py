@@ -104,13 +104,13 @@ def _degs(report: Report, points: list[Point], metric: str, name: str) -> str:
         '<p class="muted">Up: a larger effect on the whole cell. Right: more genes that change by themselves. High on '
         "the left are perturbations that a test gene by gene would miss. "
         f"Spearman correlation {number(row['spearman'])}, Pearson {number(row['pearson'])}, "
-        f"n = {row['n']}.</p>"
+        f"n&nbsp;=&nbsp;{row['n']}.</p>"
     )
     return card(f"{heading} ({name})", chart + note, metric=metric, anchor=f"genes-{metric}")
 
 
-def map_of_cells(report: Report) -> str:
-    """UMAP of the cells."""
+def map_of_cells(report: Report, *, alone: bool = False) -> str:
+    """UMAP of the cells; `alone`: for a figure, with the names inside the chart."""
     heading = "Map of the cells"
     part = report.projection
     if not isinstance(part, Projection):
@@ -131,7 +131,7 @@ def map_of_cells(report: Report) -> str:
         '<div class="tools" hidden><label for="focus">Colour</label>'
         f'<select id="focus"><option value="">the strongest {min(COLOURS, len(ranked))}</option>{options}</select>'
         '<span class="muted">against control</span></div>'
-        f"{cell_map(part.coordinates, part.labels, control=control, ranked=ranked)}"
+        f"{cell_map(part.coordinates, part.labels, control=control, ranked=ranked, legend=alone)}"
         f'<p class="legend" id="keys"><span class="key"><i class="control"></i>{escape(control)}</span>{legend}{others}'
         "</p>"
         f'<p class="muted">One dot a cell ({sample}); cells with similar profiles lie close together. A map bends '
@@ -175,7 +175,7 @@ def gene_sets(report: Report) -> str:
         "chance. The last column compares perturbations with similar numbers of cells only, since those with more "
         "cells rank higher for that alone.</p>"
     )
-    return card(heading, plain_table(shown.rename(columns=_SET_COLUMNS)) + note, anchor="sets")
+    return card(heading, plain_table(shown.rename(columns=_SET_COLUMNS)) + note, anchor="sets", kind="whole")
 
 
 def calibration(report: Report) -> str:

@@ -104,4 +104,6 @@ def _row(row: dict[Any, Any], largest: float, degs: pd.Series[Any] | None) -> st
 def _cell(value: float, *, bar: str = "", wide: bool = False, probability: bool = False) -> str:
     shown = p_value(value) if probability else number(value)
     raw = "" if pd.isna(value) else repr(float(value))
-    return f'<td data-value="{raw}"{" class=wide" if wide else ""}>{bar if raw else ""}{shown}</td>'
+    if bar and raw:
+        shown = f'{bar}<span class="number">{shown}</span>'
+    return f'<td data-value="{raw}"{" class=wide" if wide else ""}>{shown}</td>'

@@ -8,6 +8,7 @@ import pandas as pd
 
 from perturbscope.calibration import Calibration, CalibrationSet
 from perturbscope.report.parts import Absent, Pairs, Report
+from perturbscope.results import FLAGS
 
 METRIC_NAMES = {
     "e_distance": "E-distance",
@@ -98,20 +99,31 @@ def cautions(report: Report) -> list[str]:
     result = report.scores
     found = list(result.warnings)
     if isinstance(report.calibration, Calibration):
-        found += report.calibration.warnings
+        # That calibration takes a sample of large groups is no caution about the scores.
+        found += [line for line in report.calibration.warnings if not line.startswith("Groups above")]
+    found = list(dict.fromkeys(found))
     first = result.table[result.table["metric"] == result.provenance["metrics"][0]]
     few = first[first["p"].notna() & (first["n_cells"] < FEW_CELLS)]
     if len(few):
         found.append(
-            f"{len(few)} scored perturbations have fewer than {FEW_CELLS} cells "
-            f"({listing(list(few['perturbation'].astype(str)), 5)}): only large effects can be seen in so few."
+            f"Few cells: {listing(list(few['perturbation'].astype(str)), 5)} {'have' if len(few) > 1 else 'has'} fewer "
+            f"than {FEW_CELLS}; only large effects can be seen in so few."
         )
     if result.provenance.get("batches") is None:
         found.append(
             "No batches were named, so labels were exchanged freely. If perturbations are spread unevenly over wells, "
             "lanes or donors, part of what is seen here may be the batch."
         )
-    return [*found, *_coverage(result.provenance.get("coverage"))]
+    return [*map(_in_words, found), *_coverage(result.provenance.get("coverage"))]
+
+
+def _in_words(warning: str) -> str:
+    """A warning whose first word is the name of a flag or metric, with that in words."""
+    name, colon, rest = warning.partition(": ")
+    if colon and (name in FLAGS or name in METRIC_NAMES):
+        words = METRIC_NAMES.get(name) or name.replace("_", " ").capitalize()
+        return f"{words}: {rest}"
+    return warning
 
 
 def _coverage(coverage: dict[str, object] | None) -> list[str]:

@@ -182,8 +182,8 @@ def test_a_perturbation_in_focus_is_marked_everywhere(browser: Browser, page: st
 def test_the_heat_map_names_its_pairs(browser: Browser, page: str) -> None:
     browser.open(page)
     browser.run(
-        "(() => { const g = document.querySelector('.heat .pick'); const b = g.getBoundingClientRect(); g.dispatchEvent("
-        "new PointerEvent('pointermove', {clientX: b.left + 2, clientY: b.bottom - 2})) })()"
+        "(() => { const g = document.querySelector('.heat .pick'); const b = g.getBoundingClientRect(); "
+        "g.dispatchEvent(new PointerEvent('pointermove', {clientX: b.left + 2, clientY: b.bottom - 2})) })()"
     )
     assert "distance" in browser.run("document.querySelector('#pair').textContent")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 
 import numpy as np
@@ -15,7 +16,14 @@ COLOURS = 7
 _FRAME = Frame(640, 480, left=10, right=10, top=10, bottom=10, labels=0)
 
 
-def cell_map(coordinates: NDArray[np.float32], labels: Sequence[str], *, control: str, ranked: Sequence[str]) -> str:
+def cell_map(
+    coordinates: NDArray[np.float32],
+    labels: Sequence[str],
+    *,
+    control: str,
+    ranked: Sequence[str],
+    legend: bool = False,
+) -> str:
     """Cells at their coordinates.
 
     Parameters
@@ -28,6 +36,8 @@ def cell_map(coordinates: NDArray[np.float32], labels: Sequence[str], *, control
         The label of control cells, drawn below all others.
     ranked
         Perturbations from the strongest; the first :data:`COLOURS` of them have a colour each.
+    legend
+        Write the names beside the map, for a figure that stands alone.
     """
     low, high = coordinates.min(axis=0), coordinates.max(axis=0)
     span = np.where(high > low, high - low, 1.0)
@@ -47,4 +57,13 @@ def cell_map(coordinates: NDArray[np.float32], labels: Sequence[str], *, control
         kind = "control" if name == control else f"c{coloured.index(name)}" if name in coloured else "others"
         points = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in placed[members[name]])
         parts.append(f'<path class="cells {kind}" data-name="{escape(name)}" d="{points}"/>')
-    return svg(_FRAME, parts, f"Map of {len(labels)} cells of {len(members)} groups", kind="map")
+    if legend:
+        keys = [(control, "control"), *((name, f"c{i}") for i, name in enumerate(coloured))]
+        keys += [("other perturbations", "others")] if others else []
+        for i, (name, kind) in enumerate(keys):
+            at = 24 + 24 * i
+            text = escape(name if len(name) <= 20 else name[:19] + "…")
+            parts.append(f'<path class="cells {kind} key-dot" d="M{_FRAME.width + 8} {at}h0"/>')
+            parts.append(f'<text x="{_FRAME.width + 20}" y="{at + 5}">{text}</text>')
+    frame = replace(_FRAME, width=_FRAME.width + (190 if legend else 0))
+    return svg(frame, parts, f"Map of {len(labels)} cells of {len(members)} groups", kind="map")

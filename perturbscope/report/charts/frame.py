@@ -53,9 +53,9 @@ class Frame:
         return self.top
 
 
-WIDE = Frame(560, 400, left=58, right=18, top=16, bottom=52, labels=14)
+WIDE = Frame(560, 400, left=70, right=18, top=16, bottom=52, labels=14)
 """For a column of a laptop's screen."""
-NARROW = Frame(340, 360, left=60, right=10, top=14, bottom=50, labels=7)
+NARROW = Frame(340, 360, left=64, right=10, top=14, bottom=50, labels=7)
 """For a phone, at about one unit a pixel."""
 
 
@@ -121,7 +121,7 @@ def axes(frame: Frame, x: Axis, y: Axis, x_title: str, y_title: str) -> str:
     parts.append(
         f'<text class="axis" x="{(frame.x0 + frame.x1) / 2}" y="{frame.height - 10}" text-anchor="middle">'
         f"{x_title}</text>"
-        f'<text class="axis" transform="translate(14 {(frame.y0 + frame.y1) / 2}) rotate(-90)" text-anchor="middle">'
+        f'<text class="axis" transform="translate(12 {(frame.y0 + frame.y1) / 2}) rotate(-90)" text-anchor="middle">'
         f"{y_title}</text>"
     )
     return "".join(parts)

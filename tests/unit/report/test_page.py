@@ -108,7 +108,7 @@ def test_conclusions_say_what_the_tables_say(report):
 def test_cautions_name_few_cells_missing_batches_and_low_coverage(report):
     said = "\n".join(cautions(report))
     assert report.scores.warnings[0] in said
-    assert "scored perturbations have fewer than 50 cells" in said
+    assert "have fewer than 50; only large effects" in said
     assert "No batches were named" in said
     assert "coverage" not in said
 
