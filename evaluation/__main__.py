@@ -21,12 +21,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from evaluation.config import EvaluationConfig, ModelsConfig, ScreenConfig, read_config, read_gene_sets
+from evaluation.config import EvaluationConfig, ModelsConfig, ScreenConfig, read_config
 from evaluation.figures import write_figures
 from evaluation.run import RunOptions, ScreenResult, by_target, evaluate, overview, separation_table
 from evaluation.scvi import ScviOptions
 from evaluation.tables import markdown, screen_page
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
+from perturbscope.gene_sets import read_gmt
 from perturbscope.outputs import atomic
 
 PLACE = "<!-- results -->"
@@ -158,7 +159,7 @@ def _run(config: EvaluationConfig, cache: Path, console: Console) -> list[tuple[
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for settings in config.screens:
         screen = settings.open(obsm=list(config.models.obsm.values()))
-        relations = read_gene_sets(settings.relations) if settings.relations else None
+        relations = read_gmt(settings.relations) if settings.relations else None
         models = config.models.models(scvi_epochs=settings.scvi_epochs)
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(screen.name, total=None)

@@ -141,31 +141,6 @@ def read_config(path: Path) -> EvaluationConfig:
     )
 
 
-def read_gene_sets(path: Path) -> dict[str, list[str]]:
-    """Gene sets of a .gmt file: name, description and genes, separated by tabs.
-
-    Raises
-    ------
-    UnreadableFileError
-        There is no such file, or a line without a gene.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableFileError(f"{path} cannot be read: {error}", field="relations") from error
-    sets: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            name, *rest = line.split("\t")
-            if len(rest) < 2:
-                raise UnreadableFileError(
-                    f"{path}, line {number}: a set needs a name, a description and genes, separated by tabs.",
-                    field="relations",
-                )
-            sets[name] = [gene for gene in rest[1:] if gene]
-    return sets
-
-
 def _screen(item: object, where: str) -> ScreenConfig:
     own = {"path", "title", "note", "relations", "scvi_epochs"}
     known = own | set(signature(open_screen).parameters)

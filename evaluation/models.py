@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -105,14 +105,24 @@ def embed(
     """
     bundle = Bundle.open(model.options["path"]) if model.kind == "bundle" else None
     if cache is None or model.kind == "obsm":
-        return _compute(model, screen, bundle, progress)
-    path = cache / f"{cache_key(model, screen, bundle)}.npz"
+        found = _compute(model, screen, bundle, progress)
+    else:
+        found = _kept(cache / f"{cache_key(model, screen, bundle)}.npz", model, screen, bundle, progress)
+    if bundle is not None:
+        return replace(found, warnings=[*leaks(bundle, screen[screen.held_out]), *found.warnings])
+    return found
+
+
+def _kept(
+    path: Path, model: Model, screen: EvaluationScreen, bundle: Bundle | None, progress: Progress | None
+) -> Embedded:
+    """What `path` holds; computed and written if there is nothing."""
     if path.is_file():
         with np.load(path) as stored:
             facts = json.loads(str(stored["facts"]))
             return Embedded(stored["values"], facts["facts"], facts["warnings"])
     found = _compute(model, screen, bundle, progress)
-    cache.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as staging, staging.open("wb") as file:
         text = json.dumps({"facts": found.facts, "warnings": found.warnings})
         np.savez(file, values=found.values, facts=np.asarray(text))
@@ -192,3 +202,27 @@ def _from_bundle(bundle: Bundle, screen: EvaluationScreen, progress: Progress | 
         "median_tokens": float(np.median(found.lengths)),
     }
     return Embedded(found.values, facts, found.warnings())
+
+
+def leaks(bundle: Bundle, screen: EvaluationScreen) -> list[str]:
+    """A warning where the bundle says that it was fine-tuned on perturbations of this file that are scored.
+
+    Files are matched by name. Pre-training on the same cells is no leak: it saw no label.
+    """
+    # Bundles of other makers may say anything here, or nothing.
+    data, splits = (bundle.manifest.training.get(key) for key in ("data", "split"))
+    if not isinstance(data, dict) or not isinstance(splits, dict):
+        return []
+    file = screen.provenance.get("file")
+    for source in data.get("sources") or []:
+        if Path(str(source.get("path", ""))).name != file or source.get("name") not in splits:
+            continue
+        targets = splits[source["name"]].get("targets") or {}
+        seen = {name for part in (TRAINED, "validation") for name in targets.get(part, ())}
+        scored = sorted(seen & set(screen.perturbations))
+        if scored:
+            return [
+                f"Fine-tuned on this file, on {', '.join(scored)} and on some of the controls: what it shows of these "
+                "is no evidence. Name the held-out cells (held_out)."
+            ]
+    return []

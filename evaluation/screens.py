@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from evaluation.heldout import read_held_out
 from perturbscope.counts import CountMatrix
 from perturbscope.errors import ControlLabelMissingError, InvalidParameterError
 from perturbscope.readers import CellSource, open_cells
@@ -143,8 +144,9 @@ def open_screen(
     split_key
         Column that says which cells a model was trained on; ``split`` is taken if the file has it.
     held_out
-        A file with the cells that were held out, as fine-tuning writes it: cells of the same name belong to its
-        ``split`` (or to ``test``, if it has none), all others to ``train``.
+        A file with the cells that were held out, as fine-tuning writes it, or a table of them
+        (:mod:`evaluation.heldout`): cells of the same name belong to its ``split`` (or to ``test``, if it has none),
+        all others to ``train``.
     symbol_key
         Column of var with gene symbols; a few usual names are tried.
     layer, gene_key, total_counts_key
@@ -221,9 +223,7 @@ def open_screen(
 
 def _split_of(path: Path, cell_ids: NDArray[np.str_]) -> NDArray[np.object_]:
     """Split of each cell, from a file with those that were held out."""
-    with open_cells(path) as source:
-        kind = source.labels("split") if "split" in source.columns else np.full(source.n_cells, "test", dtype=object)
-        known = dict(zip(source.cell_ids.tolist(), kind.tolist(), strict=True))
+    known = read_held_out(path)
     unknown = sorted(set(known) - set(cell_ids.tolist()))
     if unknown:
         raise InvalidParameterError(

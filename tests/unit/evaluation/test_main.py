@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from evaluation.__main__ import MARKER, PLACE, main
-from evaluation.config import read_config, read_gene_sets
+from evaluation.config import read_config
 from evaluation.models import Model
 from evaluation.replication import ReplicationOptions
 from evaluation.run import RunOptions, by_target, deg_correlation, evaluate, overview, separation_table
@@ -17,6 +17,7 @@ from evaluation.screens import open_screen
 from evaluation.separation import SeparationOptions
 from evaluation.tables import markdown, screen_page
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
+from perturbscope.gene_sets import read_gmt
 from tests.screens import make_screen
 
 FAST = {
@@ -196,8 +197,6 @@ def test_configurations_are_checked(tmp_path):
     found = read_config(file)
     assert found.models.models(scvi_epochs=2)[-1].options["max_epochs"] == 2
     assert found.options.separation.seed == 4
-    with pytest.raises(UnreadableFileError, match=r"sets\.gmt"):
-        read_gene_sets(tmp_path / "sets.gmt")
 
 
 def test_the_shipped_configuration_reads(monkeypatch, data_dir):
@@ -206,5 +205,5 @@ def test_the_shipped_configuration_reads(monkeypatch, data_dir):
     for settings in found.screens:
         assert settings.path.is_file()
         if settings.relations:
-            assert len(read_gene_sets(settings.relations)) > 100
+            assert len(read_gmt(settings.relations)) > 100
     assert MARKER == "evaluation.json"

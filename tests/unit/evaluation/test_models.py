@@ -1,10 +1,12 @@
 """Embeddings of a screen: computed once, for the right cells."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from evaluation import models as module
-from evaluation.models import Model, baselines, cache_key, embed
+from evaluation.models import Model, baselines, cache_key, embed, leaks
 from evaluation.screens import open_screen
 from evaluation.scvi import ScviEmbedding, ScviOptions
 from perturbscope.bundle import Bundle
@@ -77,6 +79,20 @@ def test_a_bundle_embeds_what_its_embedder_embeds(screen, tiny_bundle):
     np.testing.assert_allclose(found.values, expected.values, atol=1e-5)
     assert found.facts["model_id"] == expected.model_id
     assert seen[-1] == ("embed", 41, 41)
+
+
+def test_a_bundle_that_was_trained_on_what_is_scored_is_found_out(screen, tiny_bundle):
+    bundle = Bundle.open(tiny_bundle)
+    training = {
+        "data": {"sources": [{"name": "mine", "path": "elsewhere/s.h5ad"}]},
+        "split": {"mine": {"targets": {"train": ["strong"], "validation": ["gone"], "test": ["weak"]}}},
+    }
+    trained = replace(bundle, manifest=replace(bundle.manifest, training=training))
+    (warning,) = leaks(trained, screen)
+    assert "on strong and on some of the controls" in warning
+    held_out = screen[np.asarray(screen.perturbations) != "strong"]
+    assert leaks(trained, held_out) == []
+    assert leaks(bundle, screen) == []
 
 
 def test_what_was_computed_is_used_again_for_the_same_cells_and_model_only(screen, tmp_path, monkeypatch, tiny_bundle):

@@ -3,9 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from evaluation.heldout import main
 from evaluation.screens import open_screen
-from perturbscope.errors import ControlLabelMissingError, InvalidParameterError, MissingColumnError
+from perturbscope.errors import ControlLabelMissingError, InvalidParameterError, MissingColumnError, UnreadableFileError
 from tests.screens import make_screen
 
 
@@ -83,10 +86,24 @@ def test_cells_of_the_held_out_file_are_held_out_of_the_whole_screen(path, tmp_p
     screen = open_screen(path, held_out=tmp_path / "part.h5ad")
     np.testing.assert_array_equal(screen.held_out, np.arange(adata.n_obs) % 3 == 0)
     assert set(screen.split or []) == {"train", "test", "control"}
+    done = CliRunner().invoke(app(), [str(tmp_path / "part.h5ad"), str(tmp_path / "part.tsv.gz")])
+    assert done.exit_code == 0, done.output
+    assert open_screen(path, held_out=tmp_path / "part.tsv.gz").split == screen.split
     part.obs_names = [f"other{i}" for i in range(part.n_obs)]
     part.write_h5ad(tmp_path / "other.h5ad")
     with pytest.raises(InvalidParameterError, match="'other0'"):
         open_screen(path, held_out=tmp_path / "other.h5ad")
+    (tmp_path / "wrong.tsv").write_text("name\tpart\na\ttest\n")
+    with pytest.raises(UnreadableFileError, match="cell and split are needed"):
+        open_screen(path, held_out=tmp_path / "wrong.tsv")
+    with pytest.raises(UnreadableFileError, match="cannot be read"):
+        open_screen(path, held_out=tmp_path / "none.tsv")
+
+
+def app():
+    found = typer.Typer()
+    found.command()(main)
+    return found
 
 
 def test_mistakes_are_named(path):
