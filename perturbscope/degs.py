@@ -4,9 +4,11 @@ Two-sided, asymptotic, with tie and continuity correction, as ``scipy.stats.mann
 screen has thousands of perturbations against the same controls, so the controls' non-zero values are sorted once; a
 perturbation then costs a binary search for each of its own non-zero values. Zeros, most of the data, are only counted.
 
-A count is no measure of effect on its own: it grows with the number of cells, and a group of a few cells has none
-whatever was done to it. :func:`deg_table` therefore gives the cells beside it, and :func:`correlate_degs` compares it
-with distances (Zhao et al. 2025 find that most perturbations of a genome-wide screen have no such gene at all).
+A count is no measure of effect on its own. It grows with the number of cells, so :func:`deg_table` gives these beside
+it; and in small groups of shallow cells it is wrong: the approximation fails where a gene is seen in one or two cells
+of a group, and "expressed in 5 % of either group" picks just those genes. :func:`deg_null` counts such genes between
+controls and controls, where there are none, and so shows from which size on a count means something. With
+:func:`correlate_degs` counts are compared with distances.
 """
 
 from __future__ import annotations
@@ -259,6 +261,61 @@ def deg_table(
         if progress:
             progress("degs", len(found), len(others))
     return pd.DataFrame(found, columns=list(DEG_COLUMNS))
+
+
+def deg_null(
+    cells: CountMatrix,
+    perturbations: Sequence[str],
+    *,
+    control: str,
+    sizes: Sequence[int] | None = None,
+    splits: int = 20,
+    options: DegOptions | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Genes called differentially expressed between random controls and the other controls.
+
+    Parameters
+    ----------
+    cells, perturbations, control, options, seed
+        As of :func:`deg_table`.
+    sizes
+        Cells of the pretended perturbation; by default the smallest, the lower quartile and the median of the
+        perturbations' sizes. Sizes above half of the controls are left out.
+    splits
+        Random choices of each size.
+
+    Returns
+    -------
+    ``n_cells, median_degs, max_degs, share_with_degs``, one row a size.
+
+    Raises
+    ------
+    MalformedMatrixError, InvalidParameterError, ControlLabelMissingError
+        As :func:`deg_table`.
+    """
+    options = options or DegOptions()
+    labels = check_labels(perturbations, len(cells), "perturbations")
+    names, counts = np.unique(labels, return_counts=True)
+    require_control(control, names.tolist())
+    if splits < 1:
+        raise InvalidParameterError(f"splits is {splits}; it must be 1 or more.", field="splits")
+    if sizes is None:
+        others = counts[names != control]
+        sizes = np.quantile(others, [0, 0.25, 0.5], method="lower").tolist() if len(others) else []
+    rng = generator(seed, "deg null", control)
+    rows = np.flatnonzero(labels == control)
+    if len(rows) > options.max_controls:
+        rows = rng.choice(rows, options.max_controls, replace=False)
+    values = log_normalized(cells[rows])
+    found = []
+    for size in sorted({int(size) for size in sizes if 1 <= size <= len(rows) // 2}):
+        degs = np.empty(splits)
+        for split in range(splits):
+            order = rng.permutation(len(rows))
+            degs[split] = count_degs(RankTester(values[order[size:]]), values[order[:size]], options).n_degs
+        found.append((size, float(np.median(degs)), int(degs.max()), float((degs > 0).mean())))
+    return pd.DataFrame(found, columns=["n_cells", "median_degs", "max_degs", "share_with_degs"])
 
 
 def target_columns(gene_ids: Sequence[str] | NDArray[np.str_], perturbations: Sequence[str]) -> dict[str, int]:

@@ -11,6 +11,9 @@ from perturbscope.cli import console, options
 from perturbscope.errors import InvalidParameterError
 
 _TESTING = "Testing"
+_CHANCE = 0.25
+"""Share of random control groups with any differentially expressed gene above which a user is warned; about 0.05 is
+what a q of 0.05 promises."""
 
 
 def degs(
@@ -44,7 +47,7 @@ def degs(
 
     import numpy as np
 
-    from perturbscope.degs import DegOptions, deg_table, target_columns
+    from perturbscope.degs import DegOptions, deg_null, deg_table, target_columns
     from perturbscope.outputs import check_output, write_table
     from perturbscope.readers import open_cells
     from perturbscope.tables import release
@@ -72,7 +75,14 @@ def degs(
         table = deg_table(
             counts[rows], there, control=control, targets=targets, options=chosen, seed=seed, progress=progress
         )
-    warnings = []
+        null = deg_null(counts[rows], there, control=control, options=chosen, seed=seed)
+    warnings = [
+        f"Random groups of {size} controls have {median:g} differentially expressed genes in the median (some in "
+        f"{share:.0%} of the groups), though nothing was done to them: counts of perturbations with as few cells "
+        "cannot be trusted. A larger --min-expressed, or more cells, helps."
+        for size, median, _, share in null.itertuples(index=False, name=None)
+        if share > _CHANCE
+    ]
     if len(rows) < len(labels):
         warnings.append(
             f"{len(labels) - len(rows)} of {len(labels)} cells have no value in obs[{perturbation_key!r}] and were "
@@ -85,6 +95,7 @@ def degs(
             f"gene could not be left out: {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}."
         )
     facts = {"kind": "degs", "version": release(), "options": asdict(chosen), "control": control, "seed": seed}
+    facts["null"] = null.to_dict("records")
     facts |= {"perturbation_key": perturbation_key, "input": cells.name, **where, "warnings": warnings}
     write_table(out, table, facts)
     for warning in warnings:

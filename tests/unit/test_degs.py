@@ -11,6 +11,7 @@ from perturbscope.degs import (
     RankTester,
     correlate_degs,
     count_degs,
+    deg_null,
     deg_table,
     log_normalized,
     target_columns,
@@ -111,6 +112,24 @@ def test_the_table_counts_every_perturbation(rng: np.random.Generator) -> None:
     named = deg_table(cells, labels, control="control", targets={"STAT1": 10}, options=strict).set_index("perturbation")
     assert named.loc["STAT1"].tolist() == [60, 5, 29]  # its true gene counts now, the one named does not
     assert named.loc["IRF1", "n_tested"] == 30
+
+
+def test_the_null_shows_where_counts_are_wrong() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["control", "tiny", "large"], [300, 6, 120])
+    counts = rng.poisson(np.geomspace(0.005, 0.3, 400), (426, 400))
+    counts[:, 0] += 1  # no cell is empty
+    shallow = CountMatrix.from_matrix(counts, [f"gene-{i}" for i in range(400)])
+    found = deg_null(shallow, labels, control="control", splits=10).set_index("n_cells")
+    assert found.index.tolist() == [6]  # the smallest, lower quartile and median of two sizes
+    assert found.loc[6, "median_degs"] > 5
+    assert found.loc[6, "share_with_degs"] == 1
+    both = deg_null(shallow, labels, control="control", sizes=[120, 6, 200], splits=10).set_index("n_cells")
+    assert both.index.tolist() == [6, 120]
+    assert both.loc[120, "share_with_degs"] <= 0.3
+    with pytest.raises(InvalidParameterError, match="splits"):
+        deg_null(shallow, labels, control="control", splits=0)
+    assert deg_null(shallow[:300], labels[:300], control="control").empty
 
 
 def test_many_controls_are_sampled_by_the_seed(rng: np.random.Generator) -> None:
