@@ -66,7 +66,16 @@ def make_pairs(
     tree = hierarchy.linkage(squareform(distances, checks=False), "average", optimal_ordering=True)
     clear = scored[(scored["q"] < 0.05) & (scored["z"] >= CLEAR)]
     hits = set(clear["perturbation"].astype(str))
-    return Pairs(names, distances, tree, _alike(names, distances, hits), len(scored), found)
+    return Pairs(
+        names=names,
+        distances=distances,
+        tree=tree,
+        alike=_alike(names, distances, hits),
+        noise=0.0 if metric != options.metrics[0] else float(scored["null_sd"].fillna(0.0).median()),
+        n_hits=int((scored["q"].head(MAX_NAMES) < 0.05).sum()),
+        n_all=len(scored),
+        table=found,
+    )
 
 
 def _alike(names: list[str], distances: NDArray[np.float64], hits: set[str]) -> list[list[str]]:

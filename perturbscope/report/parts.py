@@ -37,6 +37,10 @@ class Pairs:
         Average linkage of `distances`, as scipy's, leaves in optimal order.
     alike
         Groups of perturbations that differ from control and lie closer to each other than to control.
+    noise
+        Standard deviation of the distance between groups of controls, about: differences of this size mean nothing.
+    n_hits
+        Perturbations shown that differ from control at q < 0.05.
     n_all
         Perturbations that could have been compared; more than there are names where only the strongest were.
     table
@@ -47,6 +51,8 @@ class Pairs:
     distances: NDArray[np.float64]
     tree: NDArray[np.float64]
     alike: list[list[str]]
+    noise: float
+    n_hits: int
     n_all: int
     table: pd.DataFrame
 

@@ -150,9 +150,17 @@ def alike(report: Report) -> str:
     control = str(report.scores.provenance["control"])
     shown = len(part.names) - 1
     which = f"The {shown} strongest of {part.n_all} perturbations" if shown < part.n_all else f"{shown} perturbations"
+    chart = heat_map(part.names, part.distances, part.tree, control=control, noise=part.noise)
+    nothing = (
+        '<p class="muted"><b>None of these perturbations was shown to differ from control, so the differences between '
+        "them may be chance alone.</b></p>"
+        if not part.n_hits
+        else ""
+    )
     body = (
+        f"{nothing}"
         '<p id="pair" class="muted" aria-live="polite">Point at a square, or tap it, to see its pair.</p>'
-        f'<div class="scroll">{heat_map(part.names, part.distances, part.tree, control=control)}</div>'
+        f'<div class="scroll">{chart}</div>'
         f'<p class="legend scale-legend"><span>close</span>{scale()}<span>far</span></p>'
         f'<p class="muted">{which} and control. Strong colours are pairs whose cells lie close together; the tree '
         "above joins the closest first (average linkage of the E-distance). Perturbations without an effect form one "

@@ -17,7 +17,14 @@ LEVELS = 9
 _CELL, _TREE, _LETTER = 17, 64, 8.8
 
 
-def heat_map(names: Sequence[str], distances: NDArray[np.float64], tree: NDArray[np.float64], *, control: str) -> str:
+def heat_map(
+    names: Sequence[str],
+    distances: NDArray[np.float64],
+    tree: NDArray[np.float64],
+    *,
+    control: str,
+    noise: float = 0.0,
+) -> str:
     """A square a pair; close pairs are dark.
 
     Parameters
@@ -30,6 +37,9 @@ def heat_map(names: Sequence[str], distances: NDArray[np.float64], tree: NDArray
         Linkage of the n rows, as scipy's; its order of leaves is that of the chart.
     control
         Which name is set in italics.
+    noise
+        Standard deviation of distances where nothing was done: the scale of colours spans 20 of them or more, so that
+        chance does not look like structure.
     """
     order = [int(i) for i in hierarchy.leaves_list(tree)]
     names = [names[i] for i in order]
@@ -47,8 +57,9 @@ def heat_map(names: Sequence[str], distances: NDArray[np.float64], tree: NDArray
     )
     # The square root spreads the small distances, where the groups are.
     root = np.sqrt(shown)
-    top = float(root.max())
-    level = (LEVELS - 1 - np.minimum(root / top * LEVELS, LEVELS - 1)).astype(int) if top > 0 else np.zeros((n, n), int)
+    top = max(float(root.max()), (20 * noise) ** 0.5)
+    steps = (root / top * LEVELS).astype(int) if top > 0 else np.full((n, n), LEVELS - 1)
+    level = LEVELS - 1 - np.minimum(steps, LEVELS - 1)
     parts = [_branches(tree, frame)]
     for step in range(LEVELS):
         squares = "".join(

@@ -110,6 +110,8 @@ def test_the_heat_map_draws_every_pair_once(report):
     squares = sum(path.get("d").count("M") for path in svg.findall("path") if path.get("class", "").startswith("h"))
     assert squares == n * n
     assert [text.text for text in svg.findall("text")].count(EVIL[:17] + "…") == 2
+    calm = ET.fromstring(heat_map(pairs.names, pairs.distances, pairs.tree, control="control", noise=1e6))
+    assert [path.get("class") for path in calm.findall("path")] == ["tree", "h8"]  # all of it is noise, all the same
     constant = ET.fromstring(heat_map(["a", "b"], np.zeros((2, 2)), np.array([[0.0, 1.0, 0.0, 2.0]]), control="a"))
     assert len(constant.findall("path[@class='h0']")) == 1
 

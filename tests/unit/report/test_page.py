@@ -131,6 +131,12 @@ def test_parts_that_are_missing_say_why(bare):
     assert Page(text).open == []
 
 
+def test_where_nothing_differs_the_heat_map_says_so(report):
+    text = "None of these perturbations was shown to differ"
+    assert text not in render_report(report)
+    assert text in render_report(replace(report, pairs=replace(report.pairs, n_hits=0)))
+
+
 def test_file_is_replaced_whole_or_not_at_all(report, bare, tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")
