@@ -105,8 +105,7 @@ def scvi_embedding(
             field="train",
         )
     n_latent = max(1, min(options.n_latent, cells.n_genes // 2))
-    with _quiet():
-        package = _package()
+    with _quiet() as package:
         model = _model(package, _annotated(cells[chosen]), architecture, n_latent, options)
         model.train(
             max_epochs=options.max_epochs,
@@ -170,16 +169,17 @@ def _annotated(cells: CountMatrix) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The packages below warn of each other's versions, and log what the caller did not ask for."""
-    loggers = [logging.getLogger(name) for name in ("scvi", "lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
+def _quiet() -> Iterator[Any]:
+    """The package, kept from logging what the caller did not ask for and from warning of versions below it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        package = _package()  # sets the levels of its loggers
+        loggers = [logging.getLogger(name) for name in ("scvi", "lightning", "lightning.pytorch", "lightning.fabric")]
+        levels = [logger.level for logger in loggers]
         try:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
-            yield
+            yield package
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

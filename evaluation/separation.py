@@ -153,6 +153,7 @@ def separate(
     options = options or SeparationOptions()
     scores, pairs, nulls, batches = [], [], [], []
     warnings: list[str] = []
+    null_sizes: list[int] = []
     too_few: TooFewControlsError | TooFewCellsError | None = None
     for name, part in contexts(screen):
         rows, there = values[part], screen[part]
@@ -164,6 +165,7 @@ def separate(
             warnings.append(f"{name} was left out: {error.message}")
             too_few = error
             continue
+        null_sizes.append(paper_null_size(there.perturbations.count(there.control)))
         if options.pairs and len(set(there.perturbations)) > 2:
             pairs.append(_pairs(rows, there, options, progress).assign(context=name))
         null = calibrate(
@@ -180,6 +182,9 @@ def separate(
         batches.append(_by_batch(rows, there, options).assign(context=name))
     if not scores:
         raise too_few or TooFewCellsError("There is nothing to score.", field="perturbations")
+    if min(null_sizes) < PAPER_NULL:
+        span = f"{min(null_sizes)}" + (f" to {max(null_sizes)}" if max(null_sizes) > min(null_sizes) else "")
+        warnings.insert(0, f"Paper mode: the controls allow a null of {span} cells a group, not {PAPER_NULL}.")
     return Separation(_joined(scores), _joined(pairs), _joined(nulls), _joined(batches), list(dict.fromkeys(warnings)))
 
 
@@ -219,10 +224,6 @@ def _scores(
     )
     warnings += [text for text in found.warnings if "batch" in text or "fewer than" in text]
     size = paper_null_size(labels.count(control))
-    if size < PAPER_NULL:
-        warnings.append(
-            f"Paper mode: {labels.count(control)} controls allow a null of {size} cells a group, not {PAPER_NULL}."
-        )
     fixed = {"null": "fixed", "repeats": 1, "permutations": 1}
     paper = score_perturbations(
         values, labels, control=control, options=options.score_options(null_size=size, **fixed)

@@ -18,7 +18,7 @@ def cells(rng):
 
 
 @pytest.mark.parametrize("architecture", ["linear", "5L"])
-def test_embeds_all_cells_after_training_on_some(cells, architecture):
+def test_embeds_all_cells_after_training_on_some(cells, architecture, capfd):
     train = np.arange(90) < 60
     first = scvi_embedding(cells, architecture, train=train, options=OPTIONS)
     assert first.values.shape == (90, 6)
@@ -29,6 +29,7 @@ def test_embeds_all_cells_after_training_on_some(cells, architecture):
     assert first.facts["epochs_run"] == 2
     again = scvi_embedding(cells, architecture, train=train, options=OPTIONS)
     np.testing.assert_array_equal(first.values, again.values)
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_held_out_cells_do_not_change_the_model(cells):
@@ -43,11 +44,9 @@ def test_held_out_cells_do_not_change_the_model(cells):
 
 
 def test_the_likelihood_is_the_zero_inflated_one(cells):
-    import scvi
-
     from evaluation.scvi import _annotated, _model, _quiet
 
-    with _quiet():
+    with _quiet() as scvi:
         for architecture in ("linear", "5L"):
             model = _model(scvi, _annotated(cells), architecture, 6, OPTIONS)
             assert model.module.gene_likelihood == "zinb"
