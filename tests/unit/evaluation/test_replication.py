@@ -8,8 +8,9 @@ from evaluation.screens import EvaluationScreen
 from perturbscope.counts import CountMatrix
 from perturbscope.errors import InvalidEmbeddingError
 
-OPTIONS = ReplicationOptions(permutations=49, draws=19, power_repeats=0)
-NAMES = ["control", "A", "B", "C", "D"]
+OPTIONS = ReplicationOptions(permutations=49, draws=99, power_repeats=0)
+NAMES = ["control", *"ABCDEFGH"]
+N = 24 * len(NAMES)
 
 
 def screen(**columns):
@@ -21,14 +22,15 @@ def screen(**columns):
 
 @pytest.fixture
 def values(rng):
-    """A and B are alike, and so are C and D."""
-    directions = rng.normal(size=(2, 10))
-    means = np.vstack([np.zeros(10), directions[0], directions[0] * 1.1, directions[1], directions[1] * 1.1])
-    return (np.repeat(means, 24, axis=0) * 3 + rng.normal(size=(120, 10))).astype(np.float32)
+    """A and B are alike, and so are C and D, E and F, G and H."""
+    directions = np.repeat(rng.normal(size=(4, 10)), 2, axis=0)
+    directions[1::2] *= 1.1
+    means = np.vstack([np.zeros(10), directions])
+    return (np.repeat(means, 24, axis=0) * 3 + rng.normal(size=(N, 10))).astype(np.float32)
 
 
 def test_an_embedding_with_effects_replicates_and_one_without_does_not(values, rng):
-    relations = {"one": ["A", "B"], "other": ["C", "D"]}
+    relations = {"one": ["A", "B"], "other": ["C", "D"], "third": ["E", "F"], "fourth": ["G", "H"]}
     found = replicate(values, screen(), relations=relations, options=OPTIONS)
     numbers = found.numbers
     # A perturbation and its like share the first two places.
@@ -42,12 +44,12 @@ def test_an_embedding_with_effects_replicates_and_one_without_does_not(values, r
     assert noise["split_half_correlation"] < 0.5
     assert "relations_recall" not in noise
     # Cells without a guide are no replicate of any.
-    assert found.tables["retrieval"].query("replicate == 'guide'")["n_cells"].sum() == 4 * 23
-    assert found.tables["retrieval"].query("replicate == 'half'")["n_cells"].sum() == 4 * 24
+    assert found.tables["retrieval"].query("replicate == 'guide'")["n_cells"].sum() == 8 * 23
+    assert found.tables["retrieval"].query("replicate == 'half'")["n_cells"].sum() == 8 * 24
 
 
 def test_contexts_are_judged_apart_and_one_with_a_single_perturbation_is_passed_over(values):
-    contexts = ["left" if i % 2 else "right" for i in range(120)]
+    contexts = ["left" if i % 2 else "right" for i in range(N)]
     found = replicate(values, screen(contexts=contexts), options=OPTIONS)
     assert set(found.tables["split_half"]["context"]) == {"left", "right"}
     alone = screen()[np.arange(48)]
