@@ -1,6 +1,7 @@
 """The command: one screen or a file of them, from counts to tables, figures and a page."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from evaluation.__main__ import MARKER, PLACE, main
 from evaluation.config import read_config
+from evaluation.figures import write_figures
 from evaluation.models import Model
 from evaluation.replication import ReplicationOptions
 from evaluation.run import RunOptions, by_target, deg_correlation, evaluate, overview, separation_table
@@ -18,6 +20,7 @@ from evaluation.separation import SeparationOptions
 from evaluation.tables import markdown, screen_page
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
 from perturbscope.gene_sets import read_gmt
+from perturbscope.projection import project
 from tests.screens import make_screen
 
 FAST = {
@@ -109,6 +112,36 @@ def test_results_are_used_again_until_labels_or_options_change(path, tmp_path):
     other = open_screen(path)
     evaluate(other, [PCA], options=options, cache=tmp_path, finished=announce)
     assert kept == [False, True, False]
+
+
+def test_contexts_are_rows_of_their_own_in_tables_and_figures(path, tmp_path, monkeypatch):
+    import anndata
+
+    # UMAP compiles itself for ten seconds.
+    flat = partial(project, projector=lambda vectors, **_: vectors[:, :2].astype(np.float32))
+    monkeypatch.setattr("evaluation.run.project", flat)
+    adata = anndata.read_h5ad(path)
+    adata.obs["cell_type"] = ["B" if i % 2 else "T" for i in range(adata.n_obs)]
+    adata.write_h5ad(tmp_path / "s.h5ad")
+    screen = open_screen(tmp_path / "s.h5ad", context_key="cell_type", keep={"perturbation": ["control", "strong"]})
+    options = RunOptions(separation=OPTIONS.separation, replication=OPTIONS.replication, umap_cells=60)
+    found = evaluate(screen, [PCA], options=options)
+    wide = by_target(found)
+    assert wide[["context", "perturbation"]].to_numpy().tolist() in (
+        [["B", "strong"], ["T", "strong"]],
+        [["T", "strong"], ["B", "strong"]],
+    )
+    assert (wide["PCA-4"] > 10).all()
+    page = screen_page(found)
+    assert "in 2 contexts, each with its own controls" in page
+    assert "### Without controls" not in page
+    drawn = write_figures(found, tmp_path)
+    assert [place.name for place in drawn.values()] == [
+        "calibration.png", "z-by-model.png", "z-by-target.png", "umap.png",
+    ]  # fmt: skip
+    assert set(found.models[0].tables["umap"]["perturbation"]) == {
+        f"{label} in {name}" for label in ("control", "strong") for name in "BT"
+    }
 
 
 def test_a_model_that_fails_is_named_and_the_others_go_on(path):
