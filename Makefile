@@ -16,7 +16,7 @@ export BENTOML_DO_NOT_TRACK := True
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve setup test lint demo bundle quality bench proto lock image image-test clean
+.PHONY: help serve setup test lint demo bundle quality bench planted objectives proto lock image image-test clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -38,10 +38,10 @@ lint: setup ## ruff and strict mypy
 demo: setup ## the whole pipeline on the real data in data/, from counts to a scored screen
 	$(PY) scripts/demo.py
 
-bundle: setup ## make bundles/default anew from the data in data/: about half an hour on two cores
+bundle: setup ## make bundles/default anew from the data in data/: about an hour on two cores
 	$(PY) -m training.pretrain training/configs/default-pretrain.yaml --overwrite
 	$(PY) -m training.contrastive training/configs/default-contrastive.yaml --overwrite
-	$(PY) -m export runs/default/contrastive/checkpoint bundles/default --name default --version 1 --variant int8 \
+	$(PY) -m export runs/default/contrastive/checkpoint bundles/default --name default --version 2 --variant int8 \
 		--cells data/papalexi2021_eccite_thp1_panel.h5ad --licence Apache-2.0 --card docs/default-model-card.md --overwrite
 	$(PY) -m tests.golden.golden
 
@@ -49,9 +49,15 @@ quality: setup ## benchmarks/quality.md: bundles/default beside PCA, HVG and scV
 	$(PY) -m evaluation --config evaluation/configs/quality.yaml --out runs/quality --cache runs/quality-cache \
 		--page benchmarks/quality.md --template benchmarks/quality.in.md $(QUALITY)
 
-bench: setup ## run the benchmarks
-	@for script in benchmarks/*.py; do \
-		case $$script in */_*) continue;; esac; echo "+ $$script"; $(PY) $$script || exit 1; done
+bench: setup ## run the benchmarks of minutes: the tokenizer, agreement with peers
+	$(PY) benchmarks/tokenizer.py
+	$(PY) -m benchmarks.peers
+
+planted: setup ## benchmarks/planted.md: which effects of known size are seen (a quarter of an hour)
+	$(PY) -m benchmarks.planted
+
+objectives: setup ## runs/objectives/objectives.md: a model for each objective of fine-tuning (an hour)
+	$(PY) -m benchmarks.objectives
 
 proto: setup ## write perturbscope/proto/*_pb2* from the .proto
 	PYTHON=$(PY) scripts/generate_proto.sh

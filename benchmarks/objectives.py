@@ -22,7 +22,7 @@ from transformers import BertForMaskedLM
 
 from evaluation.baselines import pca
 from evaluation.retrieval import retrieve
-from evaluation.separation import markdown
+from evaluation.tables import markdown
 from perturbscope.embedder import Embedder
 from perturbscope.families import load_family
 from perturbscope.readers import open_cells
