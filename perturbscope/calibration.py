@@ -175,11 +175,21 @@ def calibrate(
                 )
             if len(p) < len(scored) or len(z) < len(scored):
                 gaps.append(_gap(metric, kind, len(p) > 1 and len(z) > 1, scored))
-    warnings = [*groups.warnings([control], options), *gaps, *_warnings(sets)]
+    warnings = [*_of_controls(groups, control, options), *gaps, *_warnings(sets)]
     if groups.has_copies(control):
         warnings.append(f"duplicated_vectors: {FLAGS['duplicated_vectors']} ({control}).")
     facts = {"control": control, "n_controls_used": len(controls), "splits": splits, "group_size": size}
     return Calibration(tuple(sets), provenance("calibrate", options, groups, **facts), warnings)
+
+
+def _of_controls(groups: Groups, control: str, options: ScoreOptions) -> list[str]:
+    """Cautions about labels and batches, as far as they touch the controls: no other cell is used."""
+    similar = {name: other for name, other in groups.similar.items() if control in (name, other)}
+    found = replace(groups, members={}, similar=similar).warnings([], options)
+    n_used, n_all = len(groups.members[control]), groups.sizes[control]
+    if n_used < n_all:
+        found.append(f"Calibration used {n_used:,} of the {n_all:,} controls, a sample (seed {options.seed}).")
+    return found
 
 
 def _gap(metric: Metric, kind: str, kept: bool, scored: Sequence[Scored]) -> str:

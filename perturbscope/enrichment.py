@@ -339,13 +339,14 @@ def _warnings(
     absent = [name for name in found if name not in tested]
     if absent:
         warnings.append(
-            f"{len(absent)} of {len(found)} gene sets have no gene in the ranking and were not tested: "
-            f"{', '.join(absent)}. Check that perturbations are named by their gene."
+            f"{len(absent)} of {len(found)} gene sets {'have' if len(absent) > 1 else 'has'} no gene in the ranking, "
+            f"not tested: {', '.join(absent)}. Check that perturbations are named by their gene."
         )
     few = [name for name in tested if found[name].sum() < _FEW_MEMBERS]
     if few:
         warnings.append(
-            f"{len(few)} gene sets have fewer than {_FEW_MEMBERS} genes in the ranking, too few to say much: "
+            f"{len(few)} {'gene sets have' if len(few) > 1 else 'gene set has'} fewer than {_FEW_MEMBERS} genes in the "
+            "ranking, too few to say much: "
             f"{', '.join(few)}."
         )
     if n_tests and n_tests / (1 + draws) > 0.05:

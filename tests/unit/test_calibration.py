@@ -83,3 +83,16 @@ def test_real_controls_of_a_screen(data_dir):
 def test_bad_parameters(controls, arguments):
     with pytest.raises(InvalidParameterError):
         calibrate(*controls[:2], control="control", **arguments)
+
+
+def test_only_a_sample_of_the_controls_is_a_warning(rng):
+    labels = np.repeat(["control", "a", "A"], [60, 300, 30])
+    options = ScoreOptions(max_cells=200, permutations=19)
+    vectors = rng.normal(size=(390, 4)) + 1
+    # Neither that perturbations are larger than what is sampled, nor how they are called, touches the controls.
+    assert calibrate(vectors, labels, control="control", splits=3, options=options).warnings == []
+    found = calibrate(vectors, labels, control="a", splits=3, options=options)
+    assert [text.partition(":")[0] for text in found.warnings] == [
+        "Labels that differ only in case or white space are taken as different perturbations",
+        "Calibration used 200 of the 300 controls, a sample (seed 0).",
+    ]

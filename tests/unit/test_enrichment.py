@@ -108,8 +108,8 @@ def test_sets_outside_the_ranking_are_named_not_dropped() -> None:
         NAMES, {"a": NAMES[:9], "elsewhere": ["FOXP3"], "few": NAMES[:2]}, progress=lambda *a: seen.append(a)
     )
     assert set(found.table["gene_set"]) == {"a", "few"}
-    assert any("1 of 3 gene sets" in text and "elsewhere" in text for text in found.warnings)
-    assert any("fewer than 5" in text and "few" in text for text in found.warnings)
+    assert any("1 of 3 gene sets has no gene" in text and "elsewhere" in text for text in found.warnings)
+    assert any("1 gene set has fewer than 5 genes" in text and "few" in text for text in found.warnings)
     assert found.provenance["gene_sets_without_members"] == ["elsewhere"]
     assert seen == [("enrich", 1, 2), ("enrich", 2, 2)]
     nothing = enrich(NAMES, {"elsewhere": ["FOXP3"]})
