@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,8 @@ class Embedder:
         Names of the model, passed on with results.
     limits
         Budget of a batch.
+    training
+        How the weights were made, as the bundle's manifest says; see :mod:`perturbscope.seen`.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Embedder:
         model_id: str,
         vocabulary_hash: str,
         limits: BatchLimits | None = None,
+        training: Mapping[str, Any] | None = None,
     ) -> None:
         self.family = family
         self.encoder = encoder
@@ -121,6 +124,7 @@ class Embedder:
         self.model_id = model_id
         self.vocabulary_hash = vocabulary_hash
         self.limits = limits or BatchLimits()
+        self.training: Mapping[str, Any] = training or {}
 
     @classmethod
     def from_bundle(
@@ -140,6 +144,7 @@ class Embedder:
             model_id=bundle.model_id,
             vocabulary_hash=bundle.manifest.vocabulary_hash,
             limits=limits,
+            training=bundle.manifest.training,
         )
 
     def tokenize(self, cells: CountMatrix) -> TokenizedCells:

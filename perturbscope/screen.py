@@ -17,6 +17,7 @@ from perturbscope.embedder import Embeddings, join
 from perturbscope.errors import InvalidParameterError
 from perturbscope.readers import CellSource, open_cells
 from perturbscope.readers.memory import AnnDataSource
+from perturbscope.seen import KEY, seen_by
 
 if TYPE_CHECKING:
     from perturbscope.calibration import Calibration
@@ -194,13 +195,16 @@ def _vectors(
         raise InvalidParameterError(
             "There is no model to embed the cells with. Give one, or name a matrix of obsm (use_rep).", field="use_rep"
         )
+    seen = seen_by(backend, source)
     found = embed_source(source, backend, progress=progress)
-    origin = {
+    origin: dict[str, Any] = {
         "model_id": found.model_id,
         "vocabulary_hash": found.vocabulary_hash,
         "coverage": found.coverage.to_dict(),
     }
-    return found.values, origin, found.warnings()
+    if seen is None:
+        return found.values, origin, found.warnings()
+    return found.values, {**origin, KEY: seen.to_dict()}, [seen.warning(), *found.warnings()]
 
 
 def _check_labels(labels: list[str], batches: list[str] | None, options: ScoreOptions, control: str | None) -> None:

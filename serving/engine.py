@@ -24,6 +24,7 @@ from perturbscope.embedder import Embedder, Embeddings
 from perturbscope.encoder import usable_cores
 from perturbscope.errors import PerturbScopeError, UnknownModelError
 from perturbscope.families import TokenizedCells
+from perturbscope.seen import Fingerprint, Seen, find_seen
 from perturbscope.wire.messages import (
     CompareAnswer,
     CompareRequest,
@@ -151,6 +152,13 @@ class Engine:
             lambda progress: make_report(request, embeddings, meta, warnings, progress)
         )
         return ReportAnswer(report=report, meta=_timed(meta, seconds))
+
+    def seen(self, request: Any, file: Fingerprint | None) -> Seen | None:
+        """What the model that answered `request` was trained on of an uploaded file; None without a file."""
+        if file is None:
+            return None
+        asked = request.score if isinstance(request, ReportRequest) else request
+        return find_seen(self._model(asked.model).embedder.training, file)
 
     async def columns(self, columns: Columns) -> Columns:
         """What a file holds: all is known once it is read."""

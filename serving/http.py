@@ -24,7 +24,7 @@ from serving.limits import too_many_bytes
 from serving.log import RequestLog
 from serving.pages import PAGE_HEADERS, screen_page
 from serving.reports import HTML
-from serving.routes import COLUMNS, COMPARE, EMBED, REPORT, SCORE, Route, add_warnings, describe, explain
+from serving.routes import COLUMNS, COMPARE, EMBED, REPORT, SCORE, Route, add_seen, add_warnings, describe, explain
 from serving.status import status_of
 from serving.uploads import FILE_NAME, PARAMETERS, Upload, read_upload
 
@@ -115,6 +115,7 @@ async def _answer(request: Request, route: Route) -> Response:
             answer = await _while_connected(request, route.call(engine, upload.request))
             describe(log, answer)
             answer = add_warnings(answer, upload.warnings)
+            answer = add_seen(answer, engine.seen(upload.request, upload.file))
             accepted = request.headers.get("accept", "")
             wants_arrow = wire.ARROW in route.encode and wire.ARROW in accepted
             media_type = wire.ARROW if wants_arrow else next(iter(route.encode))

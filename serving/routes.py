@@ -8,6 +8,7 @@ from typing import Any
 
 from perturbscope import wire
 from perturbscope.errors import PerturbScopeError
+from perturbscope.seen import Seen
 from serving.columns import Columns, columns_to_json
 from serving.engine import Engine
 from serving.log import RequestLog
@@ -103,6 +104,15 @@ def add_warnings(answer: Any, warnings: list[str]) -> Any:
         scores = replace(scores, warnings=scores.warnings + warnings)
         return replace(answer, report=replace(answer.report, scores=scores))
     return replace(answer, result=replace(answer.result, warnings=answer.result.warnings + warnings))
+
+
+def add_seen(answer: Any, seen: Seen | None) -> Any:
+    """An answer that says first that its model was trained on the cells."""
+    if seen is None:
+        return answer
+    if isinstance(answer, ReportAnswer):
+        return replace(answer, report=replace(answer.report, scores=seen.add_to(answer.report.scores)))
+    return replace(answer, result=seen.add_to(answer.result))
 
 
 def describe(log: RequestLog, message: Any) -> None:

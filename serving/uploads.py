@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from perturbscope.errors import (
 from perturbscope.readers import CellSource, open_cells
 from perturbscope.report import Absent
 from perturbscope.results import ScoreOptions
+from perturbscope.seen import Fingerprint
 from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving.columns import Columns, read_columns
 from serving.limits import check_shape, check_vectors
@@ -65,6 +66,8 @@ class Upload:
 
     request: EmbedRequest | ScoreRequest | CompareRequest | ReportRequest | Columns
     warnings: list[str] = field(default_factory=list)
+    file: Fingerprint | None = None
+    """Of a file whose cells a model embeds to score them."""
 
 
 def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings: Settings) -> Upload:
@@ -96,7 +99,8 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings:
                 return Upload(read_columns(source))
             if route == "embed":
                 return Upload(EmbedRequest(cells=_read_cells(source, settings), model=parameters.get("model")))
-            return _labelled(route, source, parameters, settings)
+            upload = _labelled(route, source, parameters, settings)
+            return upload if parameters.get("use_rep") else replace(upload, file=Fingerprint.of(source))
     except PerturbScopeError as error:
         # The caller knows its file, not where it lies here.
         error.message = error.message.replace(f"{path.parent}/", "")

@@ -35,6 +35,7 @@ def embed(
     from perturbscope.readers import open_cells
     from perturbscope.resume import PartialRun, fingerprint
     from perturbscope.screen import check_cells
+    from perturbscope.seen import seen_by
 
     check_output(out, [".h5ad"], source=cells)
     where = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
@@ -46,6 +47,7 @@ def embed(
         # A server that does not answer is found before the file is read.
         model_id = backend.model_id
         check_cells(source, backend, progress=progress)
+        seen = seen_by(backend, source)
         identity = {
             "model": model_id,
             "input": fingerprint(cells),
@@ -57,7 +59,7 @@ def embed(
             found = partial.embed(source, backend, progress=progress)
             write_embedded(partial.staging, source, found, provenance_of(found, where, __version__))
             commit(partial.staging, out)
-    for warning in found.warnings():
+    for warning in [*([seen.warning()] if seen else []), *found.warnings()]:
         console.warn(warning)
     console.say(
         f"{len(found)} cells x {found.values.shape[1]} by {found.model_id}; {found.coverage.n_matched} of "

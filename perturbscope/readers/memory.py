@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +53,10 @@ class AnnDataSource(CellSource):
                     "column of obs", total_counts_key, list(map(str, adata.obs.columns)), field="total_counts_key"
                 )
             totals = check_totals(np.asarray(adata.obs[total_counts_key]), total_counts_key, adata.n_obs)
-        super().__init__(from_scipy(matrix), name_genes(genes), totals=totals, chunk_cells=chunk_cells)
+        # A view of a backed object holds some of the file's cells; only the whole is that file.
+        backed = getattr(adata, "isbacked", False) and not getattr(adata, "is_view", False)
+        path = Path(adata.filename) if backed else None
+        super().__init__(from_scipy(matrix), name_genes(genes), path=path, totals=totals, chunk_cells=chunk_cells)
 
     @property
     def cell_ids(self) -> NDArray[np.str_]:

@@ -12,7 +12,7 @@ from perturbscope.outputs import atomic
 from perturbscope.report import sections
 from perturbscope.report.parts import Report
 from perturbscope.report.table import score_table
-from perturbscope.report.words import READING, cautions, conclusions, number
+from perturbscope.report.words import READING, cautions, conclusions, doubt, number
 
 _LINKS = (
     ("summary", "Summary"),
@@ -92,14 +92,20 @@ def _file(name: str) -> str:
 
 def _facts(report: Report) -> str:
     facts, first = report.scores.provenance, report.scores.provenance["metrics"][0]
-    part = report.scores.table[report.scores.table["metric"] == first]
+    part, undone = report.scores.table[report.scores.table["metric"] == first], doubt(report)
+    doubtful = " doubtful" if undone else ""
     items = [
-        (f"{int((part['q'] < 0.05).sum()):,}", "differ from control (q < 0.05)"),
-        (f"{facts['n_scored']:,}", "perturbations scored"),
-        (number(float(part["z"].median())), "median effect z"),
-        (f"{facts['n_controls']:,}", "control cells"),
+        (
+            f"{int((part['q'] < 0.05).sum()):,}",
+            f"differ from control (q < 0.05){f', {undone}' if undone else ''}",
+            doubtful,
+        ),
+        (f"{facts['n_scored']:,}", "perturbations scored", ""),
+        (number(float(part["z"].median())), "median effect z", doubtful),
+        (f"{facts['n_controls']:,}", "control cells", ""),
     ]
     cards = "".join(
-        f'<div class="fact"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in items
+        f'<div class="fact{kind}"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
+        for value, label, kind in items
     )
     return f'<div class="facts">{cards}</div>'

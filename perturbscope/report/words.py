@@ -9,12 +9,25 @@ import pandas as pd
 from perturbscope.calibration import Calibration, CalibrationSet
 from perturbscope.report.parts import Absent, Pairs, Report
 from perturbscope.results import FLAGS
+from perturbscope.seen import KEY
 
 METRIC_NAMES = {
     "e_distance": "E-distance",
     "cosine_e_distance": "cosine E-distance",
     "wasserstein": "Wasserstein distance",
 }
+_SEEN = {
+    "fine_tuned_on_this_file": (
+        "Fine-tuned on this file",
+        "not to be believed, since the model was fine-tuned on cells of this file",
+    ),
+    "perhaps_fine_tuned_on_these_cells": (
+        "Perhaps fine-tuned on these cells",
+        "not to be believed if these are the cells on which the model was fine-tuned",
+    ),
+    "pretrained_on_this_file": ("Trained on this file, without its labels", ""),
+}
+"""Names of :mod:`perturbscope.seen` in words, and what they make of the count of differences."""
 FEW_CELLS = 50
 """Below this many cells only large effects can be seen."""
 FEW_GENES = 1000
@@ -59,16 +72,23 @@ def listing(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)
 
 
+def doubt(report: Report) -> str:
+    """Why no number of the page is to be believed; empty where none is undone."""
+    seen = report.scores.provenance.get(KEY) or {}
+    return _SEEN.get(str(seen.get("how")), ("", ""))[1]
+
+
 def conclusions(report: Report) -> list[str]:
     """What the report says, in sentences; the most important first."""
-    result = report.scores
+    result, undone = report.scores, doubt(report)
     found = []
     for metric in result.provenance["metrics"]:
         part = result.table[result.table["metric"] == metric]
         scored = part[part["p"].notna()]
         hits = scored[scored["q"] < 0.05]
         name = METRIC_NAMES[metric]
-        found.append(f"{len(hits)} of {len(scored)} perturbations differ from control at q < 0.05 ({name}).")
+        said = f"{len(hits)} of {len(scored)} perturbations differ from control at q < 0.05 ({name})"
+        found.append(f"{undone[0].upper()}{undone[1:]}: {said}." if undone else f"{said}.")
         if len(hits):
             listed = [f"{row.perturbation} (z {number(float(row.z))})" for row in hits.head(5).itertuples(index=False)]
             found.append(f"Strongest by {name}: {', '.join(listed)}.")
@@ -99,8 +119,7 @@ def cautions(report: Report) -> list[str]:
     result = report.scores
     found = list(result.warnings)
     if isinstance(report.calibration, Calibration):
-        # That calibration takes a sample of large groups is no caution about the scores.
-        found += [line for line in report.calibration.warnings if not line.startswith("Groups above")]
+        found += report.calibration.warnings
     found = list(dict.fromkeys(found))
     first = result.table[result.table["metric"] == result.provenance["metrics"][0]]
     few = first[first["p"].notna() & (first["n_cells"] < FEW_CELLS)]
@@ -120,8 +139,8 @@ def cautions(report: Report) -> list[str]:
 def _in_words(warning: str) -> str:
     """A warning whose first word is the name of a flag or metric, with that in words."""
     name, colon, rest = warning.partition(": ")
-    if colon and (name in FLAGS or name in METRIC_NAMES):
-        words = METRIC_NAMES.get(name) or name.replace("_", " ").capitalize()
+    if colon and (name in FLAGS or name in METRIC_NAMES or name in _SEEN):
+        words = METRIC_NAMES.get(name) or (_SEEN[name][0] if name in _SEEN else name.replace("_", " ").capitalize())
         return f"{words}: {rest}"
     return warning
 

@@ -13,6 +13,7 @@ import pytest
 from perturbscope.report import Absent, Report, render_report, write_report
 from perturbscope.report.charts import NARROW, WIDE, Point, effect_chart, qq_chart
 from perturbscope.report.words import cautions, conclusions, listing, number, p_value
+from perturbscope.seen import Seen
 from tests.reports import EVIL, make_report
 
 
@@ -120,6 +121,34 @@ def test_cautions_name_few_cells_missing_batches_and_low_coverage(report):
     assert "knows 200 of the file's 500 genes" in with_facts(coverage={"n_genes": 500, "n_matched": 200})
     assert "holds 260 genes that the model knows" in with_facts(coverage={"n_genes": 300, "n_matched": 260})
     assert "coverage" not in with_facts(coverage={"n_genes": 20_000, "n_matched": 15_000})
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "warned"),
+    [
+        ("fine_tuned_on_this_file", "Not to be believed, since the model was fine-tuned", "Fine-tuned on this file: "),
+        ("perhaps_fine_tuned_on_these_cells", "Not to be believed if these are", "Perhaps fine-tuned on these cells: "),
+        ("pretrained_on_this_file", "", "Trained on this file, without its labels: "),
+    ],
+)
+def test_no_number_of_differences_without_saying_that_the_model_knew_the_cells(report, how, said, warned):
+    seen = Seen(how=how, source="<thp1>", n_cells=9)
+    known = replace(report, scores=seen.add_to(report.scores))
+    counts = [line for line in conclusions(known) if "perturbations differ from control" in line]
+    assert len(counts) == 2
+    assert all(line.startswith(said) for line in counts)
+    assert conclusions(known)[0] == counts[0]
+    assert cautions(known)[0].startswith(warned)
+    text = render_report(known)
+    assert Page(text).open == []
+    assert "<thp1>" not in text
+    assert text.count('class="fact doubtful"') == (2 if said else 0)
+    assert ("differ from control (q &lt; 0.05), not to be believed" in text) == bool(said)
+
+
+def test_what_calibration_warns_of_is_on_the_page(report):
+    calibration = replace(report.calibration, warnings=["Calibration used 9 of the 99 controls."])
+    assert "Calibration used 9 of the 99 controls." in cautions(replace(report, calibration=calibration))
 
 
 def test_parts_that_are_missing_say_why(bare):

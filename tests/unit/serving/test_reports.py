@@ -14,7 +14,9 @@ import pandas as pd
 import pytest
 
 from perturbscope import wire
+from perturbscope.bundle import sha256
 from perturbscope.counts import CountMatrix
+from perturbscope.embedder import Embedder
 from perturbscope.errors import ProviderUnavailableError
 from perturbscope.results import ScoreOptions
 from perturbscope.wire import ScoreRequest
@@ -95,6 +97,40 @@ async def test_left_out_cells_are_named_on_the_page(
     file = write_h5ad(tiny_cells, tmp_path / "some.h5ad", labels=labels).read_bytes()
     reply = await http.post("/v1/report", params=PARAMETERS, content=file, headers=HDF5)
     assert "2 of 24 cells have no value in obs[&#x27;perturbation&#x27;]" in reply.text
+
+
+@pytest.mark.parametrize("route", ["score", "compare", "report"])
+async def test_a_model_that_was_trained_on_the_upload_says_so_first(
+    make_engine: MakeEngine,
+    connect: Connect,
+    fake_embedder: Embedder,
+    tiny_cells: CountMatrix,
+    h5ad: Path,
+    tmp_path: Path,
+    route: str,
+) -> None:
+    source = {"name": "thp1", "sha256": sha256(h5ad), "cells": 24}
+    fake_embedder.training = {"objective": "mixed batches", "data": {"sources": [source]}}
+    http = connect(make_engine())
+    parameters = {**PARAMETERS}
+    if route == "compare":
+        del parameters["control"]  # there is one perturbation, to be compared with the controls
+
+    async def said(path: Path, **more: str) -> list[str]:
+        reply = await http.post(f"/v1/{route}", params={**parameters, **more}, content=path.read_bytes(), headers=HDF5)
+        assert reply.status_code == 200, reply.text
+        if route == "report":
+            return reply.text.partition("Read with care")[2].split("<li>")[1:]
+        meta = reply.json()["meta"]
+        assert ("seen_in_training" in meta["provenance"]) == ("fine_tuned" in meta["warnings"][0])
+        return list(meta["warnings"])
+
+    assert "fine-tuned on cells of this file (thp1)" in (await said(h5ad))[0]
+    # The same cells with other labels are another file.
+    other = write_h5ad(tiny_cells, tmp_path / "gaps.h5ad", labels=(None, *LABELS[1:]))
+    assert "24 cells here, as many as in a file" in (await said(other))[0]
+    # Vectors that the file brought are not this model's.
+    assert not any("fine-tuned" in line for line in await said(other, use_rep="X_pca"))
 
 
 async def test_errors_and_limits_are_those_of_a_score(make_engine: MakeEngine, connect: Connect, h5ad: Path) -> None:
