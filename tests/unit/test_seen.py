@@ -25,7 +25,7 @@ from tests.bundles import tiny_files, tiny_manifest
 from tests.reports import first_two
 from tests.screens import make_screen
 
-FAST = {"permutations": 40, "repeats": 2}
+FAST: dict[str, Any] = {"permutations": 40, "repeats": 2}
 LABELS = ["--perturbation-key", "perturbation", "--control", "control", "--set", "max_cells=60"]
 
 
@@ -128,7 +128,7 @@ def test_the_default_bundle_knows_its_data(data_dir: Path) -> None:
 
     def how(name: str) -> str | None:
         found = find_seen(training, of(sha256(data_dir / name), n_cells=0))
-        return found and found.how
+        return None if found is None else found.how
 
     assert how("papalexi2021_eccite_thp1_panel.h5ad") == "fine_tuned_on_this_file"
     assert how("kang2018_ifnb_pbmc.h5ad") == "pretrained_on_this_file"
