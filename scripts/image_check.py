@@ -74,3 +74,25 @@ check(
     f"gRPC gives the same cell the same vector in {1e3 * (time.perf_counter() - start):.0f} ms",
     np.allclose(over_http, over_grpc, rtol=0, atol=1e-6),
 )
+
+# The map of the cells needs umap-learn, which compiles itself at first use and wants a folder to keep that in.
+screen = rng.poisson(0.3, size=(150, 500)).astype(np.int32)
+screen[:, 0] += 1
+rows, columns = np.nonzero(screen)
+body = {
+    "cells": {
+        "gene_ids": gene_ids,
+        "indptr": np.searchsorted(rows, np.arange(151)).tolist(),
+        "indices": columns.tolist(),
+        "data": screen[rows, columns].tolist(),
+    },
+    "perturbations": ["control"] * 90 + ["STAT1"] * 60,
+    "control": "control",
+}
+start = time.perf_counter()
+request = urllib.request.Request(
+    f"{base_url}/v1/report", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+)
+with urllib.request.urlopen(request, timeout=300) as response:
+    page = response.read().decode()
+check(f"the report has a map of the cells, in {time.perf_counter() - start:.0f} s", "UMAP, 15 neighbours" in page)
