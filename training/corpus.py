@@ -260,6 +260,8 @@ def _fingerprint(config: CorpusConfig, vocabulary: GeneVocabulary, digests: Sequ
     for source in values["sources"]:
         if source["soma"] is None:  # a file: the fingerprint is that of corpora from before there were stores
             del source["soma"]
+        for name in ("context_key", "control_fractions", "unlabelled"):  # what fine-tuning makes of the cells
+            del source[name]
     text = json.dumps([values, vocabulary.hash, list(digests)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

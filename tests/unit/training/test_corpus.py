@@ -127,6 +127,13 @@ def test_an_existing_corpus_is_reused_and_another_one_refused(config: CorpusConf
     assert build_corpus(replace(config, max_length=20), overwrite=True).lengths.max() == 20
 
 
+def test_what_only_fine_tuning_reads_makes_no_other_corpus(config: CorpusConfig) -> None:
+    first = build_corpus(config)
+    source = replace(config.sources[0], context_key="batch", control_fractions=(0.0, 0.0, 1.0), unlabelled=True)
+    again = build_corpus(replace(config, sources=(source,)))
+    assert again.manifest["fingerprint"] == first.manifest["fingerprint"]
+
+
 def test_something_else_is_never_replaced(config: CorpusConfig) -> None:
     Path(config.path).mkdir()
     Path(config.path, "thesis.txt").write_text("precious")
