@@ -75,7 +75,6 @@ class ContrastiveTask:
     ) -> None:
         self._config = config
         self._corpus = corpus
-        self._splits = splits
         self._process = process
         self.family_config: dict[str, Any] = checkpoint.family_config
         self.model_config: Any = checkpoint.model_config

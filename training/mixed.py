@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -68,7 +69,6 @@ class MixedTask:
                     f"mixed.{key} names {min(unknown)!r}; the data sets are {names}.", field=f"mixed.{key}"
                 )
         self._corpus = corpus
-        self._process = process
         self.family_config: dict[str, Any] = checkpoint.family_config
         self.model_config: Any = checkpoint.model_config
         self.model: nn.Module = checkpoint.model().train()
@@ -87,8 +87,8 @@ class MixedTask:
         encoder = PooledEncoder(cast("BertForMaskedLM", self.model))
         width = int(encoder.config.hidden_size)
         self.module: nn.Module = MixedModule(encoder, self._mixed, width=width, n_classes=max(n_classes, 1))
-        self._epoch = -1
-        self._order: list[tuple[int, NDArray[np.int64]]] = []
+        # The loop prepares the next batch in another thread: at the end of an epoch two epochs are asked for at once.
+        self._order = functools.lru_cache(maxsize=2)(functools.partial(self._train.batches, rank=process.rank))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -97,17 +97,12 @@ class MixedTask:
 
     def batch(self, epoch: int, index: int, seed: int) -> dict[str, Tensor]:
         """Cells of one data set; see :meth:`training.terms.MixedModule.forward`."""
-        if epoch != self._epoch:
-            self._order = self._train.batches(epoch, rank=self._process.rank)
-            self._epoch = epoch
-        number, places = self._order[index]
+        number, places = self._order(epoch)[index]
         return self._tensors(self._pools[number][0], places, seed)
 
     def kind(self, epoch: int, index: int) -> str:
         """The data set of the batch."""
-        if epoch != self._epoch:
-            self.batch(epoch, index, 0)
-        return self._pools[self._order[index][0]][0].name
+        return self._pools[self._order(epoch)[index][0]][0].name
 
     def begin(self, evaluate: Evaluate) -> dict[str, float]:
         """The validation before any training."""
