@@ -26,5 +26,6 @@ pin training
 pin evaluation
 pin census
 pin dev
+pin fuzz
 pin serving-gpu --constraint requirements/serving.txt --no-emit-package onnxruntime --extra report pyproject.toml requirements/serving.in
 pin peers # in an environment of its own, so not solved against the others

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
-SETS = ("serving", "serving-gpu", "training", "evaluation", "census", "dev", "peers")
+SETS = ("serving", "serving-gpu", "training", "evaluation", "census", "dev", "fuzz", "peers")
 INSTALLED = ("serving", "training", "evaluation", "census", "dev")  # what `make setup` puts into one environment
 PIN = re.compile(r"(?P<name>[a-z0-9][a-z0-9.-]*)==(?P<version>[0-9][A-Za-z0-9.]*)\s+# via .+")
 
