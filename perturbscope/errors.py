@@ -17,6 +17,8 @@ The tree::
     │   ├── InvalidParameterError         an option outside its range
     │   └── UnreadableFileError           truncated, or of another format
     ├── LimitExceededError                the request is larger than the server allows
+    ├── UnauthenticatedError              no API key, or one that is unknown, expired or revoked
+    ├── PermissionDeniedError             the API key is good, but not for this
     ├── UnknownModelError                 no such model here
     ├── BundleError
     │   ├── CorruptBundleError            a file is missing or its checksum differs
@@ -26,6 +28,8 @@ The tree::
     ├── InferenceError                    the model's forward pass failed
     ├── SolverError                       optimal transport did not converge
     ├── OverloadedError                   the queue is full; retry after ``retry_after`` seconds
+    │   └── RateLimitedError              this API key has used up its share for now
+    ├── DeadlineExceededError             the caller's own time ran out; not retried
     ├── ServerUnreachableError            no answer from the server
     └── ServerError                       the server failed in a way that it does not explain
 
@@ -145,6 +149,18 @@ class LimitExceededError(PerturbScopeError):
     code = "limit_exceeded"
 
 
+class UnauthenticatedError(PerturbScopeError):
+    """The server wants an API key, and got none that it knows."""
+
+    code = "unauthenticated"
+
+
+class PermissionDeniedError(PerturbScopeError):
+    """The API key does not have the right that the request needs."""
+
+    code = "permission_denied"
+
+
 class UnknownModelError(PerturbScopeError):
     """No model of that name is loaded."""
 
@@ -209,6 +225,18 @@ class OverloadedError(PerturbScopeError):
     def __init__(self, message: str, *, retry_after: float = 1.0, field: str | None = None) -> None:
         super().__init__(message, field=field)
         self.retry_after = retry_after
+
+
+class RateLimitedError(OverloadedError):
+    """An API key asked for more than its share; ``retry_after`` says when there is room again."""
+
+    code = "rate_limited"
+
+
+class DeadlineExceededError(PerturbScopeError):
+    """The time that the caller allowed is over, or would be before the answer is there."""
+
+    code = "deadline_exceeded"
 
 
 class ServerUnreachableError(PerturbScopeError):

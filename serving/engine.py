@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -35,6 +34,7 @@ from perturbscope.wire.messages import (
     ScoreRequest,
 )
 from serving import limits
+from serving.calls import Call, Front
 from serving.columns import Columns
 from serving.limits import Admission
 from serving.models import ServedModel
@@ -60,7 +60,9 @@ class Engine:
         assert models, "an engine needs a model"  # noqa: S101  our own bug: Settings demands a bundle
         self.settings = settings
         self._models = tuple(models)
-        self._admission = Admission(settings)
+        self.admission = Admission(settings)
+        self.front = Front(self.admission)
+        """What every request passes first."""
         self._workers = ThreadPoolExecutor(max_workers=max(2, usable_cores()), thread_name_prefix="perturbscope-worker")
         self._scorers = ThreadPoolExecutor(settings.score_workers, thread_name_prefix="perturbscope-score")
 
@@ -73,15 +75,11 @@ class Engine:
         """What is served; the first is the default."""
         return ModelsAnswer(models=tuple(model.info for model in self._models))
 
-    def admit(self) -> AbstractContextManager[Callable[[int], None]]:
-        """Count one request; see :meth:`serving.limits.Admission.admit`."""
-        return self._admission.admit()
-
     async def work(self, function: Callable[..., T], *args: Any) -> T:
         """Run what would block the event loop (decode, tokenize, encode) on a worker thread."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
 
-    async def embed(self, request: EmbedRequest) -> Embeddings:
+    async def embed(self, request: EmbedRequest, call: Call | None = None) -> Embeddings:
         """Vectors of cells.
 
         Raises
@@ -105,12 +103,12 @@ class Engine:
         values, timings = await model.dispatcher.submit(tokens)
         return model.embedder.describe(tokens, values, {"tokenize": seconds, **timings})
 
-    async def score(self, request: ScoreRequest) -> ScoreAnswer:
+    async def score(self, request: ScoreRequest, call: Call | None = None) -> ScoreAnswer:
         """Every perturbation against the controls. Raises as :meth:`embed`, and as `score_perturbations`."""
         from perturbscope.scoring import score_perturbations
 
         limits.check_options(self.settings, request.options)
-        embeddings, meta, warnings = await self._embeddings(request)
+        embeddings, meta, warnings = await self._embeddings(request, call)
         result, seconds = await self._scored(
             lambda progress: score_perturbations(
                 embeddings,
@@ -124,12 +122,12 @@ class Engine:
         result = replace(result, warnings=[*warnings, *result.warnings])
         return ScoreAnswer(result=result, meta=_timed(meta, seconds))
 
-    async def compare(self, request: CompareRequest) -> CompareAnswer:
+    async def compare(self, request: CompareRequest, call: Call | None = None) -> CompareAnswer:
         """Perturbations against each other. Raises as :meth:`embed`, and as `compare_perturbations`."""
         from perturbscope.scoring import compare_perturbations
 
         limits.check_options(self.settings, request.options)
-        embeddings, meta, warnings = await self._embeddings(request)
+        embeddings, meta, warnings = await self._embeddings(request, call)
         result, seconds = await self._scored(
             lambda progress: compare_perturbations(
                 embeddings,
@@ -144,10 +142,10 @@ class Engine:
         result = replace(result, warnings=[*warnings, *result.warnings])
         return CompareAnswer(result=result, meta=_timed(meta, seconds))
 
-    async def report(self, request: ReportRequest) -> ReportAnswer:
+    async def report(self, request: ReportRequest, call: Call | None = None) -> ReportAnswer:
         """The result page of a score. Raises as :meth:`score`."""
         limits.check_options(self.settings, request.score.options)
-        embeddings, meta, warnings = await self._embeddings(request.score)
+        embeddings, meta, warnings = await self._embeddings(request.score, call)
         report, seconds = await self._scored(
             lambda progress: make_report(request, embeddings, meta, warnings, progress)
         )
@@ -160,13 +158,13 @@ class Engine:
         asked = request.score if isinstance(request, ReportRequest) else request
         return find_seen(self._model(asked.model).embedder.training, file)
 
-    async def columns(self, columns: Columns) -> Columns:
+    async def columns(self, columns: Columns, call: Call | None = None) -> Columns:
         """What a file holds: all is known once it is read."""
         return columns
 
     async def ready(self) -> bool:
         """Whether the models answer. One that failed last is tried with one cell, so that it can recover."""
-        if self._admission.closed:
+        if self.admission.closed:
             return False
         for model in self._models:
             if model.dispatcher.last_batch_failed:
@@ -178,7 +176,7 @@ class Engine:
 
     async def close(self) -> None:
         """Finish what was accepted, refuse the rest, and stop all threads."""
-        self._admission.closed = True
+        self.admission.closed = True
         await asyncio.gather(*(model.dispatcher.close() for model in self._models))
         self._workers.shutdown(wait=False, cancel_futures=True)
         self._scorers.shutdown(wait=False, cancel_futures=True)
@@ -196,7 +194,9 @@ class Engine:
             field="model",
         )
 
-    async def _embeddings(self, request: ScoreRequest | CompareRequest) -> tuple[NDArray[np.float32], Meta, list[str]]:
+    async def _embeddings(
+        self, request: ScoreRequest | CompareRequest, call: Call | None
+    ) -> tuple[NDArray[np.float32], Meta, list[str]]:
         """The vectors to be scored: the caller's own, or those of the cells."""
         if request.cells is None:
             given = cast("NDArray[np.float32]", request.embeddings)
@@ -204,7 +204,7 @@ class Engine:
             return given, Meta(), []
         # A missing control label should not cost the embedding of all cells.
         await self.work(_check_labels, request)
-        found = await self.embed(EmbedRequest(cells=request.cells, model=request.model))
+        found = await self.embed(EmbedRequest(cells=request.cells, model=request.model), call)
         meta = Meta(
             model_id=found.model_id,
             vocabulary_hash=found.vocabulary_hash,
@@ -218,7 +218,7 @@ class Engine:
         gone = threading.Event()
 
         def progress(stage: str, done: int, total: int) -> None:
-            if gone.is_set() or self._admission.closed:
+            if gone.is_set() or self.admission.closed:
                 raise _CallerGoneError(stage, done, total)
 
         def timed() -> tuple[Scored, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -14,8 +14,8 @@ from perturbscope import wire
 from perturbscope.errors import OverloadedError, PerturbScopeError
 from perturbscope.proto import perturbscope_v1_pb2 as messages
 from perturbscope.proto import perturbscope_v1_pb2_grpc as services
+from serving.calls import Call
 from serving.engine import Engine
-from serving.log import RequestLog
 from serving.routes import COMPARE, EMBED, SCORE, RpcRoute, describe, explain
 from serving.settings import PREFIX
 from serving.status import status_of
@@ -53,31 +53,41 @@ class Servicer(services.PerturbScopeServicer):
 
     async def _answer(self, route: RpcRoute, request: Any, context: Any) -> Any:
         """Decode, call, encode; grpc.aio cancels this when the caller does, or its deadline passes."""
-        log = RequestLog(f"{SERVICE}/{route.name.capitalize()}")
+        call = begin(f"{SERVICE}/{route.name.capitalize()}", context)
         try:
-            with self._engine.admit() as hold:
+            async with self._engine.front.admitted(call) as hold:
                 hold(request.ByteSize())
                 message = await self._engine.work(route.from_proto, request)
-                describe(log, message)
-                answer = await route.call(self._engine, message)
-                describe(log, answer)
+                describe(call, message)
+                answer = await route.call(self._engine, message, call)
+                describe(call, answer)
                 encoded = await self._engine.work(route.to_proto, answer)
         except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
-            told = explain(error, log)
-            status = status_of(told).grpc
-            log.write(status.name, told.code)
-            await context.abort(
-                status, told.message.encode()[:_MAX_MESSAGE].decode(errors="ignore"), _metadata(told, log)
-            )
+            await abort(error, call, context)
         except BaseException:
-            log.write("CANCELLED", "client_gone")
+            call.finish("CANCELLED", "client_gone")
             raise
-        log.write("OK")
+        call.finish("OK")
         return encoded
 
 
-def _metadata(error: PerturbScopeError, log: RequestLog) -> tuple[tuple[str, str], ...]:
-    found = [("perturbscope-code", error.code), ("perturbscope-request-id", log.id)]
+def begin(route: str, context: Any) -> Call:
+    """The call behind a context of gRPC."""
+    headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    return Call.begin(route, "grpc", headers, remaining=context.time_remaining())
+
+
+async def abort(error: Exception, call: Call, context: Any) -> NoReturn:
+    """End a call with the status of an error; called in an except block."""
+    told = explain(error, call)
+    status = status_of(told).grpc
+    call.finish(status.name, told.code)
+    await context.abort(status, told.message.encode()[:_MAX_MESSAGE].decode(errors="ignore"), _metadata(told, call))
+    raise AssertionError("abort always raises")
+
+
+def _metadata(error: PerturbScopeError, call: Call) -> tuple[tuple[str, str], ...]:
+    found = [("perturbscope-code", error.code), ("perturbscope-request-id", call.id)]
     if error.field is not None:
         # Metadata is ASCII, and a field may be an unknown name that the caller made up.
         name = "".join(c for c in error.field if c.isprintable())[:_MAX_FIELD]

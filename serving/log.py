@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-import uuid
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from serving.calls import Call
 
 logger = logging.getLogger("perturbscope.serving")
 
@@ -22,31 +24,22 @@ def configure() -> None:
     logger.propagate = False
 
 
-@dataclass
-class RequestLog:
-    """What is known of one request."""
+def write(call: Call, status: str | int, code: str = "ok") -> None:
+    """The line of a finished request; `code` is the error's, if there was one."""
+    stages = "".join(f" {stage}={seconds:.4f}" for stage, seconds in call.timings.items())
+    logger.info(
+        "request=%s route=%s caller=%s cells=%d status=%s code=%s total=%.4f%s",
+        call.id,
+        call.route,
+        call.caller.name or "-",
+        call.cells,
+        status,
+        code,
+        time.perf_counter() - call.started,
+        stages,
+    )
 
-    route: str
-    """``/v1/embed`` or ``perturbscope.v1/Embed``."""
-    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    cells: int = 0
-    timings: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
 
-    def write(self, status: str | int, code: str = "ok") -> None:
-        """The line; `code` is the error's, if there was one."""
-        stages = "".join(f" {stage}={seconds:.4f}" for stage, seconds in self.timings.items())
-        logger.info(
-            "request=%s route=%s cells=%d status=%s code=%s total=%.4f%s",
-            self.id,
-            self.route,
-            self.cells,
-            status,
-            code,
-            time.perf_counter() - self.started,
-            stages,
-        )
-
-    def bug(self) -> None:
-        """The traceback of an unexpected exception; call it in an except block."""
-        logger.exception("request=%s route=%s failed unexpectedly", self.id, self.route)
+def bug(call: Call) -> None:
+    """The traceback of an unexpected exception; call it in an except block."""
+    logger.exception("request=%s route=%s failed unexpectedly", call.id, call.route)

@@ -9,9 +9,10 @@ from typing import Any
 from perturbscope import wire
 from perturbscope.errors import PerturbScopeError
 from perturbscope.seen import Seen
+from serving import log
+from serving.calls import Call
 from serving.columns import Columns, columns_to_json
 from serving.engine import Engine
-from serving.log import RequestLog
 from serving.reports import (
     HTML,
     ReportAnswer,
@@ -38,7 +39,7 @@ class Route:
     """
 
     name: str
-    call: Callable[[Engine, Any], Awaitable[Any]]
+    call: Callable[[Engine, Any, Call], Awaitable[Any]]
     decode: Mapping[str, Callable[[bytes], Any]]
     encode: Mapping[str, Callable[[Any], bytes]]
 
@@ -115,26 +116,26 @@ def add_seen(answer: Any, seen: Seen | None) -> Any:
     return replace(answer, result=seen.add_to(answer.result))
 
 
-def describe(log: RequestLog, message: Any) -> None:
+def describe(call: Call, message: Any) -> None:
     """Note the size of a request, or the timings of its answer."""
     match message:
         case wire.EmbedRequest():
-            log.cells = len(message.cells)
+            call.cells = len(message.cells)
         case wire.ScoreRequest() | wire.CompareRequest():
-            log.cells = len(message.perturbations)
+            call.cells = len(message.perturbations)
         case ReportRequest():
-            log.cells = len(message.score.perturbations)
+            call.cells = len(message.score.perturbations)
         case Columns():
-            log.cells = message.n_cells
+            call.cells = message.n_cells
         case wire.EmbedAnswer():
-            log.timings = message.timings
+            call.timings = message.timings
         case wire.ScoreAnswer() | wire.CompareAnswer() | ReportAnswer():
-            log.timings = message.meta.timings
+            call.timings = message.meta.timings
         case _:
             pass
 
 
-def explain(error: Exception, log: RequestLog) -> PerturbScopeError:
+def explain(error: Exception, call: Call) -> PerturbScopeError:
     """What a caller is told of `error`; called in an except block.
 
     An error of the tree speaks for itself. Anything else is a bug of ours: its traceback goes to the log, and the
@@ -142,5 +143,5 @@ def explain(error: Exception, log: RequestLog) -> PerturbScopeError:
     """
     if isinstance(error, PerturbScopeError):
         return error
-    log.bug()
-    return internal(log.id)
+    log.bug(call)
+    return internal(call.id)

@@ -13,11 +13,14 @@ from typing import NamedTuple
 import grpc
 
 from perturbscope.errors import (
+    DeadlineExceededError,
     InvalidInputError,
     LimitExceededError,
     OverloadedError,
+    PermissionDeniedError,
     PerturbScopeError,
     ServerUnreachableError,
+    UnauthenticatedError,
     UnknownModelError,
 )
 
@@ -32,8 +35,11 @@ class Status(NamedTuple):
 STATUS: dict[type[PerturbScopeError], Status] = {
     InvalidInputError: Status(422, grpc.StatusCode.INVALID_ARGUMENT),
     LimitExceededError: Status(413, grpc.StatusCode.INVALID_ARGUMENT),
+    UnauthenticatedError: Status(401, grpc.StatusCode.UNAUTHENTICATED),
+    PermissionDeniedError: Status(403, grpc.StatusCode.PERMISSION_DENIED),
     UnknownModelError: Status(404, grpc.StatusCode.NOT_FOUND),
     OverloadedError: Status(429, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    DeadlineExceededError: Status(504, grpc.StatusCode.DEADLINE_EXCEEDED),
     ServerUnreachableError: Status(502, grpc.StatusCode.UNAVAILABLE),
     PerturbScopeError: Status(500, grpc.StatusCode.INTERNAL),
 }

@@ -54,6 +54,10 @@ def test_the_codes_are_stable():
         "inference_failed",
         "solver_failed",
         "overloaded",
+        "rate_limited",
+        "deadline_exceeded",
+        "unauthenticated",
+        "permission_denied",
         "server_unreachable",
         "server_error",
     }

@@ -164,22 +164,29 @@ async def test_a_full_queue_is_noticed_before_tokenizing(
 
 
 async def test_requests_in_progress_are_bounded(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_requests=1)
-    with engine.admit(), pytest.raises(OverloadedError, match="1 requests are in progress"), engine.admit():
+    admit = make_engine(max_requests=1).admission.admit
+    with (
+        admit(),
+        pytest.raises(OverloadedError, match="1 requests are in progress"),
+        admit(),
+    ):
         pass
-    with engine.admit():
+    with admit():
         pass
 
 
 async def test_bytes_in_progress_are_bounded(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_body_bytes=10, max_held_bytes=15)
-    with engine.admit() as first:
+    admit = make_engine(max_body_bytes=10, max_held_bytes=15).admission.admit
+    with admit() as first:
         first(10)
         with pytest.raises(LimitExceededError, match="larger than the 10 bytes"):
             first(1)
-        with pytest.raises(OverloadedError, match="Requests of 10 bytes are in progress"), engine.admit() as second:
+        with (
+            pytest.raises(OverloadedError, match="Requests of 10 bytes are in progress"),
+            admit() as second,
+        ):
             second(6)
-    with engine.admit() as third:
+    with admit() as third:
         third(10)
 
 
@@ -235,7 +242,7 @@ async def test_closing_finishes_what_was_accepted(
             await asyncio.sleep(0.001)
     closing = asyncio.create_task(engine.close())
     await asyncio.sleep(0)
-    with pytest.raises(OverloadedError, match="shutting down"), engine.admit():
+    with pytest.raises(OverloadedError, match="shutting down"), engine.admission.admit():
         pass
     assert not await engine.ready()
     gate.set()

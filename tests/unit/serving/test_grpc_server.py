@@ -134,7 +134,7 @@ async def test_limits_and_overload(make_engine: MakeEngine, stub_of: StubOf, tin
     assert (status, trailing["perturbscope-code"]) == (grpc.StatusCode.INVALID_ARGUMENT, "limit_exceeded")
     engine = make_engine(max_requests=1)
     busy = await stub_of(engine)
-    with engine.admit():
+    with engine.admission.admit():
         status, _, trailing = await failure(busy.Embed(message))
     assert (status, trailing["perturbscope-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
     assert int(trailing["retry-after"]) >= 1

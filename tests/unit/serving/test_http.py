@@ -327,7 +327,7 @@ async def test_overload_says_when_to_come_back(
 ) -> None:
     engine = make_engine(max_requests=1)
     http = connect(engine)
-    with engine.admit():
+    with engine.admission.admit():
         reply = await http.post("/v1/embed", json=embed_json)
     assert (reply.status_code, error_of(reply)["code"]) == (429, "overloaded")
     assert int(reply.headers["retry-after"]) >= 1
@@ -365,7 +365,9 @@ async def test_a_request_is_one_line_of_log_without_data(
     with caplog.at_level(logging.INFO, "perturbscope.serving"):
         reply = await http.post("/v1/embed", json=embed_json)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "perturbscope.serving"]
-    assert line.startswith(f"request={reply.headers['x-request-id']} route=/v1/embed cells=24 status=200 code=ok")
+    assert line.startswith(
+        f"request={reply.headers['x-request-id']} route=/v1/embed caller=- cells=24 status=200 code=ok"
+    )
     assert "inference=" in line
     assert embed_json["cells"]["gene_ids"][0] not in line
 

@@ -6,10 +6,13 @@ import grpc
 import pytest
 
 from perturbscope.errors import (
+    DeadlineExceededError,
     InvalidInputError,
     LimitExceededError,
     OverloadedError,
+    PermissionDeniedError,
     PerturbScopeError,
+    UnauthenticatedError,
     UnknownModelError,
     error_classes,
 )
@@ -21,7 +24,13 @@ CLASSES = sorted(error_classes().values(), key=lambda cls: cls.__name__)
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_error_has_a_row_and_blame_is_the_same_on_both_transports(cls: type[PerturbScopeError]) -> None:
     status = status_of(cls("what happened"))
-    callers_fault = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    callers_fault = {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.PERMISSION_DENIED,
+    }
     assert (400 <= status.http < 500) == (status.grpc in callers_fault)
     assert (
         (status.http == 429) == (status.grpc is grpc.StatusCode.RESOURCE_EXHAUSTED) == issubclass(cls, OverloadedError)
@@ -29,6 +38,9 @@ def test_every_error_has_a_row_and_blame_is_the_same_on_both_transports(cls: typ
     assert (status.http == 422) == issubclass(cls, InvalidInputError)
     assert (status.http == 413) == issubclass(cls, LimitExceededError)
     assert (status.http == 404) == issubclass(cls, UnknownModelError)
+    assert (status.http == 401) == issubclass(cls, UnauthenticatedError)
+    assert (status.http == 403) == issubclass(cls, PermissionDeniedError)
+    assert (status.http == 504) == issubclass(cls, DeadlineExceededError)
 
 
 def test_the_table_names_classes_of_the_tree_only() -> None:

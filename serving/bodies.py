@@ -1,0 +1,130 @@
+"""What an HTTP request brings: its body read within the limits, whatever its type."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive
+
+from perturbscope import wire
+from perturbscope.errors import InvalidParameterError, LimitExceededError
+from serving.engine import Engine
+from serving.limits import too_many_bytes
+from serving.routes import Route
+from serving.uploads import FILE_NAME, Upload, read_upload
+
+T = TypeVar("T")
+MULTIPART = "multipart/form-data"
+HDF5_TYPES = (wire.HDF5, "application/octet-stream")
+"""An .h5ad file as the raw body; curl --data-binary is often told the second."""
+_MAX_FIELD_BYTES = 2**20
+
+
+class LimitedBody:
+    """A request whose body is counted, and timed, while it arrives."""
+
+    def __init__(self, request: Request, engine: Engine, hold: Callable[[int], None]) -> None:
+        self.headers = request.headers
+        self.content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        self.query = dict(request.query_params)
+        self._limit = engine.settings.max_body_bytes
+        self._timeout = engine.settings.body_timeout
+        self._hold = hold
+        self._request = Request(request.scope, self._counted(request.receive))
+
+    def _counted(self, receive: Receive) -> Receive:
+        async def counted() -> Message:
+            message = await receive()
+            self._hold(len(message.get("body", b"")))
+            return message
+
+        return counted
+
+    async def _timed(self, read: Callable[[], Awaitable[T]]) -> T:
+        declared = self.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._limit:
+            raise too_many_bytes(self._limit)
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await read()
+        except TimeoutError as error:
+            raise LimitExceededError(
+                f"The body did not arrive within {self._timeout} seconds. Send less at a time.", field="body"
+            ) from error
+
+    async def body(self) -> bytes:
+        """The whole body."""
+        return await self._timed(self._request.body)
+
+    async def save(self, path: Path) -> None:
+        """Write the body to a file as it arrives."""
+
+        async def save() -> None:
+            with path.open("wb") as file:
+                async for part in self._request.stream():
+                    file.write(part)
+
+        await self._timed(save)
+
+    async def form(self, path: Path) -> dict[str, str]:
+        """Write the form's `file` to `path`; return its other fields."""
+
+        async def read() -> dict[str, str]:
+            try:
+                form = await self._request.form(max_files=1, max_fields=20, max_part_size=_MAX_FIELD_BYTES)
+            except HTTPException as error:
+                raise InvalidParameterError(f"The form cannot be read: {error.detail}", field="body") from error
+            try:
+                fields = {name: value for name, value in form.items() if isinstance(value, str)}
+                upload = form.get("file")
+                if not isinstance(upload, UploadFile):
+                    raise InvalidParameterError(
+                        "The form has no file. Send the .h5ad file in the field 'file': curl -F file=@cells.h5ad.",
+                        field="file",
+                    )
+                with path.open("wb") as file:
+                    async for part in _parts(upload):
+                        file.write(part)
+                return fields
+            finally:
+                await form.close()
+
+        return await self._timed(read)
+
+
+async def _parts(upload: UploadFile) -> AsyncIterator[bytes]:
+    while part := await upload.read(2**20):
+        yield part
+
+
+async def read_request(request: LimitedBody, route: Route, engine: Engine) -> Upload:
+    """The request in the body, whatever its type."""
+    kind = request.content_type
+    if kind in route.decode:
+        if request.query:
+            raise InvalidParameterError(
+                f"The query parameter {next(iter(request.query))!r} has no effect here; put it into the body.",
+                field=next(iter(request.query)),
+            )
+        return Upload(await engine.work(route.decode[kind], await request.body()))
+    if kind not in (*HDF5_TYPES, MULTIPART):
+        raise InvalidParameterError(
+            f"The content type {kind or '(none)'!r} is not understood. Send {''.join(f'{t}, ' for t in route.decode)}"
+            f"an .h5ad file as {wire.HDF5}, or a form ({MULTIPART}) with the .h5ad file in the field 'file'.",
+            field="content-type",
+        )
+    with tempfile.TemporaryDirectory(prefix="perturbscope-") as directory:
+        path = Path(directory) / FILE_NAME
+        parameters: Mapping[str, str] = request.query
+        if kind == MULTIPART:
+            parameters = {**request.query, **await request.form(path)}
+        else:
+            await request.save(path)
+        return await engine.work(read_upload, route.name, path, parameters, engine.settings)

@@ -1,0 +1,187 @@
+"""One request from its arrival to its answer, whatever it came over.
+
+A transport begins a :class:`Call`, enters :meth:`Front.admitted` before it reads the body, and finishes the call with
+the status that it sends. What every request must pass stands here once: who is it, is there room, how long may it take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from perturbscope.errors import DeadlineExceededError, InvalidParameterError, PermissionDeniedError
+from serving import log
+from serving.limits import Admission
+
+Transport = Literal["http", "grpc"]
+Right = Literal["infer", "admin"]
+REQUEST_ID, TIMEOUT = "x-request-id", "x-request-timeout"
+"""Header, or metadata, with the caller's name for the request, and with the seconds that it will wait."""
+_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks.
+
+    Attributes
+    ----------
+    name
+        Of the API key, never the key; empty where the server asks for none.
+    rights
+        What the caller may do.
+    """
+
+    name: str = ""
+    rights: frozenset[Right] = frozenset({"infer"})
+
+
+ANYONE = Caller()
+
+
+class Doorkeeper(Protocol):
+    """Knows the callers."""
+
+    def caller(self, headers: Mapping[str, str]) -> Caller:
+        """Who sent these headers. Raises UnauthenticatedError."""
+        ...
+
+
+class OpenDoor:
+    """Lets everyone in."""
+
+    def caller(self, headers: Mapping[str, str]) -> Caller:
+        """Anyone."""
+        return ANYONE
+
+
+@dataclass(eq=False)
+class Call:
+    """What is known of one request.
+
+    Attributes
+    ----------
+    route
+        ``/v1/embed`` or ``perturbscope.v1.PerturbScope/Embed``.
+    transport
+        What it came over.
+    headers
+        Its headers or metadata, names in lower case. Never logged.
+    id
+        The caller's own (``x-request-id``) if it is harmless, else a new one; sent back and logged.
+    caller
+        Who asks, once that is known.
+    deadline
+        When nobody waits for the answer any more, in the time of ``time.monotonic``; None: never.
+    cells, tokens
+        What was asked for, once that is known.
+    timings
+        Seconds by stage.
+    """
+
+    route: str
+    transport: Transport
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+    caller: Caller = ANYONE
+    deadline: float | None = None
+    cells: int = 0
+    tokens: int = 0
+    timings: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def begin(
+        cls, route: str, transport: Transport, headers: Mapping[str, str], *, remaining: float | None = None
+    ) -> Call:
+        """A request that has just arrived; `remaining` seconds are known to gRPC. Never raises."""
+        call = cls(route, transport, headers)
+        if remaining is not None:
+            call.deadline = time.monotonic() + remaining
+        given = headers.get(REQUEST_ID, "")
+        if _ID.fullmatch(given):
+            call.id = given
+        return call
+
+    def remaining(self) -> float | None:
+        """Seconds that the caller still waits; None: without end."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
+
+    def finish(self, status: str | int, code: str = "ok") -> None:
+        """The request is answered with `status`; `code` is that of its error. Writes the line of the log."""
+        log.write(self, status, code)
+
+
+class Front:
+    """What every request passes before it costs anything.
+
+    Parameters
+    ----------
+    admission
+        Counts requests and bytes in progress.
+    doorkeeper
+        Knows the callers.
+    """
+
+    def __init__(self, admission: Admission, doorkeeper: Doorkeeper | None = None) -> None:
+        self._admission = admission
+        self._doorkeeper: Doorkeeper = doorkeeper or OpenDoor()
+
+    @contextlib.asynccontextmanager
+    async def admitted(self, call: Call, right: Right = "infer") -> AsyncIterator[Callable[[int], None]]:
+        """Let a request in; entered before its body is read. What runs inside is cancelled at the caller's deadline.
+
+        Yields
+        ------
+        A function to be told of the bytes of the body as they arrive; see :meth:`serving.limits.Admission.admit`.
+
+        Raises
+        ------
+        UnauthenticatedError, PermissionDeniedError
+            The caller is not known, or may not do this.
+        OverloadedError
+            No room; or this caller has had its share.
+        DeadlineExceededError
+            The caller's time is over.
+        InvalidParameterError
+            The header ``x-request-timeout`` is no number of seconds.
+        """
+        call.caller = self._doorkeeper.caller(call.headers)
+        if right not in call.caller.rights:
+            raise PermissionDeniedError(
+                f"The API key {call.caller.name!r} does not have the right {right!r}."
+                if call.caller.name
+                else f"This needs an API key with the right {right!r}, and this server has no keys."
+            )
+        _read_timeout(call)
+        try:
+            with self._admission.admit() as hold:
+                async with asyncio.timeout(call.remaining()):
+                    yield hold
+        except TimeoutError as error:
+            remaining = call.remaining()
+            if remaining is None or remaining > 0:
+                raise  # a bug inside, not the caller's clock
+            raise DeadlineExceededError(
+                "The time that the caller allowed is over. Allow more, or send fewer cells at a time."
+            ) from error
+
+
+def _read_timeout(call: Call) -> None:
+    text = call.headers.get(TIMEOUT)
+    if text is None:
+        return
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e9:
+        raise InvalidParameterError(f"The header {TIMEOUT} is {text[:40]!r}; give seconds above 0.", field=TIMEOUT)
+    deadline = time.monotonic() + seconds
+    call.deadline = deadline if call.deadline is None else min(call.deadline, deadline)
