@@ -13,14 +13,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.embedder import Embedder
-from perturbscope.errors import InferenceError, InvalidParameterError, OverloadedError, PerturbScopeError
+from perturbscope.errors import (
+    DeadlineExceededError,
+    InferenceError,
+    InvalidParameterError,
+    OverloadedError,
+    PerturbScopeError,
+)
 from perturbscope.families import TokenizedCells, concatenate
 
 WINDOW_BATCHES = 4
@@ -29,6 +37,50 @@ MAX_QUEUED_TOKENS = 4_194_304
 """Default queue budget: 2,048 cells of 2,048 tokens."""
 MIN_RETRY, MAX_RETRY = 0.1, 60.0
 """Bounds of the retry hint, seconds."""
+
+
+class DispatchObserver(Protocol):
+    """Is told what a :class:`Dispatcher` does, on its event loop; for metrics. Must be quick and not raise."""
+
+    def accepted(self, *, n_cells: int, n_tokens: int) -> None:
+        """A caller was taken into the queue."""
+        ...
+
+    def batch(self, *, n_cells: int, n_tokens: int, n_padded: int, seconds: float, waited: Sequence[float]) -> None:
+        """A forward pass succeeded.
+
+        Parameters
+        ----------
+        n_cells, n_tokens
+            Of the batch.
+        n_padded
+            Slots of the padded batch, cells x longest length: the padding share is ``1 - n_tokens / n_padded``.
+        seconds
+            That it took.
+        waited
+            For each caller that had its first cells in this batch, the seconds since it was accepted.
+        """
+        ...
+
+    def failed(self, error: PerturbScopeError) -> None:
+        """A forward pass failed."""
+        ...
+
+    def dropped(self, *, n_cells: int, reason: Literal["cancelled", "deadline", "overloaded"]) -> None:
+        """Cells were refused (``overloaded``), or will not be run any more because nobody waits for them."""
+        ...
+
+
+class _NoObserver:
+    """Listens to nothing."""
+
+    def accepted(self, *, n_cells: int, n_tokens: int) -> None: ...
+
+    def batch(self, *, n_cells: int, n_tokens: int, n_padded: int, seconds: float, waited: Sequence[float]) -> None: ...
+
+    def failed(self, error: PerturbScopeError) -> None: ...
+
+    def dropped(self, *, n_cells: int, reason: Literal["cancelled", "deadline", "overloaded"]) -> None: ...
 
 
 @dataclass(eq=False)
@@ -44,6 +96,11 @@ class _Caller:
     """Cells whose vectors are in `values`."""
     inference: float = 0.0
     """Seconds of the batches that held a cell of this caller."""
+    flow: str = ""
+    deadline: float | None = None
+    started: float = field(default_factory=time.perf_counter)
+    served: bool = False
+    """Whether a batch with a cell of this caller was begun."""
 
     def fits(self, allowance: int) -> int:
         """Where the next cells stop that hold at most `allowance` tokens together; one cell at least."""
@@ -85,6 +142,8 @@ class Dispatcher:
         dispatcher is always accepted: it could never be served otherwise.
     window_tokens
         Tokens of one window; default: four full batches of the embedder.
+    observer
+        Is told what happens; for metrics.
     """
 
     def __init__(
@@ -93,6 +152,7 @@ class Dispatcher:
         *,
         max_queued_tokens: int = MAX_QUEUED_TOKENS,
         window_tokens: int | None = None,
+        observer: DispatchObserver | None = None,
     ) -> None:
         window_tokens = WINDOW_BATCHES * embedder.limits.max_tokens if window_tokens is None else window_tokens
         for name, value in (("max_queued_tokens", max_queued_tokens), ("window_tokens", window_tokens)):
@@ -103,6 +163,7 @@ class Dispatcher:
         self.window_tokens = window_tokens
         self.last_batch_failed = False
         """Whether the most recent forward pass failed: a reason to probe the model before calling it ready."""
+        self._observer: DispatchObserver = observer or _NoObserver()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="perturbscope-inference")
         self._open: set[_Caller] = set()
         self._waiting: deque[_Caller] = deque()
@@ -116,13 +177,24 @@ class Dispatcher:
         """Tokens that were accepted and are not answered yet."""
         return self._pending
 
-    async def submit(self, tokens: TokenizedCells) -> tuple[NDArray[np.float32], dict[str, float]]:
+    @property
+    def pending_callers(self) -> int:
+        """Callers that were accepted and are not answered yet."""
+        return len(self._open)
+
+    async def submit(
+        self, tokens: TokenizedCells, *, flow: str = "", deadline: float | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, float]]:
         """Embed cells together with those of other callers.
 
         Parameters
         ----------
         tokens
             What :meth:`Embedder.tokenize` made of the caller's cells.
+        flow
+            On whose behalf (the name of an API key): callers of one flow share that flow's part of the model.
+        deadline
+            When nobody waits for the answer any more, in the time of ``time.monotonic``.
 
         Returns
         -------
@@ -133,17 +205,29 @@ class Dispatcher:
         ------
         OverloadedError
             The queue is full, or the dispatcher is closing; says when to try again.
+        DeadlineExceededError
+            The deadline has passed, or would have when the answer is there at the present speed.
         InferenceError
             A forward pass with cells of this caller failed.
         """
         cost = int(tokens.offsets[-1] - tokens.offsets[0])
-        self.check_room(cost)
+        try:
+            self.check_room(cost)
+        except OverloadedError:
+            self._observer.dropped(n_cells=len(tokens), reason="overloaded")
+            raise
+        if deadline is not None:
+            try:
+                self._check_time(cost, deadline)
+            except DeadlineExceededError:
+                self._observer.dropped(n_cells=len(tokens), reason="deadline")
+                raise
         values = np.empty((len(tokens), self.embedder.width), dtype=np.float32)
         if not len(tokens):
             return values, {"queue": 0.0, "inference": 0.0}
         loop = asyncio.get_running_loop()
-        started = time.perf_counter()
-        caller = _Caller(tokens, values, loop.create_future())
+        caller = _Caller(tokens, values, loop.create_future(), flow=flow, deadline=deadline)
+        self._observer.accepted(n_cells=len(tokens), n_tokens=cost)
         self._pending += cost
         self._open.add(caller)
         self._waiting.append(caller)
@@ -152,10 +236,14 @@ class Dispatcher:
         try:
             # Cancelling the caller's task cancels this future; the worker sees that and drops its cells.
             await caller.done
+        except asyncio.CancelledError:
+            late = deadline is not None and time.monotonic() >= deadline
+            self._observer.dropped(n_cells=len(tokens) - caller.answered, reason="deadline" if late else "cancelled")
+            raise
         finally:
             self._open.discard(caller)
             self._pending -= cost
-        queue = time.perf_counter() - started - caller.inference
+        queue = time.perf_counter() - caller.started - caller.inference
         return values, {"queue": max(queue, 0.0), "inference": caller.inference}
 
     def check_room(self, cost: int) -> None:
@@ -173,6 +261,15 @@ class Dispatcher:
                 f"The queue holds {self._pending:,} tokens, and this request would add {cost:,}; the limit is "
                 f"{self.max_queued_tokens:,}. Try again after the stated time, or send fewer cells.",
                 retry_after=self._retry_after(cost),
+            )
+
+    def _check_time(self, cost: int, deadline: float) -> None:
+        remaining = deadline - time.monotonic()
+        needed = cost / self._tokens_per_second if self._tokens_per_second else 0.0
+        if remaining <= needed:
+            raise DeadlineExceededError(
+                f"The {cost:,} tokens of this request need {needed:.1f} s, and its caller waits "
+                f"{max(remaining, 0.0):.1f} s more. Allow more time, or send fewer cells at a time."
             )
 
     async def close(self) -> None:
@@ -245,11 +342,17 @@ class Dispatcher:
         if not len(batch):
             return
         owners = window.owner[batch]
+        served = [caller for caller in (window.callers[owner] for owner in np.unique(owners)) if not caller.served]
+        now = time.perf_counter()
+        waited = [now - caller.started for caller in served]
+        for caller in served:
+            caller.served = True
         loop = asyncio.get_running_loop()
         try:
             values, seconds = await loop.run_in_executor(self._worker, self._infer, window.tokens, batch)
         except PerturbScopeError as error:
             self.last_batch_failed = True
+            self._observer.failed(error)
             several = np.unique(owners)
             if len(several) == 1:
                 _fail(window.callers[several[0]], error)
@@ -258,7 +361,15 @@ class Dispatcher:
                 await self._run_batch(window, batch[owners == owner])
             return
         self.last_batch_failed = False
-        window.tokens_run += int(window.tokens.lengths[batch].sum())
+        lengths = window.tokens.lengths[batch]
+        window.tokens_run += int(lengths.sum())
+        self._observer.batch(
+            n_cells=len(batch),
+            n_tokens=int(lengths.sum()),
+            n_padded=len(batch) * int(lengths.max()),
+            seconds=seconds,
+            waited=waited,
+        )
         for owner in np.unique(owners):
             caller, mine = window.callers[owner], owners == owner
             caller.values[window.row[batch[mine]]] = values[mine]

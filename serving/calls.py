@@ -11,13 +11,13 @@ import contextlib
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from perturbscope.errors import DeadlineExceededError, InvalidParameterError, PermissionDeniedError
 from serving import log
-from serving.limits import Admission
+from serving.limits import Admission, Held
 
 Transport = Literal["http", "grpc"]
 Right = Literal["infer", "admin"]
@@ -134,12 +134,12 @@ class Front:
         self._doorkeeper: Doorkeeper = doorkeeper or OpenDoor()
 
     @contextlib.asynccontextmanager
-    async def admitted(self, call: Call, right: Right = "infer") -> AsyncIterator[Callable[[int], None]]:
+    async def admitted(self, call: Call, right: Right = "infer") -> AsyncIterator[Held]:
         """Let a request in; entered before its body is read. What runs inside is cancelled at the caller's deadline.
 
         Yields
         ------
-        A function to be told of the bytes of the body as they arrive; see :meth:`serving.limits.Admission.admit`.
+        To be told of the bytes of the body as they arrive, and of what of it is done with.
 
         Raises
         ------

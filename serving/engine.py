@@ -100,7 +100,10 @@ class Engine:
         limits.check_shape(self.settings, len(cells), cells.n_genes, int(cells.counts.nnz))
         model.dispatcher.check_room(len(request.cells))
         tokens, seconds = await self.work(_tokenize, model.embedder, request.cells)
-        values, timings = await model.dispatcher.submit(tokens)
+        flow, deadline = (call.caller.name, call.deadline) if call else ("", None)
+        if call:
+            call.tokens = int(tokens.offsets[-1])
+        values, timings = await model.dispatcher.submit(tokens, flow=flow, deadline=deadline)
         return model.embedder.describe(tokens, values, {"tokenize": seconds, **timings})
 
     async def score(self, request: ScoreRequest, call: Call | None = None) -> ScoreAnswer:

@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from perturbscope.errors import LimitExceededError, OverloadedError
 from perturbscope.results import ScoreOptions
 from serving.settings import PREFIX, Settings
+
+
+class Held:
+    """The bytes that one request holds of what all may; called with the bytes of its body as they arrive.
+
+    Calling it raises :class:`OverloadedError` where all requests together hold too much, and
+    :class:`LimitExceededError` where this one alone does.
+    """
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.n_bytes = 0
+        """What is held now."""
+
+    def __call__(self, n_bytes: int) -> None:
+        """Hold `n_bytes` more."""
+        self._admission.hold(n_bytes, mine=self.n_bytes)
+        self.n_bytes += n_bytes
+
+    def release(self, n_bytes: int | None = None) -> None:
+        """Give back `n_bytes` (all: None) that are no longer in memory; a stream does so message by message."""
+        n_bytes = self.n_bytes if n_bytes is None else min(n_bytes, self.n_bytes)
+        self._admission.release(n_bytes)
+        self.n_bytes -= n_bytes
 
 
 class Admission:
@@ -27,47 +51,48 @@ class Admission:
         self._held_bytes = 0
 
     @contextlib.contextmanager
-    def admit(self) -> Iterator[Callable[[int], None]]:
+    def admit(self) -> Iterator[Held]:
         """Count one request; entered before its body is read.
 
         Yields
         ------
-        A function to be told of the bytes of the body as they arrive; it raises as this method does.
+        To be told of the bytes of the body as they arrive.
 
         Raises
         ------
         OverloadedError
-            Too many requests, or too many bytes of requests, are in progress, or the server is stopping.
-        LimitExceededError
-            This request alone is too large.
+            Too many requests are in progress, or the server is stopping.
         """
-        settings, mine = self.settings, 0
-
-        def hold(n_bytes: int) -> None:
-            nonlocal mine
-            if mine + n_bytes > settings.max_body_bytes:
-                raise too_many_bytes(settings.max_body_bytes)
-            if self._held_bytes + n_bytes > settings.max_held_bytes:
-                raise OverloadedError(
-                    f"Requests of {self._held_bytes:,} bytes are in progress; the limit is "
-                    f"{settings.max_held_bytes:,}. Try again after the stated time.",
-                )
-            mine += n_bytes
-            self._held_bytes += n_bytes
-
-        if self.closed or self._in_progress >= settings.max_requests:
+        if self.closed or self._in_progress >= self.settings.max_requests:
             raise OverloadedError(
                 "The server is shutting down. Try again, or use another server."
                 if self.closed
                 else f"{self._in_progress} requests are in progress, which is the limit. "
                 "Try again after the stated time."
             )
+        held = Held(self)
         self._in_progress += 1
         try:
-            yield hold
+            yield held
         finally:
             self._in_progress -= 1
-            self._held_bytes -= mine
+            held.release()
+
+    def hold(self, n_bytes: int, *, mine: int) -> None:
+        """Count `n_bytes` of a request that holds `mine` already. Raises as :class:`Held` says."""
+        settings = self.settings
+        if mine + n_bytes > settings.max_body_bytes:
+            raise too_many_bytes(settings.max_body_bytes)
+        if self._held_bytes + n_bytes > settings.max_held_bytes:
+            raise OverloadedError(
+                f"Requests of {self._held_bytes:,} bytes are in progress; the limit is "
+                f"{settings.max_held_bytes:,}. Try again after the stated time.",
+            )
+        self._held_bytes += n_bytes
+
+    def release(self, n_bytes: int) -> None:
+        """Give back what was held."""
+        self._held_bytes -= n_bytes
 
 
 def check_shape(settings: Settings, n_cells: int, n_genes: int, n_values: int) -> None:
