@@ -46,7 +46,16 @@ class DispatchObserver(Protocol):
         """A caller was taken into the queue."""
         ...
 
-    def batch(self, *, n_cells: int, n_tokens: int, n_padded: int, seconds: float, waited: Sequence[float]) -> None:
+    def batch(
+        self,
+        *,
+        n_cells: int,
+        n_tokens: int,
+        n_padded: int,
+        seconds: float,
+        waited: Sequence[float],
+        tags: Sequence[object],
+    ) -> None:
         """A forward pass succeeded.
 
         Parameters
@@ -59,6 +68,8 @@ class DispatchObserver(Protocol):
             That it took.
         waited
             For each caller that had its first cells in this batch, the seconds since it was accepted.
+        tags
+            Those of the callers that had cells in it; see :meth:`Dispatcher.submit`.
         """
         ...
 
@@ -76,7 +87,16 @@ class _NoObserver:
 
     def accepted(self, *, n_cells: int, n_tokens: int) -> None: ...
 
-    def batch(self, *, n_cells: int, n_tokens: int, n_padded: int, seconds: float, waited: Sequence[float]) -> None: ...
+    def batch(
+        self,
+        *,
+        n_cells: int,
+        n_tokens: int,
+        n_padded: int,
+        seconds: float,
+        waited: Sequence[float],
+        tags: Sequence[object],
+    ) -> None: ...
 
     def failed(self, error: PerturbScopeError) -> None: ...
 
@@ -98,6 +118,7 @@ class _Caller:
     """Seconds of the batches that held a cell of this caller."""
     flow: str = ""
     deadline: float | None = None
+    tag: object = None
     started: float = field(default_factory=time.perf_counter)
     served: bool = False
     """Whether a batch with a cell of this caller was begun."""
@@ -183,7 +204,7 @@ class Dispatcher:
         return len(self._open)
 
     async def submit(
-        self, tokens: TokenizedCells, *, flow: str = "", deadline: float | None = None
+        self, tokens: TokenizedCells, *, flow: str = "", deadline: float | None = None, tag: object = None
     ) -> tuple[NDArray[np.float32], dict[str, float]]:
         """Embed cells together with those of other callers.
 
@@ -195,6 +216,8 @@ class Dispatcher:
             On whose behalf (the name of an API key): callers of one flow share that flow's part of the model.
         deadline
             When nobody waits for the answer any more, in the time of ``time.monotonic``.
+        tag
+            What the observer knows this caller by, in every batch that holds cells of it; None: it need not know.
 
         Returns
         -------
@@ -226,7 +249,7 @@ class Dispatcher:
         if not len(tokens):
             return values, {"queue": 0.0, "inference": 0.0}
         loop = asyncio.get_running_loop()
-        caller = _Caller(tokens, values, loop.create_future(), flow=flow, deadline=deadline)
+        caller = _Caller(tokens, values, loop.create_future(), flow=flow, deadline=deadline, tag=tag)
         self._observer.accepted(n_cells=len(tokens), n_tokens=cost)
         self._pending += cost
         self._open.add(caller)
@@ -369,6 +392,7 @@ class Dispatcher:
             n_padded=len(batch) * int(lengths.max()),
             seconds=seconds,
             waited=waited,
+            tags=[tag for owner in np.unique(owners) if (tag := window.callers[owner].tag) is not None],
         )
         for owner in np.unique(owners):
             caller, mine = window.callers[owner], owners == owner
