@@ -9,4 +9,4 @@ python="${PYTHON:-python3}"
 bin="$(dirname "$(command -v "$python")")"
 PATH="$bin:$PATH" "$python" -m grpc_tools.protoc -I . \
     --python_out="$out" --pyi_out="$out" --grpc_python_out="$out" --mypy_grpc_out="$out" \
-    perturbscope/proto/perturbscope_v1.proto
+    perturbscope/proto/perturbscope_v1.proto perturbscope/proto/open_inference.proto

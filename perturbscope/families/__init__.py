@@ -38,12 +38,15 @@ class InputSpec:
         What fills the slots behind a cell's last token.
     trailing
         Shape behind the length axis; () for a plain token sequence.
+    n_values
+        Number of different ids, 0 to ``n_values - 1``, where the input is ids; None where it is real numbers.
     """
 
     name: str
     dtype: str
     pad_value: float
     trailing: tuple[int, ...] = ()
+    n_values: int | None = None
 
 
 @dataclass(frozen=True)

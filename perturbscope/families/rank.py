@@ -56,7 +56,8 @@ class RankFamily:
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
         """One sequence of token ids."""
-        return (InputSpec("input_ids", "int64", self.vocabulary.special_tokens["<pad>"]),)
+        pad_value, n_values = self.vocabulary.special_tokens["<pad>"], len(self.vocabulary)
+        return (InputSpec("input_ids", "int64", pad_value, n_values=n_values),)
 
     @property
     def max_length(self) -> int:

@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-GENERATED = [f"perturbscope_v1_pb2{suffix}" for suffix in (".py", ".pyi", "_grpc.py", "_grpc.pyi")]
+GENERATED = [
+    f"{module}_pb2{suffix}"
+    for module in ("perturbscope_v1", "open_inference")
+    for suffix in (".py", ".pyi", "_grpc.py", "_grpc.pyi")
+]
 
 
 def test_the_committed_modules_are_those_of_the_proto(tmp_path: Path) -> None:
