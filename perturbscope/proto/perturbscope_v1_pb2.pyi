@@ -66,6 +66,95 @@ class EmbedAnswer(_message.Message):
     meta: Meta
     def __init__(self, embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., n_detected: _Optional[_Iterable[int]] = ..., known_share: _Optional[_Iterable[float]] = ..., meta: _Optional[_Union[Meta, _Mapping]] = ...) -> None: ...
 
+class EmbedStreamStart(_message.Message):
+    __slots__ = ("gene_ids", "model", "first_row")
+    GENE_IDS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    gene_ids: _containers.RepeatedScalarFieldContainer[str]
+    model: str
+    first_row: int
+    def __init__(self, gene_ids: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., first_row: _Optional[int] = ...) -> None: ...
+
+class CellChunk(_message.Message):
+    __slots__ = ("indptr", "indices", "data", "data_type", "total_counts")
+    INDPTR_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    indptr: bytes
+    indices: bytes
+    data: bytes
+    data_type: CountType
+    total_counts: bytes
+    def __init__(self, indptr: _Optional[bytes] = ..., indices: _Optional[bytes] = ..., data: _Optional[bytes] = ..., data_type: _Optional[_Union[CountType, str]] = ..., total_counts: _Optional[bytes] = ...) -> None: ...
+
+class EmbedStreamRequest(_message.Message):
+    __slots__ = ("start", "cells")
+    START_FIELD_NUMBER: _ClassVar[int]
+    CELLS_FIELD_NUMBER: _ClassVar[int]
+    start: EmbedStreamStart
+    cells: CellChunk
+    def __init__(self, start: _Optional[_Union[EmbedStreamStart, _Mapping]] = ..., cells: _Optional[_Union[CellChunk, _Mapping]] = ...) -> None: ...
+
+class EmbedStreamOpened(_message.Message):
+    __slots__ = ("model_id", "vocabulary_hash", "coverage", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes")
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_HASH_FIELD_NUMBER: _ClassVar[int]
+    COVERAGE_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_IN_PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHUNK_CELLS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    model_id: str
+    vocabulary_hash: str
+    coverage: GeneCoverage
+    chunks_in_progress: int
+    max_chunk_cells: int
+    max_chunk_bytes: int
+    def __init__(self, model_id: _Optional[str] = ..., vocabulary_hash: _Optional[str] = ..., coverage: _Optional[_Union[GeneCoverage, _Mapping]] = ..., chunks_in_progress: _Optional[int] = ..., max_chunk_cells: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ...) -> None: ...
+
+class EmbedStreamChunk(_message.Message):
+    __slots__ = ("first_row", "embeddings", "lengths", "n_detected", "known_share", "timings")
+    class TimingsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    N_DETECTED_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_SHARE_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    first_row: int
+    embeddings: EmbeddingMatrix
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    n_detected: _containers.RepeatedScalarFieldContainer[int]
+    known_share: _containers.RepeatedScalarFieldContainer[float]
+    timings: _containers.ScalarMap[str, float]
+    def __init__(self, first_row: _Optional[int] = ..., embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., n_detected: _Optional[_Iterable[int]] = ..., known_share: _Optional[_Iterable[float]] = ..., timings: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class EmbedStreamEnd(_message.Message):
+    __slots__ = ("n_cells", "meta")
+    N_CELLS_FIELD_NUMBER: _ClassVar[int]
+    META_FIELD_NUMBER: _ClassVar[int]
+    n_cells: int
+    meta: Meta
+    def __init__(self, n_cells: _Optional[int] = ..., meta: _Optional[_Union[Meta, _Mapping]] = ...) -> None: ...
+
+class EmbedStreamAnswer(_message.Message):
+    __slots__ = ("opened", "chunk", "end")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    opened: EmbedStreamOpened
+    chunk: EmbedStreamChunk
+    end: EmbedStreamEnd
+    def __init__(self, opened: _Optional[_Union[EmbedStreamOpened, _Mapping]] = ..., chunk: _Optional[_Union[EmbedStreamChunk, _Mapping]] = ..., end: _Optional[_Union[EmbedStreamEnd, _Mapping]] = ...) -> None: ...
+
 class ScoreOptions(_message.Message):
     __slots__ = ("metrics", "ground", "estimator", "null", "null_size", "null_draws", "permutations", "wasserstein_permutations", "correction", "min_cells", "max_cells", "repeats", "normalize", "seed")
     METRICS_FIELD_NUMBER: _ClassVar[int]

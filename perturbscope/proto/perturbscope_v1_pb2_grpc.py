@@ -54,6 +54,11 @@ class PerturbScopeStub:
                 request_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.ModelsRequest.SerializeToString,
                 response_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.ModelsAnswer.FromString,
                 _registered_method=True)
+        self.EmbedStream = channel.stream_stream(
+                '/perturbscope.v1.PerturbScope/EmbedStream',
+                request_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamRequest.SerializeToString,
+                response_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamAnswer.FromString,
+                _registered_method=True)
 
 
 class PerturbScopeServicer:
@@ -87,6 +92,22 @@ class PerturbScopeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EmbedStream(self, request_iterator, context):
+        """Vectors of any number of cells, chunk by chunk in both directions; neither side ever holds all of them.
+
+        Send `start`, then chunks of `cells`, then close your side. The server answers `opened`, then one `chunk` for each
+        of yours, in order, then `end`: a stream without `end` is not whole. Read the answers while you send: the server
+        takes the next chunk only when fewer than `opened.chunks_in_progress` of yours wait for their answer to be read,
+        and ends a stream that neither sends nor reads for some minutes.
+
+        A stream that breaks off, whatever the reason, leaves all answered chunks good. Go on with a new one: `first_row` is
+        the first cell without an answer, and `model` the `model_id` that `opened` told, so that a server which has another
+        model by now says NOT_FOUND and does not mix two models' vectors. After RESOURCE_EXHAUSTED wait `retry-after`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PerturbScopeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +130,11 @@ def add_PerturbScopeServicer_to_server(servicer, server):
                     servicer.Models,
                     request_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.ModelsRequest.FromString,
                     response_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.ModelsAnswer.SerializeToString,
+            ),
+            'EmbedStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.EmbedStream,
+                    request_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamRequest.FromString,
+                    response_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamAnswer.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +245,33 @@ class PerturbScope:
             '/perturbscope.v1.PerturbScope/Models',
             perturbscope_dot_proto_dot_perturbscope__v1__pb2.ModelsRequest.SerializeToString,
             perturbscope_dot_proto_dot_perturbscope__v1__pb2.ModelsAnswer.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EmbedStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/perturbscope.v1.PerturbScope/EmbedStream',
+            perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamRequest.SerializeToString,
+            perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamAnswer.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,18 @@ class PerturbScopeStub:
     """How far perturbations lie from each other."""
     Models: _grpc.UnaryUnaryMultiCallable[_perturbscope_v1_pb2.ModelsRequest, _perturbscope_v1_pb2.ModelsAnswer]
     """What the server offers."""
+    EmbedStream: _grpc.StreamStreamMultiCallable[_perturbscope_v1_pb2.EmbedStreamRequest, _perturbscope_v1_pb2.EmbedStreamAnswer]
+    """Vectors of any number of cells, chunk by chunk in both directions; neither side ever holds all of them.
+
+    Send `start`, then chunks of `cells`, then close your side. The server answers `opened`, then one `chunk` for each
+    of yours, in order, then `end`: a stream without `end` is not whole. Read the answers while you send: the server
+    takes the next chunk only when fewer than `opened.chunks_in_progress` of yours wait for their answer to be read,
+    and ends a stream that neither sends nor reads for some minutes.
+
+    A stream that breaks off, whatever the reason, leaves all answered chunks good. Go on with a new one: `first_row` is
+    the first cell without an answer, and `model` the `model_id` that `opened` told, so that a server which has another
+    model by now says NOT_FOUND and does not mix two models' vectors. After RESOURCE_EXHAUSTED wait `retry-after`.
+    """
 
 @_typing.type_check_only
 class PerturbScopeAsyncStub(PerturbScopeStub):
@@ -56,6 +68,18 @@ class PerturbScopeAsyncStub(PerturbScopeStub):
     """How far perturbations lie from each other."""
     Models: _aio.UnaryUnaryMultiCallable[_perturbscope_v1_pb2.ModelsRequest, _perturbscope_v1_pb2.ModelsAnswer]  # type: ignore[assignment]
     """What the server offers."""
+    EmbedStream: _aio.StreamStreamMultiCallable[_perturbscope_v1_pb2.EmbedStreamRequest, _perturbscope_v1_pb2.EmbedStreamAnswer]  # type: ignore[assignment]
+    """Vectors of any number of cells, chunk by chunk in both directions; neither side ever holds all of them.
+
+    Send `start`, then chunks of `cells`, then close your side. The server answers `opened`, then one `chunk` for each
+    of yours, in order, then `end`: a stream without `end` is not whole. Read the answers while you send: the server
+    takes the next chunk only when fewer than `opened.chunks_in_progress` of yours wait for their answer to be read,
+    and ends a stream that neither sends nor reads for some minutes.
+
+    A stream that breaks off, whatever the reason, leaves all answered chunks good. Go on with a new one: `first_row` is
+    the first cell without an answer, and `model` the `model_id` that `opened` told, so that a server which has another
+    model by now says NOT_FOUND and does not mix two models' vectors. After RESOURCE_EXHAUSTED wait `retry-after`.
+    """
 
 class PerturbScopeServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -89,5 +113,23 @@ class PerturbScopeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_perturbscope_v1_pb2.ModelsAnswer, _abc.Awaitable[_perturbscope_v1_pb2.ModelsAnswer]]:
         """What the server offers."""
+
+    @_abc_1.abstractmethod
+    def EmbedStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_perturbscope_v1_pb2.EmbedStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_perturbscope_v1_pb2.EmbedStreamAnswer], _abc.AsyncIterator[_perturbscope_v1_pb2.EmbedStreamAnswer]]:
+        """Vectors of any number of cells, chunk by chunk in both directions; neither side ever holds all of them.
+
+        Send `start`, then chunks of `cells`, then close your side. The server answers `opened`, then one `chunk` for each
+        of yours, in order, then `end`: a stream without `end` is not whole. Read the answers while you send: the server
+        takes the next chunk only when fewer than `opened.chunks_in_progress` of yours wait for their answer to be read,
+        and ends a stream that neither sends nor reads for some minutes.
+
+        A stream that breaks off, whatever the reason, leaves all answered chunks good. Go on with a new one: `first_row` is
+        the first cell without an answer, and `model` the `model_id` that `opened` told, so that a server which has another
+        model by now says NOT_FOUND and does not mix two models' vectors. After RESOURCE_EXHAUSTED wait `retry-after`.
+        """
 
 def add_PerturbScopeServicer_to_server(servicer: PerturbScopeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
