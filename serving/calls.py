@@ -13,11 +13,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from perturbscope.errors import DeadlineExceededError, InvalidParameterError, PermissionDeniedError
 from serving import log
 from serving.limits import Admission, Held
+
+if TYPE_CHECKING:
+    from perturbscope.embedder import Embedder
 
 Transport = Literal["http", "grpc"]
 Right = Literal["infer", "admin"]
@@ -83,6 +86,8 @@ class Call:
         What was asked for, once that is known.
     timings
         Seconds by stage.
+    model
+        What embedded its cells, once that is known: whatever is loaded later, the request has met no other.
     """
 
     route: str
@@ -95,6 +100,7 @@ class Call:
     tokens: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
+    model: Embedder | None = field(default=None, repr=False)
 
     @classmethod
     def begin(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder, Embeddings
 from perturbscope.encoder import usable_cores
-from perturbscope.errors import PerturbScopeError, UnknownModelError
 from perturbscope.families import TokenizedCells
 from perturbscope.seen import Fingerprint, Seen, find_seen
 from perturbscope.wire.messages import (
@@ -38,6 +37,7 @@ from serving.calls import Call, Front
 from serving.columns import Columns
 from serving.limits import Admission
 from serving.models import ServedModel
+from serving.registry import ModelRegistry
 from serving.reports import ReportAnswer, ReportRequest, make_report
 from serving.settings import Settings
 
@@ -50,16 +50,15 @@ class Engine:
 
     Parameters
     ----------
-    models
-        What is served; the first is the default.
+    registry
+        What is served.
     settings
         Limits.
     """
 
-    def __init__(self, models: Sequence[ServedModel], settings: Settings) -> None:
-        assert models, "an engine needs a model"  # noqa: S101  our own bug: Settings demands a bundle
+    def __init__(self, registry: ModelRegistry, settings: Settings) -> None:
         self.settings = settings
-        self._models = tuple(models)
+        self.registry = registry
         self.admission = Admission(settings)
         self.front = Front(self.admission)
         """What every request passes first."""
@@ -69,11 +68,11 @@ class Engine:
     @classmethod
     def load(cls, settings: Settings) -> Engine:
         """Load and warm up every bundle of the settings. Raises as :meth:`ServedModel.load`."""
-        return cls([ServedModel.load(path, settings) for path in settings.bundles], settings)
+        return cls(ModelRegistry.open(settings), settings)
 
     def models(self) -> ModelsAnswer:
         """What is served; the first is the default."""
-        return ModelsAnswer(models=tuple(model.info for model in self._models))
+        return ModelsAnswer(models=self.registry.infos())
 
     async def work(self, function: Callable[..., T], *args: Any) -> T:
         """Run what would block the event loop (decode, tokenize, encode) on a worker thread."""
@@ -95,14 +94,19 @@ class Engine:
         InferenceError
             The forward pass failed.
         """
-        model = self._model(request.model)
-        cells = request.cells
+        with self.registry.lease(request.model) as model:
+            return await self.embed_with(model, request.cells, call)
+
+    async def embed_with(self, model: ServedModel, cells: CountMatrix, call: Call | None = None) -> Embeddings:
+        """Vectors of cells by a leased model. Raises as :meth:`embed`."""
+        if call:
+            call.model = model.embedder
         limits.check_shape(self.settings, len(cells), cells.n_genes, int(cells.counts.nnz))
-        model.dispatcher.check_room(len(request.cells))
-        tokens, seconds = await self.work(_tokenize, model.embedder, request.cells)
+        model.dispatcher.check_room(len(cells))
+        tokens, seconds = await self.work(_tokenize, model.embedder, cells)
         flow, deadline = (call.caller.name, call.deadline) if call else ("", None)
         if call:
-            call.tokens = int(tokens.offsets[-1])
+            call.tokens += int(tokens.offsets[-1])
         values, timings = await model.dispatcher.submit(tokens, flow=flow, deadline=deadline)
         return model.embedder.describe(tokens, values, {"tokenize": seconds, **timings})
 
@@ -154,12 +158,15 @@ class Engine:
         )
         return ReportAnswer(report=report, meta=_timed(meta, seconds))
 
-    def seen(self, request: Any, file: Fingerprint | None) -> Seen | None:
+    def seen(self, request: Any, file: Fingerprint | None, call: Call | None = None) -> Seen | None:
         """What the model that answered `request` was trained on of an uploaded file; None without a file."""
         if file is None:
             return None
+        if call is not None and call.model is not None:
+            return find_seen(call.model.training, file)
         asked = request.score if isinstance(request, ReportRequest) else request
-        return find_seen(self._model(asked.model).embedder.training, file)
+        with self.registry.lease(asked.model) as model:
+            return find_seen(model.embedder.training, file)
 
     async def columns(self, columns: Columns, call: Call | None = None) -> Columns:
         """What a file holds: all is known once it is read."""
@@ -169,33 +176,14 @@ class Engine:
         """Whether the models answer. One that failed last is tried with one cell, so that it can recover."""
         if self.admission.closed:
             return False
-        for model in self._models:
-            if model.dispatcher.last_batch_failed:
-                try:
-                    await model.dispatcher.submit(await self.work(model.embedder.tokenize, model.probe))
-                except PerturbScopeError:
-                    return False
-        return True
+        return await self.registry.ready()
 
     async def close(self) -> None:
         """Finish what was accepted, refuse the rest, and stop all threads."""
         self.admission.closed = True
-        await asyncio.gather(*(model.dispatcher.close() for model in self._models))
+        await self.registry.close()
         self._workers.shutdown(wait=False, cancel_futures=True)
         self._scorers.shutdown(wait=False, cancel_futures=True)
-
-    def _model(self, name: str | None) -> ServedModel:
-        """The model of that name or id; None: the default."""
-        if name is None:
-            return self._models[0]
-        for model in self._models:
-            if name in (model.info.name, model.info.model_id):
-                return model
-        raise UnknownModelError(
-            f"No model {name!r} is served here; there is {', '.join(model.info.name for model in self._models)}. "
-            "Leave the model out to use the first.",
-            field="model",
-        )
 
     async def _embeddings(
         self, request: ScoreRequest | CompareRequest, call: Call | None

@@ -107,7 +107,7 @@ async def _answer(request: Request, route: Route) -> Response:
             answer = await while_connected(request, route.call(engine, upload.request, call))
             describe(call, answer)
             answer = add_warnings(answer, upload.warnings)
-            answer = add_seen(answer, engine.seen(upload.request, upload.file))
+            answer = add_seen(answer, engine.seen(upload.request, upload.file, call))
             accepted = request.headers.get("accept", "")
             wants_arrow = wire.ARROW in route.encode and wire.ARROW in accepted
             media_type = wire.ARROW if wants_arrow else next(iter(route.encode))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from dataclasses import dataclass
 from typing import cast
@@ -77,3 +78,16 @@ class ServedModel:
         embedder.embed(probe)
         dispatcher = Dispatcher(embedder, max_queued_tokens=settings.max_queued_tokens)
         return cls(info, embedder, dispatcher, probe)
+
+    @property
+    def verified(self) -> bool:
+        """Whether the last forward pass on the provider was good; if not, :meth:`check` tries one."""
+        return not self.dispatcher.last_batch_failed
+
+    async def check(self) -> None:
+        """Run the probe through the queue. Raises as :meth:`Dispatcher.submit`."""
+        await self.dispatcher.submit(await asyncio.to_thread(self.embedder.tokenize, self.probe))
+
+    async def close(self) -> None:
+        """Finish what was accepted, and stop. May be called twice."""
+        await self.dispatcher.close()

@@ -11,6 +11,7 @@ from perturbscope.families import load_family
 from perturbscope.genes import GeneVocabulary
 from serving.engine import Engine
 from serving.http import build_app
+from serving.registry import ModelRegistry
 from serving.settings import Settings
 from tests.bundles import TINY_WIDTH
 from tests.fakes import FakeEncoder
@@ -27,7 +28,7 @@ def main(port: int) -> None:
         vocabulary_hash=vocabulary.hash,
     )
     app = build_app()
-    app.state.engine = Engine([served(embedder)], Settings())
+    app.state.engine = Engine(ModelRegistry(Settings(), [served(embedder)]), Settings())
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 

@@ -24,6 +24,7 @@ from serving.engine import Engine
 from serving.grpc_server import GrpcServer
 from serving.http import build_app
 from serving.models import ServedModel
+from serving.registry import ModelRegistry
 from serving.settings import Settings
 
 LABELS = ("control",) * 12 + ("KO",) * 12
@@ -59,7 +60,8 @@ async def make_engine(fake_embedder: Embedder) -> AsyncIterator[MakeEngine]:
 
     def make(**settings: Any) -> Engine:
         chosen = Settings(**settings)
-        engine = Engine([served(fake_embedder, max_queued_tokens=chosen.max_queued_tokens)], chosen)
+        model = served(fake_embedder, max_queued_tokens=chosen.max_queued_tokens)
+        engine = Engine(ModelRegistry(chosen, [model]), chosen)
         made.append(engine)
         return engine
 

@@ -26,6 +26,7 @@ from perturbscope.errors import (
 from perturbscope.results import ScoreOptions
 from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving.engine import Engine
+from serving.registry import ModelRegistry
 from serving.settings import Settings
 from tests.bundles import TINY_WIDTH, write_tiny_bundle
 from tests.fakes import FakeEncoder
@@ -92,7 +93,8 @@ async def test_wrong_labels_cost_no_embedding(engine: Engine, tiny_cells: CountM
 
 async def test_models_are_found_by_name_and_by_id(fake_embedder: Embedder, tiny_cells: CountMatrix) -> None:
     second = Embedder(fake_embedder.family, FakeEncoder(4), width=4, model_id="second-1.0-0", vocabulary_hash="0")
-    engine = Engine([served(fake_embedder, "first"), served(second, "second")], Settings())
+    registry = ModelRegistry(Settings(), [served(fake_embedder, "first"), served(second, "second")])
+    engine = Engine(registry, Settings())
     assert [model.name for model in engine.models().models] == ["first", "second"]
     for name, width in ((None, TINY_WIDTH), ("first", TINY_WIDTH), ("second", 4), ("second-1.0-000000000000", 4)):
         assert (await engine.embed(EmbedRequest(cells=tiny_cells, model=name))).values.shape == (24, width)

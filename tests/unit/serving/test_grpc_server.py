@@ -180,7 +180,7 @@ async def test_a_caller_that_gives_up_costs_no_compute(
             await asyncio.sleep(0.001)
     status, _, _ = await failure(stub.Embed(message, timeout=0.3))
     assert status is grpc.StatusCode.DEADLINE_EXCEEDED
-    dispatcher = engine._models[0].dispatcher
+    dispatcher = engine.registry.default.dispatcher
     alone = int(fake_embedder.tokenize(tiny_cells).offsets[-1])
     async with asyncio.timeout(10):
         while dispatcher.pending_tokens > alone:

@@ -410,7 +410,7 @@ async def test_a_client_that_goes_away_costs_no_compute(
         while not fake_embedder.encoder.batches:
             await asyncio.sleep(0.001)
     leaving = asyncio.create_task(call(leave=True))
-    dispatcher = engine._models[0].dispatcher
+    dispatcher = engine.registry.default.dispatcher
     async with asyncio.timeout(10):
         alone = dispatcher.pending_tokens
         while dispatcher.pending_tokens == alone:
