@@ -37,8 +37,10 @@ from serving.calls import Call, Front
 from serving.columns import Columns
 from serving.limits import Admission
 from serving.models import ServedModel
+from serving.openinference.statistics import Statistics
 from serving.registry import ModelRegistry
 from serving.reports import ReportAnswer, ReportRequest, make_report
+from serving.security.keys import doorkeeper
 from serving.settings import Settings
 
 T = TypeVar("T")
@@ -60,8 +62,10 @@ class Engine:
         self.settings = settings
         self.registry = registry
         self.admission = Admission(settings)
-        self.front = Front(self.admission)
+        self.front = Front(self.admission, doorkeeper(settings.keys))
         """What every request passes first."""
+        self.token_statistics = Statistics()
+        """Requests that brought tokens."""
         self._workers = ThreadPoolExecutor(max_workers=max(2, usable_cores()), thread_name_prefix="perturbscope-worker")
         self._scorers = ThreadPoolExecutor(settings.score_workers, thread_name_prefix="perturbscope-score")
 
@@ -104,11 +108,18 @@ class Engine:
         limits.check_shape(self.settings, len(cells), cells.n_genes, int(cells.counts.nnz))
         model.dispatcher.check_room(len(cells))
         tokens, seconds = await self.work(_tokenize, model.embedder, cells)
+        values, timings = await self.infer_tokens(model, tokens, call)
+        return model.embedder.describe(tokens, values, {"tokenize": seconds, **timings})
+
+    async def infer_tokens(
+        self, model: ServedModel, tokens: TokenizedCells, call: Call | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, float]]:
+        """Vectors of cells that are tokens already, and seconds by stage. Raises as :meth:`Dispatcher.submit`."""
         flow, deadline = (call.caller.name, call.deadline) if call else ("", None)
         if call:
+            call.model = model.embedder
             call.tokens += int(tokens.offsets[-1])
-        values, timings = await model.dispatcher.submit(tokens, flow=flow, deadline=deadline)
-        return model.embedder.describe(tokens, values, {"tokenize": seconds, **timings})
+        return await model.dispatcher.submit(tokens, flow=flow, deadline=deadline)
 
     async def score(self, request: ScoreRequest, call: Call | None = None) -> ScoreAnswer:
         """Every perturbation against the controls. Raises as :meth:`embed`, and as `score_perturbations`."""
@@ -201,6 +212,7 @@ class Engine:
             vocabulary_hash=found.vocabulary_hash,
             coverage=found.coverage,
             timings=found.timings,
+            variant=found.variant,
         )
         return found.values, meta, found.warnings()
 
