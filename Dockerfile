@@ -66,6 +66,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     HOME=/tmp \
     BENTOML_HOME=/tmp/bentoml \
     BENTOML_DO_NOT_TRACK=True \
+    HDF5_PLUGIN_PRELOAD=:: \
+    PERTURBSCOPE_HOST=0.0.0.0 \
     PERTURBSCOPE_BUNDLE=/app/bundles/default
 EXPOSE 3000 3001
 USER 10001:10001

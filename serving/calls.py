@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from perturbscope.errors import DeadlineExceededError, InvalidParameterError, PermissionDeniedError
 from serving import log
 from serving.limits import Admission, Held
+from serving.security.rates import RateLimiter
 
 if TYPE_CHECKING:
     from perturbscope.embedder import Embedder
 
 Transport = Literal["http", "grpc"]
-Right = Literal["infer", "admin"]
+Right = Literal["infer", "admin", "metrics"]
 REQUEST_ID, TIMEOUT = "x-request-id", "x-request-timeout"
 """Header, or metadata, with the caller's name for the request, and with the seconds that it will wait."""
 _ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
@@ -39,10 +41,14 @@ class Caller:
         Of the API key, never the key; empty where the server asks for none.
     rights
         What the caller may do.
+    requests_per_minute, cells_per_minute
+        Its share; None: no limit.
     """
 
     name: str = ""
     rights: frozenset[Right] = frozenset({"infer"})
+    requests_per_minute: int | None = None
+    cells_per_minute: int | None = None
 
 
 ANYONE = Caller()
@@ -51,15 +57,15 @@ ANYONE = Caller()
 class Doorkeeper(Protocol):
     """Knows the callers."""
 
-    def caller(self, headers: Mapping[str, str]) -> Caller:
-        """Who sent these headers. Raises UnauthenticatedError."""
+    def caller(self, headers: Mapping[str, str], peer: str = "") -> Caller:
+        """Who sent these headers, from the address `peer`. Raises UnauthenticatedError."""
         ...
 
 
 class OpenDoor:
     """Lets everyone in."""
 
-    def caller(self, headers: Mapping[str, str]) -> Caller:
+    def caller(self, headers: Mapping[str, str], peer: str = "") -> Caller:
         """Anyone."""
         return ANYONE
 
@@ -76,6 +82,8 @@ class Call:
         What it came over.
     headers
         Its headers or metadata, names in lower case. Never logged.
+    peer
+        The address that it came from.
     id
         The caller's own (``x-request-id``) if it is harmless, else a new one; sent back and logged.
     caller
@@ -93,6 +101,7 @@ class Call:
     route: str
     transport: Transport
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    peer: str = ""
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
     caller: Caller = ANYONE
     deadline: float | None = None
@@ -100,24 +109,43 @@ class Call:
     tokens: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
+    charge: Callable[[int], None] = field(default=lambda _: None, repr=False)
+    """Takes cells from the caller's share; set where the call is let in."""
     model: Embedder | None = field(default=None, repr=False)
 
     @classmethod
     def begin(
-        cls, route: str, transport: Transport, headers: Mapping[str, str], *, remaining: float | None = None
+        cls,
+        route: str,
+        transport: Transport,
+        headers: Mapping[str, str],
+        *,
+        peer: str = "",
+        remaining: float | None = None,
     ) -> Call:
         """A request that has just arrived; `remaining` seconds are known to gRPC. Never raises."""
-        call = cls(route, transport, headers)
+        call = cls(route, transport, headers, peer)
         if remaining is not None:
             call.deadline = time.monotonic() + remaining
         given = headers.get(REQUEST_ID, "")
-        if _ID.fullmatch(given):
+        if _ID.fullmatch(given) and "psk_" not in given:  # a key in the wrong place would go to the log
             call.id = given
         return call
 
     def remaining(self) -> float | None:
         """Seconds that the caller still waits; None: without end."""
         return None if self.deadline is None else self.deadline - time.monotonic()
+
+    def take(self, cells: int) -> None:
+        """Count cells that are asked for, once their number is known and before they cost anything.
+
+        Raises
+        ------
+        RateLimitedError, LimitExceededError
+            They are more than the caller's share.
+        """
+        self.charge(cells)
+        self.cells += cells
 
     def finish(self, status: str | int, code: str = "ok") -> None:
         """The request is answered with `status`; `code` is that of its error. Writes the line of the log."""
@@ -133,11 +161,16 @@ class Front:
         Counts requests and bytes in progress.
     doorkeeper
         Knows the callers.
+    rates
+        Counts what each caller asks for.
     """
 
-    def __init__(self, admission: Admission, doorkeeper: Doorkeeper | None = None) -> None:
+    def __init__(
+        self, admission: Admission, doorkeeper: Doorkeeper | None = None, rates: RateLimiter | None = None
+    ) -> None:
         self._admission = admission
-        self._doorkeeper: Doorkeeper = doorkeeper or OpenDoor()
+        self.doorkeeper: Doorkeeper = doorkeeper or OpenDoor()
+        self._rates = rates or RateLimiter()
 
     @contextlib.asynccontextmanager
     async def admitted(self, call: Call, right: Right = "infer") -> AsyncIterator[Held]:
@@ -152,13 +185,13 @@ class Front:
         UnauthenticatedError, PermissionDeniedError
             The caller is not known, or may not do this.
         OverloadedError
-            No room; or this caller has had its share.
+            No room; or, as RateLimitedError, this caller has had its share.
         DeadlineExceededError
             The caller's time is over.
         InvalidParameterError
             The header ``x-request-timeout`` is no number of seconds.
         """
-        call.caller = self._doorkeeper.caller(call.headers)
+        call.caller = self.doorkeeper.caller(call.headers, call.peer)
         if right not in call.caller.rights:
             raise PermissionDeniedError(
                 f"The API key {call.caller.name!r} does not have the right {right!r}."
@@ -166,6 +199,8 @@ class Front:
                 else f"This needs an API key with the right {right!r}, and this server has no keys."
             )
         _read_timeout(call)
+        self._rates.take(call.caller, requests=1)
+        call.charge = functools.partial(self._rates.take, call.caller)
         try:
             with self._admission.admit() as hold:
                 async with asyncio.timeout(call.remaining()):

@@ -9,6 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
+from starlette.datastructures import Headers
 
 from perturbscope import wire
 from perturbscope.errors import OverloadedError, PerturbScopeError
@@ -73,8 +74,18 @@ class Servicer(services.PerturbScopeServicer):
 
 def begin(route: str, context: Any) -> Call:
     """The call behind a context of gRPC."""
-    headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-    return Call.begin(route, "grpc", headers, remaining=context.time_remaining())
+    return Call.begin(
+        route,
+        "grpc",
+        headers_of(context.invocation_metadata()),
+        peer=context.peer() or "",
+        remaining=context.time_remaining(),
+    )
+
+
+def headers_of(metadata: Any) -> Headers:
+    """Metadata as headers are: a name that is given twice stays twice."""
+    return Headers(raw=[(key.encode(), value.encode()) for key, value in metadata or () if isinstance(value, str)])
 
 
 async def abort(error: Exception, call: Call, context: Any) -> NoReturn:

@@ -98,7 +98,7 @@ def _endpoint(route: Route) -> Callable[[Request], Awaitable[Response]]:
 async def _answer(request: Request, route: Route) -> Response:
     """Read, call, encode; whatever goes wrong becomes an error answer and a line in the log."""
     engine: Engine = request.app.state.engine
-    call = Call.begin(route.path, "http", request.headers)
+    call = Call.begin(route.path, "http", request.headers, peer=request.client.host if request.client else "")
     code = "ok"
     try:
         async with engine.front.admitted(call) as hold:

@@ -117,14 +117,20 @@ def add_seen(answer: Any, seen: Seen | None) -> Any:
 
 
 def describe(call: Call, message: Any) -> None:
-    """Note the size of a request, or the timings of its answer."""
+    """Note the size of a request, and take it from the caller's share; or note the timings of its answer.
+
+    Raises
+    ------
+    RateLimitedError, LimitExceededError
+        The request has more cells than the caller's share.
+    """
     match message:
         case wire.EmbedRequest():
-            call.cells = len(message.cells)
+            call.take(len(message.cells))
         case wire.ScoreRequest() | wire.CompareRequest():
-            call.cells = len(message.perturbations)
+            call.take(len(message.perturbations))
         case ReportRequest():
-            call.cells = len(message.score.perturbations)
+            call.take(len(message.score.perturbations))
         case Columns():
             call.cells = message.n_cells
         case wire.EmbedAnswer():

@@ -33,8 +33,16 @@ class Settings:
     """cpu or cuda; there is no fallback from one to the other."""
     threads: int = 0
     """CPU threads of the model; 0: the cores that the process may use."""
-    host: str = "0.0.0.0"  # noqa: S104  a server in a container listens on all its interfaces
-    """Address that both servers listen on."""
+    host: str = "127.0.0.1"
+    """Address that both servers listen on; the image sets 0.0.0.0, since a container has interfaces of its own."""
+    keys: str = ""
+    """File of API keys, made by ``python -m serving.keys``; empty: everyone may come in."""
+    tls_certificate: str = ""
+    """File with the server's certificate and those above it (PEM), for both servers; empty: no TLS."""
+    tls_key: str = ""
+    """File with the certificate's private key (PEM)."""
+    tls_client_ca: str = ""
+    """File with the authorities (PEM) one of which must have signed a client's certificate; empty: none is asked."""
     http_port: int = 3000
     """Port of the HTTP server."""
     grpc_port: int = 3001

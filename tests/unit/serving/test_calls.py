@@ -74,7 +74,7 @@ async def test_a_timeout_that_is_no_number_of_seconds_is_refused(admission: Admi
 
 
 class Porter:
-    def caller(self, headers: Mapping[str, str]) -> Caller:
+    def caller(self, headers: Mapping[str, str], peer: str = "") -> Caller:
         if headers.get("authorization") != "Bearer good":
             raise UnauthenticatedError("No API key.")
         return Caller("pipeline")

@@ -1,0 +1,1 @@
+"""Who may ask, how much, and what an uploaded file may hold. See docs/threat-model.md."""

@@ -1,0 +1,157 @@
+"""How much one caller may ask for: token buckets on requests and on cells, and on failed keys of one address.
+
+A bucket holds one minute's allowance, fills evenly, and is counted on the monotonic clock, so that setting the wall
+clock neither empties nor fills it. The keys of one name share their buckets: rotating a key doubles nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+from perturbscope.errors import LimitExceededError, RateLimitedError
+
+if TYPE_CHECKING:
+    from serving.calls import Caller
+
+_MINUTE = 60.0
+FAILURES_PER_MINUTE = 30
+"""Bad keys of one address that are answered and logged as such."""
+_PEERS = 4096
+"""Addresses that are remembered; the longest silent is forgotten first."""
+
+
+class Bucket:
+    """An allowance a minute that fills evenly; full at first.
+
+    Parameters
+    ----------
+    per_minute
+        The allowance, and the most that is saved up.
+    now
+        The monotonic time, in seconds.
+    """
+
+    __slots__ = ("_at", "level", "per_minute")
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.per_minute, self.level, self._at = per_minute, float(per_minute), now
+
+    def wait(self, n: int, now: float) -> float:
+        """Seconds until `n` are there; 0 if they are now."""
+        self.level = min(self.per_minute, self.level + max(0.0, now - self._at) * self.per_minute / _MINUTE)
+        self._at = now
+        return max(0.0, (n - self.level) * _MINUTE / self.per_minute)
+
+
+class RateLimiter:
+    """Counts what each caller asks for. One event loop uses it.
+
+    Parameters
+    ----------
+    clock
+        Monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: dict[tuple[str, str], Bucket] = {}
+
+    def take(self, caller: Caller, cells: int = 0, *, requests: int = 0) -> None:
+        """Take from the caller's share; one that is refused takes nothing.
+
+        Raises
+        ------
+        RateLimitedError
+            The share is used up; ``retry_after`` is when there is room for this.
+        LimitExceededError
+            More cells than the caller may have in a whole minute: waiting would not help.
+        """
+        for what, n, per_minute in (
+            ("requests", requests, caller.requests_per_minute),
+            ("cells", cells, caller.cells_per_minute),
+        ):
+            if n == 0 or per_minute is None:
+                continue
+            if n > per_minute:
+                raise LimitExceededError(
+                    f"The request has {n:,} {what}; the API key {caller.name!r} may have {per_minute:,} a minute. "
+                    "Send fewer at a time.",
+                    field=what,
+                )
+            now = self._clock()
+            bucket = self._buckets.get((caller.name, what))
+            if bucket is None or bucket.per_minute != per_minute:
+                # The file of keys has changed: what was used up stays used up.
+                used = 0.0 if bucket is None else max(0.0, bucket.per_minute - bucket.level)
+                bucket = self._buckets[caller.name, what] = Bucket(per_minute, now)
+                bucket.level -= used
+            wait = bucket.wait(n, now)
+            if wait > 0:
+                raise RateLimitedError(
+                    f"The API key {caller.name!r} has used up its {per_minute:,} {what} a minute. "
+                    f"Try again in {wait:.1f} seconds.",
+                    retry_after=wait,
+                    field=what,
+                )
+            bucket.level -= n
+
+
+class FailedKeys:
+    """Counts bad keys by the address that sent them. A good key is never refused for what its neighbours sent.
+
+    A secret has 256 bits, so that guessing is hopeless at any speed; this bounds what guessing costs us, and the log.
+
+    Parameters
+    ----------
+    per_minute
+        How many are answered as bad keys.
+    clock
+        Monotonic seconds.
+    """
+
+    def __init__(self, per_minute: int = FAILURES_PER_MINUTE, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute, self._clock = per_minute, clock
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def count(self, peer: str) -> None:
+        """One more from this address. Raises RateLimitedError where there were too many."""
+        now, network = self._clock(), network_of(peer)
+        bucket = self._buckets.pop(network, None) or Bucket(self._per_minute, now)
+        self._buckets[network] = bucket
+        if len(self._buckets) > _PEERS:
+            self._buckets.popitem(last=False)
+        wait = bucket.wait(1, now)
+        if wait > 0:
+            raise RateLimitedError("Too many requests without a valid API key. Check the key.", retry_after=wait)
+        bucket.level -= 1
+
+
+def network_of(peer: str) -> str:
+    """What is counted together: an IPv4 address, or the /64 of an IPv6 address, which one household or host has.
+
+    Parameters
+    ----------
+    peer
+        An address, or gRPC's ``ipv4:1.2.3.4:56``, ``ipv6:%5B::1%5D:56``, ``unix:...``.
+    """
+    text = unquote(peer)
+    for scheme in ("ipv4:", "ipv6:"):
+        if text.startswith(scheme):
+            text = text.removeprefix(scheme).rpartition(":")[0].strip("[]")
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return text[:64]
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
