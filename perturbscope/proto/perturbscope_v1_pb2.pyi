@@ -99,20 +99,22 @@ class EmbedStreamRequest(_message.Message):
     def __init__(self, start: _Optional[_Union[EmbedStreamStart, _Mapping]] = ..., cells: _Optional[_Union[CellChunk, _Mapping]] = ...) -> None: ...
 
 class EmbedStreamOpened(_message.Message):
-    __slots__ = ("model_id", "vocabulary_hash", "coverage", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes")
+    __slots__ = ("model_id", "vocabulary_hash", "coverage", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes", "width")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_HASH_FIELD_NUMBER: _ClassVar[int]
     COVERAGE_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_IN_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_CELLS_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     vocabulary_hash: str
     coverage: GeneCoverage
     chunks_in_progress: int
     max_chunk_cells: int
     max_chunk_bytes: int
-    def __init__(self, model_id: _Optional[str] = ..., vocabulary_hash: _Optional[str] = ..., coverage: _Optional[_Union[GeneCoverage, _Mapping]] = ..., chunks_in_progress: _Optional[int] = ..., max_chunk_cells: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ...) -> None: ...
+    width: int
+    def __init__(self, model_id: _Optional[str] = ..., vocabulary_hash: _Optional[str] = ..., coverage: _Optional[_Union[GeneCoverage, _Mapping]] = ..., chunks_in_progress: _Optional[int] = ..., max_chunk_cells: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
 
 class EmbedStreamChunk(_message.Message):
     __slots__ = ("first_row", "embeddings", "lengths", "n_detected", "known_share", "timings")
@@ -322,7 +324,7 @@ class GeneCoverage(_message.Message):
     def __init__(self, n_genes: _Optional[int] = ..., n_matched: _Optional[int] = ..., n_by_symbol: _Optional[int] = ..., n_merged: _Optional[int] = ..., n_ambiguous: _Optional[int] = ..., ambiguous: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., unmatched: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Meta(_message.Message):
-    __slots__ = ("model_id", "vocabulary_hash", "coverage", "warnings", "timings", "provenance_json")
+    __slots__ = ("model_id", "vocabulary_hash", "coverage", "warnings", "timings", "provenance_json", "variant")
     class TimingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -336,20 +338,22 @@ class Meta(_message.Message):
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     PROVENANCE_JSON_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     vocabulary_hash: str
     coverage: GeneCoverage
     warnings: _containers.RepeatedScalarFieldContainer[str]
     timings: _containers.ScalarMap[str, float]
     provenance_json: str
-    def __init__(self, model_id: _Optional[str] = ..., vocabulary_hash: _Optional[str] = ..., coverage: _Optional[_Union[GeneCoverage, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., timings: _Optional[_Mapping[str, float]] = ..., provenance_json: _Optional[str] = ...) -> None: ...
+    variant: str
+    def __init__(self, model_id: _Optional[str] = ..., vocabulary_hash: _Optional[str] = ..., coverage: _Optional[_Union[GeneCoverage, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., timings: _Optional[_Mapping[str, float]] = ..., provenance_json: _Optional[str] = ..., variant: _Optional[str] = ...) -> None: ...
 
 class ModelsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "model_id", "family", "width", "vocabulary_hash", "layer", "pooling", "licence", "variant", "device")
+    __slots__ = ("name", "version", "model_id", "family", "width", "vocabulary_hash", "layer", "pooling", "licence", "variant", "device", "golden")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
@@ -361,6 +365,7 @@ class Model(_message.Message):
     LICENCE_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    GOLDEN_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     model_id: str
@@ -372,7 +377,8 @@ class Model(_message.Message):
     licence: str
     variant: str
     device: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., model_id: _Optional[str] = ..., family: _Optional[str] = ..., width: _Optional[int] = ..., vocabulary_hash: _Optional[str] = ..., layer: _Optional[str] = ..., pooling: _Optional[str] = ..., licence: _Optional[str] = ..., variant: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+    golden: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., model_id: _Optional[str] = ..., family: _Optional[str] = ..., width: _Optional[int] = ..., vocabulary_hash: _Optional[str] = ..., layer: _Optional[str] = ..., pooling: _Optional[str] = ..., licence: _Optional[str] = ..., variant: _Optional[str] = ..., device: _Optional[str] = ..., golden: _Optional[str] = ...) -> None: ...
 
 class ModelsAnswer(_message.Message):
     __slots__ = ("models",)
