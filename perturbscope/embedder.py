@@ -46,6 +46,8 @@ class Embeddings:
         Which model.
     timings
         Seconds by stage: ``tokenize``, ``inference``, and on a server ``queue``.
+    variant
+        Which graph of the model: ``fp32``, ``fp16``, ``int8``; None where that is not known.
     """
 
     values: NDArray[np.float32]
@@ -56,6 +58,7 @@ class Embeddings:
     model_id: str
     vocabulary_hash: str
     timings: dict[str, float] = field(default_factory=dict)
+    variant: str | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -65,27 +68,39 @@ class Embeddings:
         """Cells with fewer than 500 expressed genes, bool [n_cells]."""
         return self.n_detected < MIN_GENES
 
+    @property
+    def n_few_genes(self) -> int:
+        """Number of cells :attr:`below_min_genes`."""
+        return int(self.below_min_genes.sum())
+
+    @property
+    def n_little_known(self) -> int:
+        """Number of cells with over half of their counts in genes that the model does not know."""
+        return int((self.known_share < 0.5).sum())
+
     def warnings(self) -> list[str]:
         """What a careful reader should know, in words."""
-        found = []
-        few = int(self.below_min_genes.sum())
-        if few:
-            found.append(
-                f"{few} of {len(self)} cells express fewer than {MIN_GENES} genes of the vocabulary; "
-                "their embeddings rest on little."
-            )
-        low = int((self.known_share < 0.5).sum())
-        if low:
-            found.append(
-                f"{low} of {len(self)} cells have over half of their counts in genes that the model does not know."
-            )
-        if self.coverage.n_ambiguous:
-            names = ", ".join(f"{a} -> {b}" for a, b in self.coverage.ambiguous[:3])
-            found.append(
-                f"{self.coverage.n_ambiguous} gene identifiers are ambiguous; "
-                f"the first reading was taken ({names}, ...)."
-            )
-        return found
+        return warnings_about(len(self), self.n_few_genes, self.n_little_known, self.coverage)
+
+
+def warnings_about(n_cells: int, n_few_genes: int, n_little_known: int, coverage: GeneCoverage) -> list[str]:
+    """What a careful reader of `n_cells` embeddings should know; see :class:`Embeddings` for the counts."""
+    found = []
+    if n_few_genes:
+        found.append(
+            f"{n_few_genes} of {n_cells} cells express fewer than {MIN_GENES} genes of the vocabulary; "
+            "their embeddings rest on little."
+        )
+    if n_little_known:
+        found.append(
+            f"{n_little_known} of {n_cells} cells have over half of their counts in genes that the model does not know."
+        )
+    if coverage.n_ambiguous:
+        names = ", ".join(f"{a} -> {b}" for a, b in coverage.ambiguous[:3])
+        found.append(
+            f"{coverage.n_ambiguous} gene identifiers are ambiguous; the first reading was taken ({names}, ...)."
+        )
+    return found
 
 
 class Embedder:
@@ -105,6 +120,8 @@ class Embedder:
         Budget of a batch.
     training
         How the weights were made, as the bundle's manifest says; see :mod:`perturbscope.seen`.
+    variant
+        Which graph of the bundle the encoder runs.
     """
 
     def __init__(
@@ -117,6 +134,7 @@ class Embedder:
         vocabulary_hash: str,
         limits: BatchLimits | None = None,
         training: Mapping[str, Any] | None = None,
+        variant: str = "fp32",
     ) -> None:
         self.family = family
         self.encoder = encoder
@@ -125,6 +143,7 @@ class Embedder:
         self.vocabulary_hash = vocabulary_hash
         self.limits = limits or BatchLimits()
         self.training: Mapping[str, Any] = training or {}
+        self.variant = variant
 
     @classmethod
     def from_bundle(
@@ -145,6 +164,7 @@ class Embedder:
             vocabulary_hash=bundle.manifest.vocabulary_hash,
             limits=limits,
             training=bundle.manifest.training,
+            variant=variant,
         )
 
     def tokenize(self, cells: CountMatrix) -> TokenizedCells:
@@ -231,6 +251,7 @@ class Embedder:
             self.model_id,
             self.vocabulary_hash,
             timings,
+            self.variant,
         )
 
 
@@ -246,4 +267,5 @@ def join(parts: list[Embeddings]) -> Embeddings:
         first.model_id,
         first.vocabulary_hash,
         {stage: sum(part.timings.get(stage, 0.0) for part in parts) for stage in first.timings},
+        first.variant,
     )

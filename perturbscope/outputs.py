@@ -186,6 +186,7 @@ def provenance_of(found: Embeddings, options: Mapping[str, Any], version: str) -
     return {
         "model_id": found.model_id,
         "vocabulary_hash": found.vocabulary_hash,
+        **({"variant": found.variant} if found.variant else {}),
         "version": version,
         "options": {key: value for key, value in options.items() if value is not None},
         "coverage": {key: value for key, value in coverage.items() if value != []},

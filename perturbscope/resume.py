@@ -145,6 +145,7 @@ class PartialRun:
             GeneCoverage.from_dict(model["coverage"]),
             model["model_id"],
             model["vocabulary_hash"],
+            variant=model.get("variant"),
         )
 
     def _check_model(self, found: Embeddings) -> None:
@@ -153,13 +154,14 @@ class PartialRun:
             "model_id": found.model_id,
             "vocabulary_hash": found.vocabulary_hash,
             "coverage": found.coverage.to_dict(),
+            "variant": found.variant,
         }
         earlier = _read_json(self.path / _MODEL)
         if earlier is None:
             _write_json(self.path / _MODEL, model)
-        elif earlier["model_id"] != found.model_id:
+        elif (was := _name_of(earlier)) != (now := _name_of(model)):
             raise BundleError(
-                f"The model changed during the run, from {earlier['model_id']} to {found.model_id}. Run again.",
+                f"The model changed during the run, from {was} to {now}. Run again.",
                 field="model",
             )
 
@@ -207,3 +209,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     staging = path.with_suffix(".tmp")
     staging.write_text(json.dumps(content, sort_keys=True, indent=1), encoding="utf-8")
     os.replace(staging, path)
+
+
+def _name_of(model: Mapping[str, Any]) -> str:
+    variant = model.get("variant")
+    return f"{model['model_id']} ({variant})" if variant else str(model["model_id"])

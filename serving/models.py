@@ -73,6 +73,7 @@ class ServedModel:
             licence=manifest.licence,
             variant=settings.variant,
             device=device,
+            golden="absent",
         )
         probe = CountMatrix.from_matrix([[1]], [bundle.vocabulary.gene_ids[0]])
         embedder.embed(probe)

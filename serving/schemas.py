@@ -72,13 +72,14 @@ class Coverage(_Body):
 
 
 class Meta(_Body):
-    """What made an answer; the first three are null where the caller sent embeddings."""
+    """What made an answer; model, vocabulary, coverage and variant are null where the caller sent embeddings."""
 
     model_id: str | None
     vocabulary_hash: str | None
     coverage: Coverage | None
     warnings: list[str]
     timings: dict[str, float] = Field(description="Seconds by stage: tokenize, queue, inference, score.")
+    variant: str | None = Field(description="Graph of the model: fp32, fp16, int8.")
 
 
 class ScoreMeta(Meta):
@@ -179,6 +180,7 @@ class Model(_Body):
     licence: str
     variant: str
     device: str
+    golden: str = Field(description="matched: the model gives the vectors that its bundle records; or absent.")
 
 
 class ModelsAnswer(_Body):

@@ -202,11 +202,11 @@ def embed_in_chunks(
 
 def _joined(parts: list[Embeddings]) -> Embeddings:
     """The parts as one, if one model made them."""
-    models = list(dict.fromkeys(part.model_id for part in parts))
+    models = list(dict.fromkeys((part.model_id, part.variant) for part in parts))
     if len(models) > 1:
+        was, now = (model_id + (f" ({variant})" if variant else "") for model_id, variant in models[:2])
         raise ServerError(
-            f"The server went from the model {models[0]} to {models[1]} while the cells were embedded. "
-            "Embed them again."
+            f"The server went from the model {was} to {now} while the cells were embedded. Embed them again."
         )
     return join(parts)
 

@@ -250,6 +250,7 @@ def meta_to_dict(meta: Meta, warnings: Sequence[str]) -> dict[str, Any]:
         "coverage": meta.coverage.to_dict() if meta.coverage else None,
         "warnings": list(warnings),
         "timings": meta.timings,
+        "variant": meta.variant,
     }
 
 
@@ -268,6 +269,7 @@ def meta_from_dict(value: Any) -> tuple[Meta, list[str], dict[str, Any]]:
         vocabulary_hash=optional_text(value.get("vocabulary_hash"), "vocabulary_hash"),
         coverage=_coverage(value.get("coverage")),
         timings={str(stage): number(seconds, "timings") for stage, seconds in timings.items()},
+        variant=optional_text(value.get("variant"), "variant"),
     )
     return meta, list(texts(value.get("warnings") or [], "warnings", longest=100_000)), dict(provenance)
 

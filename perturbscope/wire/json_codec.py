@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from perturbscope.counts import CountMatrix
@@ -129,10 +129,11 @@ def models_answer_from_json(body: bytes) -> ModelsAnswer:
     if not isinstance(models, list):
         raise InvalidParameterError("models must be a list.", field="models")
     names = [item.name for item in fields(ModelInfo)]
+    needed = [item.name for item in fields(ModelInfo) if item.default is MISSING]
     found = []
     for item in models:
-        model = _require(item, "models", *names)
-        texts = {name: check.text(model[name], name) for name in names if name != "width"}
+        model = _require(item, "models", *needed)
+        texts = {name: check.text(model[name], name) for name in names if name != "width" and name in model}
         found.append(ModelInfo(width=check.integer(model["width"], "width"), **texts))
     return ModelsAnswer(models=tuple(found))
 

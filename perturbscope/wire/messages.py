@@ -101,13 +101,15 @@ EmbedAnswer = Embeddings
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What made an answer. The three names are None where the caller sent embeddings."""
+    """What made an answer. The names and the coverage are None where the caller sent embeddings."""
 
     model_id: str | None = None
     vocabulary_hash: str | None = None
     coverage: GeneCoverage | None = None
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds by stage: ``tokenize``, ``queue``, ``inference``, ``score``."""
+    variant: str | None = None
+    """The graph: ``fp32``, ``fp16``, ``int8``; None also from a server that does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,6 +153,9 @@ class ModelInfo:
     """The graph that is served: ``fp32``, ``fp16``, ``int8``."""
     device: str
     """``cpu`` or ``cuda``."""
+    golden: str = ""
+    """``matched`` where the model gives the vectors that its bundle records, ``absent`` where it records none; empty
+    from a server that does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidEmbeddingError, InvalidInputError, InvalidParameterError, MalformedMatrixError
+from perturbscope.genes import GeneCoverage
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
 from perturbscope.wire import fields as check
@@ -74,20 +75,20 @@ def compare_request_from_proto(message: pb.CompareRequest) -> CompareRequest:
 def embed_answer_to_proto(answer: Embeddings) -> pb.EmbedAnswer:
     """The protobuf form of an answer."""
     return pb.EmbedAnswer(
-        embeddings=_vectors_to_proto(answer.values),
+        embeddings=vectors_to_proto(answer.values),
         lengths=answer.lengths,
         n_detected=answer.n_detected,
         known_share=answer.known_share,
-        meta=_meta_to_proto(embed_meta(answer), answer.warnings()),
+        meta=meta_to_proto(embed_meta(answer), answer.warnings()),
     )
 
 
 def embed_answer_from_proto(message: pb.EmbedAnswer) -> Embeddings:
     """Read an answer."""
-    meta, _, _ = _meta_from(message.meta)
+    meta, _, _ = meta_from(message.meta)
     return embeddings_of(
         meta,
-        _vectors_from(message.embeddings).copy(),
+        vectors_from(message.embeddings).copy(),
         np.fromiter(message.lengths, dtype=np.int64),
         np.fromiter(message.n_detected, dtype=np.int64),
         np.fromiter(message.known_share, dtype=np.float32),
@@ -98,13 +99,13 @@ def score_answer_to_proto(answer: ScoreAnswer) -> pb.ScoreAnswer:
     """The protobuf form of an answer."""
     rows = [pb.Score(**row) for row in rows_of(answer.result.table, SCORE_KINDS)]
     return pb.ScoreAnswer(
-        results=rows, meta=_meta_to_proto(answer.meta, answer.result.warnings, answer.result.provenance)
+        results=rows, meta=meta_to_proto(answer.meta, answer.result.warnings, answer.result.provenance)
     )
 
 
 def score_answer_from_proto(message: pb.ScoreAnswer) -> ScoreAnswer:
     """Read an answer."""
-    meta, warnings, provenance = _meta_from(message.meta)
+    meta, warnings, provenance = meta_from(message.meta)
     table = table_of(_rows_from(message.results, SCORE_KINDS), SCORE_KINDS)
     return ScoreAnswer(result=ScoreResult(table, provenance, warnings), meta=meta)
 
@@ -113,13 +114,13 @@ def compare_answer_to_proto(answer: CompareAnswer) -> pb.CompareAnswer:
     """The protobuf form of an answer."""
     rows = [pb.Comparison(**row) for row in rows_of(answer.result.table, COMPARE_KINDS)]
     return pb.CompareAnswer(
-        results=rows, meta=_meta_to_proto(answer.meta, answer.result.warnings, answer.result.provenance)
+        results=rows, meta=meta_to_proto(answer.meta, answer.result.warnings, answer.result.provenance)
     )
 
 
 def compare_answer_from_proto(message: pb.CompareAnswer) -> CompareAnswer:
     """Read an answer."""
-    meta, warnings, provenance = _meta_from(message.meta)
+    meta, warnings, provenance = meta_from(message.meta)
     table = table_of(_rows_from(message.results, COMPARE_KINDS), COMPARE_KINDS)
     return CompareAnswer(result=CompareResult(table, provenance, warnings), meta=meta)
 
@@ -152,18 +153,15 @@ def _bytes(array: NDArray[Any], dtype: str) -> bytes:
 
 
 def _cells_to_proto(cells: CountMatrix) -> pb.CountMatrix:
-    return pb.CountMatrix(
-        gene_ids=cells.gene_ids.tolist(),
-        indptr=_bytes(cells.counts.indptr, "<i8"),
-        indices=_bytes(cells.counts.indices, "<i4"),
-        data=_bytes(cells.counts.data, "<i4"),
-        data_type=pb.COUNT_TYPE_INT32,
-        total_counts=_bytes(cells.totals, "<f8"),
-        first_row=cells.first_row,
-    )
+    return pb.CountMatrix(gene_ids=cells.gene_ids.tolist(), **arrays_to(cells), first_row=cells.first_row)
 
 
 def _cells_from(message: pb.CountMatrix) -> CountMatrix:
+    return check.count_matrix(list(message.gene_ids), **arrays_from(message), first_row=message.first_row)
+
+
+def arrays_from(message: pb.CountMatrix | pb.CellChunk) -> dict[str, Any]:
+    """The arrays of a matrix, ``indptr, indices, data, totals``; what they say is not checked yet."""
     dtype = _COUNT_DTYPES.get(message.data_type)
     if dtype is None:
         raise MalformedMatrixError(
@@ -172,21 +170,32 @@ def _cells_from(message: pb.CountMatrix) -> CountMatrix:
     totals = None
     if message.HasField("total_counts"):
         totals = _array(message.total_counts, "<f8", "total_counts", MalformedMatrixError)
-    return check.count_matrix(
-        list(message.gene_ids),
-        _array(message.indptr, "<i8", "indptr", MalformedMatrixError),
-        _array(message.indices, "<i4", "indices", MalformedMatrixError),
-        _array(message.data, dtype, "data", MalformedMatrixError),
-        totals=totals,
-        first_row=message.first_row,
-    )
+    return {
+        "indptr": _array(message.indptr, "<i8", "indptr", MalformedMatrixError),
+        "indices": _array(message.indices, "<i4", "indices", MalformedMatrixError),
+        "data": _array(message.data, dtype, "data", MalformedMatrixError),
+        "totals": totals,
+    }
 
 
-def _vectors_to_proto(values: NDArray[np.float32]) -> pb.EmbeddingMatrix:
+def arrays_to(cells: CountMatrix) -> dict[str, Any]:
+    """The fields of a message that hold the counts; see :func:`arrays_from`."""
+    return {
+        "indptr": _bytes(cells.counts.indptr, "<i8"),
+        "indices": _bytes(cells.counts.indices, "<i4"),
+        "data": _bytes(cells.counts.data, "<i4"),
+        "data_type": pb.COUNT_TYPE_INT32,
+        "total_counts": _bytes(cells.totals, "<f8"),
+    }
+
+
+def vectors_to_proto(values: NDArray[np.float32]) -> pb.EmbeddingMatrix:
+    """The protobuf form of vectors."""
     return pb.EmbeddingMatrix(values=_bytes(values, "<f4"), width=values.shape[1])
 
 
-def _vectors_from(message: pb.EmbeddingMatrix) -> NDArray[np.float32]:
+def vectors_from(message: pb.EmbeddingMatrix) -> NDArray[np.float32]:
+    """The vectors of a message, as a view. Raises InvalidEmbeddingError."""
     values = _array(message.values, "<f4", "embeddings", InvalidEmbeddingError)
     if not message.width or not len(values) or len(values) % message.width:
         raise InvalidEmbeddingError(
@@ -205,7 +214,7 @@ def _labelled_to_proto(request: ScoreRequest | CompareRequest) -> dict[str, Any]
     if request.cells is not None:
         source["cells"] = _cells_to_proto(request.cells)
     elif request.embeddings is not None:
-        source["embeddings"] = _vectors_to_proto(request.embeddings)
+        source["embeddings"] = vectors_to_proto(request.embeddings)
     return {
         **source,
         "perturbations": request.perturbations,
@@ -220,7 +229,7 @@ def _labelled_from(message: pb.ScoreRequest | pb.CompareRequest) -> dict[str, An
     source = message.WhichOneof("source")
     return {
         "cells": _cells_from(message.cells) if source == "cells" else None,
-        "embeddings": _vectors_from(message.embeddings) if source == "embeddings" else None,
+        "embeddings": vectors_from(message.embeddings) if source == "embeddings" else None,
         "perturbations": check.texts(list(message.perturbations), "perturbations"),
         "batches": check.texts(list(message.batches), "batches") or None,
         "options": _options_from(message.options),
@@ -235,35 +244,47 @@ def _options_from(message: pb.ScoreOptions) -> ScoreOptions:
     return check.score_options(given)
 
 
-def _meta_to_proto(meta: Meta, warnings: list[str], provenance: Mapping[str, Any] | None = None) -> pb.Meta:
+def meta_to_proto(meta: Meta, warnings: list[str], provenance: Mapping[str, Any] | None = None) -> pb.Meta:
+    """The protobuf form of what made an answer."""
     message = pb.Meta(
         model_id=meta.model_id,
         vocabulary_hash=meta.vocabulary_hash,
         warnings=warnings,
         timings=meta.timings,
         provenance_json=check.dump_json(provenance) if provenance is not None else None,
+        variant=meta.variant,
     )
     if meta.coverage is not None:
-        values = meta.coverage.to_dict()
-        ambiguous = [pb.Pair(a=a, b=b) for a, b in values.pop("ambiguous")]
-        message.coverage.CopyFrom(pb.GeneCoverage(ambiguous=ambiguous, **values))
+        message.coverage.CopyFrom(coverage_to_proto(meta.coverage))
     return message
 
 
-def _meta_from(message: pb.Meta) -> tuple[Meta, list[str], dict[str, Any]]:
+def coverage_to_proto(coverage: GeneCoverage) -> pb.GeneCoverage:
+    """The protobuf form of a coverage."""
+    values = coverage.to_dict()
+    ambiguous = [pb.Pair(a=a, b=b) for a, b in values.pop("ambiguous")]
+    return pb.GeneCoverage(ambiguous=ambiguous, **values)
+
+
+def coverage_from_proto(message: pb.GeneCoverage) -> dict[str, Any]:
+    """The JSON form of a coverage."""
+    values: dict[str, Any] = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+    return {**values, "ambiguous": [(pair.a, pair.b) for pair in message.ambiguous]}
+
+
+def meta_from(message: pb.Meta) -> tuple[Meta, list[str], dict[str, Any]]:
+    """Meta, warnings and provenance of an answer."""
     values: dict[str, Any] = {
         "warnings": list(message.warnings),
         "timings": dict(message.timings),
     }
-    for name in ("model_id", "vocabulary_hash"):
+    for name in ("model_id", "vocabulary_hash", "variant"):
         if message.HasField(name):
             values[name] = getattr(message, name)
     if message.HasField("provenance_json"):
         values["provenance"] = check.parse_json(message.provenance_json, "provenance")
     if message.HasField("coverage"):
-        coverage = message.coverage
-        values["coverage"] = {field.name: getattr(coverage, field.name) for field in coverage.DESCRIPTOR.fields}
-        values["coverage"]["ambiguous"] = [(pair.a, pair.b) for pair in coverage.ambiguous]
+        values["coverage"] = coverage_from_proto(message.coverage)
     return check.meta_from_dict(values)
 
 

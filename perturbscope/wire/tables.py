@@ -61,6 +61,7 @@ def embed_meta(answer: Embeddings) -> Meta:
         vocabulary_hash=answer.vocabulary_hash,
         coverage=answer.coverage,
         timings=answer.timings,
+        variant=answer.variant,
     )
 
 
@@ -94,6 +95,7 @@ def embeddings_of(
         meta.model_id,
         meta.vocabulary_hash,
         meta.timings,
+        meta.variant,
     )
 
 

@@ -45,6 +45,7 @@ def served(embedder: Embedder, name: str = "fake", **options: int) -> ServedMode
         licence="Apache-2.0",
         variant="fp32",
         device="cpu",
+        golden="absent",
     )
     probe = CountMatrix.from_matrix([[1]], ["ENSG00000000003"])
     return ServedModel(info, embedder, Dispatcher(embedder, **options), probe)

@@ -80,7 +80,14 @@ coverages = st.builds(
     unmatched=st.lists(names, max_size=3).map(tuple),
 )
 timings = st.dictionaries(names, st.floats(0, 1e6), max_size=3)
-metas = st.builds(wire.Meta, model_id=models, vocabulary_hash=models, coverage=st.none() | coverages, timings=timings)
+metas = st.builds(
+    wire.Meta,
+    model_id=models,
+    vocabulary_hash=models,
+    coverage=st.none() | coverages,
+    timings=timings,
+    variant=st.none() | names,
+)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | names,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
@@ -103,6 +110,7 @@ def embed_answers(draw: st.DrawFn) -> Embeddings:
         draw(names),
         draw(names),
         draw(timings),
+        draw(st.none() | names),
     )
 
 
