@@ -99,7 +99,7 @@ class EmbedStreamRequest(_message.Message):
     def __init__(self, start: _Optional[_Union[EmbedStreamStart, _Mapping]] = ..., cells: _Optional[_Union[CellChunk, _Mapping]] = ...) -> None: ...
 
 class EmbedStreamOpened(_message.Message):
-    __slots__ = ("model_id", "vocabulary_hash", "coverage", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes", "width")
+    __slots__ = ("model_id", "vocabulary_hash", "coverage", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes", "width", "variant")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_HASH_FIELD_NUMBER: _ClassVar[int]
     COVERAGE_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class EmbedStreamOpened(_message.Message):
     MAX_CHUNK_CELLS_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     vocabulary_hash: str
     coverage: GeneCoverage
@@ -114,7 +115,8 @@ class EmbedStreamOpened(_message.Message):
     max_chunk_cells: int
     max_chunk_bytes: int
     width: int
-    def __init__(self, model_id: _Optional[str] = ..., vocabulary_hash: _Optional[str] = ..., coverage: _Optional[_Union[GeneCoverage, _Mapping]] = ..., chunks_in_progress: _Optional[int] = ..., max_chunk_cells: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
+    variant: str
+    def __init__(self, model_id: _Optional[str] = ..., vocabulary_hash: _Optional[str] = ..., coverage: _Optional[_Union[GeneCoverage, _Mapping]] = ..., chunks_in_progress: _Optional[int] = ..., max_chunk_cells: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., width: _Optional[int] = ..., variant: _Optional[str] = ...) -> None: ...
 
 class EmbedStreamChunk(_message.Message):
     __slots__ = ("first_row", "embeddings", "lengths", "n_detected", "known_share", "timings")

@@ -1,0 +1,141 @@
+"""The messages of a stream as protobuf, for gRPC."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.counts import CountMatrix
+from perturbscope.embedder import Embeddings
+from perturbscope.errors import InvalidParameterError
+from perturbscope.proto import perturbscope_v1_pb2 as pb
+from perturbscope.wire import fields as check
+from perturbscope.wire.proto_codec import (
+    arrays_from,
+    arrays_to,
+    coverage_from_proto,
+    coverage_to_proto,
+    meta_from,
+    meta_to_proto,
+    vectors_from,
+    vectors_to_proto,
+)
+from perturbscope.wire.streams import StreamAnswer, StreamChunk, StreamEnd, StreamOpened, StreamStart, stream_start
+from perturbscope.wire.tables import embeddings_of
+
+
+def stream_start_to_proto(start: StreamStart) -> pb.EmbedStreamRequest:
+    """The message that opens a stream."""
+    message = pb.EmbedStreamStart(gene_ids=start.gene_ids.tolist(), model=start.model, first_row=start.first_row)
+    return pb.EmbedStreamRequest(start=message)
+
+
+def stream_cells_to_proto(cells: CountMatrix) -> pb.EmbedStreamRequest:
+    """One chunk of cells."""
+    return pb.EmbedStreamRequest(cells=pb.CellChunk(**arrays_to(cells)))
+
+
+def stream_start_from_proto(message: pb.EmbedStreamRequest) -> StreamStart:
+    """Read the first message. Raises errors of :mod:`perturbscope.errors` for bad input."""
+    if message.WhichOneof("message") != "start":
+        raise InvalidParameterError(
+            "The first message of the stream has no `start`; it must name the genes of all cells.", field="start"
+        )
+    start = message.start
+    return stream_start(list(start.gene_ids), start.model if start.HasField("model") else None, start.first_row)
+
+
+def stream_cells_from_proto(message: pb.EmbedStreamRequest, genes: NDArray[np.str_], first_row: int) -> CountMatrix:
+    """Read any other message; its cells have `genes`, and `first_row` is the number of the first.
+
+    Raises
+    ------
+    InvalidInputError
+        One of its subclasses says what is wrong, and in which row.
+    """
+    if message.WhichOneof("message") != "cells":
+        raise InvalidParameterError(
+            f"The message at row {first_row} of the stream has no `cells`; only the first message is a `start`.",
+            field="cells",
+        )
+    arrays = arrays_from(message.cells)
+    return CountMatrix.from_csr(
+        arrays["data"], arrays["indices"], arrays["indptr"], genes, totals=arrays["totals"], first_row=first_row
+    )
+
+
+def stream_answer_to_proto(answer: StreamAnswer) -> pb.EmbedStreamAnswer:
+    """One message of the server."""
+    match answer:
+        case StreamOpened():
+            opened = pb.EmbedStreamOpened(
+                model_id=answer.model_id,
+                vocabulary_hash=answer.vocabulary_hash,
+                coverage=coverage_to_proto(answer.coverage),
+                chunks_in_progress=answer.chunks_in_progress,
+                max_chunk_cells=answer.max_chunk_cells,
+                max_chunk_bytes=answer.max_chunk_bytes,
+                width=answer.width,
+                variant=answer.variant,
+            )
+            return pb.EmbedStreamAnswer(opened=opened)
+        case StreamChunk():
+            found = answer.embeddings
+            chunk = pb.EmbedStreamChunk(
+                first_row=answer.first_row,
+                embeddings=vectors_to_proto(found.values),
+                lengths=found.lengths,
+                n_detected=found.n_detected,
+                known_share=found.known_share,
+                timings=found.timings,
+            )
+            return pb.EmbedStreamAnswer(chunk=chunk)
+        case StreamEnd():
+            meta = meta_to_proto(answer.meta, answer.warnings)
+            return pb.EmbedStreamAnswer(end=pb.EmbedStreamEnd(n_cells=answer.n_cells, meta=meta))
+
+
+def stream_answer_from_proto(message: pb.EmbedStreamAnswer, opened: StreamOpened | None) -> StreamAnswer:
+    """Read one message of the server; `opened` is the first one, None while that is still to come.
+
+    Raises
+    ------
+    InvalidInputError
+        It is no answer, or not in its place.
+    """
+    kind = message.WhichOneof("message")
+    if (kind == "opened") != (opened is None):
+        raise InvalidParameterError(f"The message {kind!r} of the stream is out of its place.", field="opened")
+    if opened is None:
+        found = message.opened
+        meta, _, _ = check.meta_from_dict({"coverage": coverage_from_proto(found.coverage)})
+        if meta.coverage is None or not found.model_id:
+            raise InvalidParameterError("The stream names no model, or no gene coverage.", field="opened")
+        return StreamOpened(
+            model_id=found.model_id,
+            vocabulary_hash=found.vocabulary_hash,
+            coverage=meta.coverage,
+            width=found.width,
+            chunks_in_progress=found.chunks_in_progress,
+            max_chunk_cells=found.max_chunk_cells,
+            max_chunk_bytes=found.max_chunk_bytes,
+            variant=found.variant if found.HasField("variant") else None,
+        )
+    if kind == "chunk":
+        return StreamChunk(first_row=message.chunk.first_row, embeddings=_embeddings_from(message.chunk, opened))
+    if kind == "end":
+        meta, warnings, _ = meta_from(message.end.meta)
+        return StreamEnd(n_cells=message.end.n_cells, warnings=warnings, meta=meta)
+    raise InvalidParameterError("A message of the stream is empty.", field="message")
+
+
+def _embeddings_from(chunk: pb.EmbedStreamChunk, opened: StreamOpened) -> Embeddings:
+    return embeddings_of(
+        replace(opened.meta, timings=dict(chunk.timings)),
+        vectors_from(chunk.embeddings).copy(),
+        np.fromiter(chunk.lengths, dtype=np.int64),
+        np.fromiter(chunk.n_detected, dtype=np.int64),
+        np.fromiter(chunk.known_share, dtype=np.float32),
+    )

@@ -1,0 +1,126 @@
+"""What a stream of cells says, whatever it travels as.
+
+A stream is ``start``, chunks of cells, and the end of sending; its answer is ``opened``, the vectors of each chunk in
+order, and ``end``. An answer without ``end`` is not whole: it was cut off, or an error took its place. Whatever was
+answered stays good, and a new stream goes on with the first row that was not; see :class:`StreamStart`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.counts import CountMatrix
+from perturbscope.embedder import Embeddings, warnings_about
+from perturbscope.errors import MalformedMatrixError
+from perturbscope.genes import GeneCoverage
+from perturbscope.wire import fields as check
+from perturbscope.wire.messages import Meta
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamStart:
+    """What holds for all cells of a stream.
+
+    Raises
+    ------
+    DuplicateGenesError, MalformedMatrixError
+        Names of genes that no matrix could have.
+    """
+
+    gene_ids: NDArray[np.str_]
+    """Identifier of each column, unique."""
+    model: str | None = None
+    """Name or id of a model; None: the server's default. A stream that goes on names the id of the first one."""
+    first_row: int = 0
+    """Number of the first cell in the caller's file; the cells after it are counted on."""
+
+    def every_gene(self) -> CountMatrix:
+        """One cell that expresses every gene once: whoever can tokenize it knows the genes' coverage."""
+        n_genes = len(self.gene_ids)
+        if not n_genes:
+            raise MalformedMatrixError("There are no genes; the matrix has no columns.", field="gene_ids")
+        ones = np.ones(n_genes, dtype=np.int32)
+        return CountMatrix.from_csr(ones, np.arange(n_genes, dtype=np.int32), np.array([0, n_genes]), self.gene_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOpened:
+    """The stream is accepted; see the message of that name in the .proto."""
+
+    model_id: str
+    vocabulary_hash: str
+    coverage: GeneCoverage
+    width: int
+    chunks_in_progress: int
+    max_chunk_cells: int
+    max_chunk_bytes: int
+    variant: str | None = None
+
+    @property
+    def meta(self) -> Meta:
+        """What made the vectors."""
+        return Meta(
+            model_id=self.model_id,
+            vocabulary_hash=self.vocabulary_hash,
+            coverage=self.coverage,
+            variant=self.variant,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamChunk:
+    """The vectors of one chunk."""
+
+    first_row: int
+    embeddings: Embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamEnd:
+    """All cells are answered."""
+
+    n_cells: int
+    """Cells of this stream."""
+    warnings: list[str] = field(default_factory=list)
+    meta: Meta = field(default_factory=Meta)
+    """What made the vectors. Its seconds by stage are those of all chunks together; chunks overlap, so they add up to
+    more than the stream took."""
+
+
+StreamAnswer = StreamOpened | StreamChunk | StreamEnd
+
+
+@dataclass
+class StreamTotals:
+    """Counts what a stream has answered, in constant memory."""
+
+    n_cells: int = 0
+    n_few_genes: int = 0
+    n_little_known: int = 0
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def add(self, part: Embeddings) -> None:
+        """One chunk more."""
+        self.n_cells += len(part)
+        self.n_few_genes += part.n_few_genes
+        self.n_little_known += part.n_little_known
+        for stage, seconds in part.timings.items():
+            self.timings[stage] = self.timings.get(stage, 0.0) + seconds
+
+    def end(self, opened: StreamOpened) -> StreamEnd:
+        """What is said at the end."""
+        warnings = warnings_about(self.n_cells, self.n_few_genes, self.n_little_known, opened.coverage)
+        return StreamEnd(n_cells=self.n_cells, warnings=warnings, meta=replace(opened.meta, timings=self.timings))
+
+
+def stream_start(gene_ids: object, model: object, first_row: object) -> StreamStart:
+    """A start from untrusted parts. Raises errors of :mod:`perturbscope.errors` that name the field."""
+    names = check.texts(gene_ids, "gene_ids", MalformedMatrixError)
+    return StreamStart(
+        gene_ids=np.array(names, dtype=np.str_) if names else np.zeros(0, dtype="U1"),
+        model=check.optional_text(model, "model"),
+        first_row=check.integer(first_row, "first_row"),
+    )
