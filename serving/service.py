@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any, cast
 
 # BentoML reports usage to its makers unless told not to; whoever sets the variable decides.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
@@ -18,6 +19,7 @@ import bentoml
 
 from serving import log
 from serving.http import build_app
+from serving.security.middleware import KeyMiddleware
 from serving.settings import Settings
 
 NAME = "PerturbScope"
@@ -78,6 +80,9 @@ class PerturbScope:
     async def __is_ready__(self) -> bool:
         """Whether the models answer; behind /readyz."""
         return await self._engine.ready()
+
+
+cast("Any", PerturbScope).add_asgi_middleware(KeyMiddleware, front=lambda: app.state.engine.front)
 
 
 def _http_address(settings: Settings) -> str:
