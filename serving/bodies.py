@@ -15,6 +15,7 @@ from starlette.types import Message, Receive
 
 from perturbscope import wire
 from perturbscope.errors import InvalidParameterError, LimitExceededError
+from serving.calls import Call
 from serving.engine import Engine
 from serving.limits import too_many_bytes
 from serving.routes import Route
@@ -30,7 +31,8 @@ _MAX_FIELD_BYTES = 2**20
 class LimitedBody:
     """A request whose body is counted, and timed, while it arrives."""
 
-    def __init__(self, request: Request, engine: Engine, hold: Callable[[int], None]) -> None:
+    def __init__(self, request: Request, engine: Engine, hold: Callable[[int], None], call: Call | None = None) -> None:
+        self.call = call or Call(request.url.path, "http")
         self.headers = request.headers
         self.content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         self.query = dict(request.query_params)
@@ -52,8 +54,9 @@ class LimitedBody:
         if declared.isdecimal() and int(declared) > self._limit:
             raise too_many_bytes(self._limit)
         try:
-            async with asyncio.timeout(self._timeout):
-                return await read()
+            with self.call.stage("receive"):
+                async with asyncio.timeout(self._timeout):
+                    return await read()
         except TimeoutError as error:
             raise LimitExceededError(
                 f"The body did not arrive within {self._timeout} seconds. Send less at a time.", field="body"
@@ -113,7 +116,9 @@ async def read_request(request: LimitedBody, route: Route, engine: Engine) -> Up
                 f"The query parameter {next(iter(request.query))!r} has no effect here; put it into the body.",
                 field=next(iter(request.query)),
             )
-        return Upload(await engine.work(route.decode[kind], await request.body()))
+        body = await request.body()
+        with request.call.stage("decode"):
+            return Upload(await engine.work(route.decode[kind], body))
     if kind not in (*HDF5_TYPES, MULTIPART):
         raise InvalidParameterError(
             f"The content type {kind or '(none)'!r} is not understood. Send {''.join(f'{t}, ' for t in route.decode)}"
@@ -127,4 +132,5 @@ async def read_request(request: LimitedBody, route: Route, engine: Engine) -> Up
             parameters = {**request.query, **await request.form(path)}
         else:
             await request.save(path)
-        return await engine.work(read_upload, route.name, path, parameters, engine.settings)
+        with request.call.stage("decode"):
+            return await engine.work(read_upload, route.name, path, parameters, engine.settings)

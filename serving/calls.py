@@ -14,12 +14,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from perturbscope.errors import DeadlineExceededError, InvalidParameterError, PermissionDeniedError
 from serving import log
 from serving.limits import Admission, Held
 from serving.security.rates import RateLimiter
+from serving.telemetry import metrics, tracing
 
 if TYPE_CHECKING:
     from perturbscope.embedder import Embedder
@@ -90,8 +91,16 @@ class Call:
         Who asks, once that is known.
     deadline
         When nobody waits for the answer any more, in the time of ``time.monotonic``; None: never.
-    cells, tokens
+    cells, tokens, n_bytes
         What was asked for, once that is known.
+    model_id
+        What answered, once that is known.
+    method
+        Of HTTP.
+    trace_id
+        Of the trace that it belongs to, here or at the caller's; empty: of none.
+    trace
+        Its spans, if it is traced here.
     timings
         Seconds by stage.
     model
@@ -107,6 +116,11 @@ class Call:
     deadline: float | None = None
     cells: int = 0
     tokens: int = 0
+    n_bytes: int = 0
+    model_id: str = ""
+    method: str = "POST"
+    trace_id: str = ""
+    trace: tracing.Trace | None = field(default=None, repr=False)
     timings: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     charge: Callable[[int], None] = field(default=lambda _: None, repr=False)
@@ -121,15 +135,17 @@ class Call:
         headers: Mapping[str, str],
         *,
         peer: str = "",
+        method: str = "POST",
         remaining: float | None = None,
     ) -> Call:
         """A request that has just arrived; `remaining` seconds are known to gRPC. Never raises."""
-        call = cls(route, transport, headers, peer)
+        call = cls(route, transport, headers, peer, method=method)
         if remaining is not None:
             call.deadline = time.monotonic() + remaining
         given = headers.get(REQUEST_ID, "")
         if _ID.fullmatch(given) and "psk_" not in given:  # a key in the wrong place would go to the log
             call.id = given
+        tracing.begin(call)
         return call
 
     def remaining(self) -> float | None:
@@ -147,9 +163,57 @@ class Call:
         self.charge(cells)
         self.cells += cells
 
+    def stage(self, name: str) -> Stage:
+        """A context in which what runs is timed as the stage `name`; stages of one name add up."""
+        return Stage(self, name)
+
+    def spent(self, name: str, started: float, ended: float, *, failed: bool = False) -> None:
+        """Note a stage that is over, in readings of ``time.perf_counter``."""
+        self.timings[name] = self.timings.get(name, 0.0) + ended - started
+        if self.trace is not None:
+            self.trace.stage(name, started, ended, failed=failed)
+
     def finish(self, status: str | int, code: str = "ok") -> None:
-        """The request is answered with `status`; `code` is that of its error. Writes the line of the log."""
+        """The request is answered with `status`; `code` is that of its error. Counted, traced and logged."""
+        metrics.finished(self, status, code)
+        tracing.finished(self, status, code)
         log.write(self, status, code)
+
+
+class Stage:
+    """A part of a request that is timed; see :meth:`Call.stage`.
+
+    Parameters
+    ----------
+    call
+        The request.
+    name
+        Of the part.
+    """
+
+    __slots__ = ("_call", "_name", "_next", "_started")
+
+    def __init__(self, call: Call, name: str) -> None:
+        self._call, self._name = call, name
+        self._next: tuple[str, float] | None = None
+
+    def __enter__(self) -> Self:
+        self._started = time.perf_counter()
+        return self
+
+    def ended_with(self, name: str, seconds: float) -> None:
+        """The last `seconds`, up to now, were another stage."""
+        self._next = name, max(seconds, 0.0)
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        ended, failed = time.perf_counter(), kind is not None
+        if self._next is None:
+            self._call.spent(self._name, self._started, ended, failed=failed)
+            return
+        name, seconds = self._next
+        middle = max(ended - seconds, self._started)
+        self._call.spent(self._name, self._started, middle)
+        self._call.spent(name, middle, ended, failed=failed)
 
 
 class Front:
@@ -203,8 +267,11 @@ class Front:
         call.charge = functools.partial(self._rates.take, call.caller)
         try:
             with self._admission.admit() as hold:
-                async with asyncio.timeout(call.remaining()):
-                    yield hold
+                try:
+                    async with asyncio.timeout(call.remaining()):
+                        yield hold
+                finally:
+                    call.n_bytes = hold.n_received
         except TimeoutError as error:
             remaining = call.remaining()
             if remaining is None or remaining > 0:

@@ -64,6 +64,8 @@ class Engine:
         self.admission = Admission(settings)
         self.front = Front(self.admission, doorkeeper(settings.keys))
         """What every request passes first."""
+        self.score_jobs = 0
+        """Score requests that are computed, or wait for their turn."""
         self.token_statistics = Statistics()
         """Requests that brought tokens."""
         self._workers = ThreadPoolExecutor(max_workers=max(2, usable_cores()), thread_name_prefix="perturbscope-worker")
@@ -103,11 +105,12 @@ class Engine:
 
     async def embed_with(self, model: ServedModel, cells: CountMatrix, call: Call | None = None) -> Embeddings:
         """Vectors of cells by a leased model. Raises as :meth:`embed`."""
-        if call:
-            call.model = model.embedder
+        call = call or Call("", "http")
+        call.model = model.embedder
         limits.check_shape(self.settings, len(cells), cells.n_genes, int(cells.counts.nnz))
         model.dispatcher.check_room(len(cells))
-        tokens, seconds = await self.work(_tokenize, model.embedder, cells)
+        with call.stage("tokenize"):
+            tokens, seconds = await self.work(_tokenize, model.embedder, cells)
         values, timings = await self.infer_tokens(model, tokens, call)
         return model.embedder.describe(tokens, values, {"tokenize": seconds, **timings})
 
@@ -115,11 +118,15 @@ class Engine:
         self, model: ServedModel, tokens: TokenizedCells, call: Call | None = None
     ) -> tuple[NDArray[np.float32], dict[str, float]]:
         """Vectors of cells that are tokens already, and seconds by stage. Raises as :meth:`Dispatcher.submit`."""
-        flow, deadline = (call.caller.name, call.deadline) if call else ("", None)
-        if call:
-            call.model = model.embedder
-            call.tokens += int(tokens.offsets[-1])
-        return await model.dispatcher.submit(tokens, flow=flow, deadline=deadline)
+        call = call or Call("", "http")
+        call.model, call.model_id = model.embedder, model.info.model_id
+        call.tokens += int(tokens.offsets[-1])
+        with call.stage("queue") as stage:
+            values, timings = await model.dispatcher.submit(
+                tokens, flow=call.caller.name, deadline=call.deadline, tag=call.trace
+            )
+            stage.ended_with("inference", timings["inference"])
+        return values, timings
 
     async def score(self, request: ScoreRequest, call: Call | None = None) -> ScoreAnswer:
         """Every perturbation against the controls. Raises as :meth:`embed`, and as `score_perturbations`."""
@@ -135,7 +142,8 @@ class Engine:
                 batches=request.batches,
                 options=request.options,
                 progress=progress,
-            )
+            ),
+            call,
         )
         result = replace(result, warnings=[*warnings, *result.warnings])
         return ScoreAnswer(result=result, meta=_timed(meta, seconds))
@@ -155,7 +163,8 @@ class Engine:
                 batches=request.batches,
                 options=request.options,
                 progress=progress,
-            )
+            ),
+            call,
         )
         result = replace(result, warnings=[*warnings, *result.warnings])
         return CompareAnswer(result=result, meta=_timed(meta, seconds))
@@ -165,7 +174,7 @@ class Engine:
         limits.check_options(self.settings, request.score.options)
         embeddings, meta, warnings = await self._embeddings(request.score, call)
         report, seconds = await self._scored(
-            lambda progress: make_report(request, embeddings, meta, warnings, progress)
+            lambda progress: make_report(request, embeddings, meta, warnings, progress), call
         )
         return ReportAnswer(report=report, meta=_timed(meta, seconds))
 
@@ -216,9 +225,12 @@ class Engine:
         )
         return found.values, meta, found.warnings()
 
-    async def _scored(self, score: Callable[[Callable[[str, int, int], None]], Scored]) -> tuple[Scored, float]:
+    async def _scored(
+        self, score: Callable[[Callable[[str, int, int], None]], Scored], call: Call | None
+    ) -> tuple[Scored, float]:
         """Score on a thread of its own. When the caller goes, or the server stops, it ends at its next progress."""
         gone = threading.Event()
+        call = call or Call("", "http")
 
         def progress(stage: str, done: int, total: int) -> None:
             if gone.is_set() or self.admission.closed:
@@ -229,11 +241,17 @@ class Engine:
             started = time.perf_counter()
             return score(progress), time.perf_counter() - started
 
+        self.score_jobs += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._scorers, timed)
+            with call.stage("score_queue") as stage:
+                scored, seconds = await asyncio.get_running_loop().run_in_executor(self._scorers, timed)
+                stage.ended_with("score", seconds)
         except asyncio.CancelledError:
             gone.set()
             raise
+        finally:
+            self.score_jobs -= 1
+        return scored, seconds
 
 
 class _CallerGoneError(Exception):

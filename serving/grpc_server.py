@@ -15,7 +15,7 @@ from perturbscope import wire
 from perturbscope.errors import OverloadedError, PerturbScopeError
 from perturbscope.proto import perturbscope_v1_pb2 as messages
 from perturbscope.proto import perturbscope_v1_pb2_grpc as services
-from serving.calls import Call
+from serving.calls import REQUEST_ID, Call
 from serving.engine import Engine
 from serving.routes import COMPARE, EMBED, SCORE, RpcRoute, describe, explain
 from serving.settings import PREFIX
@@ -58,11 +58,12 @@ class Servicer(services.PerturbScopeServicer):
         try:
             async with self._engine.front.admitted(call) as hold:
                 hold(request.ByteSize())
-                message = await self._engine.work(route.from_proto, request)
+                with call.stage("decode"):
+                    message = await self._engine.work(route.from_proto, request)
                 describe(call, message)
                 answer = await route.call(self._engine, message, call)
-                describe(call, answer)
-                encoded = await self._engine.work(route.to_proto, answer)
+                with call.stage("encode"):
+                    encoded = await self._engine.work(route.to_proto, answer)
         except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
             await abort(error, call, context)
         except BaseException:
@@ -73,14 +74,16 @@ class Servicer(services.PerturbScopeServicer):
 
 
 def begin(route: str, context: Any) -> Call:
-    """The call behind a context of gRPC."""
-    return Call.begin(
+    """The call behind a context of gRPC; its id is sent back, however it ends."""
+    call = Call.begin(
         route,
         "grpc",
         headers_of(context.invocation_metadata()),
         peer=context.peer() or "",
         remaining=context.time_remaining(),
     )
+    context.set_trailing_metadata(((REQUEST_ID, call.id),))
+    return call
 
 
 def headers_of(metadata: Any) -> Headers:
@@ -98,7 +101,7 @@ async def abort(error: Exception, call: Call, context: Any) -> NoReturn:
 
 
 def _metadata(error: PerturbScopeError, call: Call) -> tuple[tuple[str, str], ...]:
-    found = [("perturbscope-code", error.code), ("perturbscope-request-id", call.id)]
+    found = [("perturbscope-code", error.code), ("perturbscope-request-id", call.id), (REQUEST_ID, call.id)]
     if error.field is not None:
         # Metadata is ASCII, and a field may be an unknown name that the caller made up.
         name = "".join(c for c in error.field if c.isprintable())[:_MAX_FIELD]

@@ -102,16 +102,16 @@ async def _answer(request: Request, route: Route) -> Response:
     code = "ok"
     try:
         async with engine.front.admitted(call) as hold:
-            upload = await read_request(LimitedBody(request, engine, hold), route, engine)
+            upload = await read_request(LimitedBody(request, engine, hold, call), route, engine)
             describe(call, upload.request)
             answer = await while_connected(request, route.call(engine, upload.request, call))
-            describe(call, answer)
             answer = add_warnings(answer, upload.warnings)
             answer = add_seen(answer, engine.seen(upload.request, upload.file, call))
             accepted = request.headers.get("accept", "")
             wants_arrow = wire.ARROW in route.encode and wire.ARROW in accepted
             media_type = wire.ARROW if wants_arrow else next(iter(route.encode))
-            body = await engine.work(route.encode[media_type], answer)
+            with call.stage("encode"):
+                body = await engine.work(route.encode[media_type], answer)
         response = Response(body, headers=PAGE_HEADERS if media_type == HTML else None, media_type=media_type)
     except ClientDisconnect:
         code, response = "client_gone", Response(status_code=CLIENT_GONE)

@@ -21,11 +21,14 @@ class Held:
         self._admission = admission
         self.n_bytes = 0
         """What is held now."""
+        self.n_received = 0
+        """What was ever held."""
 
     def __call__(self, n_bytes: int) -> None:
         """Hold `n_bytes` more."""
         self._admission.hold(n_bytes, mine=self.n_bytes)
         self.n_bytes += n_bytes
+        self.n_received += n_bytes
 
     def release(self, n_bytes: int | None = None) -> None:
         """Give back `n_bytes` (all: None) that are no longer in memory; a stream does so message by message."""

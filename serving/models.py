@@ -15,6 +15,7 @@ from perturbscope.embedder import Embedder
 from perturbscope.encoder import Device
 from perturbscope.wire.messages import ModelInfo
 from serving.settings import Settings
+from serving.telemetry.metrics import ModelMetrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,11 @@ class ServedModel:
         )
         probe = CountMatrix.from_matrix([[1]], [bundle.vocabulary.gene_ids[0]])
         embedder.embed(probe)
-        dispatcher = Dispatcher(embedder, max_queued_tokens=settings.max_queued_tokens)
+        dispatcher = Dispatcher(
+            embedder,
+            max_queued_tokens=settings.max_queued_tokens,
+            observer=ModelMetrics(manifest.name, manifest.version),
+        )
         return cls(info, embedder, dispatcher, probe)
 
     @property

@@ -117,7 +117,7 @@ def add_seen(answer: Any, seen: Seen | None) -> Any:
 
 
 def describe(call: Call, message: Any) -> None:
-    """Note the size of a request, and take it from the caller's share; or note the timings of its answer.
+    """Note the size of a request, and take it from the caller's share.
 
     Raises
     ------
@@ -133,10 +133,6 @@ def describe(call: Call, message: Any) -> None:
             call.take(len(message.score.perturbations))
         case Columns():
             call.cells = message.n_cells
-        case wire.EmbedAnswer():
-            call.timings = message.timings
-        case wire.ScoreAnswer() | wire.CompareAnswer() | ReportAnswer():
-            call.timings = message.meta.timings
         case _:
             pass
 

@@ -1,0 +1,264 @@
+"""OpenTelemetry traces: a span for every request, below it one for every stage, and one for every batch it shared.
+
+Nothing is set up, and a request costs one look into its headers, unless ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or
+``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT``) is set. The other variables of OpenTelemetry hold too: ``OTEL_SERVICE_NAME``,
+``OTEL_RESOURCE_ATTRIBUTES``, ``OTEL_TRACES_SAMPLER``, ``OTEL_EXPORTER_OTLP_HEADERS``, ``OTEL_SDK_DISABLED`` ...
+
+A batch belongs to all requests that had cells in it, and a span has one parent. So the span of a batch stands below the
+first of them and links to the others, and the inference span of each of those links to the batch.
+
+BentoML has a middleware for traces of HTTP alone, which exports nothing unless told to; the service excludes every path
+from it, and the caller's context is read from the headers here, so that no span is made twice.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from opentelemetry import trace
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode, Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+from perturbscope import __version__
+from perturbscope.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+    from serving.calls import Call
+
+SERVICE = "perturbscope"
+"""Default of ``OTEL_SERVICE_NAME``."""
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+PROTOCOLS = ("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+MAX_SPANS = 128
+"""Spans below one request; a stream or a whole screen would have thousands of batches. The rest are counted only."""
+SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
+"""Codes of gRPC that are the server's fault, by the semantic conventions."""
+
+_PROPAGATOR = TraceContextTextMapPropagator()
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?", re.ASCII)
+
+
+class _State:
+    """What this process exports with; one, as the environment is one."""
+
+    provider: TracerProvider | None = None
+    tracer: Tracer | None = None
+
+
+def configure(environ: Mapping[str, str] | None = None) -> bool:
+    """Export traces if the environment says where to.
+
+    Returns
+    -------
+    Whether it does.
+
+    Raises
+    ------
+    InvalidParameterError
+        It asks for a protocol other than gRPC.
+    """
+    environ = os.environ if environ is None else environ
+    disabled = environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none"
+    if disabled or not any(environ.get(name) for name in ENDPOINTS):
+        return False
+    for name in PROTOCOLS:
+        if environ.get(name, "grpc") not in ("", "grpc"):
+            raise InvalidParameterError(
+                f"{name} is {environ[name]!r}; this server exports traces over grpc only. Unset it, and give the "
+                "collector's gRPC port, usually 4317.",
+                field=name,
+            )
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    ours = Resource.create({"service.name": SERVICE, "service.version": __version__})
+    provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    use(provider)
+    return True
+
+
+def use(provider: TracerProvider | None) -> None:
+    """Make spans with `provider`, which is not made the global one; None: make none."""
+    _State.provider = provider
+    _State.tracer = None if provider is None else provider.get_tracer(SERVICE, __version__)
+
+
+def close() -> None:
+    """Export what is left, for at most a few seconds, and stop. Blocks."""
+    provider, _State.provider, _State.tracer = _State.provider, None, None
+    if provider is None:
+        return
+    # A collector that does not answer must not hold up the end of the process; a daemon thread does not.
+    thread = threading.Thread(target=provider.shutdown, name="perturbscope-tracing-close", daemon=True)
+    thread.start()
+    thread.join(5.0)
+
+
+def begin(call: Call) -> None:
+    """Open the span of a request, below the one that its headers name."""
+    sent = call.headers.get("traceparent", "")
+    if _State.tracer is None:
+        found = _TRACEPARENT.fullmatch(sent)
+        call.trace_id = found[1] if found else ""
+        return
+    parent = _PROPAGATOR.extract(call.headers) if sent else trace.set_span_in_context(trace.INVALID_SPAN)
+    span = _State.tracer.start_span(_name(call), parent, SpanKind.SERVER, _attributes(call))
+    call.trace_id = trace.format_trace_id(span.get_span_context().trace_id)
+    call.trace = Trace(_State.tracer, span) if span.is_recording() else None
+
+
+def finished(call: Call, status: str | int, code: str) -> None:
+    """Close the span of a request."""
+    if call.trace is None:
+        return
+    span = call.trace.span
+    span.set_attributes(
+        {
+            "perturbscope.caller": call.caller.name,
+            "perturbscope.model_id": call.model_id,
+            "perturbscope.cells": call.cells,
+            "perturbscope.tokens": call.tokens,
+            "perturbscope.bytes": call.n_bytes,
+            "perturbscope.batches": call.trace.batches,
+            "http.response.status_code" if call.transport == "http" else "rpc.response.status_code": status,
+        }
+    )
+    if code != "ok":
+        span.set_attribute("perturbscope.code", code)
+        if status in SERVER_ERRORS if isinstance(status, str) else status >= 500:
+            span.set_attribute("error.type", code)
+            span.set_status(StatusCode.ERROR, code)
+    span.end()
+
+
+def batch(
+    tags: Iterable[object], *, model: tuple[str, str], n_cells: int, n_tokens: int, n_padded: int, seconds: float
+) -> None:
+    """Make the span of a batch that has just ended; `tags` are the traces of the calls that shared it."""
+    traces = [tag for tag in tags if isinstance(tag, Trace)]
+    if traces:
+        attributes: dict[str, AttributeValue] = {
+            "perturbscope.model": f"{model[0]}@{model[1]}",
+            "perturbscope.cells": n_cells,
+            "perturbscope.tokens": n_tokens,
+            "perturbscope.padded_tokens": n_padded,
+            "perturbscope.requests": len(traces),
+        }
+        traces[0].batch(traces[1:], attributes, seconds)
+
+
+class _Moment(NamedTuple):
+    """An instant on both clocks: stages are timed by the one that does not jump, spans by the one that all share."""
+
+    steady: float
+    unix: int
+
+    @classmethod
+    def now(cls) -> _Moment:
+        return cls(time.perf_counter(), time.time_ns())
+
+    def at(self, steady: float) -> int:
+        """Unix nanoseconds of a reading of ``time.perf_counter``."""
+        return self.unix + round((steady - self.steady) * 1e9)
+
+
+class Trace:
+    """The spans of one request that is traced.
+
+    Parameters
+    ----------
+    tracer
+        Makes them.
+    span
+        That of the request.
+
+    Attributes
+    ----------
+    batches
+        How many batches had cells of it.
+    """
+
+    def __init__(self, tracer: Tracer, span: Span) -> None:
+        self.span = span
+        self.batches = 0
+        self._tracer = tracer
+        self._below = trace.set_span_in_context(span)
+        self._start = _Moment.now()
+        self._left = MAX_SPANS
+        self._inference: Span | None = None
+        self._inference_start = 0
+
+    def stage(self, name: str, started: float, ended: float, *, failed: bool = False) -> None:
+        """A stage that is over, in readings of ``time.perf_counter``. ``queue`` ends where inference began."""
+        start, end = self._start.at(started), self._start.at(ended)
+        inference, self._inference = self._inference, None
+        if inference is not None:
+            _end(inference, end, failed=failed)
+            end, failed = min(max(self._inference_start, start), end), False
+        span = self._open(name, start)
+        if span is not None:
+            _end(span, end, failed=failed)
+
+    def batch(self, others: Sequence[Trace], attributes: Mapping[str, AttributeValue], seconds: float) -> None:
+        """A batch that ends now and took `seconds`, shared with `others`."""
+        now = time.perf_counter()
+        contexts = [other.span.get_span_context() for other in others]
+        below = self._computing(now - seconds)
+        made: SpanContext | None = None
+        if below is not None and self._left > 0:
+            self._left -= 1
+            span = self._tracer.start_span(
+                "batch",
+                trace.set_span_in_context(below),
+                attributes=attributes,
+                links=[Link(context) for context in contexts],
+                start_time=self._start.at(now - seconds),
+            )
+            span.end(self._start.at(now))
+            made = span.get_span_context()
+        for other in others:
+            mine = other._computing(now - seconds)
+            if mine is not None and made is not None:
+                mine.add_link(made)
+
+    def _computing(self, started: float) -> Span | None:
+        """The inference span, opened by the first batch; the batch counts."""
+        self.batches += 1
+        if self._inference is None:
+            self._inference_start = self._start.at(started)
+            self._inference = self._open("inference", self._inference_start)
+        return self._inference
+
+    def _open(self, name: str, start: int) -> Span | None:
+        if self._left <= 0:
+            return None
+        self._left -= 1
+        return self._tracer.start_span(name, self._below, start_time=start)
+
+
+def _end(span: Span, end: int, *, failed: bool) -> None:
+    if failed:
+        span.set_status(StatusCode.ERROR)
+    span.end(end)
+
+
+def _name(call: Call) -> str:
+    return f"{call.method} {call.route}" if call.transport == "http" else call.route
+
+
+def _attributes(call: Call) -> dict[str, AttributeValue]:
+    found: dict[str, AttributeValue] = {"perturbscope.request_id": call.id}
+    if call.transport == "http":
+        return {**found, "http.request.method": call.method, "http.route": call.route, "url.scheme": "http"}
+    return {**found, "rpc.system.name": "grpc", "rpc.method": call.route}
