@@ -12,7 +12,7 @@ import functools
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
@@ -163,15 +163,24 @@ class Call:
         self.charge(cells)
         self.cells += cells
 
-    def stage(self, name: str) -> Stage:
-        """A context in which what runs is timed as the stage `name`; stages of one name add up."""
-        return Stage(self, name)
+    def stage(self, name: str, turn: tracing.Turn | None = None) -> Stage:
+        """A context in which what runs is timed as the stage `name`; stages of one name add up.
 
-    def spent(self, name: str, started: float, ended: float, *, failed: bool = False) -> None:
-        """Note a stage that is over, in readings of ``time.perf_counter``."""
-        self.timings[name] = self.timings.get(name, 0.0) + ended - started
+        Parameters
+        ----------
+        name
+            Of the stage.
+        turn
+            Has its spans, where they are more than one for the whole.
+        """
+        return Stage(self, name, turn)
+
+    def spent(self, parts: Sequence[tracing.Part], turn: tracing.Turn | None = None, *, failed: bool = False) -> None:
+        """Note stages that followed each other, and whether the last of them failed."""
+        for name, started, ended in parts:
+            self.timings[name] = self.timings.get(name, 0.0) + ended - started
         if self.trace is not None:
-            self.trace.stage(name, started, ended, failed=failed)
+            (turn or self.trace).parts(parts, failed=failed)
 
     def finish(self, status: str | int, code: str = "ok") -> None:
         """The request is answered with `status`; `code` is that of its error. Counted, traced and logged."""
@@ -189,12 +198,14 @@ class Stage:
         The request.
     name
         Of the part.
+    turn
+        Has its spans.
     """
 
-    __slots__ = ("_call", "_name", "_next", "_started")
+    __slots__ = ("_call", "_name", "_next", "_started", "_turn")
 
-    def __init__(self, call: Call, name: str) -> None:
-        self._call, self._name = call, name
+    def __init__(self, call: Call, name: str, turn: tracing.Turn | None = None) -> None:
+        self._call, self._name, self._turn = call, name, turn
         self._next: tuple[str, float] | None = None
 
     def __enter__(self) -> Self:
@@ -207,13 +218,12 @@ class Stage:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         ended, failed = time.perf_counter(), kind is not None
-        if self._next is None:
-            self._call.spent(self._name, self._started, ended, failed=failed)
-            return
-        name, seconds = self._next
+        name, seconds = self._next or (self._name, 0.0)
         middle = max(ended - seconds, self._started)
-        self._call.spent(self._name, self._started, middle)
-        self._call.spent(name, middle, ended, failed=failed)
+        parts = [tracing.Part(self._name, self._started, middle)]
+        if self._next is not None:
+            parts.append(tracing.Part(name, middle, ended))
+        self._call.spent(parts, self._turn, failed=failed)
 
 
 class Front:

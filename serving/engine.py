@@ -121,9 +121,10 @@ class Engine:
         call = call or Call("", "http")
         call.model, call.model_id = model.embedder, model.info.model_id
         call.tokens += int(tokens.offsets[-1])
-        with call.stage("queue") as stage:
+        turn = None if call.trace is None else call.trace.turn()
+        with call.stage("queue", turn) as stage:
             values, timings = await model.dispatcher.submit(
-                tokens, flow=call.caller.name, deadline=call.deadline, tag=call.trace
+                tokens, flow=call.caller.name, deadline=call.deadline, tag=turn
             )
             stage.ended_with("inference", timings["inference"])
         return values, timings

@@ -76,6 +76,10 @@ class ModelRegistry:
         """What is served; the first is the default."""
         return tuple(entry.model.info for entry in self._entries)
 
+    def served(self) -> tuple[ServedModel, ...]:
+        """The models, to look at; whoever sends them cells must lease one."""
+        return tuple(entry.model for entry in self._entries)
+
     @property
     def default(self) -> ServedModel:
         """What answers a request that names no model. Raises UnknownModelError."""

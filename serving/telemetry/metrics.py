@@ -209,7 +209,7 @@ class ModelMetrics:
         waited: Sequence[float],
         tags: Sequence[object],
     ) -> None:
-        """A forward pass succeeded; `tags` are the calls whose cells it held."""
+        """A forward pass succeeded; `tags` are the turns of traced requests whose cells it held."""
         self._cells.inc(n_cells)
         self._tokens.inc(n_tokens)
         self._padded.inc(n_padded)

@@ -18,10 +18,10 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opentelemetry import trace
-from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode, Tracer
+from opentelemetry.trace import Link, Span, SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
@@ -145,17 +145,17 @@ def finished(call: Call, status: str | int, code: str) -> None:
 def batch(
     tags: Iterable[object], *, model: tuple[str, str], n_cells: int, n_tokens: int, n_padded: int, seconds: float
 ) -> None:
-    """Make the span of a batch that has just ended; `tags` are the traces of the calls that shared it."""
-    traces = [tag for tag in tags if isinstance(tag, Trace)]
-    if traces:
+    """Make the span of a batch that has just ended; `tags` are the turns of the requests that shared it."""
+    turns = [tag for tag in tags if isinstance(tag, Turn)]
+    if turns:
         attributes: dict[str, AttributeValue] = {
             "perturbscope.model": f"{model[0]}@{model[1]}",
             "perturbscope.cells": n_cells,
             "perturbscope.tokens": n_tokens,
             "perturbscope.padded_tokens": n_padded,
-            "perturbscope.requests": len(traces),
+            "perturbscope.traced_requests": len(turns),
         }
-        traces[0].batch(traces[1:], attributes, seconds)
+        turns[0].batch(turns[1:], attributes, seconds)
 
 
 class _Moment(NamedTuple):
@@ -171,6 +171,14 @@ class _Moment(NamedTuple):
     def at(self, steady: float) -> int:
         """Unix nanoseconds of a reading of ``time.perf_counter``."""
         return self.unix + round((steady - self.steady) * 1e9)
+
+
+class Part(NamedTuple):
+    """A part of a request's time, in readings of ``time.perf_counter``."""
+
+    name: str
+    started: float
+    ended: float
 
 
 class Trace:
@@ -196,61 +204,78 @@ class Trace:
         self._below = trace.set_span_in_context(span)
         self._start = _Moment.now()
         self._left = MAX_SPANS
-        self._inference: Span | None = None
-        self._inference_start = 0
 
-    def stage(self, name: str, started: float, ended: float, *, failed: bool = False) -> None:
-        """A stage that is over, in readings of ``time.perf_counter``. ``queue`` ends where inference began."""
-        start, end = self._start.at(started), self._start.at(ended)
-        inference, self._inference = self._inference, None
-        if inference is not None:
-            _end(inference, end, failed=failed)
-            end, failed = min(max(self._inference_start, start), end), False
-        span = self._open(name, start)
-        if span is not None:
-            _end(span, end, failed=failed)
+    def turn(self) -> Turn:
+        """Cells of the request that go to the model together; a stream has many, some at the same time."""
+        return Turn(self)
 
-    def batch(self, others: Sequence[Trace], attributes: Mapping[str, AttributeValue], seconds: float) -> None:
-        """A batch that ends now and took `seconds`, shared with `others`."""
-        now = time.perf_counter()
-        contexts = [other.span.get_span_context() for other in others]
-        below = self._computing(now - seconds)
-        made: SpanContext | None = None
-        if below is not None and self._left > 0:
-            self._left -= 1
-            span = self._tracer.start_span(
-                "batch",
-                trace.set_span_in_context(below),
-                attributes=attributes,
-                links=[Link(context) for context in contexts],
-                start_time=self._start.at(now - seconds),
-            )
-            span.end(self._start.at(now))
-            made = span.get_span_context()
-        for other in others:
-            mine = other._computing(now - seconds)
-            if mine is not None and made is not None:
-                mine.add_link(made)
+    def parts(self, parts: Sequence[Part], *, failed: bool) -> None:
+        """What was done, one after the other; the last of it failed or not."""
+        for number, part in enumerate(parts, 1):
+            span = self.open(part.name, part.started)
+            if span is not None:
+                self.end(span, part.ended, failed=failed and number == len(parts))
 
-    def _computing(self, started: float) -> Span | None:
-        """The inference span, opened by the first batch; the batch counts."""
-        self.batches += 1
-        if self._inference is None:
-            self._inference_start = self._start.at(started)
-            self._inference = self._open("inference", self._inference_start)
-        return self._inference
-
-    def _open(self, name: str, start: int) -> Span | None:
+    def open(self, name: str, started: float, **options: Any) -> Span | None:
+        """A span below that of the request, or below the `parent` of the options; None if there are enough."""
         if self._left <= 0:
             return None
         self._left -= 1
-        return self._tracer.start_span(name, self._below, start_time=start)
+        below = trace.set_span_in_context(parent) if (parent := options.pop("parent", None)) else self._below
+        return self._tracer.start_span(name, below, start_time=self._start.at(started), **options)
+
+    def end(self, span: Span, ended: float, *, failed: bool = False) -> None:
+        """End a span of :meth:`open`."""
+        if failed:
+            span.set_status(StatusCode.ERROR)
+        span.end(self._start.at(ended))
 
 
-def _end(span: Span, end: int, *, failed: bool) -> None:
-    if failed:
-        span.set_status(StatusCode.ERROR)
-    span.end(end)
+class Turn:
+    """The way of some cells of a request through queue and model; the dispatcher carries it as a tag.
+
+    Parameters
+    ----------
+    trace
+        Of the request.
+    """
+
+    __slots__ = ("_inference", "_started", "trace")
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self._inference: Span | None = None
+        self._started = 0.0
+
+    def batch(self, others: Sequence[Turn], attributes: Mapping[str, AttributeValue], seconds: float) -> None:
+        """A batch that ends now and took `seconds`, shared with `others`."""
+        now = time.perf_counter()
+        links = [Link(other.trace.span.get_span_context()) for other in others]
+        parent = self._computing(now - seconds)
+        made = parent and self.trace.open("batch", now - seconds, parent=parent, attributes=attributes, links=links)
+        if made is not None:
+            self.trace.end(made, now)
+        for other in others:
+            span = other._computing(now - seconds)
+            if span is not None and made is not None:
+                span.add_link(made.get_span_context())
+
+    def parts(self, parts: Sequence[Part], *, failed: bool) -> None:
+        """The turn is over. What was timed as queue ends where the first batch began, though windows alternate."""
+        if self._inference is None:
+            self.trace.parts(parts, failed=failed)
+            return
+        started, ended = parts[0].started, parts[-1].ended
+        self.trace.parts([Part(parts[0].name, started, max(self._started, started))], failed=False)
+        self.trace.end(self._inference, ended, failed=failed)
+
+    def _computing(self, started: float) -> Span | None:
+        """The inference span, opened by the first batch; the batch is counted."""
+        self.trace.batches += 1
+        if self._inference is None:
+            self._started = started
+            self._inference = self.trace.open("inference", started)
+        return self._inference
 
 
 def _name(call: Call) -> str:
