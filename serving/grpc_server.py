@@ -18,8 +18,10 @@ from perturbscope.proto import perturbscope_v1_pb2_grpc as services
 from serving.calls import REQUEST_ID, Call
 from serving.engine import Engine
 from serving.routes import COMPARE, EMBED, SCORE, RpcRoute, describe, explain
+from serving.security.interceptor import KeyInterceptor
 from serving.settings import PREFIX
 from serving.status import status_of
+from serving.streams_grpc import embed_stream
 
 SERVICE: str = messages.DESCRIPTOR.services_by_name["PerturbScope"].full_name
 _ENVELOPE = 64 * 2**10
@@ -50,7 +52,18 @@ class Servicer(services.PerturbScopeServicer):
 
     async def Models(self, request: Any, context: Any) -> Any:  # noqa: N802
         """What is served."""
-        return wire.models_answer_to_proto(self._engine.models())
+        call = begin(f"{SERVICE}/Models", context)
+        try:
+            async with self._engine.front.admitted(call):
+                answer = wire.models_answer_to_proto(self._engine.models())
+        except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
+            await abort(error, call, context)
+        call.finish("OK")
+        return answer
+
+    async def EmbedStream(self, requests: Any, context: Any) -> Any:  # type: ignore[override]  # noqa: N802
+        """Vectors of any number of cells."""
+        await embed_stream(self._engine, begin(f"{SERVICE}/EmbedStream", context), context, abort)
 
     async def _answer(self, route: RpcRoute, request: Any, context: Any) -> Any:
         """Decode, call, encode; grpc.aio cancels this when the caller does, or its deadline passes."""
@@ -127,12 +140,13 @@ class GrpcServer:
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._grace = engine.settings.shutdown_grace
         self._server = grpc.aio.server(
+            interceptors=[KeyInterceptor(engine.front, headers_of, begin, abort)],
             options=[
                 ("grpc.max_receive_message_length", largest),
                 ("grpc.max_send_message_length", -1),
                 # Two servers on one port would each get a random half of the calls.
                 ("grpc.so_reuseport", 0),
-            ]
+            ],
         )
         self._health = HealthServicer()
         services.add_PerturbScopeServicer_to_server(Servicer(engine), self._server)

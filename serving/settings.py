@@ -59,6 +59,10 @@ class Settings:
     """Bytes of one request, over HTTP and over gRPC."""
     body_timeout: int = 300
     """Seconds within which the body of a request must have arrived."""
+    stream_chunks: int = 4
+    """Chunks of one stream in progress; the next one is read when an answer was taken."""
+    max_chunk_bytes: int = 32 * 2**20
+    """Bytes of one chunk of a stream. All of a stream in progress never have more than max_body_bytes."""
     request_timeout: int = 3600
     """Seconds after which BentoML answers an HTTP request with 504; over gRPC the caller's deadline holds."""
     max_held_bytes: int = 2**30
@@ -110,6 +114,11 @@ class Settings:
     def bundles(self) -> tuple[Path, ...]:
         """The bundle directories."""
         return tuple(Path(part) for part in self.bundle.split(os.pathsep) if part)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes that one message of a stream may have: so few that all in progress fit into one request."""
+        return min(self.max_chunk_bytes, self.max_body_bytes // (self.stream_chunks + 2))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
