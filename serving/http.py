@@ -23,6 +23,7 @@ from serving.pages import PAGE_HEADERS, screen_page
 from serving.reports import HTML
 from serving.routes import COLUMNS, COMPARE, EMBED, REPORT, SCORE, Route, add_seen, add_warnings, describe, explain
 from serving.status import status_of
+from serving.telemetry.states import metrics_page
 
 T = TypeVar("T")
 CLIENT_GONE = 499
@@ -83,6 +84,7 @@ def build_app() -> FastAPI:
             responses={**openapi.refusals(), 200: {"description": "The answer.", **described}},
             openapi_extra=openapi.request_body(route, file_body),
         )
+    app.add_api_route("/metrics", metrics_page, include_in_schema=False, response_class=Response)
     app.add_api_route("/", _screen, methods=["GET"], include_in_schema=False, response_class=Response)
     app.add_exception_handler(HTTPException, _refused)
     return app

@@ -53,6 +53,16 @@ class Admission:
         self._in_progress = 0
         self._held_bytes = 0
 
+    @property
+    def in_progress(self) -> int:
+        """Requests that were let in and are not answered yet."""
+        return self._in_progress
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of them."""
+        return self._held_bytes
+
     @contextlib.contextmanager
     def admit(self) -> Iterator[Held]:
         """Count one request; entered before its body is read.

@@ -7,6 +7,7 @@ serves HTTP alone, so it is not used; see :mod:`perturbscope.dispatcher`.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -14,6 +15,9 @@ from typing import Any, cast
 
 # BentoML reports usage to its makers unless told not to; whoever sets the variable decides.
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+# BentoML's supervisor tells prometheus_client to keep every number in a file, for several workers to share; a full disk
+# would then kill the process, and a second server on this machine would delete the files. Here is one worker.
+os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
 import bentoml
 
@@ -21,6 +25,7 @@ from serving import log
 from serving.http import build_app
 from serving.security.middleware import KeyMiddleware
 from serving.settings import Settings
+from serving.telemetry import tracing
 
 NAME = "PerturbScope"
 app = build_app()
@@ -33,6 +38,9 @@ app = build_app()
     traffic={"timeout": Settings.from_env().request_timeout},
     # The server writes one line a request itself, with the stages' times.
     logging={"access": {"enabled": False}},
+    # BentoML would count every path that anybody asks for, and trace HTTP alone: serving.telemetry does both.
+    metrics={"enabled": False},
+    tracing={"excluded_urls": ".*"},
 )
 @bentoml.asgi_app(app, path="/")
 class PerturbScope:
@@ -43,6 +51,7 @@ class PerturbScope:
         from serving.grpc_server import GrpcServer
 
         log.configure()
+        tracing.configure()
         self._settings = Settings.from_env()
         self._engine = Engine.load(self._settings)
         app.state.engine = self._engine
@@ -76,6 +85,7 @@ class PerturbScope:
         if self._server is not None:
             await self._server.stop()
         await self._engine.close()
+        await asyncio.to_thread(tracing.close)
 
     async def __is_ready__(self) -> bool:
         """Whether the models answer; behind /readyz."""

@@ -1,0 +1,152 @@
+"""The page that Prometheus reads: what was counted, and how the server is at this moment."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastapi import Request, Response
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+
+from perturbscope import __version__
+from serving.telemetry.metrics import REGISTRY
+
+if TYPE_CHECKING:
+    from serving.engine import Engine
+    from serving.models import ServedModel
+
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where a container's limit stands, version 2 and 1."""
+
+
+class Exposition(CollectorRegistry):
+    """All that is known of a server, for an encoder of `prometheus_client`.
+
+    Parameters
+    ----------
+    engine
+        Of the server.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(auto_describe=False)
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Counters and histograms, then gauges."""
+        yield from REGISTRY.collect()
+        yield from server_states(self._engine)
+        yield from model_states(self._engine.registry.served())
+
+
+async def metrics_page(request: Request) -> Response:
+    """``GET /metrics``: the text format of Prometheus, or OpenMetrics for who asks for it."""
+    encode, media_type = choose_encoder(request.headers.get("accept", ""))
+    # On the event loop, where the states agree with each other.
+    return Response(encode(Exposition(request.app.state.engine)), headers={"content-type": media_type})
+
+
+def server_states(engine: Engine) -> Iterator[Metric]:
+    """Gauges of the whole server."""
+    admission, settings = engine.admission, engine.settings
+    for name, text, value in (
+        ("requests_in_progress", "Requests that were let in and are not answered.", admission.in_progress),
+        ("requests_in_progress_limit", "Requests above this number are refused.", settings.max_requests),
+        ("held_bytes", "Bytes of requests in progress.", admission.held_bytes),
+        ("held_bytes_limit", "Bytes above this number are refused.", settings.max_held_bytes),
+        ("score_jobs_in_progress", "Scores that are computed or wait for their turn.", engine.score_jobs),
+        ("score_workers", "Scores that are computed at a time.", settings.score_workers),
+        ("shutting_down", "1 from the signal to stop to the end, else 0.", int(admission.closed)),
+        ("memory_limit_bytes", "Memory that the process may use: the container's limit, or the machine's.", _MEMORY),
+    ):
+        yield _gauge(f"perturbscope_{name}", text, [({}, value)])
+    build = {"version": __version__, "python": platform.python_version(), "onnxruntime": _onnxruntime()}
+    yield _gauge("perturbscope_build_info", "1, with versions as labels.", [(build, 1)])
+
+
+def model_states(models: Iterable[ServedModel]) -> Iterator[Metric]:
+    """Gauges of every model that is loaded."""
+    models = tuple(models)
+    yield _gauge("perturbscope_models_loaded", "Models that are loaded.", [({}, len(models))])
+    named = [({"model": model.info.name, "version": model.info.version}, model) for model in models]
+    infos = [
+        (
+            {
+                **labels,
+                "model_id": model.info.model_id,
+                "family": model.info.family,
+                "variant": model.info.variant,
+                "device": model.info.device,
+                "provider": provider_of(model),
+                "golden": model.info.golden,
+            },
+            1,
+        )
+        for labels, model in named
+    ]
+    yield _gauge(
+        "perturbscope_model_info",
+        "1 for every loaded model: the device that was asked for, the provider that runs it, its golden vectors.",
+        infos,
+    )
+    for name, text, values in (
+        (
+            "model_ready",
+            "1 while the model answers, 0 after a forward pass failed.",
+            [(labels, int(model.verified)) for labels, model in named],
+        ),
+        (
+            "queue_tokens",
+            "Tokens that were accepted and are not answered.",
+            [(labels, model.dispatcher.pending_tokens) for labels, model in named],
+        ),
+        (
+            "queue_callers",
+            "Requests with cells in the queue or in a batch.",
+            [(labels, model.dispatcher.pending_callers) for labels, model in named],
+        ),
+        (
+            "queue_tokens_limit",
+            "Tokens above this number are refused.",
+            [(labels, model.dispatcher.max_queued_tokens) for labels, model in named],
+        ),
+    ):
+        yield _gauge(f"perturbscope_{name}", text, values)
+
+
+def provider_of(model: ServedModel) -> str:
+    """ONNX Runtime's provider that truly runs a model; empty where the encoder has none."""
+    return str(getattr(model.embedder.encoder, "provider", ""))
+
+
+def _gauge(name: str, text: str, values: Iterable[tuple[Mapping[str, str], float]]) -> Metric:
+    family = GaugeMetricFamily(name, text)
+    for labels, value in values:
+        family.add_sample(name, dict(labels), value)
+    return family
+
+
+def _memory_limit() -> int:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CGROUP_LIMITS:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        if text.isdecimal():
+            return min(int(text), machine)
+    return machine
+
+
+def _onnxruntime() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+_MEMORY = _memory_limit()
