@@ -224,5 +224,5 @@ async def test_a_taken_port_is_an_error_not_a_second_listener(engine: Engine) ->
 def test_the_service_has_the_name_of_the_interface() -> None:
     assert SERVICE == "perturbscope.v1.PerturbScope"
     assert json.dumps(sorted(pb.DESCRIPTOR.services_by_name["PerturbScope"].methods_by_name)) == (
-        '["Compare", "Embed", "Models", "Score"]'
+        '["Compare", "Embed", "EmbedStream", "Models", "Score"]'
     )
