@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,10 +15,12 @@ from transformers import BertForMaskedLM
 
 from export import ExportError, graph, parity
 from export.card import model_card
-from perturbscope.bundle import MODEL_CARD, VOCABULARY, Bundle, Manifest, Variant
+from perturbscope.bundle import GOLDEN, MODEL_CARD, VOCABULARY, Bundle, Manifest, Variant
 from perturbscope.counts import CountMatrix
+from perturbscope.embedder import Embedder
 from perturbscope.errors import BundleError, InvalidParameterError
 from perturbscope.families import Family, load_family
+from perturbscope.golden import make_golden
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.pooling import LAYER, POOLING
 
@@ -118,6 +120,7 @@ def export_checkpoint(
     }
     files: dict[str, Path | bytes] = {_FP32_FILE: fp32.SerializeToString()}
     listed = {"fp32": Variant(file=_FP32_FILE)}
+    embedders = {"fp32": _embedder(family, run_fp32, reference.config.hidden_size, "fp32")}
     if variants:
         sequences = _compared_cells(family, source, cells, seed=seed)
         expected = _embed(run_fp32, sequences)
@@ -132,7 +135,9 @@ def export_checkpoint(
         for variant in variants:
             smaller = VARIANTS[variant](fp32)
             steps.done(f"{variant} graph")
-            found = _embed(parity.graph_runner(smaller), sequences)
+            run_smaller = parity.graph_runner(smaller)
+            embedders[variant] = _embedder(family, run_smaller, reference.config.hidden_size, variant)
+            found = _embed(run_smaller, sequences)
             measured = parity.compare_variant(variant, expected, found, min_cosine=min_cosine)
             steps.done(f"{variant} embeddings")
             file = f"model.{variant}.onnx"
@@ -154,6 +159,8 @@ def export_checkpoint(
         licence=licence or str(source.provenance.get("licence", "not stated")),
     )
     files[VOCABULARY] = source.vocabulary.to_tsv().encode()
+    golden = make_golden(embedders, source.vocabulary, cells=cells, tolerance=tolerance, seed=seed)
+    files[GOLDEN] = golden.to_json(source.vocabulary).encode()
     files[MODEL_CARD] = (model_card(manifest, source.vocabulary) if card is None else card).encode()
     written = Bundle.write(path, manifest, files, overwrite=overwrite)
     steps.done("bundle")
@@ -212,6 +219,20 @@ def _compared_cells(
     tokens = family.tokenize(cells)
     chosen = np.sort(rng.permutation(len(tokens))[:_COMPARED_CELLS])
     return [tokens[int(cell)]["input_ids"].astype(np.int64) for cell in chosen]
+
+
+class _GraphEncoder:
+    """A graph that is not in a bundle yet, as an encoder."""
+
+    def __init__(self, run: parity.Runner) -> None:
+        self._run = run
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        return self._run(*(inputs[name] for name in graph.INPUTS))
+
+
+def _embedder(family: Family, run: parity.Runner, width: int, variant: str) -> Embedder:
+    return Embedder(family, _GraphEncoder(run), width=width, model_id="", vocabulary_hash="", variant=variant)
 
 
 def _embed(run: parity.Runner, sequences: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@
     vocabulary.tsv   genes, tokens, medians
     MODEL_CARD.md    data, licence, cost, numbers
     controls.npz     embedded reference control cells (optional)
+    golden.json      a few cells and their vectors, to prove a server with (optional; see perturbscope.golden)
 
 No file is a pickle, and nothing in a bundle is executed but the ONNX graph.
 """
@@ -38,6 +39,7 @@ MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.tsv"
 MODEL_CARD = "MODEL_CARD.md"
 CONTROLS = "controls.npz"
+GOLDEN = "golden.json"
 
 
 @dataclass(frozen=True, kw_only=True)

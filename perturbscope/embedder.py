@@ -167,6 +167,17 @@ class Embedder:
             variant=variant,
         )
 
+    @property
+    def provider(self) -> str:
+        """Execution provider that runs the graph; empty for an encoder without one."""
+        return str(getattr(self.encoder, "provider", ""))
+
+    def close(self) -> None:
+        """Free what the encoder holds; nothing can be embedded afterwards. May be called twice."""
+        release = getattr(self.encoder, "close", None)
+        if release is not None:
+            release()
+
     def tokenize(self, cells: CountMatrix) -> TokenizedCells:
         """Tokens of cells.
 

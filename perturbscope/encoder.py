@@ -97,7 +97,7 @@ class OnnxEncoder:
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[wanted])
+            self._session: Any = ort.InferenceSession(str(path), options, providers=[wanted])
         except Exception as error:
             raise CorruptBundleError(f"ONNX Runtime cannot load {path}: {error}") from error
         # A provider that is listed can still fail to load its libraries; only the session knows.
@@ -116,6 +116,10 @@ class OnnxEncoder:
                 + (f"it wants the input {min(strange)!r}." if strange else f"it has no output {OUTPUT!r}.")
             )
 
+    def close(self) -> None:
+        """Free the session, and with it the graph's memory; :meth:`run` fails from then on. May be called twice."""
+        self._session = None
+
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """See :meth:`Encoder.run`.
 
@@ -124,6 +128,8 @@ class OnnxEncoder:
         InferenceError
             The forward pass failed, for instance for want of memory.
         """
+        if self._session is None:
+            raise InferenceError("The model was closed.")
         feed = {name: array for name, array in inputs.items() if name in self._names}
         try:
             (output,) = self._session.run([OUTPUT], feed)

@@ -23,7 +23,8 @@ The tree::
     ├── BundleError
     │   ├── CorruptBundleError            a file is missing or its checksum differs
     │   ├── UnsupportedBundleError        newer format, or unknown family
-    │   └── VocabularyMismatchError       tokens of one vocabulary, weights of another
+    │   ├── VocabularyMismatchError       tokens of one vocabulary, weights of another
+    │   └── GoldenMismatchError           here the model gives other vectors than at export
     ├── ProviderUnavailableError          the accelerator was asked for and is not there
     ├── InferenceError                    the model's forward pass failed
     ├── SolverError                       optimal transport did not converge
@@ -189,6 +190,12 @@ class VocabularyMismatchError(BundleError):
     """Two parts were made with different vocabularies."""
 
     code = "vocab_mismatch"
+
+
+class GoldenMismatchError(BundleError):
+    """The model does not give the vectors that its bundle records, on this machine and with this tokenizer."""
+
+    code = "golden_mismatch"
 
 
 class ProviderUnavailableError(PerturbScopeError):

@@ -1,4 +1,4 @@
-"""The command line: ``perturbscope embed | score | compare | bundle info | bundle verify``.
+"""The command line: ``perturbscope embed | score | compare | bundle info, verify, golden``.
 
 Exit code 0 for success; 2 for bad usage or input (wrong options, files, labels, limits, bundle or model name); 1 for
 the rest (a server that does not answer, an accelerator that is not there, an interruption). An error is one line on

@@ -1,4 +1,4 @@
-"""``perturbscope bundle info`` and ``perturbscope bundle verify``."""
+"""``perturbscope bundle info``, ``perturbscope bundle verify`` and ``perturbscope bundle golden``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def bundle_info(
 ) -> None:
     """Say what a bundle is, after checking its files."""
     from perturbscope.bundle import Bundle
+    from perturbscope.golden import read_golden
 
     opened = Bundle.open(path)
-    manifest = opened.manifest
+    manifest, golden = opened.manifest, read_golden(opened)
     if as_json:
         typer.echo(manifest.to_json(), nl=False)
         return
@@ -40,6 +41,7 @@ def bundle_info(
             ("medians", opened.vocabulary.source),
             ("variants", variants),
             ("parity", _scalars(manifest.parity)),
+            ("golden", f"{len(golden.cells)} cells: {golden.source}" if golden else "none"),
             ("training", _scalars(manifest.training)),
             ("licence", manifest.licence),
             ("format", manifest.format_version),
@@ -59,14 +61,42 @@ def _short(value: str | float) -> str:
 
 @app.command("verify")
 def bundle_verify(path: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.")]) -> None:
-    """Check every file of a bundle against its manifest, and load every graph."""
+    """Check every file of a bundle against its manifest, load every graph, and embed the golden cells with it."""
     from perturbscope.bundle import Bundle
-    from perturbscope.encoder import OnnxEncoder
+    from perturbscope.embedder import Embedder
+    from perturbscope.golden import check_golden, read_golden
 
     opened = Bundle.open(path)
+    golden = read_golden(opened)
     for variant in opened.manifest.variants:
-        OnnxEncoder(opened, variant=variant)
+        embedder = Embedder.from_bundle(opened, variant=variant)
+        if golden is not None:
+            result = check_golden(embedder, golden)
+            result.require(opened.model_id)
+            console.say(str(result))
+    if golden is None:
+        console.warn(f"{path} has no golden vectors; perturbscope bundle golden adds them.")
     console.say(
         f"{path}: {len(opened.manifest.files)} files and {len(opened.manifest.variants)} graphs are in order "
         f"({opened.model_id})."
     )
+
+
+@app.command("golden")
+def bundle_golden(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle; it is written anew.")],
+    cells: Annotated[
+        Path | None, typer.Option(help="Raw counts (.h5ad, ...) to choose cells from; default: made from random genes.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the cells that are made.")] = 0,
+) -> None:
+    """Give a bundle golden vectors: cells, and what its float32 graph makes of them on this machine's CPU.
+
+    A server compares with them before it serves the model. The weights and the model id do not change.
+    """
+    from perturbscope.golden import add_golden, first_cells, read_golden
+
+    bundle = add_golden(path, cells=first_cells(cells) if cells else None, seed=seed)
+    golden = read_golden(bundle)
+    assert golden is not None  # noqa: S101  it was just written
+    console.say(f"{path}: {len(golden.cells)} golden cells ({golden.source}) for {bundle.model_id}.")

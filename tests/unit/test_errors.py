@@ -50,6 +50,7 @@ def test_the_codes_are_stable():
         "corrupt_bundle",
         "unsupported_bundle",
         "vocab_mismatch",
+        "golden_mismatch",
         "provider_unavailable",
         "inference_failed",
         "solver_failed",

@@ -55,6 +55,7 @@ def test_a_bundle_that_serves(checkpoint: Path, target: Path, cells: CountMatrix
     assert bundle.manifest == manifest
     assert sorted(file.name for file in target.iterdir()) == [
         "MODEL_CARD.md",
+        "golden.json",
         "manifest.json",
         "model.fp16.onnx",
         "model.int8.onnx",

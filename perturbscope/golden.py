@@ -1,0 +1,390 @@
+"""Golden vectors: a few cells in the bundle, and what the model made of them when it was exported.
+
+Checksums prove that the files of a bundle are whole. They do not prove that this machine, its provider and this version
+of the tokenizer turn counts into the same vectors. A few cells do: they are tokenized and embedded again, and compared.
+
+``golden.json``, in a bundle, holds the cells as raw counts by row of ``vocabulary.tsv``, a digest of each cell's
+tokens, its vector from the float32 graph in ONNX Runtime on a CPU (cell by cell, so without padding), and for each
+smaller variant the cosine that it had to those vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from perturbscope.bundle import GOLDEN, Bundle
+from perturbscope.counts import CountMatrix
+from perturbscope.embedder import Embedder
+from perturbscope.errors import CorruptBundleError, GoldenMismatchError, PerturbScopeError
+from perturbscope.families import TokenizedCells
+from perturbscope.genes import GeneResolver, GeneVocabulary
+
+FORMAT = 1
+TOLERANCE = 1e-4
+"""Largest difference of a value on the CPU, where the bundle's parity with torch names none."""
+ACCELERATOR_COSINE = 1 - 1e-4
+"""Least cosine of a float32 cell on another provider than the CPU: those may multiply with fewer bits (TensorFloat-32
+keeps 10 of 23), so single values differ by more than any useful tolerance while the direction hardly does."""
+VARIANT_SLACK = 2.0
+"""A smaller variant may be this many times as far from float32 as it was when it was exported."""
+MIN_SLACK = 1e-4
+"""Least allowance of a variant's cosine: one that was as good as exact may still differ between processors."""
+SHORT_LENGTHS = (1, 7)
+"""Genes of the made cells that stand beside real ones, which are all long."""
+LENGTHS = (*SHORT_LENGTHS, 64, 2048)
+"""Genes of the made cells where there are no real ones; the last is cut to what the model takes."""
+_REAL_CELLS, _MAX_GENES = 3, 2500
+_EXACT = ("CPUExecutionProvider", "")
+"""Providers that compute float32 in full; empty: no provider at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenResult:
+    """How near a model is to its golden vectors.
+
+    Attributes
+    ----------
+    variant, provider
+        What was tried.
+    n_cells
+        How many cells.
+    largest_difference
+        Of a value, over all cells.
+    lowest_cosine
+        Of a cell's vector to its golden one.
+    passed
+        Whether that is near enough.
+    limit
+        How near it must be, in words.
+    """
+
+    variant: str
+    provider: str
+    n_cells: int
+    largest_difference: float
+    lowest_cosine: float
+    passed: bool
+    limit: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.variant} on {self.provider}: largest difference {self.largest_difference:.2g}, lowest cosine "
+            f"{self.lowest_cosine:.6f} over {self.n_cells} golden cells ({self.limit})"
+        )
+
+    def require(self, model_id: str) -> None:
+        """Raise GoldenMismatchError unless it passed."""
+        if not self.passed:
+            raise GoldenMismatchError(
+                f"The model {model_id} does not give the vectors that its bundle records. {self}. "
+                "Check provider, driver and versions, or export the model again.",
+                field="golden",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """Cells, and what the model made of them. Use :func:`read_golden` and :func:`make_golden`.
+
+    Attributes
+    ----------
+    cells
+        Raw counts.
+    digests
+        Of each cell's tokens.
+    vectors
+        float32 [n_cells, width].
+    tolerance
+        Largest difference of a value of the float32 graph on the CPU.
+    cosines
+        Of each smaller variant, the lowest cosine that it had to `vectors` at export.
+    source
+        Where the cells are from, in words.
+    """
+
+    cells: CountMatrix
+    digests: tuple[str, ...]
+    vectors: NDArray[np.float32]
+    tolerance: float
+    cosines: Mapping[str, float]
+    source: str
+
+    def tokenize(self, embedder: Embedder) -> TokenizedCells:
+        """Tokens of the cells, which must be those of the export.
+
+        Raises
+        ------
+        GoldenMismatchError
+            They are not: the tokenizer is another than it was.
+        """
+        try:
+            tokens = embedder.tokenize(self.cells)
+        except PerturbScopeError as error:
+            raise GoldenMismatchError(
+                f"The golden cells of {embedder.model_id} cannot be tokenized: {error.message}", field="golden"
+            ) from error
+        for cell, (expected, found) in enumerate(zip(self.digests, _digests(tokens), strict=True)):
+            if found != expected:
+                raise GoldenMismatchError(
+                    f"Golden cell {cell} of {embedder.model_id} has other tokens than at export ({found}, not "
+                    f"{expected}): the tokenizer of this perturbscope is not the one that the model was exported with. "
+                    "Use that version, or export the model again.",
+                    field="golden",
+                )
+        return tokens
+
+    def compare(self, values: NDArray[np.float32], *, variant: str, provider: str) -> GoldenResult:
+        """Compare vectors of the cells with the golden ones."""
+        worst, lowest = _distance(self.vectors, values)
+        if variant == "fp32" and provider in _EXACT:
+            passed, limit = worst <= self.tolerance, f"at most {self.tolerance:g}"
+        else:
+            least = ACCELERATOR_COSINE
+            if variant != "fp32":
+                least = 1 - max(VARIANT_SLACK * (1 - self.cosines.get(variant, 1.0)), MIN_SLACK)
+            passed, limit = lowest >= least, f"cosine at least {least:.6f}"
+        return GoldenResult(
+            variant=variant,
+            provider=provider,
+            n_cells=len(values),
+            largest_difference=worst,
+            lowest_cosine=lowest,
+            passed=bool(passed),
+            limit=limit,
+        )
+
+    def to_json(self, vocabulary: GeneVocabulary) -> str:
+        """The text of ``golden.json``."""
+        rows = {str(gene): row for row, gene in enumerate(vocabulary.gene_ids)}
+        row_of = np.array([rows[str(gene)] for gene in self.cells.gene_ids])
+        counts = self.cells.counts
+        cells = []
+        for cell, digest in enumerate(self.digests):
+            part = slice(int(counts.indptr[cell]), int(counts.indptr[cell + 1]))
+            cells.append(
+                {
+                    "rows": row_of[counts.indices[part]].tolist(),
+                    "counts": counts.data[part].tolist(),
+                    "total": float(self.cells.totals[cell]),
+                    "tokens": digest,
+                    # The shortest decimals that give back the same float32.
+                    "vector": [float(str(value)) for value in self.vectors[cell]],
+                }
+            )
+        head = {"format": FORMAT, "source": self.source, "tolerance": self.tolerance, "cosines": dict(self.cosines)}
+        return json.dumps({**head, "cells": cells}, separators=(",", ":")) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, bundle: Bundle) -> Golden:
+        """Read what :meth:`to_json` wrote. Raises CorruptBundleError."""
+        try:
+            return cls._of(json.loads(text), bundle)
+        except PerturbScopeError as error:
+            raise CorruptBundleError(f"{bundle.path / GOLDEN} holds cells that cannot be: {error.message}") from error
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+            raise CorruptBundleError(
+                f"{bundle.path / GOLDEN} cannot be read ({type(error).__name__}: {error}). Export the model again."
+            ) from error
+
+    @classmethod
+    def _of(cls, data: Any, bundle: Bundle) -> Golden:
+        if data["format"] != FORMAT:
+            raise ValueError(f"it has the format {data['format']}, not {FORMAT}")
+        cells, genes = data["cells"], bundle.vocabulary.gene_ids
+        vectors = np.array([cell["vector"] for cell in cells], dtype=np.float32)
+        if vectors.shape != (len(cells), bundle.manifest.width) or not len(cells) or not np.isfinite(vectors).all():
+            raise ValueError(f"its vectors have the shape {vectors.shape}")
+        rows = [np.array(cell["rows"], dtype=np.int64) for cell in cells]
+        if any(len(part) == 0 or part.min() < 0 or part.max() >= len(genes) for part in rows):
+            raise ValueError("a gene is no row of the vocabulary")
+        counts = _matrix(rows, [np.array(cell["counts"]) for cell in cells], genes, [cell["total"] for cell in cells])
+        tolerance, cosines = float(data["tolerance"]), {str(k): float(v) for k, v in data["cosines"].items()}
+        if not (0 < tolerance < np.inf and all(-1 <= value <= 1 for value in cosines.values())):
+            raise ValueError("a tolerance is out of range")
+        digests = tuple(str(cell["tokens"]) for cell in cells)
+        return cls(counts, digests, vectors, tolerance, cosines, str(data["source"]))
+
+
+def check_golden(embedder: Embedder, golden: Golden) -> GoldenResult:
+    """Embed the golden cells, tokenizer and graph, and compare.
+
+    They are embedded together, so that padding is proven too.
+
+    Raises
+    ------
+    GoldenMismatchError
+        The tokens differ. Vectors that differ are told by the result: see :meth:`GoldenResult.require`.
+    InferenceError
+        The forward pass failed.
+    """
+    values = embedder.embed_tokens(golden.tokenize(embedder))
+    return golden.compare(values, variant=embedder.variant, provider=embedder.provider)
+
+
+def read_golden(bundle: Bundle) -> Golden | None:
+    """The golden vectors of an opened bundle; None for one that has none. Raises CorruptBundleError."""
+    if GOLDEN not in bundle.manifest.files:
+        return None
+    try:
+        text = (bundle.path / GOLDEN).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorruptBundleError(f"{bundle.path / GOLDEN} cannot be read: {error}.") from error
+    return Golden.from_json(text, bundle)
+
+
+def make_golden(
+    embedders: Mapping[str, Embedder],
+    vocabulary: GeneVocabulary,
+    *,
+    cells: CountMatrix | None = None,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+) -> Golden:
+    """Choose cells, and embed them.
+
+    Parameters
+    ----------
+    embedders
+        By variant, on the CPU; ``fp32`` among them.
+    vocabulary
+        Of the model.
+    cells
+        Real cells to choose from; without them, cells are made of random genes and counts.
+    tolerance
+        Largest difference of a value that a float32 graph may have later.
+    seed
+        Of made cells.
+    """
+    exact = embedders["fp32"]
+    chosen, source = _choose(vocabulary, exact.family.max_length, cells, seed)
+    tokens = exact.tokenize(chosen)
+    vectors = _one_by_one(exact, tokens)
+    cosines = {
+        name: min(_distance(vectors, values)[1] for values in (_one_by_one(other, tokens), other.embed_tokens(tokens)))
+        for name, other in embedders.items()
+        if name != "fp32"
+    }
+    return Golden(chosen, _digests(tokens), vectors, tolerance, cosines, source)
+
+
+def add_golden(path: str | Path, *, cells: CountMatrix | None = None, seed: int = 0) -> Bundle:
+    """Give a bundle golden vectors, or new ones; its graphs, and so its model id, stay.
+
+    The bundle is written anew beside the old one and then takes its place; a failure leaves the old one.
+
+    Raises
+    ------
+    BundleError
+        The bundle is damaged, or a graph does not load.
+    """
+    bundle = Bundle.open(path)
+    embedders = {name: Embedder.from_bundle(bundle, variant=name) for name in bundle.manifest.variants}
+    golden = make_golden(
+        embedders, bundle.vocabulary, cells=cells, tolerance=tolerance_of(bundle.manifest.parity), seed=seed
+    )
+    files: dict[str, Path | bytes] = {name: bundle.path / name for name in bundle.manifest.files}
+    files[GOLDEN] = golden.to_json(bundle.vocabulary).encode()
+    return Bundle.write(bundle.path, bundle.manifest, files, overwrite=True)
+
+
+def first_cells(path: str | Path) -> CountMatrix:
+    """The first chunk of a file, which is enough to choose from. Raises as :func:`perturbscope.readers.open_cells`."""
+    from perturbscope.readers import open_cells
+
+    with open_cells(path) as source:
+        return next(iter(source))
+
+
+def tolerance_of(parity: Mapping[str, Any]) -> float:
+    """The tolerance that a graph had towards torch, which it must keep towards its own vectors."""
+    value = parity.get("tolerance")
+    return float(value) if isinstance(value, int | float) and value > 0 else TOLERANCE
+
+
+def _choose(
+    vocabulary: GeneVocabulary, max_length: int, cells: CountMatrix | None, seed: int
+) -> tuple[CountMatrix, str]:
+    """Cells of different lengths, over the genes of the vocabulary, and where they are from."""
+    rng = np.random.default_rng(seed)
+    n_genes = len(vocabulary.gene_ids)
+    longest = min(max_length, n_genes, LENGTHS[-1])
+    lengths = sorted({min(length, longest) for length in (LENGTHS if cells is None else SHORT_LENGTHS)})
+    rows = [np.sort(rng.choice(n_genes, size=length, replace=False)) for length in lengths]
+    counts = [rng.integers(1, 40, size=length) for length in lengths]
+    totals = [float(part.sum()) for part in counts]
+    source = f"made of random genes and counts (seed {seed})"
+    if cells is not None:
+        known = _in_vocabulary(cells, vocabulary)
+        for cell in _spread(np.diff(known.indptr)):
+            part = slice(int(known.indptr[cell]), int(known.indptr[cell + 1]))
+            rows.append(known.indices[part].astype(np.int64))
+            counts.append(known.data[part])
+            totals.append(float(cells.totals[cell]))
+        source = f"{len(rows) - len(lengths)} real cells, and {len(lengths)} short ones {source}"
+    return _matrix(rows, counts, vocabulary.gene_ids, totals), source
+
+
+def _in_vocabulary(cells: CountMatrix, vocabulary: GeneVocabulary) -> sparse.csr_matrix:
+    """Counts by row of the vocabulary; other genes are left out."""
+    mapped = GeneResolver.default().map(cells.gene_ids, vocabulary).rows
+    kept = np.flatnonzero(mapped >= 0)
+    to_row = sparse.csr_matrix(
+        (np.ones(len(kept), dtype=np.int64), (kept, mapped[kept])), shape=(cells.n_genes, len(vocabulary.gene_ids))
+    )
+    known = sparse.csr_matrix(cells.counts.astype(np.int64) @ to_row)
+    known.sort_indices()
+    return known
+
+
+def _spread(n_detected: NDArray[Any]) -> list[int]:
+    """A few cells, from the poorest to the richest, of those that do not bloat the file."""
+    order = np.argsort(n_detected, kind="stable")
+    order = order[n_detected[order] > 0]
+    slim = order[n_detected[order] <= _MAX_GENES]
+    order = slim if len(slim) else order[:1]
+    at = np.linspace(0, len(order) - 1, min(_REAL_CELLS, len(order))).astype(int)
+    return [int(cell) for cell in order[np.unique(at)]]
+
+
+def _matrix(
+    rows: Sequence[NDArray[Any]], counts: Sequence[NDArray[Any]], genes: Sequence[str] | NDArray[Any], totals: Any
+) -> CountMatrix:
+    """Cells over the genes that at least one of them expresses."""
+    used, columns = np.unique(np.concatenate(rows), return_inverse=True)
+    indptr = np.concatenate([[0], np.cumsum([len(part) for part in rows])])
+    names = np.asarray(genes)[used]
+    return CountMatrix.from_csr(np.concatenate(counts), columns.astype(np.int64), indptr, names, totals=totals)
+
+
+def _one_by_one(embedder: Embedder, tokens: TokenizedCells) -> NDArray[np.float32]:
+    return np.concatenate([embedder.run(tokens, np.array([cell])) for cell in range(len(tokens))])
+
+
+def _digests(tokens: TokenizedCells) -> tuple[str, ...]:
+    """Of each cell's arrays; the type of their numbers does not count, for it depends on the machine."""
+    found = []
+    for cell in tokens:
+        digest = hashlib.sha256()
+        for name, array in sorted(cell.items()):
+            plain = array.astype("<i8" if array.dtype.kind in "iub" else "<f8")
+            digest.update(f"{name} {plain.shape}\n".encode())
+            digest.update(np.ascontiguousarray(plain).tobytes())
+        found.append(digest.hexdigest()[:16])
+    return tuple(found)
+
+
+def _distance(expected: NDArray[np.float32], found: NDArray[np.float32]) -> tuple[float, float]:
+    """Largest difference of a value, and lowest cosine of a row; at most 1."""
+    a, b = expected.astype(np.float64), found.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosines = (a * b).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)
+    return float(np.abs(a - b).max()), float(min(cosines.min(), 1.0))
