@@ -226,19 +226,25 @@ def load(
     device: Device = "cpu",
     variant: str = "fp32",
     model: str | None = None,
+    api_key: str | None = None,
+    ca: str | Path | None = None,
+    cert: tuple[str | Path, str | Path] | None = None,
 ) -> Model:
     """Open a bundle, or reach a server.
 
     Parameters
     ----------
     bundle_or_url
-        Directory of a bundle, ``http(s)://host:port``, or ``grpc://host:port``.
+        Directory of a bundle, ``http(s)://host:port``, or ``grpc(s)://host:port``.
     device
         ``cpu`` or ``cuda``, for a bundle.
     variant
         Which graph of a bundle: ``fp32``, ``fp16``, ``int8``.
     model
         Name of one of a server's models; its default if None.
+    api_key, ca, cert
+        For a server: the API key, the file of trusted authorities, and the files of the client's certificate and its
+        private key. Left out, the environment says: see :mod:`perturbscope.client.access`.
 
     Raises
     ------
@@ -256,6 +262,8 @@ def load(
             raise InvalidParameterError(
                 "model chooses among a server's models; a bundle holds one. Leave it out.", field="model"
             )
+        if (api_key, ca, cert) != (None, None, None):
+            raise InvalidParameterError("api_key, ca and cert are for a server; leave them out.", field="api_key")
         from perturbscope.bundle import Bundle
 
         return Model(LocalBackend(Embedder.from_bundle(Bundle.open(where), variant=variant, device=device)))
@@ -266,13 +274,13 @@ def load(
     if scheme in ("http", "https"):
         from perturbscope.client import Client
 
-        return Model(Client(where, model=model))
-    if scheme == "grpc":
+        return Model(Client(where, model=model, api_key=api_key, ca=ca, cert=cert))
+    if scheme in ("grpc", "grpcs"):
         from perturbscope.client import GrpcClient
 
-        return Model(GrpcClient(where.removeprefix("grpc://"), model=model))
+        return Model(GrpcClient(where, model=model, api_key=api_key, ca=ca, cert=cert))
     raise InvalidParameterError(
-        f"The address {where} has the scheme {scheme!r}; http://, https:// and grpc:// are understood.",
+        f"The address {where} has the scheme {scheme!r}; http://, https://, grpc:// and grpcs:// are understood.",
         field="bundle_or_url",
     )
 

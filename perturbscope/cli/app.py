@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ from perturbscope import __version__
 from perturbscope.cli import bundles, console
 from perturbscope.cli.embedding import embed
 from perturbscope.cli.enrichment import degs, enrich
+from perturbscope.cli.options import CA_VARIABLE, KEY_FILE_VARIABLE, KEY_VARIABLE
 from perturbscope.cli.report import report
 from perturbscope.cli.scoring import compare, score
 from perturbscope.errors import PerturbScopeError
@@ -51,8 +53,22 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version.")
     ] = False,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=f"Holds the API key of a server; default: ${KEY_VARIABLE}."),
+    ] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=f"Authorities (PEM) to trust a server by; default: ${CA_VARIABLE}."),
+    ] = None,
 ) -> None:
     """See what a gene perturbation does to a cell."""
+    # A key itself is no option: what is on the command line can be seen in the list of processes.
+    if api_key_file is not None:
+        os.environ.pop(KEY_VARIABLE, None)
+        os.environ[KEY_FILE_VARIABLE] = str(api_key_file)
+    if ca is not None:
+        os.environ[CA_VARIABLE] = str(ca)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

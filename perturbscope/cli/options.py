@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 BUNDLE_VARIABLE = "PERTURBSCOPE_BUNDLE"
 """Environment variable that names the default bundle."""
+KEY_VARIABLE, KEY_FILE_VARIABLE = "PERTURBSCOPE_API_KEY", "PERTURBSCOPE_API_KEY_FILE"
+CA_VARIABLE = "PERTURBSCOPE_CA"
+"""Those that the clients read, see :mod:`perturbscope.client.access`; named here because that would load them."""
 _INPUT, _MODEL, _SCORING = "Input", "Model", "Scoring"
 In = Annotated[
     Path, typer.Argument(metavar="IN", help="Raw counts: .h5ad, 10x .h5, 10x directory with matrix.mtx, or zarr.")
@@ -42,7 +45,11 @@ Server = Annotated[
 ]
 Grpc = Annotated[
     str | None,
-    typer.Option(metavar="HOST:PORT", help="Use a server over gRPC, e.g. localhost:3001.", rich_help_panel=_MODEL),
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Use a server over gRPC, e.g. localhost:3001; grpcs://HOST:PORT for TLS.",
+        rich_help_panel=_MODEL,
+    ),
 ]
 ModelName = Annotated[
     str | None,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perturbscope.cli import console
-from perturbscope.cli.options import BUNDLE_VARIABLE
+from perturbscope.cli.options import BUNDLE_VARIABLE, CA_VARIABLE
 from perturbscope.errors import InvalidParameterError
 
 if TYPE_CHECKING:
@@ -28,7 +28,10 @@ def open_backend(
     if len(chosen) > 1:
         raise InvalidParameterError(f"{' and '.join(chosen)} exclude each other; give one.", field=chosen[1].strip("-"))
     default = os.environ.get(BUNDLE_VARIABLE)
-    where = server or (f"grpc://{grpc.removeprefix('grpc://')}" if grpc else None) or bundle or default
+    if grpc and "://" not in grpc:
+        # Who names authorities to trust does not want to go without them.
+        grpc = f"{'grpcs' if os.environ.get(CA_VARIABLE) else 'grpc'}://{grpc}"
+    where = server or grpc or bundle or default
     if not where:
         raise InvalidParameterError(
             f"No model was chosen. Give --bundle DIR, --server URL or --grpc HOST:PORT, or set {BUNDLE_VARIABLE} to a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from perturbscope.client.access import Files, grpc_credentials, key_headers
 from perturbscope.client.base import TIMEOUT, AsyncBase, SyncBase
 from perturbscope.client.exchange import ChunkLimits, RetryPolicy
 from perturbscope.client.transports import grpc_answer, grpc_call, grpc_failure
@@ -23,7 +24,7 @@ class GrpcClient(SyncBase):
     Parameters
     ----------
     target
-        ``host:port``; ``grpc://`` may stand before it.
+        ``host:port``; ``grpc://`` may stand before it, or ``grpcs://`` for TLS.
     model
         Name of the model; None: the server's default.
     timeout
@@ -32,8 +33,13 @@ class GrpcClient(SyncBase):
         When to try again.
     chunks
         How many cells one request carries.
+    api_key
+        Shown to the server; None: that of the environment (:mod:`perturbscope.client.access`); empty: none.
+    ca, cert
+        Files (PEM) of the authorities that are trusted, and of the client's own certificate and its private key; either
+        means TLS. None: those of the environment, if the target is ``grpcs://``.
     credentials
-        For TLS, from ``grpc.ssl_channel_credentials``; None: no TLS.
+        For TLS of another kind, from ``grpc.ssl_channel_credentials``.
     seed
         Of the jitter between tries.
 
@@ -51,6 +57,9 @@ class GrpcClient(SyncBase):
         timeout: float = TIMEOUT,
         retries: RetryPolicy | None = None,
         chunks: ChunkLimits | None = None,
+        api_key: str | None = None,
+        ca: Files | None = None,
+        cert: tuple[Files, Files] | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         seed: int | None = None,
     ) -> None:
@@ -60,6 +69,8 @@ class GrpcClient(SyncBase):
 
         super().__init__(model=model, retries=retries, chunks=chunks, seed=seed)
         self._target, self._timeout = _checked_target(target), _checked_timeout(timeout)
+        credentials = _credentials(target, ca, cert, credentials)
+        self._metadata = _metadata(self._target, api_key, encrypted=credentials is not None)
         self._channel = (
             grpc.insecure_channel(self._target, _OPTIONS)
             if credentials is None
@@ -71,7 +82,7 @@ class GrpcClient(SyncBase):
     def _exchange(self, request: Request) -> Answer:
         rpc, message = grpc_call(request)
         try:
-            reply = getattr(self._stub, rpc)(message, timeout=self._timeout)
+            reply = getattr(self._stub, rpc)(message, timeout=self._timeout, metadata=self._metadata)
         except self._rpc_error as error:
             call = cast("Any", error)
             raise grpc_failure(call.code().name, call.details(), call.trailing_metadata(), self._target) from error
@@ -93,6 +104,9 @@ class AsyncGrpcClient(AsyncBase):
         timeout: float = TIMEOUT,
         retries: RetryPolicy | None = None,
         chunks: ChunkLimits | None = None,
+        api_key: str | None = None,
+        ca: Files | None = None,
+        cert: tuple[Files, Files] | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         seed: int | None = None,
     ) -> None:
@@ -102,6 +116,8 @@ class AsyncGrpcClient(AsyncBase):
 
         super().__init__(model=model, retries=retries, chunks=chunks, seed=seed)
         self._target, self._timeout = _checked_target(target), _checked_timeout(timeout)
+        credentials = _credentials(target, ca, cert, credentials)
+        self._metadata = _metadata(self._target, api_key, encrypted=credentials is not None)
         self._channel = (
             grpc.aio.insecure_channel(self._target, _OPTIONS)
             if credentials is None
@@ -113,7 +129,7 @@ class AsyncGrpcClient(AsyncBase):
     async def _exchange(self, request: Request) -> Answer:
         rpc, message = grpc_call(request)
         try:
-            reply = await getattr(self._stub, rpc)(message, timeout=self._timeout)
+            reply = await getattr(self._stub, rpc)(message, timeout=self._timeout, metadata=self._metadata)
         except self._rpc_error as error:
             raise grpc_failure(
                 error.code().name,
@@ -129,10 +145,26 @@ class AsyncGrpcClient(AsyncBase):
 
 
 def _checked_target(target: str) -> str:
-    bare = target.removeprefix("grpc://")
+    bare = target.removeprefix("grpc://").removeprefix("grpcs://")
     if not bare or "://" in bare:
         raise InvalidParameterError(f"{target!r} is not the address of a gRPC server; give host:port.", field="target")
     return bare
+
+
+def _credentials(
+    target: str, ca: Files | None, cert: tuple[Files, Files] | None, given: grpc.ChannelCredentials | None
+) -> grpc.ChannelCredentials | None:
+    if given is not None or not (target.startswith("grpcs://") or ca is not None or cert is not None):
+        return given
+    if target.startswith("grpc://"):
+        raise InvalidParameterError(f"ca and cert are for grpcs://, and the address is {target}.", field="ca")
+    return grpc_credentials(ca, cert)
+
+
+def _metadata(target: str, api_key: str | None, *, encrypted: bool) -> tuple[tuple[str, str], ...]:
+    """What goes with every call."""
+    host = "localhost" if target.startswith("unix:") else target.rpartition(":")[0] or target
+    return tuple(key_headers(api_key, host, encrypted=encrypted).items())
 
 
 def _checked_timeout(seconds: float) -> float:

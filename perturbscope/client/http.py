@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 
 import httpx
 
+from perturbscope.client.access import Files, key_headers, tls_context
 from perturbscope.client.base import CONNECT_TIMEOUT, TIMEOUT, AsyncBase, SyncBase
 from perturbscope.client.exchange import ChunkLimits, Failure, RetryPolicy
-from perturbscope.client.transports import Format, http_answer, http_call, unreachable
+from perturbscope.client.transports import Format, http_answer, http_call, unreachable, untrusted
 from perturbscope.errors import InvalidParameterError
 from perturbscope.wire.messages import Answer, Request
 
@@ -30,6 +32,12 @@ class Client(SyncBase):
         How many cells one request carries.
     body
         What requests and answers travel as: ``arrow`` is several times faster than ``json``.
+    api_key
+        Shown to the server; None: that of the environment (:mod:`perturbscope.client.access`); empty: none.
+    ca
+        File of the authorities (PEM) that are trusted in place of the system's; None: that of the environment.
+    cert
+        Files (PEM) of the client's own certificate and its private key, for mutual TLS; None: those of the environment.
     headers
         Added to every request, for instance for a proxy that asks for a token.
     transport
@@ -52,13 +60,22 @@ class Client(SyncBase):
         retries: RetryPolicy | None = None,
         chunks: ChunkLimits | None = None,
         body: Format = "arrow",
+        api_key: str | None = None,
+        ca: Files | None = None,
+        cert: tuple[Files, Files] | None = None,
         headers: Mapping[str, str] | None = None,
         transport: httpx.BaseTransport | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__(model=model, retries=retries, chunks=chunks, seed=seed)
         self._url, self._body = _checked_url(base_url), _checked_body(body)
-        self._http = httpx.Client(base_url=self._url, timeout=_timeout(timeout), headers=headers, transport=transport)
+        self._http = httpx.Client(
+            base_url=self._url,
+            timeout=_timeout(timeout),
+            headers=_headers(self._url, api_key, headers),
+            verify=_verify(self._url, ca, cert),
+            transport=transport,
+        )
 
     def _exchange(self, request: Request) -> Answer:
         call = http_call(request, self._body)
@@ -85,6 +102,9 @@ class AsyncClient(AsyncBase):
         retries: RetryPolicy | None = None,
         chunks: ChunkLimits | None = None,
         body: Format = "arrow",
+        api_key: str | None = None,
+        ca: Files | None = None,
+        cert: tuple[Files, Files] | None = None,
         headers: Mapping[str, str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         seed: int | None = None,
@@ -92,7 +112,11 @@ class AsyncClient(AsyncBase):
         super().__init__(model=model, retries=retries, chunks=chunks, seed=seed)
         self._url, self._body = _checked_url(base_url), _checked_body(body)
         self._http = httpx.AsyncClient(
-            base_url=self._url, timeout=_timeout(timeout), headers=headers, transport=transport
+            base_url=self._url,
+            timeout=_timeout(timeout),
+            headers=_headers(self._url, api_key, headers),
+            verify=_verify(self._url, ca, cert),
+            transport=transport,
         )
 
     async def _exchange(self, request: Request) -> Answer:
@@ -108,7 +132,23 @@ class AsyncClient(AsyncBase):
         await self._http.aclose()
 
 
+def _headers(url: str, api_key: str | None, headers: Mapping[str, str] | None) -> dict[str, str]:
+    parsed = httpx.URL(url)
+    return {**key_headers(api_key, parsed.host, encrypted=parsed.scheme == "https"), **(headers or {})}
+
+
+def _verify(url: str, ca: Files | None, cert: tuple[Files, Files] | None) -> ssl.SSLContext | bool:
+    """What httpx is told; certificates that the environment names do not matter without TLS."""
+    if httpx.URL(url).scheme == "http":
+        if ca is not None or cert is not None:
+            raise InvalidParameterError(f"ca and cert are for https://, and the address is {url}.", field="ca")
+        return True
+    return tls_context(ca, cert) or True
+
+
 def _failure(url: str, error: httpx.TransportError) -> Failure:
+    if isinstance(error, httpx.ConnectError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return untrusted(url, str(error))
     connecting = isinstance(error, (httpx.ConnectTimeout, httpx.ConnectError))
     return unreachable(url, error, timed_out=isinstance(error, httpx.TimeoutException) and not connecting)
 

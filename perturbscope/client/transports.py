@@ -12,9 +12,11 @@ from perturbscope.errors import (
     InvalidInputError,
     LimitExceededError,
     OverloadedError,
+    PermissionDeniedError,
     PerturbScopeError,
     ServerError,
     ServerUnreachableError,
+    UnauthenticatedError,
 )
 from perturbscope.wire.fields import parse_json
 
@@ -164,6 +166,10 @@ def grpc_failure(
     text = details or status
     if CODE in sent:
         return failure_of(sent[CODE], text, sent.get(FIELD) or None, sent.get(RETRY_AFTER))
+    if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        return Failure((UnauthenticatedError if status == "UNAUTHENTICATED" else PermissionDeniedError)(text))
+    if status == "UNAVAILABLE" and "CERTIFICATE_VERIFY_FAILED" in text:
+        return untrusted(target, text)
     if status == "UNAVAILABLE":
         return Failure(ServerUnreachableError(_unreachable(target, text)))
     if status == "DEADLINE_EXCEEDED":
@@ -184,6 +190,17 @@ def unreachable(target: str, cause: Exception, *, timed_out: bool) -> Failure:
     if timed_out:
         return Failure(ServerUnreachableError(_too_late(target)), retry=False)
     return Failure(ServerUnreachableError(_unreachable(target, str(cause) or type(cause).__name__)))
+
+
+def untrusted(target: str, why: str) -> Failure:
+    """The failure of TLS with a server whose certificate no trusted authority has signed; trying again is no use."""
+    return Failure(
+        ServerUnreachableError(
+            f"The certificate of {target} is not trusted: {why}. Name the authority that signed it (ca, or "
+            "PERTURBSCOPE_CA), and check the address and the certificate's dates."
+        ),
+        retry=False,
+    )
 
 
 def _unreachable(target: str, why: str) -> str:
@@ -222,6 +239,8 @@ def _plain_error(path: str, status: int, text: str, hint: str | None) -> Perturb
     said = f"{path} was answered with status {status}{': ' + text if text else ''}."
     if status in {400, 415, 422}:
         return InvalidInputError(said)
+    if status in {401, 403}:
+        return (UnauthenticatedError if status == 401 else PermissionDeniedError)(said)
     if status == 413:
         return LimitExceededError(f"{said} Send fewer cells at a time.")
     if status == 429:

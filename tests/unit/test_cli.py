@@ -218,7 +218,7 @@ def test_a_server_gives_the_same_answers_through_the_same_commands(
 ) -> None:
     asked: list[tuple[str, str | None]] = []
 
-    def remote(address: str, *, model: str | None = None) -> Any:
+    def remote(address: str, *, model: str | None = None, **_: Any) -> Any:
         asked.append((address, model))
         return _backend(tiny_bundle)
 
@@ -227,7 +227,7 @@ def test_a_server_gives_the_same_answers_through_the_same_commands(
     assert cli("score", "in.h5ad", "here.csv", *LABELS, *FAST)[0] == 0
     assert cli("score", "in.h5ad", "http.csv", *LABELS, *FAST, "--server", "http://host:3000")[0] == 0
     assert cli("score", "in.h5ad", "grpc.csv", *LABELS, *FAST, "--grpc", "host:3001", "--model", "tiny")[0] == 0
-    assert asked == [("http://host:3000", None), ("host:3001", "tiny")]
+    assert asked == [("http://host:3000", None), ("grpc://host:3001", "tiny")]
     texts = {(folder / f"{name}.csv").read_text() for name in ("here", "http", "grpc")}
     assert len(texts) == 1
     assert cli("embed", "in.h5ad", "here.h5ad")[0] == 0

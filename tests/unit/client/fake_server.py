@@ -27,6 +27,8 @@ class FakeServer:
         What the next requests meet in place of an answer.
     requests
         All that arrived, decoded.
+    metadata
+        Of each gRPC call.
     change
         Applied to every answer of embed; may raise.
     """
@@ -35,6 +37,7 @@ class FakeServer:
         self.embedder = embedder
         self.failures: list[Any] = []
         self.requests: list[wire.Request] = []
+        self.metadata: list[tuple[tuple[str, str], ...]] = []
         self.change: Callable[[Any], Any] = lambda answer: answer
 
     def answer(self, request: wire.Request) -> Any:
@@ -120,6 +123,7 @@ class _Servicer(PerturbScopeServicer):
         self._server = server
 
     def _serve(self, name: str, message: Any, context: Any) -> Any:
+        self._server.metadata.append(tuple(map(tuple, context.invocation_metadata())))
         try:
             if self._server.failures:
                 raise self._server.failures.pop(0)

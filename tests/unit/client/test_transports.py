@@ -22,9 +22,11 @@ from perturbscope.errors import (
     LimitExceededError,
     NotRawCountsError,
     OverloadedError,
+    PermissionDeniedError,
     PerturbScopeError,
     ServerError,
     ServerUnreachableError,
+    UnauthenticatedError,
     error_classes,
 )
 from perturbscope.results import SCORE_COLUMNS
@@ -57,7 +59,7 @@ def test_every_error_of_the_tree_arrives_as_itself(code: str) -> None:
     from_http = failed(500, {"error": {"code": code, "message": "m", "field": None}})
     from_grpc = grpc_failure("INTERNAL", "m", [("perturbscope-code", code)], "server")
     assert type(from_http.error) is type(from_grpc.error) is error_classes()[code]
-    assert from_http.retry == from_grpc.retry == (code in {"overloaded", "server_unreachable"})
+    assert from_http.retry == from_grpc.retry == (code in {"overloaded", "rate_limited", "server_unreachable"})
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,8 @@ def test_every_error_of_the_tree_arrives_as_itself(code: str) -> None:
     [
         (400, {"error": "1 validation error", "detail": []}, InvalidInputError, False),
         (400, [{"error": "bad"}], InvalidInputError, False),
-        (401, b"", ServerError, False),
+        (401, b"", UnauthenticatedError, False),
+        (403, b"<html>", PermissionDeniedError, False),
         (404, {"detail": "Not Found"}, ServerError, False),
         (413, b"<html>", LimitExceededError, False),
         (429, {"error": "Too many requests"}, OverloadedError, True),
@@ -116,6 +119,9 @@ def test_retry_hints(hint: str, seconds: float) -> None:
         ("RESOURCE_EXHAUSTED", "Received message larger than max (9 vs. 4)", LimitExceededError, False),
         ("RESOURCE_EXHAUSTED", "Concurrent RPC limit exceeded!", OverloadedError, True),
         ("INVALID_ARGUMENT", "no", InvalidInputError, False),
+        ("UNAUTHENTICATED", "no", UnauthenticatedError, False),
+        ("PERMISSION_DENIED", "no", PermissionDeniedError, False),
+        ("UNAVAILABLE", "SSL: CERTIFICATE_VERIFY_FAILED", ServerUnreachableError, False),
         ("UNIMPLEMENTED", "Method not found!", ServerError, False),
         ("CANCELLED", "", ServerError, False),
     ],

@@ -1,0 +1,143 @@
+"""What a client shows of itself, and whom it trusts: API key, authorities, a certificate of its own.
+
+======================================  ================================================================
+environment                             where the argument is left out
+======================================  ================================================================
+``PERTURBSCOPE_API_KEY``                the API key
+``PERTURBSCOPE_API_KEY_FILE``           a file that holds nothing but the API key
+``PERTURBSCOPE_CA``                     file of the authorities (PEM) that are trusted, in place of the system's
+``PERTURBSCOPE_CLIENT_CERTIFICATE``     file of the client's own certificate (PEM), for mutual TLS
+``PERTURBSCOPE_CLIENT_KEY``             file of its private key (PEM)
+======================================  ================================================================
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import ssl
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perturbscope.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    import grpc
+
+KEY, KEY_FILE = "PERTURBSCOPE_API_KEY", "PERTURBSCOPE_API_KEY_FILE"
+CA = "PERTURBSCOPE_CA"
+CERTIFICATE, PRIVATE_KEY = "PERTURBSCOPE_CLIENT_CERTIFICATE", "PERTURBSCOPE_CLIENT_KEY"
+Files = str | Path
+_LONGEST_KEY = 1024
+
+_log = logging.getLogger("perturbscope")
+
+
+def key_headers(api_key: str | None, host: str, *, encrypted: bool) -> dict[str, str]:
+    """The header, or metadata, that shows the key; none where there is no key.
+
+    A key that goes to another machine without TLS can be read on the way, so that is warned of.
+
+    Parameters
+    ----------
+    api_key
+        The key; None: that of the environment; empty: none.
+    host
+        Of the server.
+    encrypted
+        Whether it is reached over TLS.
+
+    Raises
+    ------
+    InvalidParameterError
+        The key, or the file with it, cannot be one. The message never holds the key.
+    """
+    key = _from_environment() if api_key is None else api_key
+    if not key:
+        return {}
+    if len(key) > _LONGEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+        raise InvalidParameterError(
+            "The API key is not one: it has blanks, line breaks or letters outside of ASCII.", field="api_key"
+        )
+    if not encrypted and not is_loopback(host):
+        _log.warning(f"The API key goes to {host} unencrypted; use https:// or grpcs://.")
+    return {"authorization": f"Bearer {key}"}
+
+
+def _from_environment() -> str:
+    if os.environ.get(KEY):
+        return os.environ[KEY].strip()
+    path = os.environ.get(KEY_FILE)
+    return "" if not path else read_text(path, "api_key").strip()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or name means this machine."""
+    bare = host.strip("[]")
+    try:
+        return ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        return bare == "localhost" or bare.endswith(".localhost")
+
+
+def tls_context(ca: Files | None, cert: tuple[Files, Files] | None) -> ssl.SSLContext | None:
+    """For HTTP; None where neither is given, here or by the environment: the system's authorities then.
+
+    Raises
+    ------
+    InvalidParameterError
+        A file is missing, or is no certificate or key.
+    """
+    ca, cert = chosen(ca, cert)
+    if ca is None and cert is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=None if ca is None else str(ca))
+        if cert is not None:
+            context.load_cert_chain(str(cert[0]), str(cert[1]), password=_no_password)
+    except (OSError, ValueError) as error:
+        raise InvalidParameterError(
+            f"TLS cannot be set up with ca={_shown(ca)}, cert={_shown(cert and cert[0])}: {error}. "
+            "Give files in PEM, the key without a password.",
+            field="ca" if cert is None else "cert",
+        ) from error
+    return context
+
+
+def grpc_credentials(ca: Files | None, cert: tuple[Files, Files] | None) -> grpc.ChannelCredentials:
+    """For gRPC. Raises as :func:`tls_context`, which checks the files: grpc itself says nothing of bad ones."""
+    import grpc
+
+    tls_context(ca, cert)
+    ca, cert = chosen(ca, cert)
+    return grpc.ssl_channel_credentials(
+        None if ca is None else Path(ca).read_bytes(),
+        None if cert is None else Path(cert[1]).read_bytes(),
+        None if cert is None else Path(cert[0]).read_bytes(),
+    )
+
+
+def chosen(ca: Files | None, cert: tuple[Files, Files] | None) -> tuple[Files | None, tuple[Files, Files] | None]:
+    """The arguments, or what the environment has in their place."""
+    environ = os.environ
+    if cert is None and environ.get(CERTIFICATE):
+        cert = environ[CERTIFICATE], environ.get(PRIVATE_KEY) or environ[CERTIFICATE]
+    return ca or environ.get(CA) or None, cert
+
+
+def read_text(path: Files, field: str) -> str:
+    """A small text file. Raises InvalidParameterError."""
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not ASCII text"
+        raise InvalidParameterError(f"{path} cannot be read: {reason}.", field=field) from None
+
+
+def _shown(path: Files | None) -> str:
+    return "none" if path is None else str(path)
+
+
+def _no_password() -> str:
+    raise ValueError("the private key has a password")
