@@ -97,6 +97,8 @@ class Call:
         What answered, once that is known.
     method
         Of HTTP.
+    message
+        Of the error, where it quotes nothing that the caller sent.
     trace_id
         Of the trace that it belongs to, here or at the caller's; empty: of none.
     trace
@@ -119,6 +121,7 @@ class Call:
     n_bytes: int = 0
     model_id: str = ""
     method: str = "POST"
+    message: str = ""
     trace_id: str = ""
     trace: tracing.Trace | None = field(default=None, repr=False)
     timings: dict[str, float] = field(default_factory=dict)

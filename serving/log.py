@@ -1,45 +1,183 @@
-"""One line a request, on stderr: what was asked, how large it was, how long each stage took. Never the data."""
+"""The log, on stderr: one line a request, as JSON for machines or as text for a terminal. Never the data.
+
+A line of a request says what was asked, how large it was, who asked (the name of the key), how it ended and how long
+each stage took. What BentoML, uvicorn, gRPC and the rest log comes out in the same form. No line can be forged from
+outside: JSON escapes what is not printable, and in text every line after the first of a message is indented.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import sys
 import time
-from typing import TYPE_CHECKING
+import traceback
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 if TYPE_CHECKING:
     from serving.calls import Call
 
+Format = Literal["auto", "json", "text"]
+Level = Literal["debug", "info", "warning", "error"]
+
 logger = logging.getLogger("perturbscope.serving")
 
+SERVER_FAULTS = frozenset({"UNKNOWN", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
+"""Codes of gRPC that are written at the level error, as the statuses from 500 are."""
+WARNINGS = frozenset({"overloaded", "rate_limited", "deadline_exceeded", "unauthenticated", "permission_denied"})
+"""Codes of errors that are written at the level warning."""
+MAX_MESSAGE = 4_000
+"""Characters of one message; a traceback may be long, and its last lines matter most."""
+MAX_LINE = 200
+"""Characters of one line of a traceback."""
 
-def configure() -> None:
-    """Send the server's log to stderr, and nowhere else; called once at start, not at import."""
-    if logger.handlers:
-        return
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+_SECRET = re.compile(
+    r"psk_[\w-]+|\b(?:bearer|basic)\s+[^\s,;]+|(?:authorization|x-api-key)\W{1,4}[^\s,;'\"]+", re.IGNORECASE
+)
+_LIBRARIES = ("bentoml", "bentoml.serve", "bentoml.access", "uvicorn", "uvicorn.error", "uvicorn.access", "circus")
+"""Loggers that bring handlers of their own."""
+
+
+def configure(form: Format = "auto", level: Level = "info", *, stream: TextIO | None = None) -> None:
+    """Send everything that this process logs to stderr, in one form; called at start, not at import.
+
+    Parameters
+    ----------
+    form
+        ``auto``: text on a terminal, JSON elsewhere.
+    level
+        Of the server's own lines; libraries are heard from warning on, BentoML from info.
+    stream
+        Instead of stderr.
+    """
+    stream = sys.stderr if stream is None else stream
+    text = form == "text" or (form == "auto" and stream.isatty())
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(TextFormatter() if text else JsonFormatter())
+    for name in _LIBRARIES:
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("perturbscope").setLevel(level.upper())
+    logging.captureWarnings(True)
 
 
 def write(call: Call, status: str | int, code: str = "ok") -> None:
     """The line of a finished request; `code` is the error's, if there was one."""
-    stages = "".join(f" {stage}={seconds:.4f}" for stage, seconds in call.timings.items())
-    logger.info(
-        "request=%s route=%s caller=%s cells=%d status=%s code=%s total=%.4f%s",
-        call.id,
-        call.route,
-        call.caller.name or "-",
-        call.cells,
-        status,
-        code,
-        time.perf_counter() - call.started,
-        stages,
-    )
+    fault = status in SERVER_FAULTS if isinstance(status, str) else status >= 500
+    level = logging.WARNING if code in WARNINGS else logging.ERROR if fault else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
+    seconds = time.perf_counter() - call.started
+    fields = {
+        "request_id": call.id,
+        "trace_id": call.trace_id or None,
+        "route": call.route,
+        "transport": call.transport,
+        "caller": call.caller.name or None,
+        "model": call.model_id or None,
+        "cells": call.cells,
+        "tokens": call.tokens,
+        "bytes": call.n_bytes,
+        "status": status,
+        "code": code,
+        "message": call.message or None,
+        "seconds": round(seconds, 6),
+        "stages": {stage: round(spent, 6) for stage, spent in call.timings.items()},
+    }
+    logger.log(level, "%s", _Request(fields), extra={"event": "request", "fields": fields})
+
+
+def event(name: str, /, level: Level = "info", **fields: object) -> None:
+    """A line that is not of one request, such as ``started`` or ``model_loaded``; no fields with data of a caller."""
+    text = " ".join((name, *(f"{key}={value}" for key, value in fields.items() if value is not None)))
+    logger.log(getattr(logging, level.upper()), "%s", text, extra={"event": name, "fields": fields})
 
 
 def bug(call: Call) -> None:
     """The traceback of an unexpected exception; call it in an except block."""
-    logger.exception("request=%s route=%s failed unexpectedly", call.id, call.route)
+    logger.exception(
+        "request=%s route=%s failed unexpectedly",
+        call.id,
+        call.route,
+        extra={"event": "bug", "fields": {"request_id": call.id, "trace_id": call.trace_id or None}},
+    )
+
+
+class _Request:
+    """The fields of a request as text, made only if somebody reads it."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self._fields = fields
+
+    def __str__(self) -> str:
+        found = self._fields
+        parts = [f"request={found['request_id']}"]
+        parts += [f"{name}={found[name] or '-'}" for name in ("route", "caller")]
+        parts += [f"{name}={found[name]}" for name in ("cells", "status", "code")]
+        parts += [f"{name}={found[name]}" for name in ("tokens", "bytes")]
+        parts += [f"{name}={found[name]}" for name in ("model", "trace_id") if found[name]]
+        parts += [f"total={found['seconds']:.4f}", *(f"{k}={v:.4f}" for k, v in found["stages"].items())]
+        return " ".join((*parts, *([f"message={found['message']!r}"] if found["message"] else [])))
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record, its time as RFC 3339 in UTC."""
+        fields = getattr(record, "fields", None)
+        line: dict[str, Any] = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "event": getattr(record, "event", "log"),
+        }
+        if fields is None:
+            line["logger"] = record.name
+        if fields is None or record.exc_info:
+            line["message"] = _clean(record.getMessage())
+        for name, value in (fields or {}).items():
+            if value is not None:
+                line[name] = _clean(value) if isinstance(value, str) else value
+        if record.exc_info:
+            line["traceback"] = _traceback(record)
+        return json.dumps(line, ensure_ascii=True, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """One line a record; more lines, as of a traceback, are indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record, with its time in UTC."""
+        text = _clean(record.getMessage())
+        if record.exc_info:
+            text = f"{text}\n{_traceback(record)}"
+        name = "" if record.name == logger.name else f" {record.name}:"
+        return f"{_time(record)} {record.levelname}{name} " + "\n    ".join(map(_printable, text.split("\n")))
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _traceback(record: logging.LogRecord) -> str:
+    text = "".join(traceback.format_exception(*(record.exc_info or ()))).rstrip("\n")
+    # A line of a traceback that is longer is the message of an exception, which may quote what a caller sent.
+    return _clean("\n".join(line[:MAX_LINE] for line in text.split("\n")), keep_end=True)
+
+
+def _clean(text: str, *, keep_end: bool = False) -> str:
+    """Without keys, and not too long."""
+    text = _SECRET.sub("[redacted]", text)
+    if len(text) <= MAX_MESSAGE:
+        return text
+    return f"[...]{text[-MAX_MESSAGE:]}" if keep_end else f"{text[:MAX_MESSAGE]}[...]"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

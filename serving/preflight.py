@@ -16,6 +16,7 @@ from pathlib import Path
 from perturbscope.bundle import Bundle
 from perturbscope.errors import InvalidParameterError, PerturbScopeError, ProviderUnavailableError
 from serving.settings import PREFIX, Settings
+from serving.telemetry import tracing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,11 +38,12 @@ def check(settings: Settings, *, http: bool = False) -> None:
     ProviderUnavailableError
         The device was asked for and cannot be used.
     InvalidParameterError
-        A port is taken.
+        A port is taken, or traces are to go over another protocol than gRPC.
     """
     for path in settings.bundles:
         Bundle.open(path).graph(settings.variant)
     check_device(settings)
+    tracing.wanted()
     if http:
         check_port(settings.host, settings.http_port, "HTTP_PORT")
     check_port(settings.host, settings.grpc_port, "GRPC_PORT")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perturbscope import wire
-from perturbscope.errors import PerturbScopeError
+from perturbscope.errors import InvalidInputError, LimitExceededError, PerturbScopeError, UnknownModelError
 from perturbscope.seen import Seen
 from serving import log
 from serving.calls import Call
@@ -144,6 +144,9 @@ def explain(error: Exception, call: Call) -> PerturbScopeError:
     caller gets the number under which it stands there.
     """
     if isinstance(error, PerturbScopeError):
+        # Other messages quote what the caller sent, which is none of the log's business.
+        if not isinstance(error, (InvalidInputError, LimitExceededError, UnknownModelError)):
+            call.message = error.message
         return error
     log.bug(call)
     return internal(call.id)

@@ -31,6 +31,11 @@ NAME = "PerturbScope"
 app = build_app()
 
 
+def configure_log(settings: Settings) -> None:
+    """The log as the settings want it; of BentoML's supervisor and of its worker."""
+    log.configure(cast("log.Format", settings.log_format), cast("log.Level", settings.log_level))
+
+
 @bentoml.service(
     name=NAME,
     workers=1,
@@ -50,9 +55,9 @@ class PerturbScope:
         from serving.engine import Engine
         from serving.grpc_server import GrpcServer
 
-        log.configure()
-        tracing.configure()
         self._settings = Settings.from_env()
+        configure_log(self._settings)
+        tracing.configure(scheme="https" if self._settings.tls_certificate else "http")
         self._engine = Engine.load(self._settings)
         app.state.engine = self._engine
         self._server: GrpcServer | None = None
@@ -63,7 +68,9 @@ class PerturbScope:
         """Refuse to start what cannot serve; runs once, before there are workers."""
         from serving import preflight
 
-        preflight.check(Settings.from_env())
+        settings = Settings.from_env()
+        configure_log(settings)
+        preflight.check(settings)
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
@@ -78,14 +85,17 @@ class PerturbScope:
             f"Serving {models} ({self._settings.variant}, {self._settings.device})\n"
         )
         sys.stdout.flush()
+        log.event("started", models=models, variant=self._settings.variant, device=self._settings.device)
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
         """Finish what was accepted on both transports, then stop."""
+        log.event("stopping", requests_in_progress=self._engine.admission.in_progress)
         if self._server is not None:
             await self._server.stop()
         await self._engine.close()
         await asyncio.to_thread(tracing.close)
+        log.event("stopped")
 
     async def __is_ready__(self) -> bool:
         """Whether the models answer; behind /readyz."""

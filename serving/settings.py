@@ -10,6 +10,7 @@ from typing import get_args
 
 from perturbscope.encoder import Device
 from perturbscope.errors import InvalidParameterError
+from serving.log import Format, Level
 
 PREFIX = "PERTURBSCOPE_"
 DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "default"
@@ -81,12 +82,21 @@ class Settings:
     """Score requests that are computed at a time."""
     shutdown_grace: int = 30
     """Seconds that requests in progress are given at shutdown."""
+    log_format: str = "auto"
+    """json, text, or auto: text on a terminal, JSON elsewhere."""
+    log_level: str = "info"
+    """debug, info, warning, error: the least that is logged."""
 
     def __post_init__(self) -> None:
         if self.device not in get_args(Device):
             raise InvalidParameterError(
                 f"{PREFIX}DEVICE is {self.device!r}; it must be one of {', '.join(get_args(Device))}.", field="device"
             )
+        for name, allowed in (("log_format", get_args(Format)), ("log_level", get_args(Level))):
+            if getattr(self, name) not in allowed:
+                raise InvalidParameterError(
+                    f"{_variable(name)} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.", field=name
+                )
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, int) and value < (0 if item.name == "threads" else 1):

@@ -51,14 +51,11 @@ class _State:
 
     provider: TracerProvider | None = None
     tracer: Tracer | None = None
+    scheme = "http"
 
 
-def configure(environ: Mapping[str, str] | None = None) -> bool:
-    """Export traces if the environment says where to.
-
-    Returns
-    -------
-    Whether it does.
+def wanted(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the environment says where to export traces to.
 
     Raises
     ------
@@ -76,6 +73,25 @@ def configure(environ: Mapping[str, str] | None = None) -> bool:
                 "collector's gRPC port, usually 4317.",
                 field=name,
             )
+    return True
+
+
+def configure(environ: Mapping[str, str] | None = None, *, scheme: str = "http") -> bool:
+    """Export traces if that is wanted; see :func:`wanted`, also for errors.
+
+    Parameters
+    ----------
+    environ
+        Instead of this process's.
+    scheme
+        That the HTTP server is reached by.
+
+    Returns
+    -------
+    Whether it is.
+    """
+    if not wanted(environ):
+        return False
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -84,6 +100,7 @@ def configure(environ: Mapping[str, str] | None = None) -> bool:
     ours = Resource.create({"service.name": SERVICE, "service.version": __version__})
     provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    _State.scheme = scheme
     use(provider)
     return True
 
@@ -285,5 +302,5 @@ def _name(call: Call) -> str:
 def _attributes(call: Call) -> dict[str, AttributeValue]:
     found: dict[str, AttributeValue] = {"perturbscope.request_id": call.id}
     if call.transport == "http":
-        return {**found, "http.request.method": call.method, "http.route": call.route, "url.scheme": "http"}
+        return {**found, "http.request.method": call.method, "http.route": call.route, "url.scheme": _State.scheme}
     return {**found, "rpc.system.name": "grpc", "rpc.method": call.route}
