@@ -23,6 +23,7 @@ import bentoml
 
 from serving import log
 from serving.http import build_app
+from serving.security import start
 from serving.security.middleware import KeyMiddleware
 from serving.settings import Settings
 from serving.telemetry import tracing
@@ -79,6 +80,8 @@ class PerturbScope:
 
         self._server = GrpcServer(self._engine, host=self._settings.host, port=self._settings.grpc_port)
         port = await self._server.start()
+        for warning in start.warnings(self._settings):
+            log.logger.warning(warning)
         models = ", ".join(model.model_id for model in self._engine.models().models)
         sys.stdout.write(
             f"HTTP on {_http_address(self._settings)}, gRPC on {self._settings.host}:{port}\n"

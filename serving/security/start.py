@@ -1,0 +1,52 @@
+"""What is looked at before a server starts: are its keys and certificates usable, and is anything left open."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import stat
+from pathlib import Path
+
+from serving.security import tls
+from serving.security.keys import read_keys
+from serving.settings import PREFIX, Settings
+
+
+def check(settings: Settings) -> None:
+    """Refuse keys and certificates that cannot be used. Raises InvalidParameterError."""
+    if settings.keys:
+        read_keys(Path(settings.keys))
+    tls.check(settings)
+
+
+def warnings(settings: Settings) -> list[str]:
+    """What an operator should know, and probably did not mean."""
+    found = []
+    if not settings.keys and not _is_loopback(settings.host):
+        found.append(
+            f"Everyone who reaches {settings.host} may use this server: no API keys are set. Make some with python -m "
+            f"serving.keys add, and set {PREFIX}KEYS; or set {PREFIX}HOST=127.0.0.1."
+        )
+    if settings.keys and not settings.tls_certificate and not _is_loopback(settings.host):
+        found.append(
+            f"API keys travel unencrypted to {settings.host}: set {PREFIX}TLS_CERTIFICATE and {PREFIX}TLS_KEY, or let "
+            "a proxy on this machine end TLS."
+        )
+    for name, path in (("KEYS", settings.keys), ("TLS_KEY", settings.tls_key)):
+        if path and _mode(path) & (stat.S_IWGRP | stat.S_IWOTH | (stat.S_IROTH if name == "TLS_KEY" else 0)):
+            found.append(f"Others may change or read {path} ({PREFIX}{name}): chmod 600 {path}.")
+    return found
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _mode(path: str) -> int:
+    try:
+        return os.stat(path).st_mode  # noqa: PTH116  a file of Kubernetes is a link that changes
+    except OSError:
+        return 0
