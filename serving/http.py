@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import math
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive
 
 from perturbscope import __version__, wire
-from perturbscope.errors import OverloadedError, PerturbScopeError
+from perturbscope.errors import InvalidParameterError
 from serving import openapi, schemas
 from serving.bodies import LimitedBody, read_request
 from serving.calls import REQUEST_ID, Call
+from serving.edge import answered, error_body, while_connected
 from serving.engine import Engine
+from serving.limits import Held
+from serving.openinference.http import add_routes
 from serving.pages import PAGE_HEADERS, screen_page
 from serving.reports import HTML
-from serving.routes import COLUMNS, COMPARE, EMBED, REPORT, SCORE, Route, add_seen, add_warnings, describe, explain
-from serving.status import status_of
+from serving.routes import COLUMNS, COMPARE, EMBED, REPORT, SCORE, Route, add_seen, add_warnings, describe
 from serving.telemetry.states import metrics_page
-
-T = TypeVar("T")
-CLIENT_GONE = 499
-"""Written to the log only: nobody is there to read it."""
 
 
 def build_app() -> FastAPI:
@@ -63,7 +56,7 @@ def build_app() -> FastAPI:
         summary="The models that are served; the first is the default.",
         name="models",
         response_class=Response,
-        responses={200: {"model": schemas.ModelsAnswer}},
+        responses={200: {"model": schemas.ModelsAnswer}, **openapi.refusals((401, 403, 422, 429, 500, 504))},
     )
     for route, file_body, described, what in (
         (
@@ -86,7 +79,10 @@ def build_app() -> FastAPI:
         )
     app.add_api_route("/metrics", metrics_page, include_in_schema=False, response_class=Response)
     app.add_api_route("/", _screen, methods=["GET"], include_in_schema=False, response_class=Response)
+    add_routes(app)
     app.add_exception_handler(HTTPException, _refused)
+    app.router.redirect_slashes = False
+    app.openapi = lambda: openapi.document(app, keys=bool(app.state.engine.settings.keys))  # type: ignore[method-assign]
     return app
 
 
@@ -98,36 +94,32 @@ def _endpoint(route: Route) -> Callable[[Request], Awaitable[Response]]:
 
 
 async def _answer(request: Request, route: Route) -> Response:
-    """Read, call, encode; whatever goes wrong becomes an error answer and a line in the log."""
+    """Read, call, encode."""
     engine: Engine = request.app.state.engine
-    call = Call.begin(route.path, "http", request.headers, peer=request.client.host if request.client else "")
-    code = "ok"
-    try:
-        async with engine.front.admitted(call) as hold:
-            upload = await read_request(LimitedBody(request, engine, hold, call), route, engine)
-            describe(call, upload.request)
-            answer = await while_connected(request, route.call(engine, upload.request, call))
-            answer = add_warnings(answer, upload.warnings)
-            answer = add_seen(answer, engine.seen(upload.request, upload.file, call))
-            accepted = request.headers.get("accept", "")
-            wants_arrow = wire.ARROW in route.encode and wire.ARROW in accepted
-            media_type = wire.ARROW if wants_arrow else next(iter(route.encode))
-            with call.stage("encode"):
-                body = await engine.work(route.encode[media_type], answer)
-        response = Response(body, headers=PAGE_HEADERS if media_type == HTML else None, media_type=media_type)
-    except ClientDisconnect:
-        code, response = "client_gone", Response(status_code=CLIENT_GONE)
-    except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
-        told = explain(error, call)
-        code, response = told.code, error_response(told)
-    response.headers[REQUEST_ID] = call.id
-    call.finish(response.status_code, code)
-    return response
+
+    async def read_and_answer(call: Call, hold: Held) -> Response:
+        upload = await read_request(LimitedBody(request, engine, hold, call), route, engine)
+        describe(call, upload.request)
+        answer = await while_connected(request, route.call(engine, upload.request, call))
+        answer = add_warnings(answer, upload.warnings)
+        answer = add_seen(answer, engine.seen(upload.request, upload.file, call))
+        accepted = request.headers.get("accept", "")
+        wants_arrow = wire.ARROW in route.encode and wire.ARROW in accepted
+        media_type = wire.ARROW if wants_arrow else next(iter(route.encode))
+        with call.stage("encode"):
+            body = await engine.work(route.encode[media_type], answer)
+        return Response(body, headers=PAGE_HEADERS if media_type == HTML else None, media_type=media_type)
+
+    return await answered(request, route.path, read_and_answer)
 
 
 async def _models(request: Request) -> Response:
     engine: Engine = request.app.state.engine
-    return Response(wire.models_answer_to_json(engine.models()), media_type=wire.JSON)
+
+    async def list_models(call: Call, hold: Held) -> Response:
+        return Response(wire.models_answer_to_json(engine.models()), media_type=wire.JSON)
+
+    return await answered(request, "/v1/models", list_models)
 
 
 async def _screen(request: Request) -> Response:
@@ -136,36 +128,20 @@ async def _screen(request: Request) -> Response:
     return Response(screen_page(engine.settings), headers=PAGE_HEADERS, media_type=HTML)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    """What the framework itself refuses: an unknown path, a wrong method."""
+async def _refused(request: Request, error: Exception) -> Response:
+    """What the framework itself refuses: an unknown path, a wrong method. Says what OPTIONS asks for."""
     assert isinstance(error, HTTPException)  # noqa: S101  registered for nothing else
-    body = {"error": {"code": "invalid_parameter", "message": str(error.detail), "field": None}}
-    return Response(json.dumps(body), error.status_code, error.headers, media_type=wire.JSON)
-
-
-def error_response(error: PerturbScopeError) -> Response:
-    """The answer that tells of an error."""
-    headers = {}
-    if isinstance(error, OverloadedError):
-        headers["retry-after"] = str(math.ceil(error.retry_after))
-    return Response(wire.error_to_json(error), status_of(error).http, headers, media_type=wire.JSON)
-
-
-async def while_connected(request: Request, work: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away: its cells then cost nothing more."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request.receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        for other in (task, gone):
-            other.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    # The path may be anything, so the log has one name for all of them.
+    call = Call.begin("/", "http", request.headers, peer=request.client.host if request.client else "")
+    headers = {**(error.headers or {}), REQUEST_ID: call.id}
+    if error.status_code == 405 and request.method == "OPTIONS":
+        call.finish(204)
+        return Response(status_code=204, headers=headers)
+    path = request.url.path
+    message = {
+        404: f"There is nothing at {path[:200]!r}. See /v1/openapi.json for what there is.",
+        405: f"{request.method[:20]} is not what {path[:200]!r} takes, but {headers.get('Allow')}.",
+    }.get(error.status_code, str(error.detail))
+    told = InvalidParameterError(message)
+    call.finish(error.status_code, told.code)
+    return Response(error_body(told, path), error.status_code, headers, media_type=wire.JSON)

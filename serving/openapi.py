@@ -2,46 +2,117 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 
 from perturbscope import wire
 from serving import schemas
 from serving.bodies import MULTIPART
+from serving.calls import REQUEST_ID, TIMEOUT
 from serving.routes import Route
+from serving.security.middleware import OPEN
 from serving.uploads import PARAMETERS
+
+BINARY = {"type": "string", "format": "binary"}
+_TEXTS = {
+    401: "This server asks for an API key, and none came that it knows.",
+    403: "The API key is good, but not for this.",
+    404: "No such model.",
+    413: "Larger than this server takes, or the body did not arrive in time.",
+    415: "A content type that is not understood.",
+    422: "The input cannot be used; the message says why and what to do.",
+    429: "The queue is full, or the caller has had its share; Retry-After says when to come back.",
+    500: "The server failed.",
+    504: "The time that the caller allowed is over, or would be before the answer is there.",
+}
+_OPERATIONS = {"get", "post"}
+_HEADERS = {
+    REQUEST_ID: {"description": "The caller's id of the request, or a new one.", "schema": {"type": "string"}},
+    "retry-after": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}},
+    "www-authenticate": {"description": "How to authenticate.", "schema": {"type": "string"}},
+}
+_REQUEST_HEADERS = [
+    {
+        "name": REQUEST_ID,
+        "in": "header",
+        "required": False,
+        "description": "An id that is sent back and logged, if it is of 1 to 64 letters, digits and _ . : -",
+        "schema": {"type": "string"},
+    },
+    {
+        "name": TIMEOUT,
+        "in": "header",
+        "required": False,
+        "description": "Seconds that the caller will wait; the work ends with them.",
+        "schema": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e9},
+    },
+]
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
+    "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "An API key."},
+}
+
+
+def document(app: FastAPI, *, keys: bool) -> dict[str, Any]:
+    """The whole document.
+
+    Parameters
+    ----------
+    app
+        Its routes.
+    keys
+        Whether this server asks for API keys.
+    """
+    found = get_openapi(
+        title=app.title, version=app.version, summary=app.summary, description=app.description, routes=app.routes
+    )
+    found["components"]["securitySchemes"] = _SCHEMES
+    for path, operations in found["paths"].items():
+        for operation in (operations[name] for name in _OPERATIONS & operations.keys()):
+            if path in OPEN:
+                continue
+            operation.setdefault("parameters", []).extend(_REQUEST_HEADERS)
+            # Without keys everyone may come in, and nothing is looked at.
+            operation["security"] = [{name: []} for name in _SCHEMES] if keys else [{}]
+            for status, answer in operation["responses"].items():
+                headers = answer.setdefault("headers", {})
+                headers[REQUEST_ID] = {**_HEADERS[REQUEST_ID], "required": True}
+                for name, of in (("retry-after", "429"), ("www-authenticate", "401")):
+                    if status == of:
+                        headers[name] = {**_HEADERS[name], "required": True}
+    return found
 
 
 def responses(answer: type[Any]) -> dict[int | str, dict[str, Any]]:
-    """What a route may answer, for the OpenAPI document."""
-    arrow = {"schema": {"type": "string", "format": "binary"}}
+    """What a route may answer that embeds cells."""
+    arrow = {"schema": BINARY}
     return {200: {"model": answer, "description": "The answer.", "content": {wire.ARROW: arrow}}, **refusals()}
 
 
-def refusals() -> dict[int | str, dict[str, Any]]:
-    """What every route may answer in place of what was asked for."""
-    texts = {
-        404: "No such model.",
-        413: "Larger than this server takes.",
-        422: "The input cannot be used; the message says why and what to do.",
-        429: "The queue is full; Retry-After says when to come back.",
-        500: "The server failed.",
-    }
-    return {status: {"model": schemas.ErrorAnswer, "description": text} for status, text in texts.items()}
+def refusals(
+    statuses: Iterable[int] = _TEXTS, model: type[Any] = schemas.ErrorAnswer
+) -> dict[int | str, dict[str, Any]]:
+    """What a route may answer in place of what was asked for."""
+    return {status: {"model": model, "description": _TEXTS[status]} for status in sorted(statuses)}
 
 
 def request_body(route: Route, body: type[Any] | None) -> dict[str, Any]:
-    """What a route takes, for the OpenAPI document."""
-    binary = {"type": "string", "format": "binary"}
+    """What a route takes."""
     parameters = PARAMETERS[route.name]
-    form = {"file": {**binary, "description": "An .h5ad file."}} | {
+    form = {"file": {**BINARY, "description": "An .h5ad file."}} | {
         name: {"type": "string", "description": text} for name, text in parameters.items()
     }
+    json_body = {"schema": schemas.inlined(body), "example": schemas.EXAMPLES[body.__name__]} if body else None
     return {
         "requestBody": {
             "required": True,
             "content": {
-                **({wire.JSON: {"schema": schemas.inlined(body)}, wire.ARROW: {"schema": binary}} if body else {}),
-                wire.HDF5: {"schema": binary},
+                **({wire.JSON: json_body, wire.ARROW: {"schema": BINARY}} if json_body else {}),
+                wire.HDF5: {"schema": BINARY},
+                "application/octet-stream": {"schema": BINARY},
                 MULTIPART: {"schema": {"type": "object", "properties": form, "required": ["file"]}},
             },
         },

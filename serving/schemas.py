@@ -6,7 +6,7 @@ test holds real answers against them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -17,46 +17,51 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+_Name = Annotated[str, Field(max_length=512)]
+_Index = Annotated[int, Field(ge=0, lt=2**63)]
+_Count = Annotated[int, Field(ge=0, description="A whole number; 1.0 is one.")]
+
+
 class Cells(_Body):
     """Raw counts, cells x genes, as the three arrays of a CSR matrix."""
 
-    gene_ids: list[str] = Field(description="Ensembl id or symbol of each column.")
-    indptr: list[int] = Field(description="Where each cell's values start; number of cells + 1.")
-    indices: list[int] = Field(description="Column of each value.")
-    data: list[float] = Field(description="The raw counts.")
-    total_counts: list[float] | None = Field(
+    gene_ids: list[_Name] = Field(description="Ensembl id or symbol of each column.", min_length=1)
+    indptr: list[_Index] = Field(description="Where each cell's values start; number of cells + 1.", min_length=2)
+    indices: list[_Index] = Field(description="Column of each value.")
+    data: list[_Count] = Field(description="The raw counts.")
+    total_counts: list[Annotated[float, Field(ge=0)]] | None = Field(
         None, description="Total counts of each cell over all measured genes, where the matrix holds only some of them."
     )
-    first_row: int = Field(0, description="Row of the first cell in the caller's file; for messages only.")
+    first_row: _Index = Field(0, description="Row of the first cell in the caller's file; for messages only.")
 
 
 class EmbedBody(_Body):
     """Cells to embed."""
 
     cells: Cells
-    model: str | None = Field(None, description="Name of a model; the server's first one by default.")
+    model: _Name | None = Field(None, description="Name of a model; the server's first one by default.")
 
 
 class _Labelled(_Body):
     cells: Cells | None = Field(None, description="Raw counts; this or embeddings.")
     embeddings: list[list[float]] | None = Field(None, description="Vectors that the caller has; this or cells.")
-    perturbations: list[str] = Field(description="Label of each cell.")
-    batches: list[str] | None = Field(None, description="Batch of each cell; labels are permuted within batches.")
+    perturbations: list[_Name] = Field(description="Label of each cell.", min_length=1)
+    batches: list[_Name] | None = Field(None, description="Batch of each cell; labels are permuted within batches.")
     options: dict[str, Any] | None = Field(None, description="Options of scoring; see the schema ScoreOptions.")
-    model: str | None = Field(None, description="Name of a model; the server's first one by default.")
+    model: _Name | None = Field(None, description="Name of a model; the server's first one by default.")
 
 
 class ScoreBody(_Labelled):
     """Cells, or embeddings, with their perturbations."""
 
-    control: str = Field(description="The label of control cells.")
+    control: _Name = Field(description="The label of control cells.")
 
 
 class CompareBody(_Labelled):
     """Cells, or embeddings, with their perturbations."""
 
-    control: str | None = Field(None, description="The label of control cells, which all pairs leave out.")
-    pairs: list[tuple[str, str]] | None = Field(None, description="Which to compare; all pairs by default.")
+    control: _Name | None = Field(None, description="The label of control cells, which all pairs leave out.")
+    pairs: list[tuple[_Name, _Name]] | None = Field(None, description="Which to compare; all pairs by default.")
 
 
 class Coverage(_Body):
@@ -201,6 +206,27 @@ class ErrorAnswer(_Body):
     """The body of every answer that is not 2xx."""
 
     error: Error
+
+
+_LABELLED = {
+    "embeddings": [[1.0, 0.0], [0.9, 0.1], [1.0, 0.2], [0.1, 1.0], [0.0, 0.9], [0.2, 1.0]],
+    "perturbations": ["control", "control", "control", "STAT1", "STAT1", "STAT1"],
+    "control": "control",
+    "options": {"min_cells": 3, "permutations": 19},
+}
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "EmbedBody": {
+        "cells": {
+            "gene_ids": ["ENSG00000115415", "ENSG00000168610", "IRF1"],
+            "indptr": [0, 3, 5],
+            "indices": [0, 1, 2, 0, 2],
+            "data": [4, 1, 2, 7, 1],
+        }
+    },
+    "ScoreBody": _LABELLED,
+    "CompareBody": _LABELLED | {"pairs": [["STAT1", "control"]]},
+}
+"""A body that is answered, by the name of its class."""
 
 
 def inlined(model: type[BaseModel]) -> dict[str, Any]:

@@ -73,7 +73,5 @@ class Statistics:
             "last_inference": counted.last,
             "inference_count": counted.cells,
             "execution_count": counted.success.count,
-            "inference_stats": {
-                name: getattr(counted, name).told() for name in ("success", "fail", *STAGES)
-            },
+            "inference_stats": {name: getattr(counted, name).told() for name in ("success", "fail", *STAGES)},
         }

@@ -48,11 +48,11 @@ class KeyMiddleware:
             if scope["type"] != "http":
                 await send({"type": "websocket.close", "code": 1008})
                 return
-            from serving.http import error_response
+            from serving.edge import error_response
 
             # The path may be anything, so the log has one name for all of them.
             call = Call.begin("/", "http", headers, peer=peer)
-            response = error_response(error)
+            response = error_response(error, scope["path"])
             response.headers[REQUEST_ID] = call.id
             call.finish(response.status_code, error.code)
             await response(scope, receive, send)

@@ -1,0 +1,62 @@
+"""What the protocol tells of the server and of its models.
+
+Objects as they stand in JSON; their names are those of the messages, so that gRPC is filled from the same objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from perturbscope import __version__
+from perturbscope.encoder import OUTPUT
+from perturbscope.families import InputSpec
+from perturbscope.wire.messages import ModelInfo
+from serving.models import ServedModel
+from serving.openinference.tensors import MASK, PROTOCOL_NAMES
+from serving.settings import Settings
+
+EXTENSIONS = ("binary_tensor_data", "model_repository", "model_configuration", "statistics")
+PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
+
+
+def server() -> dict[str, Any]:
+    """Name, version, extensions."""
+    return {"name": "perturbscope", "version": __version__, "extensions": list(EXTENSIONS)}
+
+
+def metadata(model: ServedModel, served: tuple[ModelInfo, ...]) -> dict[str, Any]:
+    """The tensors of a model, [batch, length, ...] and [batch, width]; -1 where any size will do."""
+    return {
+        "name": model.info.name,
+        "versions": [info.version for info in served if info.name == model.info.name],
+        "platform": PLATFORM,
+        "inputs": [
+            {"name": spec.name, "datatype": PROTOCOL_NAMES[spec.dtype], "shape": [-1, -1, *spec.trailing]}
+            for spec in _inputs(model)
+        ],
+        "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, model.embedder.width]}],
+    }
+
+
+def configuration(model: ServedModel, settings: Settings) -> dict[str, Any]:
+    """The same in Triton's terms: no batch axis, and types with a prefix."""
+    return {
+        "name": model.info.name,
+        "platform": PLATFORM,
+        "backend": BACKEND,
+        "max_batch_size": min(settings.max_cells, 2**31 - 1),
+        "input": [
+            {"name": spec.name, "data_type": f"TYPE_{PROTOCOL_NAMES[spec.dtype]}", "dims": [-1, *spec.trailing]}
+            for spec in _inputs(model)
+        ],
+        "output": [{"name": OUTPUT, "data_type": "TYPE_FP32", "dims": [model.embedder.width]}],
+    }
+
+
+def index(served: tuple[ModelInfo, ...]) -> list[dict[str, str]]:
+    """The models of the repository that are loaded."""
+    return [{"name": info.name, "version": info.version, "state": "READY", "reason": ""} for info in served]
+
+
+def _inputs(model: ServedModel) -> tuple[InputSpec, ...]:
+    return (*model.embedder.family.inputs, InputSpec(MASK, "int64", 0, n_values=2))

@@ -1,0 +1,158 @@
+"""The protocol over HTTP."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from perturbscope import wire
+from perturbscope.wire import fields as check
+from serving.bodies import LimitedBody
+from serving.calls import Call, Right
+from serving.edge import answered, while_connected
+from serving.engine import Engine
+from serving.limits import Held
+from serving.openinference import describe, documents, repository
+from serving.openinference.inference import infer
+from serving.openinference.json_codec import JSON_LENGTH, answer_to_body, request_from_body
+
+Endpoint = Callable[[Request, Engine, Call, Held], Awaitable[Any]]
+"""Makes an answer's object, or the answer itself."""
+
+
+def add_routes(app: FastAPI) -> None:
+    """Add the routes of the protocol to an application whose ``state.engine`` will be set."""
+    for path, probe, answer, what in (
+        ("/v2/health/live", _live, documents.Liveness, "Whether the process answers."),
+        ("/v2/health/ready", _ready, documents.Readiness, "Whether every model answers."),
+    ):
+        described = documents.probe(what, answer, may_fail=probe is _ready)
+        app.add_api_route(path, probe, methods=["GET"], name=path, response_class=Response, **described)
+    get = functools.partial(_add, app, "GET")
+    post = functools.partial(_add, app, "POST")
+    get("/v2", _server, "What server this is.", documents.ServerDescription)
+    get("/v2/models/stats", _all_statistics, "What was asked of the models.", documents.CountedModels)
+    for where in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+        get(where, _metadata, "The tensors that a model takes and gives.", documents.ModelDescription)
+        get(f"{where}/ready", _model_ready, "Whether a model answers.", documents.ModelReadiness)
+        get(f"{where}/config", _configuration, "The tensors of a model, for Triton.", documents.ModelConfiguration)
+        get(f"{where}/stats", _statistics, "What was asked of a model.", documents.CountedModels)
+        post(f"{where}/infer", _infer, "Vectors of tokens.", documents.Inferred, body=documents.infer_body())
+    models = documents.repository_body("ready")
+    post("/v2/repository/index", _index, "The models that are loaded.", list[documents.IndexedModel], body=models)
+    changed = documents.repository_body("parameters")
+    for end, endpoint, what in (("load", _load, "Load a model."), ("unload", _unload, "Unload a model.")):
+        path = f"/v2/repository/models/{{name}}/{end}"
+        post(path, endpoint, what, documents.Done, body=changed, right="admin")
+
+
+def _add(
+    app: FastAPI,
+    method: str,
+    path: str,
+    endpoint: Endpoint,
+    summary: str,
+    answer: Any,
+    *,
+    body: dict[str, Any] | None = None,
+    right: Right = "infer",
+) -> None:
+    async def route(request: Request) -> Response:
+        async def work(call: Call, hold: Held) -> Response:
+            found = await endpoint(request, request.app.state.engine, call, hold)
+            return found if isinstance(found, Response) else _json(found)
+
+        return await answered(request, path, work, right=right)
+
+    described = documents.operation(path, summary, answer, body=body)
+    app.add_api_route(path, route, methods=[method], name=path, response_class=Response, **described)
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(json.dumps(value, allow_nan=False), status, media_type=wire.JSON)
+
+
+def _named(request: Request) -> tuple[str, str | None]:
+    """Name and version in the path."""
+    return request.path_params["name"], request.path_params.get("version")
+
+
+async def _live(request: Request) -> Response:
+    """Whether the process answers: it does."""
+    return _json({"live": True})
+
+
+async def _ready(request: Request) -> Response:
+    """Whether every model answers."""
+    engine: Engine = request.app.state.engine
+    ready = await engine.ready()
+    return _json({"ready": ready}, 200 if ready else 503)
+
+
+async def _server(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
+    return describe.server()
+
+
+async def _metadata(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
+    with engine.registry.lease(*_named(request)) as model:
+        return describe.metadata(model, engine.registry.infos())
+
+
+async def _model_ready(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
+    with engine.registry.lease(*_named(request)) as model:
+        return _json({"name": model.info.name, "ready": model.verified}, 200 if model.verified else 503)
+
+
+async def _configuration(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
+    with engine.registry.lease(*_named(request)) as model:
+        return describe.configuration(model, engine.settings)
+
+
+async def _all_statistics(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
+    return engine.token_statistics.told(engine.registry.infos())
+
+
+async def _statistics(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
+    with engine.registry.lease(*_named(request)) as model:
+        return engine.token_statistics.told((model.info,))
+
+
+async def _infer(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
+    name, version = _named(request)
+    with engine.registry.lease(name, version):  # an unknown model should not cost the reading of a body
+        pass
+    body = await LimitedBody(request, engine, hold).body()
+    json_length = request.headers.get(JSON_LENGTH)
+    answer = await while_connected(
+        request, infer(engine, name, version or "", lambda: request_from_body(body, json_length), call)
+    )
+    content, headers = await engine.work(answer_to_body, answer)
+    return Response(content, headers=headers)
+
+
+async def _index(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
+    # Every model that is listed is ready, so the field "ready" changes nothing; it is checked all the same.
+    await _object(request, engine, hold)
+    return describe.index(engine.registry.infos())
+
+
+async def _load(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
+    body = await _object(request, engine, hold)
+    await repository.load(engine, request.path_params["name"], body.get("parameters") or {})
+    return {}
+
+
+async def _unload(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
+    body = await _object(request, engine, hold)
+    await repository.unload(engine, request.path_params["name"], body.get("parameters") or {})
+    return {}
+
+
+async def _object(request: Request, engine: Engine, hold: Held) -> dict[str, Any]:
+    """The body: an object, or nothing."""
+    body = await LimitedBody(request, engine, hold).body()
+    return check.mapping(check.parse_json(body), "body", optional=["parameters", "ready"]) if body else {}

@@ -1,0 +1,299 @@
+"""Tensors of a caller, checked, and turned into tokens.
+
+Everything here works on numpy arrays and plain numbers; :mod:`.json_codec` and :mod:`.proto_codec` bring them. A shape
+is only a claim, so nothing is allocated by it: first it must agree with the bytes that are there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.encoder import OUTPUT
+from perturbscope.errors import EmptyCellError, InvalidParameterError, LimitExceededError, MalformedMatrixError
+from perturbscope.families import Family, InputSpec, TokenizedCells
+from perturbscope.genes import GeneCoverage
+from perturbscope.wire.fields import printable
+from serving.limits import check_shape
+from serving.settings import Settings
+
+MASK = "attention_mask"
+DTYPES: dict[str, str] = {"INT32": "<i4", "INT64": "<i8", "FP32": "<f4"}
+"""Types that an input may come in, as numpy names them."""
+PROTOCOL_NAMES = {"int64": "INT64", "int32": "INT32", "float32": "FP32"}
+"""What the protocol calls the types of a graph's inputs."""
+_TAKEN = {"INT64": ("INT64", "INT32"), "INT32": ("INT32", "INT64"), "FP32": ("FP32",)}
+"""Types that are taken for an input: those that lose nothing, once the range is checked."""
+MAX_INPUTS = 16
+"""Tensors of one request; a family has one or two."""
+REFUSED = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout")
+"""Parameters of Triton that would change what a request means, and that this server does not have."""
+_REFUSED_OF_TENSORS = ("shared_memory_region", "shared_memory_byte_size", "shared_memory_offset", "classification")
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """An input as it came: its type and bytes agree with its shape, and nothing more is known.
+
+    Attributes
+    ----------
+    datatype
+        As the caller called it; a key of `DTYPES`.
+    values
+        In the caller's shape.
+    """
+
+    datatype: str
+    values: NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class InferRequest:
+    """Tokens to be embedded.
+
+    Attributes
+    ----------
+    inputs
+        By name.
+    outputs
+        Which are wanted, and whether as bytes; empty: all of them.
+    id
+        The caller's name for the request; sent back.
+    binary
+        Whether outputs that do not say so are wanted as bytes.
+    """
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, bool | None] = field(default_factory=dict)
+    id: str = ""
+    binary: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.outputs:
+            if name != OUTPUT:
+                raise InvalidParameterError(
+                    f"The model has no output {shown_name(name)}; it has {OUTPUT!r}.", field=printable(name)
+                )
+
+    @property
+    def wants_bytes(self) -> bool:
+        """Whether the answer's tensor is wanted as bytes."""
+        chosen = self.outputs.get(OUTPUT)
+        return self.binary if chosen is None else chosen
+
+
+@dataclass(frozen=True, eq=False)
+class InferAnswer:
+    """Vectors of a request's cells.
+
+    Attributes
+    ----------
+    name, version
+        Of the model.
+    id
+        That of the request.
+    values
+        float32 [cells, width].
+    wants_bytes
+        As the request had it.
+    """
+
+    name: str
+    version: str
+    id: str
+    values: NDArray[np.float32]
+    wants_bytes: bool = True
+
+
+def shown_name(name: str) -> str:
+    """A caller's name for a message."""
+    return repr(printable(name))
+
+
+def checked_shape(name: str, datatype: str, shape: Sequence[Any]) -> tuple[int, ...]:
+    """The shape of an input, all of its sizes positive.
+
+    Raises
+    ------
+    MalformedMatrixError
+        Names the input: a type that is not taken, a size below one or one that no array can have.
+    """
+    if datatype not in DTYPES:
+        raise MalformedMatrixError(
+            f"The input {shown_name(name)} has the datatype {shown_name(datatype)}; {', '.join(DTYPES)} are taken.",
+            field=printable(name),
+        )
+    sizes = tuple(shape)
+    if not sizes or any(type(size) is not int or not 0 < size < 2**31 for size in sizes):
+        told = printable(str(list(sizes[:8])))
+        raise MalformedMatrixError(
+            f"The input {shown_name(name)} has the shape {told}; every size must be an integer from 1 on.",
+            field=printable(name),
+        )
+    return sizes
+
+
+def tensor_of_bytes(name: str, datatype: str, shape: Sequence[Any], raw: bytes | memoryview) -> Tensor:
+    """A tensor of little-endian bytes, row by row; not copied. Raises :class:`MalformedMatrixError`."""
+    sizes = checked_shape(name, datatype, shape)
+    dtype = np.dtype(DTYPES[datatype])
+    needed = math.prod(sizes) * dtype.itemsize
+    if len(raw) != needed:
+        raise MalformedMatrixError(
+            f"The input {shown_name(name)} has {len(raw):,} bytes; its shape {list(sizes)} of {datatype} needs "
+            f"{needed:,}.",
+            field=printable(name),
+        )
+    return Tensor(datatype, np.frombuffer(raw, dtype).reshape(sizes))
+
+
+def tensor_of_values(name: str, datatype: str, shape: Sequence[Any], values: NDArray[Any]) -> Tensor:
+    """A tensor of numbers, flat, row by row. Raises :class:`MalformedMatrixError`."""
+    sizes = checked_shape(name, datatype, shape)
+    if len(values) != math.prod(sizes):
+        raise MalformedMatrixError(
+            f"The input {shown_name(name)} has {len(values):,} values; its shape {list(sizes)} needs "
+            f"{math.prod(sizes):,}.",
+            field=printable(name),
+        )
+    dtype = np.dtype(DTYPES[datatype])
+    if dtype.kind == "i":
+        limits = np.iinfo(dtype)
+        if values.dtype.kind not in "iu" or values.min() < limits.min or values.max() > limits.max:
+            raise MalformedMatrixError(
+                f"The input {shown_name(name)} is {datatype}, but holds numbers that are no integers of that type.",
+                field=printable(name),
+            )
+    with np.errstate(over="ignore"):  # what overflows is infinite, and refused with the rest
+        return Tensor(datatype, values.astype(dtype).reshape(sizes))
+
+
+def check_parameters(parameters: Mapping[str, Any], field_name: str = "parameters") -> None:
+    """Refuse what would be silently left undone. Raises :class:`InvalidParameterError`."""
+    refused = REFUSED if field_name == "parameters" else _REFUSED_OF_TENSORS
+    for name in refused:
+        if name in parameters:
+            raise InvalidParameterError(
+                f"The parameter {name!r} is not supported here; leave it out"
+                + (" and set a deadline, or the header x-request-timeout." if name == "timeout" else "."),
+                field=name,
+            )
+
+
+def tokens_of(request: InferRequest, family: Family, settings: Settings) -> TokenizedCells:
+    """The cells of a request, their padding taken off.
+
+    Raises
+    ------
+    MalformedMatrixError
+        An input is missing or unknown, has another type or shape than the model takes, or padding inside of a cell.
+    EmptyCellError
+        A cell has no token.
+    InvalidParameterError
+        A token that is not in the vocabulary, or a value that is not finite.
+    LimitExceededError
+        Too many cells, or a cell that is longer than the model's longest.
+    """
+    specs = (*family.inputs, InputSpec(MASK, "int64", 0, n_values=2))
+    _check_names(request.inputs, specs)
+    mask_values = request.inputs[MASK].values
+    for spec in reversed(specs):  # the mask first, for the others are held against it
+        _check_form(spec, request.inputs[spec.name], mask_values.shape)
+    check_shape(settings, len(mask_values), 0, 0)
+    lengths = _lengths(mask_values)
+    longest = int(lengths.max())
+    if longest > family.max_length:
+        raise LimitExceededError(
+            f"The cell in row {int(lengths.argmax())} of {MASK!r} has {longest:,} tokens; the model takes "
+            f"{family.max_length:,}. Keep the first ones, which rank highest.",
+            field=MASK,
+        )
+    mask = mask_values.astype(np.bool_)
+    arrays = {spec.name: _kept(spec, request.inputs[spec.name], mask) for spec in family.inputs}
+    return TokenizedCells(
+        arrays=arrays,
+        offsets=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)]),
+        # Of the counts behind the tokens nothing is known here, and nothing is told of them.
+        known_share=np.ones(len(lengths), dtype=np.float32),
+        n_detected=lengths.astype(np.int32),
+        coverage=GeneCoverage(0, 0),
+    )
+
+
+def _check_names(inputs: Mapping[str, Tensor], specs: Sequence[InputSpec]) -> None:
+    names = [spec.name for spec in specs]
+    for name in names:
+        if name not in inputs:
+            raise MalformedMatrixError(
+                f"The input {name!r} is missing; the model takes {', '.join(names)}.", field=name
+            )
+    for name in inputs:
+        if name not in names:
+            raise MalformedMatrixError(
+                f"The model has no input {shown_name(name)}; it takes {', '.join(names)}.", field=printable(name)
+            )
+
+
+def _check_form(spec: InputSpec, tensor: Tensor, mask_shape: tuple[int, ...]) -> None:
+    """Type and shape, the latter against that of the mask."""
+    wanted = PROTOCOL_NAMES[spec.dtype]
+    if tensor.datatype not in _TAKEN[wanted]:
+        raise MalformedMatrixError(
+            f"The input {spec.name!r} has the datatype {tensor.datatype}; the model takes {wanted}.", field=spec.name
+        )
+    shape, n_axes = tensor.values.shape, 2 + len(spec.trailing)
+    if len(shape) != n_axes or shape[2:] != spec.trailing:
+        axes = ", ".join(("batch", "length", *map(str, spec.trailing)))
+        raise MalformedMatrixError(
+            f"The input {spec.name!r} has the shape {list(shape[:8])}; [{axes}] is needed.", field=spec.name
+        )
+    if shape[:2] != mask_shape:
+        raise MalformedMatrixError(
+            f"The input {spec.name!r} has the shape {list(shape)}, but {MASK!r} has {list(mask_shape[:8])}; "
+            "batch and length must agree.",
+            field=spec.name,
+        )
+
+
+def _lengths(mask: NDArray[Any]) -> NDArray[np.int64]:
+    """Tokens of each cell; the mask is ones first, then zeros."""
+    if ((mask != 0) & (mask != 1)).any():
+        row = int(np.flatnonzero(((mask != 0) & (mask != 1)).any(axis=1))[0])
+        raise MalformedMatrixError(f"Row {row} of the input {MASK!r} holds another number than 0 and 1.", field=MASK)
+    lengths: NDArray[np.int64] = mask.sum(axis=1, dtype=np.int64)
+    if not lengths.all():
+        raise EmptyCellError(
+            f"Row {int(np.flatnonzero(lengths == 0)[0])} of the input {MASK!r} is all 0: a cell needs a token. "
+            "Leave such cells out.",
+            field=MASK,
+        )
+    gaps = (np.diff(mask, axis=1) > 0).any(axis=1)
+    if gaps.any():
+        raise MalformedMatrixError(
+            f"Row {int(np.flatnonzero(gaps)[0])} of the input {MASK!r} has a 1 behind a 0; a cell's tokens come first "
+            "and its padding last.",
+            field=MASK,
+        )
+    return lengths
+
+
+def _kept(spec: InputSpec, tensor: Tensor, mask: NDArray[np.bool_]) -> NDArray[Any]:
+    """The values of an input that are not padding, cells end to end, [tokens, ...]."""
+    kept = tensor.values[mask]
+    if spec.n_values is not None:
+        wrong = (kept < 0) | (kept >= spec.n_values) | (kept == spec.pad_value)
+        what = f"is no token of the vocabulary: ids lie in 0 to {spec.n_values - 1}, and {spec.pad_value} is padding"
+    else:
+        wrong = ~np.isfinite(kept)
+        what = "is not finite"
+    if wrong.any():
+        at = int(np.flatnonzero(wrong.reshape(len(kept), -1).any(axis=1))[0])
+        row = int(np.searchsorted(np.cumsum(mask.sum(axis=1)), at, side="right"))
+        value = kept.reshape(len(kept), -1)[at][wrong.reshape(len(kept), -1)[at]][0]
+        raise InvalidParameterError(f"{value} in row {row} of the input {spec.name!r} {what}.", field=spec.name)
+    return kept.astype(spec.dtype, copy=False)

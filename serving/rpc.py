@@ -1,0 +1,92 @@
+"""The edge of the gRPC server: every call gets an answer, an id and a line of the log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+from starlette.datastructures import Headers
+
+from perturbscope.errors import OverloadedError, PerturbScopeError
+from serving.calls import REQUEST_ID, Call, Right
+from serving.engine import Engine
+from serving.limits import Held
+from serving.routes import explain
+from serving.status import status_of
+
+_MAX_MESSAGE, _MAX_FIELD = 2000, 200
+"""Bytes of an error that are sent. Clients refuse more than 8 KiB of trailing metadata, where a byte may take three."""
+
+
+async def answered(
+    engine: Engine,
+    route: str,
+    work: Callable[[Call, Held], Awaitable[Any]],
+    context: Any,
+    right: Right = "infer",
+) -> Any:
+    """Let a caller in, work, answer; grpc.aio cancels this when the caller does, or its deadline passes.
+
+    Parameters
+    ----------
+    engine
+        Has the front door.
+    route
+        Service and method.
+    work
+        Makes the answer; it tells its second argument of the bytes that it was sent.
+    context
+        Of grpc.aio.
+    right
+        That the caller needs.
+    """
+    call = begin(route, context)
+    try:
+        async with engine.front.admitted(call, right) as hold:
+            answer = await work(call, hold)
+    except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
+        await abort(error, call, context)
+    except BaseException:
+        call.finish("CANCELLED", "client_gone")
+        raise
+    call.finish("OK")
+    return answer
+
+
+def begin(route: str, context: Any) -> Call:
+    """The call behind a context of gRPC; its id is sent back, however it ends."""
+    call = Call.begin(
+        route,
+        "grpc",
+        headers_of(context.invocation_metadata()),
+        peer=context.peer() or "",
+        remaining=context.time_remaining(),
+    )
+    context.set_trailing_metadata(((REQUEST_ID, call.id),))
+    return call
+
+
+def headers_of(metadata: Any) -> Headers:
+    """Metadata as headers are: a name that is given twice stays twice."""
+    return Headers(raw=[(key.encode(), value.encode()) for key, value in metadata or () if isinstance(value, str)])
+
+
+async def abort(error: Exception, call: Call, context: Any) -> NoReturn:
+    """End a call with the status of an error; called in an except block."""
+    told = explain(error, call)
+    status = status_of(told).grpc
+    call.finish(status.name, told.code)
+    await context.abort(status, told.message.encode()[:_MAX_MESSAGE].decode(errors="ignore"), _metadata(told, call))
+    raise AssertionError("abort always raises")
+
+
+def _metadata(error: PerturbScopeError, call: Call) -> tuple[tuple[str, str], ...]:
+    found = [("perturbscope-code", error.code), ("perturbscope-request-id", call.id), (REQUEST_ID, call.id)]
+    if error.field is not None:
+        # Metadata is ASCII, and a field may be an unknown name that the caller made up.
+        name = "".join(c for c in error.field if c.isprintable())[:_MAX_FIELD]
+        found.append(("perturbscope-field", name.encode("ascii", "backslashreplace").decode()))
+    if isinstance(error, OverloadedError):
+        found.append(("retry-after", str(math.ceil(error.retry_after))))
+    return tuple(found)
