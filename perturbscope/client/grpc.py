@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from perturbscope.client.access import Files, grpc_credentials, key_headers
 from perturbscope.client.base import TIMEOUT, AsyncBase, SyncBase
 from perturbscope.client.exchange import ChunkLimits, RetryPolicy
+from perturbscope.client.trace import trace_headers
 from perturbscope.client.transports import grpc_answer, grpc_call, grpc_failure
 from perturbscope.errors import InvalidParameterError
 from perturbscope.wire.messages import Answer, Request
@@ -82,7 +83,7 @@ class GrpcClient(SyncBase):
     def _exchange(self, request: Request) -> Answer:
         rpc, message = grpc_call(request)
         try:
-            reply = getattr(self._stub, rpc)(message, timeout=self._timeout, metadata=self._metadata)
+            reply = getattr(self._stub, rpc)(message, timeout=self._timeout, metadata=_traced(self._metadata))
         except self._rpc_error as error:
             call = cast("Any", error)
             raise grpc_failure(call.code().name, call.details(), call.trailing_metadata(), self._target) from error
@@ -129,7 +130,7 @@ class AsyncGrpcClient(AsyncBase):
     async def _exchange(self, request: Request) -> Answer:
         rpc, message = grpc_call(request)
         try:
-            reply = await getattr(self._stub, rpc)(message, timeout=self._timeout, metadata=self._metadata)
+            reply = await getattr(self._stub, rpc)(message, timeout=self._timeout, metadata=_traced(self._metadata))
         except self._rpc_error as error:
             raise grpc_failure(
                 error.code().name,
@@ -159,6 +160,11 @@ def _credentials(
     if target.startswith("grpc://"):
         raise InvalidParameterError(f"ca and cert are for grpcs://, and the address is {target}.", field="ca")
     return grpc_credentials(ca, cert)
+
+
+def _traced(metadata: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Metadata with the trace of this very call."""
+    return (*metadata, *trace_headers().items())
 
 
 def _metadata(target: str, api_key: str | None, *, encrypted: bool) -> tuple[tuple[str, str], ...]:

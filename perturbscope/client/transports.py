@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from perturbscope import wire
 from perturbscope.client.exchange import Failure, failure_of, seconds_of
+from perturbscope.client.trace import trace_headers
 from perturbscope.errors import (
     InvalidInputError,
     LimitExceededError,
@@ -98,9 +99,10 @@ def http_call(request: wire.Request, body: Format) -> HttpCall:
     route = _ROUTES[type(request)]
     encode = route.to_arrow if body == "arrow" else route.to_json
     if encode is None:
-        return HttpCall("GET", request.path, {"accept": wire.JSON}, None)
+        return HttpCall("GET", request.path, {"accept": wire.JSON, **trace_headers()}, None)
     kind = wire.ARROW if body == "arrow" else wire.JSON
-    return HttpCall("POST", request.path, {"content-type": kind, "accept": kind}, encode(request))
+    headers = {"content-type": kind, "accept": kind, **trace_headers()}
+    return HttpCall("POST", request.path, headers, encode(request))
 
 
 def http_answer(request: wire.Request, status: int, headers: Mapping[str, str], body: bytes) -> wire.Answer:
