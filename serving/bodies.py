@@ -18,8 +18,9 @@ from perturbscope.errors import InvalidParameterError, LimitExceededError
 from serving.calls import Call
 from serving.engine import Engine
 from serving.limits import too_many_bytes
+from serving.reading import file_readers
 from serving.routes import Route
-from serving.uploads import FILE_NAME, Upload, read_upload
+from serving.uploads import FILE_NAME, Upload
 
 T = TypeVar("T")
 MULTIPART = "multipart/form-data"
@@ -133,4 +134,4 @@ async def read_request(request: LimitedBody, route: Route, engine: Engine) -> Up
         else:
             await request.save(path)
         with request.call.stage("decode"):
-            return await engine.work(read_upload, route.name, path, parameters, engine.settings)
+            return await file_readers().read(route.name, path, parameters, engine.settings)

@@ -60,6 +60,8 @@ class Settings:
     """Bytes of one request, over HTTP and over gRPC."""
     body_timeout: int = 300
     """Seconds within which the body of a request must have arrived."""
+    file_timeout: int = 120
+    """Seconds within which an uploaded file must have been read; a damaged one can keep libhdf5 busy for ever."""
     stream_chunks: int = 4
     """Chunks of one stream in progress; the next one is read when an answer was taken."""
     max_chunk_bytes: int = 32 * 2**20

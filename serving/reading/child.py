@@ -1,0 +1,84 @@
+"""``python -m serving.reading.child``: reads the files that its parent names, each in a fork of its own.
+
+A line of JSON comes in, a frame (:mod:`serving.reading.messages`) goes out. A fork that a file ends (the alarm, a
+crash, the kernel for want of memory) ends this process too, with 128 + the signal: the parent starts another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import pyarrow as pa
+
+from perturbscope.errors import LimitExceededError, PerturbScopeError
+from serving.reading.messages import error_to_frame, frame, upload_to_frame
+from serving.settings import Settings
+from serving.uploads import read_upload
+
+_BYTES_A_VALUE, _BASE = 32, 2**30
+"""Memory that a file may take to be read: for each stored count that is allowed, and besides."""
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> int:
+    """Read files until the parent closes the pipe.
+
+    Returns
+    -------
+    0, or what the last fork ended with.
+    """
+    for line in sys.stdin.buffer:
+        child = os.fork()
+        if not child:
+            _read(line)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status:
+            return 128 - status if status < 0 else status
+    return 0
+
+
+def _read(line: bytes) -> None:
+    """One file, in a process that ends with it."""
+    question = json.loads(line)
+    settings = Settings(**question["settings"])
+    # The default action of SIGALRM ends the process, wherever it is: no handler of Python would run inside of libhdf5.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(settings.file_timeout)
+    _bound(_BASE + _BYTES_A_VALUE * settings.max_values)
+    try:
+        upload = read_upload(question["route"], Path(question["path"]), question["parameters"], settings)
+        parts = upload_to_frame(upload)
+    except PerturbScopeError as error:
+        parts = error_to_frame(error)
+    except (MemoryError, pa.ArrowMemoryError):
+        parts = error_to_frame(
+            LimitExceededError(
+                "The file needs more memory to be read than this server allows. Send the cells in several requests.",
+                field="data",
+            )
+        )
+    except Exception:  # noqa: BLE001  the parent logs it as what it is: a bug of ours
+        parts = frame({"bug": traceback.format_exc()})
+    signal.alarm(0)
+    for part in parts:
+        sys.stdout.buffer.write(part)
+    sys.stdout.buffer.flush()
+    os._exit(0)
+
+
+def _bound(more: int) -> None:
+    """Allow so many bytes of memory beyond what is mapped now, and no files, core dumps or processes."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + more, mapped + more))
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
+        resource.setrlimit(limit, (0, 0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

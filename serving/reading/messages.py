@@ -1,0 +1,97 @@
+"""What was read of a file, as bytes between two of our processes: a JSON head, and matrices as Arrow."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from perturbscope import wire
+from perturbscope.counts import CountMatrix
+from perturbscope.errors import PerturbScopeError, from_code
+from perturbscope.report import Absent
+from perturbscope.seen import Fingerprint
+from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
+from serving.columns import Column, Columns
+from serving.reports import ReportRequest
+from serving.uploads import Upload
+
+LENGTH = struct.Struct("<Q")
+"""Before the head: its bytes."""
+
+
+def frame(head: Mapping[str, Any], parts: Sequence[bytes] = ()) -> list[bytes]:
+    """What is written, one after the other."""
+    text = json.dumps({**head, "parts": [len(part) for part in parts]}).encode()
+    return [LENGTH.pack(len(text)), text, *parts]
+
+
+def error_to_frame(error: PerturbScopeError) -> list[bytes]:
+    """An error that the caller is told."""
+    return frame({"error": error.to_dict()})
+
+
+def upload_to_frame(upload: Upload) -> list[bytes]:
+    """What a file and its parameters asked for."""
+    head: dict[str, Any] = {
+        "warnings": upload.warnings,
+        "file": None if upload.file is None else asdict(upload.file),
+    }
+    match upload.request:
+        case EmbedRequest() as request:
+            return frame({**head, "kind": "embed"}, [wire.embed_request_to_arrow(request)])
+        case ScoreRequest() as request:
+            return frame({**head, "kind": "score"}, [wire.score_request_to_arrow(request)])
+        case CompareRequest() as request:
+            return frame({**head, "kind": "compare"}, [wire.compare_request_to_arrow(request)])
+        case ReportRequest(score=score, title=title, counts=counts):
+            parts = [wire.score_request_to_arrow(score)]
+            if isinstance(counts, CountMatrix):
+                parts.append(wire.embed_request_to_arrow(EmbedRequest(cells=counts)))
+                return frame({**head, "kind": "report", "title": title}, parts)
+            return frame({**head, "kind": "report", "title": title, "absent": asdict(counts)}, parts)
+        case Columns() as columns:
+            return frame({**head, "kind": "columns", "columns": asdict(columns)})
+
+
+def upload_from_parts(head: Mapping[str, Any], parts: Sequence[bytes]) -> Upload:
+    """Read what :func:`upload_to_frame` wrote.
+
+    Raises
+    ------
+    PerturbScopeError
+        The error that the reader found.
+    RuntimeError
+        A bug of ours, with the reader's traceback.
+    """
+    if "error" in head:
+        raise from_code(**head["error"])
+    if "bug" in head:
+        raise RuntimeError(f"The reader of files failed:\n{head['bug']}")
+    file = None if head["file"] is None else Fingerprint(**head["file"])
+    return Upload(_request(head, parts), list(head["warnings"]), file)
+
+
+def _request(head: Mapping[str, Any], parts: Sequence[bytes]) -> Any:
+    match head["kind"]:
+        case "embed":
+            return wire.embed_request_from_arrow(parts[0])
+        case "score":
+            return wire.score_request_from_arrow(parts[0])
+        case "compare":
+            return wire.compare_request_from_arrow(parts[0])
+        case "report":
+            given = {"score": wire.score_request_from_arrow(parts[0]), "title": head["title"]}
+            if len(parts) > 1:
+                return ReportRequest(**given, counts=wire.embed_request_from_arrow(parts[1]).cells)
+            return ReportRequest(**given, counts=Absent(**head["absent"]))
+        case _:
+            found = dict(head["columns"])
+            columns = [
+                Column(**{**column, "labels": tuple((str(label), int(n)) for label, n in column["labels"])})
+                for column in found.pop("columns")
+            ]
+            representations = tuple(found.pop("representations"))
+            return Columns(**found, columns=tuple(columns), representations=representations)

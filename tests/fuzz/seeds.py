@@ -1,0 +1,158 @@
+"""Valid messages that fuzzing starts from.
+
+``python -m tests.fuzz.seeds FOLDER`` writes them to FOLDER/<target>/.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from perturbscope import wire
+from perturbscope.counts import CountMatrix
+from perturbscope.embedder import Embeddings
+from perturbscope.genes import GeneCoverage, GeneVocabulary
+from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
+from perturbscope.scoring import compare_perturbations, score_perturbations
+from perturbscope.wire import (
+    CompareAnswer,
+    CompareRequest,
+    EmbedRequest,
+    Meta,
+    ModelInfo,
+    ModelsAnswer,
+    ScoreAnswer,
+    ScoreRequest,
+)
+
+OPTIONS = ScoreOptions(permutations=9, min_cells=2, repeats=1)
+LABELS = ("control",) * 4 + ("KO",) * 4
+
+
+def cells(n_genes: int = 5) -> CountMatrix:
+    """Eight cells of a few genes."""
+    counts = np.random.default_rng(0).poisson(1.5, (8, n_genes))
+    counts[:, 0] += 1
+    return CountMatrix.from_matrix(counts, list(GeneVocabulary.geneformer_gc30m().gene_ids[:n_genes]))
+
+
+def h5ad(matrix: CountMatrix | None = None, *, compression: str | None = None, sparse: bool = True) -> bytes:
+    """An AnnData file with labels, batches and a representation, written without anndata: small and always the same."""
+    matrix = cells() if matrix is None else matrix
+    target = io.BytesIO()
+    text = h5py.string_dtype()
+    with h5py.File(target, "w", libver=("earliest", "v108"), track_order=False) as file:
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        if sparse:
+            x = file.create_group("X")
+            x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": matrix.counts.shape})
+            for name in ("data", "indices", "indptr"):
+                x.create_dataset(name, data=getattr(matrix.counts, name), compression=compression)
+        else:
+            x = file.create_dataset("X", data=matrix.counts.toarray(), compression=compression)
+            x.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        frames: dict[str, dict[str, Any]] = {
+            "obs": {
+                "_index": [f"c{i}" for i in range(len(matrix))],
+                "perturbation": np.resize(np.array(LABELS, dtype=object), len(matrix)),
+                "batch": np.resize(np.array(["a", "b"], dtype=object), len(matrix)),
+            },
+            "var": {"_index": matrix.gene_ids.astype(object)},
+        }
+        for name, columns in frames.items():
+            frame = file.create_group(name)
+            order = np.array([column for column in columns if column != "_index"], dtype=object)
+            frame.attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index"})
+            frame.attrs.create("column-order", order, dtype=text)
+            for column, values in columns.items():
+                item = frame.create_dataset(column, data=np.asarray(values, dtype=object), dtype=text)
+                item.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+        obsm = file.create_group("obsm")
+        obsm.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+        item = obsm.create_dataset("X_pca", data=np.random.default_rng(1).standard_normal((len(matrix), 3)))
+        item.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    return target.getvalue()
+
+
+def seeds() -> dict[str, dict[str, bytes]]:
+    """Valid inputs of every target by name."""
+    matrix = cells()
+    vectors = np.random.default_rng(2).standard_normal((8, 3)).astype(np.float32)
+    requests: list[tuple[str, Any]] = [
+        ("embed", EmbedRequest(cells=matrix, model="m")),
+        ("score", ScoreRequest(cells=matrix, perturbations=LABELS, control="control", options=OPTIONS)),
+        (
+            "compare",
+            CompareRequest(
+                embeddings=vectors,
+                perturbations=("A",) * 4 + ("B",) * 4,
+                pairs=(("A", "B"),),
+                batches=("x", "y") * 4,
+                options=OPTIONS,
+                control=None,
+            ),
+        ),
+    ]
+    answers = _answers(vectors)
+    found: dict[str, dict[str, bytes]] = {name: {} for name in ("json", "arrow", "proto", "h5ad")}
+    messages = [(f"{kind}_request", item) for kind, item in requests] + [
+        (f"{kind}_answer", item) for kind, item in answers
+    ]
+    for at, (name, message) in enumerate(messages):
+        first = bytes([at])
+        found["json"][name] = first + getattr(wire, f"{name}_to_json")(message)
+        found["proto"][name] = first + getattr(wire, f"{name}_to_proto")(message).SerializeToString(deterministic=True)
+        if name != "models_answer":
+            found["arrow"][name] = first + getattr(wire, f"{name}_to_arrow")(message)
+    for route, name in enumerate(("embed", "columns", "score", "compare", "report")):
+        found["h5ad"][name] = bytes([route]) + h5ad()
+    found["h5ad"]["dense"] = b"\0" + h5ad(sparse=False)
+    found["h5ad"]["gzip"] = b"\0" + h5ad(cells(40), compression="gzip")
+    return found
+
+
+def _answers(vectors: Any) -> list[tuple[str, Any]]:
+    coverage = GeneCoverage(n_genes=5, n_matched=4, n_by_symbol=1, n_merged=0, n_ambiguous=0, unmatched=("x",))
+    meta = Meta(model_id="m-1-0", vocabulary_hash="0" * 8, coverage=coverage, timings={"score": 0.5})
+    ones = np.ones(8, dtype=np.int32)
+    score: ScoreResult = score_perturbations(vectors, list(LABELS), control="control", options=OPTIONS)
+    compare: CompareResult = compare_perturbations(vectors, ["A"] * 4 + ["B"] * 4, options=OPTIONS)
+    names = ("name", "version", "model_id", "family", "vocabulary_hash", "layer", "pooling", "licence", "variant")
+    model = ModelInfo(width=3, device="cpu", **dict.fromkeys(names, "text"))
+    embeddings = Embeddings(vectors, ones, ones, ones.astype(np.float32), coverage, "m-1-0", "0" * 8, {"queue": 0.1})
+    return [
+        ("embed", embeddings),
+        ("score", ScoreAnswer(result=score, meta=meta)),
+        ("compare", CompareAnswer(result=compare, meta=meta)),
+        ("models", ModelsAnswer(models=(model,))),
+    ]
+
+
+def main(folder: Path) -> None:
+    """Write the seeds, and a dictionary of the words of the formats for the fuzzer."""
+    words: set[str] = set()
+    for target, found in seeds().items():
+        (folder / target).mkdir(parents=True, exist_ok=True)
+        for name, data in found.items():
+            (folder / target / name).write_bytes(data)
+        for data in found.values():
+            if target == "json":
+                words |= set(_names(json.loads(data[1:])))
+    lines = [f'"{word}"' for word in sorted(words) if word.isidentifier()]
+    (folder / "words.dict").write_text("\n".join(lines) + "\n")
+
+
+def _names(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [*value, *(name for item in value.values() for name in _names(item))]
+    return [name for item in value for name in _names(item)] if isinstance(value, list) else []
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

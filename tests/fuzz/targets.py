@@ -1,0 +1,166 @@
+"""What is fuzzed: every decoder of untrusted bytes, as functions that take bytes and must never surprise.
+
+A target returns whether the bytes were accepted. Refusal is an error of :mod:`perturbscope.errors`; anything else that
+comes out is a finding. What is accepted goes on as the server would take it: counts are tokenized, and a request is
+encoded and read again, which must work.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from perturbscope import wire
+from perturbscope.errors import PerturbScopeError
+from perturbscope.families import Family, load_family
+from perturbscope.genes import GeneVocabulary
+from perturbscope.proto import perturbscope_v1_pb2 as pb
+from serving.routes import COLUMNS, COMPARE, EMBED, REPORT, SCORE
+from serving.settings import Settings
+from serving.uploads import FILE_NAME, read_upload
+from tests.fuzz.mutators import mutate_arrow, mutate_bytes, mutate_json, mutate_proto
+
+SMALL = Settings(max_cells=2000, max_vectors=2000, max_values=100_000, max_genes=5000)
+"""Limits of the targets, so that no input takes long."""
+KINDS = ("embed", "score", "compare")
+
+
+@functools.cache
+def family() -> Family:
+    """The tokenizer behind the decoders."""
+    return load_family("rank", {}, GeneVocabulary.geneformer_gc30m())
+
+
+def fuzz_json(data: bytes) -> bool:
+    """The first byte chooses the message, the rest is the body."""
+    decoders: list[Callable[[bytes], Any]] = [
+        *(_again(kind, "json") for kind in KINDS),
+        wire.embed_answer_from_json,
+        wire.score_answer_from_json,
+        wire.compare_answer_from_json,
+        wire.models_answer_from_json,
+    ]
+    return _tried(decoders, data)
+
+
+def fuzz_arrow(data: bytes) -> bool:
+    """As :func:`fuzz_json`."""
+    decoders: list[Callable[[bytes], Any]] = [
+        *(_again(kind, "arrow") for kind in KINDS),
+        wire.embed_answer_from_arrow,
+        wire.score_answer_from_arrow,
+        wire.compare_answer_from_arrow,
+    ]
+    return _tried(decoders, data)
+
+
+def fuzz_proto(data: bytes) -> bool:
+    """As :func:`fuzz_json`; bytes that are no protobuf are refused before our code sees them."""
+
+    def parsed(kind: type[Any], read: Callable[[Any], Any]) -> Callable[[bytes], Any]:
+        return lambda body: read(kind.FromString(body))
+
+    readers: list[Callable[[Any], Any]] = [
+        *(_again(kind, "proto") for kind in KINDS),
+        wire.embed_answer_from_proto,
+        wire.score_answer_from_proto,
+        wire.compare_answer_from_proto,
+        wire.models_answer_from_proto,
+    ]
+    decoders = [parsed(kind, read) for kind, read in zip(_MESSAGES, readers, strict=True)]
+    try:
+        return _tried(decoders, data)
+    except DecodeError:
+        return False
+
+
+def fuzz_h5ad(data: bytes) -> bool:
+    """The first byte chooses what the file is uploaded to, the rest is the file."""
+    uploads: list[tuple[str, Mapping[str, str]]] = [
+        (EMBED.name, {}),
+        (COLUMNS.name, {}),
+        (SCORE.name, {"perturbation_key": "perturbation", "control": "control", "batch_key": "batch"}),
+        (COMPARE.name, {"perturbation_key": "perturbation", "use_rep": "X_pca"}),
+        (REPORT.name, {"perturbation_key": "perturbation", "control": "control", "use_rep": "X_pca"}),
+    ]
+    if not data:
+        return False
+    with tempfile.TemporaryDirectory(prefix="perturbscope-fuzz-") as folder:
+        path = Path(folder) / FILE_NAME
+        path.write_bytes(data[1:])
+        route, parameters = uploads[data[0] % len(uploads)]
+        try:
+            upload = read_upload(route, path, parameters, SMALL)
+        except PerturbScopeError:
+            return False
+    _go_on(upload.request)
+    return True
+
+
+_MESSAGES = (
+    pb.EmbedRequest,
+    pb.ScoreRequest,
+    pb.CompareRequest,
+    pb.EmbedAnswer,
+    pb.ScoreAnswer,
+    pb.CompareAnswer,
+    pb.ModelsAnswer,
+)
+
+TARGETS: dict[str, Callable[[bytes], bool]] = {
+    "json": fuzz_json,
+    "arrow": fuzz_arrow,
+    "proto": fuzz_proto,
+    "h5ad": fuzz_h5ad,
+}
+"""All of them by name."""
+Mutator = Callable[[bytes, Random], bytes]
+MUTATORS: dict[str, Callable[[int], Mutator]] = {
+    "json": lambda _: mutate_json,
+    "arrow": lambda _: mutate_arrow,
+    "proto": lambda first: mutate_proto(_MESSAGES[first % len(_MESSAGES)]),
+    "h5ad": lambda _: mutate_bytes,
+}
+"""How an input of a target is mutated, given its first byte."""
+
+
+def _tried(decoders: list[Callable[[bytes], Any]], data: bytes) -> bool:
+    if not data:
+        return False
+    try:
+        decoders[data[0] % len(decoders)](data[1:])
+    except PerturbScopeError:
+        return False
+    return True
+
+
+def _again(kind: str, form: str) -> Callable[[Any], Any]:
+    """Decode, go on as the server does, encode, decode: what was accepted once is accepted again."""
+    read = getattr(wire, f"{kind}_request_from_{form}")
+    write = getattr(wire, f"{kind}_request_to_{form}")
+
+    def twice(body: Any) -> None:
+        request = read(body)
+        _go_on(request)
+        try:
+            read(write(request))
+        except PerturbScopeError as error:
+            raise AssertionError(f"accepted once, and then refused: {error.message}") from error
+
+    return twice
+
+
+def _go_on(request: Any) -> None:
+    cells = getattr(request, "cells", None)
+    if cells is None or len(cells) > SMALL.max_cells or cells.n_genes > SMALL.max_genes:
+        return
+    try:
+        family().tokenize(cells)
+    except PerturbScopeError:
+        return

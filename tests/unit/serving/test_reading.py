@@ -1,0 +1,149 @@
+"""Files are read in processes of their own: what comes back, and what a hostile file can do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import psutil
+import pytest
+
+from perturbscope.errors import LimitExceededError, PerturbScopeError, UnreadableFileError
+from perturbscope.report import Absent
+from serving.columns import Columns
+from serving.reading import FileReaders
+from serving.reading.messages import LENGTH, upload_from_parts, upload_to_frame
+from serving.settings import Settings
+from serving.uploads import Upload, read_upload
+from tests.fuzz.seeds import h5ad
+
+LABELLED = {"perturbation_key": "perturbation", "control": "control"}
+REQUESTS: list[tuple[str, dict[str, str]]] = [
+    ("embed", {"model": "some"}),
+    ("columns", {}),
+    ("score", {**LABELLED, "batch_key": "batch"}),
+    ("compare", {"perturbation_key": "perturbation", "use_rep": "X_pca", "pairs": '[["KO", "control"]]'}),
+    ("report", {**LABELLED, "title": "Seen"}),
+    ("report", {**LABELLED, "use_rep": "X_pca"}),
+]
+LOOP = Path(__file__).parent.parent.parent / "fuzz" / "corpus" / "h5ad" / "attribute-loop"
+"""An upload in whose attributes libhdf5 loops for ever; found by fuzzing."""
+
+
+@pytest.fixture(scope="module")
+def readers() -> Iterator[FileReaders]:
+    made = FileReaders(2)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "upload.h5ad").write_bytes(h5ad())
+    return tmp_path / "upload.h5ad"
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Path:
+    (tmp_path / "loop.h5ad").write_bytes(LOOP.read_bytes()[1:])
+    return tmp_path / "loop.h5ad"
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two requests hold the same, arrays and matrices included."""
+    if hasattr(a, "counts") and hasattr(a, "totals"):
+        return (a.counts != b.counts).nnz == 0 and same(a.totals, b.totals) and same(a.gene_ids, b.gene_ids)
+    if isinstance(a, np.ndarray):
+        return bool(np.array_equal(a, b))
+    if hasattr(a, "__dataclass_fields__"):
+        return type(a) is type(b) and all(same(getattr(a, name), getattr(b, name)) for name in a.__dataclass_fields__)
+    return bool(a == b)
+
+
+@pytest.mark.parametrize(("route", "parameters"), REQUESTS, ids=lambda item: item if isinstance(item, str) else "")
+async def test_what_comes_back_is_what_was_read(
+    readers: FileReaders, path: Path, route: str, parameters: dict[str, str]
+) -> None:
+    there = await readers.read(route, path, parameters, Settings())
+    here = read_upload(route, path, parameters, Settings())
+    assert same(there, here)
+
+
+async def test_an_error_is_the_same_error(readers: FileReaders, path: Path) -> None:
+    with pytest.raises(PerturbScopeError) as here:
+        read_upload("embed", path, {"layer": "nope"}, Settings())
+    with pytest.raises(type(here.value)) as there:
+        await readers.read("embed", path, {"layer": "nope"}, Settings())
+    assert there.value.to_dict() == here.value.to_dict()
+    with pytest.raises(LimitExceededError, match="takes 3"):
+        await readers.read("embed", path, {}, Settings(max_cells=3))
+
+
+async def test_a_file_that_never_ends_is_one_callers_error(readers: FileReaders, path: Path, loop: Path) -> None:
+    hostile = asyncio.ensure_future(readers.read("embed", loop, {}, Settings(file_timeout=2)))
+    good = await readers.read("embed", path, {}, Settings())
+    assert len(good.request.cells) == 8  # type: ignore[union-attr, arg-type]
+    with pytest.raises(UnreadableFileError, match="within 2 seconds"):
+        await hostile
+
+
+async def test_a_caller_that_leaves_ends_the_reading(loop: Path) -> None:
+    readers = FileReaders(1)
+    reading = asyncio.ensure_future(readers.read("embed", loop, {}, Settings()))
+    me, end = psutil.Process(), time.monotonic() + 30
+    while not any(child.children() for child in me.children()) and time.monotonic() < end:
+        await asyncio.sleep(0.01)
+    (reader,) = [child for child in me.children() if child.children()]
+    family = [reader, *reader.children()]
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert not psutil.wait_procs(family, timeout=30)[1]
+    readers.close()
+
+
+async def test_a_reader_that_dies_is_replaced(readers: FileReaders, path: Path) -> None:
+    readers.warm()
+    for reader in readers._idle:
+        os.kill(reader._process.pid, signal.SIGKILL)
+        reader._process.wait()
+    with pytest.raises(UnreadableFileError, match="ended the process that read it"):
+        await readers.read("embed", path, {}, Settings())
+    readers.close()
+    assert (await readers.read("embed", path, {}, Settings())).request is not None
+
+
+async def test_memory_is_bounded(readers: FileReaders, path: Path) -> None:
+    """A file that needs more than its share ends in an error, not in the kernel's choice of a victim."""
+    bomb = path.with_name("bomb.h5ad")
+    bomb.write_bytes(path.read_bytes())
+    with h5py.File(bomb, "r+") as file:
+        file["obs"].create_dataset("bomb", shape=(2**37,), dtype="f8", chunks=(2**27,), compression="gzip")
+    with pytest.raises(PerturbScopeError):
+        await readers.read("columns", bomb, {}, Settings(max_values=1000))
+
+
+def test_frames_that_are_cut_are_noticed() -> None:
+    size, text, *parts = upload_to_frame(Upload(Columns(1, 2, (), ("X_pca",))))
+    assert (LENGTH.unpack(size)[0], parts) == (len(text), [])
+    with pytest.raises(RuntimeError, match="The reader of files failed:\nTraceback"):
+        upload_from_parts({"bug": "Traceback", "parts": []}, [])
+
+
+def test_counts_that_are_absent_say_why(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        values = file["X"]["data"][()] + 0.5
+        del file["X"]["data"]
+        file["X"]["data"] = values
+    upload = read_upload("report", path, {**LABELLED, "use_rep": "X_pca"}, Settings())
+    assert isinstance(upload.request.counts, Absent)  # type: ignore[union-attr]
+    _, head, *parts = upload_to_frame(upload)
+    assert same(upload_from_parts(json.loads(head), parts), upload)
