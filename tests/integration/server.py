@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_SECONDS = 120
@@ -37,6 +41,26 @@ def environment(**settings: object) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **given}
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What the service holds, over all its processes.
+
+    Attributes
+    ----------
+    rss
+        Resident bytes.
+    files, threads
+        Open files (sockets too), and threads.
+    cpu
+        Seconds of CPU time so far.
+    """
+
+    rss: int
+    files: int
+    threads: int
+    cpu: float
+
+
 class RunningServer:
     """``python -m serving`` on free ports; ready when entered, stopped when left.
 
@@ -44,16 +68,19 @@ class RunningServer:
     ----------
     folder
         For its output, and its working directory.
+    environ
+        More of its environment.
     settings
         ``bundle=...``, ``max_cells=...``: see :class:`serving.settings.Settings`.
     """
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, *, environ: Mapping[str, str] | None = None, **settings: object) -> None:
         self.http_port, self.grpc_port = free_ports(2)
         self.url, self.target = f"http://127.0.0.1:{self.http_port}", f"127.0.0.1:{self.grpc_port}"
         self._folder = folder
-        self._environment = environment(
-            host="127.0.0.1", http_port=self.http_port, grpc_port=self.grpc_port, threads=1, **settings
+        ports = {"http_port": self.http_port, "grpc_port": self.grpc_port}
+        self._environment = environment(**{"host": "127.0.0.1", "threads": 1, **ports, **settings}) | dict(
+            environ or {}
         )
 
     @property
@@ -67,7 +94,13 @@ class RunningServer:
         return (self._folder / "stderr").read_text()
 
     def __enter__(self) -> Self:
-        with (self._folder / "stdout").open("wb") as stdout, (self._folder / "stderr").open("wb") as stderr:
+        self.launch()
+        self.wait_until_ready()
+        return self
+
+    def launch(self) -> None:
+        """Start the process, without waiting; output is added to that of an earlier one."""
+        with (self._folder / "stdout").open("ab") as stdout, (self._folder / "stderr").open("ab") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "serving"],
                 stdout=stdout,
@@ -76,16 +109,54 @@ class RunningServer:
                 cwd=self._folder,
                 start_new_session=True,
             )
+
+    def wait_until_ready(self) -> None:
+        """Wait for /readyz; a service that does not get there is stopped, and its output shown."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200:
-                    return self
-            except httpx.TransportError:
-                pass
+            if self.answers("/readyz"):
+                return
             time.sleep(0.2)
         self.stop()
         raise AssertionError(f"the service did not start:\n{self.output}\n{self.log}")
+
+    def answers(self, probe: str) -> bool:
+        """Whether a probe answers 200."""
+        try:
+            return httpx.get(self.url + probe, timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the service: BentoML's supervisor first, then its worker."""
+        try:
+            first = psutil.Process(self.process.pid)
+            return [first, *first.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def worker(self) -> psutil.Process:
+        """The process that answers requests."""
+        return next(item for item in self.processes() if any("worker" in part for part in item.cmdline()))
+
+    def usage(self) -> Usage:
+        """What it holds now."""
+        rss = files = threads = 0
+        cpu = 0.0
+        for item in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess), item.oneshot():
+                rss += item.memory_info().rss
+                files += item.num_fds()
+                threads += item.num_threads()
+                cpu += sum(item.cpu_times()[:2])
+        return Usage(rss, files, threads, cpu)
+
+    def kill(self) -> None:
+        """End all its processes with SIGKILL, as the kernel does when memory runs out."""
+        for item in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                item.kill()
+        self.process.wait(60)
 
     def stop(self) -> int:
         """Ask it to stop, as a container runtime does, and wait.
