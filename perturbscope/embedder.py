@@ -26,6 +26,10 @@ CHUNK_CELLS = 4096
 """Cells tokenized at a time: bounds memory, and is a wide enough window to sort by length."""
 
 
+Maker = tuple[str, str | None]
+"""What makes vectors comparable: id of the model, and variant of its graph."""
+
+
 @dataclass(frozen=True)
 class Embeddings:
     """Vectors of cells, with what made them.
@@ -62,6 +66,11 @@ class Embeddings:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @property
+    def maker(self) -> Maker:
+        """The model and its variant; vectors of two makers are not to be compared."""
+        return self.model_id, self.variant
 
     @property
     def below_min_genes(self) -> NDArray[np.bool_]:

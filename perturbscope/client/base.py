@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -24,6 +26,7 @@ from perturbscope.client.exchange import (
     embed_in_chunks,
     expect,
 )
+from perturbscope.client.streams import Flight, Later, each, fill, fill_async
 from perturbscope.client.together import hold_together, hold_together_async
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embeddings
@@ -78,6 +81,9 @@ class Conversations:
         return embed_in_chunks(
             cells, model=self.model, limits=self._chunks, policy=self._policy, rng=self._rng, progress=progress
         )
+
+    def _flight(self) -> Flight:
+        return Flight(model=self.model, limits=self._chunks, policy=self._policy, rng=self._rng)
 
     def _score(self, request: ScoreRequest) -> Conversation[ScoreAnswer]:
         answer = yield from self._ask(request)
@@ -172,6 +178,40 @@ class SyncBase(Conversations):
     def embed_cells(self, cells: CountMatrix, *, progress: Callable[[int], None] | None = None) -> Embeddings:
         """Embed cells, in chunks that the server takes; `progress` is told the number of cells of each chunk."""
         return self._hold(self._embed(cells, progress))
+
+    def embed_stream(
+        self, chunks: Iterable[CountMatrix], *, progress: Callable[[int], None] | None = None
+    ) -> Iterator[Embeddings]:
+        """Embed any number of cells, one result a chunk, in order and in bounded memory.
+
+        Only chunks that are not answered are held, so many that ``at_a_time`` parts of :class:`ChunkLimits` are in
+        flight; the next chunk is taken from `chunks` when results are. What breaks off is taken up again at the first
+        cell that was not answered, as :class:`RetryPolicy` says.
+
+        Parameters
+        ----------
+        chunks
+            Cells, all chunks with the same genes. Rows are counted on from the `first_row` of the first.
+        progress
+            Told the number of cells of each part.
+
+        Raises
+        ------
+        InvalidInputError
+            One of its subclasses says what is wrong with the cells, and in which row; the results before stay good.
+        UnknownModelError, ServerError
+            The server has another model by now.
+        """
+        flight, source = self._flight(), iter(chunks)
+        waiting: deque[Later[Embeddings]] = deque()
+        while True:
+            for part in fill(flight, source):
+                waiting.append(Later(partial(self._hold, flight.ask(part))))
+            if not waiting:
+                return
+            result = _landed(flight, waiting.popleft().result(), progress)
+            if result is not None:
+                yield result
 
     def score(
         self,
@@ -275,6 +315,29 @@ class AsyncBase(Conversations):
         """See :meth:`Client.embed_cells`."""
         return await self._hold(self._embed(cells, progress))
 
+    async def embed_stream(
+        self,
+        chunks: Iterable[CountMatrix] | AsyncIterable[CountMatrix],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> AsyncIterator[Embeddings]:
+        """See :meth:`Client.embed_stream`; `chunks` may be either kind of iterable."""
+        flight, source = self._flight(), each(chunks)
+        waiting: deque[asyncio.Task[Embeddings]] = deque()
+        try:
+            while True:
+                async for part in fill_async(flight, source):
+                    waiting.append(asyncio.ensure_future(self._hold(flight.ask(part))))
+                if not waiting:
+                    return
+                result = _landed(flight, await waiting.popleft(), progress)
+                if result is not None:
+                    yield result
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
     async def score(
         self,
         embeddings: NDArray[Any],
@@ -335,6 +398,12 @@ class AsyncBase(Conversations):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _landed(flight: Flight, found: Embeddings, progress: Callable[[int], None] | None) -> Embeddings | None:
+    if progress:
+        progress(len(found))
+    return flight.land(found)
 
 
 def _source(source: CountMatrix | NDArray[Any]) -> dict[str, Any]:

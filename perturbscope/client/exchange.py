@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 import numpy as np
 
 from perturbscope.counts import CountMatrix
-from perturbscope.embedder import Embeddings, join
+from perturbscope.embedder import Embeddings, Maker, join
 from perturbscope.errors import (
     InvalidParameterError,
     LimitExceededError,
@@ -150,7 +150,7 @@ class ChunkLimits:
 
 
 @dataclass
-class _Embedding:
+class InChunks:
     """Embedding cells in chunks; the chunks share what they learn of the server's limit."""
 
     cells: CountMatrix
@@ -191,7 +191,7 @@ def embed_in_chunks(
     progress: Callable[[int], None] | None,
 ) -> Conversation[Embeddings]:
     """Embed cells, several chunks at a time; `progress` is told the number of cells of each."""
-    embedding = _Embedding(cells, model, policy, rng, limits.cells)
+    embedding = InChunks(cells, model, policy, rng, limits.cells)
     parts = yield Together(
         [embedding.chunk(start, stop) for start, stop in limits.split(cells)],
         limits.at_a_time,
@@ -202,13 +202,18 @@ def embed_in_chunks(
 
 def _joined(parts: list[Embeddings]) -> Embeddings:
     """The parts as one, if one model made them."""
-    models = list(dict.fromkeys((part.model_id, part.variant) for part in parts))
-    if len(models) > 1:
-        was, now = (model_id + (f" ({variant})" if variant else "") for model_id, variant in models[:2])
-        raise ServerError(
-            f"The server went from the model {was} to {now} while the cells were embedded. Embed them again."
-        )
+    for part in parts:
+        check_maker(parts[0].maker, part.maker)
     return join(parts)
+
+
+def check_maker(was: Maker, now: Maker) -> None:
+    """Raise :class:`ServerError` unless one model made both."""
+    if was != now:
+        before, after = (model_id + (f" ({variant})" if variant else "") for model_id, variant in (was, now))
+        raise ServerError(
+            f"The server went from the model {before} to {after} while the cells were embedded. Embed them again."
+        )
 
 
 def expect(answer: Answer, kind: type[T]) -> T:

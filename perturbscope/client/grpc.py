@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from perturbscope.client.access import Files, grpc_credentials, key_headers
 from perturbscope.client.base import TIMEOUT, AsyncBase, SyncBase
-from perturbscope.client.exchange import ChunkLimits, RetryPolicy
+from perturbscope.client.exchange import ChunkLimits, Failure, RetryPolicy
+from perturbscope.client.grpc_stream import StreamCall
+from perturbscope.client.streams import each
 from perturbscope.client.trace import trace_headers
 from perturbscope.client.transports import grpc_answer, grpc_call, grpc_failure
+from perturbscope.counts import CountMatrix
+from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidParameterError
 from perturbscope.wire.messages import Answer, Request
 
@@ -89,6 +98,19 @@ class GrpcClient(SyncBase):
             raise grpc_failure(call.code().name, call.details(), call.trailing_metadata(), self._target) from error
         return grpc_answer(request, reply)
 
+    def embed_stream(
+        self, chunks: Iterable[CountMatrix], *, progress: Callable[[int], None] | None = None
+    ) -> Iterator[Embeddings]:
+        """As :meth:`SyncBase.embed_stream`, by one call with messages in both directions."""
+        flight, source = self._flight(), iter(chunks)
+        method = partial(self._stub.EmbedStream, metadata=_traced(self._metadata))
+        call = StreamCall(method=method, target=self._target, timeout=self._timeout)
+        while not flight.done:
+            try:
+                yield from call.results(flight, source, progress)
+            except Failure as failure:
+                time.sleep(flight.retry(failure).seconds)
+
     def close(self) -> None:
         """Close the channel."""
         self._channel.close()
@@ -139,6 +161,24 @@ class AsyncGrpcClient(AsyncBase):
                 self._target,
             ) from error
         return grpc_answer(request, reply)
+
+    async def embed_stream(
+        self,
+        chunks: Iterable[CountMatrix] | AsyncIterable[CountMatrix],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> AsyncIterator[Embeddings]:
+        """See :meth:`GrpcClient.embed_stream`; `chunks` may be either kind of iterable."""
+        flight, source = self._flight(), each(chunks)
+        method = partial(self._stub.EmbedStream, metadata=_traced(self._metadata))
+        call = StreamCall(method=method, target=self._target, timeout=self._timeout)
+        while not flight.done:
+            try:
+                async with contextlib.aclosing(call.results_async(flight, source, progress)) as results:
+                    async for result in results:
+                        yield result
+            except Failure as failure:
+                await asyncio.sleep(flight.retry(failure).seconds)
 
     async def close(self) -> None:
         """Close the channel."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -12,10 +14,12 @@ import httpx
 
 from perturbscope import wire
 from perturbscope.embedder import Embedder
-from perturbscope.errors import PerturbScopeError
+from perturbscope.errors import PerturbScopeError, UnknownModelError
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeServicer, add_PerturbScopeServicer_to_server
 from perturbscope.scoring import compare_perturbations, score_perturbations
+from perturbscope.wire.proto_stream import stream_answer_to_proto, stream_cells_from_proto, stream_start_from_proto
+from perturbscope.wire.streams import StreamChunk, StreamOpened, StreamTotals
 
 
 class FakeServer:
@@ -31,6 +35,14 @@ class FakeServer:
         Of each gRPC call.
     change
         Applied to every answer of embed; may raise.
+    keep
+        Whether to keep the requests.
+    silent
+        Whether streams get no answer.
+    stream_ended
+        Set when a stream is over, for whatever reason.
+    model_id
+        Of the model that embeds.
     """
 
     def __init__(self, embedder: Embedder) -> None:
@@ -39,12 +51,18 @@ class FakeServer:
         self.requests: list[wire.Request] = []
         self.metadata: list[tuple[tuple[str, str], ...]] = []
         self.change: Callable[[Any], Any] = lambda answer: answer
+        self.keep = True
+        self.silent = False
+        self.stream_ended = threading.Event()
+        self.model_id = embedder.model_id
 
     def answer(self, request: wire.Request) -> Any:
-        self.requests.append(request)
+        if self.keep:
+            self.requests.append(request)
         match request:
             case wire.EmbedRequest():
-                return self.change(self.embedder.embed(request.cells))
+                found = replace(self.embedder.embed(request.cells), model_id=self.model_id)
+                return self.change(found)
             case wire.ScoreRequest():
                 return wire.ScoreAnswer(
                     result=score_perturbations(
@@ -140,6 +158,48 @@ class _Servicer(PerturbScopeServicer):
 
     def Embed(self, request: pb.EmbedRequest, context: Any) -> Any:  # noqa: N802
         return self._serve("embed", request, context)
+
+    def EmbedStream(self, requests: Any, context: Any) -> Any:  # noqa: N802
+        server = self._server
+        try:
+            if server.silent:
+                server.stream_ended.wait(5)
+            start = stream_start_from_proto(next(requests))
+            row = start.first_row
+            if start.model not in (None, server.model_id):
+                raise UnknownModelError("no such model", field="model")
+            coverage = server.embedder.tokenize(start.every_gene()).coverage
+            opened = StreamOpened(
+                model_id=server.model_id,
+                vocabulary_hash=server.embedder.vocabulary_hash,
+                coverage=coverage,
+                width=server.embedder.width,
+                chunks_in_progress=1,
+                max_chunk_cells=1000,
+                max_chunk_bytes=2**20,
+                variant=server.embedder.variant,
+            )
+            yield stream_answer_to_proto(opened)
+            totals = StreamTotals()
+            for message in requests:
+                if server.failures:
+                    raise server.failures.pop(0)
+                cells = stream_cells_from_proto(message, start.gene_ids, row)
+                found = server.answer(wire.EmbedRequest(cells=cells))
+                totals.add(found)
+                yield stream_answer_to_proto(StreamChunk(first_row=row, embeddings=found))
+                row += len(cells)
+            yield stream_answer_to_proto(totals.end(opened))
+        except Abort as abort:
+            context.set_trailing_metadata(abort.metadata)
+            context.abort(abort.status, abort.details)
+        except PerturbScopeError as error:
+            context.set_trailing_metadata(
+                (("perturbscope-code", error.code), ("perturbscope-field", error.field or ""))
+            )
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)
+        finally:
+            server.stream_ended.set()
 
     def Score(self, request: pb.ScoreRequest, context: Any) -> Any:  # noqa: N802
         return self._serve("score", request, context)
