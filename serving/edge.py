@@ -44,7 +44,8 @@ async def answered(request: Request, route: str, work: Work, *, right: Right = "
         That the caller needs.
     """
     engine: Engine = request.app.state.engine
-    call = Call.begin(route, "http", request.headers, peer=request.client.host if request.client else "")
+    peer = request.client.host if request.client else ""
+    call = Call.begin(route, "http", request.headers, peer=peer, method=request.method)
     code = "ok"
     try:
         async with engine.front.admitted(call, right) as hold:

@@ -26,6 +26,7 @@ from serving.calls import Call
 from serving.engine import Engine
 from serving.limits import Held
 from serving.models import ServedModel
+from serving.telemetry.metrics import STREAMS
 
 _GLANCE = 1.0
 """Seconds after which a stream that waits for its caller looks whether the server stops."""
@@ -69,7 +70,8 @@ async def answer_stream(engine: Engine, call: Call, held: Held, pipe: Pipe) -> N
         DeadlineExceededError, if the caller neither sends nor reads for ``body_timeout`` seconds, and OverloadedError,
         if the server stops.
     """
-    await _Stream(engine, call, held, pipe).run()
+    with STREAMS.labels(call.transport).track_inprogress():
+        await _Stream(engine, call, held, pipe).run()
 
 
 class _Job(NamedTuple):

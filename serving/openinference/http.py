@@ -125,12 +125,13 @@ async def _infer(request: Request, engine: Engine, call: Call, hold: Held) -> An
     name, version = _named(request)
     with engine.registry.lease(name, version):  # an unknown model should not cost the reading of a body
         pass
-    body = await LimitedBody(request, engine, hold).body()
+    body = await LimitedBody(request, engine, hold, call).body()
     json_length = request.headers.get(JSON_LENGTH)
     answer = await while_connected(
         request, infer(engine, name, version or "", lambda: request_from_body(body, json_length), call)
     )
-    content, headers = await engine.work(answer_to_body, answer)
+    with call.stage("encode"):
+        content, headers = await engine.work(answer_to_body, answer)
     return Response(content, headers=headers)
 
 
