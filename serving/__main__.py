@@ -7,17 +7,24 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import NoReturn
 
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
 from serving import preflight
+from serving.security import tls
 from serving.settings import PREFIX, Settings
 
 OPTIONS = {
     "bundle": "bundle directory; several separated by ':'",
+    "repository": "directory of bundle directories, which is watched",
     "variant": "graph of the bundle: fp32, fp16, int8",
     "device": "cpu or cuda",
-    "host": "address to listen on",
+    "host": "address to listen on; 127.0.0.1 by default",
+    "keys": "file of API keys, see python -m serving.keys",
+    "tls_certificate": "file with the server's certificate",
+    "tls_key": "file with its private key",
+    "tls_client_ca": "file with the authorities of clients' certificates; without one of these no client gets in",
     "http_port": "port of the HTTP server",
     "grpc_port": "port of the gRPC server",
 }
@@ -42,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _become_bentoml(settings: Settings) -> NoReturn:
     command = [sys.executable, "-m", "bentoml", "serve", "serving.service:PerturbScope"]
     command += ["--working-dir", str(preflight.ROOT), "--host", settings.host, "--port", str(settings.http_port)]
-    environment = {"BENTOML_DO_NOT_TRACK": "True", **os.environ, **settings.to_env()}
+    command += tls.bentoml_options(settings)
+    # An uploaded file may ask HDF5 for a plugin: no library is ever loaded for one.
+    closed = {"HDF5_PLUGIN_PRELOAD": "::"}
+    environment = {"BENTOML_DO_NOT_TRACK": "True", **os.environ, **settings.to_env(), **closed}
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # noqa: S606  no shell is wanted
 
@@ -55,9 +65,11 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     environ = {**os.environ, **{PREFIX + name.upper(): value for name, value in given.items()}}
     settings = Settings.from_env(environ)
-    absolute = os.pathsep.join(str(path.absolute()) for path in settings.bundles)
     values = {item.name: getattr(settings, item.name) for item in fields(settings)}
-    return Settings(**{**values, "bundle": absolute})
+    values["bundle"] = os.pathsep.join(str(path.absolute()) for path in settings.bundles)
+    for name in ("repository", "keys", "tls_certificate", "tls_key", "tls_client_ca"):
+        values[name] = str(Path(values[name]).absolute()) if values[name] else ""
+    return Settings(**values)
 
 
 if __name__ == "__main__":

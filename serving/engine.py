@@ -72,9 +72,9 @@ class Engine:
         self._scorers = ThreadPoolExecutor(settings.score_workers, thread_name_prefix="perturbscope-score")
 
     @classmethod
-    def load(cls, settings: Settings) -> Engine:
-        """Load and warm up every bundle of the settings. Raises as :meth:`ServedModel.load`."""
-        return cls(ModelRegistry.open(settings), settings)
+    def load(cls, settings: Settings, *, strict: bool = True) -> Engine:
+        """Load and prove every bundle of the settings. Raises as :meth:`ModelRegistry.open`."""
+        return cls(ModelRegistry.open(settings, strict=strict), settings)
 
     def models(self) -> ModelsAnswer:
         """What is served; the first is the default."""

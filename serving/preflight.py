@@ -15,7 +15,8 @@ from pathlib import Path
 
 from perturbscope.bundle import Bundle
 from perturbscope.errors import InvalidParameterError, PerturbScopeError, ProviderUnavailableError
-from serving.settings import PREFIX, Settings
+from serving.security import start
+from serving.settings import DEFAULT_BUNDLE, PREFIX, Settings
 from serving.telemetry import tracing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,10 +39,17 @@ def check(settings: Settings, *, http: bool = False) -> None:
     ProviderUnavailableError
         The device was asked for and cannot be used.
     InvalidParameterError
-        A port is taken, or traces are to go over another protocol than gRPC.
+        The repository is no directory, a port is taken, a file of keys or certificates cannot be used, or traces are to
+        go over another protocol than gRPC.
     """
     for path in settings.bundles:
         Bundle.open(path).graph(settings.variant)
+    if settings.repository and not Path(settings.repository).is_dir():
+        raise InvalidParameterError(
+            f"{PREFIX}REPOSITORY is {settings.repository}, which is no directory. Make it, or mount it.",
+            field="repository",
+        )
+    start.check(settings)
     check_device(settings)
     tracing.wanted()
     if http:
@@ -98,7 +106,7 @@ def _try_device() -> int:
 
     settings = Settings.from_env()
     try:
-        ServedModel.load(settings.bundles[0], settings)
+        ServedModel.load((*settings.bundles, DEFAULT_BUNDLE)[0], settings)
     except PerturbScopeError as error:
         sys.stderr.write(error.message.replace("\n", " ") + "\n")
         return 1

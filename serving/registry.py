@@ -12,40 +12,74 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeVar
 
-from perturbscope.errors import InvalidParameterError, PerturbScopeError, UnknownModelError
+from perturbscope.errors import (
+    InvalidParameterError,
+    LimitExceededError,
+    OverloadedError,
+    PerturbScopeError,
+    UnknownModelError,
+)
 from perturbscope.wire.messages import ModelInfo
-from serving.models import ServedModel
-from serving.settings import Settings
+from serving import log
+from serving.models import ServedModel, estimate_bytes
+from serving.repository import Repository, Snapshot
+from serving.settings import PREFIX, Settings
+from serving.shelf import Entry, Shelf
 
 Load = Callable[[Path, Settings], ServedModel]
 """Opens, warms up and proves one bundle; called on a thread."""
+Estimate = Callable[[Path, Settings], int]
+"""Memory of a model, before it is loaded."""
+State = Literal["READY", "UNAVAILABLE"]
+T = TypeVar("T")
 
 
-@dataclass(eq=False)
-class _Entry:
-    """A model, and who uses it."""
+@dataclass(frozen=True)
+class _Failure:
+    """Why a folder is not served, or not in its present form."""
 
-    model: ServedModel
-    leases: int = 0
-    retired: bool = False
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the model is retired and nobody holds it."""
+    error: PerturbScopeError
+    signature: object
 
-    def release(self) -> None:
-        self.leases -= 1
-        self.settle()
 
-    def settle(self) -> None:
-        if self.retired and not self.leases:
-            self.idle.set()
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A model that is loaded, or a bundle folder that is not.
+
+    Attributes
+    ----------
+    name
+        Of the model; of the folder, where the model is not loaded.
+    version
+        Of the model; empty where that is not known.
+    folder
+        What :meth:`ModelRegistry.load` calls it.
+    state
+        READY for a model that answers.
+    reason
+        Why it is not loaded, or why a newer form of its bundle is not; empty if all is well.
+    """
+
+    name: str
+    version: str
+    folder: str
+    state: State
+    reason: str
 
 
 class ModelRegistry:
     """What is served, in order: the first model is the default, and of one name the first listed version is.
+
+    A model that is loaded from a folder that is served already takes the old one's place in the order; any other is
+    listed last. So a new version beside an old one gets no traffic that does not name it, until the old one is
+    unloaded.
 
     Parameters
     ----------
@@ -53,40 +87,107 @@ class ModelRegistry:
         What is to be served, and the limits.
     models
         What is served from the start.
-    load
-        How a bundle becomes a model.
+    load, estimate
+        How a bundle becomes a model, and what it costs.
     """
 
     def __init__(
-        self, settings: Settings, models: Iterable[ServedModel] = (), *, load: Load = ServedModel.load
+        self,
+        settings: Settings,
+        models: Iterable[ServedModel] = (),
+        *,
+        load: Load = ServedModel.load,
+        estimate: Estimate = estimate_bytes,
     ) -> None:
-        self._settings = settings
-        self._load = load
-        self._entries: list[_Entry] = []
-        self._draining: set[asyncio.Task[None]] = set()
+        self._settings, self._load, self._estimate = settings, load, estimate
+        self.repository = Repository(settings.bundles, Path(settings.repository) if settings.repository else None)
+        self._shelf = Shelf()
+        self._failures: dict[str, _Failure] = {}
+        self._missing: set[str] = set()
+        """Folders that the operator names and that could not be loaded: without them the server is not ready."""
+        self._unloaded: set[str] = set()
+        """Folders that were unloaded on request, and so are not loaded again without one."""
+        self._gone: set[str] = set()
+        """Folders that were not there at the last look."""
+        self._one_at_a_time = asyncio.Lock()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="perturbscope-load")
+        self._changes: set[asyncio.Task[ModelInfo]] = set()
+        self._watcher: asyncio.Task[None] | None = None
+        self._closed = False
         for model in models:
-            self._add(model)
+            self._shelf.put(Entry(model))
 
     @classmethod
-    def open(cls, settings: Settings) -> ModelRegistry:
-        """Load every bundle of the settings. Raises as :meth:`ServedModel.load`."""
-        return cls(settings, [ServedModel.load(path, settings) for path in settings.bundles])
+    def open(cls, settings: Settings, *, strict: bool = True) -> ModelRegistry:
+        """Load what the settings name and what is in the repository; blocks, so it is for before the event loop.
+
+        Parameters
+        ----------
+        settings
+            What is to be served.
+        strict
+            Raise for a bundle that the operator names and that cannot be served. Without it such a bundle is told in
+            the log, and the server is not ready. One of the repository is only ever told.
+
+        Raises
+        ------
+        BundleError, ProviderUnavailableError, InferenceError, LimitExceededError
+            As :meth:`load`.
+        """
+        registry = cls(settings)
+        repository = registry.repository
+        for folder in (*repository.named, *repository.scan()):
+            snapshot = None
+            try:
+                path = repository.find(folder)
+                snapshot = Snapshot.of(path)
+                n_bytes = registry._estimate(path, settings)
+                registry._check_room(folder, n_bytes)
+                registry._shelf.put(registry._make(folder, snapshot, n_bytes))
+            except PerturbScopeError as error:
+                named = folder in repository.named
+                if named and strict:
+                    raise
+                registry._failed(folder, snapshot, error)
+                if named:
+                    registry._missing.add(folder)
+        return registry
 
     def infos(self) -> tuple[ModelInfo, ...]:
         """What is served; the first is the default."""
-        return tuple(entry.model.info for entry in self._entries)
+        return tuple(model.info for model in self.served())
 
     def served(self) -> tuple[ServedModel, ...]:
-        """The models, to look at; whoever sends them cells must lease one."""
-        return tuple(entry.model for entry in self._entries)
+        """The models themselves, to look at; who uses one leases it."""
+        return tuple(entry.model for entry in self._shelf.entries)
+
+    def index(self) -> tuple[Listed, ...]:
+        """What is loaded, then what could be and is not; a folder that failed says why."""
+        reasons = {folder: failure.error.message for folder, failure in self._failures.items()}
+        listed = []
+        for entry in self._shelf.entries:
+            info, works = entry.model.info, entry.model.verified
+            reason = reasons.pop(entry.folder, "") or ("" if works else "It does not answer as it should.")
+            state: State = "READY" if works else "UNAVAILABLE"
+            listed.append(Listed(name=info.name, version=info.version, folder=entry.folder, state=state, reason=reason))
+        for folder in sorted({*reasons, *self._unloaded}):
+            reason = reasons.get(folder, "It was unloaded on request.")
+            listed.append(Listed(name=folder, version="", folder=folder, state="UNAVAILABLE", reason=reason))
+        return tuple(listed)
 
     @property
     def default(self) -> ServedModel:
         """What answers a request that names no model. Raises UnknownModelError."""
-        return self._find(None, None).model
+        return self._shelf.find(None, None).model
 
-    @contextlib.contextmanager
-    def lease(self, name: str | None = None, version: str | None = None) -> Iterator[ServedModel]:
+    @property
+    def model_bytes(self) -> int:
+        """Memory of all models, as estimated; one that was replaced counts until its last request is done."""
+        return self._shelf.n_bytes
+
+    def lease(
+        self, name: str | None = None, version: str | None = None
+    ) -> contextlib.AbstractContextManager[ServedModel]:
         """A model for the length of a request; it lives until it is given back, whatever is unloaded meanwhile.
 
         Parameters
@@ -101,70 +202,222 @@ class ModelRegistry:
         UnknownModelError
             There is no such model.
         """
-        entry = self._find(name, version)
-        entry.leases += 1
-        try:
-            yield entry.model
-        finally:
-            entry.release()
+        return self._shelf.find(name, version).held()
 
     async def ready(self) -> bool:
-        """Whether every model answers. One that failed last is tried again, so that it can recover."""
-        if not self._entries:
+        """Whether all that is to be served is, and answers. A model that failed last is proven again first."""
+        if not self._shelf.entries or self._missing:
             return False
-        for entry in tuple(self._entries):
+        for entry in tuple(self._shelf.entries):
             if entry.model.verified:
                 continue
-            with self._held(entry):
+            with entry.held() as model:
                 try:
-                    await entry.model.check()
-                except PerturbScopeError:
+                    await model.check()
+                except PerturbScopeError as error:
+                    log.event("model_not_ready", "error", model=model.info.model_id, reason=error.message)
                     return False
         return True
 
-    async def close(self) -> None:
-        """Finish what was accepted, and free all models."""
-        await asyncio.gather(*(entry.model.close() for entry in self._entries))
+    async def load(self, folder: str) -> ModelInfo:
+        """Load the bundle of a folder, or load it again if it has changed; the old model serves until the new one can.
 
-    @contextlib.contextmanager
-    def _held(self, entry: _Entry) -> Iterator[None]:
-        entry.leases += 1
+        A caller that goes away does not stop it.
+
+        Parameters
+        ----------
+        folder
+            Plain name of a folder of the repository, or of one of the bundles in the settings.
+
+        Raises
+        ------
+        InvalidParameterError
+            Not a plain name, or another folder has this name and version of a model already.
+        UnknownModelError
+            There is no such folder.
+        BundleError
+            The bundle cannot be served here; what was served before still is.
+        LimitExceededError
+            There is no memory for it.
+        ProviderUnavailableError, InferenceError
+            The model does not run.
+        OverloadedError
+            The server is shutting down.
+        """
+        path = await asyncio.to_thread(self.repository.find, folder)
+        self._unloaded.discard(folder)
+        task = asyncio.get_running_loop().create_task(self._change(folder, path), name="perturbscope-load")
+        self._changes.add(task)
+        task.add_done_callback(self._loaded)
+        return await asyncio.shield(task)
+
+    async def unload(self, name: str, version: str | None = None) -> ModelInfo:
+        """Stop serving a model; requests in progress keep it. It is not loaded again until someone asks.
+
+        Parameters
+        ----------
+        name
+            Of a folder, or else of a model, ``name@version`` or its id.
+        version
+            Of the model; needed where several are served under the name.
+
+        Raises
+        ------
+        UnknownModelError
+            There is no such model.
+        InvalidParameterError
+            Several versions are served, and none was named.
+        """
+        entries = self._shelf.entries
+        chosen = [entry for entry in entries if entry.folder == name and version in (None, entry.version)]
+        chosen = chosen or [entry for entry in entries if entry.is_called(name, version)]
+        if len(chosen) > 1:
+            versions = ", ".join(entry.version for entry in chosen)
+            raise InvalidParameterError(f"The model {name!r} has the versions {versions}. Name one.", field="version")
+        entry = chosen[0] if chosen else self._shelf.find(name, version)
+        if entry.folder:
+            self._unloaded.add(entry.folder)
+        self._take_off(entry)
+        return entry.model.info
+
+    async def poll(self) -> None:
+        """Look at the repository once: load what is new or has changed, unload what has gone.
+
+        A bundle that cannot be served is told in the log, once, and tried again when its files have changed: it may
+        have been half copied. A folder must be missing at two looks before its model goes, since replacing a folder
+        takes two renames. A repository that is unreadable or empty of bundles changes nothing: it may have lost its
+        disk.
+        """
         try:
-            yield
-        finally:
-            entry.release()
+            found = await asyncio.to_thread(self.repository.scan)
+        except OSError as error:
+            log.event("repository_unreadable", "error", reason=str(error))
+            return
+        for folder, snapshot in found.items():
+            if self._closed:
+                return
+            if self._is_news(folder, snapshot):
+                try:
+                    await self.load(folder)
+                except PerturbScopeError as error:
+                    self._failed(folder, snapshot, error)
+        if not found:
+            return
+        served = {entry.folder: entry for entry in self._shelf.entries if self._is_watched(entry)}
+        gone = served.keys() - found.keys()
+        for folder in gone & self._gone:
+            self._take_off(served[folder])
+        self._gone = gone - self._gone
+        # A folder that has gone may come back as something new.
+        for folder in (self._failures.keys() | self._unloaded) - found.keys() - self.repository.named.keys() - gone:
+            self._failures.pop(folder, None)
+            self._unloaded.discard(folder)
 
-    def _find(self, name: str | None, version: str | None) -> _Entry:
-        for entry in self._entries:
-            if _is_called(entry.model.info, name, version):
-                return entry
-        wanted = "model" if name is None else f"model {name!r}"
-        served = ", ".join(dict.fromkeys(_spelled(info, self.infos()) for info in self.infos()))
-        raise UnknownModelError(
-            f"No {wanted}{f' of version {version!r}' if version else ''} is served here; "
-            + (f"there is {served}. Leave the model out to use the first." if served else "no model is loaded."),
-            field="model",
-        )
+    def watch(self) -> None:
+        """Look at the repository from time to time, until closed; does nothing where there is none."""
+        if self.repository.root is not None and self._settings.repository_poll:
+            self._watcher = asyncio.get_running_loop().create_task(self._watch(), name="perturbscope-repository")
 
-    def _add(self, model: ServedModel) -> None:
-        taken = [info for info in self.infos() if (info.name, info.version) == (model.info.name, model.info.version)]
-        if taken:
-            raise InvalidParameterError(
-                f"Two bundles hold version {model.info.version} of the model {model.info.name!r}. "
-                "Export one of them under another version or name.",
-                field="bundle",
+    async def close(self) -> None:
+        """Finish what was accepted, and free all models. May be called twice."""
+        self._closed = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        await asyncio.gather(*self._changes, return_exceptions=True)
+        await self._shelf.close()
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.repository_poll)
+            try:
+                await self.poll()
+            except Exception:  # noqa: BLE001  a bug must not end the watch
+                log.logger.exception("looking at the model repository failed")
+
+    async def _change(self, folder: str, path: Path) -> ModelInfo:
+        """Load a folder and put its model in place; one at a time."""
+        async with self._one_at_a_time:
+            snapshot: Snapshot | None = None
+            try:
+                # Taken before the files are read: a change while they are is then seen at the next look.
+                snapshot = await self._off_the_loop(Snapshot.of, path)
+                old = self._shelf.from_folder(folder)
+                if old and old.snapshot and old.snapshot.digest == snapshot.digest and old.model.verified:
+                    self._failures.pop(folder, None)
+                    return old.model.info
+                n_bytes = await self._off_the_loop(self._estimate, path, self._settings)
+                self._check_room(folder, n_bytes)
+                new = await self._off_the_loop(self._make, folder, snapshot, n_bytes)
+                try:
+                    if self._closed:
+                        raise _stopping()
+                    if folder in self._unloaded:
+                        raise UnknownModelError(f"{folder!r} was unloaded while it was being loaded.", field="name")
+                    self._shelf.put(new)
+                except PerturbScopeError:
+                    await new.model.close()
+                    raise
+            except PerturbScopeError as error:
+                self._failed(folder, snapshot, error)
+                raise
+            self._failures.pop(folder, None)
+            self._missing.discard(folder)
+            return new.model.info
+
+    async def _off_the_loop(self, function: Callable[..., T], *args: object) -> T:
+        if self._closed:
+            raise _stopping()
+        return await asyncio.get_running_loop().run_in_executor(self._loader, function, *args)
+
+    def _check_room(self, folder: str, n_bytes: int) -> None:
+        taken, limit = self.model_bytes, self._settings.max_model_bytes
+        if limit and taken + n_bytes > limit:
+            raise LimitExceededError(
+                f"The model in {folder!r} would take about {n_bytes:,} bytes, and the loaded ones take {taken:,}; "
+                f"the limit is {limit:,} ({PREFIX}MAX_MODEL_BYTES). Unload a model first; a replaced model counts "
+                "until its last request is done.",
+                field="name",
             )
-        self._entries.append(_Entry(model))
+
+    def _make(self, folder: str, snapshot: Snapshot, n_bytes: int) -> Entry:
+        """Load a bundle; on the loader's thread."""
+        started = time.perf_counter()
+        model = self._load(snapshot.path, self._settings)
+        seconds = round(time.perf_counter() - started, 3)
+        log.event("model_prepared", model=model.info.model_id, folder=folder, bytes=n_bytes, seconds=seconds)
+        return Entry(model, folder, snapshot, n_bytes)
+
+    def _loaded(self, task: asyncio.Task[ModelInfo]) -> None:
+        """A load has ended; whoever waits for it hears of its error, and nobody may."""
+        self._changes.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+    def _take_off(self, entry: Entry) -> None:
+        self._missing.discard(entry.folder)
+        self._failures.pop(entry.folder, None)
+        self._shelf.take_off(entry)
+
+    def _failed(self, folder: str, snapshot: Snapshot | None, error: PerturbScopeError) -> None:
+        """Remember why a folder is not served; told once for the same reason."""
+        known = self._failures.get(folder)
+        self._failures[folder] = _Failure(error, snapshot.signature if snapshot else None)
+        if known is None or known.error.message != error.message:
+            log.event("model_not_loaded", "error", folder=folder, code=error.code, reason=error.message)
+
+    def _is_news(self, folder: str, snapshot: Snapshot) -> bool:
+        """Whether a folder is to be loaded: it is not served in this form, and trying may have another end."""
+        entry, known = self._shelf.from_folder(folder), self._failures.get(folder)
+        if folder in self._unloaded or (entry and entry.snapshot and entry.snapshot.digest == snapshot.digest):
+            return False
+        # Memory may have become free since.
+        return known is None or isinstance(known.error, LimitExceededError) or known.signature != snapshot.signature
+
+    def _is_watched(self, entry: Entry) -> bool:
+        return entry.snapshot is not None and entry.folder not in self.repository.named
 
 
-def _is_called(info: ModelInfo, name: str | None, version: str | None) -> bool:
-    """Whether a request for `name` and `version` means this model."""
-    if name is not None and name not in (info.name, f"{info.name}@{info.version}", info.model_id):
-        return False
-    return version is None or version == info.version
-
-
-def _spelled(info: ModelInfo, served: tuple[ModelInfo, ...]) -> str:
-    """The shortest name that means this model alone."""
-    alone = sum(other.name == info.name for other in served) == 1
-    return info.name if alone else f"{info.name}@{info.version}"
+def _stopping() -> OverloadedError:
+    return OverloadedError("The server is shutting down. Try again, or use another server.", retry_after=5.0)

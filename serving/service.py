@@ -59,7 +59,8 @@ class PerturbScope:
         self._settings = Settings.from_env()
         configure_log(self._settings)
         tracing.configure(scheme="https" if self._settings.tls_certificate else "http")
-        self._engine = Engine.load(self._settings)
+        # A worker that raised here would be started again and again; one that serves what it can says what is wrong.
+        self._engine = Engine.load(self._settings, strict=False)
         app.state.engine = self._engine
         self._server: GrpcServer | None = None
 
@@ -82,7 +83,8 @@ class PerturbScope:
         port = await self._server.start()
         for warning in start.warnings(self._settings):
             log.logger.warning(warning)
-        models = ", ".join(model.model_id for model in self._engine.models().models)
+        self._engine.registry.watch()
+        models = ", ".join(model.model_id for model in self._engine.models().models) or "no model"
         sys.stdout.write(
             f"HTTP on {_http_address(self._settings)}, gRPC on {self._settings.host}:{port}\n"
             f"Serving {models} ({self._settings.variant}, {self._settings.device})\n"

@@ -13,6 +13,7 @@ from perturbscope.errors import InvalidParameterError
 from serving.log import Format, Level
 
 PREFIX = "PERTURBSCOPE_"
+_MAY_BE_ZERO = ("threads", "repository_poll", "max_model_bytes")
 DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "default"
 
 
@@ -26,8 +27,15 @@ class Settings:
         A value outside its range.
     """
 
-    bundle: str = str(DEFAULT_BUNDLE)
-    """Bundle directories, separated by ``:``; the first one is the default model."""
+    bundle: str = ""
+    """Bundle directories, separated by ``:``; the first one is the default model. Empty: the bundle that comes with the
+    server, or none where there is a repository."""
+    repository: str = ""
+    """Directory of bundle directories, which may come, change and go while the server runs; empty: none."""
+    repository_poll: int = 10
+    """Seconds between two looks into the repository; 0: models come and go only on request."""
+    max_model_bytes: int = 0
+    """Memory that all loaded models may take, as estimated; 0: no limit."""
     variant: str = "fp32"
     """Graph of the bundle: fp32, fp16, int8."""
     device: str = "cpu"
@@ -101,7 +109,7 @@ class Settings:
                 )
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, int) and value < (0 if item.name == "threads" else 1):
+            if isinstance(value, int) and value < (0 if item.name in _MAY_BE_ZERO else 1):
                 raise InvalidParameterError(f"{_variable(item.name)} is {value}; it must be larger.", field=item.name)
         for name in ("http_port", "grpc_port"):
             if getattr(self, name) > 65_535:
@@ -119,12 +127,19 @@ class Settings:
                 f"HTTP and gRPC cannot share the port {self.http_port}; give {PREFIX}GRPC_PORT another.",
                 field="grpc_port",
             )
-        if not self.bundles:
+        if bool(self.tls_certificate) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_certificate):
+            raise InvalidParameterError(
+                f"TLS needs both {PREFIX}TLS_CERTIFICATE and {PREFIX}TLS_KEY; {PREFIX}TLS_CLIENT_CA needs them too.",
+                field="tls_certificate",
+            )
+        if not self.bundles and not self.repository:
             raise InvalidParameterError(f"{PREFIX}BUNDLE names no directory.", field="bundle")
 
     @property
     def bundles(self) -> tuple[Path, ...]:
         """The bundle directories."""
+        if not self.bundle:
+            return () if self.repository else (DEFAULT_BUNDLE,)
         return tuple(Path(part) for part in self.bundle.split(os.pathsep) if part)
 
     @property

@@ -1,0 +1,142 @@
+"""Where bundles come from: the folders that the operator names, and a repository of such folders.
+
+Callers name a bundle by the name of its folder, never by a path. Whatever is not the plain name of a folder that lies
+inside the repository, links followed, does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from perturbscope.bundle import MANIFEST
+from perturbscope.errors import CorruptBundleError, InvalidParameterError, UnknownModelError
+from serving.settings import PREFIX
+
+_LONGEST_NAME = 255
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """How a bundle folder looks from outside.
+
+    Attributes
+    ----------
+    path
+        The folder.
+    digest
+        SHA-256 of its manifest, which holds the checksums of all other files.
+    signature
+        Name, size and time of each file: changes while files are still being copied.
+    """
+
+    path: Path
+    digest: str
+    signature: tuple[tuple[str, int, int], ...]
+
+    @classmethod
+    def of(cls, path: Path) -> Snapshot:
+        """Look at a folder. Raises CorruptBundleError for one that cannot be read."""
+        try:
+            files = sorted((entry.name, entry.stat()) for entry in path.iterdir())
+            digest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+        except OSError as error:
+            raise CorruptBundleError(f"{path} cannot be read: {error}. Fetch the bundle again.") from error
+        return cls(path, digest, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
+
+
+class Repository:
+    """Finds bundle folders by name.
+
+    Parameters
+    ----------
+    named
+        Folders that the operator names one by one; a second one of the same name is called ``name-2``.
+    root
+        A folder of bundle folders. One with the name of a named folder is left out.
+    """
+
+    def __init__(self, named: Sequence[Path], root: Path | None) -> None:
+        self.named: dict[str, Path] = {}
+        for path in named:
+            same = sum(path.name == other.name for other in self.named.values())
+            self.named[f"{path.name}-{same + 1}" if same else path.name] = path
+        self.root = root
+
+    def find(self, name: str) -> Path:
+        """The folder of that name.
+
+        Raises
+        ------
+        InvalidParameterError
+            Not a plain name, such as ``../secret`` or ``/etc``.
+        UnknownModelError
+            There is no such bundle folder.
+        CorruptBundleError
+            A file of the folder is a link that leads out of the repository.
+        """
+        if not is_plain(name):
+            raise InvalidParameterError(
+                "The name is not that of a folder in the model repository: no slashes, no leading dot.", field="name"
+            )
+        if name in self.named:
+            return self.named[name]
+        if self.root is None:
+            raise UnknownModelError(
+                f"No bundle {name!r} is known here, and this server has no model repository ({PREFIX}REPOSITORY).",
+                field="name",
+            )
+        path = self.root / name
+        if not self._lies_inside(path) or not (path / MANIFEST).is_file():
+            raise UnknownModelError(
+                f"The model repository has no bundle folder {name!r}. Copy the bundle there first.", field="name"
+            )
+        outside = [entry.name for entry in path.iterdir() if not self._lies_inside(entry)]
+        if outside:
+            raise CorruptBundleError(
+                f"The file {outside[0]!r} of the bundle {name!r} is a link that leads out of the repository. Copy the "
+                "file itself."
+            )
+        return path
+
+    def scan(self) -> Mapping[str, Snapshot]:
+        """The bundle folders of the repository by name.
+
+        A folder without a manifest is not one yet. Names that begin with a dot are left out: writers stage under such.
+
+        Raises
+        ------
+        OSError
+            The repository cannot be read now.
+        """
+        found = {}
+        for entry in sorted(self.root.iterdir()) if self.root else ():
+            try:
+                plain = is_plain(entry.name) and entry.name not in self.named
+                if plain and (entry / MANIFEST).is_file() and self._lies_inside(entry):
+                    found[entry.name] = Snapshot.of(entry)
+            except (OSError, CorruptBundleError):
+                continue  # it is being moved or written right now; the next look will tell
+        return found
+
+    def _lies_inside(self, path: Path) -> bool:
+        assert self.root is not None  # noqa: S101  callers have looked
+        root = self.root.resolve()
+        try:
+            target = path.resolve()
+        except (OSError, RuntimeError):
+            return False  # links in a circle
+        return target != root and target.is_relative_to(root)
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name can be that of a bundle folder."""
+    return (
+        0 < len(name) <= _LONGEST_NAME
+        and name.isprintable()
+        and not name.startswith(".")
+        and Path(name).name == name
+        and "\\" not in name
+    )
