@@ -21,7 +21,7 @@ the mean and variance over ALL such pairs, which a finite number of random draws
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -61,8 +61,14 @@ class Group(Protocol):
     size: int
     row_sums: NDArray[np.float64]
 
-    def within(self, members: Members) -> NDArray[np.float64]:
-        """Sum of all distances within each marked subset; `members` [size, R] of 0 and 1 gives [R]."""
+    def mark(self, members: Members) -> Any:
+        """Subsets of the cells, `members` [size, R] of 0 and 1, in the form that sums of distances are made from."""
+
+    def within(self, marked: Any) -> NDArray[np.float64]:
+        """Sum of all distances within each marked subset, [R]."""
+
+    def growing(self, orders: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Sum of all distances within the first 0, 1, ..., K cells of each order, `orders` [R, K] -> [R, K + 1]."""
 
     def moments(self) -> Moments:
         """Moments of the distances between two different cells (needs four cells)."""
@@ -83,8 +89,8 @@ class Link(Protocol):
     sums_a: NDArray[np.float64]
     sums_b: NDArray[np.float64]
 
-    def between(self, members_a: Members, members_b: Members) -> NDArray[np.float64]:
-        """Sum of distances between marked cells of one and of the other group, [n, R], [m, R] -> [R]."""
+    def between(self, marked_a: Any, marked_b: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Sums of distances from marked cells of one group, and from all of its cells, to marked cells of the other."""
 
 
 class DenseGroup:
@@ -99,9 +105,22 @@ class DenseGroup:
         self.matrix = pairwise_distances(rows) if matrix is None else matrix
         self.row_sums = self.matrix.sum(axis=1, dtype=np.float64)
 
-    def within(self, members: Members) -> NDArray[np.float64]:
+    def mark(self, members: Members) -> Members:
         """See :class:`Group`."""
-        return _column_dots(members, self.matrix @ members)
+        return members
+
+    def within(self, marked: Members) -> NDArray[np.float64]:
+        """See :class:`Group`."""
+        return _column_dots(marked, self.matrix @ marked)
+
+    def growing(self, orders: NDArray[np.intp]) -> NDArray[np.float64]:
+        """See :class:`Group`."""
+        sums = np.zeros((len(orders), orders.shape[1] + 1))
+        for order, row in zip(orders, sums, strict=True):
+            # What a cell adds: its distances to those before it, in both directions.
+            added = np.tril(self.matrix[np.ix_(order, order)], -1).sum(axis=1, dtype=np.float64)
+            np.cumsum(2 * added, out=row[1:])
+        return sums
 
     def moments(self) -> Moments:
         """See :class:`Group`."""
@@ -135,9 +154,18 @@ class DenseLink:
         self.sums_a = self.matrix.sum(axis=1, dtype=np.float64)
         self.sums_b = self.matrix.sum(axis=0, dtype=np.float64)
 
-    def between(self, members_a: Members, members_b: Members) -> NDArray[np.float64]:
+    def between(self, marked_a: Members, marked_b: Members) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """See :class:`Link`."""
-        return _column_dots(members_a, self.matrix @ members_b)
+        reach = self.matrix @ marked_b
+        return _column_dots(marked_a, reach), reach.sum(axis=0, dtype=np.float64)
+
+
+class LinearMarks(NamedTuple):
+    """Marked subsets of a linear group: cells, sum of half squared lengths, sum of vectors; [R], [R], [R, width]."""
+
+    n: NDArray[np.float64]
+    half: NDArray[np.float64]
+    total: NDArray[np.float64]
 
 
 class LinearGroup:
@@ -156,14 +184,23 @@ class LinearGroup:
         sums: NDArray[np.float64] = other.size * self.half + other.half.sum() - self.rows @ other.rows.sum(axis=0)
         return sums
 
-    def _totals(self, members: Members) -> tuple[Any, Any, Any]:
-        z = members.T.astype(np.float64)
-        return z.sum(axis=1), z @ self.half, z @ self.rows
-
-    def within(self, members: Members) -> NDArray[np.float64]:
+    def mark(self, members: Members) -> LinearMarks:
         """See :class:`Group`."""
-        n, half, total = self._totals(members)
-        sums: NDArray[np.float64] = 2 * n * half - (total * total).sum(axis=1)
+        z = members.T.astype(np.float64)
+        return LinearMarks(z.sum(axis=1), z @ self.half, z @ self.rows)
+
+    def within(self, marked: LinearMarks) -> NDArray[np.float64]:
+        """See :class:`Group`."""
+        sums: NDArray[np.float64] = 2 * marked.n * marked.half - (marked.total * marked.total).sum(axis=1)
+        return sums
+
+    def growing(self, orders: NDArray[np.intp]) -> NDArray[np.float64]:
+        """See :class:`Group`."""
+        sums = np.zeros((len(orders), orders.shape[1] + 1))
+        n = np.arange(1, orders.shape[1] + 1)
+        for order, row in zip(orders, sums, strict=True):
+            total = np.cumsum(self.rows[order], axis=0)
+            row[1:] = 2 * n * np.cumsum(self.half[order]) - (total * total).sum(axis=1)
         return sums
 
     def moments(self) -> Moments:
@@ -191,12 +228,39 @@ class LinearLink:
         self.a, self.b = a, b
         self.sums_a, self.sums_b = a._sums_to(b), b._sums_to(a)
 
-    def between(self, members_a: Members, members_b: Members) -> NDArray[np.float64]:
+    def between(self, marked_a: LinearMarks, marked_b: LinearMarks) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """See :class:`Link`."""
-        n_a, half_a, total_a = self.a._totals(members_a)
-        n_b, half_b, total_b = self.b._totals(members_b)
-        sums: NDArray[np.float64] = n_b * half_a + n_a * half_b - (total_a * total_b).sum(axis=1)
-        return sums
+        a, b = marked_a, marked_b
+        some: NDArray[np.float64] = b.n * a.half + a.n * b.half - (a.total * b.total).sum(axis=1)
+        own = self.a
+        every: NDArray[np.float64] = b.n * own.half.sum() + own.size * b.half - b.total @ own.rows.sum(axis=0)
+        return some, every
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Exchanged labels of a pool: which cells of a and of b are called a's, R times.
+
+    Attributes
+    ----------
+    a
+        Of the cells of a, float32 [n, R] of 0 and 1.
+    b
+        Of the cells of b, as :meth:`Group.mark` makes it.
+    within_b, rows_b
+        Sums of the distances among b's marked cells, and of those from them to all cells of b, [R].
+    """
+
+    a: Members
+    b: Any
+    within_b: NDArray[np.float64]
+    rows_b: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, a: Members, b: Members, group_b: Group) -> Labels:
+        """Labels of a's cells [n, R] and of b's cells [m, R]."""
+        marked = group_b.mark(b)
+        return cls(a, marked, group_b.within(marked), group_b.row_sums @ b.astype(np.float64))
 
 
 class Pool:
@@ -219,9 +283,14 @@ class Pool:
 
     def split(self, members: Members) -> NDArray[np.float64]:
         """Energy distance between the marked cells and the rest, for each column of `members` [n + m, R]."""
-        z_a, z_b = members[: self.a.size], members[self.a.size :]
-        inside = self.a.within(z_a) + self.b.within(z_b) + 2 * self.link.between(z_a, z_b)
-        reach = self.row_sums @ members.astype(np.float64)
+        return self.exchanged(Labels.of(members[: self.a.size], members[self.a.size :], self.b))
+
+    def exchanged(self, labels: Labels) -> NDArray[np.float64]:
+        """Energy distance between the cells that are called a's and the rest, [R]."""
+        marked = self.a.mark(labels.a)
+        between, reach_b = self.link.between(marked, labels.b)
+        inside = self.a.within(marked) + labels.within_b + 2 * between
+        reach = self.row_sums[: self.a.size] @ labels.a.astype(np.float64) + reach_b + labels.rows_b
         rest = self.total - 2 * reach + inside
         return energy(reach - inside, inside, rest, self.a.size, self.b.size, self.estimator)
 
@@ -229,7 +298,8 @@ class Pool:
         """Energy distance between group a and each marked subset (equal sizes) of group b, `members` [m, R]."""
         size = int(members[:, 0].sum())
         between = self.link.sums_b @ members.astype(np.float64)
-        return energy(between, float(self.a.row_sums.sum()), self.b.within(members), self.a.size, size, self.estimator)
+        within = self.b.within(self.b.mark(members))
+        return energy(between, float(self.a.row_sums.sum()), within, self.a.size, size, self.estimator)
 
 
 def energy(

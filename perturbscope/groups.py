@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from perturbscope.distances import check_rows, unit_rows
+from perturbscope.distances import Floats, check_rows, unit_rows
 from perturbscope.errors import (
     ControlLabelMissingError,
     InvalidParameterError,
@@ -24,9 +24,59 @@ from perturbscope.statistics import generator
 
 MIN_CONTROLS = 4
 """Cells that the null's unbiased moments need at the very least."""
+_ROWS = 65_536
+"""Vectors that are scaled at a time where all are needed."""
 MAX_COPIES = 0.1
 """Share of cells with the vector of another cell above which copies are suspected. A few shallow cells are equal by
 chance; the same cells twice, from files that were joined, are not exchangeable, and their p is too small."""
+
+
+class Vectors:
+    """Vectors of cells, made float64 and scaled when they are asked for: those of millions of cells are held once.
+
+    Parameters
+    ----------
+    values
+        float [n, width], finite; kept as they are.
+    unit
+        Scale each to unit length.
+
+    Raises
+    ------
+    InvalidEmbeddingError
+        A row is zero and has no direction.
+    """
+
+    def __init__(self, values: Floats, *, unit: bool) -> None:
+        self._values, self._unit = values, unit
+        if unit:
+            for start in range(0, len(values), _ROWS):
+                rows = values[start : start + _ROWS]
+                if not rows.any(axis=1).all():
+                    unit_rows(rows, numbers=np.arange(start, start + len(rows)))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a vector."""
+        return int(self._values.shape[1])
+
+    def __getitem__(self, positions: NDArray[np.intp] | slice) -> NDArray[np.float64]:
+        """The vectors at some positions, float64 [n, width]."""
+        rows = self._values[positions]
+        return unit_rows(rows) if self._unit else rows.astype(np.float64)
+
+    def mean(self) -> NDArray[np.float64]:
+        """Mean vector, float64 [width]."""
+        total = sum(self[start : start + _ROWS].sum(axis=0) for start in range(0, len(self), _ROWS))
+        mean: NDArray[np.float64] = total / len(self)
+        return mean
+
+    def scaled(self) -> Vectors:
+        """The same vectors at unit length. Raises as the class."""
+        return self if self._unit else Vectors(self._values, unit=True)
 
 
 @dataclass(frozen=True)
@@ -36,7 +86,7 @@ class Groups:
     Attributes
     ----------
     rows
-        float64 [n, width], of unit length if the options say so.
+        The vectors of all cells, of unit length if the options say so.
     members
         Positions in `rows` of each label's cells: all of them, or a seeded sample of `max_cells`.
     sizes
@@ -51,7 +101,7 @@ class Groups:
         Share of each label's cells whose vector is also that of another cell of the label, or of a control.
     """
 
-    rows: NDArray[np.float64]
+    rows: Vectors
     members: dict[str, NDArray[np.intp]]
     sizes: dict[str, int]
     batches: NDArray[np.intp] | None
@@ -87,7 +137,7 @@ class Groups:
         codes, batch_names = None, np.empty(0, dtype=np.str_)
         if batches is not None:
             batch_names, codes = np.unique(check_labels(batches, len(values), "batches"), return_inverse=True)
-        rows = unit_rows(values) if options.normalize else values.astype(np.float64)
+        rows = Vectors(values, unit=options.normalize)
         names, inverse = np.unique(labels, return_inverse=True)
         order = np.argsort(inverse, kind="stable")
         members = dict(
@@ -100,7 +150,7 @@ class Groups:
             if len(cells) > options.max_cells:
                 rng = generator(options.seed, "sample", name)
                 members[name] = np.sort(rng.choice(cells, options.max_cells, replace=False))
-        copies = _copies(rows, members, control)
+        copies = _copies(values, members, control)
         return cls(rows, members, sizes, codes, _similar(list(members)), _similar(batch_names.tolist()), copies)
 
     def vectors(self, name: str) -> NDArray[np.float64]:
@@ -234,7 +284,9 @@ def _key(label: str) -> str:
     return " ".join(label.split()).casefold()
 
 
-def _copies(rows: NDArray[np.float64], members: dict[str, NDArray[np.intp]], control: str | None) -> dict[str, float]:
+def _copies(
+    rows: NDArray[np.floating[Any]], members: dict[str, NDArray[np.intp]], control: str | None
+) -> dict[str, float]:
     keys = np.fromiter((hash(row.tobytes()) for row in rows), dtype=np.int64, count=len(rows))
     controls = np.empty(0, dtype=np.int64) if control is None else np.unique(keys[members[control]])
     found = {}

@@ -20,11 +20,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.distances import MAX_TRANSPORT_CELLS, assignment_cost, pairwise_distances, unit_rows
+from perturbscope.distances import MAX_TRANSPORT_CELLS, assignment_cost, pairwise_distances
 from perturbscope.energy import RELATIVE_NOISE, DenseGroup, DensePart, Group, LinearGroup, Moments, Pool, null_moments
 from perturbscope.errors import TooFewControlsError
 from perturbscope.groups import Groups
 from perturbscope.results import Metric, ScoreOptions
+from perturbscope.shuffles import Shuffles
 from perturbscope.statistics import Exchange, empirical_p, generator, random_subsets
 
 NULL_REPEATS = 4
@@ -91,8 +92,8 @@ class GroupMaker:
         self.metric, self.ground = metric, options.ground
         self.rows = groups.rows
         if metric == "cosine_e_distance" and not options.normalize:
-            self.rows = unit_rows(groups.rows)
-        self.origin = self.rows.mean(axis=0)
+            self.rows = groups.rows.scaled()
+        self.origin = self.rows.mean()
         self.whole: DenseGroup | None = None
         self.places = np.empty(0, dtype=np.intp)
 
@@ -129,8 +130,10 @@ class EnergyScorer:
     def __init__(self, groups: Groups, controls: NDArray[np.intp], options: ScoreOptions, maker: GroupMaker) -> None:
         self.groups, self.controls, self.options, self.maker = groups, controls, options, maker
         self.reference = self.maker.make(controls)
-        self.moments = control_moments(self.reference, self.maker.rows[controls])
+        self.control_rows = self.maker.rows[controls]
+        self.moments = control_moments(self.reference, self.control_rows)
         self.nulls: dict[tuple[int, int], tuple[float, float]] = {}
+        self.shuffles = Shuffles(self.reference, options.permutations, options.seed)
 
     def null(self, n: int, m: int) -> tuple[float, float]:
         """Mean and sd of the statistic of n controls against samples of m controls (cached)."""
@@ -148,7 +151,7 @@ class EnergyScorer:
     def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
         """See :class:`Scorer`."""
         options, n, n_controls = self.options, len(cells), len(self.controls)
-        if is_constant(self.maker.rows[cells], self.maker.rows[self.controls]):
+        if is_constant(self.maker.rows[cells], self.control_rows):
             return CONSTANT
         pool = Pool(self.maker.make(cells), self.reference, options.estimator)
         m = min(n, n_controls)
@@ -167,10 +170,17 @@ class EnergyScorer:
         flags += exchange_flags(exchange, options.permutations)
         p = float("nan")
         if exchange.blocks:
-            draws = exchange.draw(options.permutations, generator(options.seed, "exchange", name))
-            null = np.concatenate([pool.split(members) for members in draws])
+            null = np.concatenate(list(self._exchanged(pool, exchange, name)))
             p = empirical_p(pool.observed, null, noise=pool.noise)
         return Scored(distance, mean, sd, p, tuple(flags))
+
+    def _exchanged(self, pool: Pool, exchange: Exchange, name: str) -> Iterator[NDArray[np.float64]]:
+        """The statistic after exchanges of labels; within batches, each perturbation has draws of its own."""
+        if self.groups.batches is None:
+            yield from map(pool.exchanged, self.shuffles.labels(pool.a.size))
+            return
+        rng = generator(self.options.seed, "exchange", name)
+        yield from map(pool.split, exchange.draw(self.options.permutations, rng))
 
 
 class TransportScorer:
@@ -212,12 +222,13 @@ class TransportScorer:
         """See :class:`Scorer`."""
         options, n, n_controls = self.options, len(cells), len(self.controls)
         rows = self.groups.rows
-        if is_constant(rows[cells], rows[self.controls]):
+        of_controls = rows[self.controls]
+        if is_constant(rows[cells], of_controls):
             return CONSTANT
         fixed = options.null == "fixed"
         limit = n_controls if fixed else n_controls // 2
         size = min(n, limit, MAX_TRANSPORT_CELLS)
-        between = pairwise_distances(rows[cells], rows[self.controls])
+        between = pairwise_distances(rows[cells], of_controls)
         rng = generator(options.seed, "repeats", name)
         picks = [
             (rng.choice(n, size, replace=False), rng.choice(n_controls, size, replace=False))

@@ -88,7 +88,8 @@ def score_perturbations(
     rows = []
     for metric in options.metrics:
         scorer = make_scorer(metric, groups, controls, options)
-        for name in names:
+        # By size: groups of as many cells share exchanges of labels.
+        for name in sorted(names, key=lambda name: len(groups.members[name])):
             scored = scorer.score(name, groups.members[name]) if name in scorable else _NOT_SCORED
             flags = list(dict.fromkeys([*groups.label_flags(name, options), *of_control, *scored.flags]))
             rows.append(

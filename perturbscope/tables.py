@@ -49,7 +49,7 @@ def provenance(kind: str, options: ScoreOptions, groups: Groups, **facts: Any) -
         "estimator": options.estimator,
         "seed": options.seed,
         "n_cells": len(groups.rows),
-        "width": int(groups.rows.shape[1]),
+        "width": groups.rows.width,
         "unit_length": options.normalize,
         "batches": None if groups.batches is None else int(groups.batches.max()) + 1,
         "correction": options.correction,

@@ -1,0 +1,101 @@
+"""Exchanged labels that many perturbations share.
+
+A permutation test of n perturbed cells against m controls marks n of the n + m cells at random. Of these, a
+hypergeometric number k are controls, and they are a uniform random subset of k controls: as good as the first k in a
+uniform random order of all controls. So the orders are drawn once for all perturbations, and what concerns controls
+alone (the distances among the first k of each order, for all k) is summed up once. Each p-value is as valid as with
+draws of its own. The draws of different perturbations are dependent, which they are anyway, since they share the
+controls themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.energy import Group, Labels
+from perturbscope.statistics import generator
+
+CHUNK = 1000
+"""Exchanges that are evaluated at a time."""
+MAX_DEPTH = 1024
+"""Cells up to which sums over growing subsets are kept; they take the square of it in time, once."""
+
+
+class Shuffles:
+    """Exchanges of labels between a group and the controls, without batches.
+
+    Parameters
+    ----------
+    controls
+        The controls.
+    draws
+        Number of exchanges.
+    seed
+        Of the draws. They depend on the numbers of cells, and not on which other perturbations are scored.
+    """
+
+    def __init__(self, controls: Group, draws: int, seed: int) -> None:
+        self._controls, self._draws, self._seed = controls, draws, seed
+        self._sizes: set[int] = set()
+        self._kept: tuple[int, Labels] | None = None
+        self._orders = np.empty((0, 0), dtype=np.intp)
+        self._within = self._rows = np.empty((0, 0))
+
+    def labels(self, n: int) -> Iterator[Labels]:
+        """Yield the exchanges with a group of n cells, in chunks. Those of the last n are kept, so ask by size."""
+        if self._draws > CHUNK:
+            # Rare, and too large to keep: drawn anew each time.
+            for number in range(-(-self._draws // CHUNK)):
+                yield self._make(n, number, min(CHUNK, self._draws - number * CHUNK))
+            return
+        if self._kept is None or self._kept[0] != n:
+            self._kept = n, self._make(n, 0, self._draws)
+        yield self._kept[1]
+
+    def _make(self, n: int, number: int, draws: int) -> Labels:
+        m = self._controls.size
+        rng = generator(self._seed, "exchange", n, number)
+        taken = rng.hypergeometric(m, n, n, size=draws)
+        # The smallest n - k of random keys: every subset is equally likely.
+        keys = rng.random((draws, n))
+        cut = np.sort(keys, axis=1)[np.arange(draws), np.minimum(n - taken, n - 1)]
+        a = np.where((taken > 0)[:, None], keys < cut[:, None], True).T.astype(np.float32)
+        depth = int(taken.max(initial=0))
+        orders = self._first(depth, number, draws)
+        b = np.zeros((draws, m), dtype=np.float32)
+        row, place = np.nonzero(np.arange(depth) < taken[:, None])
+        b[row, orders[row, place]] = 1
+        marked = self._controls.mark(b.T)
+        self._sizes.add(n)
+        if depth > MAX_DEPTH or self._draws > CHUNK or (len(self._sizes) == 1 and self._within.shape[1] <= depth):
+            within = self._controls.within(marked)
+            rows = np.array([self._controls.row_sums[order[:k]].sum() for order, k in zip(orders, taken, strict=True)])
+        else:
+            self._sum_up(depth)
+            within, rows = (table[np.arange(draws), taken] for table in (self._within, self._rows))
+        return Labels(a, marked, within, rows)
+
+    def _first(self, depth: int, number: int, draws: int) -> NDArray[np.intp]:
+        """The first controls of each order, [draws, depth or more]; the same whatever the depth."""
+        if number == 0 and self._orders.shape[0] == draws and self._orders.shape[1] >= depth:
+            return self._orders
+        m = self._controls.size
+        depth = min(m, max(64, 2 * depth))
+        keys = generator(self._seed, "orders", m, number).random((draws, m))
+        first = np.argpartition(keys, depth - 1, axis=1)[:, :depth] if depth < m else np.tile(np.arange(m), (draws, 1))
+        first = np.take_along_axis(first, np.argsort(np.take_along_axis(keys, first, axis=1), axis=1), axis=1)
+        if number == 0:
+            self._orders = first
+        return first
+
+    def _sum_up(self, depth: int) -> None:
+        """Have the sums over growing subsets up to `depth` cells."""
+        if self._within.shape[1] > depth:
+            return
+        orders = self._orders[:, : min(self._orders.shape[1], MAX_DEPTH)]
+        self._within = self._controls.growing(orders)
+        self._rows = np.zeros_like(self._within)
+        np.cumsum(self._controls.row_sums[orders], axis=1, out=self._rows[:, 1:])

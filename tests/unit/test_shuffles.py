@@ -1,0 +1,74 @@
+"""Exchanges of labels that perturbations share: as random as draws of one's own, and the same whichever way they are
+summed up."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from scipy.stats import chisquare, ks_2samp
+
+from perturbscope import shuffles
+from perturbscope.energy import DenseGroup, Group, LinearGroup, Pool
+from perturbscope.shuffles import Shuffles
+from perturbscope.statistics import Exchange
+
+
+def group(kind: str, n: int, seed: int, shift: float = 0.0) -> Group:
+    rows = np.random.default_rng(seed).standard_normal((n, 4)) + shift
+    return DenseGroup(rows) if kind == "dense" else LinearGroup(rows, 2.0, np.zeros(4))
+
+
+KINDS = pytest.mark.parametrize("kind", ["dense", "linear"])
+
+
+def null_of(shuffled: Shuffles, pool: Pool) -> np.ndarray:
+    return np.concatenate([pool.exchanged(labels) for labels in shuffled.labels(pool.a.size)])
+
+
+@KINDS
+def test_the_null_is_that_of_independent_exchanges(kind: str) -> None:
+    pool = Pool(group(kind, 30, 0, shift=0.5), group(kind, 80, 1), "U")
+    rng = np.random.default_rng(2)
+    own = np.concatenate([pool.split(members) for members in Exchange.of(30, 80).draw(3000, rng)])
+    shared = null_of(Shuffles(pool.b, 3000, 0), pool)
+    assert ks_2samp(own, shared).pvalue > 0.01
+    assert shared.std() > 0
+
+
+@KINDS
+def test_sums_over_growing_subsets_equal_direct_sums(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    controls = group(kind, 60, 1)
+    pools = [Pool(group(kind, n, n, shift=0.3), controls, "V") for n in (7, 20, 59, 90)]
+    grown, direct = Shuffles(controls, 50, 3), Shuffles(controls, 50, 3)
+    first = [null_of(grown, pool) for pool in pools]
+    monkeypatch.setattr(shuffles, "MAX_DEPTH", 0)
+    for pool, expected in zip(reversed(pools), reversed(first), strict=True):
+        np.testing.assert_allclose(null_of(direct, pool), expected, atol=2e-6)
+
+
+def test_labels_are_exchanges_of_the_pool_each_equally_likely() -> None:
+    controls = group("dense", 4, 1)
+    chosen = dict.fromkeys(combinations(range(7), 3), 0)
+    for labels in Shuffles(controls, 7000, 5).labels(3):
+        members = np.concatenate([labels.a, labels.b])
+        assert (members.sum(axis=0) == 3).all()
+        np.testing.assert_allclose(labels.rows_b, controls.row_sums @ labels.b, rtol=1e-6)
+        np.testing.assert_allclose(labels.within_b, controls.within(controls.mark(labels.b)), rtol=1e-6)
+        for column in members.T:
+            chosen[tuple(np.flatnonzero(column).tolist())] += 1
+    assert sum(chosen.values()) == 7000
+    assert chisquare(list(chosen.values())).pvalue > 0.001
+
+
+def test_draws_depend_on_the_size_and_the_seed_alone() -> None:
+    controls = group("dense", 40, 1)
+    once, after_others = Shuffles(controls, 20, 0), Shuffles(controls, 20, 0)
+    for n in (30, 3, 12):
+        list(after_others.labels(n))
+    (a,), (b,) = once.labels(12), after_others.labels(12)
+    np.testing.assert_array_equal(a.a, b.a)
+    np.testing.assert_array_equal(a.b, b.b)
+    (other,) = Shuffles(controls, 20, 1).labels(12)
+    assert (other.b != a.b).any()
