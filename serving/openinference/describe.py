@@ -53,10 +53,5 @@ def configuration(model: ServedModel, settings: Settings) -> dict[str, Any]:
     }
 
 
-def index(served: tuple[ModelInfo, ...]) -> list[dict[str, str]]:
-    """The models of the repository that are loaded."""
-    return [{"name": info.name, "version": info.version, "state": "READY", "reason": ""} for info in served]
-
-
 def _inputs(model: ServedModel) -> tuple[InputSpec, ...]:
     return (*model.embedder.family.inputs, InputSpec(MASK, "int64", 0, n_values=2))

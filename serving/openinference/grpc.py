@@ -98,7 +98,7 @@ class InferenceServicer(services.GRPCInferenceServiceServicer):
         """The models that are loaded."""
 
         async def work(call: Call, hold: Held) -> Any:
-            found = describe.index(self._engine.registry.infos())
+            found = repository.index(self._engine, only_ready=request.ready)
             return ParseDict({"models": found}, messages.RepositoryIndexResponse())
 
         return await self._answer("RepositoryIndex", work, context)

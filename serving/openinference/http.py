@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from perturbscope import wire
+from perturbscope.errors import InvalidParameterError
 from perturbscope.wire import fields as check
 from serving.bodies import LimitedBody
 from serving.calls import Call, Right
@@ -136,24 +137,25 @@ async def _infer(request: Request, engine: Engine, call: Call, hold: Held) -> An
 
 
 async def _index(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
-    # Every model that is listed is ready, so the field "ready" changes nothing; it is checked all the same.
-    await _object(request, engine, hold)
-    return describe.index(engine.registry.infos())
+    only_ready = (await _object(request, engine, hold, "ready")).get("ready", False)
+    if not isinstance(only_ready, bool):
+        raise InvalidParameterError(f"ready must be true or false; got {check.shown(only_ready)}.", field="ready")
+    return repository.index(engine, only_ready=only_ready)
 
 
 async def _load(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
-    body = await _object(request, engine, hold)
-    await repository.load(engine, request.path_params["name"], body.get("parameters") or {})
+    body = await _object(request, engine, hold, "parameters")
+    await repository.load(engine, request.path_params["name"], body.get("parameters", {}))
     return {}
 
 
 async def _unload(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
-    body = await _object(request, engine, hold)
-    await repository.unload(engine, request.path_params["name"], body.get("parameters") or {})
+    body = await _object(request, engine, hold, "parameters")
+    await repository.unload(engine, request.path_params["name"], body.get("parameters", {}))
     return {}
 
 
-async def _object(request: Request, engine: Engine, hold: Held) -> dict[str, Any]:
-    """The body: an object, or nothing."""
+async def _object(request: Request, engine: Engine, hold: Held, name: str) -> dict[str, Any]:
+    """The body: an object that may have the field `name`, or nothing."""
     body = await LimitedBody(request, engine, hold).body()
-    return check.mapping(check.parse_json(body), "body", optional=["parameters", "ready"]) if body else {}
+    return check.mapping(check.parse_json(body), "body", optional=[name]) if body else {}

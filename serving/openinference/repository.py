@@ -13,8 +13,17 @@ UNLOAD_PARAMETERS = ("unload_dependents",)
 """What clients send with every request to unload; no model here depends on another."""
 
 
+def index(engine: Engine, *, only_ready: bool) -> list[dict[str, str]]:
+    """The models that are loaded, and the bundle folders that are not, with the reason."""
+    return [
+        {"name": listed.name, "version": listed.version, "state": listed.state, "reason": listed.reason}
+        for listed in engine.registry.index()
+        if listed.state == "READY" or not only_ready
+    ]
+
+
 async def load(engine: Engine, name: str, parameters: Mapping[str, Any]) -> None:
-    """Load the bundle of the folder `name`, or load it again.
+    """Load the bundle of the folder `name`, or load it again if it has changed. Raises as `ModelRegistry.load`.
 
     Raises
     ------
@@ -22,19 +31,15 @@ async def load(engine: Engine, name: str, parameters: Mapping[str, Any]) -> None
         Parameters: a model is loaded as its bundle is, without a configuration or files of the caller.
     """
     _check(parameters, ())
-    registry: Any = engine.registry
-    await registry.load(name)
+    await engine.registry.load(name)
 
 
 async def unload(engine: Engine, name: str, parameters: Mapping[str, Any]) -> None:
-    """Unload every version of the model `name`. Raises UnknownModelError."""
+    """Unload every version of the model `name`, or the model of the folder `name`. Raises UnknownModelError."""
     _check(parameters, UNLOAD_PARAMETERS)
-    with engine.registry.lease(name):
-        pass
-    for info in engine.registry.infos():
-        if name in (info.name, info.model_id, f"{info.name}@{info.version}"):
-            registry: Any = engine.registry
-            await registry.unload(info.name, info.version)
+    versions: list[str | None] = [info.version for info in engine.registry.infos() if info.name == name]
+    for version in versions or [None]:
+        await engine.registry.unload(name, version)
 
 
 def _check(parameters: Any, allowed: tuple[str, ...]) -> None:

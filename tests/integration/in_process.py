@@ -1,0 +1,94 @@
+"""Both transports in a thread of the test's own process: the real servers, up in a second, over a little bundle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from serving.engine import Engine
+from serving.grpc_server import GrpcServer
+from serving.http import build_app
+from serving.security.keys import keys_to_json, make_key
+from serving.settings import Settings
+from tests.bundles import write_tiny_bundle
+from tests.integration.server import free_ports
+
+MODEL = "tiny"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server, and keys that it knows.
+
+    Attributes
+    ----------
+    http, grpc
+        Host and port.
+    key, admin
+        A key with the right to infer, and one with all rights.
+    """
+
+    http: str
+    grpc: str
+    key: str
+    admin: str
+
+    def of(self, kind: str) -> str:
+        """Where a client of `kind`, such as ``http.aio``, connects to."""
+        return self.http if kind.startswith("http") else self.grpc
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those of a caller that may infer."""
+        return {"x-api-key": self.key}
+
+    @property
+    def admin_headers(self) -> dict[str, str]:
+        """Those of a caller that may load and unload."""
+        return {"authorization": f"Bearer {self.admin}"}
+
+
+@contextlib.contextmanager
+def running(folder: Path, **settings: Any) -> Iterator[Running]:
+    """A server over a repository with one model, on an event loop of its own; stopped when left."""
+    made = [make_key("pipeline"), make_key("operator", rights=("infer", "admin"))]
+    (folder / "keys.json").write_bytes(keys_to_json(tuple(key for key, _ in made)))
+    (folder / "models").mkdir()
+    write_tiny_bundle(folder / "models" / MODEL)
+    (port,) = free_ports(1)
+    chosen = Settings(
+        repository=str(folder / "models"), repository_poll=0, keys=str(folder / "keys.json"), threads=1, **settings
+    )
+    started, stop = threading.Event(), asyncio.Event()
+    found: list[Any] = []
+
+    async def serve() -> None:
+        app = build_app()
+        app.state.engine = engine = Engine.load(chosen)
+        grpc_server = GrpcServer(engine, host="127.0.0.1", port=0)
+        http_server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", lifespan="off"))
+        serving = asyncio.create_task(http_server.serve())
+        found.extend([await grpc_server.start(), asyncio.get_running_loop()])
+        while not http_server.started:
+            await asyncio.sleep(0.01)
+        started.set()
+        await stop.wait()
+        http_server.should_exit = True
+        await serving
+        await grpc_server.stop()
+        await engine.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert started.wait(60), "the server did not start"
+    grpc_port, loop = found
+    yield Running(f"127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", made[0][1], made[1][1])
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(60)
