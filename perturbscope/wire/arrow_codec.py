@@ -21,20 +21,21 @@ from perturbscope.wire.arrow_stream import read_stream, write_stream
 from perturbscope.wire.messages import CompareAnswer, CompareRequest, EmbedRequest, ScoreAnswer, ScoreRequest
 from perturbscope.wire.tables import COMPARE_KINDS, SCORE_KINDS, Kind, embed_meta, embeddings_of, rows_of, table_of
 
-_COUNTS = ("indices", "counts", "total_counts")
+COUNTS = ("indices", "counts", "total_counts")
+"""Columns of cells."""
 _META = ("gene_ids", "first_row", "options", "model")
 _ARROW_TYPES: dict[Kind, Any] = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64()}
 
 
 def embed_request_to_arrow(request: EmbedRequest) -> bytes:
     """Columns ``indices, counts, total_counts``; metadata ``{"gene_ids", "model"}``."""
-    return write_stream(_count_columns(request.cells), {**_count_meta(request.cells), "model": request.model})
+    return write_stream(count_columns(request.cells), {**_count_meta(request.cells), "model": request.model})
 
 
 def embed_request_from_arrow(body: bytes) -> EmbedRequest:
     """Read what :func:`embed_request_to_arrow` writes. Raises errors of :mod:`perturbscope.errors` for bad input."""
     table, meta = read_stream(body)
-    _expect_columns(table, _COUNTS)
+    expect_columns(table, COUNTS)
     meta = check.mapping(meta, "metadata", required=["gene_ids"], optional=["first_row", "model"])
     return EmbedRequest(cells=_cells_from(table, meta), model=check.optional_text(meta.get("model"), "model"))
 
@@ -71,7 +72,7 @@ def compare_request_from_arrow(body: bytes) -> CompareRequest:
 def embed_answer_to_arrow(answer: Embeddings) -> bytes:
     """Columns ``embedding, length, n_detected, known_share``, one row a cell; ``meta`` in the metadata."""
     columns = {
-        "embedding": _vectors(answer.values),
+        "embedding": vectors(answer.values),
         "length": pa.array(answer.lengths),
         "n_detected": pa.array(answer.n_detected),
         "known_share": pa.array(answer.known_share),
@@ -83,8 +84,8 @@ def embed_answer_from_arrow(body: bytes) -> Embeddings:
     """Read what :func:`embed_answer_to_arrow` writes."""
     table, meta = read_stream(body)
     read, _, _ = check.meta_from_dict(meta)
-    columns = [_plain(table, name) for name in ("length", "n_detected", "known_share")]
-    return embeddings_of(read, _vectors_from(table).copy(), *columns)
+    columns = [plain(table, name) for name in ("length", "n_detected", "known_share")]
+    return embeddings_of(read, vectors_from(table).copy(), *columns)
 
 
 def score_answer_to_arrow(answer: ScoreAnswer) -> bytes:
@@ -117,7 +118,8 @@ def _count_meta(cells: CountMatrix) -> dict[str, Any]:
     return {"gene_ids": cells.gene_ids.tolist(), "first_row": cells.first_row}
 
 
-def _count_columns(cells: CountMatrix) -> dict[str, Any]:
+def count_columns(cells: CountMatrix) -> dict[str, Any]:
+    """The columns of cells; see :func:`counts_from`."""
     indptr = cells.counts.indptr
     kind, offsets = (pa.ListArray, np.int32) if indptr[-1] < 2**31 else (pa.LargeListArray, np.int64)
     starts = pa.array(indptr.astype(offsets))
@@ -131,9 +133,9 @@ def _count_columns(cells: CountMatrix) -> dict[str, Any]:
 def _labelled_columns(request: ScoreRequest | CompareRequest) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     if request.cells is not None:
-        columns |= _count_columns(request.cells)
+        columns |= count_columns(request.cells)
     elif request.embeddings is not None:
-        columns["embedding"] = _vectors(request.embeddings)
+        columns["embedding"] = vectors(request.embeddings)
     columns["perturbation"] = pa.array(request.perturbations, pa.string())
     if request.batches is not None:
         columns["batch"] = pa.array(request.batches, pa.string())
@@ -148,11 +150,11 @@ def _labelled_meta(request: ScoreRequest | CompareRequest) -> dict[str, Any]:
 def _labelled_from(table: pa.Table, meta: Mapping[str, Any]) -> dict[str, Any]:
     """The parts that scoring and comparing share, as arguments of their requests."""
     given = "embedding" in table.column_names
-    _expect_columns(table, (*(["embedding"] if given else _COUNTS), "perturbation", "batch"))
+    expect_columns(table, (*(["embedding"] if given else COUNTS), "perturbation", "batch"))
     if given and "gene_ids" in meta:
         raise InvalidParameterError("gene_ids are given with embeddings; give cells or embeddings.", field="gene_ids")
     return {
-        "embeddings": _vectors_from(table) if given else None,
+        "embeddings": vectors_from(table) if given else None,
         "cells": None if given else _cells_from(table, meta),
         "perturbations": _labels(table, "perturbation"),
         "batches": _labels(table, "batch") if "batch" in table.column_names else None,
@@ -168,9 +170,11 @@ def _result_to_arrow(answer: ScoreAnswer | CompareAnswer, kinds: Mapping[str, Ki
     return write_stream(columns, meta)
 
 
-def _expect_columns(table: pa.Table, allowed: tuple[str, ...]) -> None:
-    for name in table.column_names:
-        if name not in allowed or table.column_names.count(name) > 1:
+def expect_columns(table: pa.Table | pa.Schema, allowed: tuple[str, ...]) -> None:
+    """Raise InvalidParameterError for a column that is unknown, or there twice."""
+    names = table.names if isinstance(table, pa.Schema) else table.column_names
+    for name in names:
+        if name not in allowed or names.count(name) > 1:
             raise InvalidParameterError(
                 f"The column {check.shown(name)} is unknown, or there twice; known are {', '.join(allowed)}.",
                 field=check.printable(name),
@@ -193,7 +197,7 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
-def _plain(table: pa.Table, name: str) -> NDArray[Any]:
+def plain(table: pa.Table, name: str) -> NDArray[Any]:
     """A column of numbers."""
     column = _column(table, name)
     if not _is_number(column.type):
@@ -218,26 +222,32 @@ def _ragged(table: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray[Any]
 def _cells_from(table: pa.Table, meta: Mapping[str, Any]) -> CountMatrix:
     if "gene_ids" not in meta:
         raise InvalidParameterError("metadata lacks 'gene_ids', which cells need.", field="gene_ids")
+    return check.count_matrix(meta["gene_ids"], **counts_from(table), first_row=meta.get("first_row", 0))
+
+
+def counts_from(table: pa.Table, *, first_row: int = 0) -> dict[str, Any]:
+    """The arrays of a matrix, ``indptr, indices, data, totals``, from its columns."""
     starts, indices = _ragged(table, "indices")
     starts_of_counts, counts = _ragged(table, "counts")
     differ = np.flatnonzero(np.diff(starts) != np.diff(starts_of_counts))
     if len(differ):
         row = int(differ[0])
         raise MalformedMatrixError(
-            f"Row {row} has {int(np.diff(starts)[row])} indices and {int(np.diff(starts_of_counts)[row])} counts.",
+            f"Row {first_row + row} has {int(np.diff(starts)[row])} indices and "
+            f"{int(np.diff(starts_of_counts)[row])} counts.",
             field="counts",
         )
-    totals = _plain(table, "total_counts") if "total_counts" in table.column_names else None
-    return check.count_matrix(
-        meta["gene_ids"], starts, indices, counts, totals=totals, first_row=meta.get("first_row", 0)
-    )
+    totals = plain(table, "total_counts") if "total_counts" in table.column_names else None
+    return {"indptr": starts, "indices": indices, "data": counts, "totals": totals}
 
 
-def _vectors(values: NDArray[np.float32]) -> Any:
+def vectors(values: NDArray[np.float32]) -> Any:
+    """Vectors as a column."""
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1])
 
 
-def _vectors_from(table: pa.Table) -> NDArray[np.float32]:
+def vectors_from(table: pa.Table) -> NDArray[np.float32]:
+    """The vectors in the column ``embedding``, as a view."""
     column = _column(table, "embedding")
     kind = column.type
     if not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type) or kind.list_size < 1:

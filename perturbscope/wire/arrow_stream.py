@@ -13,11 +13,16 @@ from perturbscope.wire import fields as check
 
 KEY = b"perturbscope"
 """Where the schema's metadata holds what is not a column."""
-_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-_FAILURES = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, MemoryError, struct.error)
+END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+"""The end-of-stream mark."""
+FAILURES = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, struct.error)
+"""What reading hostile bytes may raise."""
 # Slots of the flatbuffer tables of the Arrow format (Message.fbs).
-_MESSAGE_HEADER_TYPE, _MESSAGE_HEADER, _DICTIONARY_BATCH_DATA, _RECORD_BATCH_COMPRESSION = 1, 2, 1, 3
-_DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
+_MESSAGE_HEADER_TYPE, _MESSAGE_HEADER, _MESSAGE_BODY_LENGTH = 1, 2, 3
+_DICTIONARY_BATCH_DATA, _RECORD_BATCH_COMPRESSION = 1, 3
+SCHEMA, RECORD_BATCH = 1, 3
+"""Kinds of messages."""
+_DICTIONARY_BATCH = 2
 
 
 def write_stream(columns: Mapping[str, Any], meta: Mapping[str, Any]) -> bytes:
@@ -38,7 +43,7 @@ def read_stream(body: bytes) -> tuple[pa.Table, Any]:
     UnreadableFileError
         Not an Arrow stream, cut off, damaged, or compressed.
     """
-    if not body.endswith(_END):
+    if not body.endswith(END):
         raise UnreadableFileError(
             "The body is not an Arrow IPC stream, or is cut off: it lacks the end-of-stream mark. Write it with an IPC "
             "stream writer (not as a file), and close the writer.",
@@ -51,7 +56,7 @@ def read_stream(body: bytes) -> tuple[pa.Table, Any]:
         # Without the full check, offsets that point outside of their buffers would be followed.
         table.validate(full=True)
         table.column_names  # noqa: B018  (decodes the names, which are not checked to be UTF-8)
-    except _FAILURES as error:
+    except FAILURES as error:
         raise UnreadableFileError(f"The Arrow stream cannot be read: {str(error)[:200]}", field="body") from error
     metadata = table.schema.metadata or {}
     if KEY not in metadata:
@@ -65,20 +70,33 @@ def _refuse_compression(body: bytes) -> None:
     """Raise for compressed batches: a megabyte of them can claim any amount of memory."""
     with pa.BufferReader(body) as source:
         for message in pa.ipc.MessageReader.open_stream(source):
-            data = message.metadata.to_pybytes()
-            table = _reference(data, 0)
-            at = _slot(data, table, _MESSAGE_HEADER_TYPE)
-            kind = data[at] if at else 0
-            batch = _follow(data, table, _MESSAGE_HEADER)
-            if kind == _DICTIONARY_BATCH:
-                batch = _follow(data, batch, _DICTIONARY_BATCH_DATA)
-            elif kind != _RECORD_BATCH:
-                continue
-            if batch and _slot(data, batch, _RECORD_BATCH_COMPRESSION):
-                raise UnreadableFileError(
-                    "The Arrow stream is compressed. Write it without compression (the default of pyarrow).",
-                    field="body",
-                )
+            refuse_compressed(message.metadata.to_pybytes())
+
+
+def message_kind(data: bytes) -> int:
+    """Kind of the message whose metadata this is; see :data:`SCHEMA` and :data:`RECORD_BATCH`."""
+    at = _slot(data, _reference(data, 0), _MESSAGE_HEADER_TYPE)
+    return data[at] if at else 0
+
+
+def body_length(data: bytes) -> int:
+    """Bytes of the body that follows the metadata of a message; as it claims, so possibly negative."""
+    at = _slot(data, _reference(data, 0), _MESSAGE_BODY_LENGTH)
+    return int(struct.unpack_from("<q", data, at)[0]) if at else 0
+
+
+def refuse_compressed(data: bytes) -> None:
+    """Raise UnreadableFileError for the metadata of a compressed batch."""
+    kind = message_kind(data)
+    batch = _follow(data, _reference(data, 0), _MESSAGE_HEADER)
+    if kind == _DICTIONARY_BATCH:
+        batch = _follow(data, batch, _DICTIONARY_BATCH_DATA)
+    elif kind != RECORD_BATCH:
+        return
+    if batch and _slot(data, batch, _RECORD_BATCH_COMPRESSION):
+        raise UnreadableFileError(
+            "The Arrow stream is compressed. Write it without compression (the default of pyarrow).", field="body"
+        )
 
 
 def _reference(data: bytes, at: int) -> int:
