@@ -1,0 +1,72 @@
+"""The map of all pairs has the distances of the pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from perturbscope import distance_map as module
+from perturbscope.comparison import compare_perturbations
+from perturbscope.distance_map import distance_map
+from perturbscope.errors import InvalidParameterError, TooFewCellsError
+from perturbscope.results import ScoreOptions
+
+SIZES = {"d": 9, "a": 4, "c": 25, "b": 7, "tiny": 2}
+
+
+@pytest.fixture(scope="module")
+def screen() -> tuple[NDArray[np.float32], list[str]]:
+    """Groups of different sizes, shuffled, one of them too small."""
+    rng = np.random.default_rng(0)
+    labels = [name for name, size in SIZES.items() for _ in range(size)]
+    shifts = {name: rng.standard_normal(6) for name in SIZES}
+    values = np.stack([shifts[name] + rng.standard_normal(6) for name in labels]).astype(np.float32)
+    order = rng.permutation(len(labels))
+    return values[order], [labels[i] for i in order]
+
+
+@pytest.mark.parametrize("block", [1, 12, 4096])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"estimator": "V", "normalize": False},
+        {"ground": "sqeuclidean"},
+        {"metrics": ["cosine_e_distance"], "estimator": "V"},
+        {"max_cells": 8},
+    ],
+    ids=str,
+)
+def test_it_equals_the_distances_of_pairs(screen, block, options, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_CELLS", block)
+    chosen = ScoreOptions.from_dict({"min_cells": 4, "permutations": 1, **options})
+    found = distance_map(*screen, options=chosen)
+    assert found.names == ["a", "b", "c", "d"]
+    assert found.n_cells.tolist() == [min(SIZES[name], chosen.max_cells) for name in found.names]
+    frame = found.frame()
+    assert (np.diag(frame) == 0).all()
+    np.testing.assert_array_equal(frame, frame.T)
+    keep = [label != "tiny" for label in screen[1]]
+    pairs = compare_perturbations(
+        screen[0][keep], [label for label in screen[1] if label != "tiny"], options=chosen
+    ).table
+    np.testing.assert_allclose(
+        [frame.loc[a, b] for a, b in zip(pairs["a"], pairs["b"], strict=True)], pairs["distance"], atol=2e-6
+    )
+
+
+def test_what_it_is_made_of_is_said(screen):
+    done: list[tuple[str, int, int]] = []
+    found = distance_map(*screen, options=ScoreOptions(min_cells=4, seed=3), progress=lambda *step: done.append(step))
+    assert found.provenance["kind"] == "map"
+    assert found.provenance["n_groups"] == 4
+    assert done[-1][1] == done[-1][2]
+    assert any("1 of 5 perturbations have fewer than 4 cells" in warning for warning in found.warnings)
+
+
+def test_what_cannot_be_mapped_is_refused(screen):
+    with pytest.raises(InvalidParameterError, match="compare_perturbations takes wasserstein"):
+        distance_map(*screen, options=ScoreOptions(metrics=("wasserstein",)))
+    with pytest.raises(TooFewCellsError):
+        distance_map(*screen, options=ScoreOptions(min_cells=100))
