@@ -34,7 +34,7 @@ MAX_LINE = 200
 """Characters of one line of a traceback."""
 
 _SECRET = re.compile(
-    r"psk_[\w-]+|\b(?:bearer|basic)\s+[^\s,;]+|(?:authorization|x-api-key)\W{1,4}[^\s,;'\"]+", re.IGNORECASE
+    r"(?:authorization|x-api-key)\W{1,4}[^\r\n,;'\"}\]]+|\b(?:bearer|basic)\s+[^\s,;'\"]+|psk_[\w-]+", re.IGNORECASE
 )
 _LIBRARIES = ("bentoml", "bentoml.serve", "bentoml.access", "uvicorn", "uvicorn.error", "uvicorn.access", "circus")
 """Loggers that bring handlers of their own."""
