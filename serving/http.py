@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 from perturbscope import __version__, wire
 from perturbscope.errors import InvalidParameterError
-from serving import openapi, schemas
+from serving import admin, openapi, schemas, streams_http
 from serving.bodies import LimitedBody, read_request
 from serving.calls import REQUEST_ID, Call
 from serving.edge import answered, error_body, while_connected
@@ -77,8 +77,22 @@ def build_app() -> FastAPI:
             responses={**openapi.refusals(), 200: {"description": "The answer.", **described}},
             openapi_extra=openapi.request_body(route, file_body),
         )
+    app.add_api_route(
+        streams_http.PATH,
+        _embed_stream,
+        methods=["POST"],
+        summary="Vectors of any number of cells: an Arrow IPC stream in, one out; see perturbscope.wire.arrow_messages.",
+        name="embed_stream",
+        response_class=Response,
+        responses={
+            **openapi.refusals(),
+            200: {"description": "The answer.", "content": {wire.ARROW: {"schema": openapi.BINARY}}},
+        },
+        openapi_extra={"requestBody": {"required": True, "content": {wire.ARROW: {"schema": openapi.BINARY}}}},
+    )
     app.add_api_route("/metrics", metrics_page, include_in_schema=False, response_class=Response)
     app.add_api_route("/", _screen, methods=["GET"], include_in_schema=False, response_class=Response)
+    app.include_router(admin.router())
     add_routes(app)
     app.add_exception_handler(HTTPException, _refused)
     app.router.redirect_slashes = False
@@ -111,6 +125,10 @@ async def _answer(request: Request, route: Route) -> Response:
         return Response(body, headers=PAGE_HEADERS if media_type == HTML else None, media_type=media_type)
 
     return await answered(request, route.path, read_and_answer)
+
+
+async def _embed_stream(request: Request) -> Response:
+    return streams_http.StreamedAnswer(request)
 
 
 async def _models(request: Request) -> Response:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import grpc
 
 from perturbscope.errors import (
+    BundleError,
     DeadlineExceededError,
     InvalidInputError,
     LimitExceededError,
@@ -22,6 +23,7 @@ from perturbscope.errors import (
     ServerUnreachableError,
     UnauthenticatedError,
     UnknownModelError,
+    UnsupportedMediaTypeError,
 )
 
 
@@ -34,10 +36,12 @@ class Status(NamedTuple):
 
 STATUS: dict[type[PerturbScopeError], Status] = {
     InvalidInputError: Status(422, grpc.StatusCode.INVALID_ARGUMENT),
+    UnsupportedMediaTypeError: Status(415, grpc.StatusCode.INVALID_ARGUMENT),
     LimitExceededError: Status(413, grpc.StatusCode.INVALID_ARGUMENT),
     UnauthenticatedError: Status(401, grpc.StatusCode.UNAUTHENTICATED),
     PermissionDeniedError: Status(403, grpc.StatusCode.PERMISSION_DENIED),
     UnknownModelError: Status(404, grpc.StatusCode.NOT_FOUND),
+    BundleError: Status(409, grpc.StatusCode.FAILED_PRECONDITION),
     OverloadedError: Status(429, grpc.StatusCode.RESOURCE_EXHAUSTED),
     DeadlineExceededError: Status(504, grpc.StatusCode.DEADLINE_EXCEEDED),
     ServerUnreachableError: Status(502, grpc.StatusCode.UNAVAILABLE),

@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from perturbscope.errors import (
+    BundleError,
     DeadlineExceededError,
     InvalidInputError,
     LimitExceededError,
@@ -30,6 +31,7 @@ def test_every_error_has_a_row_and_blame_is_the_same_on_both_transports(cls: typ
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         grpc.StatusCode.UNAUTHENTICATED,
         grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.FAILED_PRECONDITION,
     }
     assert (400 <= status.http < 500) == (status.grpc in callers_fault)
     assert (
@@ -38,6 +40,7 @@ def test_every_error_has_a_row_and_blame_is_the_same_on_both_transports(cls: typ
     assert (status.http == 422) == issubclass(cls, InvalidInputError)
     assert (status.http == 413) == issubclass(cls, LimitExceededError)
     assert (status.http == 404) == issubclass(cls, UnknownModelError)
+    assert (status.http == 409) == issubclass(cls, BundleError)
     assert (status.http == 401) == issubclass(cls, UnauthenticatedError)
     assert (status.http == 403) == issubclass(cls, PermissionDeniedError)
     assert (status.http == 504) == issubclass(cls, DeadlineExceededError)

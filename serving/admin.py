@@ -1,0 +1,108 @@
+"""HTTP routes of the operator: load and unload models. They need an API key with the right ``admin``.
+
+A bundle is named by its folder in the model repository, never by a path; see :mod:`serving.repository`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from perturbscope import wire
+from perturbscope.errors import InvalidParameterError
+from serving import openapi, schemas
+from serving.calls import Call
+from serving.edge import answered, while_connected
+from serving.engine import Engine
+from serving.limits import Held
+
+Change = Callable[[Engine, Request], Awaitable[Any]]
+_STATUSES = (401, 403, 404, 413, 422, 429, 500, 504)
+_CONFLICT: dict[int | str, dict[str, Any]] = {
+    409: {"model": schemas.ErrorAnswer, "description": "The bundle cannot be served; what was served before still is."}
+}
+
+
+class ListedBundle(BaseModel):
+    """A model that is loaded, or a bundle folder that is not."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="Of the model; of the folder, where the model is not loaded.")
+    version: str = Field(description="Of the model; empty where that is not known.")
+    folder: str = Field(description="What /v1/models/{name}/load calls it.")
+    state: str = Field(description="READY or UNAVAILABLE.")
+    reason: str = Field(description="Why it, or a newer form of its bundle, is not served; empty if all is well.")
+
+
+class RepositoryAnswer(BaseModel):
+    """What is loaded, and what could be."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundles: list[ListedBundle]
+
+
+def router() -> APIRouter:
+    """The routes; the application's ``state.engine`` must be set before the first request."""
+    routes = APIRouter()
+    for path, method, change, answer, what in (
+        ("/v1/models/{name}/load", "POST", _load, schemas.Model, "Load a bundle, or load it again."),
+        ("/v1/models/{name}/unload", "POST", _unload, schemas.Model, "Stop serving a model."),
+        ("/v1/repository", "GET", _index, RepositoryAnswer, "What is loaded, and what could be."),
+    ):
+        routes.add_api_route(
+            path,
+            _endpoint(path, change),
+            methods=[method],
+            summary=what,
+            name=path.rsplit("/", 1)[-1],
+            response_class=Response,
+            responses={200: {"model": answer}, **openapi.refusals(_STATUSES), **_CONFLICT},
+            openapi_extra={"parameters": _parameters(path)},
+        )
+    return routes
+
+
+def _parameters(path: str) -> list[dict[str, Any]]:
+    text = {"type": "string"}
+    found: list[dict[str, Any]] = []
+    if "{name}" in path:
+        found.append({"name": "name", "in": "path", "required": True, "description": "Of the folder.", "schema": text})
+    if path.endswith("/unload"):
+        found[0]["description"] = "Of the folder, or of the model."
+        found.append({"name": "version", "in": "query", "description": "If there are several.", "schema": text})
+    return found
+
+
+def _endpoint(path: str, change: Change) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        async def work(call: Call, hold: Held) -> Response:
+            answer = await while_connected(request, change(request.app.state.engine, request))
+            return Response(json.dumps(answer), media_type=wire.JSON)
+
+        return await answered(request, path, work, right="admin")
+
+    return endpoint
+
+
+async def _load(engine: Engine, request: Request) -> Any:
+    """A caller that goes away does not stop the loading."""
+    return asdict(await engine.registry.load(request.path_params["name"]))
+
+
+async def _unload(engine: Engine, request: Request) -> Any:
+    unknown = set(request.query_params) - {"version"}
+    if unknown:
+        raise InvalidParameterError(f"Unknown parameter {min(unknown)[:40]!r}; there is version.", field="version")
+    version = request.query_params.get("version")
+    return asdict(await engine.registry.unload(request.path_params["name"], version or None))
+
+
+async def _index(engine: Engine, request: Request) -> Any:
+    return {"bundles": [asdict(item) for item in engine.registry.index()]}
