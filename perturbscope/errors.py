@@ -15,6 +15,7 @@ The tree::
     │   ├── TooFewControlsError           controls below the floor
     │   ├── InvalidEmbeddingError         NaN, infinite or all-zero vectors
     │   ├── InvalidParameterError         an option outside its range
+    │   ├── UnsupportedMediaTypeError     a body of a content type that the server does not read
     │   └── UnreadableFileError           truncated, or of another format
     ├── LimitExceededError                the request is larger than the server allows
     ├── UnauthenticatedError              no API key, or one that is unknown, expired or revoked
@@ -136,6 +137,12 @@ class InvalidParameterError(InvalidInputError):
     """An option has a value outside its range."""
 
     code = "invalid_parameter"
+
+
+class UnsupportedMediaTypeError(InvalidInputError):
+    """A body is of a content type that the server does not read."""
+
+    code = "unsupported_media_type"
 
 
 class UnreadableFileError(InvalidInputError):
