@@ -81,7 +81,7 @@ def build_app() -> FastAPI:
         streams_http.PATH,
         _embed_stream,
         methods=["POST"],
-        summary="Vectors of any number of cells: an Arrow IPC stream in, one out; see perturbscope.wire.arrow_messages.",
+        summary="Vectors of any number of cells, while they are sent: one Arrow IPC stream in, another out.",
         name="embed_stream",
         response_class=Response,
         responses={

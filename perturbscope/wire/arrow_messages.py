@@ -1,0 +1,336 @@
+"""Streams of cells as Arrow IPC streams in both directions, message by message.
+
+The request is the Arrow form of an embed request (:func:`perturbscope.wire.embed_request_to_arrow`) in as many record
+batches as the caller likes: columns ``indices, counts`` and perhaps ``total_counts``, one row a cell, and in the
+schema's metadata, under ``perturbscope``, the JSON object ``{"gene_ids", "model", "first_row"}``. Its length has no
+bound; that of a batch has, and batches are not compressed.
+
+The answer has one batch for each of the request, in order, with the columns ``row, embedding, length, n_detected,
+known_share``. ``row`` is the number of the cell, counted from ``first_row`` on. What else there is to say is JSON,
+again under ``perturbscope``:
+
+- in the schema's metadata, what made the vectors: ``{"model_id", "vocabulary_hash", "coverage", "variant", "width",
+  "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes"}``;
+- in a batch's own metadata, ``{"timings"}``;
+- in that of a last batch without rows, ``{"end": {"n_cells", "warnings", "timings", ...}}``.
+
+An answer without ``end`` is not whole. If the server can tell why, there is in its place a batch without rows with
+``{"error": {"code", "message", "field"}, "row"}``, where ``row`` is the first cell without an answer; the end-of-stream
+mark is left out, and the transfer is broken off, so that even a program which looks at nothing of this sees that it
+failed. To go on, send a new stream with the cells from ``row`` on, that number as ``first_row``, and the answer's
+``model_id`` as ``model``.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from perturbscope.counts import CountMatrix
+from perturbscope.embedder import Embeddings
+from perturbscope.errors import (
+    InvalidParameterError,
+    LimitExceededError,
+    MalformedMatrixError,
+    PerturbScopeError,
+    ServerError,
+    UnreadableFileError,
+    from_code,
+)
+from perturbscope.wire import fields as check
+from perturbscope.wire.arrow_codec import (
+    COUNTS,
+    count_columns,
+    counts_from,
+    expect_columns,
+    plain,
+    vectors,
+    vectors_from,
+)
+from perturbscope.wire.arrow_stream import (
+    END,
+    FAILURES,
+    KEY,
+    RECORD_BATCH,
+    SCHEMA,
+    body_length,
+    message_kind,
+    refuse_compressed,
+)
+from perturbscope.wire.streams import StreamAnswer, StreamChunk, StreamEnd, StreamOpened, StreamStart, stream_start
+from perturbscope.wire.tables import embeddings_of
+
+PREFIX_BYTES = 8
+"""Of every message: a mark, and the length of its metadata."""
+_CONTINUATION = b"\xff\xff\xff\xff"
+
+
+def metadata_length(prefix: bytes, most: int) -> int:
+    """Bytes of the metadata that follow a prefix; 0 for the end-of-stream mark.
+
+    Raises
+    ------
+    UnreadableFileError
+        It is no prefix, or the stream ends here without its mark.
+    LimitExceededError
+        More than `most`.
+    """
+    if len(prefix) < PREFIX_BYTES or prefix[:4] != _CONTINUATION:
+        raise UnreadableFileError(
+            "The body is not an Arrow IPC stream, or is cut off: a message or the end-of-stream mark is missing. Write "
+            "it with an IPC stream writer (not as a file), and close the writer.",
+            field="body",
+        )
+    length = int.from_bytes(prefix[4:], "little")
+    _check_length(length, most)
+    return length
+
+
+def message_length(metadata: bytes, most: int) -> int:
+    """Bytes of the body that follow the metadata of a message. Raises as :func:`metadata_length`."""
+    try:
+        length = body_length(metadata)
+    except (struct.error, IndexError) as error:
+        raise UnreadableFileError("The Arrow stream has a message that cannot be read.", field="body") from error
+    if length < 0:
+        raise UnreadableFileError("The Arrow stream has a message of negative length.", field="body")
+    _check_length(PREFIX_BYTES + len(metadata) + length, most)
+    return length
+
+
+def _check_length(length: int, most: int) -> None:
+    if length > most:
+        raise LimitExceededError(
+            f"A message of the stream has {length:,} bytes; this server takes {most:,}. Write smaller batches.",
+            field="chunk",
+        )
+
+
+class StreamRequestReader:
+    """Reads the messages of a request, each a whole message with its prefix; they are not trusted."""
+
+    def __init__(self) -> None:
+        self._schema: pa.Schema | None = None
+
+    def start(self, message: bytes) -> StreamStart:
+        """Read the schema. Raises errors of :mod:`perturbscope.errors` that name the field."""
+        try:
+            if message_kind(message[PREFIX_BYTES:]) != SCHEMA:
+                raise UnreadableFileError("The Arrow stream does not begin with a schema.", field="body")
+            schema = pa.ipc.read_schema(pa.py_buffer(message))
+            expect_columns(schema, COUNTS)
+            metadata = schema.metadata or {}
+        except FAILURES as error:
+            raise UnreadableFileError(f"The Arrow schema cannot be read: {str(error)[:200]}", field="body") from error
+        if KEY not in metadata:
+            raise UnreadableFileError(
+                "The Arrow schema's metadata has no key 'perturbscope' with the request as JSON.", field="metadata"
+            )
+        for name in COUNTS[:2]:
+            if name not in schema.names:
+                raise MalformedMatrixError(f"The column {name!r} is missing.", field=name)
+        parsed = check.parse_json(metadata[KEY], "metadata")
+        given = check.mapping(parsed, "metadata", required=["gene_ids"], optional=["first_row", "model"])
+        self._schema = schema.remove_metadata()
+        return stream_start(given["gene_ids"], given.get("model"), given.get("first_row", 0))
+
+    def cells(self, message: bytes, genes: NDArray[np.str_], first_row: int) -> CountMatrix:
+        """Read a record batch; its cells have `genes`, and `first_row` is the number of the first.
+
+        Raises
+        ------
+        InvalidInputError
+            One of its subclasses says what is wrong, and in which row.
+        """
+        assert self._schema is not None, "the start comes first"  # noqa: S101  our own bug
+        try:
+            metadata = message[PREFIX_BYTES : PREFIX_BYTES + int.from_bytes(message[4:PREFIX_BYTES], "little")]
+            refuse_compressed(metadata)
+            if message_kind(metadata) != RECORD_BATCH:
+                raise UnreadableFileError(
+                    f"The message at row {first_row} of the Arrow stream is no record batch; dictionaries and a second "
+                    "schema are not understood.",
+                    field="body",
+                )
+            batch = pa.ipc.read_record_batch(pa.py_buffer(message), self._schema)
+            # Without the full check, offsets that point outside of their buffers would be followed.
+            batch.validate(full=True)
+        except FAILURES as error:
+            raise UnreadableFileError(
+                f"The batch at row {first_row} of the Arrow stream cannot be read: {str(error)[:200]}", field="body"
+            ) from error
+        arrays = counts_from(pa.Table.from_batches([batch]), first_row=first_row)
+        return CountMatrix.from_csr(
+            arrays["data"], arrays["indices"], arrays["indptr"], genes, totals=arrays["totals"], first_row=first_row
+        )
+
+
+class _Writer:
+    """Writes the messages of an Arrow IPC stream one at a time."""
+
+    def __init__(self) -> None:
+        self._schema = pa.schema([])
+        self._preamble = 0
+
+    def open(self, columns: Mapping[str, Any], meta: Mapping[str, Any]) -> bytes:
+        """The schema of these types."""
+        self._schema = pa.schema(list(columns.items()))
+        self._preamble = self._schema.serialize().size
+        named = self._schema.with_metadata({KEY: check.dump_json(meta).encode()})
+        schema: bytes = named.serialize().to_pybytes()
+        return schema
+
+    def batch(self, columns: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> bytes:
+        """A record batch with metadata of its own, which only a writer of whole streams can give it."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self._schema) as writer:
+            metadata = None if meta is None else {KEY: check.dump_json(meta).encode()}
+            writer.write_batch(pa.record_batch(dict(columns)), custom_metadata=metadata)
+        whole: bytes = memoryview(sink.getvalue())[self._preamble : -len(END)].tobytes()
+        return whole
+
+
+class StreamAnswerWriter:
+    """Writes the messages of an answer."""
+
+    def __init__(self) -> None:
+        self._writer = _Writer()
+        self._width = 0
+
+    def write(self, answer: StreamAnswer) -> bytes:
+        """The bytes of the next part of the answer; those of the end have the end-of-stream mark."""
+        match answer:
+            case StreamOpened():
+                self._width = answer.width
+                columns = {name: column.type for name, column in self._columns(_nothing(answer.width), 0).items()}
+                limits = {name: getattr(answer, name) for name in _LIMITS}
+                return self._writer.open(columns, {**check.meta_to_dict(answer.meta, []), **limits})
+            case StreamChunk():
+                columns = self._columns(answer.embeddings, answer.first_row)
+                return self._writer.batch(columns, {"timings": answer.embeddings.timings})
+            case StreamEnd():
+                end = {"n_cells": answer.n_cells, **check.meta_to_dict(answer.meta, answer.warnings)}
+                return self._last({"end": end}) + END
+
+    def error(self, error: PerturbScopeError, row: int) -> bytes:
+        """The bytes that say why the answer ends before `row`; no end-of-stream mark follows them."""
+        return self._last({"error": error.to_dict(), "row": row})
+
+    def _last(self, meta: Mapping[str, Any]) -> bytes:
+        return self._writer.batch(self._columns(_nothing(self._width), 0), meta)
+
+    @staticmethod
+    def _columns(found: Embeddings | _Nothing, first_row: int) -> dict[str, Any]:
+        return {
+            "row": pa.array(np.arange(first_row, first_row + len(found.values), dtype=np.int64)),
+            "embedding": vectors(found.values),
+            "length": pa.array(found.lengths),
+            "n_detected": pa.array(found.n_detected),
+            "known_share": pa.array(found.known_share),
+        }
+
+
+_LIMITS = ("width", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes")
+
+
+class _Nothing:
+    """The columns of no cell."""
+
+    def __init__(self, width: int) -> None:
+        self.values = np.zeros((0, width), dtype=np.float32)
+        self.lengths = self.n_detected = np.zeros(0, dtype=np.int32)
+        self.known_share = np.zeros(0, dtype=np.float32)
+
+
+_nothing = _Nothing
+
+
+def stream_request_to_arrow(start: StreamStart, chunks: Iterable[CountMatrix]) -> Iterator[bytes]:
+    """The bytes of a request, one piece a chunk; what a client sends that is not one of this package."""
+    writer = _Writer()
+    meta = {"gene_ids": start.gene_ids.tolist(), "model": start.model, "first_row": start.first_row}
+    opened = False
+    for cells in chunks:
+        columns = count_columns(cells)  # of few enough values that their offsets have 32 bits in every chunk
+        if not opened:
+            yield writer.open({name: column.type for name, column in columns.items()}, meta)
+            opened = True
+        yield writer.batch(columns)
+    yield END
+
+
+def stream_answers_from_arrow(source: io.IOBase) -> Iterator[StreamAnswer]:
+    """Read an answer while it arrives, up to and with its end.
+
+    Parameters
+    ----------
+    source
+        Has a ``read`` that waits for bytes, for instance an ``http.client.HTTPResponse``.
+
+    Raises
+    ------
+    PerturbScopeError
+        What the server says of why the stream broke off; after all chunks that were answered.
+    ServerError
+        The answer was cut off, or is none.
+    """
+    try:
+        reader = pa.ipc.open_stream(pa.PythonFile(source, mode="r"))
+        opened = _opened_from(reader.schema.metadata or {})
+        yield opened
+        while True:
+            batch, metadata = reader.read_next_batch_with_custom_metadata()
+            said = _said(metadata)
+            if batch.num_rows:
+                yield _chunk_from(batch, said, opened)
+            elif "end" in said:
+                meta, warnings, _ = check.meta_from_dict(said["end"])
+                n_cells = check.integer(said["end"].get("n_cells"), "n_cells")
+                yield StreamEnd(n_cells=n_cells, warnings=warnings, meta=meta)
+                return
+            elif "error" in said:
+                error = said["error"]
+                raise from_code(str(error.get("code")), str(error.get("message")), field=error.get("field"))
+    except StopIteration:
+        raise ServerError("The answer of the stream was cut off before its end.") from None
+    except FAILURES as error:
+        raise ServerError(f"The answer of the stream cannot be read, or was cut off: {str(error)[:200]}") from error
+
+
+def _said(metadata: Any) -> dict[str, Any]:
+    said = check.parse_json(dict(metadata or {}).get(KEY, b"{}"), "metadata")
+    if not isinstance(said, dict):
+        raise InvalidParameterError("The metadata of the answer is no JSON object.", field="metadata")
+    return said
+
+
+def _opened_from(metadata: Any) -> StreamOpened:
+    said = _said(metadata)
+    meta, _, _ = check.meta_from_dict(said)
+    if meta.model_id is None or meta.vocabulary_hash is None or meta.coverage is None:
+        raise InvalidParameterError("The answer names no model, or no gene coverage.", field="meta")
+    return StreamOpened(
+        model_id=meta.model_id,
+        vocabulary_hash=meta.vocabulary_hash,
+        coverage=meta.coverage,
+        variant=meta.variant,
+        **{name: check.integer(said.get(name), name) for name in _LIMITS},
+    )
+
+
+def _chunk_from(batch: pa.RecordBatch, said: Mapping[str, Any], opened: StreamOpened) -> StreamChunk:
+    table = pa.Table.from_batches([batch])
+    meta, _, _ = check.meta_from_dict({"timings": said.get("timings")})
+    found = embeddings_of(
+        replace(opened.meta, timings=meta.timings),
+        vectors_from(table).copy(),
+        *(plain(table, name) for name in ("length", "n_detected", "known_share")),
+    )
+    return StreamChunk(first_row=int(plain(table, "row")[0]), embeddings=found)
