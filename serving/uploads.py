@@ -1,14 +1,14 @@
 """Uploaded .h5ad files.
 
-An upload lies in a temporary directory of its own while it is read, and is always deleted. HDF5 can point outside of
-the file (external links, external storage, virtual datasets); such a file is refused, or a caller could read files of
-the server.
+An upload lies in a temporary directory of its own while it is read, and is always deleted. What a file may hold is
+checked first (:mod:`serving.security.hdf5`); then only what a request asks for is read: the counts, the names of the
+genes, the columns and the embedding that it names. Nothing of uns is, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from perturbscope.errors import (
     InvalidParameterError,
     LimitExceededError,
     PerturbScopeError,
-    UnreadableFileError,
 )
 from perturbscope.readers import CellSource, open_cells
 from perturbscope.report import Absent
@@ -33,6 +32,7 @@ from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving.columns import Columns, read_columns
 from serving.limits import check_shape, check_vectors
 from serving.reports import TITLE, ReportRequest
+from serving.security.hdf5 import check_file
 from serving.settings import Settings
 
 FILE_NAME = "upload.h5ad"
@@ -88,7 +88,7 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings:
             f"Unknown parameter {unknown[0]!r}; there are {', '.join(PARAMETERS[route]) or 'none'}.", field=unknown[0]
         )
     try:
-        refuse_outside_references(path, settings.max_values)
+        check_file(path, settings)
         with open_cells(
             path,
             layer=parameters.get("layer"),
@@ -199,63 +199,3 @@ def _pairs(value: list[Any] | None) -> tuple[tuple[str, str], ...] | None:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(label, str) for label in pair)):
             raise InvalidParameterError("pairs must be a JSON list of lists of two labels.", field="pairs")
     return tuple((a, b) for a, b in value)
-
-
-def refuse_outside_references(path: Path, max_values: int) -> None:
-    """Refuse an HDF5 file that points outside of itself, or whose vectors would grow beyond `max_values`.
-
-    Raises
-    ------
-    UnreadableFileError
-        An external link, external storage or a virtual dataset; or not an HDF5 file.
-    LimitExceededError
-        A one-dimensional dataset of more than `max_values` elements. (Matrices are read in pieces.)
-    """
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            for name, item in _items(file, h5py):
-                if isinstance(item, h5py.ExternalLink) or (
-                    isinstance(item, h5py.Dataset) and (item.external or item.is_virtual)
-                ):
-                    raise UnreadableFileError(
-                        f"{name} lies outside of the file (an HDF5 external link, external storage or virtual "
-                        "dataset). Write the file anew with adata.write_h5ad().",
-                        field="file",
-                    )
-                if isinstance(item, h5py.Dataset) and item.ndim == 1 and item.size > max_values:
-                    raise LimitExceededError(
-                        f"{name} has {item.size:,} values; this server takes {max_values:,}. "
-                        "Send the cells in several requests.",
-                        field="data",
-                    )
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise UnreadableFileError(
-            f"{path.name} is not a whole HDF5 file ({str(error).replace(str(path), path.name)}). "
-            "It may be truncated; upload it again.",
-            field="file",
-        ) from error
-
-
-def _items(root: Any, h5py: Any) -> Iterator[tuple[str, Any]]:
-    """All links and datasets, each object once (hard links may form rings)."""
-    pending, seen = [root], set()
-    while pending:
-        group = pending.pop()
-        for name in group:
-            where = f"{group.name.rstrip('/')}/{name}"
-            link = group.get(name, getlink=True)
-            if isinstance(link, h5py.ExternalLink):
-                yield where, link
-                continue
-            if isinstance(link, h5py.SoftLink):
-                continue  # its target inside the file is visited on its own
-            item = group[name]
-            key = h5py.h5o.get_info(item.id).addr
-            if key in seen:
-                continue
-            seen.add(key)
-            if isinstance(item, h5py.Group):
-                pending.append(item)
-            yield where, item

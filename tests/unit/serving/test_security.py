@@ -1,0 +1,308 @@
+"""Keys and shares on both transports: nothing is answered without a key but what is listed as open."""
+
+from __future__ import annotations
+
+import ast
+import logging
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from fastapi import FastAPI
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from perturbscope import wire
+from perturbscope.counts import CountMatrix
+from perturbscope.proto import perturbscope_v1_pb2 as pb
+from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
+from perturbscope.wire import EmbedRequest
+from serving.calls import Call
+from serving.engine import Engine
+from serving.grpc_server import SERVICE, GrpcServer
+from serving.http import build_app
+from serving.log import logger
+from serving.security.keys import MESSAGE, keys_to_json, make_key
+from serving.security.middleware import KeyMiddleware
+from serving.security.rates import FAILURES_PER_MINUTE
+from tests.unit.serving.conftest import MakeEngine
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Guarded:
+    """An engine with three keys, and clients of both its transports."""
+
+    def __init__(self, folder: Path, make_engine: MakeEngine, **settings: Any) -> None:
+        entries = []
+        self.keys: dict[str, str] = {}
+        wanted: dict[str, dict[str, Any]] = {
+            "pipeline": {},
+            "scraper": {"rights": ("metrics",)},
+            "slow": {"requests_per_minute": 2, "cells_per_minute": 30},
+        }
+        for name, options in wanted.items():
+            key, self.keys[name] = make_key(name, **options)
+            entries.append(key)
+        self.path = folder / "keys.json"
+        self.path.write_bytes(keys_to_json(tuple(entries)))
+        self.engine = make_engine(keys=str(self.path), **settings)
+        self.app = build_app()
+        self.app.state.engine = self.engine
+
+        # As BentoML has them, behind the same middleware.
+        @self.app.get("/metrics")
+        @self.app.get("/readyz")
+        @self.app.get("/docs.json")
+        def theirs() -> str:
+            return "theirs"
+
+    def http(self, name: str | None = None, key: str = "") -> httpx.AsyncClient:
+        """A client with the key of this name."""
+        key = self.keys[name] if name else key
+        guarded = KeyMiddleware(self.app, front=lambda: self.engine.front)
+        return httpx.AsyncClient(
+            transport=httpx.ASGITransport(guarded),
+            base_url="http://test",
+            headers={"authorization": f"Bearer {key}"} if key else {},
+        )
+
+    def metadata(self, name: str) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.keys[name]}"),)
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, make_engine: MakeEngine) -> Guarded:
+    return Guarded(tmp_path, make_engine)
+
+
+@pytest.fixture
+async def channel(guarded: Guarded) -> Any:
+    server = GrpcServer(guarded.engine, host="127.0.0.1", port=0)
+    port = await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+    await server.stop()
+
+
+def body(cells: CountMatrix) -> dict[str, Any]:
+    return {
+        "content": wire.embed_request_to_arrow(EmbedRequest(cells=cells)),
+        "headers": {"content-type": wire.ARROW},
+    }
+
+
+async def test_http_without_a_key(guarded: Guarded, tiny_cells: CountMatrix) -> None:
+    async with guarded.http() as http:
+        for path in ("/", "/readyz"):
+            assert (await http.get(path)).status_code == 200
+        for path in ("/v1/models", "/metrics", "/docs.json", "/v1/openapi.json", "/nothing", "/readyz/", "/v1"):
+            reply = await http.get(path)
+            assert reply.status_code == 401, path
+            assert reply.json()["error"] == {"code": "unauthenticated", "message": MESSAGE, "field": None}
+            assert reply.headers["www-authenticate"] == "Bearer"
+            assert reply.headers["x-request-id"]
+        reply = await http.post("/v1/embed", **body(tiny_cells))
+        assert reply.status_code == 401
+        assert (await http.post("/readyz")).status_code == 405
+
+
+async def test_http_with_a_key(guarded: Guarded, tiny_cells: CountMatrix) -> None:
+    async with guarded.http("pipeline") as http:
+        assert (await http.post("/v1/embed", **body(tiny_cells))).status_code == 200
+        assert (await http.get("/v1/models")).status_code == 200
+        assert (await http.get("/metrics")).status_code == 200
+        assert (await http.get("/docs.json")).status_code == 200
+    async with guarded.http("scraper") as http:
+        assert (await http.get("/metrics")).status_code == 200
+        for reply in (await http.post("/v1/embed", **body(tiny_cells)), await http.get("/v1/models")):
+            assert reply.status_code == 403
+            assert reply.json()["error"]["message"] == "The API key 'scraper' does not have the right 'infer'."
+
+
+async def test_metrics_need_a_right_for_them(tmp_path: Path, guarded: Guarded) -> None:
+    key, text = make_key("operator", rights=("admin",))
+    guarded.path.write_bytes(keys_to_json((key,)))
+    async with guarded.http(key=text) as http:
+        assert (await http.get("/metrics")).status_code == 403
+
+
+async def test_the_routes_ask_for_themselves_too(guarded: Guarded, tiny_cells: CountMatrix) -> None:
+    """Without the middleware, as where somebody mounts the application alone."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded.app), base_url="http://test") as http:
+        assert (await http.post("/v1/embed", **body(tiny_cells))).status_code == 401
+        assert (await http.get("/v1/models")).status_code == 401
+
+
+async def test_a_stranger_is_turned_away_before_its_body_is_read(guarded: Guarded) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise AssertionError("the body was asked for")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/embed", "query_string": b"", "headers": []}
+    await KeyMiddleware(guarded.app, front=lambda: guarded.engine.front)(scope, receive, send)
+    assert sent[0]["status"] == 401
+    await KeyMiddleware(guarded.app, front=lambda: guarded.engine.front)({**scope, "type": "websocket"}, receive, send)
+    assert sent[-1] == {"type": "websocket.close", "code": 1008}
+
+
+async def test_without_keys_everything_is_open(make_engine: MakeEngine) -> None:
+    engine, app = make_engine(), FastAPI()
+    app.get("/metrics")(lambda: "theirs")
+    guard = KeyMiddleware(app, front=lambda: engine.front)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://test") as http:
+        assert (await http.get("/metrics")).status_code == 200
+
+
+async def status_of(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code(), error.details() or ""
+    return grpc.StatusCode.OK, ""
+
+
+async def reflected(channel: Any, metadata: Any = None) -> list[str]:
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    async for answer in stub.ServerReflectionInfo(iter([request]), metadata=metadata):
+        return [service.name for service in answer.list_services_response.service]
+    return []
+
+
+async def test_grpc_without_a_key(guarded: Guarded, channel: Any, tiny_cells: CountMatrix) -> None:
+    stub = PerturbScopeStub(channel)
+    request = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    unauthenticated = grpc.StatusCode.UNAUTHENTICATED, MESSAGE
+    assert await status_of(stub.Embed(request)) == unauthenticated
+    assert await status_of(stub.Models(pb.ModelsRequest())) == unauthenticated
+    assert await status_of(reflected(channel)) == unauthenticated
+    twice = (*guarded.metadata("pipeline"), *guarded.metadata("pipeline"))
+    assert await status_of(stub.Models(pb.ModelsRequest(), metadata=twice)) == unauthenticated
+    assert await status_of(channel.unary_unary("/no.such/Method")(b"")) == unauthenticated
+    health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    assert health.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_grpc_with_a_key(guarded: Guarded, channel: Any, tiny_cells: CountMatrix) -> None:
+    stub = PerturbScopeStub(channel)
+    request = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    good = guarded.metadata("pipeline")
+    answer = wire.embed_answer_from_proto(await stub.Embed(request, metadata=good))
+    assert len(answer) == len(tiny_cells)
+    assert (await stub.Models(pb.ModelsRequest(), metadata=(("x-api-key", guarded.keys["pipeline"]),))).models
+    assert SERVICE in await reflected(channel, good)
+    code, _ = await status_of(stub.Embed(request, metadata=guarded.metadata("scraper")))
+    assert code == grpc.StatusCode.PERMISSION_DENIED
+    code, _ = await status_of(stub.Models(pb.ModelsRequest(), metadata=guarded.metadata("scraper")))
+    assert code == grpc.StatusCode.PERMISSION_DENIED
+    code, _ = await status_of(channel.unary_unary("/no.such/Method")(b"", metadata=good))
+    assert code == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_many_bad_keys_over_grpc(guarded: Guarded, channel: Any) -> None:
+    stub = PerturbScopeStub(channel)
+    codes = [
+        (await status_of(stub.Models(pb.ModelsRequest(), metadata=(("x-api-key", "psk_00000000_no"),))))[0]
+        for _ in range(FAILURES_PER_MINUTE + 2)
+    ]
+    assert codes[:FAILURES_PER_MINUTE] == [grpc.StatusCode.UNAUTHENTICATED] * FAILURES_PER_MINUTE
+    assert codes[-1] == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await stub.Models(pb.ModelsRequest(), metadata=guarded.metadata("pipeline"))).models
+
+
+async def test_requests_over_the_share(guarded: Guarded) -> None:
+    async with guarded.http("slow") as http:
+        replies = [await http.get("/v1/models") for _ in range(3)]
+    assert [reply.status_code for reply in replies] == [200, 200, 429]
+    assert replies[2].json()["error"]["code"] == "rate_limited"
+    assert 1 <= int(replies[2].headers["retry-after"]) <= 30
+
+
+async def test_cells_over_the_share_cost_no_compute(
+    guarded: Guarded, channel: Any, tiny_cells: CountMatrix, fake_embedder: Any
+) -> None:
+    """24 cells fit into 30 a minute, once; the second 24 are refused over the other transport, before tokens."""
+    async with guarded.http("slow") as http:
+        assert (await http.post("/v1/embed", **body(tiny_cells))).status_code == 200
+    n_batches = len(fake_embedder.encoder.batches)
+    request = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await PerturbScopeStub(channel).Embed(request, metadata=guarded.metadata("slow"))
+    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    sent = dict(refused.value.trailing_metadata() or ())
+    assert sent["perturbscope-code"] == "rate_limited"
+    assert 1 <= int(sent["retry-after"]) <= 60
+    assert len(fake_embedder.encoder.batches) == n_batches
+
+
+async def test_a_key_is_nowhere_but_in_the_request(
+    guarded: Guarded, tiny_cells: CountMatrix, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the log, even of a bug; not in an answer; not in what a debugger prints; not as the request's id."""
+
+    async def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    key = guarded.keys["pipeline"]
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.DEBUG)
+    try:
+        async with guarded.http("pipeline") as http:
+            bad = {**body(tiny_cells)["headers"], "x-request-id": key}
+            replies = [
+                await http.post("/v1/embed", content=b"no arrow", headers=bad),
+                await http.post("/v1/embed", headers={"x-request-timeout": "-1"}),
+                await http.get("/v1/models", headers={"x-api-key": key}),
+                await http.get("/v1/nothing"),
+            ]
+            monkeypatch.setattr(Engine, "embed", broken)
+            replies.append(await http.post("/v1/embed", **body(tiny_cells)))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [reply.status_code for reply in replies[1:4]] == [422, 401, 404]
+    assert "caller=pipeline" in caplog.text or '"pipeline"' in caplog.text
+    call = Call.begin("/v1/embed", "http", {"authorization": f"Bearer {key}", "x-request-id": key})
+    for text in (caplog.text, repr(call), *(reply.text + repr(reply.headers) for reply in replies)):
+        assert key not in text
+        assert key.rpartition("_")[2] not in text
+
+
+def sources() -> list[Path]:
+    return [path for folder in ("perturbscope", "serving", "export") for path in (ROOT / folder).rglob("*.py")]
+
+
+def test_nothing_is_ever_unpickled() -> None:
+    """No module imports what can run code from data, and no call allows it."""
+    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
+    wrong = []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name.partition(".")[0] for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [(node.module or "").partition(".")[0]]
+            elif isinstance(node, ast.Call):
+                function = ast.unparse(node.func)
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if given.get("allow_pickle", "False") != "False" or function in ("eval", "exec", "yaml.load"):
+                    wrong.append(f"{path}:{node.lineno} {function}")
+                if function == "torch.load" and given.get("weights_only") != "True":
+                    wrong.append(f"{path}:{node.lineno} {function}")
+                if function.rpartition(".")[2] in ("read_pickle", "to_pickle"):
+                    wrong.append(f"{path}:{node.lineno} {function}")
+            wrong += [f"{path} imports {name}" for name in names if name in forbidden]
+    assert wrong == []
+
+
+def test_the_search_for_pickles_reads_every_module() -> None:
+    assert len(sources()) > 100
+    assert ROOT / "serving" / "uploads.py" in sources()
