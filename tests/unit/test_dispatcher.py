@@ -72,7 +72,7 @@ async def make(fake_embedder: Embedder) -> AsyncIterator[Make]:
     """Dispatchers over a fake encoder; closed at the end."""
     made: list[Dispatcher] = []
 
-    def build(encoder: FakeEncoder | None = None, limits: BatchLimits | None = None, **options: int) -> Dispatcher:
+    def build(encoder: FakeEncoder | None = None, limits: BatchLimits | None = None, **options: Any) -> Dispatcher:
         dispatcher = Dispatcher(embedder_of(fake_embedder.family, encoder or FakeEncoder(), limits), **options)
         made.append(dispatcher)
         return dispatcher
@@ -124,27 +124,25 @@ async def test_callers_that_come_together_share_a_batch_and_get_their_own_cells(
     assert [shape[0] for shape in encoder_of(dispatcher).batches] == [24]
 
 
-async def test_a_window_is_sorted_by_length_across_callers(make: Make) -> None:
-    dispatcher = make(limits=BatchLimits(max_tokens=20))
-    await asyncio.gather(dispatcher.submit(cells(2, 10)), dispatcher.submit(cells(10, 2, name=2)))
-    assert encoder_of(dispatcher).batches == [(2, 10), (2, 2)]
+async def test_a_large_caller_runs_from_its_longest_cells_on(make: Make) -> None:
+    dispatcher = make(limits=BatchLimits(max_tokens=400))
+    values, _ = await dispatcher.submit(cells(100, 200, 100, 200, 80, 90))
+    assert encoder_of(dispatcher).batches == [(2, 200), (4, 100)]
+    assert_own(values, [100, 200, 100, 200, 80, 90])
 
 
 @settings(deadline=None, max_examples=40)
 @given(
     callers=st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=12), min_size=1, max_size=8),
     max_tokens=st.integers(1, 200),
-    window=st.integers(1, 400),
 )
-def test_no_batch_passes_the_budget_and_every_cell_is_answered(
-    callers: list[list[int]], max_tokens: int, window: int
-) -> None:
+def test_no_batch_passes_the_budget_and_every_cell_is_answered(callers: list[list[int]], max_tokens: int) -> None:
     encoder = FakeEncoder()
     family = _FAMILY
     limits = BatchLimits(max_tokens=max_tokens)
 
     async def run() -> None:
-        dispatcher = Dispatcher(embedder_of(family, encoder, limits), window_tokens=window)
+        dispatcher = Dispatcher(embedder_of(family, encoder, limits))
         answers = await asyncio.gather(
             *(dispatcher.submit(cells(*lengths, name=name)) for name, lengths in enumerate(callers))
         )
@@ -184,7 +182,7 @@ async def test_batches_grow_only_while_the_worker_is_busy(make: Make, gate: thre
 
 
 async def test_a_small_request_does_not_wait_for_the_whole_of_a_large_one(make: Make) -> None:
-    dispatcher = make(FakeEncoder(delay=0.001), limits=BatchLimits(max_tokens=20), window_tokens=40)
+    dispatcher = make(FakeEncoder(delay=0.001), limits=BatchLimits(max_tokens=20))
     large = asyncio.create_task(dispatcher.submit(cells(*[10] * 200)))
     await started(encoder_of(dispatcher))
     values, _ = await dispatcher.submit(cells(4, name=2))
@@ -196,7 +194,7 @@ async def test_a_small_request_does_not_wait_for_the_whole_of_a_large_one(make: 
 
 
 async def test_a_large_request_is_not_starved_by_small_ones(make: Make) -> None:
-    dispatcher = make(limits=BatchLimits(max_tokens=20), window_tokens=20)
+    dispatcher = make(limits=BatchLimits(max_tokens=20))
     large = asyncio.create_task(dispatcher.submit(cells(*[10] * 30)))
     finished = 0
 
@@ -211,16 +209,16 @@ async def test_a_large_request_is_not_starved_by_small_ones(make: Make) -> None:
     assert finished > 0
 
 
-async def test_a_caller_is_answered_before_the_window_is_over(make: Make, gate: threading.Event) -> None:
+async def test_a_caller_is_answered_before_those_with_more_to_run(make: Make, gate: threading.Event) -> None:
     dispatcher = make(FakeEncoder(gate=gate), limits=BatchLimits(max_cells=1))
     longer = asyncio.create_task(dispatcher.submit(cells(9)))
     shorter = asyncio.create_task(dispatcher.submit(cells(2, name=2)))
     await started(encoder_of(dispatcher))
-    assert encoder_of(dispatcher).batches == [(1, 9)]
+    assert encoder_of(dispatcher).batches == [(1, 2)]
     gate.set()
-    await longer
-    assert not shorter.done()
     await shorter
+    assert not longer.done()
+    await longer
 
 
 async def test_timings_tell_waiting_from_computing(make: Make, gate: threading.Event) -> None:
@@ -257,13 +255,12 @@ async def test_a_cancelled_caller_costs_no_compute(make: Make, gate: threading.E
     assert encoder_of(dispatcher).batches == [(1, 3), (1, 4)]
 
 
-async def test_a_caller_cancelled_within_a_window_is_left_out_of_its_later_batches(
-    make: Make, gate: threading.Event
-) -> None:
+async def test_a_caller_cancelled_half_way_is_left_out_of_later_batches(make: Make, gate: threading.Event) -> None:
     dispatcher = make(FakeEncoder(gate=gate), limits=BatchLimits(max_tokens=10))
     gone = asyncio.create_task(dispatcher.submit(cells(10, 5, 5, 4)))
-    kept = asyncio.create_task(dispatcher.submit(cells(5, name=2)))
     await started(encoder_of(dispatcher))
+    kept = asyncio.create_task(dispatcher.submit(cells(5, name=2)))
+    await settle()
     gone.cancel()
     await settle()
     gate.set()
@@ -316,7 +313,7 @@ async def test_only_the_caller_with_the_poisoned_cell_fails(make: Make) -> None:
 
 
 async def test_a_failed_caller_costs_nothing_more(make: Make) -> None:
-    dispatcher = make(PickyEncoder(poison=1000), limits=BatchLimits(max_tokens=10), window_tokens=20)
+    dispatcher = make(PickyEncoder(poison=1000), limits=BatchLimits(max_tokens=10))
     with pytest.raises(InferenceError, match="poisoned"):
         await dispatcher.submit(cells(10, 9, 8, 7, 6, 5))
     await dispatcher.close()
@@ -324,28 +321,67 @@ async def test_a_failed_caller_costs_nothing_more(make: Make) -> None:
 
 
 async def test_a_full_queue_refuses_and_says_when_to_come_back(make: Make, gate: threading.Event) -> None:
-    dispatcher = make(FakeEncoder(gate=gate), max_queued_tokens=10)
-    first = asyncio.create_task(dispatcher.submit(cells(4)))
-    second = asyncio.create_task(dispatcher.submit(cells(6, name=2)))
+    dispatcher = make(FakeEncoder(gate=gate), max_queued_tokens=12)
+    first = asyncio.create_task(dispatcher.submit(cells(3)))
+    second = asyncio.create_task(dispatcher.submit(cells(3, name=2)))
+    third = asyncio.create_task(dispatcher.submit(cells(3, name=3)))
     await settle()
-    with pytest.raises(OverloadedError, match=r"holds 10 tokens.* add 1; the limit is 10") as refused:
-        await dispatcher.submit(cells(1, name=3))
+    with pytest.raises(OverloadedError, match=r"holds 9 tokens.* add 3; the limit is 12") as refused:
+        await dispatcher.submit(cells(3, name=4))
     assert MIN_RETRY <= refused.value.retry_after <= MAX_RETRY
     gate.set()
-    assert_own((await first)[0], [4])
-    assert_own((await second)[0], [6], 2)
-    assert_own((await dispatcher.submit(cells(1, name=3)))[0], [1], 3)
+    assert_own((await first)[0], [3])
+    assert_own((await second)[0], [3], 2)
+    assert_own((await third)[0], [3], 3)
+    assert_own((await dispatcher.submit(cells(3, name=4)))[0], [3], 4)
+
+
+async def test_bulk_callers_leave_room_for_small_ones(make: Make, gate: threading.Event) -> None:
+    dispatcher = make(FakeEncoder(gate=gate), max_queued_tokens=1000)
+    accepted = []
+    for name in range(1, 4):  # each counts for a quarter
+        accepted.append(asyncio.create_task(dispatcher.submit(cells(*[500] * 10, name=name))))
+        await settle()
+    with pytest.raises(OverloadedError):
+        dispatcher.check_room(5000)
+    small = asyncio.create_task(dispatcher.submit(cells(80, 80, name=100)))
+    await settle()
+    assert dispatcher.pending_callers == 4
+    gate.set()
+    assert_own((await small)[0], [80, 80], 100)
+    await asyncio.gather(*accepted)
+
+
+async def test_one_flow_leaves_room_for_another(make: Make, gate: threading.Event) -> None:
+    dispatcher = make(FakeEncoder(gate=gate), max_queued_tokens=1000)
+    accepted = []
+    for name in range(37):  # 740 tokens: three quarters
+        dispatcher.check_room(20, "many")
+        accepted.append(asyncio.create_task(dispatcher.submit(cells(20, name=name), flow="many")))
+        await settle()
+    with pytest.raises(OverloadedError):
+        dispatcher.check_room(20, "many")
+    dispatcher.check_room(20, "other")
+    gate.set()
+    await asyncio.gather(*accepted)
+    assert dispatcher.pending_tokens == 0
+    dispatcher.check_room(20, "many")
 
 
 async def test_the_retry_hint_follows_the_measured_speed(make: Make) -> None:
-    dispatcher = make(FakeEncoder(delay=0.05), max_queued_tokens=1000)
-    await dispatcher.submit(cells(500))  # 10,000 tokens a second
-    busy = asyncio.create_task(dispatcher.submit(cells(500, 500)))
+    limits = BatchLimits(max_tokens=1000)
+    dispatcher = make(FakeEncoder(delay=0.05), limits=limits, max_queued_tokens=4000)
+    await dispatcher.submit(cells(*[500] * 2))  # at most 20,000 tokens a second
+    busy = [asyncio.create_task(dispatcher.submit(cells(*[500] * 40, name=name))) for name in range(1, 4)]
     await settle()
+    assert dispatcher.pending_tokens == 60_000
     with pytest.raises(OverloadedError) as refused:
-        await dispatcher.submit(cells(1000))
-    assert 0.1 <= refused.value.retry_after < 10
-    await busy
+        await dispatcher.submit(cells(*[500] * 2))
+    # A third of a thousand too little is free, of three thousand that stand for 60,000 tokens.
+    assert 0.3 <= refused.value.retry_after < 30
+    for task in busy:
+        task.cancel()
+    await asyncio.gather(*busy, return_exceptions=True)
 
 
 async def test_an_idle_dispatcher_takes_a_request_over_its_queue_budget(make: Make) -> None:
@@ -395,10 +431,10 @@ async def test_no_cells_need_no_model(make: Make) -> None:
     assert encoder_of(dispatcher).batches == []
 
 
-@pytest.mark.parametrize("option", ["max_queued_tokens", "window_tokens"])
-def test_budgets_must_be_positive(fake_embedder: Embedder, option: str) -> None:
+@pytest.mark.parametrize("option", ["max_queued_tokens", "max_batch_seconds"])
+async def test_budgets_must_be_positive(make: Make, option: str) -> None:
     with pytest.raises(InvalidParameterError, match=f"{option} is 0"):
-        Dispatcher(fake_embedder, **{option: 0})
+        make(**{option: 0})
 
 
 async def test_real_cells_come_back_as_offline(fake_embedder: Embedder, tiny_cells: CountMatrix) -> None:

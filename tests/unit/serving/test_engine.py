@@ -149,10 +149,11 @@ async def test_a_full_queue_is_noticed_before_tokenizing(
     make_engine: MakeEngine, tiny_cells: CountMatrix, fake_embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = encoder_of(fake_embedder).gate = threading.Event()
-    engine = make_engine(max_queued_tokens=10)
-    first = asyncio.create_task(engine.embed(EmbedRequest(cells=tiny_cells)))
+    engine = make_engine(max_queued_tokens=4)
+    first = asyncio.gather(*(engine.embed(EmbedRequest(cells=tiny_cells)) for _ in range(3)))
+    dispatcher = engine.registry.default.dispatcher
     async with asyncio.timeout(10):
-        while not encoder_of(fake_embedder).batches:
+        while dispatcher.pending_callers < 3:
             await asyncio.sleep(0.001)
 
     def never(cells: CountMatrix) -> None:
@@ -162,7 +163,7 @@ async def test_a_full_queue_is_noticed_before_tokenizing(
     with pytest.raises(OverloadedError):
         await engine.embed(EmbedRequest(cells=tiny_cells))
     gate.set()
-    assert len(await first) == 24
+    assert [len(answer) for answer in await first] == [24] * 3
 
 
 async def test_requests_in_progress_are_bounded(make_engine: MakeEngine) -> None:
