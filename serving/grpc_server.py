@@ -20,6 +20,7 @@ from serving.openinference.grpc import SERVICE as INFERENCE_SERVICE
 from serving.openinference.grpc import InferenceServicer
 from serving.routes import COMPARE, EMBED, SCORE, RpcRoute, describe
 from serving.rpc import abort, answered, begin, headers_of
+from serving.security import tls
 from serving.security.interceptor import KeyInterceptor
 from serving.settings import PREFIX
 from serving.streams_grpc import embed_stream
@@ -89,6 +90,7 @@ class GrpcServer:
         largest = min(engine.settings.max_body_bytes + _ENVELOPE, 2**31 - 1)
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._grace = engine.settings.shutdown_grace
+        self._credentials = tls.grpc_credentials(engine.settings)
         self._server = grpc.aio.server(
             interceptors=[KeyInterceptor(engine.front, headers_of, begin, abort)],
             options=[
@@ -119,7 +121,10 @@ class GrpcServer:
             The port is taken.
         """
         try:
-            port = self._server.add_insecure_port(self._address)
+            if self._credentials is None:
+                port = self._server.add_insecure_port(self._address)
+            else:
+                port = self._server.add_secure_port(self._address, self._credentials)
         except RuntimeError as error:
             raise OSError(
                 f"gRPC cannot listen on {self._address}: {error}. Stop what listens there, or set {PREFIX}GRPC_PORT."
