@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
 from perturbscope import wire
-from perturbscope.errors import InvalidParameterError, LimitExceededError
+from perturbscope.errors import InvalidParameterError, LimitExceededError, UnsupportedMediaTypeError
 from serving.calls import Call
 from serving.engine import Engine
 from serving.limits import too_many_bytes
@@ -121,7 +121,7 @@ async def read_request(request: LimitedBody, route: Route, engine: Engine) -> Up
         with request.call.stage("decode"):
             return Upload(await engine.work(route.decode[kind], body))
     if kind not in (*HDF5_TYPES, MULTIPART):
-        raise InvalidParameterError(
+        raise UnsupportedMediaTypeError(
             f"The content type {kind or '(none)'!r} is not understood. Send {''.join(f'{t}, ' for t in route.decode)}"
             f"an .h5ad file as {wire.HDF5}, or a form ({MULTIPART}) with the .h5ad file in the field 'file'.",
             field="content-type",

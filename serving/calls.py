@@ -29,6 +29,8 @@ Transport = Literal["http", "grpc"]
 Right = Literal["infer", "admin", "metrics"]
 REQUEST_ID, TIMEOUT = "x-request-id", "x-request-timeout"
 """Header, or metadata, with the caller's name for the request, and with the seconds that it will wait."""
+SECONDS = r"(?:0\.(?:00[1-9]|0[1-9]|[1-9])[0-9]{0,6}|[1-9][0-9]{0,8}(?:\.[0-9]{1,9})?)"
+"""Pattern of the seconds that a caller may say it will wait: a millisecond at least, in plain decimals."""
 _ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 
@@ -298,11 +300,10 @@ def _read_timeout(call: Call) -> None:
     text = call.headers.get(TIMEOUT)
     if text is None:
         return
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < 1e9:
-        raise InvalidParameterError(f"The header {TIMEOUT} is {text[:40]!r}; give seconds above 0.", field=TIMEOUT)
+    if not re.fullmatch(SECONDS, text):
+        raise InvalidParameterError(
+            f"The header {TIMEOUT} is {text[:40]!r}; give seconds such as 30 or 0.5, from 0.001 on.", field=TIMEOUT
+        )
+    seconds = float(text)
     deadline = time.monotonic() + seconds
     call.deadline = deadline if call.deadline is None else min(call.deadline, deadline)

@@ -11,7 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from perturbscope import wire
 from serving import schemas
 from serving.bodies import MULTIPART
-from serving.calls import REQUEST_ID, TIMEOUT
+from serving.calls import REQUEST_ID, SECONDS, TIMEOUT
 from serving.routes import Route
 from serving.security.middleware import OPEN
 from serving.uploads import PARAMETERS
@@ -21,6 +21,7 @@ _TEXTS = {
     401: "This server asks for an API key, and none came that it knows.",
     403: "The API key is good, but not for this.",
     404: "No such model.",
+    409: "The bundle cannot be served; what was served still is.",
     413: "Larger than this server takes, or the body did not arrive in time.",
     415: "A content type that is not understood.",
     422: "The input cannot be used; the message says why and what to do.",
@@ -28,6 +29,8 @@ _TEXTS = {
     500: "The server failed.",
     504: "The time that the caller allowed is over, or would be before the answer is there.",
 }
+USUAL = (401, 403, 404, 413, 415, 422, 429, 500, 504)
+"""Statuses that a route may refuse with that reads a body."""
 _OPERATIONS = {"get", "post"}
 _HEADERS = {
     REQUEST_ID: {"description": "The caller's id of the request, or a new one.", "schema": {"type": "string"}},
@@ -46,8 +49,8 @@ _REQUEST_HEADERS = [
         "name": TIMEOUT,
         "in": "header",
         "required": False,
-        "description": "Seconds that the caller will wait; the work ends with them.",
-        "schema": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e9},
+        "description": "Seconds that the caller will wait, such as 30 or 0.5; the work ends with them.",
+        "schema": {"type": "string", "pattern": f"^{SECONDS}$"},
     },
 ]
 _SCHEMES = {
@@ -93,7 +96,7 @@ def responses(answer: type[Any]) -> dict[int | str, dict[str, Any]]:
 
 
 def refusals(
-    statuses: Iterable[int] = _TEXTS, model: type[Any] = schemas.ErrorAnswer
+    statuses: Iterable[int] = USUAL, model: type[Any] = schemas.ErrorAnswer
 ) -> dict[int | str, dict[str, Any]]:
     """What a route may answer in place of what was asked for."""
     return {status: {"model": model, "description": _TEXTS[status]} for status in sorted(statuses)}

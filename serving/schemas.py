@@ -39,7 +39,7 @@ class EmbedBody(_Body):
     """Cells to embed."""
 
     cells: Cells
-    model: _Name | None = Field(None, description="Name of a model; the server's first one by default.")
+    model: _Name | None = Field(None, description="Name, name@version or model_id of a model; the server's first one by default.")
 
 
 class _Labelled(_Body):
@@ -48,7 +48,7 @@ class _Labelled(_Body):
     perturbations: list[_Name] = Field(description="Label of each cell.", min_length=1)
     batches: list[_Name] | None = Field(None, description="Batch of each cell; labels are permuted within batches.")
     options: dict[str, Any] | None = Field(None, description="Options of scoring; see the schema ScoreOptions.")
-    model: _Name | None = Field(None, description="Name of a model; the server's first one by default.")
+    model: _Name | None = Field(None, description="Name, name@version or model_id of a model; the server's first one by default.")
 
 
 class ScoreBody(_Labelled):
@@ -208,11 +208,11 @@ class ErrorAnswer(_Body):
     error: Error
 
 
-_LABELLED = {
-    "embeddings": [[1.0, 0.0], [0.9, 0.1], [1.0, 0.2], [0.1, 1.0], [0.0, 0.9], [0.2, 1.0]],
-    "perturbations": ["control", "control", "control", "STAT1", "STAT1", "STAT1"],
+_LABELLED: dict[str, Any] = {
+    "embeddings": [[1.0, 0.0], [0.9, 0.1], [1.0, 0.2], [0.8, 0.0], [0.1, 1.0], [0.0, 0.9], [0.2, 1.0], [0.1, 0.8]],
+    "perturbations": ["control", "control", "control", "control", "STAT1", "STAT1", "STAT1", "STAT1"],
     "control": "control",
-    "options": {"min_cells": 3, "permutations": 19},
+    "options": {"min_cells": 4, "permutations": 19},
 }
 EXAMPLES: dict[str, dict[str, Any]] = {
     "EmbedBody": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,7 @@ from serving.schemas import inlined
 
 OCTETS = "application/octet-stream"
 TAG = "Open Inference Protocol"
+_Size = Annotated[int, Field(ge=1, lt=2**31)]
 _Datatype = Literal["INT32", "INT64", "FP32"]
 
 
@@ -148,7 +149,7 @@ class InferInput(_Open):
 
     name: str = Field(max_length=512)
     datatype: _Datatype
-    shape: list[int] = Field(description="[batch, length]", min_length=1, max_length=MAX_INPUTS)
+    shape: list[_Size] = Field(description="[batch, length]", min_length=1, max_length=MAX_INPUTS)
     parameters: dict[str, Any] = Field({}, description="binary_data_size: bytes of this input behind the JSON.")
     data: list[Any] | None = Field(None, description="Row by row, flat or nested.")
 
@@ -165,7 +166,7 @@ class InferBody(_Open):
 
     id: str | None = Field(None, description="Sent back.", max_length=512)
     parameters: dict[str, Any] = Field({}, description="binary_data_output: whether outputs are wanted as bytes.")
-    inputs: list[InferInput] = Field(max_length=MAX_INPUTS)
+    inputs: list[InferInput] = Field(min_length=1, max_length=MAX_INPUTS)
     outputs: list[InferOutput] | None = Field(None, description="All of them by default.", max_length=MAX_INPUTS)
 
 
@@ -232,18 +233,21 @@ def operation(path: str, summary: str, answer: Any, *, body: dict[str, Any] | No
                 "name": JSON_LENGTH,
                 "in": "header",
                 "required": False,
-                "description": "Bytes of the JSON, where tensors follow it.",
-                "schema": {"type": "integer", "minimum": 0},
+                "description": "Bytes of the JSON, where tensors follow it: a whole number.",
+                "schema": {"type": "string", "pattern": "^[0-9]{1,15}$"},
             }
         )
     extra: dict[str, Any] = {"parameters": parameters} if parameters else {}
     if body:
         extra["requestBody"] = body
     statuses = {401, 403, 422, 429, 500, 504, *((404,) if named else ()), *((413,) if body else ())}
+    if answer is Done:
+        statuses.add(409)
+    not_now = {503: {"model": answer, "description": "Not now."}} if answer is ModelReadiness else {}
     return {
         "summary": summary,
         "tags": [TAG],
-        "responses": {200: ok, **refusals(statuses, InferError)},
+        "responses": {200: ok, **refusals(statuses, InferError), **not_now},
         "openapi_extra": extra,
     }
 
@@ -265,12 +269,7 @@ def infer_body() -> dict[str, Any]:
     return {"required": True, "content": content, "description": "JSON; the bytes of tensors may follow it."}
 
 
-def repository_body(*names: str) -> dict[str, Any]:
-    """What the routes of the repository take: an object with some of `names`, or nothing."""
-    properties = {"ready": {"type": "boolean"}, "parameters": {"type": "object"}}
-    schema = {
-        "type": "object",
-        "properties": {name: properties[name] for name in names},
-        "additionalProperties": False,
-    }
+def repository_body(**properties: dict[str, Any]) -> dict[str, Any]:
+    """What the routes of the repository take: an object with some of these properties, or nothing."""
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
     return {"required": False, "content": {"application/json": {"schema": schema}}}

@@ -43,12 +43,15 @@ def add_routes(app: FastAPI) -> None:
         get(f"{where}/config", _configuration, "The tensors of a model, for Triton.", documents.ModelConfiguration)
         get(f"{where}/stats", _statistics, "What was asked of a model.", documents.CountedModels)
         post(f"{where}/infer", _infer, "Vectors of tokens.", documents.Inferred, body=documents.infer_body())
-    models = documents.repository_body("ready")
+    models = documents.repository_body(ready={"type": "boolean"})
     post("/v2/repository/index", _index, "The models that are loaded.", list[documents.IndexedModel], body=models)
-    changed = documents.repository_body("parameters")
-    for end, endpoint, what in (("load", _load, "Load a model."), ("unload", _unload, "Unload a model.")):
-        path = f"/v2/repository/models/{{name}}/{end}"
-        post(path, endpoint, what, documents.Done, body=changed, right="admin")
+    for end, endpoint, what, names in (
+        ("load", _load, "Load a model.", ()),
+        ("unload", _unload, "Unload a model.", repository.UNLOAD_PARAMETERS),
+    ):
+        parameters = {"type": "object", "properties": dict.fromkeys(names, {}), "additionalProperties": False}
+        body = documents.repository_body(parameters=parameters)
+        post(f"/v2/repository/models/{{name}}/{end}", endpoint, what, documents.Done, body=body, right="admin")
 
 
 def _add(

@@ -20,7 +20,8 @@ from serving.settings import Settings
 from tests.bundles import write_tiny_bundle
 from tests.integration.server import free_ports
 
-MODEL = "tiny"
+MODEL, SPARE = "tiny", "spare"
+"""Models: the default, and one to be loaded and unloaded."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,16 @@ def running(folder: Path, **settings: Any) -> Iterator[Running]:
     made = [make_key("pipeline"), make_key("operator", rights=("infer", "admin"))]
     (folder / "keys.json").write_bytes(keys_to_json(tuple(key for key, _ in made)))
     (folder / "models").mkdir()
-    write_tiny_bundle(folder / "models" / MODEL)
+    for name in (MODEL, SPARE):
+        write_tiny_bundle(folder / "models" / name, name=name)
     (port,) = free_ports(1)
     chosen = Settings(
-        repository=str(folder / "models"), repository_poll=0, keys=str(folder / "keys.json"), threads=1, **settings
+        bundle=str(folder / "models" / MODEL),
+        repository=str(folder / "models"),
+        repository_poll=0,
+        keys=str(folder / "keys.json"),
+        threads=1,
+        **settings,
     )
     started, stop = threading.Event(), asyncio.Event()
     found: list[Any] = []

@@ -44,6 +44,7 @@ def test_the_codes_are_stable():
         "invalid_embedding",
         "invalid_parameter",
         "unreadable_file",
+        "unsupported_media_type",
         "limit_exceeded",
         "unknown_model",
         "bundle",

@@ -271,8 +271,7 @@ async def test_limits_are_those_of_all_requests(
     assert reply.status_code == 413
     assert "row 0 of 'attention_mask' has 2,049 tokens; the model takes 2,048" in reply.json()["error"]
     assert (await http.post(INFER, content=bytes(100_001))).status_code == 413
-    reply = await http.post(INFER, json=body_of(arrays), headers={"x-request-timeout": "1e-9"})
-    assert reply.status_code == 504
+    assert (await http.post(INFER, json=body_of(arrays), headers={"x-request-timeout": "1e9"})).status_code == 422
     with engine.admission.admit():
         engine.admission.closed = True
         reply = await http.post(INFER, json=body_of(arrays))

@@ -15,6 +15,7 @@ from perturbscope.errors import (
     PerturbScopeError,
     UnauthenticatedError,
     UnknownModelError,
+    UnsupportedMediaTypeError,
     error_classes,
 )
 from serving.status import STATUS, internal, status_of
@@ -37,7 +38,8 @@ def test_every_error_has_a_row_and_blame_is_the_same_on_both_transports(cls: typ
     assert (
         (status.http == 429) == (status.grpc is grpc.StatusCode.RESOURCE_EXHAUSTED) == issubclass(cls, OverloadedError)
     )
-    assert (status.http == 422) == issubclass(cls, InvalidInputError)
+    assert (status.http in (415, 422)) == issubclass(cls, InvalidInputError)
+    assert (status.http == 415) == issubclass(cls, UnsupportedMediaTypeError)
     assert (status.http == 413) == issubclass(cls, LimitExceededError)
     assert (status.http == 404) == issubclass(cls, UnknownModelError)
     assert (status.http == 409) == issubclass(cls, BundleError)
