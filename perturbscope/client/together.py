@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from collections.abc import Awaitable, Callable
 from queue import SimpleQueue
@@ -39,7 +40,9 @@ def hold_together(hold: Callable[[Conversation[Embeddings]], Embeddings], step: 
     try:
         # Daemons: an interrupted program need not wait for answers that nobody wants any more.
         for _ in range(workers):
-            threading.Thread(target=work, daemon=True, name="perturbscope-client").start()
+            # Each in a copy of the caller's context: its trace is there.
+            run = contextvars.copy_context().run
+            threading.Thread(target=run, args=(work,), daemon=True, name="perturbscope-client").start()
         while len(results) < len(step.conversations):
             number, outcome = outcomes.get()
             if isinstance(outcome, BaseException):

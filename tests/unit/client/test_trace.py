@@ -5,12 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import httpx
 import pytest
 from opentelemetry import trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, TraceState
 
+from perturbscope.client import ChunkLimits, Client
 from perturbscope.client.trace import trace_headers
 from perturbscope.client.transports import http_call
+from perturbscope.counts import CountMatrix
+from perturbscope.errors import InvalidInputError
 from perturbscope.wire import ModelsRequest
 
 SPAN = SpanContext(0xABC, 0xDEF, is_remote=False, trace_flags=TraceFlags(1))
@@ -46,3 +50,17 @@ def test_a_client_does_not_load_opentelemetry() -> None:
         "Client('http://localhost'); trace_headers(); sys.exit('opentelemetry' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_requests_of_several_threads_are_in_the_callers_span(tiny_cells: CountMatrix) -> None:
+    seen: list[str | None] = []
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers.get("traceparent"))
+        return httpx.Response(422, json={"error": {"code": "invalid_input", "message": "no"}})
+
+    client = Client("http://test", transport=httpx.MockTransport(refuse), chunks=ChunkLimits(cells=4))
+    with client, trace.use_span(NonRecordingSpan(SPAN)), pytest.raises(InvalidInputError):
+        client.embed_cells(tiny_cells)
+    assert seen
+    assert set(seen) == {PARENT}
