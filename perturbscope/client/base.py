@@ -417,7 +417,7 @@ def _source(source: CountMatrix | NDArray[Any]) -> dict[str, Any]:
 
 def _chosen(models: Sequence[ModelInfo], name: str | None) -> ModelInfo:
     for model in models:
-        if name in (None, model.name, model.model_id):
+        if name in (None, model.name, f"{model.name}@{model.version}", model.model_id):
             return model
     names = ", ".join(model.name for model in models)
     raise UnknownModelError(f"The server has no model {name!r}; it has {names or 'none'}.", field="model")

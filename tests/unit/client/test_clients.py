@@ -258,6 +258,7 @@ async def test_models(connect: Connect) -> None:
     if not inspect.iscoroutinefunction(client.close):
         assert client.model_id == "second-1-0123456789ab"
         assert connect().model_id == "first-1-0123456789ab"
+        assert connect(model="second@1").model_id == "second-1-0123456789ab"
         with pytest.raises(UnknownModelError, match="it has first, second"):
             _ = connect(model="third").model_id
     await done(client.close())

@@ -45,6 +45,14 @@ def test_a_variant_that_is_not_there(tiny_bundle: Path, free: int) -> None:
         preflight.check(settings(tiny_bundle, grpc_port=free, variant="int8"))
 
 
+def test_a_repository_must_be_a_directory(tmp_path: Path, free: int) -> None:
+    missing = Settings(repository=str(tmp_path / "models"), grpc_port=free, threads=1)
+    with pytest.raises(InvalidParameterError, match=r"PERTURBSCOPE_REPOSITORY is .*models, which is no directory"):
+        preflight.check(missing)
+    (tmp_path / "models").mkdir()
+    preflight.check(missing)
+
+
 def test_taken_ports_name_their_variable(tiny_bundle: Path, free: int, taken: int) -> None:
     with pytest.raises(InvalidParameterError, match=rf"127.0.0.1:{taken}.*PERTURBSCOPE_GRPC_PORT"):
         preflight.check(settings(tiny_bundle, grpc_port=taken))

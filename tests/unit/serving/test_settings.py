@@ -28,6 +28,12 @@ def test_every_setting_survives_the_environment() -> None:
     assert settings.bundles == (Path("/a"), Path("/b"))
 
 
+def test_a_repository_takes_the_place_of_the_default_bundle() -> None:
+    assert Settings(repository="/models").bundles == ()
+    assert Settings(repository="/models", bundle="/a").bundles == (Path("/a"),)
+    assert Settings(repository="/models", repository_poll=0, max_model_bytes=0).repository_poll == 0
+
+
 def test_an_empty_variable_is_an_unset_one() -> None:
     assert Settings.from_env({"PERTURBSCOPE_DEVICE": "", "PERTURBSCOPE_HTTP_PORT": ""}) == Settings()
 
