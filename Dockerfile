@@ -3,6 +3,11 @@
 #   docker build -t perturbscope .
 #   docker run -p 3000:3000 -p 3001:3001 --read-only --tmpfs /tmp perturbscope
 #   docker run ... -v /my/bundle:/bundle:ro -e PERTURBSCOPE_BUNDLE=/bundle perturbscope
+#   docker run ... -v /my/secrets:/secrets:ro -e PERTURBSCOPE_KEYS=/secrets/keys.json \
+#       -e PERTURBSCOPE_TLS_CERTIFICATE=/secrets/server.pem -e PERTURBSCOPE_TLS_KEY=/secrets/server.key perturbscope
+#
+# API keys are made by `python -m serving.keys`, there or here. The service runs as user 10001, which must be able to
+# read the files; it needs no capability, and writes to /tmp alone.
 #
 # BASE_IMAGE may be any Debian bookworm; Python is installed where it is missing.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
@@ -72,7 +77,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 EXPOSE 3000 3001
 USER 10001:10001
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ.get(\"PERTURBSCOPE_HTTP_PORT\", 3000)}/readyz', timeout=4)"]
+    CMD ["python3", "-m", "serving.healthcheck"]
 CMD ["python3", "-m", "serving"]
 
 FROM runtime AS gpu

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from perturbscope import wire
-from perturbscope.errors import OverloadedError, PerturbScopeError, UnauthenticatedError
+from perturbscope.errors import OverloadedError, PerturbScopeError, UnauthenticatedError, UnsupportedMediaTypeError
 from serving.calls import REQUEST_ID, Call, Right
 from serving.engine import Engine
 from serving.limits import Held
@@ -48,6 +48,7 @@ async def answered(request: Request, route: str, work: Work, *, right: Right = "
     call = Call.begin(route, "http", request.headers, peer=peer, method=request.method)
     code = "ok"
     try:
+        refuse_encoded(request)
         async with engine.front.admitted(call, right) as hold:
             response = await work(call, hold)
     except ClientDisconnect:
@@ -58,6 +59,17 @@ async def answered(request: Request, route: str, work: Work, *, right: Right = "
     response.headers[REQUEST_ID] = call.id
     call.finish(response.status_code, code)
     return response
+
+
+def refuse_encoded(request: Request) -> None:
+    """Refuse a compressed body: it would be counted packed, and grow once it is let in."""
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedMediaTypeError(
+            f"The content encoding {encoding[:40]!r} is not understood. Send the body as it is; an .h5ad file may be "
+            "compressed inside.",
+            field="content-encoding",
+        )
 
 
 def error_response(error: PerturbScopeError, path: str = "") -> Response:

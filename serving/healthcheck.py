@@ -1,0 +1,50 @@
+"""``python -m serving.healthcheck``: exit 0 if the server of this machine is ready; for containers.
+
+It asks over HTTP, or HTTPS where TLS is set. It does not ask who answers: it is this machine. Where clients must show a
+certificate it shows the server's own, which the clients' authority must then have signed; where it has not, ask
+otherwise (a TCP probe, or gRPC's health service with a certificate of the prober).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import ssl
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+
+TIMEOUT = 4.0
+"""Seconds; the image allows 5."""
+
+
+def main(environ: Mapping[str, str] | None = None) -> int:
+    """Ask once. Returns 0 or 1; says on stderr why not."""
+    found = {name: value for name, value in (os.environ if environ is None else environ).items() if value}
+    host = found.get("PERTURBSCOPE_HOST", "127.0.0.1")
+    try:
+        address = ipaddress.ip_address(host)
+        if address.is_unspecified:
+            address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+        host = f"[{address}]" if address.version == 6 else str(address)
+    except ValueError:
+        pass  # a name
+    certificate, context = found.get("PERTURBSCOPE_TLS_CERTIFICATE"), None
+    try:
+        if certificate:
+            context = ssl._create_unverified_context()  # noqa: S323  see above
+            if found.get("PERTURBSCOPE_TLS_CLIENT_CA"):
+                context.load_cert_chain(certificate, found.get("PERTURBSCOPE_TLS_KEY"))
+        url = f"{'https' if certificate else 'http'}://{host}:{found.get('PERTURBSCOPE_HTTP_PORT', '3000')}/readyz"
+        # Without a proxy, whatever the environment says.
+        handlers = [urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)]
+        with urllib.request.build_opener(*handlers).open(url, timeout=TIMEOUT):
+            return 0
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"not ready: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
