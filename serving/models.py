@@ -44,6 +44,8 @@ class ServedModel:
         The queue in front of the graph.
     probe
         One little cell, to see whether a model without golden vectors works.
+    metrics
+        Counts what the dispatcher does; closed with the model.
     golden
         Cells whose vectors are known, if the bundle has them.
     matched
@@ -55,6 +57,7 @@ class ServedModel:
     dispatcher: Dispatcher
     probe: CountMatrix
     golden: Golden | None = None
+    metrics: ModelMetrics | None = None
     matched: bool = True
 
     @classmethod
@@ -117,9 +120,9 @@ class ServedModel:
         dispatcher = Dispatcher(
             embedder,
             max_queued_tokens=settings.max_queued_tokens,
-            observer=ModelMetrics(manifest.name, manifest.version),
+            observer=(metrics := ModelMetrics(manifest.name, manifest.version)),
         )
-        return cls(info, embedder, dispatcher, probe, golden)
+        return cls(info, embedder, dispatcher, probe, golden, metrics=metrics)
 
     @property
     def verified(self) -> bool:
@@ -154,6 +157,8 @@ class ServedModel:
         """Finish what was accepted, stop, and free the graph. May be called twice."""
         await self.dispatcher.close()
         self.embedder.close()
+        if self.metrics is not None:
+            self.metrics.close()
 
 
 def estimate_bytes(path: Path, settings: Settings) -> int:

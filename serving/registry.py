@@ -181,6 +181,16 @@ class ModelRegistry:
         return self._shelf.find(None, None).model
 
     @property
+    def n_failed(self) -> int:
+        """Folders whose bundle, as it is now, could not be loaded."""
+        return len(self._failures)
+
+    @property
+    def n_missing(self) -> int:
+        """Bundles of the settings without which the server is not ready."""
+        return len(self._missing)
+
+    @property
     def model_bytes(self) -> int:
         """Memory of all models, as estimated; one that was replaced counts until its last request is done."""
         return self._shelf.n_bytes

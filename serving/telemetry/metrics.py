@@ -10,6 +10,7 @@ what happens (a request, a batch) is counted here.
 
 from __future__ import annotations
 
+import collections
 import threading
 import time
 from collections.abc import Sequence
@@ -147,6 +148,12 @@ DROPPED_CELLS = Counter(
 ProcessCollector(registry=REGISTRY)
 
 Reason = Literal["cancelled", "deadline", "overloaded"]
+_PER_MODEL = (
+    *(MODEL_CELLS, MODEL_TOKENS, MODEL_PADDED, QUEUE_WAIT, BATCH_CELLS, BATCH_TOKENS, BATCH_PADDING, BATCH_SECONDS),
+    *(BATCH_FAILURES, DROPPED_REQUESTS, DROPPED_CELLS),
+)
+_watched: collections.Counter[tuple[str, str]] = collections.Counter()
+"""Dispatchers that are counted and not closed, by name and version of the model."""
 _routes: set[str] = set()
 _lock = threading.Lock()
 
@@ -191,6 +198,9 @@ class ModelMetrics:
 
     def __init__(self, name: str, version: str) -> None:
         self._labels = (name, version)
+        self._closed = False
+        with _lock:
+            _watched[self._labels] += 1
         self._cells, self._tokens, self._padded = (
             counter.labels(name, version) for counter in (MODEL_CELLS, MODEL_TOKENS, MODEL_PADDED)
         )
@@ -232,3 +242,19 @@ class ModelMetrics:
         """Cells will not be run."""
         DROPPED_REQUESTS.labels(*self._labels, reason).inc()
         DROPPED_CELLS.labels(*self._labels, reason).inc(n_cells)
+
+    def close(self) -> None:
+        """Forget the series of a model that is freed, unless another of its name and version is served.
+
+        A service that runs for long meets many versions. May be called twice.
+        """
+        with _lock:
+            if self._closed:
+                return
+            self._closed = True
+            _watched[self._labels] -= 1
+            if _watched[self._labels] > 0:
+                return
+            del _watched[self._labels]
+            for metric in _PER_MODEL:
+                metric.remove_by_labels(dict(zip(_BY_MODEL, self._labels, strict=True)))

@@ -41,7 +41,7 @@ class Exposition(CollectorRegistry):
         """Counters and histograms, then gauges."""
         yield from REGISTRY.collect()
         yield from server_states(self._engine)
-        yield from model_states(self._engine.registry.served())
+        yield from model_states(self._engine)
 
 
 async def metrics_page(request: Request) -> Response:
@@ -69,10 +69,18 @@ def server_states(engine: Engine) -> Iterator[Metric]:
     yield _gauge("perturbscope_build_info", "1, with versions as labels.", [(build, 1)])
 
 
-def model_states(models: Iterable[ServedModel]) -> Iterator[Metric]:
-    """Gauges of every model that is loaded."""
-    models = tuple(models)
-    yield _gauge("perturbscope_models_loaded", "Models that are loaded.", [({}, len(models))])
+def model_states(engine: Engine) -> Iterator[Metric]:
+    """Gauges of what is loaded, and of what should be."""
+    registry = engine.registry
+    models = registry.served()
+    for name, text, value in (
+        ("models_loaded", "Models that are loaded.", len(models)),
+        ("bundles_failed", "Folders whose bundle, as it is now, could not be loaded.", registry.n_failed),
+        ("bundles_missing", "Bundles of the settings without which the server is not ready.", registry.n_missing),
+        ("model_memory_bytes", "Memory of all models, as estimated when they were loaded.", registry.model_bytes),
+        ("model_memory_limit_bytes", "What they may take; 0: no limit.", engine.settings.max_model_bytes),
+    ):
+        yield _gauge(f"perturbscope_{name}", text, [({}, value)])
     named = [({"model": model.info.name, "version": model.info.version}, model) for model in models]
     infos = [
         (

@@ -258,3 +258,17 @@ def test_the_end_of_a_stage_can_be_another_stage() -> None:
         stage.ended_with("inference", 1e9)  # longer than all: nothing is left for the queue
     assert call.timings["queue"] == 0.0
     assert call.timings["inference"] >= 0.0
+
+
+def test_the_series_of_a_model_go_with_its_last_dispatcher() -> None:
+    labels = {"model": "passing", "version": "7"}
+    first, second = ModelMetrics("passing", "7"), ModelMetrics("passing", "7")
+    first.failed(InferenceError("no"))
+    second.dropped(n_cells=1, reason="cancelled")
+    first.close()
+    first.close()
+    assert REGISTRY.get_sample_value("perturbscope_model_cells_total", labels) == 0
+    second.close()
+    assert not any(
+        sample.labels.get("model") == "passing" for family in REGISTRY.collect() for sample in family.samples
+    )
