@@ -1,8 +1,9 @@
 """Streams of cells over HTTP: an Arrow IPC stream in, an Arrow IPC stream out, at the same time.
 
 The answer begins while the body still arrives. A caller that sends all before it reads anything is served as long as
-the buffers of the connection hold the answers (some hundred cells); then both sides wait for each other, and after
-``body_timeout`` seconds the server breaks the transfer off.
+the buffers of the connection hold the answers (some thousand cells); then both sides wait for each other, and after
+``body_timeout`` seconds the server gives the rest up: it answers no more, takes what is still sent and throws it away,
+so that the caller comes to read what was answered, and why no more.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from serving.routes import explain
 from serving.streams import answer_stream
 
 PATH = "/v1/embed/stream"
-_LAST_WORDS = 5.0
-"""Seconds in which a caller must read why its stream is broken off."""
+_LAST_WORDS = 30
+"""Seconds in which a caller must read why its stream is broken off; or ``body_timeout``, if that is less."""
 
 
 class HttpPipe:
@@ -130,12 +131,24 @@ class HttpPipe:
         """The answer is whole."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def fail(self, error: PerturbScopeError) -> None:
-        """Say why the answer breaks off. Without an end of the body, the server closes the connection."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_WORDS):
-                body = self._writer.error(error, self.row)
-                await self._send({"type": "http.response.body", "body": body, "more_body": True})
+    async def fail(self, error: PerturbScopeError, seconds: float) -> None:
+        """Say why the answer breaks off; without an end of the body, the server closes the connection then.
+
+        What the caller still sends is read and thrown away meanwhile, for so many seconds: it may read nothing before
+        all is sent, and a connection that is closed with bytes unread takes the last answers with it.
+        """
+        body = self._writer.error(error, self.row)
+        saying = asyncio.ensure_future(self._send({"type": "http.response.body", "body": body, "more_body": True}))
+        try:
+            with contextlib.suppress(TimeoutError, ClientDisconnect):
+                async with asyncio.timeout(seconds):
+                    while self._more:
+                        self._buffer.clear()
+                        await self._fill()
+                    await saying
+        finally:
+            saying.cancel()
+            await asyncio.gather(saying, return_exceptions=True)
 
     async def gone(self) -> None:
         """Returns when the caller has gone away. While there is more to read, only reading notices that."""
@@ -171,7 +184,7 @@ class StreamedAnswer(Response):
             told = explain(error, call)
             code = told.code
             if pipe is not None and pipe.begun:
-                await pipe.fail(told)
+                await pipe.fail(told, min(_LAST_WORDS, engine.settings.body_timeout))
             else:
                 response = error_response(told)
                 response.headers[REQUEST_ID] = call.id

@@ -311,7 +311,7 @@ async def test_damaged_bytes_are_answered_whatever_they_are(engine: Engine, tiny
 
 
 async def test_a_message_is_refused_before_it_is_kept(make_engine: MakeEngine, tiny_cells: CountMatrix) -> None:
-    engine = make_engine(max_chunk_bytes=5000)
+    engine = make_engine(max_chunk_bytes=5000, body_timeout=1)
     large = CountMatrix(
         tiny_cells[np.arange(3000) % 24].counts, tiny_cells.gene_ids, tiny_cells[np.arange(3000) % 24].totals
     )
@@ -358,8 +358,8 @@ async def test_who_does_not_read_is_let_go(make_engine: MakeEngine, tiny_cells: 
         exchange.answers()
 
 
-async def test_the_callers_time_ends_a_stream(engine: Engine, tiny_cells: CountMatrix) -> None:
-    exchange = Exchange(engine, x_request_timeout="0.5")
+async def test_the_callers_time_ends_a_stream(make_engine: MakeEngine, tiny_cells: CountMatrix) -> None:
+    exchange = Exchange(make_engine(body_timeout=1), x_request_timeout="0.5")
     exchange.send(*pieces(tiny_cells, 8)[:2])
     await exchange.finish()
     with pytest.raises(PerturbScopeError, match="time that the caller allowed"):
