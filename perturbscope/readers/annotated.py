@@ -98,6 +98,12 @@ class AnnotatedSource(CellSource):
                 frame = Frame(node)
                 return np.column_stack([frame.column(column).to_numpy() for column in frame.columns()])
             matrix = open_matrix(node)
+            if matrix.shape[0] != self.n_cells:
+                # Before it is made dense: what a damaged file says of a shape can be anything.
+                raise MalformedMatrixError(
+                    f"obsm[{name!r}] is of shape {matrix.shape} for {self.n_cells} cells; one row a cell is needed.",
+                    field="use_rep",
+                )
             data, indices, indptr = matrix.rows(0, matrix.shape[0])
             dense = np.zeros(matrix.shape, dtype=data.dtype)
             dense[np.repeat(np.arange(len(dense)), np.diff(indptr)), indices] = data

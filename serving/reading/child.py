@@ -50,7 +50,8 @@ def _read(line: bytes) -> None:
     # The default action of SIGALRM ends the process, wherever it is: no handler of Python would run inside of libhdf5.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(settings.file_timeout)
-    _bound(_BASE + _BYTES_A_VALUE * settings.max_values)
+    # A matrix that is stored by columns is turned in temporary files, of at most 8 bytes a count.
+    _bound(_BASE + _BYTES_A_VALUE * settings.max_values, largest_file=8 * settings.max_values)
     try:
         upload = read_upload(question["route"], Path(question["path"]), question["parameters"], settings)
         parts = upload_to_frame(upload)
@@ -72,12 +73,12 @@ def _read(line: bytes) -> None:
     os._exit(0)
 
 
-def _bound(more: int) -> None:
-    """Allow so many bytes of memory beyond what is mapped now, and no files, core dumps or processes."""
+def _bound(more: int, *, largest_file: int) -> None:
+    """Allow so many bytes of memory beyond what is mapped now, files of that size, and no core dumps."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE
     resource.setrlimit(resource.RLIMIT_AS, (mapped + more, mapped + more))
-    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
-        resource.setrlimit(limit, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from perturbscope.counts import CountMatrix
 from perturbscope.errors import InvalidInputError, LimitExceededError, PerturbScopeError, UnreadableFileError
 from perturbscope.wire import EmbedRequest, ScoreRequest
 from serving.columns import Columns
+from serving.reading import file_readers
 from serving.security import hdf5
 from serving.security.hdf5 import check_file
 from serving.settings import Settings
@@ -407,6 +408,26 @@ def test_pickled_objects_in_a_file_stay_bytes(h5ad: Path, monkeypatch: pytest.Mo
     assert isinstance(upload.request, ScoreRequest)
     assert upload.request.perturbations[0].startswith("c")
     assert not (tmp_path / "unpickled").exists()
+
+
+async def test_a_matrix_by_columns_is_read_in_the_bounds_of_a_reader(h5ad: Path, tiny_cells: CountMatrix) -> None:
+    adata = ad.read_h5ad(h5ad)
+    adata.X = adata.X.tocsc()
+    adata.write_h5ad(h5ad)
+    request = (await file_readers().read("embed", h5ad, {}, Settings())).request
+    assert isinstance(request, EmbedRequest)
+    np.testing.assert_array_equal(request.cells.counts.toarray(), tiny_cells.counts.toarray())
+
+
+def test_a_sparse_embedding_of_other_cells_is_refused(h5ad: Path) -> None:
+    with h5py.File(h5ad, "a") as file:
+        group = file.create_group("obsm/other")
+        group.attrs["shape"], group.attrs["encoding-type"] = [10**6, 3], "csr_matrix"
+        group["indptr"], group["indices"] = np.zeros(10**6 + 1, "i4"), np.zeros(0, "i4")
+        group["data"] = np.zeros(0, "f4")
+    settings = Settings(max_vectors=2 * 10**6, max_values=10**7)
+    with pytest.raises(InvalidInputError, match=r"obsm\['other'\] is of shape \(1000000, 3\) for 24 cells"):
+        read_upload("score", h5ad, {**SCORE, "use_rep": "other"}, settings)
 
 
 def test_what_is_not_asked_for_is_not_read(h5ad: Path) -> None:
