@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
 from perturbscope import wire
-from perturbscope.errors import InvalidParameterError, LimitExceededError, UnsupportedMediaTypeError
+from perturbscope.errors import InvalidParameterError, LimitExceededError, OverloadedError, UnsupportedMediaTypeError
 from serving.calls import Call
 from serving.engine import Engine
 from serving.limits import too_many_bytes
@@ -27,6 +30,8 @@ MULTIPART = "multipart/form-data"
 HDF5_TYPES = (wire.HDF5, "application/octet-stream")
 """An .h5ad file as the raw body; curl --data-binary is often told the second."""
 _MAX_FIELD_BYTES = 2**20
+_WRITTEN_AT_ONCE = 2**20
+"""Bytes."""
 
 
 class LimitedBody:
@@ -71,9 +76,15 @@ class LimitedBody:
         """Write the body to a file as it arrives."""
 
         async def save() -> None:
+            pending = bytearray()
             with path.open("wb") as file:
                 async for part in self._request.stream():
-                    file.write(part)
+                    pending += part
+                    if len(pending) >= _WRITTEN_AT_ONCE:
+                        # On a thread: a slow disk must not hold up the other requests.
+                        await asyncio.to_thread(file.write, pending)
+                        pending = bytearray()
+                await asyncio.to_thread(file.write, pending)
 
         await self._timed(save)
 
@@ -93,9 +104,7 @@ class LimitedBody:
                         "The form has no file. Send the .h5ad file in the field 'file': curl -F file=@cells.h5ad.",
                         field="file",
                     )
-                with path.open("wb") as file:
-                    async for part in _parts(upload):
-                        file.write(part)
+                await asyncio.to_thread(_copy, upload, path)
                 return fields
             finally:
                 await form.close()
@@ -103,9 +112,25 @@ class LimitedBody:
         return await self._timed(read)
 
 
-async def _parts(upload: UploadFile) -> AsyncIterator[bytes]:
-    while part := await upload.read(2**20):
-        yield part
+def _copy(upload: UploadFile, path: Path) -> None:
+    with path.open("wb") as file:
+        shutil.copyfileobj(upload.file, file, _WRITTEN_AT_ONCE)
+
+
+@contextlib.contextmanager
+def room_on_disk() -> Iterator[None]:
+    """Say in the tree of errors that the disk is full; whatever was written there is its caller's to remove."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OverloadedError(
+            "The server has no disk left to keep an uploaded file on while it reads it. Try again after the stated "
+            "time, or send the cells as JSON or Arrow, as the clients do: that needs no disk. (Its operator: make room "
+            "in the directory for temporary files, or set TMPDIR to another.)",
+            retry_after=30.0,
+        ) from error
 
 
 async def read_request(request: LimitedBody, route: Route, engine: Engine) -> Upload:
@@ -126,7 +151,7 @@ async def read_request(request: LimitedBody, route: Route, engine: Engine) -> Up
             f"an .h5ad file as {wire.HDF5}, or a form ({MULTIPART}) with the .h5ad file in the field 'file'.",
             field="content-type",
         )
-    with tempfile.TemporaryDirectory(prefix="perturbscope-") as directory:
+    with room_on_disk(), tempfile.TemporaryDirectory(prefix="perturbscope-") as directory:
         path = Path(directory) / FILE_NAME
         parameters: Mapping[str, str] = request.query
         if kind == MULTIPART:
