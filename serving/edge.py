@@ -48,8 +48,8 @@ async def answered(request: Request, route: str, work: Work, *, right: Right = "
     call = Call.begin(route, "http", request.headers, peer=peer, method=request.method)
     code = "ok"
     try:
-        refuse_encoded(request)
         async with engine.front.admitted(call, right) as hold:
+            refuse_encoded(request)
             response = await work(call, hold)
     except ClientDisconnect:
         code, response = "client_gone", Response(status_code=CLIENT_GONE)

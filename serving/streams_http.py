@@ -30,7 +30,7 @@ from perturbscope.wire.arrow_messages import (
 )
 from perturbscope.wire.streams import StreamAnswer, StreamChunk, StreamStart
 from serving.calls import REQUEST_ID, Call
-from serving.edge import CLIENT_GONE, error_response
+from serving.edge import CLIENT_GONE, error_response, refuse_encoded
 from serving.engine import Engine
 from serving.limits import Held
 from serving.routes import explain
@@ -197,6 +197,7 @@ class StreamedAnswer(Response):
 
 
 def _check_type(request: Request) -> None:
+    refuse_encoded(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != wire.ARROW:
         raise UnsupportedMediaTypeError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import logging
-from collections.abc import Awaitable
+import zlib
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +307,70 @@ def test_nothing_is_ever_unpickled() -> None:
 def test_the_search_for_pickles_reads_every_module() -> None:
     assert len(sources()) > 100
     assert ROOT / "serving" / "uploads.py" in sources()
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, identity"])
+async def test_a_compressed_body_is_refused_unread(http: httpx.AsyncClient, encoding: str) -> None:
+    bomb = zlib.compress(bytes(2**24))
+    for path in ("/v1/embed", "/v1/score", "/v1/embed/stream"):
+        headers = {"content-type": wire.ARROW, "content-encoding": encoding}
+        reply = await http.post(path, content=bomb, headers=headers)
+        assert reply.status_code == 415, (path, reply.text)
+        assert "content encoding" in reply.json()["error"]["message"]
+    good = await http.post(
+        "/v1/embed", content=b"{}", headers={"content-type": wire.JSON, "content-encoding": "identity"}
+    )
+    assert good.status_code == 422
+
+
+async def test_a_packed_message_over_grpc_is_bounded_unpacked(make_engine: MakeEngine) -> None:
+    """A quarter of a megabyte that would be 256: gRPC stops unpacking at the limit."""
+    server = GrpcServer(make_engine(max_body_bytes=2**20), host="127.0.0.1", port=0)
+    port = await server.start()
+    async with grpc.aio.insecure_channel(
+        f"127.0.0.1:{port}", options=[("grpc.max_send_message_length", -1)]
+    ) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            call: Any = channel.unary_unary(f"/{SERVICE}/Embed")
+            await call(bytes(2**28), compression=grpc.Compression.Gzip)
+    await server.stop()
+    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in (refused.value.details() or "")
+
+
+async def test_forms_of_a_thousand_fields_or_files(http: httpx.AsyncClient) -> None:
+    many = {f"field{number}": "x" for number in range(1000)}
+    reply = await http.post("/v1/embed", files={"file": ("a.h5ad", b"x")}, data=many)
+    assert (reply.status_code, "Too many fields" in reply.text) == (422, True)
+    reply = await http.post("/v1/embed", files=[("file", (f"{number}.h5ad", b"x")) for number in range(1000)])
+    assert (reply.status_code, "Too many files" in reply.text) == (422, True)
+    reply = await http.post("/v1/embed", files={"file": ("a.h5ad", b"x")}, data={"layer": "x" * (2**20 + 1)})
+    assert (reply.status_code, "maximum size" in reply.text) == (422, True)
+
+
+async def test_a_body_without_a_length_is_counted_as_it_comes(make_engine: MakeEngine, connect: Any) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 2**16
+            yield bytes(2**16)
+
+    http = connect(make_engine(max_body_bytes=2**20))
+    for kind in (wire.ARROW, wire.JSON, wire.HDF5):
+        sent = 0
+        reply = await http.post("/v1/embed", content=endless(), headers={"content-type": kind})
+        assert reply.status_code == 413
+        assert sent <= 2**20 + 2**17
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\x00b", "x" * 500, "\u202e"])
+async def test_names_of_files_and_models_are_never_paths(http: httpx.AsyncClient, h5ad: Path, name: str) -> None:
+    """What a caller names is looked up among what is loaded; the uploaded file's own name is not looked at."""
+    parameters = {"model": name}
+    reply = await http.post("/v1/embed", params=parameters, files={"file": (name, h5ad.read_bytes())})
+    assert reply.status_code == 404, reply.text
+    assert reply.json()["error"]["code"] == "unknown_model"
+    reply = await http.post("/v1/embed", files={"file": (name, h5ad.read_bytes())})
+    assert reply.status_code == 200, reply.text
