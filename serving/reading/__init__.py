@@ -26,13 +26,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
+from perturbscope.encoder import usable_cores
 from perturbscope.errors import UnreadableFileError
 from serving.reading.messages import LENGTH, upload_from_parts
 from serving.settings import Settings
 from serving.uploads import Upload
 
-MOST_READERS = 4
-"""Files that are read at a time; a process waits for the next file of each once there were so many at a time."""
+MOST_READERS = max(2, min(4, usable_cores()))
+"""Files that are read at a time; so many processes (of 150 MiB each) wait for the next ones, once they were needed."""
 _ROOT = Path(__file__).resolve().parent.parent.parent
 
 
