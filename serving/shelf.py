@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -153,9 +154,17 @@ class Shelf:
         try:
             await entry.idle()
             await entry.model.close()
+            await asyncio.to_thread(_give_back)
             log.event("model_freed", model=entry.model.info.model_id)
         finally:
             del self._retired[entry]
+
+
+def _give_back() -> None:
+    """Hand freed memory back to the system, where the C library can (glibc's keeps it otherwise)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _spelled(info: ModelInfo, served: list[ModelInfo]) -> str:
