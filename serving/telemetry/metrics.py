@@ -91,7 +91,7 @@ RATE_LIMITED = Counter(
 )
 UNAUTHENTICATED = Counter(
     "perturbscope_unauthenticated_total",
-    "Requests with no key, an unknown one or an expired one, on any path.",
+    "Requests with no key, an unknown one or an expired one, and of addresses that tried too many; on any path.",
     ("transport",),
     registry=REGISTRY,
 )
@@ -181,9 +181,9 @@ def finished(call: Call, status: str | int, code: str) -> None:
     CALLER_REQUESTS.labels(call.caller.name).inc()
     if call.cells:
         CALLER_CELLS.labels(call.caller.name).inc(call.cells)
-    if code == "rate_limited":
+    if code == "rate_limited" and call.caller.name:
         RATE_LIMITED.labels(call.caller.name).inc()
-    elif code == "unauthenticated":
+    elif code in ("unauthenticated", "rate_limited"):  # who has no name is limited for trying keys
         UNAUTHENTICATED.labels(call.transport).inc()
 
 

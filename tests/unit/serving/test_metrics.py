@@ -235,6 +235,10 @@ def test_strangers_and_callers_above_their_rate_are_counted(since: Since) -> Non
     eager.finish(429, "rate_limited")
     assert since("perturbscope_unauthenticated_total", transport="http") == 1
     assert since("perturbscope_rate_limited_total", caller="pipeline") == 1
+    guessing = Call("/v1/embed", "http")  # an address that tried too many keys is limited before it has a name
+    guessing.finish(429, "rate_limited")
+    assert since("perturbscope_unauthenticated_total", transport="http") == 2
+    assert since("perturbscope_rate_limited_total", caller="") == 0
 
 
 def test_buckets_reach_from_a_millisecond_to_ten_minutes() -> None:
