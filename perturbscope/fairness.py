@@ -190,6 +190,7 @@ class Room:
     def give(self, amount: int, flow: str) -> None:
         """Give back."""
         self.used -= amount
-        self._flows[flow] -= amount
-        if not self._flows[flow]:
-            del self._flows[flow]
+        # Whoever took nothing (a request without a body) gives nothing back, and may be the only one of its flow.
+        left = self._flows.pop(flow, 0) - amount
+        if left:
+            self._flows[flow] = left

@@ -181,3 +181,11 @@ def test_who_comes_alone_keeps_to_the_limit_only() -> None:
     assert room.missing(11, "key") == 1
     room.take(4, "key")
     assert room.missing(6, "key", mine=4) == 0
+
+
+def test_who_took_nothing_gives_nothing_back() -> None:
+    room = Room(10)
+    room.take(4, "key")
+    room.give(4, "key")
+    room.give(0, "key")
+    assert (room.used, room.missing(10, "key")) == (0, 0)
