@@ -13,18 +13,20 @@ PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; form-action 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
     "referrer-policy": "no-referrer",
 }
 
 
 def screen_page(settings: Settings) -> str:
-    """The upload form, with this server's limits; one file, no other address."""
+    """The upload form, with this server's limits; one file, no other address. It is open to all: it holds no data."""
     text = (resources.files("serving") / "screen.html").read_text(encoding="utf-8")
     for name, value in (
         ("STYLE", stylesheet()),
         ("MAX_BYTES", str(settings.max_body_bytes)),
         ("MAX_MEGABYTES", f"{settings.max_body_bytes / 2**20:,.0f}"),
         ("MAX_CELLS", f"{settings.max_cells:,}"),
+        ("ASKS_FOR_KEY", "yes" if settings.keys else "no"),
         ("VERSION", __version__),
     ):
         text = text.replace("{{" + name + "}}", value)

@@ -14,6 +14,7 @@ import pytest
 
 from perturbscope.counts import CountMatrix
 from perturbscope.report import Report, write_report
+from serving.security.keys import keys_to_json, make_key
 from tests.browser import MISSING, Browser, find_browser
 from tests.integration.server import ROOT, environment, free_ports
 from tests.reports import EVIL, make_report
@@ -218,14 +219,53 @@ def test_a_screen_is_uploaded_in_the_browser(browser: Browser, tmp_path: Path, u
     assert all(item.startswith((address, "blob:")) for item in browser.requests)
 
 
+@pytest.mark.parametrize("with_key", [True])
+def test_a_key_is_typed_in_and_kept_nowhere(
+    browser: Browser, upload_server: tuple[str, Path], key: str, with_key: bool
+) -> None:
+    address, file = upload_server
+    browser.open(address)
+    browser.choose_file("#file", file)
+    browser.wait("!document.querySelector('#error').hidden")
+    error = "document.querySelector('#error').textContent"
+    assert browser.run(error) == "Give your API key first."
+    for typed, said in (("psk_00000000_no", "wants a valid API key"), ("ключ", "not an API key")):
+        browser.run(f"document.querySelector('#key').value = '{typed}'")
+        browser.run("document.querySelector('#key').dispatchEvent(new Event('change'))")
+        browser.wait(f"{error}.includes('{said}')")
+    browser.run("document.querySelector('#key').value = ''")
+    browser.type("#key", key)
+    browser.run("document.querySelector('#key').dispatchEvent(new Event('change'))")
+    browser.wait("document.querySelector('select#control')")
+    kept = "JSON.stringify([localStorage, sessionStorage, document.cookie, location.href, history.state])"
+    assert key not in browser.run(kept)
+    assert browser.run("new FormData(document.querySelector('#form')).get('key')") is None
+    assert all(key not in item for item in browser.requests)
+
+
 @pytest.fixture
-def upload_server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+def with_key() -> bool:
+    """Whether the server asks for a key."""
+    return False
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> str:
+    """A good key; its file lies beside the screen."""
+    entry, text = make_key("browser")
+    (tmp_path / "keys.json").write_bytes(keys_to_json((entry,)))
+    return text
+
+
+@pytest.fixture
+def upload_server(tmp_path: Path, key: str, with_key: bool) -> Iterator[tuple[str, Path]]:
     """The upload page and its routes over a fake model, in a process of its own, and a screen for it."""
+    environ = environment(keys=tmp_path / "keys.json") if with_key else environment()
     counts = np.random.default_rng(0).poisson(2.0, size=(24, 5)) + 1
     file = write_h5ad(CountMatrix.from_matrix(counts, ["STAT1", "JAK2", "ACTB", "GAPDH", "CD3E"]), tmp_path / "a.h5ad")
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "tests.integration.upload_server", str(port)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment()) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environ) as process:
         address = f"http://127.0.0.1:{port}/"
         try:
             for _ in range(600):

@@ -28,7 +28,8 @@ def main(port: int) -> None:
         vocabulary_hash=vocabulary.hash,
     )
     app = build_app()
-    app.state.engine = Engine(ModelRegistry(Settings(), [served(embedder)]), Settings())
+    settings = Settings.from_env()
+    app.state.engine = Engine(ModelRegistry(settings, [served(embedder)]), settings)
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 

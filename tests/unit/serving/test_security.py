@@ -330,8 +330,8 @@ async def test_a_packed_message_over_grpc_is_bounded_unpacked(make_engine: MakeE
     async with grpc.aio.insecure_channel(
         f"127.0.0.1:{port}", options=[("grpc.max_send_message_length", -1)]
     ) as channel:
+        call: Any = channel.unary_unary(f"/{SERVICE}/Embed")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            call: Any = channel.unary_unary(f"/{SERVICE}/Embed")
             await call(bytes(2**28), compression=grpc.Compression.Gzip)
     await server.stop()
     assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -374,3 +374,24 @@ async def test_names_of_files_and_models_are_never_paths(http: httpx.AsyncClient
     assert reply.json()["error"]["code"] == "unknown_model"
     reply = await http.post("/v1/embed", files={"file": (name, h5ad.read_bytes())})
     assert reply.status_code == 200, reply.text
+
+
+async def test_the_page_asks_for_a_key_where_there_are_keys(guarded: Guarded, make_engine: MakeEngine) -> None:
+    """The page itself is open, and may load nothing and keep nothing."""
+    pages = {}
+    for asks, app in (("yes", guarded.app), ("no", build_app())):
+        if asks == "no":
+            app.state.engine = make_engine()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+            reply = await http.get("/")
+        assert reply.status_code == 200
+        assert f'asksForKey = "{asks}"' in reply.text
+        pages[asks] = reply
+    policy = pages["yes"].headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "connect-src 'self'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert pages["yes"].headers["cache-control"] == "no-store"
+    for word in ("localStorage", "sessionStorage", "document.cookie", "indexedDB", "http://", "https://"):
+        assert word not in pages["yes"].text
+    assert not any(key in pages["yes"].text for key in guarded.keys.values())
