@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -74,6 +74,12 @@ class Backend(Scorer, Protocol):
 
     def embed_cells(self, cells: CountMatrix, *, progress: CellProgress | None = None) -> Embeddings:
         """Embed cells, in their order."""
+        ...
+
+    def embed_stream(
+        self, chunks: Iterable[CountMatrix], *, progress: CellProgress | None = None
+    ) -> Iterator[Embeddings]:
+        """Embed chunks of cells that all have the same genes, one result a chunk; only a few chunks are held."""
         ...
 
     def close(self) -> None:
@@ -154,6 +160,12 @@ class LocalBackend(LocalScorer):
     def embed_cells(self, cells: CountMatrix, *, progress: CellProgress | None = None) -> Embeddings:
         """See :meth:`Backend.embed_cells`; raises as :meth:`Embedder.embed`."""
         return self.embedder.embed(cells, progress=progress)
+
+    def embed_stream(
+        self, chunks: Iterable[CountMatrix], *, progress: CellProgress | None = None
+    ) -> Iterator[Embeddings]:
+        """See :meth:`Backend.embed_stream`; raises as :meth:`Embedder.embed`."""
+        return self.embedder.embed_stream(chunks, progress=progress)
 
     def close(self) -> None:
         """Nothing is held but memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -288,4 +288,38 @@ def join(parts: list[Embeddings]) -> Embeddings:
         first.vocabulary_hash,
         {stage: sum(part.timings.get(stage, 0.0) for part in parts) for stage in first.timings},
         first.variant,
+    )
+
+
+def gather(parts: Iterable[Embeddings], n_cells: int, values: NDArray[np.float32] | None = None) -> Embeddings:
+    """Results of one matrix's chunks as one, taken as they come: unlike :func:`join`, all is held once.
+
+    Parameters
+    ----------
+    parts
+        In order; at least one.
+    n_cells
+        Cells of all parts.
+    values
+        Where to put the vectors, float32 [n_cells, width]; None: into a new array.
+    """
+    lengths = np.empty(n_cells, dtype=np.int32)
+    n_detected = np.empty(n_cells, dtype=np.int32)
+    known_share = np.empty(n_cells, dtype=np.float32)
+    timings: dict[str, float] = {}
+    first: Embeddings | None = None
+    start = 0
+    for part in parts:
+        first = first or part
+        values = np.empty((n_cells, part.values.shape[1]), dtype=np.float32) if values is None else values
+        rows = slice(start, start + len(part))
+        values[rows], lengths[rows], n_detected[rows] = part.values, part.lengths, part.n_detected
+        known_share[rows] = part.known_share
+        for stage, seconds in part.timings.items():
+            timings[stage] = timings.get(stage, 0.0) + seconds
+        start += len(part)
+    assert first is not None, "no part"  # noqa: S101  our own bug: a source has cells
+    assert values is not None and start == n_cells, f"{start} of {n_cells} cells"  # noqa: S101, PT018
+    return replace(
+        first, values=values, lengths=lengths, n_detected=n_detected, known_share=known_share, timings=timings
     )

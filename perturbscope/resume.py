@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.backends import Backend, StageProgress, cells_of
-from perturbscope.embedder import Embeddings
-from perturbscope.errors import BundleError, InvalidParameterError
+from perturbscope.embedder import Embeddings, gather
+from perturbscope.errors import BundleError, InvalidParameterError, UnreadableFileError
 from perturbscope.genes import GeneCoverage
 from perturbscope.readers import CellSource
 
@@ -26,6 +27,7 @@ CHUNK_CELLS = 512
 FORMAT = 1
 _STATE = "state.json"
 _MODEL = "model.json"
+_VALUES = "values.f32"
 _SAMPLES = 64
 _SAMPLE_BYTES = 2**20
 
@@ -117,31 +119,44 @@ class PartialRun:
     def embed(self, source: CellSource, backend: Backend, *, progress: StageProgress | None = None) -> Embeddings:
         """Embed all cells, taking over the chunks that are there.
 
+        Neither the counts nor the vectors are ever all in memory: the vectors returned are mapped from a file in the
+        directory, and go with it.
+
         Raises
         ------
         BundleError
             The model is not the one that the chunks were made with: a server has changed it meanwhile.
         """
-        parts: list[NDArray[Any]] = []
         advance = cells_of("embed", source.n_cells, progress)
         starts = range(0, source.n_cells, source.chunk_cells)
-        for number, start in enumerate(starts):
-            stop = min(start + source.chunk_cells, source.n_cells)
-            chunk = self._load(number, stop - start)
-            if chunk is None:
-                found = backend.embed_cells(source.rows(start, stop), progress=advance)
+        sizes = [self._n_cells(source, start) for start in starts]
+        todo = [number for number, size in enumerate(sizes) if self._load(number, size) is None]
+        if advance:
+            advance(source.n_cells - sum(sizes[number] for number in todo))
+        for run in _runs(todo):
+            chunks = (source.rows(starts[number], starts[number] + source.chunk_cells) for number in run)
+            for number, found in zip(run, backend.embed_stream(chunks, progress=advance), strict=True):
                 self._check_model(found)
-                chunk = self._save(number, found)
-            elif advance:
-                advance(len(chunk))
-            parts.append(chunk)
-        rows = np.concatenate(parts)
-        model = _read_json(self.path / _MODEL) or {}
+                self._save(number, found)
+        parts = (self._result(number, source, start) for number, start in enumerate(starts))
+        width = self._result(0, source, 0).values.shape[1]
+        return gather(parts, source.n_cells, _mapped(self.path / _VALUES, source.n_cells, width))
+
+    @staticmethod
+    def _n_cells(source: CellSource, start: int) -> int:
+        return min(start + source.chunk_cells, source.n_cells) - start
+
+    def _result(self, number: int, source: CellSource, start: int) -> Embeddings:
+        """A finished chunk, as it was embedded."""
+        rows = self._load(number, self._n_cells(source, start))
+        model = _read_json(self.path / _MODEL)
+        if rows is None or model is None:
+            raise UnreadableFileError(f"{self._chunk(number)} was changed while it was needed. Run again.", field="out")
         return Embeddings(
-            np.ascontiguousarray(rows["values"]),
-            rows["lengths"].copy(),
-            rows["n_detected"].copy(),
-            rows["known_share"].copy(),
+            rows["values"],
+            rows["lengths"],
+            rows["n_detected"],
+            rows["known_share"],
             GeneCoverage.from_dict(model["coverage"]),
             model["model_id"],
             model["vocabulary_hash"],
@@ -177,7 +192,7 @@ class PartialRun:
             return None
         return rows if len(rows) == n_cells and rows.dtype == _row_type(width) else None
 
-    def _save(self, number: int, found: Embeddings) -> NDArray[Any]:
+    def _save(self, number: int, found: Embeddings) -> None:
         rows = np.empty(len(found), dtype=_row_type(found.values.shape[1]))
         for name in ("values", "lengths", "n_detected", "known_share"):
             rows[name] = getattr(found, name)
@@ -187,10 +202,22 @@ class PartialRun:
             file.flush()
             os.fsync(file.fileno())
         os.replace(staging, self._chunk(number))
-        return rows
 
     def _chunk(self, number: int) -> Path:
         return self.path / f"chunk-{number:06d}.npy"
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers that follow each other, together."""
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda item: item[1] - item[0]):
+        yield [number for _, number in run]
+
+
+def _mapped(path: Path, n_cells: int, width: int) -> NDArray[np.float32]:
+    """An array in a file; its space is reserved now, since writing to a mapped file on a full disk kills a process."""
+    with path.open("w+b") as file:
+        os.posix_fallocate(file.fileno(), 0, n_cells * width * 4)
+        return np.asarray(np.memmap(file, dtype=np.float32, mode="r+", shape=(n_cells, width)))
 
 
 def _row_type(width: int) -> np.dtype[Any]:

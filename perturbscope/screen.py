@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from perturbscope.backends import Backend, LocalBackend, Scorer, StageProgress, cells_of
 from perturbscope.counts import CountMatrix
-from perturbscope.embedder import Embeddings, join
+from perturbscope.embedder import Embeddings, gather
 from perturbscope.errors import InvalidParameterError
 from perturbscope.readers import CellSource, open_cells
 from perturbscope.readers.memory import AnnDataSource
@@ -65,10 +65,13 @@ def check_cells(source: CellSource, backend: Backend, *, progress: StageProgress
 
 
 def embed_source(source: CellSource, backend: Backend, *, progress: StageProgress | None = None) -> Embeddings:
-    """Embed all cells of a source, chunk by chunk, after :func:`check_cells`."""
+    """Embed all cells of a source, chunk by chunk, after :func:`check_cells`.
+
+    Of the counts a few chunks are in memory, of the vectors all, once.
+    """
     check_cells(source, backend, progress=progress)
     advance = cells_of("embed", source.n_cells, progress)
-    return join([backend.embed_cells(cells, progress=advance) for cells in source])
+    return gather(backend.embed_stream(source, progress=advance), source.n_cells)
 
 
 @dataclass(frozen=True)

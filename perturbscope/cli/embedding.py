@@ -59,9 +59,12 @@ def embed(
             found = partial.embed(source, backend, progress=progress)
             write_embedded(partial.staging, source, found, provenance_of(found, where, __version__))
             commit(partial.staging, out)
-    for warning in [*([seen.warning()] if seen else []), *found.warnings()]:
+            warnings = [*([seen.warning()] if seen else []), *found.warnings()]
+            summary = (
+                f"{len(found)} cells x {found.values.shape[1]} by {found.model_id}; {found.coverage.n_matched} of "
+                f"{found.coverage.n_genes} genes known -> {out}"
+            )
+            del found  # its vectors are mapped from a file that goes now
+    for warning in warnings:
         console.warn(warning)
-    console.say(
-        f"{len(found)} cells x {found.values.shape[1]} by {found.model_id}; {found.coverage.n_matched} of "
-        f"{found.coverage.n_genes} genes known -> {out}"
-    )
+    console.say(summary)

@@ -13,7 +13,7 @@ from perturbscope import embedder as embedder_module
 from perturbscope.batching import BatchLimits
 from perturbscope.bundle import Bundle
 from perturbscope.counts import CountMatrix
-from perturbscope.embedder import Embedder, join
+from perturbscope.embedder import Embedder, join, gather
 from perturbscope.errors import EmptyCellError, InferenceError, UnknownGenesError
 from perturbscope.genes import GeneVocabulary
 from tests.fakes import FakeEncoder
@@ -231,3 +231,15 @@ def test_ambiguous_genes_are_named(fake_embedder):
 def test_nothing_to_say_of_good_cells(fake_embedder):
     genes = GeneVocabulary.geneformer_gc30m().gene_ids[:600]
     assert fake_embedder.embed(CountMatrix.from_matrix(np.ones((2, 600), int), genes)).warnings() == []
+
+
+def test_gathered_parts_are_what_one_call_gives(fake_embedder: Embedder, tiny_cells: CountMatrix) -> None:
+    chunks = [tiny_cells[:5], tiny_cells[5:6], tiny_cells[6:]]
+    whole = fake_embedder.embed(tiny_cells)
+    place = np.empty((24, 8), dtype=np.float32)
+    for values in (None, place):
+        found = gather(fake_embedder.embed_stream(chunks), 24, values)
+        for name in ("values", "lengths", "n_detected", "known_share"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+        assert (found.coverage, found.maker, set(found.timings)) == (whole.coverage, whole.maker, set(whole.timings))
+    assert found.values is place
