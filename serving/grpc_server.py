@@ -16,6 +16,7 @@ from serving.calls import Call
 from serving.engine import Engine
 from serving.health import Health
 from serving.limits import Held
+from serving.messages_grpc import MessageInterceptor
 from serving.openinference.grpc import SERVICE as INFERENCE_SERVICE
 from serving.openinference.grpc import InferenceServicer
 from serving.routes import COMPARE, EMBED, SCORE, RpcRoute, describe
@@ -92,7 +93,7 @@ class GrpcServer:
         self._grace = engine.settings.shutdown_grace
         self._credentials = tls.grpc_credentials(engine.settings)
         self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(engine.front, headers_of, begin, abort)],
+            interceptors=[KeyInterceptor(engine.front, headers_of, begin, abort), MessageInterceptor()],
             options=[
                 ("grpc.max_receive_message_length", largest),
                 ("grpc.max_send_message_length", -1),
