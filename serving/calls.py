@@ -16,9 +16,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
-from perturbscope.errors import DeadlineExceededError, InvalidParameterError, PermissionDeniedError
+from perturbscope.errors import DeadlineExceededError, InvalidParameterError, OverloadedError, PermissionDeniedError
 from serving import log
-from serving.limits import Admission, Held
+from serving.limits import GROWTH, Admission, Held
 from serving.security.rates import RateLimiter
 from serving.telemetry import metrics, tracing
 
@@ -128,6 +128,10 @@ class Call:
     trace: tracing.Trace | None = field(default=None, repr=False)
     timings: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
+    held: Held | None = field(default=None, repr=False)
+    """What it holds of the memory for all requests; set where the call is let in."""
+    growth: int = GROWTH
+    """Times its vectors that its answer will take, encoded."""
     charge: Callable[[int], None] = field(default=lambda _: None, repr=False)
     """Takes cells from the caller's share; set where the call is let in."""
     model: Embedder | None = field(default=None, repr=False)
@@ -167,6 +171,11 @@ class Call:
         """
         self.charge(cells)
         self.cells += cells
+
+    def reserve(self, n_bytes: int) -> None:
+        """Hold memory that the call will need. Raises as :meth:`serving.limits.Held.reserve`."""
+        if self.held is not None:
+            self.held.reserve(n_bytes)
 
     def stage(self, name: str, turn: tracing.Turn | None = None) -> Stage:
         """A context in which what runs is timed as the stage `name`; stages of one name add up.
@@ -250,6 +259,8 @@ class Front:
         self._admission = admission
         self.doorkeeper: Doorkeeper = doorkeeper or OpenDoor()
         self._rates = rates or RateLimiter()
+        self._open: set[asyncio.Timeout] = set()
+        self._stopped = False
 
     @contextlib.asynccontextmanager
     async def admitted(self, call: Call, right: Right = "infer") -> AsyncIterator[Held]:
@@ -281,19 +292,34 @@ class Front:
         self._rates.take(call.caller, requests=1)
         call.charge = functools.partial(self._rates.take, call.caller)
         try:
-            with self._admission.admit() as hold:
+            with self._admission.admit(call.caller.name) as hold:
+                call.held = hold
+                timeout = asyncio.timeout(call.remaining())
                 try:
-                    async with asyncio.timeout(call.remaining()):
+                    async with timeout:
+                        self._open.add(timeout)
                         yield hold
                 finally:
+                    self._open.discard(timeout)
                     call.n_bytes = hold.n_received
         except TimeoutError as error:
+            if self._stopped:
+                raise OverloadedError(
+                    "The server is shutting down, and this request was not done in time. Send it to another server.",
+                    retry_after=5.0,
+                ) from error
             remaining = call.remaining()
             if remaining is None or remaining > 0:
                 raise  # a bug inside, not the caller's clock
             raise DeadlineExceededError(
                 "The time that the caller allowed is over. Allow more, or send fewer cells at a time."
             ) from error
+
+    def stop(self) -> None:
+        """End what is still in progress, at shutdown; its callers are told that the server stops."""
+        self._stopped = True
+        for timeout in self._open:
+            timeout.reschedule(asyncio.get_running_loop().time())
 
 
 def _read_timeout(call: Call) -> None:

@@ -1,14 +1,13 @@
 """What the server does with a request, whatever it came over.
 
 The transports decode a request, hand it to the :class:`Engine`, and encode its answer. Decoding, tokenizing and
-encoding run on worker threads, scoring on threads of its own, and the model behind the one :class:`Dispatcher` of its
-bundle: the event loop only ever waits.
+encoding run on worker threads, scores take turns on threads of their own, and each model runs behind its own
+:class:`Dispatcher`: the event loop only ever waits.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,7 @@ from numpy.typing import NDArray
 
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder, Embeddings
-from perturbscope.encoder import usable_cores
-from perturbscope.families import TokenizedCells
+from perturbscope.families import TokenizedCells, concatenate
 from perturbscope.seen import Fingerprint, Seen, find_seen
 from perturbscope.wire.messages import (
     CompareAnswer,
@@ -42,7 +40,12 @@ from serving.registry import ModelRegistry
 from serving.reports import ReportAnswer, ReportRequest, make_report
 from serving.security.keys import doorkeeper
 from serving.settings import Settings
+from serving.workers import Turns, Workers
 
+TOKENIZED = 1024
+"""Cells tokenized at a time: a caller that goes away costs no more, and others come in between."""
+_LAST_WORDS = 5.0
+"""Seconds that callers are given at shutdown to be told that their request was ended."""
 T = TypeVar("T")
 Scored = TypeVar("Scored")
 
@@ -68,8 +71,11 @@ class Engine:
         """Score requests that are computed, or wait for their turn."""
         self.token_statistics = Statistics()
         """Requests that brought tokens."""
-        self._workers = ThreadPoolExecutor(max_workers=max(2, usable_cores()), thread_name_prefix="perturbscope-worker")
-        self._scorers = ThreadPoolExecutor(settings.score_workers, thread_name_prefix="perturbscope-score")
+        self._workers = Workers()
+        # A thread for each score that may be in progress; no more than score_workers of them compute.
+        self._scorers = ThreadPoolExecutor(settings.max_requests, thread_name_prefix="perturbscope-score")
+        self._turns = Turns(settings.score_workers)
+        self._close_by: float | None = None
 
     @classmethod
     def load(cls, settings: Settings, *, strict: bool = True) -> Engine:
@@ -82,7 +88,7 @@ class Engine:
 
     async def work(self, function: Callable[..., T], *args: Any) -> T:
         """Run what would block the event loop (decode, tokenize, encode) on a worker thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
+        return await self._workers.run(function, *args)
 
     async def embed(self, request: EmbedRequest, call: Call | None = None) -> Embeddings:
         """Vectors of cells.
@@ -108,11 +114,20 @@ class Engine:
         call = call or Call("", "http")
         call.model = model.embedder
         limits.check_shape(self.settings, len(cells), cells.n_genes, int(cells.counts.nnz))
-        model.dispatcher.check_room(len(cells))
+        most = int(np.minimum(np.diff(cells.counts.indptr), model.embedder.family.max_length).sum())
+        model.dispatcher.check_room(most, call.caller.name)
+        call.reserve(4 * most + 4 * len(cells) * model.embedder.width * (1 + call.growth))
         with call.stage("tokenize"):
-            tokens, seconds = await self.work(_tokenize, model.embedder, cells)
+            tokens, seconds = await self.tokenize(model.embedder, cells)
         values, timings = await self.infer_tokens(model, tokens, call)
         return model.embedder.describe(tokens, values, {"tokenize": seconds, **timings})
+
+    async def tokenize(self, embedder: Embedder, cells: CountMatrix) -> tuple[TokenizedCells, float]:
+        """Tokens of cells, a thousand at a time, and seconds. Raises as :meth:`Embedder.tokenize`."""
+        starts = range(0, max(len(cells), 1), TOKENIZED)
+        parts = [await self.work(_tokenize, embedder, cells, start) for start in starts]
+        tokens = parts[0][0] if len(parts) == 1 else await self.work(concatenate, [part for part, _ in parts])
+        return tokens, sum(seconds for _, seconds in parts)
 
     async def infer_tokens(
         self, model: ServedModel, tokens: TokenizedCells, call: Call | None = None
@@ -199,11 +214,24 @@ class Engine:
             return False
         return await self.registry.ready()
 
-    async def close(self) -> None:
-        """Finish what was accepted, refuse the rest, and stop all threads."""
+    def begin_close(self) -> None:
+        """Refuse what comes from now on, and not be ready any more. May be called twice."""
+        if self._close_by is None:
+            self._close_by = time.monotonic() + self.settings.shutdown_grace
         self.admission.closed = True
+
+    async def close(self) -> None:
+        """Finish what was accepted, within ``shutdown_grace`` seconds of the first sign; then stop all threads.
+
+        What is not done by then is ended, and its callers are told so.
+        """
+        self.begin_close()
+        assert self._close_by is not None  # noqa: S101  begin_close sets it
+        if not await self.admission.drained(self._close_by - time.monotonic()):
+            self.front.stop()
+            await self.admission.drained(_LAST_WORDS)
         await self.registry.close()
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._workers.close()
         self._scorers.shutdown(wait=False, cancel_futures=True)
 
     async def _embeddings(
@@ -229,18 +257,13 @@ class Engine:
     async def _scored(
         self, score: Callable[[Callable[[str, int, int], None]], Scored], call: Call | None
     ) -> tuple[Scored, float]:
-        """Score on a thread of its own. When the caller goes, or the server stops, it ends at its next progress."""
-        gone = threading.Event()
+        """Score on a thread of its own, when it is its turn. When the caller goes, it ends at its next progress."""
         call = call or Call("", "http")
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if gone.is_set() or self.admission.closed:
-                raise _CallerGoneError(stage, done, total)
+        job = self._turns.new()
 
         def timed() -> tuple[Scored, float]:
-            progress("start", 0, 1)
-            started = time.perf_counter()
-            return score(progress), time.perf_counter() - started
+            with self._turns.turn(job, call.caller.name):
+                return score(lambda stage, done, total: job.step()), job.computed()
 
         self.score_jobs += 1
         try:
@@ -248,20 +271,17 @@ class Engine:
                 scored, seconds = await asyncio.get_running_loop().run_in_executor(self._scorers, timed)
                 stage.ended_with("score", seconds)
         except asyncio.CancelledError:
-            gone.set()
+            self._turns.cancel(job)
             raise
         finally:
             self.score_jobs -= 1
         return scored, seconds
 
 
-class _CallerGoneError(Exception):
-    """Ends a computation that nobody waits for any more."""
-
-
-def _tokenize(embedder: Embedder, cells: CountMatrix) -> tuple[TokenizedCells, float]:
+def _tokenize(embedder: Embedder, cells: CountMatrix, start: int) -> tuple[TokenizedCells, float]:
     started = time.perf_counter()
-    return embedder.tokenize(cells), time.perf_counter() - started
+    part = cells if len(cells) <= TOKENIZED else cells[start : start + TOKENIZED]
+    return embedder.tokenize(part), time.perf_counter() - started
 
 
 def _check_labels(request: ScoreRequest | CompareRequest) -> None:

@@ -168,12 +168,12 @@ async def test_a_fast_sender_is_held_up_while_the_model_works(
 
     call = stub.EmbedStream(messages())
     encoder: Any = fake_embedder.encoder
-    await until(lambda: bool(encoder.batches) and engine.admission._held_bytes == 2 * large.ByteSize())
+    await until(lambda: bool(encoder.batches) and engine.admission.held_bytes == 2 * large.ByteSize())
     await asyncio.sleep(0.3)
     assert sent < 30
-    assert engine.admission._held_bytes == 2 * large.ByteSize()
+    assert engine.admission.held_bytes == 2 * large.ByteSize()
     call.cancel()
-    await until(lambda: engine.admission._held_bytes == 0)
+    await until(lambda: engine.admission.held_bytes == 0)
 
 
 def big_chunk(cells: CountMatrix, n_cells: int) -> pb.EmbedStreamRequest:
@@ -192,7 +192,7 @@ async def test_who_goes_away_costs_nothing_more(
     encoder: Any = fake_embedder.encoder
     await until(lambda: bool(encoder.batches))
     call.cancel()
-    await until(lambda: engine.admission._in_progress == 0)
+    await until(lambda: engine.admission.in_progress == 0)
     await until(lambda: engine.registry.default.dispatcher.pending_tokens == 0)
     gate.set()
     assert await stub.Embed(pb.EmbedRequest(cells=_matrix(tiny_cells)))
@@ -215,7 +215,7 @@ async def test_who_sends_nothing_is_let_go(make_engine: MakeEngine, stub_of: Stu
         await read(call)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert ("perturbscope-code", "deadline_exceeded") in tuple(caught.value.trailing_metadata())
-    assert engine.admission._in_progress == 0
+    assert engine.admission.in_progress == 0
 
 
 async def test_who_does_not_read_is_let_go(make_engine: MakeEngine, stub_of: StubOf, tiny_cells: CountMatrix) -> None:
@@ -229,11 +229,11 @@ async def test_who_does_not_read_is_let_go(make_engine: MakeEngine, stub_of: Stu
             yield large
 
     call = stub.EmbedStream(messages())
-    await until(lambda: engine.admission._in_progress == 1)
-    await until(lambda: engine.admission._in_progress == 0)
+    await until(lambda: engine.admission.in_progress == 1)
+    await until(lambda: engine.admission.in_progress == 0)
     with pytest.raises(grpc.aio.AioRpcError):
         await read(call)
-    assert engine.admission._held_bytes == 0
+    assert engine.admission.held_bytes == 0
 
 
 async def test_the_callers_deadline_ends_a_stream(

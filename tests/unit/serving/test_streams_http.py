@@ -121,7 +121,7 @@ async def test_a_stream_has_the_vectors_of_one_request(
     assert (found.maker, found.coverage) == (whole.maker, whole.coverage)
     assert isinstance(end, StreamEnd)
     assert (end.n_cells, end.warnings) == (24, whole.warnings())
-    assert engine.admission._held_bytes == 0
+    assert engine.admission.held_bytes == 0
 
 
 async def test_any_arrow_reader_understands_the_answer(engine: Engine, tiny_cells: CountMatrix) -> None:
@@ -284,7 +284,7 @@ async def test_a_bad_message_ends_the_stream(
     with pytest.raises(PerturbScopeError, match=text) as caught:
         exchange.answers()
     assert caught.value.code == "unreadable_file"
-    assert engine.admission._held_bytes == 0
+    assert engine.admission.held_bytes == 0
 
 
 async def test_damaged_bytes_are_answered_whatever_they_are(engine: Engine, tiny_cells: CountMatrix) -> None:
@@ -307,7 +307,7 @@ async def test_damaged_bytes_are_answered_whatever_they_are(engine: Engine, tiny
     assert "ok" in codes
     assert "unreadable_file" in codes
     assert not codes & {"internal", "server_error"}
-    assert engine.admission._held_bytes == engine.admission._in_progress == 0
+    assert engine.admission.held_bytes == engine.admission.in_progress == 0
 
 
 async def test_a_message_is_refused_before_it_is_kept(make_engine: MakeEngine, tiny_cells: CountMatrix) -> None:
@@ -340,7 +340,7 @@ async def test_who_sends_nothing_is_let_go(make_engine: MakeEngine, tiny_cells: 
     await halted.finish()
     with pytest.raises(PerturbScopeError, match="No whole chunk arrived within 1 seconds"):
         halted.answers()
-    assert engine.admission._in_progress == 0
+    assert engine.admission.in_progress == 0
 
 
 async def test_who_does_not_read_is_let_go(make_engine: MakeEngine, tiny_cells: CountMatrix) -> None:
@@ -351,7 +351,7 @@ async def test_who_does_not_read_is_let_go(make_engine: MakeEngine, tiny_cells: 
     await exchange.until(lambda: exchange.status == 200)
     exchange.reads.clear()
     exchange.send(*pieces(tiny_cells, 2)[1:], more=False)
-    await exchange.until(lambda: engine.admission._in_progress == 0)
+    await exchange.until(lambda: engine.admission.in_progress == 0)
     exchange.reads.set()
     await exchange.finish()
     with pytest.raises(PerturbScopeError, match="answers of the stream were not read for 1 seconds"):
@@ -379,7 +379,7 @@ async def test_who_goes_away_costs_nothing_more(
     await exchange.until(lambda: bool(encoder.batches))
     exchange.leave()
     await exchange.finish()
-    assert engine.admission._in_progress == engine.registry.default.dispatcher.pending_tokens == 0
+    assert engine.admission.in_progress == engine.registry.default.dispatcher.pending_tokens == 0
     gate.set()
 
 
@@ -394,9 +394,9 @@ async def test_a_stream_takes_constant_memory_at_the_server(
     schema, batch, end = pieces(tiny_cells, 24)
     encoder.gate = gate
     exchange.send(schema, *([batch] * 200))
-    await exchange.until(lambda: engine.admission._held_bytes == 3 * len(batch))
+    await exchange.until(lambda: engine.admission.held_bytes == 3 * len(batch))
     await asyncio.sleep(0.1)
-    assert engine.admission._held_bytes == 3 * len(batch)
+    assert engine.admission.held_bytes == 3 * len(batch)
     assert exchange._incoming.qsize() >= 196
     gate.set()
     exchange.send(end, more=False)

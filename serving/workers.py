@@ -1,0 +1,169 @@
+"""Threads for what would block the event loop, so shared that the small does not wait for the large.
+
+Decoding, tokenizing and encoding of large bodies have threads of their own. Scores, which take from milliseconds to
+minutes, take turns: see :class:`Turns`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from perturbscope.encoder import usable_cores
+from perturbscope.fairness import FairShare
+
+T = TypeVar("T")
+LARGE = 2**20
+"""Bytes from which on work is large: about ten milliseconds of decoding."""
+_SLICE = 0.1
+"""Seconds that a score computes at least before it gives its turn to another."""
+
+
+class Workers:
+    """Two pools of threads: for small work, and for large."""
+
+    def __init__(self) -> None:
+        cores = usable_cores()
+        self._small = ThreadPoolExecutor(max(2, cores), thread_name_prefix="perturbscope-worker")
+        self._large = ThreadPoolExecutor(max(1, cores - 1), thread_name_prefix="perturbscope-large")
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a function on a thread; what has not begun when the caller goes is never run."""
+        large = sum(map(size_of, args)) >= LARGE
+        return await asyncio.get_running_loop().run_in_executor(self._large if large else self._small, function, *args)
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        for pool in (self._small, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def size_of(value: Any) -> int:
+    """About how many bytes a body, a message or an answer has; 0 for what is small anyway."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return len(value)
+    if callable(size := getattr(value, "ByteSize", None)):  # a message of protobuf
+        return int(size())
+    for name in ("cells", "score", "counts", "values", "embeddings", "data"):
+        inner = getattr(value, name, None)
+        if inner is not None:
+            nbytes = getattr(inner, "nbytes", None)
+            return int(nbytes) if isinstance(nbytes, int) else size_of(inner)
+    return 0
+
+
+class Job:
+    """A score that is computed turn by turn."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self.began = 0.0
+        """When its turn began, in the time of ``time.monotonic``; 0 between turns."""
+        self.seconds = 0.0
+        """Of its turns that are over."""
+        self.gone = False
+        """Set when nobody waits for it any more."""
+
+    def computed(self) -> float:
+        """Seconds that it has computed."""
+        return self.seconds + (time.monotonic() - self.began if self.began else 0.0)
+
+    def step(self) -> None:
+        """Between two steps of the computation: let others compute that had less. Raises :class:`GoneError`."""
+        if self.gone:
+            raise GoneError
+        if time.monotonic() - self.began >= _SLICE:
+            self._turns.pass_on(self)
+
+
+class GoneError(Exception):
+    """Ends a computation that nobody waits for any more."""
+
+
+class Turns:
+    """So many scores compute at a time; all others wait, each on a thread of its own.
+
+    After each step (one perturbation by one metric) a score hands its turn to whoever had least: flows share equally,
+    and so do the scores of one flow (:mod:`perturbscope.fairness`). So a short score waits for one step of a long one,
+    not for its minutes.
+
+    Parameters
+    ----------
+    at_a_time
+        Scores that compute.
+    """
+
+    def __init__(self, at_a_time: int) -> None:
+        self._free = at_a_time
+        self._share: FairShare[Job] = FairShare(1.0)
+        self._waiting: set[Job] = set()
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def turn(self, job: Job, flow: str) -> Iterator[None]:
+        """Wait for the first turn, and compute inside; in the job's own thread. Raises :class:`GoneError`."""
+        with self._changed:
+            self._share.join(job, flow)
+            try:
+                self._take(job)
+            except GoneError:
+                self._leave(job)
+                raise
+        try:
+            yield
+        finally:
+            with self._changed:
+                if job.began:
+                    self._give(job)
+                self._leave(job)
+
+    def new(self) -> Job:
+        """A job; it joins with :meth:`turn`."""
+        return Job(self)
+
+    def cancel(self, job: Job) -> None:
+        """End a job at its next step, or before its first turn."""
+        with self._changed:
+            job.gone = True
+            self._changed.notify_all()
+
+    def pass_on(self, job: Job) -> None:
+        """Give the turn back, and wait for the next."""
+        with self._changed:
+            self._give(job)
+            self._take(job)
+
+    def _leave(self, job: Job) -> None:
+        self._share.leave(job)
+        self._changed.notify_all()
+
+    def _take(self, job: Job) -> None:
+        self._waiting.add(job)
+        try:
+            while not job.gone and not (self._free and self._next() is job):
+                self._changed.wait()
+        finally:
+            self._waiting.discard(job)
+        if job.gone:
+            raise GoneError
+        self._free -= 1
+        job.began = time.monotonic()
+        if self._free:
+            self._changed.notify_all()
+
+    def _next(self) -> Job | None:
+        return next((job for job in self._share.order(lambda _: 0.0) if job in self._waiting), None)
+
+    def _give(self, job: Job) -> None:
+        self._free += 1
+        seconds = time.monotonic() - job.began
+        job.seconds += seconds
+        self._share.charge(job, seconds)
+        self._share.settle()
+        job.began = 0.0
+        self._changed.notify_all()
