@@ -13,7 +13,7 @@ from perturbscope import embedder as embedder_module
 from perturbscope.batching import BatchLimits
 from perturbscope.bundle import Bundle
 from perturbscope.counts import CountMatrix
-from perturbscope.embedder import Embedder, join, gather
+from perturbscope.embedder import Embedder, gather, join
 from perturbscope.errors import EmptyCellError, InferenceError, UnknownGenesError
 from perturbscope.genes import GeneVocabulary
 from tests.fakes import FakeEncoder
