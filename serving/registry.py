@@ -15,9 +15,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from perturbscope.errors import (
     InvalidParameterError,
@@ -28,6 +27,7 @@ from perturbscope.errors import (
 )
 from perturbscope.wire.messages import ModelInfo
 from serving import log
+from serving.folders import Folders, Listed
 from serving.models import ServedModel, estimate_bytes
 from serving.repository import Repository, Snapshot
 from serving.settings import PREFIX, Settings
@@ -37,41 +37,7 @@ Load = Callable[[Path, Settings], ServedModel]
 """Opens, warms up and proves one bundle; called on a thread."""
 Estimate = Callable[[Path, Settings], int]
 """Memory of a model, before it is loaded."""
-State = Literal["READY", "UNAVAILABLE"]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Why a folder is not served, or not in its present form."""
-
-    error: PerturbScopeError
-    signature: object
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listed:
-    """A model that is loaded, or a bundle folder that is not.
-
-    Attributes
-    ----------
-    name
-        Of the model; of the folder, where the model is not loaded.
-    version
-        Of the model; empty where that is not known.
-    folder
-        What :meth:`ModelRegistry.load` calls it.
-    state
-        READY for a model that answers.
-    reason
-        Why it is not loaded, or why a newer form of its bundle is not; empty if all is well.
-    """
-
-    name: str
-    version: str
-    folder: str
-    state: State
-    reason: str
 
 
 class ModelRegistry:
@@ -102,13 +68,7 @@ class ModelRegistry:
         self._settings, self._load, self._estimate = settings, load, estimate
         self.repository = Repository(settings.bundles, Path(settings.repository) if settings.repository else None)
         self._shelf = Shelf()
-        self._failures: dict[str, _Failure] = {}
-        self._missing: set[str] = set()
-        """Folders that the operator names and that could not be loaded: without them the server is not ready."""
-        self._unloaded: set[str] = set()
-        """Folders that were unloaded on request, and so are not loaded again without one."""
-        self._gone: set[str] = set()
-        """Folders that were not there at the last look."""
+        self._folders = Folders()
         self._one_at_a_time = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="perturbscope-load")
         self._changes: set[asyncio.Task[ModelInfo]] = set()
@@ -148,9 +108,9 @@ class ModelRegistry:
                 named = folder in repository.named
                 if named and strict:
                     raise
-                registry._failed(folder, snapshot, error)
+                registry._folders.failed(folder, snapshot, error)
                 if named:
-                    registry._missing.add(folder)
+                    registry._folders.missing.add(folder)
         return registry
 
     def infos(self) -> tuple[ModelInfo, ...]:
@@ -163,17 +123,7 @@ class ModelRegistry:
 
     def index(self) -> tuple[Listed, ...]:
         """What is loaded, then what could be and is not; a folder that failed says why."""
-        reasons = {folder: failure.error.message for folder, failure in self._failures.items()}
-        listed = []
-        for entry in self._shelf.entries:
-            info, works = entry.model.info, entry.model.verified
-            reason = reasons.pop(entry.folder, "") or ("" if works else "It does not answer as it should.")
-            state: State = "READY" if works else "UNAVAILABLE"
-            listed.append(Listed(name=info.name, version=info.version, folder=entry.folder, state=state, reason=reason))
-        for folder in sorted({*reasons, *self._unloaded}):
-            reason = reasons.get(folder, "It was unloaded on request.")
-            listed.append(Listed(name=folder, version="", folder=folder, state="UNAVAILABLE", reason=reason))
-        return tuple(listed)
+        return self._folders.index(self._shelf.entries)
 
     @property
     def default(self) -> ServedModel:
@@ -183,12 +133,12 @@ class ModelRegistry:
     @property
     def n_failed(self) -> int:
         """Folders whose bundle, as it is now, could not be loaded."""
-        return len(self._failures)
+        return self._folders.n_failed
 
     @property
     def n_missing(self) -> int:
         """Bundles of the settings without which the server is not ready."""
-        return len(self._missing)
+        return len(self._folders.missing)
 
     @property
     def model_bytes(self) -> int:
@@ -216,7 +166,7 @@ class ModelRegistry:
 
     async def ready(self) -> bool:
         """Whether all that is to be served is, and answers. A model that failed last is proven again first."""
-        if not self._shelf.entries or self._missing:
+        if not self._shelf.entries or self._folders.missing:
             return False
         for entry in tuple(self._shelf.entries):
             if entry.model.verified:
@@ -255,7 +205,7 @@ class ModelRegistry:
             The server is shutting down.
         """
         path = await asyncio.to_thread(self.repository.find, folder)
-        self._unloaded.discard(folder)
+        self._folders.unloaded.discard(folder)
         task = asyncio.get_running_loop().create_task(self._change(folder, path), name="perturbscope-load")
         self._changes.add(task)
         task.add_done_callback(self._loaded)
@@ -286,7 +236,7 @@ class ModelRegistry:
             raise InvalidParameterError(f"The model {name!r} has the versions {versions}. Name one.", field="version")
         entry = chosen[0] if chosen else self._shelf.find(name, version)
         if entry.folder:
-            self._unloaded.add(entry.folder)
+            self._folders.unloaded.add(entry.folder)
         self._take_off(entry)
         return entry.model.info
 
@@ -306,22 +256,15 @@ class ModelRegistry:
         for folder, snapshot in found.items():
             if self._closed:
                 return
-            if self._is_news(folder, snapshot):
+            if self._folders.is_news(self._shelf.from_folder(folder), folder, snapshot):
                 try:
                     await self.load(folder)
                 except PerturbScopeError as error:
-                    self._failed(folder, snapshot, error)
-        if not found:
-            return
-        served = {entry.folder: entry for entry in self._shelf.entries if self._is_watched(entry)}
-        gone = served.keys() - found.keys()
-        for folder in gone & self._gone:
-            self._take_off(served[folder])
-        self._gone = gone - self._gone
-        # A folder that has gone may come back as something new.
-        for folder in (self._failures.keys() | self._unloaded) - found.keys() - self.repository.named.keys() - gone:
-            self._failures.pop(folder, None)
-            self._unloaded.discard(folder)
+                    self._folders.failed(folder, snapshot, error)
+        if found:
+            served = {entry.folder: entry for entry in self._shelf.entries if self._is_watched(entry)}
+            for folder in self._folders.gone(served, found, self.repository.named):
+                self._take_off(served[folder])
 
     def watch(self) -> None:
         """Look at the repository from time to time, until closed; does nothing where there is none."""
@@ -355,7 +298,7 @@ class ModelRegistry:
                 snapshot = await self._off_the_loop(Snapshot.of, path)
                 old = self._shelf.from_folder(folder)
                 if old and old.snapshot and old.snapshot.digest == snapshot.digest and old.model.verified:
-                    self._failures.pop(folder, None)
+                    self._folders.is_well(folder)
                     return old.model.info
                 n_bytes = await self._off_the_loop(self._estimate, path, self._settings)
                 self._check_room(folder, n_bytes)
@@ -363,17 +306,16 @@ class ModelRegistry:
                 try:
                     if self._closed:
                         raise _stopping()
-                    if folder in self._unloaded:
+                    if folder in self._folders.unloaded:
                         raise UnknownModelError(f"{folder!r} was unloaded while it was being loaded.", field="name")
                     self._shelf.put(new)
                 except PerturbScopeError:
                     await new.model.close()
                     raise
             except PerturbScopeError as error:
-                self._failed(folder, snapshot, error)
+                self._folders.failed(folder, snapshot, error)
                 raise
-            self._failures.pop(folder, None)
-            self._missing.discard(folder)
+            self._folders.is_well(folder)
             return new.model.info
 
     async def _off_the_loop(self, function: Callable[..., T], *args: object) -> T:
@@ -406,24 +348,8 @@ class ModelRegistry:
             task.exception()
 
     def _take_off(self, entry: Entry) -> None:
-        self._missing.discard(entry.folder)
-        self._failures.pop(entry.folder, None)
+        self._folders.is_well(entry.folder)
         self._shelf.take_off(entry)
-
-    def _failed(self, folder: str, snapshot: Snapshot | None, error: PerturbScopeError) -> None:
-        """Remember why a folder is not served; told once for the same reason."""
-        known = self._failures.get(folder)
-        self._failures[folder] = _Failure(error, snapshot.signature if snapshot else None)
-        if known is None or known.error.message != error.message:
-            log.event("model_not_loaded", "error", folder=folder, code=error.code, reason=error.message)
-
-    def _is_news(self, folder: str, snapshot: Snapshot) -> bool:
-        """Whether a folder is to be loaded: it is not served in this form, and trying may have another end."""
-        entry, known = self._shelf.from_folder(folder), self._failures.get(folder)
-        if folder in self._unloaded or (entry and entry.snapshot and entry.snapshot.digest == snapshot.digest):
-            return False
-        # Memory may have become free since.
-        return known is None or isinstance(known.error, LimitExceededError) or known.signature != snapshot.signature
 
     def _is_watched(self, entry: Entry) -> bool:
         return entry.snapshot is not None and entry.folder not in self.repository.named
