@@ -173,3 +173,20 @@ def test_no_secret_is_in_the_environment_of_the_service(service: SecureServer) -
     for process in service.processes():
         assert secret not in " ".join(process.environ().values())
     assert os.environ.get("PERTURBSCOPE_API_KEY") is None
+
+
+def test_old_versions_of_tls_are_refused(service: SecureServer) -> None:
+    for port in (service.http_port, service.grpc_port):
+        for version, works in ((ssl.TLSVersion.TLSv1_1, False), (ssl.TLSVersion.TLSv1_2, True)):
+            context = service.context()
+            context.set_ciphers("DEFAULT@SECLEVEL=0")  # or this side would refuse
+            with pytest.warns(DeprecationWarning, match="TLSv1_1") if not works else contextlib.nullcontext():
+                context.minimum_version = context.maximum_version = version
+            context.set_alpn_protocols(["h2"] if port == service.grpc_port else ["http/1.1"])
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as plain:
+                if works:
+                    with context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
+                        assert connection.version() == "TLSv1.2"
+                else:
+                    with pytest.raises(OSError, match=r"(?i)version|alert|eof|reset"):
+                        context.wrap_socket(plain, server_hostname="127.0.0.1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import re
 import zlib
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
@@ -395,3 +396,11 @@ async def test_the_page_asks_for_a_key_where_there_are_keys(guarded: Guarded, ma
     for word in ("localStorage", "sessionStorage", "document.cookie", "indexedDB", "http://", "https://"):
         assert word not in pages["yes"].text
     assert not any(key in pages["yes"].text for key in guarded.keys.values())
+
+
+def test_the_threat_model_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "threat-model.md").read_text()
+    names = {item for item in re.findall(r"`([^`\s]+)`", text) if item.startswith("tests/") or "test_" in item}
+    assert len(names) > 10
+    for name in names:
+        assert list(ROOT.glob(name)) or list(ROOT.glob(f"tests/*/**/{name}")), name
