@@ -20,6 +20,7 @@ from serving.openinference.http import add_routes
 from serving.pages import PAGE_HEADERS, screen_page
 from serving.reports import HTML
 from serving.routes import COLUMNS, COMPARE, EMBED, REPORT, SCORE, Route, add_seen, add_warnings, describe
+from serving.telemetry.metrics import OTHER
 from serving.telemetry.states import metrics_page
 
 
@@ -150,7 +151,7 @@ async def _refused(request: Request, error: Exception) -> Response:
     """What the framework itself refuses: an unknown path, a wrong method. Says what OPTIONS asks for."""
     assert isinstance(error, HTTPException)  # noqa: S101  registered for nothing else
     # The path may be anything, so the log has one name for all of them.
-    call = Call.begin("/", "http", request.headers, peer=request.client.host if request.client else "")
+    call = Call.begin(OTHER, "http", request.headers, peer=request.client.host if request.client else "")
     headers = {**(error.headers or {}), REQUEST_ID: call.id}
     if error.status_code == 405 and request.method == "OPTIONS":
         call.finish(204)

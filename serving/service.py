@@ -19,6 +19,9 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 # would then kill the process, and a second server on this machine would delete the files. Here is one worker.
 os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
+# gRPC's core writes lines of its own form to stderr, past all loggers: only those that matter.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 import bentoml
 
 from serving import log
@@ -27,6 +30,7 @@ from serving.security import start
 from serving.security.middleware import KeyMiddleware
 from serving.settings import Settings
 from serving.telemetry import tracing
+from serving.telemetry.middleware import UnansweredMiddleware
 
 NAME = "PerturbScope"
 app = build_app()
@@ -108,6 +112,7 @@ class PerturbScope:
 
 
 cast("Any", PerturbScope).add_asgi_middleware(KeyMiddleware, front=lambda: app.state.engine.front)
+cast("Any", PerturbScope).add_asgi_middleware(UnansweredMiddleware)
 
 
 def _http_address(settings: Settings) -> str:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from perturbscope.errors import PermissionDeniedError, PerturbScopeError
 from serving.calls import REQUEST_ID, Call, Front
+from serving.telemetry.metrics import OTHER
 
 OPEN = frozenset({"/", "/healthz", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 """Paths that tell nothing but whether the server is well, and the empty page of the upload."""
@@ -51,7 +52,7 @@ class KeyMiddleware:
             from serving.edge import error_response
 
             # The path may be anything, so the log has one name for all of them.
-            call = Call.begin("/", "http", headers, peer=peer)
+            call = Call.begin(OTHER, "http", headers, peer=peer)
             response = error_response(error, scope["path"])
             response.headers[REQUEST_ID] = call.id
             call.finish(response.status_code, error.code)

@@ -164,8 +164,15 @@ def test_the_page_needs_a_key_and_shows_what_happened(watched: Watched, page: st
 def test_made_up_paths_make_no_series(watched: Watched, page: str) -> None:
     headers = {"x-api-key": watched.keys["pipeline"]}
     for number in range(20):
-        assert httpx.get(f"{watched.server.url}/made/up/{number}", headers=headers).status_code == 404
-    assert "/made/up" not in watched.page().text
+        reply = httpx.get(f"{watched.server.url}/made/up/{number}", headers=headers)
+        assert (reply.status_code, len(reply.headers["x-request-id"])) == (404, 16)
+    assert httpx.get(f"{watched.server.url}/v1/embed", headers=headers).status_code == 405
+    text = watched.page().text
+    assert "/made/up" not in text
+    assert "/made/up" not in watched.server.log
+    for status, times in ((404, 20), (405, 1)):
+        labels = f'code="invalid_parameter",route="other",status="{status}",transport="http"'
+        assert f"perturbscope_requests_total{{{labels}}} {times}.0" in text
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
