@@ -41,9 +41,13 @@ class Listed:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why a folder is not served, or not in its present form; and how it looked."""
+    """Why a folder is not served, or not in its present form; and how it looked.
 
-    error: PerturbScopeError
+    Not the error itself: its traceback would keep the graph that was tried.
+    """
+
+    message: str
+    may_pass: bool
     signature: object
 
 
@@ -73,8 +77,9 @@ class Folders:
     def failed(self, folder: str, snapshot: Snapshot | None, error: PerturbScopeError) -> None:
         """Remember why a folder is not served; told once for the same reason."""
         known = self._failures.get(folder)
-        self._failures[folder] = _Failure(error, snapshot.signature if snapshot else None)
-        if known is None or known.error.message != error.message:
+        may_pass = isinstance(error, LimitExceededError)  # memory may become free
+        self._failures[folder] = _Failure(error.message, may_pass, snapshot.signature if snapshot else None)
+        if known is None or known.message != error.message:
             log.event("model_not_loaded", "error", folder=folder, code=error.code, reason=error.message)
 
     def is_well(self, folder: str) -> None:
@@ -87,8 +92,7 @@ class Folders:
         if folder in self.unloaded or (entry and entry.snapshot and entry.snapshot.digest == snapshot.digest):
             return False
         known = self._failures.get(folder)
-        # Memory may have become free since.
-        return known is None or isinstance(known.error, LimitExceededError) or known.signature != snapshot.signature
+        return known is None or known.may_pass or known.signature != snapshot.signature
 
     def gone(self, served: Collection[str], found: Collection[str], named: Collection[str]) -> set[str]:
         """Folders whose models are to go, for they were missing at this look and at the one before.
@@ -105,7 +109,7 @@ class Folders:
 
     def index(self, entries: Iterable[Entry]) -> tuple[Listed, ...]:
         """What is loaded, then what could be and is not."""
-        reasons = {folder: failure.error.message for folder, failure in self._failures.items()}
+        reasons = {folder: failure.message for folder, failure in self._failures.items()}
         listed = []
         for entry in entries:
             info, works = entry.model.info, entry.model.verified
