@@ -62,6 +62,11 @@ def server_states(engine: Engine) -> Iterator[Metric]:
         ("score_jobs_in_progress", "Scores that are computed or wait for their turn.", engine.score_jobs),
         ("score_workers", "Scores that are computed at a time.", settings.score_workers),
         ("shutting_down", "1 from the signal to stop to the end, else 0.", int(admission.closed)),
+        (
+            "memory_bytes",
+            "Resident memory of this process, BentoML's above it, and the readers of files below.",
+            memory(),
+        ),
         ("memory_limit_bytes", "Memory that the process may use: the container's limit, or the machine's.", _MEMORY),
     ):
         yield _gauge(f"perturbscope_{name}", text, [({}, value)])
@@ -132,6 +137,33 @@ def provider_of(model: ServedModel) -> str:
     return str(getattr(model.embedder.encoder, "provider", ""))
 
 
+def memory() -> int:
+    """Bytes of all processes of the service, for all count for the limit; pages that they share count twice."""
+    found, waiting = 0, [os.getpid()]
+    if b"bentoml" in _read(f"/proc/{os.getppid()}/cmdline"):
+        found += _resident(os.getppid())
+    while waiting:
+        process = waiting.pop()
+        found += _resident(process)
+        # A child is listed below the thread that made it.
+        for path in Path(f"/proc/{process}/task").glob("*/children"):
+            waiting += [int(child) for child in _read(path).split()]
+    return found
+
+
+def _resident(process: int) -> int:
+    fields = _read(f"/proc/{process}/statm").split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
+
+
+def _read(path: str | Path) -> bytes:
+    """A file of the system; empty where there is none, or no more."""
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b""
+
+
 def _gauge(name: str, text: str, values: Iterable[tuple[Mapping[str, str], float]]) -> Metric:
     family = GaugeMetricFamily(name, text)
     for labels, value in values:
@@ -142,11 +174,8 @@ def _gauge(name: str, text: str, values: Iterable[tuple[Mapping[str, str], float
 def _memory_limit() -> int:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in CGROUP_LIMITS:
-        try:
-            text = path.read_text().strip()
-        except OSError:
-            continue
-        if text.isdecimal():
+        text = _read(path).strip()
+        if text.isdigit():
             return min(int(text), machine)
     return machine
 

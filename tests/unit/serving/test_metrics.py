@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -24,12 +26,13 @@ from serving.registry import ModelRegistry
 from serving.settings import Settings
 from serving.telemetry import metrics
 from serving.telemetry.metrics import OTHER, REGISTRY, ModelMetrics
-from serving.telemetry.states import provider_of
+from serving.telemetry.states import memory, provider_of
 from tests.fakes import FakeEncoder
 from tests.unit.serving.conftest import FAST, LABELS, served
 
 HTTP = {"route": "/v1/embed", "transport": "http"}
 GRPC = {"route": "perturbscope.v1.PerturbScope/Embed", "transport": "grpc"}
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 MODEL = {"model": "watched", "version": "1.0"}
 
 
@@ -276,3 +279,15 @@ def test_the_series_of_a_model_go_with_its_last_dispatcher() -> None:
     assert not any(
         sample.labels.get("model") == "passing" for family in REGISTRY.collect() for sample in family.samples
     )
+
+
+def test_memory_is_that_of_all_processes_of_the_service() -> None:
+    alone = memory()
+    child = subprocess.Popen([sys.executable, "-c", "b = bytearray(2**27); print(); input()"], **PIPES)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()  # the memory is taken
+        assert memory() - alone > 2**26
+    finally:
+        child.communicate(b"\n")
+    assert alone > 2**20
