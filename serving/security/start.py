@@ -5,8 +5,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
+from perturbscope.errors import InvalidParameterError
 from serving.security import tls
 from serving.security.keys import read_keys
 from serving.settings import PREFIX, Settings
@@ -17,6 +19,24 @@ def check(settings: Settings) -> None:
     if settings.keys:
         read_keys(Path(settings.keys))
     tls.check(settings)
+
+
+def check_http(settings: Settings, command_line: Sequence[str]) -> None:
+    """Refuse ``bentoml serve`` that would answer HTTP in clear text beside gRPC with TLS.
+
+    ``python -m serving`` tells BentoML of the certificate; whoever starts BentoML alone must do so too.
+
+    Raises
+    ------
+    InvalidParameterError
+        A certificate is set, and the command line of BentoML has none.
+    """
+    if settings.tls_certificate and not any(part.startswith("--ssl-certfile") for part in command_line):
+        raise InvalidParameterError(
+            f"{PREFIX}TLS_CERTIFICATE is set, but BentoML would serve HTTP without it. Start the server with python -m "
+            f"serving, or add: {' '.join(tls.bentoml_options(settings))}.",
+            field="tls_certificate",
+        )
 
 
 def warnings(settings: Settings) -> list[str]:

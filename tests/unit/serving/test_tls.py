@@ -173,6 +173,16 @@ def test_bentoml_is_told_of_the_same_files(certificates: Certificates) -> None:
     }
 
 
+def test_bentoml_alone_does_not_serve_http_in_clear_text(certificates: Certificates) -> None:
+    settings = Settings(**certificates.settings())
+    start.check_http(Settings(), ["bentoml", "serve"])
+    start.check_http(settings, ["bentoml", "serve", *tls.bentoml_options(settings)])
+    with pytest.raises(
+        InvalidParameterError, match=r"without it\. Start the server with python -m serving, or add: --ssl"
+    ):
+        start.check_http(settings, ["bentoml", "serve"])
+
+
 def test_files_are_named_from_where_the_server_is_started(
     certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
