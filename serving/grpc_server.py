@@ -31,6 +31,10 @@ _ENVELOPE = 64 * 2**10
 """Room for what is around the counted bytes of a message."""
 
 
+KEEPALIVE = 30
+"""Seconds after which a silent connection with calls is asked whether its client lives, and that it has to answer."""
+
+
 class Servicer(services.PerturbScopeServicer):
     """``perturbscope.v1.PerturbScope``."""
 
@@ -99,6 +103,10 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),
                 # Two servers on one port would each get a random half of the calls.
                 ("grpc.so_reuseport", 0),
+                # A connection that never says what it wants, and one whose client does not live any more, end.
+                ("grpc.server_handshake_timeout_ms", 1000 * engine.settings.head_timeout),
+                ("grpc.keepalive_time_ms", 1000 * KEEPALIVE),
+                ("grpc.keepalive_timeout_ms", 1000 * KEEPALIVE),
             ],
         )
         own = (SERVICE, INFERENCE_SERVICE)

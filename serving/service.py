@@ -24,7 +24,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import bentoml
 
-from serving import log
+from serving import connections, log
 from serving.http import build_app
 from serving.security import start
 from serving.security.middleware import KeyMiddleware
@@ -34,6 +34,8 @@ from serving.telemetry.middleware import UnansweredMiddleware
 
 NAME = "PerturbScope"
 app = build_app()
+# BentoML configures uvicorn in the worker, after it has imported this.
+connections.install(head_timeout=Settings.from_env().head_timeout)
 
 
 def configure_log(settings: Settings) -> None:
