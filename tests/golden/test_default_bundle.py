@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from tests.golden.golden import FILE, embed
+from perturbscope.bundle import GOLDEN, Bundle
+from perturbscope.embedder import Embedder
+from perturbscope.golden import check_golden, read_golden
+from tests.golden.golden import BUNDLE, FILE, embed
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +44,14 @@ def test_the_int8_variant_is_as_near_as_its_manifest_says():
         cosine = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
         assert cosine.min() > 0.99
     assert 0.99 < bundle.manifest.variants["int8"].cosine <= 1
+
+
+@pytest.mark.parametrize("variant", ["fp32", "int8"])
+def test_the_bundle_proves_itself(variant):
+    bundle = Bundle.open(BUNDLE)
+    golden = read_golden(bundle)
+    result = check_golden(Embedder.from_bundle(bundle, variant=variant), golden)
+    result.require(bundle.model_id)
+    assert result.n_cells == 5
+    assert "3 real cells" in golden.source
+    assert (BUNDLE / GOLDEN).stat().st_size < 100_000
