@@ -119,7 +119,7 @@ def mutate_value(value: Any, rng: Random) -> Any:
             parent[f"{key}x"] = parent[key]
         case 4 if isinstance(parent[key], list):
             parent[key] = parent[key][: rng.randrange(len(parent[key]) + 1)] * rng.choice((0, 1, 2))
-        case 4 if isinstance(parent[key], (int, float)):
+        case 4 if isinstance(parent[key], (int, float)) and abs(parent[key]) < 2**100:
             parent[key] = parent[key] * rng.choice((-1, 0.5, 2, 10**9, 10**18))
         case 5:
             other = rng.choice(places)

@@ -18,6 +18,7 @@ from perturbscope import wire
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embeddings
 from perturbscope.genes import GeneCoverage, GeneVocabulary
+from perturbscope.proto.open_inference_pb2 import ModelInferRequest
 from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
 from perturbscope.scoring import compare_perturbations, score_perturbations
 from perturbscope.wire import (
@@ -30,6 +31,9 @@ from perturbscope.wire import (
     ScoreAnswer,
     ScoreRequest,
 )
+from perturbscope.wire.arrow_messages import stream_request_to_arrow
+from perturbscope.wire.proto_stream import stream_cells_to_proto, stream_start_to_proto
+from perturbscope.wire.streams import StreamStart
 
 OPTIONS = ScoreOptions(permutations=9, min_cells=2, repeats=1)
 LABELS = ("control",) * 4 + ("KO",) * 4
@@ -114,7 +118,47 @@ def seeds() -> dict[str, dict[str, bytes]]:
         found["h5ad"][name] = bytes([route]) + h5ad()
     found["h5ad"]["dense"] = b"\0" + h5ad(sparse=False)
     found["h5ad"]["gzip"] = b"\0" + h5ad(cells(40), compression="gzip")
+    found["stream"] = _streams(matrix)
+    found["kserve"] = _infer_requests()
     return found
+
+
+def _streams(matrix: CountMatrix) -> dict[str, bytes]:
+    start = StreamStart(gene_ids=matrix.gene_ids, model="m", first_row=3)
+    return {
+        "request-arrow": b"\0" + b"".join(stream_request_to_arrow(start, [matrix[:4], matrix[4:]])),
+        "start-proto": b"\2" + stream_start_to_proto(start).SerializeToString(deterministic=True),
+        "cells-proto": b"\2" + stream_cells_to_proto(matrix).SerializeToString(deterministic=True),
+    }
+
+
+def _infer_requests() -> dict[str, bytes]:
+    ids, mask = [[5, 6, 7], [8, 9, 0]], [[1, 1, 1], [1, 1, 0]]
+    inputs: list[dict[str, Any]] = [
+        {"name": name, "shape": [2, 3], "datatype": "INT64", "data": values}
+        for name, values in (("input_ids", ids), ("attention_mask", mask))
+    ]
+    text = json.dumps({"id": "1", "inputs": inputs, "outputs": [{"name": "cell_embedding"}]}).encode()
+    binary = [
+        {**{key: item[key] for key in ("name", "shape", "datatype")}, "parameters": {"binary_data_size": 48}}
+        for item in inputs
+    ]
+    head = json.dumps({"inputs": binary, "parameters": {"binary_data_output": True}}).encode()
+    tensors = [np.array(item["data"], dtype="<i8").tobytes() for item in inputs]
+    message = ModelInferRequest(model_name="tiny", id="1")
+    for item, raw in zip(inputs, tensors, strict=True):
+        message.inputs.add(name=item["name"], datatype="INT64", shape=[2, 3])
+        message.raw_input_contents.append(raw)
+    plain = ModelInferRequest(model_name="tiny")
+    for item in inputs:
+        tensor = plain.inputs.add(name=item["name"], datatype="INT64", shape=[2, 3])
+        tensor.contents.int64_contents.extend(np.ravel(item["data"]).tolist())
+    return {
+        "json": b"\0" + text,
+        "binary": b"\1" + len(head).to_bytes(2, "little") + head + b"".join(tensors),
+        "proto-raw": b"\2" + message.SerializeToString(deterministic=True),
+        "proto": b"\2" + plain.SerializeToString(deterministic=True),
+    }
 
 
 def _answers(vectors: Any) -> list[tuple[str, Any]]:

@@ -7,7 +7,9 @@ encoded and read again, which must work.
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import io
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,12 +23,25 @@ from perturbscope.errors import PerturbScopeError
 from perturbscope.families import Family, load_family
 from perturbscope.genes import GeneVocabulary
 from perturbscope.proto import perturbscope_v1_pb2 as pb
+from perturbscope.proto.open_inference_pb2 import ModelInferRequest
+from perturbscope.wire.arrow_messages import (
+    PREFIX_BYTES,
+    StreamRequestReader,
+    message_length,
+    metadata_length,
+    stream_answers_from_arrow,
+)
+from perturbscope.wire.proto_stream import stream_cells_from_proto, stream_start_from_proto
+from serving.openinference.json_codec import request_from_body
+from serving.openinference.proto_codec import request_from_proto
+from serving.reading import file_readers
 from serving.routes import COLUMNS, COMPARE, EMBED, REPORT, SCORE
 from serving.settings import Settings
-from serving.uploads import FILE_NAME, read_upload
+from serving.uploads import FILE_NAME
 from tests.fuzz.mutators import mutate_arrow, mutate_bytes, mutate_json, mutate_proto
+from tests.fuzz.seeds import cells as seed_cells
 
-SMALL = Settings(max_cells=2000, max_vectors=2000, max_values=100_000, max_genes=5000)
+SMALL = Settings(max_cells=2000, max_vectors=2000, max_values=100_000, max_genes=5000, file_timeout=5)
 """Limits of the targets, so that no input takes long."""
 KINDS = ("embed", "score", "compare")
 
@@ -81,7 +96,7 @@ def fuzz_proto(data: bytes) -> bool:
 
 
 def fuzz_h5ad(data: bytes) -> bool:
-    """The first byte chooses what the file is uploaded to, the rest is the file."""
+    """The first byte chooses what the file is uploaded to, the rest is the file, which a process of its own reads."""
     uploads: list[tuple[str, Mapping[str, str]]] = [
         (EMBED.name, {}),
         (COLUMNS.name, {}),
@@ -96,13 +111,65 @@ def fuzz_h5ad(data: bytes) -> bool:
         path.write_bytes(data[1:])
         route, parameters = uploads[data[0] % len(uploads)]
         try:
-            upload = read_upload(route, path, parameters, SMALL)
+            upload = asyncio.run(file_readers().read(route, path, parameters, SMALL))
         except PerturbScopeError:
             return False
     _go_on(upload.request)
     return True
 
 
+def fuzz_stream(data: bytes) -> bool:
+    """Streams of cells, and of answers: as Arrow, or as one message of protobuf."""
+    readers: list[Callable[[bytes], Any]] = [
+        _arrow_stream,
+        lambda body: list(stream_answers_from_arrow(io.BytesIO(body))),
+        _proto_stream,
+    ]
+    try:
+        return _tried(readers, data)
+    except DecodeError:
+        return False
+
+
+def _arrow_stream(body: bytes) -> None:
+    """As the server reads one: message by message."""
+    source, reader, start = io.BytesIO(body), StreamRequestReader(), None
+    row = 0
+    while length := metadata_length(prefix := source.read(PREFIX_BYTES), _MOST):
+        metadata = source.read(length)
+        message = prefix + metadata + source.read(message_length(metadata, _MOST))
+        if start is None:
+            start = reader.start(message)
+            row = start.first_row
+            continue
+        cells = reader.cells(message, start.gene_ids, row)
+        row += len(cells)
+        family().tokenize(cells)
+
+
+def _proto_stream(body: bytes) -> None:
+    message = pb.EmbedStreamRequest.FromString(body)
+    if message.HasField("start"):
+        stream_start_from_proto(message)
+    else:
+        stream_cells_from_proto(message, seed_cells().gene_ids, 0)
+
+
+def fuzz_kserve(data: bytes) -> bool:
+    """The Open Inference Protocol: the body of HTTP, with and without the bytes of tensors, and the message of gRPC."""
+    readers: list[Callable[[bytes], Any]] = [
+        lambda body: request_from_body(body, None),
+        lambda body: request_from_body(body[2:], str(int.from_bytes(body[:2], "little"))),
+        lambda body: request_from_proto(ModelInferRequest.FromString(body)),
+    ]
+    try:
+        return _tried(readers, data)
+    except DecodeError:
+        return False
+
+
+_MOST = 2**20
+"""Bytes of a message of a stream."""
 _MESSAGES = (
     pb.EmbedRequest,
     pb.ScoreRequest,
@@ -118,6 +185,8 @@ TARGETS: dict[str, Callable[[bytes], bool]] = {
     "arrow": fuzz_arrow,
     "proto": fuzz_proto,
     "h5ad": fuzz_h5ad,
+    "stream": fuzz_stream,
+    "kserve": fuzz_kserve,
 }
 """All of them by name."""
 Mutator = Callable[[bytes, Random], bytes]
@@ -126,6 +195,8 @@ MUTATORS: dict[str, Callable[[int], Mutator]] = {
     "arrow": lambda _: mutate_arrow,
     "proto": lambda first: mutate_proto(_MESSAGES[first % len(_MESSAGES)]),
     "h5ad": lambda _: mutate_bytes,
+    "stream": lambda first: (mutate_bytes, mutate_bytes, mutate_proto(pb.EmbedStreamRequest))[first % 3],
+    "kserve": lambda first: (mutate_json, mutate_bytes, mutate_proto(ModelInferRequest))[first % 3],
 }
 """How an input of a target is mutated, given its first byte."""
 

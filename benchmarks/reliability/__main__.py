@@ -1,0 +1,79 @@
+"""Make every fault against the real service and write benchmarks/reliability.md.
+
+Rows are kept in runs/reliability: a run that was broken off goes on where it stopped, ``--only`` makes rows anew, and
+``--page`` writes the page from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.reliability import page
+from benchmarks.reliability.trial import FAULTS, Plan, Row, attempt
+
+MODULES = (
+    "load",
+    "killed",
+    "clients",
+    "disk",
+    "models",
+    "fuzzing",
+    "hostile",
+    "clock",
+    "keys",
+    "stopping",
+    "bad_input",
+)
+"""In the order of the page; each registers its faults."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 1 where a row does not hold."""
+    for name in MODULES:
+        importlib.import_module(f"benchmarks.reliability.{name}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(FAULTS), help="make these anew")
+    parser.add_argument("--minutes", type=float, default=15.0, help="of the load")
+    parser.add_argument("--quick", action="store_true", help="a few of everything; rows are not kept")
+    parser.add_argument("--anew", action="store_true", help="make all rows anew")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    options = parser.parse_args(arguments)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    plan = Plan(options.quick, options.minutes)
+    found: list[Row] = []
+    for name, item in FAULTS.items():
+        kept = Row.load(name)
+        wanted = name in options.only if options.only else (options.anew or options.quick or kept is None)
+        if options.page or not wanted:
+            found += [kept] if kept is not None else []
+            continue
+        print(f"{name}: {item.title}", flush=True)
+        with tempfile.TemporaryDirectory(prefix=f"perturbscope-{name}-") as folder:
+            row = attempt(item, plan, Path(folder))
+        print(f"  {'held' if row.held else 'DID NOT HOLD'} in {row.seconds:.0f} s; clients: {row.clients}", flush=True)
+        if not options.quick:
+            row.save()
+            page.write([*found, row, *_later(name, found)], minutes=options.minutes)
+        found.append(row)
+    if options.quick:
+        print(page.page(found, minutes=options.minutes))
+    else:
+        page.write(found, minutes=options.minutes)
+    bad = [row.name for row in found if not row.held]
+    print(f"{len(found) - len(bad)} of {len(found)} rows hold{': not ' + ', '.join(bad) if bad else ''}.")
+    return 1 if bad else 0
+
+
+def _later(name: str, found: Sequence[Row]) -> list[Row]:
+    """Rows kept of the faults behind this one."""
+    names = list(FAULTS)
+    return [row for other in names[names.index(name) + 1 :] if (row := Row.load(other)) is not None]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

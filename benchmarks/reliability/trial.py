@@ -1,0 +1,261 @@
+"""One fault on trial: the service it is made on, what clients saw, what was checked, and the row that comes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import time
+import traceback
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from perturbscope.errors import PerturbScopeError
+from tests.integration.server import ROOT, RunningServer, Usage
+
+T = TypeVar("T")
+MIB = 2**20
+ROWS = ROOT / "runs" / "reliability"
+"""Where rows are kept between runs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done.
+
+    Attributes
+    ----------
+    quick
+        A few of everything, to see that the script works; a page of such rows says so.
+    minutes
+        Of the load.
+    """
+
+    quick: bool
+    minutes: float
+
+    def times(self, full: int, quick: int) -> int:
+        """How often something is done."""
+        return quick if self.quick else full
+
+
+@dataclass
+class Row:
+    """What is known of a fault once it was tried."""
+
+    name: str
+    title: str
+    done: str = ""
+    clients: dict[str, int] = field(default_factory=dict)
+    service: list[str] = field(default_factory=list)
+    checks: list[tuple[str, bool]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    quick: bool = False
+    commit: str = ""
+    date: str = ""
+
+    @property
+    def held(self) -> bool:
+        """Whether everything that was checked holds; nothing checked is a failure too."""
+        return bool(self.checks) and all(holds for _, holds in self.checks)
+
+    def save(self) -> None:
+        """Keep it for the page."""
+        ROWS.mkdir(parents=True, exist_ok=True)
+        (ROWS / f"{self.name}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, name: str) -> Row | None:
+        """The row of an earlier run."""
+        path = ROWS / f"{name}.json"
+        if not path.exists():
+            return None
+        row = cls(**json.loads(path.read_text()))
+        row.checks = [(what, holds) for what, holds in row.checks]
+        return row
+
+
+class Trial:
+    """Collects what one fault did.
+
+    Parameters
+    ----------
+    row
+        Filled as the trial goes on.
+    folder
+        For the service's output and for files.
+    plan
+        How much is done.
+    """
+
+    def __init__(self, row: Row, folder: Path, plan: Plan) -> None:
+        self.row = row
+        self.folder = folder
+        self.plan = plan
+        self._seen: Counter[str] = Counter()
+        self._started = 0
+
+    def check(self, what: str, holds: bool) -> None:
+        """Note a claim, with the numbers in it, and whether it holds."""
+        print(f"  {'ok ' if holds else 'BAD'} {what}", flush=True)
+        self.row.checks.append((what, bool(holds)))
+
+    def note(self, text: str) -> None:
+        """Note something that is no claim."""
+        print(f"      {text}", flush=True)
+        self.row.notes.append(text)
+
+    def saw(self, code: str, n: int = 1) -> None:
+        """A client got this."""
+        self._seen[code] += n
+        self.row.clients = dict(self._seen.most_common())
+
+    @property
+    def seen(self) -> Counter[str]:
+        """What clients got so far."""
+        return self._seen
+
+    async def outcome(self, work: Awaitable[T], *, count: bool = True) -> tuple[str, T | None]:
+        """``ok`` and the result, or the code of the typed error; what is not typed counts as ``untyped: Name``."""
+        code, value = await outcome(work)
+        if count:
+            self.saw(code)
+        return code, value
+
+    def all_typed(self) -> None:
+        """Check that no client got an exception that is not of the tree, and no internal error."""
+        bad = {code: n for code, n in self._seen.items() if code.startswith("untyped") or code == "internal"}
+        self.check(f"every failure a typed error, none of them internal ({bad or 'none'})", not bad)
+
+    @contextlib.contextmanager
+    def service(
+        self, *, environ: Mapping[str, str] | None = None, tracebacks: str | None = None, **settings: object
+    ) -> Iterator[RunningServer]:
+        """The real service, ready; at the end its log is looked through. `tracebacks` says why some belong there."""
+        self._started += 1
+        folder = self.folder / f"service{self._started}"
+        folder.mkdir(parents=True)
+        with RunningServer(folder, environ=environ, **settings) as server:
+            try:
+                yield server
+            finally:
+                _show(server.log)
+            lines = server.log.splitlines()
+            failed = [line for line in lines if "Traceback" in line]
+            errors = sum('"level": "error"' in line or " ERROR " in line for line in lines)
+            self.row.service.append(f"{errors} errors and {len(failed)} tracebacks logged")
+            if tracebacks is None:
+                self.check(f"no traceback in the service's log ({len(failed)})", not failed)
+            else:
+                self.note(f"{len(failed)} tracebacks in the service's log: {tracebacks}")
+
+    def before(self, server: RunningServer) -> Usage:
+        """What the service holds before the fault; called once it is warm."""
+        return settled(server)
+
+    def after(self, server: RunningServer, before: Usage, *, rss_mib: float = 64, files: int = 8) -> Usage:
+        """Check that the service lives and is ready, and holds no more than before, within bounds."""
+        self.check("the service is alive and ready afterwards", server.answers("/livez") and server.answers("/readyz"))
+        after = settled(server, until=lambda usage: usage.files <= before.files + files)
+        self.row.service.append(
+            f"RSS {before.rss / MIB:.0f} to {after.rss / MIB:.0f} MiB, files {before.files} to {after.files}, "
+            f"threads {before.threads} to {after.threads}"
+        )
+        grown = (after.rss - before.rss) / MIB
+        self.check(f"RSS grew by {grown:.0f} MiB (at most {rss_mib:.0f})", grown <= rss_mib)
+        self.check(
+            f"open files {before.files} to {after.files} (at most {files} more)", after.files <= before.files + files
+        )
+        self.check(f"threads {before.threads} to {after.threads} (at most 8 more)", after.threads <= before.threads + 8)
+        return after
+
+
+async def outcome(work: Awaitable[T]) -> tuple[str, T | None]:
+    """``ok`` and the result of `work`, or the code of its error."""
+    try:
+        return "ok", await work
+    except PerturbScopeError as error:
+        return error.code, None
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:  # noqa: BLE001  what is not typed is what this looks for
+        return f"untyped: {type(error).__name__}", None
+
+
+def settled(server: RunningServer, *, until: Callable[[Usage], bool] | None = None, seconds: float = 30) -> Usage:
+    """What the service holds once its CPU has rested for a second and `until` holds, or `seconds` are over."""
+    end = time.monotonic() + seconds
+    usage = server.usage()
+    while True:
+        time.sleep(1.0)
+        last, usage = usage, server.usage()
+        rested = usage.cpu - last.cpu < 0.2
+        if (rested and (until is None or until(usage))) or time.monotonic() > end:
+            return usage
+
+
+def _show(log: str) -> None:
+    """The last lines of the different tracebacks of a log, on the terminal."""
+    found = Counter(
+        "\n        ".join(line.replace("\\n", "\n").splitlines()[-4:])
+        for line in log.splitlines()
+        if "Traceback" in line
+    )
+    for text, n in found.most_common(12):
+        print(f"   {n:4d} x {text[-800:]}", flush=True)
+
+
+Fault = Callable[[Trial], Any]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A fault, ready to be tried."""
+
+    name: str
+    title: str
+    make: Fault
+
+
+FAULTS: dict[str, Registered] = {}
+"""All faults by name, in the order of the page."""
+
+
+def fault(name: str, title: str) -> Callable[[Fault], Fault]:
+    """Register a function that makes a fault; its docstring says what is done."""
+
+    def register(make: Fault) -> Fault:
+        FAULTS[name] = Registered(name, title, make)
+        return make
+
+    return register
+
+
+def attempt(item: Registered, plan: Plan, folder: Path) -> Row:
+    """Make the fault; a trial that breaks is a row that failed."""
+    row = Row(item.name, item.title, quick=plan.quick, commit=commit(), date=time.strftime("%Y-%m-%d %H:%M"))
+    row.done = " ".join((item.make.__doc__ or "").split())
+    trial = Trial(row, folder, plan)
+    started = time.monotonic()
+    try:
+        result = item.make(trial)
+        if asyncio.iscoroutine(result):
+            asyncio.run(result)
+    except Exception as error:  # noqa: BLE001  one broken trial must not end the others
+        traceback.print_exc()
+        trial.check(f"the trial went through ({type(error).__name__}: {str(error)[:300]})", False)
+    row.seconds = time.monotonic() - started
+    return row
+
+
+def commit() -> str:
+    """Of the checkout."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "no checkout"
