@@ -114,13 +114,16 @@ class Engine:
         call = call or Call("", "http")
         call.model = model.embedder
         limits.check_shape(self.settings, len(cells), cells.n_genes, int(cells.counts.nnz))
-        most = int(np.minimum(np.diff(cells.counts.indptr), model.embedder.family.max_length).sum())
-        model.dispatcher.check_room(most, call.caller.name)
-        call.reserve(4 * most + 4 * len(cells) * model.embedder.width * (1 + call.growth))
+        model.dispatcher.check_room(_most_tokens(model, cells), call.caller.name)
+        call.reserve(self.memory(model, cells, call))
         with call.stage("tokenize"):
             tokens, seconds = await self.tokenize(model.embedder, cells)
         values, timings = await self.infer_tokens(model, tokens, call)
         return model.embedder.describe(tokens, values, {"tokenize": seconds, **timings})
+
+    def memory(self, model: ServedModel, cells: CountMatrix, call: Call) -> int:
+        """Bytes that tokens, vectors and encoded answer of cells will take, about."""
+        return 4 * _most_tokens(model, cells) + 4 * len(cells) * model.embedder.width * (1 + call.growth)
 
     async def tokenize(self, embedder: Embedder, cells: CountMatrix) -> tuple[TokenizedCells, float]:
         """Tokens of cells, a thousand at a time, and seconds. Raises as :meth:`Embedder.tokenize`."""
@@ -276,6 +279,11 @@ class Engine:
         finally:
             self.score_jobs -= 1
         return scored, seconds
+
+
+def _most_tokens(model: ServedModel, cells: CountMatrix) -> int:
+    """No fewer than the tokens of cells."""
+    return int(np.minimum(np.diff(cells.counts.indptr), model.embedder.family.max_length).sum())
 
 
 def _tokenize(embedder: Embedder, cells: CountMatrix, start: int) -> tuple[TokenizedCells, float]:

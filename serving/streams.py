@@ -24,10 +24,12 @@ from perturbscope.wire.streams import StreamAnswer, StreamChunk, StreamOpened, S
 from serving import limits
 from serving.calls import Call
 from serving.engine import Engine
-from serving.limits import Held
+from serving.limits import GROWTH, Held
 from serving.models import ServedModel
 from serving.telemetry.metrics import STREAMS
 
+_MOMENT = 0.05
+"""Seconds between two looks whether a chunk of this stream was answered."""
 _GLANCE = 1.0
 """Seconds after which a stream that waits for its caller looks whether the server stops."""
 
@@ -79,7 +81,9 @@ class _Job(NamedTuple):
 
     first_row: int
     n_bytes: int
-    """What is held for it."""
+    """What is held for it of the body."""
+    memory: int
+    """What is held for what becomes of it."""
     vectors: asyncio.Task[Embeddings]
 
 
@@ -147,14 +151,16 @@ class _Stream:
                     return
                 message, n_bytes = found
                 self._unanswered += 1
+                memory = await self._reserve(GROWTH * n_bytes)
                 with self._call.stage("decode"):
                     cells = await self._engine.work(self._pipe.decode, message, start.gene_ids, row)
                 del message, found
                 limits.check_shape(self._settings, len(cells), cells.n_genes, int(cells.counts.nnz))
                 await self._when_there_is_room(functools.partial(self._call.take, len(cells)))
+                memory += await self._reserve(self._engine.memory(model, cells, self._call))
                 job = asyncio.ensure_future(self._embed(model, cells))
                 self._jobs.add(job)
-                self._in_progress.put_nowait(_Job(row, n_bytes, job))
+                self._in_progress.put_nowait(_Job(row, n_bytes, memory, job))
                 row += len(cells)
         except Exception as error:  # noqa: BLE001  it is raised again, after the answers of the chunks before it
             self._in_progress.put_nowait(error)
@@ -162,14 +168,17 @@ class _Stream:
     async def _embed(self, model: ServedModel, cells: CountMatrix) -> Embeddings:
         """The vectors of a chunk, once the queue has room: to wait is what a stream is for."""
         engine, call = self._engine, self._call
-        started = time.perf_counter()
         with call.stage("tokenize"):
-            tokens = await engine.work(model.embedder.tokenize, cells)
-        seconds = time.perf_counter() - started
-        cost = int(tokens.offsets[-1])
-        await self._when_there_is_room(lambda: model.dispatcher.check_room(cost))
+            tokens, seconds = await engine.tokenize(model.embedder, cells)
+        cost, flow = int(tokens.offsets[-1]), call.caller.name
+        await self._when_there_is_room(lambda: model.dispatcher.check_room(cost, flow))
         values, timings = await engine.infer_tokens(model, tokens, call)
         return model.embedder.describe(tokens, values, {"tokenize": seconds, **timings})
+
+    async def _reserve(self, n_bytes: int) -> int:
+        """Hold memory for what becomes of a chunk; given back with its answer."""
+        await self._when_there_is_room(functools.partial(self._held.reserve, n_bytes))
+        return n_bytes
 
     async def _when_there_is_room(self, ask: Callable[[], None]) -> None:
         """Ask until there is room; not for ever, and not when the server stops."""
@@ -181,6 +190,11 @@ class _Stream:
                 if self._engine.admission.closed or time.monotonic() + error.retry_after > until:
                     raise
                 await asyncio.sleep(error.retry_after)
+            except LimitExceededError:
+                # Too much for one request may be too much beside the chunks before it.
+                if self._unanswered == 1:
+                    raise
+                await asyncio.sleep(_MOMENT)
 
     async def _answer(self) -> StreamTotals:
         """Answers in the order of the chunks."""
@@ -193,6 +207,7 @@ class _Stream:
             totals.add(embeddings)
             self._jobs.discard(found.vectors)
             self._held.release(found.n_bytes)
+            self._held.release_reserved(found.memory)
             self._unanswered -= 1
             self._slots.release()
         return totals

@@ -39,6 +39,8 @@ from serving.streams import answer_stream
 PATH = "/v1/embed/stream"
 _LAST_WORDS = 30
 """Seconds in which a caller must read why its stream is broken off; or ``body_timeout``, if that is less."""
+_AT_THE_END = 3
+"""As many when the server stops."""
 
 
 class HttpPipe:
@@ -184,7 +186,8 @@ class StreamedAnswer(Response):
             told = explain(error, call)
             code = told.code
             if pipe is not None and pipe.begun:
-                await pipe.fail(told, min(_LAST_WORDS, engine.settings.body_timeout))
+                patience = _AT_THE_END if engine.admission.closed else _LAST_WORDS
+                await pipe.fail(told, min(patience, engine.settings.body_timeout))
             else:
                 response = error_response(told)
                 response.headers[REQUEST_ID] = call.id

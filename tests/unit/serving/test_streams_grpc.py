@@ -168,10 +168,10 @@ async def test_a_fast_sender_is_held_up_while_the_model_works(
 
     call = stub.EmbedStream(messages())
     encoder: Any = fake_embedder.encoder
-    await until(lambda: bool(encoder.batches) and engine.admission.held_bytes == 2 * large.ByteSize())
-    await asyncio.sleep(0.3)
+    await until(lambda: bool(encoder.batches) and engine.admission.held_bytes >= 2 * large.ByteSize())
+    await asyncio.sleep(0.5)
     assert sent < 30
-    assert engine.admission.held_bytes == 2 * large.ByteSize()
+    assert engine.admission.held_bytes <= 2 * 8 * large.ByteSize()
     call.cancel()
     await until(lambda: engine.admission.held_bytes == 0)
 
