@@ -111,15 +111,15 @@ def use(provider: TracerProvider | None) -> None:
     _State.tracer = None if provider is None else provider.get_tracer(SERVICE, __version__)
 
 
-def close() -> None:
-    """Export what is left, for at most a few seconds, and stop. Blocks."""
+def close(seconds: float = 5.0) -> None:
+    """Export what is left, for at most `seconds`, and stop. Blocks."""
     provider, _State.provider, _State.tracer = _State.provider, None, None
     if provider is None:
         return
     # A collector that does not answer must not hold up the end of the process; a daemon thread does not.
     thread = threading.Thread(target=provider.shutdown, name="perturbscope-tracing-close", daemon=True)
     thread.start()
-    thread.join(5.0)
+    thread.join(seconds)
 
 
 def begin(call: Call) -> None:

@@ -245,3 +245,17 @@ def test_auto_is_text_on_a_terminal_and_json_elsewhere(stream: io.StringIO) -> N
 def test_a_setting_that_is_none_is_refused(name: str) -> None:
     with pytest.raises(InvalidParameterError, match=f"PERTURBSCOPE_{name.upper()} is 'loud'"):
         Settings.from_env({f"PERTURBSCOPE_{name.upper()}": "loud"})
+
+
+class _FullDisk(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_log_that_cannot_be_written_fails_no_request(
+    stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr", _FullDisk())
+    log.configure("json")
+    a_call().finish(200)
+    log.event("started")

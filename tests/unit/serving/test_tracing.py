@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -12,11 +12,11 @@ import httpx
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from perturbscope import wire
+from perturbscope import __version__, wire
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import InferenceError, InvalidParameterError
@@ -280,9 +280,49 @@ async def test_a_call_that_is_cancelled_ends_its_span(
     call.cancel()
     with pytest.raises((asyncio.CancelledError, grpc.aio.AioRpcError)):
         await call
-    encoder.gate.set()
-    while not spans.named(EMBED):
+    while not spans.named(EMBED):  # it ends although its batch still runs
         await asyncio.sleep(0.001)
+    encoder.gate.set()
     attributes = dict(spans.one(EMBED).attributes or {})
     assert attributes["perturbscope.code"] == "client_gone"
     assert attributes["rpc.response.status_code"] == "CANCELLED"
+
+
+def test_a_collector_that_does_not_answer_holds_up_neither_requests_nor_the_end() -> None:
+    class Stuck(InMemorySpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            stuck.set()
+            release.wait(30)
+            return SpanExportResult.SUCCESS
+
+    stuck, release = threading.Event(), threading.Event()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(Stuck(), schedule_delay_millis=1))
+    tracing.use(provider)
+    try:
+        Call.begin("/v1/embed", "http", {}).finish(200)
+        assert stuck.wait(30)
+        Call.begin("/v1/embed", "http", {}).finish(200)
+        tracing.close(0.01)
+        assert Call.begin("/v1/embed", "http", {}).trace is None
+    finally:
+        tracing.use(None)
+        release.set()
+        provider.shutdown()
+
+
+def test_the_resource_says_what_this_is_and_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=night")
+    assert tracing.configure({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}, scheme="https")
+    try:
+        provider = tracing._State.provider
+        assert provider is not None
+        found = provider.resource.attributes
+        assert (found["service.name"], found["service.version"]) == ("mine", __version__)
+        assert found["deployment.environment.name"] == "night"
+        with_tls = tracing._attributes(Call("/v1/embed", "http"))
+        assert with_tls["url.scheme"] == "https"
+    finally:
+        tracing._State.scheme = "http"
+        tracing.close()
