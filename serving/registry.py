@@ -272,12 +272,16 @@ class ModelRegistry:
             self._watcher = asyncio.get_running_loop().create_task(self._watch(), name="perturbscope-repository")
 
     async def close(self) -> None:
-        """Finish what was accepted, and free all models. May be called twice."""
+        """Finish what was accepted, and free all models. May be called twice.
+
+        A bundle that is being loaded is waited for, but no longer than ``shutdown_grace`` seconds.
+        """
         self._closed = True
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
-        await asyncio.gather(*self._changes, return_exceptions=True)
+        if self._changes:
+            await asyncio.wait(self._changes, timeout=self._settings.shutdown_grace)
         await self._shelf.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
