@@ -20,10 +20,11 @@ from perturbscope import wire
 from perturbscope.errors import InvalidParameterError, LimitExceededError, OverloadedError, UnsupportedMediaTypeError
 from serving.calls import Call
 from serving.engine import Engine
-from serving.limits import too_many_bytes
+from serving.limits import decoded_bytes, too_many_bytes
 from serving.reading import file_readers
 from serving.routes import Route
 from serving.uploads import FILE_NAME, Upload
+from serving.workers import size_of
 
 T = TypeVar("T")
 MULTIPART = "multipart/form-data"
@@ -42,15 +43,21 @@ class LimitedBody:
         self.headers = request.headers
         self.content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         self.query = dict(request.query_params)
-        self._limit = engine.settings.max_body_bytes
+        json = self.content_type == wire.JSON
+        self._limit = min(engine.settings.max_json_bytes if json else 2**63, engine.settings.max_body_bytes)
         self._timeout = engine.settings.body_timeout
         self._hold = hold
+        self._received = 0
         self._request = Request(request.scope, self._counted(request.receive))
 
     def _counted(self, receive: Receive) -> Receive:
         async def counted() -> Message:
             message = await receive()
-            self._hold(len(message.get("body", b"")))
+            n_bytes = len(message.get("body", b""))
+            self._received += n_bytes
+            if self._received > self._limit:
+                raise too_many_bytes(self._limit, self.content_type)
+            self._hold(n_bytes)
             return message
 
         return counted
@@ -58,7 +65,7 @@ class LimitedBody:
     async def _timed(self, read: Callable[[], Awaitable[T]]) -> T:
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self._limit:
-            raise too_many_bytes(self._limit)
+            raise too_many_bytes(self._limit, self.content_type)
         try:
             with self.call.stage("receive"):
                 async with asyncio.timeout(self._timeout):
@@ -71,6 +78,17 @@ class LimitedBody:
     async def body(self) -> bytes:
         """The whole body."""
         return await self._timed(self._request.body)
+
+    async def decoded(self, engine: Engine, decode: Callable[[bytes], T], body: bytes) -> T:
+        """What a body says. The memory for decoding it is held before, and that of the outcome until the call ends."""
+        with self.call.stage("decode"):
+            needed = await engine.work(decoded_bytes, self.content_type, body)
+            self.call.reserve(needed)
+            found = await engine.work(decode, body)
+        if self.call.held is not None:
+            self.call.held.release_reserved(needed)
+        self.call.reserve(size_of(found))
+        return found
 
     async def save(self, path: Path) -> None:
         """Write the body to a file as it arrives."""
@@ -143,8 +161,7 @@ async def read_request(request: LimitedBody, route: Route, engine: Engine) -> Up
                 field=next(iter(request.query)),
             )
         body = await request.body()
-        with request.call.stage("decode"):
-            return Upload(await engine.work(route.decode[kind], body))
+        return Upload(await request.decoded(engine, route.decode[kind], body))
     if kind not in (*HDF5_TYPES, MULTIPART):
         raise UnsupportedMediaTypeError(
             f"The content type {kind or '(none)'!r} is not understood. Send {''.join(f'{t}, ' for t in route.decode)}"
@@ -159,4 +176,6 @@ async def read_request(request: LimitedBody, route: Route, engine: Engine) -> Up
         else:
             await request.save(path)
         with request.call.stage("decode"):
-            return await file_readers().read(route.name, path, parameters, engine.settings)
+            upload = await file_readers().read(route.name, path, parameters, engine.settings)
+        request.call.reserve(size_of(upload.request))
+        return upload

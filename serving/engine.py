@@ -44,8 +44,6 @@ from serving.workers import Turns, Workers
 
 TOKENIZED = 1024
 """Cells tokenized at a time: a caller that goes away costs no more, and others come in between."""
-_LAST_WORDS = 5.0
-"""Seconds that callers are given at shutdown to be told that their request was ended."""
 T = TypeVar("T")
 Scored = TypeVar("Scored")
 
@@ -232,7 +230,7 @@ class Engine:
         assert self._close_by is not None  # noqa: S101  begin_close sets it
         if not await self.admission.drained(self._close_by - time.monotonic()):
             self.front.stop()
-            await self.admission.drained(_LAST_WORDS)
+            await self.admission.drained(limits.LAST_WORDS)
         await self.registry.close()
         self._workers.close()
         self._scorers.shutdown(wait=False, cancel_futures=True)

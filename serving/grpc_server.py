@@ -15,7 +15,7 @@ from perturbscope.proto import perturbscope_v1_pb2_grpc as services
 from serving.calls import Call
 from serving.engine import Engine
 from serving.health import Health
-from serving.limits import Held
+from serving.limits import GROWTH, LAST_WORDS, Held
 from serving.messages_grpc import MessageInterceptor
 from serving.openinference.grpc import SERVICE as INFERENCE_SERVICE
 from serving.openinference.grpc import InferenceServicer
@@ -69,7 +69,8 @@ class Servicer(services.PerturbScopeServicer):
         """Decode, call, encode."""
 
         async def work(call: Call, hold: Held) -> Any:
-            hold(request.ByteSize())
+            hold(n_bytes := request.ByteSize())
+            hold.reserve(GROWTH * n_bytes)
             with call.stage("decode"):
                 message = await self._engine.work(route.from_proto, request)
             describe(call, message)
@@ -145,4 +146,5 @@ class GrpcServer:
     async def stop(self) -> None:
         """Tell the health service, refuse new calls, and give those in progress their time."""
         await self._health.stop()
-        await self._server.stop(self._grace)
+        # The engine ends what is not done in time, and tells its callers; the seconds on top are for that.
+        await self._server.stop(self._grace + LAST_WORDS)

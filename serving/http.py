@@ -15,7 +15,7 @@ from serving.bodies import LimitedBody, read_request
 from serving.calls import REQUEST_ID, Call
 from serving.edge import answered, error_body, while_connected
 from serving.engine import Engine
-from serving.limits import Held
+from serving.limits import GROWTH, JSON_GROWTH, Held
 from serving.openinference.http import add_routes
 from serving.pages import PAGE_HEADERS, screen_page
 from serving.reports import HTML
@@ -115,14 +115,19 @@ async def _answer(request: Request, route: Route) -> Response:
     async def read_and_answer(call: Call, hold: Held) -> Response:
         upload = await read_request(LimitedBody(request, engine, hold, call), route, engine)
         describe(call, upload.request)
-        answer = await while_connected(request, route.call(engine, upload.request, call))
-        answer = add_warnings(answer, upload.warnings)
-        answer = add_seen(answer, engine.seen(upload.request, upload.file, call))
         accepted = request.headers.get("accept", "")
         wants_arrow = wire.ARROW in route.encode and wire.ARROW in accepted
         media_type = wire.ARROW if wants_arrow else next(iter(route.encode))
-        with call.stage("encode"):
-            body = await engine.work(route.encode[media_type], answer)
+        call.growth = GROWTH if wants_arrow else JSON_GROWTH
+
+        async def answer_encoded() -> bytes:
+            answer = await route.call(engine, upload.request, call)
+            answer = add_warnings(answer, upload.warnings)
+            answer = add_seen(answer, engine.seen(upload.request, upload.file, call))
+            with call.stage("encode"):
+                return await engine.work(route.encode[media_type], answer)
+
+        body = await while_connected(request, answer_encoded())
         return Response(body, headers=PAGE_HEADERS if media_type == HTML else None, media_type=media_type)
 
     return await answered(request, route.path, read_and_answer)

@@ -14,6 +14,8 @@ from serving.settings import PREFIX, Settings
 
 GROWTH = 2
 """Times a binary body that is needed to decode it, beside itself; times its vectors that an answer takes encoded."""
+LAST_WORDS = 5.0
+"""Seconds that callers are given at shutdown to be told that their request was ended."""
 JSON_GROWTH = 8
 """Times its vectors that an answer takes as JSON."""
 
@@ -230,10 +232,11 @@ def check_options(settings: Settings, options: ScoreOptions) -> None:
             )
 
 
-def too_many_bytes(limit: int) -> LimitExceededError:
+def too_many_bytes(limit: int, media_type: str = "") -> LimitExceededError:
     """The error of a body over the limit."""
+    remedy = "or as Arrow, which may have more" if media_type == JSON else "the client and CLI do so"
     return LimitExceededError(
         f"The request is larger than the {limit:,} bytes that this server takes. Send the cells in several requests; "
-        "the client and CLI do so.",
+        f"{remedy}.",
         field="body",
     )

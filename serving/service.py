@@ -78,6 +78,7 @@ class PerturbScope:
 
         settings = Settings.from_env()
         configure_log(settings)
+        start.check_http(settings, sys.argv)
         preflight.check(settings)
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
@@ -102,9 +103,9 @@ class PerturbScope:
     async def stop(self) -> None:
         """Finish what was accepted on both transports, then stop."""
         log.event("stopping", requests_in_progress=self._engine.admission.in_progress)
-        if self._server is not None:
-            await self._server.stop()
-        await self._engine.close()
+        self._engine.begin_close()
+        server = [] if self._server is None else [self._server.stop()]
+        await asyncio.gather(self._engine.close(), *server)
         await asyncio.to_thread(tracing.close)
         log.event("stopped")
 

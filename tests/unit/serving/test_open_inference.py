@@ -275,7 +275,7 @@ async def test_limits_are_those_of_all_requests(
     with engine.admission.admit():
         engine.admission.closed = True
         reply = await http.post(INFER, json=body_of(arrays))
-    assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "5")
     assert not fake_embedder.encoder.batches
 
 
