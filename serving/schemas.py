@@ -22,6 +22,9 @@ _Index = Annotated[int, Field(ge=0, lt=2**63)]
 _Count = Annotated[int, Field(ge=0, description="A whole number; 1.0 is one.")]
 
 
+_MODEL = "Name, name@version or model_id of a model; the server's first one by default."
+
+
 class Cells(_Body):
     """Raw counts, cells x genes, as the three arrays of a CSR matrix."""
 
@@ -39,7 +42,7 @@ class EmbedBody(_Body):
     """Cells to embed."""
 
     cells: Cells
-    model: _Name | None = Field(None, description="Name, name@version or model_id of a model; the server's first one by default.")
+    model: _Name | None = Field(None, description=_MODEL)
 
 
 class _Labelled(_Body):
@@ -48,7 +51,7 @@ class _Labelled(_Body):
     perturbations: list[_Name] = Field(description="Label of each cell.", min_length=1)
     batches: list[_Name] | None = Field(None, description="Batch of each cell; labels are permuted within batches.")
     options: dict[str, Any] | None = Field(None, description="Options of scoring; see the schema ScoreOptions.")
-    model: _Name | None = Field(None, description="Name, name@version or model_id of a model; the server's first one by default.")
+    model: _Name | None = Field(None, description=_MODEL)
 
 
 class ScoreBody(_Labelled):

@@ -29,11 +29,29 @@ among 60,000 short ones would take hundreds of gigabytes."""
 
 
 def parse_json(body: bytes | str, field: str = "body") -> Any:
-    """Parse JSON; a name that stands twice in one object is an error. NaN is left to whoever reads the number."""
+    """Parse JSON: UTF-8 without a byte order mark, and no name twice in one object.
+
+    NaN, which is no JSON but which Python writes, is left to whoever reads the number, and can say where it is.
+
+    Raises
+    ------
+    UnreadableFileError
+        It is not that; or its nesting, or a number in it, has no end.
+    InvalidParameterError
+        A name is given twice.
+    """
     try:
-        return json.loads(body, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise UnreadableFileError(f"The {field} is not JSON: {error}.", field=field) from error
+        text = body if isinstance(body, str) else body.decode()
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        what = str(error)
+    except UnicodeDecodeError as error:
+        what = f"byte {error.start} is not UTF-8"
+    except RecursionError:
+        what = "it is nested too deeply"
+    except ValueError:  # of int(), which would have us raise its limit
+        what = "it has a number of thousands of digits"
+    raise UnreadableFileError(f"The {field} is not JSON: {what}.", field=field)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

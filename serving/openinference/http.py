@@ -16,7 +16,7 @@ from serving.bodies import LimitedBody
 from serving.calls import Call, Right
 from serving.edge import answered, while_connected
 from serving.engine import Engine
-from serving.limits import Held
+from serving.limits import Held, decoded_bytes
 from serving.openinference import describe, documents, repository
 from serving.openinference.inference import infer
 from serving.openinference.json_codec import JSON_LENGTH, answer_to_body, request_from_body
@@ -49,7 +49,7 @@ def add_routes(app: FastAPI) -> None:
         ("load", _load, "Load a model.", ()),
         ("unload", _unload, "Unload a model.", repository.UNLOAD_PARAMETERS),
     ):
-        parameters = {"type": "object", "properties": dict.fromkeys(names, {}), "additionalProperties": False}
+        parameters = {"type": "object", "properties": {key: {} for key in names}, "additionalProperties": False}
         body = documents.repository_body(parameters=parameters)
         post(f"/v2/repository/models/{{name}}/{end}", endpoint, what, documents.Done, body=body, right="admin")
 
@@ -82,7 +82,8 @@ def _json(value: Any, status: int = 200) -> Response:
 
 def _named(request: Request) -> tuple[str, str | None]:
     """Name and version in the path."""
-    return request.path_params["name"], request.path_params.get("version")
+    found = request.path_params
+    return check.text(found["name"], "name"), check.optional_text(found.get("version"), "version")
 
 
 async def _live(request: Request) -> Response:
@@ -131,6 +132,7 @@ async def _infer(request: Request, engine: Engine, call: Call, hold: Held) -> An
         pass
     body = await LimitedBody(request, engine, hold, call).body()
     json_length = request.headers.get(JSON_LENGTH)
+    call.reserve(await engine.work(decoded_bytes, wire.JSON if json_length is None else "", body))
     answer = await while_connected(
         request, infer(engine, name, version or "", lambda: request_from_body(body, json_length), call)
     )
@@ -148,13 +150,13 @@ async def _index(request: Request, engine: Engine, call: Call, hold: Held) -> An
 
 async def _load(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
     body = await _object(request, engine, hold, "parameters")
-    await repository.load(engine, request.path_params["name"], body.get("parameters", {}))
+    await repository.load(engine, _named(request)[0], body.get("parameters", {}))
     return {}
 
 
 async def _unload(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
     body = await _object(request, engine, hold, "parameters")
-    await repository.unload(engine, request.path_params["name"], body.get("parameters", {}))
+    await repository.unload(engine, _named(request)[0], body.get("parameters", {}))
     return {}
 
 
