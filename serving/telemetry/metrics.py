@@ -14,12 +14,12 @@ import collections
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.process_collector import ProcessCollector
 
-from perturbscope.errors import PerturbScopeError
+from perturbscope.errors import InferenceError, PerturbScopeError
 from serving.telemetry import tracing
 
 if TYPE_CHECKING:
@@ -146,6 +146,9 @@ DROPPED_CELLS = Counter(
     registry=REGISTRY,
 )
 ProcessCollector(registry=REGISTRY)
+for _transport in ("http", "grpc"):
+    for _metric in (UNAUTHENTICATED, STREAMS):
+        _metric.labels(_transport)
 
 Reason = Literal["cancelled", "deadline", "overloaded"]
 _PER_MODEL = (
@@ -198,6 +201,11 @@ class ModelMetrics:
 
     def __init__(self, name: str, version: str) -> None:
         self._labels = (name, version)
+        # A series that begins with its first failure has no increase that an alert could see.
+        BATCH_FAILURES.labels(name, version, InferenceError.code)
+        for reason in get_args(Reason):
+            for dropped in (DROPPED_REQUESTS, DROPPED_CELLS):
+                dropped.labels(name, version, reason)
         self._closed = False
         with _lock:
             _watched[self._labels] += 1

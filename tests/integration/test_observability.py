@@ -68,6 +68,7 @@ class Watched(NamedTuple):
     collector: Collector
     keys: dict[str, str]
     cells: CountMatrix
+    folder: Path
 
     def page(self) -> httpx.Response:
         return httpx.get(f"{self.server.url}/metrics", headers={"authorization": f"Bearer {self.keys['prometheus']}"})
@@ -90,12 +91,13 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
         "OTEL_BSP_SCHEDULE_DELAY": "100",
         "OTEL_SERVICE_NAME": "perturbscope-test",
+        "BENTOML_HOME": str(folder / "bentoml"),
     }
     bundle = write_tiny_bundle(folder / "tiny")
     genes = Bundle.open(bundle).vocabulary.gene_ids[:30]
     cells = CountMatrix.from_matrix(np.eye(4, 30, dtype=int) + 1, genes)
     with RunningServer(folder, environ=environ, bundle=bundle, keys=folder / "keys.json") as running:
-        yield Watched(running, collector, {name: text for name, (_, text) in made.items()}, cells)
+        yield Watched(running, collector, {name: text for name, (_, text) in made.items()}, cells, folder)
     server.stop(None)
 
 
@@ -173,6 +175,12 @@ def test_made_up_paths_make_no_series(watched: Watched, page: str) -> None:
     for status, times in ((404, 20), (405, 1)):
         labels = f'code="invalid_parameter",route="other",status="{status}",transport="http"'
         assert f"perturbscope_requests_total{{{labels}}} {times}.0" in text
+
+
+def test_counting_writes_no_files(watched: Watched, page: str) -> None:
+    """A full disk would kill a process that keeps its numbers in mapped files."""
+    assert (watched.folder / "bentoml").is_dir()
+    assert [path.name for path in watched.folder.rglob("*.db")] == []
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
@@ -310,6 +318,12 @@ def test_every_alert_says_what_to_do_and_where_it_is_written() -> None:
         assert rule["labels"]["severity"] in {"page", "ticket"}
         assert rule["annotations"]["runbook"].endswith(f"docs/operations.md#{rule['alert'].lower()}")
         assert rule["alert"] in headings
+
+
+def test_links_within_the_document_lead_somewhere() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    there = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ ([\w ]+)$", text, re.MULTILINE)}
+    assert set(re.findall(r"\(#([\w-]+)\)", text)) <= there
 
 
 def test_the_documents_table_of_metrics_is_complete(page: str) -> None:

@@ -291,3 +291,14 @@ def test_memory_is_that_of_all_processes_of_the_service() -> None:
     finally:
         child.communicate(b"\n")
     assert alone > 2**20
+
+
+def test_series_that_alerts_watch_are_there_before_the_first_failure() -> None:
+    watched = ModelMetrics("new", "1")
+    labels = {"model": "new", "version": "1"}
+    assert REGISTRY.get_sample_value("perturbscope_batch_failures_total", {**labels, "code": "inference_failed"}) == 0
+    for reason in ("cancelled", "deadline", "overloaded"):
+        assert REGISTRY.get_sample_value("perturbscope_dropped_requests_total", {**labels, "reason": reason}) == 0
+    for transport in ("http", "grpc"):
+        assert REGISTRY.get_sample_value("perturbscope_unauthenticated_total", {"transport": transport}) is not None
+    watched.close()
