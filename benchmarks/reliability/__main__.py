@@ -21,11 +21,11 @@ MODULES = (
     "killed",
     "clients",
     "disk",
+    "keys",
     "models",
     "fuzzing",
     "hostile",
     "clock",
-    "keys",
     "stopping",
     "bad_input",
 )

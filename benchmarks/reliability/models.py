@@ -66,7 +66,7 @@ async def swap(trial: Trial) -> None:
             swapped = 0
             for number in range(trial.plan.times(4, 1)):
                 for name, damage in DAMAGES.items():
-                    place(repository / "tiny", good[number % 2], damage)
+                    place(repository / "tiny", good[(number + 1) % 2], damage)
                     refused[name] = await load()
                 place(repository / "tiny", good[(number + 1) % 2], None)
                 swapped += await load() == 200
@@ -124,7 +124,7 @@ async def provider(trial: Trial) -> None:
     switch.mkdir()
     environ = {"PERTURBSCOPE_TRIAL": str(switch), "PYTHONPATH": os.pathsep.join([str(HOOKS), str(ROOT)])}
     settings: dict[str, Any] = {"environ": environ, "bundle": put_bundle(trial.folder / "b", seed=0, version="1")}
-    with trial.service(**settings, max_batch_seconds=BATCH_SECONDS) as server:
+    with trial.service(**settings, inference_timeout=BATCH_SECONDS) as server:
         cells, expected = real_cells("hill", 5), right_vectors("hill", 5, trial.folder / "b")
         async with Asker(server, timeout=60) as asker:
             before = trial.before(server)
