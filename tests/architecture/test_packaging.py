@@ -96,7 +96,13 @@ def test_dockerfile_makes_what_the_readme_promises() -> None:
     assert names[-1] == "cpu", "the image that is built without --target"
     assert "gpu" in names
     runtime = stages[names.index("runtime")]
-    for line in ("EXPOSE 3000 3001", "USER 10001:10001", "HEALTHCHECK ", "/readyz", 'CMD ["python3", "-m", "serving"]'):
+    for line in (
+        "EXPOSE 3000 3001",
+        "USER 10001:10001",
+        "HEALTHCHECK ",
+        "serving.healthcheck",
+        'CMD ["python3", "-m", "serving"]',
+    ):
         assert line in runtime
     for final in ("cpu", "gpu"):
         assert stages[names.index(final)].startswith(f"runtime AS {final}")
