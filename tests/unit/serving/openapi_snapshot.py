@@ -1,0 +1,106 @@
+"""What the JSON routes of /v1 promise, as plain data, and which changes of it break a client.
+
+``python -m tests.unit.serving.openapi_snapshot`` writes it anew, after a change that breaks nobody.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from serving import openapi
+from serving.http import build_app
+
+SNAPSHOT = Path(__file__).with_name("openapi_v1.json")
+Promise = dict[str, Any]
+_JSON = "application/json"
+
+
+@functools.cache
+def current() -> Promise:
+    """The promise of the document as it is; not to be changed."""
+    return of_document(openapi.document(build_app(), keys=False))
+
+
+def of_document(document: dict[str, Any]) -> Promise:
+    """For each method and path: what it takes and gives, as paths into the JSON with their types."""
+    found: Promise = {}
+    for path, operations in document["paths"].items():
+        if not path.startswith("/v1/"):
+            continue
+        for method, operation in operations.items():
+            body = operation.get("requestBody", {}).get("content", {})
+            answer = operation["responses"]["200"].get("content", {})
+            takes = _walk(body.get(_JSON, {}).get("schema", {}), document)
+            found[f"{method.upper()} {path}"] = {
+                "reads": sorted(body),
+                "writes": sorted(answer),
+                "takes": {name: kind for name, (kind, _) in takes.items()},
+                "needs": sorted(name for name, (_, needed) in takes.items() if needed),
+                "gives": {
+                    name: kind for name, (kind, _) in _walk(answer.get(_JSON, {}).get("schema", {}), document).items()
+                },
+                "parameters": sorted(item["name"] for item in operation.get("parameters", ())),
+            }
+    return found
+
+
+def _walk(schema: Any, document: dict[str, Any], where: str = "", needed: bool = False) -> dict[str, tuple[str, bool]]:
+    """Every place of a body: its types, and whether it must be there. ``cells.data[]`` is an item of a list."""
+
+    def resolved(part: Any) -> Any:
+        name = part.get("$ref", "").rsplit("/", 1)[-1]
+        return document["components"]["schemas"][name] if name else part
+
+    schema = resolved(schema)
+    choices = [resolved(choice) for choice in schema.get("anyOf", [schema])]
+    kinds = sorted({str(choice.get("type", "any")) for choice in choices})
+    found = {where: ("|".join(kinds), needed)} if where else {}
+    for choice in choices:
+        for name, inner in choice.get("properties", {}).items():
+            found |= _walk(inner, document, f"{where}.{name}".lstrip("."), name in choice.get("required", ()))
+        if isinstance(choice.get("items"), dict):
+            found |= _walk(choice["items"], document, f"{where}[]")
+    return found
+
+
+def broken(old: Promise, new: Promise) -> list[str]:
+    """What a client that was made for `old` would trip over in `new`, in words; empty: nothing."""
+    found: list[str] = []
+    for route, promise in old.items():
+        now = new.get(route)
+        if now is None:
+            found.append(f"{route} is gone")
+            continue
+        for key, what in (("reads", "no longer reads"), ("writes", "no longer writes"), ("parameters", "lost")):
+            found += [f"{route} {what} {item}" for item in promise[key] if item not in now[key]]
+        found += [f"{route} now needs {item}" for item in now["needs"] if item not in promise["needs"]]
+        for key, what in (("takes", "takes"), ("gives", "gives")):
+            for name, kind in promise[key].items():
+                if name not in now[key]:
+                    found.append(f"{route} no longer {what} {name}")
+                elif not _fits(kind, now[key][name], taken=key == "takes"):
+                    found.append(f"{route} {what} {name} as {now[key][name]}, no longer as {kind}")
+    return found
+
+
+def _fits(old: str, new: str, *, taken: bool) -> bool:
+    """Whether a type that was taken still is; or a type that is given was one that clients expect."""
+    before, after = set(old.split("|")), set(new.split("|"))
+    return before <= after if taken else after <= before
+
+
+def main() -> int:
+    """Write the snapshot; say what the change breaks."""
+    new = current()
+    trouble = broken(json.loads(SNAPSHOT.read_text()), new) if SNAPSHOT.exists() else []
+    SNAPSHOT.write_text(json.dumps(new, indent=1, sort_keys=True) + "\n")
+    sys.stdout.write("".join(f"breaks clients: {item}\n" for item in trouble) + f"wrote {SNAPSHOT}\n")
+    return bool(trouble)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
