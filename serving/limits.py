@@ -179,8 +179,10 @@ def decoded_bytes(media_type: str, body: bytes) -> int:
     """
     if media_type != JSON:
         return GROWTH * len(body)
-    text = len(body) * (1 if body.isascii() else 4)
-    return text + sum(
+    # The text, and the strings that it holds; one wide character makes all of a string four bytes wide, and an escape
+    # has it put together from parts.
+    widths = 2 if body.isascii() and b"\\" not in body else 12
+    return widths * len(body) + sum(
         body.count(mark) * cost for mark, cost in ((b",", 48), (b"[", 72), (b"{", 104), (b":", 132), (b'"', 16))
     )
 

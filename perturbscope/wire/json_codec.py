@@ -25,6 +25,8 @@ from perturbscope.wire.tables import COMPARE_KINDS, SCORE_KINDS, embed_meta, emb
 
 _CELLS = ("gene_ids", "indptr", "indices", "data")
 _PER_CELL = ("lengths", "n_detected", "known_share")
+_PIECE = 16_384
+"""Numbers that are encoded at a time: some milliseconds."""
 _LABELLED = ("cells", "embeddings", "batches", "options", "model")
 
 
@@ -72,9 +74,8 @@ def compare_request_from_json(body: bytes) -> CompareRequest:
 
 def embed_answer_to_json(answer: Embeddings) -> bytes:
     """``{"embeddings", "lengths", "n_detected", "known_share", "below_min_genes", "meta"}``."""
-    return _dump(
+    rest = _dump(
         {
-            "embeddings": check.short_floats(answer.values),
             "lengths": answer.lengths.tolist(),
             "n_detected": answer.n_detected.tolist(),
             "known_share": check.short_floats(answer.known_share),
@@ -82,6 +83,13 @@ def embed_answer_to_json(answer: Embeddings) -> bytes:
             "meta": check.finite(check.meta_to_dict(embed_meta(answer), answer.warnings())),
         }
     )
+    # Python's encoder lets no other thread run until it is done, and makes an object of every number: so, in pieces.
+    step = max(1, _PIECE // max(1, answer.values.shape[1]))
+    pieces = (
+        _dump(check.short_floats(answer.values[start : start + step]))[1:-1]
+        for start in range(0, len(answer.values), step)
+    )
+    return b'{"embeddings":[' + b",".join(pieces) + b"]," + rest[1:]
 
 
 def embed_answer_from_json(body: bytes) -> Embeddings:
@@ -143,7 +151,7 @@ def error_to_json(error: PerturbScopeError) -> bytes:
     return _dump({"error": error.to_dict()})
 
 
-def _dump(value: Mapping[str, Any]) -> bytes:
+def _dump(value: Mapping[str, Any] | list[Any]) -> bytes:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 

@@ -1,0 +1,166 @@
+"""Room for requests and for what becomes of them."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perturbscope import wire
+from perturbscope.counts import CountMatrix
+from perturbscope.errors import InvalidInputError, LimitExceededError, OverloadedError
+from perturbscope.wire import EmbedRequest, ScoreRequest
+from perturbscope.wire.fields import parse_json
+from serving.limits import Admission, decoded_bytes
+from serving.settings import Settings
+from serving.workers import LARGE, size_of
+
+
+def admission(**settings: Any) -> Admission:
+    return Admission(Settings(**settings))
+
+
+def test_one_key_leaves_room_for_the_requests_of_another() -> None:
+    room = admission(max_requests=8)
+    entered = [room.admit("bulk") for _ in range(6)]
+    for one in entered:
+        one.__enter__()
+    with pytest.raises(OverloadedError, match="6 requests are in progress, which is the limit for one API key"):
+        room.admit("bulk").__enter__()
+    with room.admit("small"):
+        assert room.in_progress == 7
+    for one in entered:
+        one.__exit__(None, None, None)
+    assert room.in_progress == 0
+
+
+def test_without_keys_all_of_the_room_is_used() -> None:
+    room = admission(max_requests=3)
+    with (
+        room.admit(),
+        room.admit(),
+        room.admit(),
+        pytest.raises(OverloadedError, match=r"3 requests are in progress, which is the limit\."),
+    ):
+        room.admit().__enter__()
+
+
+def test_a_large_body_leaves_room_for_a_small_one() -> None:
+    room = admission(max_body_bytes=100, max_held_bytes=200)
+    with room.admit() as first, room.admit() as second, room.admit() as small:
+        first(100)
+        second(70)
+        with pytest.raises(OverloadedError, match="of which a request leaves room to others"):
+            second(10)
+        small(10)
+        assert room.held_bytes == 180
+    assert room.held_bytes == 0
+
+
+def test_what_is_reserved_counts_for_all_but_not_as_the_body() -> None:
+    room = admission(max_body_bytes=100, max_held_bytes=1000)
+    with room.admit() as held:
+        held(90)
+        held.reserve(700)
+        assert (room.held_bytes, held.n_bytes, held.n_reserved) == (790, 90, 700)
+        held(10)
+        with room.admit() as other, pytest.raises(OverloadedError):
+            other.reserve(600)
+        held.release_reserved(600)
+        assert room.held_bytes == 200
+        with pytest.raises(LimitExceededError, match=r"would need about 1,201 bytes of memory.*or as Arrow"):
+            held.reserve(1001)
+        held.release()
+        assert room.held_bytes == 100
+    assert room.held_bytes == 0
+
+
+async def test_drained_waits_for_the_last_request() -> None:
+    room = admission()
+    assert await room.drained(0)
+    with room.admit():
+        assert not await room.drained(0.01)
+    assert await room.drained(0)
+    room.closed = True
+    with pytest.raises(OverloadedError, match="shutting down"):
+        room.admit().__enter__()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        json.dumps(list(range(100_000))),
+        json.dumps([0] * 200_000),
+        json.dumps([0.123456789] * 50_000),
+        json.dumps([f"{i:x}" for i in range(50_000)]),
+        json.dumps([[]] * 50_000),
+        json.dumps([{}] * 50_000),
+        json.dumps([{f"{i:x}": 0} for i in range(50_000)]),
+        json.dumps({f"{i:x}": 0 for i in range(50_000)}),
+        json.dumps([[0.5, 1.5]] * 50_000),
+        '["\U0001f600' + "x" * 1_000_000 + '"]',
+        '["\\ud83d\\ude00' + "x" * 1_000_000 + '"]',
+        "[" * 500 + "]" * 500,
+    ],
+    ids=[
+        "integers",
+        "zeros",
+        "floats",
+        "strings",
+        "lists",
+        "objects",
+        "named",
+        "names",
+        "pairs",
+        "wide",
+        "escaped",
+        "nested",
+    ],
+)
+def test_decoding_json_takes_no_more_than_was_held(body: str) -> None:
+    data = body.encode()
+    tracemalloc.start()
+    parsed = parse_json(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert parsed is not None
+    assert peak <= decoded_bytes(wire.JSON, data) + 100_000
+
+
+def test_decoding_a_request_takes_no_more_than_was_held(rng: np.random.Generator) -> None:
+    genes = [f"ENSG{i:011d}" for i in range(400)]
+    cells = CountMatrix.from_matrix(1 + rng.poisson(0.5, size=(500, 400)), genes)
+    vectors = rng.standard_normal((3000, 40)).astype(np.float32)
+    labels = ("a", "b") * 1500
+    request = EmbedRequest(cells=cells)
+    score = ScoreRequest(embeddings=vectors, perturbations=labels, control="a")
+    bodies = [
+        (wire.JSON, wire.embed_request_to_json(request), wire.embed_request_from_json),
+        (wire.JSON, wire.score_request_to_json(score), wire.score_request_from_json),
+        (wire.ARROW, wire.embed_request_to_arrow(request), wire.embed_request_from_arrow),
+        (wire.ARROW, wire.score_request_to_arrow(score), wire.score_request_from_arrow),
+    ]
+    for media_type, body, decode in bodies:
+        decode(body)  # what is loaded once is not the request's
+        tracemalloc.start()
+        try:
+            decode(body)
+        except InvalidInputError as error:  # pragma: no cover
+            raise AssertionError from error
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak <= decoded_bytes(media_type, body) + 200_000
+
+
+def test_sizes_of_what_is_worked_on(rng: np.random.Generator) -> None:
+    cells = CountMatrix.from_matrix(1 + rng.poisson(1.0, size=(300, 1000)), [f"g{i}" for i in range(1000)])
+    assert size_of(cells) == cells.counts.data.nbytes >= LARGE
+    assert size_of(EmbedRequest(cells=cells)) == size_of(cells)
+    assert size_of(b"12345") == 5
+    assert size_of(wire.embed_request_to_proto(EmbedRequest(cells=cells))) > LARGE
+    assert size_of("a name") == size_of(None) == 0
+    vectors = np.ones((10, 10), dtype=np.float32)
+    assert size_of(ScoreRequest(embeddings=vectors, perturbations=("a",) * 10, control="a")) == 400
