@@ -209,6 +209,24 @@ def test_a_trace_of_the_caller_reaches_the_collector_whole(watched: Watched, kin
     assert watched.collector.resources[0]["service.name"] == "perturbscope-test"
 
 
+def test_a_stream_is_one_trace_with_a_turn_for_every_chunk(watched: Watched) -> None:
+    mine = SpanContext(0x57AEA, 0xBEEF, is_remote=False, trace_flags=TraceFlags(1))
+    with (
+        GrpcClient(watched.server.target, api_key=watched.keys["pipeline"]) as client,
+        trace.use_span(NonRecordingSpan(mine)),
+    ):
+        answers = list(client.embed_stream(iter([watched.cells] * 3)))
+    assert [len(answer.values) for answer in answers] == [4, 4, 4]
+    name = "perturbscope.v1.PerturbScope/EmbedStream"
+    found = watched.collector.trace(mine.trace_id, done=lambda spans: any(span.name == name for span in spans))
+    (root,) = [span for span in found if span.name == name]
+    below = [span.name for span in found if span.parent_span_id == root.span_id]
+    assert below.count("decode") == below.count("queue") == below.count("inference") == 3
+    assert {item.key: item.value.int_value for item in root.attributes}["perturbscope.cells"] == 12
+    series = 'perturbscope_streams_open{transport="grpc"} 0.0'
+    assert series in watched.page().text
+
+
 def test_the_log_is_json_and_keeps_secrets(watched: Watched, page: str) -> None:
     lines = [json.loads(line) for line in watched.server.log.splitlines()]
     assert all({"time", "level", "event"} <= set(line) for line in lines)
