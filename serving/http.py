@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -97,8 +98,14 @@ def build_app() -> FastAPI:
     add_routes(app)
     app.add_exception_handler(HTTPException, _refused)
     app.router.redirect_slashes = False
-    app.openapi = lambda: openapi.document(app, keys=bool(app.state.engine.settings.keys))  # type: ignore[method-assign]
+    app.openapi = functools.partial(_document, app)  # type: ignore[method-assign]
     return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document; BentoML asks for it when it packs the service too, where there is no engine."""
+    engine: Engine | None = getattr(app.state, "engine", None)
+    return openapi.document(app, keys=engine is not None and bool(engine.settings.keys))
 
 
 def _endpoint(route: Route) -> Callable[[Request], Awaitable[Response]]:

@@ -27,6 +27,7 @@ from perturbscope.bundle import Bundle
 from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient, RetryPolicy
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
+from perturbscope.families import pad
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from perturbscope.results import ScoreOptions
@@ -102,6 +103,28 @@ def test_the_documents_describe_the_routes(server: RunningServer) -> None:
     bentos = httpx.get(f"{server.url}/docs.json").json()["paths"]
     assert routes <= set(bentos)
     assert wire.HDF5 in bentos["/v1/embed"]["post"]["requestBody"]["content"]
+
+
+def test_the_open_inference_protocol_is_served_beside_bentomls_own_routes(
+    server: RunningServer, embedder: Embedder, tiny_cells: CountMatrix, offline: NDArray[np.float32]
+) -> None:
+    tokens = embedder.tokenize(tiny_cells)
+    arrays = pad(tokens, np.arange(len(tokens)), embedder.family.inputs)
+    inputs = [
+        {"name": name, "datatype": "INT64", "shape": values.shape, "parameters": {"binary_data_size": values.nbytes}}
+        for name, values in arrays.items()
+    ]
+    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    with httpx.Client(base_url=f"{server.url}/v2") as http:
+        assert http.get("/health/ready").json() == {"ready": True}
+        assert http.get("/models/tiny").json()["outputs"][0]["shape"] == [-1, embedder.width]
+        body = head + b"".join(values.astype("<i8").tobytes() for values in arrays.values())
+        length = "inference-header-content-length"
+        reply = http.post("/models/tiny/infer", content=body, headers={length: str(len(head))})
+        values = np.frombuffer(reply.content[int(reply.headers[length]) :], "<f4")
+        np.testing.assert_allclose(values.reshape(offline.shape), offline, rtol=0, atol=1e-5)
+        reply = http.put("/models/tiny")
+        assert (reply.status_code, reply.headers["allow"]) == (405, "GET")
 
 
 def test_models(client: Client | GrpcClient, bundle: Path) -> None:
