@@ -96,7 +96,12 @@ class ModelRegistry:
         """
         registry = cls(settings)
         repository = registry.repository
-        for folder in (*repository.named, *repository.scan()):
+        try:
+            folders = [*repository.named, *repository.scan()]
+        except OSError as error:
+            log.event("repository_unreadable", "error", reason=str(error))
+            folders = [*repository.named]
+        for folder in folders:
             snapshot = None
             try:
                 path = repository.find(folder)

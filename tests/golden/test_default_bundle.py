@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 
 from perturbscope.bundle import GOLDEN, Bundle
@@ -44,6 +45,26 @@ def test_the_int8_variant_is_as_near_as_its_manifest_says():
         cosine = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
         assert cosine.min() > 0.99
     assert 0.99 < bundle.manifest.variants["int8"].cosine <= 1
+
+
+def test_rounding_as_of_an_accelerator_is_within_its_limit_and_beyond_that_of_the_cpu(tmp_path):
+    """TensorFloat-32 keeps 10 of the 23 bits of a factor; here those of the weights."""
+    bundle = Bundle.open(BUNDLE)
+    graph = onnx.load(bundle.graph())
+    for item in graph.graph.initializer:
+        weights = onnx.numpy_helper.to_array(item)
+        if weights.dtype == np.float32 and weights.ndim == 2:
+            rounded = ((weights.copy().view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+            item.CopyFrom(onnx.numpy_helper.from_array(rounded, item.name))
+    files = {name: BUNDLE / name for name in bundle.manifest.files} | {"model.onnx": graph.SerializeToString()}
+    embedder = Embedder.from_bundle(Bundle.write(tmp_path / "rounded", bundle.manifest, files))
+    golden = read_golden(bundle)
+    on_cpu = check_golden(embedder, golden)
+    assert not on_cpu.passed
+    assert 1e-4 < on_cpu.largest_difference < 1e-2
+    assert on_cpu.lowest_cosine > 1 - 1e-6
+    values = embedder.embed_tokens(golden.tokenize(embedder))
+    assert golden.compare(values, variant="fp32", provider="CUDAExecutionProvider").passed
 
 
 @pytest.mark.parametrize("variant", ["fp32", "int8"])

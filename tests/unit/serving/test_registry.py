@@ -513,6 +513,18 @@ async def test_a_repository_that_has_lost_its_disk_changes_nothing(
     assert await loaded.ready()
 
 
+async def test_a_repository_that_is_lost_at_the_start_is_looked_for_later(tmp_path: Path) -> None:
+    settings = Settings(repository=str(tmp_path / "later"))
+    registry = ModelRegistry.open(settings)
+    assert not await registry.ready()
+    await registry.poll()
+    write_tiny_bundle(tmp_path / "later" / "a")
+    await registry.poll()
+    assert names(registry) == ["tiny@0.1"]
+    assert await registry.ready()
+    await registry.close()
+
+
 async def test_the_watch_looks_from_time_to_time_and_outlives_a_bug(
     make_registry: MakeRegistry, bundles: FakeBundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
