@@ -9,6 +9,14 @@
     async with AsyncGrpcClient("localhost:3001") as client:
         embeddings = await client.embed_cells(cells)
 
+A server with API keys and TLS::
+
+    Client("https://host:3000", api_key=..., ca="authority.pem")
+    GrpcClient("grpcs://host:3001", ca="authority.pem", cert=("client.pem", "client.key"))
+
+What is left out is taken from the environment, ``PERTURBSCOPE_API_KEY`` first of all; see
+:mod:`perturbscope.client.access`.
+
 Errors are those of :mod:`perturbscope.errors`, the same that the library raises without a server. Overload and a server
 that cannot be reached are retried; see :class:`RetryPolicy`.
 """

@@ -173,7 +173,7 @@ async def test_the_columns_of_a_file(http: httpx.AsyncClient, tmp_path: Path, ti
     assert first["control"] == "Non-Targeting_1"
     assert first["labels"][0] == {"label": "KO1", "n_cells": 12}
     assert (await http.post("/v1/columns", content=b"no file", headers=HDF5)).status_code == 422
-    assert (await http.post("/v1/columns", content=b"{}", headers={"content-type": wire.JSON})).status_code == 422
+    assert (await http.post("/v1/columns", content=b"{}", headers={"content-type": wire.JSON})).status_code == 415
 
 
 @pytest.mark.parametrize(
