@@ -6,7 +6,7 @@ import ast
 import logging
 import re
 import zlib
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from perturbscope import wire
 from perturbscope.counts import CountMatrix
+from perturbscope.proto import open_inference_pb2
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from perturbscope.wire import EmbedRequest
@@ -27,6 +28,8 @@ from serving.engine import Engine
 from serving.grpc_server import SERVICE, GrpcServer
 from serving.http import build_app
 from serving.log import logger
+from serving.security import interceptor as grpc_guard
+from serving.security import middleware as http_guard
 from serving.security.keys import MESSAGE, keys_to_json, make_key
 from serving.security.middleware import KeyMiddleware
 from serving.security.rates import FAILURES_PER_MINUTE
@@ -404,3 +407,39 @@ def test_the_threat_model_names_tests_that_exist() -> None:
     assert len(names) > 10
     for name in names:
         assert list(ROOT.glob(name)) or list(ROOT.glob(f"tests/*/**/{name}")), name
+
+
+async def test_no_http_route_is_open_but_those_listed(guarded: Guarded) -> None:
+    """Whatever routes there are, those of models, streams and the Open Inference Protocol among them."""
+    asked = 0
+    async with guarded.http() as http:
+        for route in _routes(guarded.app.routes):
+            path = re.sub(r"\{[^}]*\}", "x", route.path)
+            for method in sorted(getattr(route, "methods", None) or {"POST"}):
+                reply = await http.request(method, path)
+                assert (reply.status_code == 401) is (path not in http_guard.OPEN), (method, path, reply.status_code)
+                asked += 1
+    assert asked > 15
+
+
+def _routes(routes: Any) -> Iterator[Any]:
+    for route in routes:
+        if hasattr(route, "path"):
+            yield route
+        yield from _routes(getattr(route, "routes", None) or [])
+
+
+async def test_no_grpc_method_is_open_but_those_listed(guarded: Guarded, channel: Any) -> None:
+    files = (pb.DESCRIPTOR, open_inference_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR)
+    methods = {
+        f"/{service.full_name}/{method.name}"
+        for file in files
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
+    served = await reflected(channel, guarded.metadata("pipeline"))
+    assert {method.split("/")[1] for method in methods} == set(served)
+    assert methods >= grpc_guard.OPEN
+    for method in sorted(methods - grpc_guard.OPEN):
+        code, _ = await status_of(channel.unary_unary(method)(b""))
+        assert code == grpc.StatusCode.UNAUTHENTICATED, method
