@@ -228,7 +228,8 @@ def _integral(
     else:
         rounded = data
         bad = data < 0 if data.dtype.kind == "i" else np.zeros(len(data), dtype=bool)
-    bad |= rounded > MAX_COUNT
+    # As float64: MAX_COUNT as float32 is 2^31, which int32 cannot hold, and as float16 it is infinite.
+    bad |= rounded > (np.float64(MAX_COUNT) if data.dtype.kind == "f" else MAX_COUNT)
     if not bad.any():
         counts: NDArray[np.int32] = rounded.astype(np.int32, copy=False)
         return counts
@@ -239,7 +240,7 @@ def _integral(
         why = "is not a finite number"
     elif value < 0:
         why = "is negative; the data look scaled or centred"
-    elif value > MAX_COUNT:
+    elif float(value) > MAX_COUNT:
         why = f"is larger than {MAX_COUNT}"
     elif np.nanmax(data) < 20:
         why = "is fractional; the data look log-normalised"

@@ -72,6 +72,17 @@ def test_floats_that_are_almost_integers_are_those_integers():
     np.testing.assert_array_equal(cells.counts.toarray(), COUNTS)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint32])
+def test_one_more_than_the_largest_count_is_refused(dtype):
+    """float32 cannot tell 2^31 from 2^31 - 1; int32 cannot hold it."""
+    with pytest.raises(NotRawCountsError, match="larger than 2147483647"):
+        csr(data=np.array([MAX_COUNT + 1, 1, 1], dtype=dtype))
+
+
+def test_half_precision_holds_its_own_counts():
+    assert csr(data=np.array([60000, 1, 1], dtype=np.float16)).counts.max() == 60000
+
+
 def test_the_largest_count():
     assert CountMatrix.from_matrix([[MAX_COUNT, 0, 1]], GENES).counts.max() == MAX_COUNT
 
