@@ -142,7 +142,7 @@ class ChunkLimits:
         chunks = []
         start = 0
         while start < len(cells):
-            fitting = int(np.searchsorted(indptr, indptr[start] + self.values, side="right")) - 1
+            fitting = int(np.searchsorted(indptr, int(indptr[start]) + self.values, side="right")) - 1
             stop = min(len(cells), start + self.cells, max(start + 1, fitting))
             chunks.append((start, stop))
             start = stop

@@ -1,9 +1,9 @@
 """Streams of chunks: what a client keeps of one, and how it goes on after a failure. No network.
 
 Over gRPC a stream is one call with messages in both directions. Over HTTP it is one request a part, several of them in
-flight: HTTP/1.1 clients and proxies send a whole request before they read its answer, each of those requests can go to
-another replica and is repeated alone, and the genes' names that each repeats are a tenth of its bytes. (The server's
-``/v1/embed/stream`` is for callers without this client.)
+flight: HTTP/1.1 clients and many proxies send a whole request before they read its answer, and each of those requests
+can go to another replica, and is repeated alone. The price is that each repeats the genes' names; where that matters,
+use gRPC. (The server's ``/v1/embed/stream`` is for callers without this client.)
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Flight:
         for chunk in self._chunks:
             if chunk.sent < len(chunk.cells):
                 indptr = chunk.cells.counts.indptr
-                fitting = int(np.searchsorted(indptr, indptr[chunk.sent] + self._limits.values, side="right")) - 1
+                fitting = int(np.searchsorted(indptr, int(indptr[chunk.sent]) + self._limits.values, side="right")) - 1
                 stop = min(len(chunk.cells), chunk.sent + self._most, max(chunk.sent + 1, fitting))
                 part = chunk.cells[chunk.sent : stop]
                 chunk.sent = stop
