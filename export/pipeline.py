@@ -20,7 +20,7 @@ from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import BundleError, InvalidParameterError
 from perturbscope.families import Family, load_family
-from perturbscope.golden import make_golden
+from perturbscope.golden_making import make_golden
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.pooling import LAYER, POOLING
 

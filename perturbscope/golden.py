@@ -14,35 +14,29 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
 from perturbscope.bundle import GOLDEN, Bundle
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import CorruptBundleError, GoldenMismatchError, PerturbScopeError
 from perturbscope.families import TokenizedCells
-from perturbscope.genes import GeneResolver, GeneVocabulary
+from perturbscope.genes import GeneVocabulary
 
 FORMAT = 1
 TOLERANCE = 1e-4
 """Largest difference of a value on the CPU, where the bundle's parity with torch names none."""
 ACCELERATOR_COSINE = 1 - 1e-4
 """Least cosine of a float32 cell on another provider than the CPU: those may multiply with fewer bits (TensorFloat-32
-keeps 10 of 23), so single values differ by more than any useful tolerance while the direction hardly does."""
+keeps 10 of 23), so single values differ by more than the tolerance while the direction hardly does. Weights rounded so
+move values of bundles/default by 0.001, and no cell further than a cosine of 1 - 1e-6."""
 VARIANT_SLACK = 2.0
 """A smaller variant may be this many times as far from float32 as it was when it was exported."""
 MIN_SLACK = 1e-4
 """Least allowance of a variant's cosine: one that was as good as exact may still differ between processors."""
-SHORT_LENGTHS = (1, 7)
-"""Genes of the made cells that stand beside real ones, which are all long."""
-LENGTHS = (*SHORT_LENGTHS, 64, 2048)
-"""Genes of the made cells where there are no real ones; the last is cut to what the model takes."""
-_REAL_CELLS, _MAX_GENES = 3, 2500
 _EXACT = ("CPUExecutionProvider", "")
 """Providers that compute float32 in full; empty: no provider at all."""
 
@@ -93,7 +87,7 @@ class GoldenResult:
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """Cells, and what the model made of them. Use :func:`read_golden` and :func:`make_golden`.
+    """Cells, and what the model made of them; see :func:`read_golden`, and :mod:`perturbscope.golden_making`.
 
     Attributes
     ----------
@@ -132,7 +126,7 @@ class Golden:
             raise GoldenMismatchError(
                 f"The golden cells of {embedder.model_id} cannot be tokenized: {error.message}", field="golden"
             ) from error
-        for cell, (expected, found) in enumerate(zip(self.digests, _digests(tokens), strict=True)):
+        for cell, (expected, found) in enumerate(zip(self.digests, digests_of(tokens), strict=True)):
             if found != expected:
                 raise GoldenMismatchError(
                     f"Golden cell {cell} of {embedder.model_id} has other tokens than at export ({found}, not "
@@ -144,7 +138,7 @@ class Golden:
 
     def compare(self, values: NDArray[np.float32], *, variant: str, provider: str) -> GoldenResult:
         """Compare vectors of the cells with the golden ones."""
-        worst, lowest = _distance(self.vectors, values)
+        worst, lowest = distance(self.vectors, values)
         if variant == "fp32" and provider in _EXACT:
             passed, limit = worst <= self.tolerance, f"at most {self.tolerance:g}"
         else:
@@ -206,7 +200,7 @@ class Golden:
         rows = [np.array(cell["rows"], dtype=np.int64) for cell in cells]
         if any(len(part) == 0 or part.min() < 0 or part.max() >= len(genes) for part in rows):
             raise ValueError("a gene is no row of the vocabulary")
-        counts = _matrix(rows, [np.array(cell["counts"]) for cell in cells], genes, [cell["total"] for cell in cells])
+        counts = cells_of(rows, [np.array(cell["counts"]) for cell in cells], genes, [cell["total"] for cell in cells])
         tolerance, cosines = float(data["tolerance"]), {str(k): float(v) for k, v in data["cosines"].items()}
         if not (0 < tolerance < np.inf and all(-1 <= value <= 1 for value in cosines.values())):
             raise ValueError("a tolerance is out of range")
@@ -241,121 +235,7 @@ def read_golden(bundle: Bundle) -> Golden | None:
     return Golden.from_json(text, bundle)
 
 
-def make_golden(
-    embedders: Mapping[str, Embedder],
-    vocabulary: GeneVocabulary,
-    *,
-    cells: CountMatrix | None = None,
-    tolerance: float = TOLERANCE,
-    seed: int = 0,
-) -> Golden:
-    """Choose cells, and embed them.
-
-    Parameters
-    ----------
-    embedders
-        By variant, on the CPU; ``fp32`` among them.
-    vocabulary
-        Of the model.
-    cells
-        Real cells to choose from; without them, cells are made of random genes and counts.
-    tolerance
-        Largest difference of a value that a float32 graph may have later.
-    seed
-        Of made cells.
-    """
-    exact = embedders["fp32"]
-    chosen, source = _choose(vocabulary, exact.family.max_length, cells, seed)
-    tokens = exact.tokenize(chosen)
-    vectors = _one_by_one(exact, tokens)
-    cosines = {
-        name: min(_distance(vectors, values)[1] for values in (_one_by_one(other, tokens), other.embed_tokens(tokens)))
-        for name, other in embedders.items()
-        if name != "fp32"
-    }
-    return Golden(chosen, _digests(tokens), vectors, tolerance, cosines, source)
-
-
-def add_golden(path: str | Path, *, cells: CountMatrix | None = None, seed: int = 0) -> Bundle:
-    """Give a bundle golden vectors, or new ones; its graphs, and so its model id, stay.
-
-    The bundle is written anew beside the old one and then takes its place; a failure leaves the old one.
-
-    Raises
-    ------
-    BundleError
-        The bundle is damaged, or a graph does not load.
-    """
-    bundle = Bundle.open(path)
-    embedders = {name: Embedder.from_bundle(bundle, variant=name) for name in bundle.manifest.variants}
-    golden = make_golden(
-        embedders, bundle.vocabulary, cells=cells, tolerance=tolerance_of(bundle.manifest.parity), seed=seed
-    )
-    files: dict[str, Path | bytes] = {name: bundle.path / name for name in bundle.manifest.files}
-    files[GOLDEN] = golden.to_json(bundle.vocabulary).encode()
-    return Bundle.write(bundle.path, bundle.manifest, files, overwrite=True)
-
-
-def first_cells(path: str | Path) -> CountMatrix:
-    """The first chunk of a file, which is enough to choose from. Raises as :func:`perturbscope.readers.open_cells`."""
-    from perturbscope.readers import open_cells
-
-    with open_cells(path) as source:
-        return next(iter(source))
-
-
-def tolerance_of(parity: Mapping[str, Any]) -> float:
-    """The tolerance that a graph had towards torch, which it must keep towards its own vectors."""
-    value = parity.get("tolerance")
-    return float(value) if isinstance(value, int | float) and value > 0 else TOLERANCE
-
-
-def _choose(
-    vocabulary: GeneVocabulary, max_length: int, cells: CountMatrix | None, seed: int
-) -> tuple[CountMatrix, str]:
-    """Cells of different lengths, over the genes of the vocabulary, and where they are from."""
-    rng = np.random.default_rng(seed)
-    n_genes = len(vocabulary.gene_ids)
-    longest = min(max_length, n_genes, LENGTHS[-1])
-    lengths = sorted({min(length, longest) for length in (LENGTHS if cells is None else SHORT_LENGTHS)})
-    rows = [np.sort(rng.choice(n_genes, size=length, replace=False)) for length in lengths]
-    counts = [rng.integers(1, 40, size=length) for length in lengths]
-    totals = [float(part.sum()) for part in counts]
-    source = f"made of random genes and counts (seed {seed})"
-    if cells is not None:
-        known = _in_vocabulary(cells, vocabulary)
-        for cell in _spread(np.diff(known.indptr)):
-            part = slice(int(known.indptr[cell]), int(known.indptr[cell + 1]))
-            rows.append(known.indices[part].astype(np.int64))
-            counts.append(known.data[part])
-            totals.append(float(cells.totals[cell]))
-        source = f"{len(rows) - len(lengths)} real cells, and {len(lengths)} short ones {source}"
-    return _matrix(rows, counts, vocabulary.gene_ids, totals), source
-
-
-def _in_vocabulary(cells: CountMatrix, vocabulary: GeneVocabulary) -> sparse.csr_matrix:
-    """Counts by row of the vocabulary; other genes are left out."""
-    mapped = GeneResolver.default().map(cells.gene_ids, vocabulary).rows
-    kept = np.flatnonzero(mapped >= 0)
-    to_row = sparse.csr_matrix(
-        (np.ones(len(kept), dtype=np.int64), (kept, mapped[kept])), shape=(cells.n_genes, len(vocabulary.gene_ids))
-    )
-    known = sparse.csr_matrix(cells.counts.astype(np.int64) @ to_row)
-    known.sort_indices()
-    return known
-
-
-def _spread(n_detected: NDArray[Any]) -> list[int]:
-    """A few cells, from the poorest to the richest, of those that do not bloat the file."""
-    order = np.argsort(n_detected, kind="stable")
-    order = order[n_detected[order] > 0]
-    slim = order[n_detected[order] <= _MAX_GENES]
-    order = slim if len(slim) else order[:1]
-    at = np.linspace(0, len(order) - 1, min(_REAL_CELLS, len(order))).astype(int)
-    return [int(cell) for cell in order[np.unique(at)]]
-
-
-def _matrix(
+def cells_of(
     rows: Sequence[NDArray[Any]], counts: Sequence[NDArray[Any]], genes: Sequence[str] | NDArray[Any], totals: Any
 ) -> CountMatrix:
     """Cells over the genes that at least one of them expresses."""
@@ -365,11 +245,7 @@ def _matrix(
     return CountMatrix.from_csr(np.concatenate(counts), columns.astype(np.int64), indptr, names, totals=totals)
 
 
-def _one_by_one(embedder: Embedder, tokens: TokenizedCells) -> NDArray[np.float32]:
-    return np.concatenate([embedder.run(tokens, np.array([cell])) for cell in range(len(tokens))])
-
-
-def _digests(tokens: TokenizedCells) -> tuple[str, ...]:
+def digests_of(tokens: TokenizedCells) -> tuple[str, ...]:
     """Of each cell's arrays; the type of their numbers does not count, for it depends on the machine."""
     found = []
     for cell in tokens:
@@ -382,7 +258,7 @@ def _digests(tokens: TokenizedCells) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _distance(expected: NDArray[np.float32], found: NDArray[np.float32]) -> tuple[float, float]:
+def distance(expected: NDArray[np.float32], found: NDArray[np.float32]) -> tuple[float, float]:
     """Largest difference of a value, and lowest cosine of a row; at most 1."""
     a, b = expected.astype(np.float64), found.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)

@@ -94,7 +94,8 @@ def bundle_golden(
 
     A server compares with them before it serves the model. The weights and the model id do not change.
     """
-    from perturbscope.golden import add_golden, first_cells, read_golden
+    from perturbscope.golden import read_golden
+    from perturbscope.golden_making import add_golden, first_cells
 
     bundle = add_golden(path, cells=first_cells(cells) if cells else None, seed=seed)
     golden = read_golden(bundle)

@@ -15,7 +15,7 @@ from perturbscope.bundle import Bundle
 from perturbscope.client import Client, GrpcClient, RetryPolicy
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
-from perturbscope.golden import add_golden
+from perturbscope.golden_making import add_golden
 from serving.security.keys import keys_to_json, make_key
 from tests.bundles import write_tiny_bundle
 from tests.integration.server import RunningServer

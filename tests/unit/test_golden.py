@@ -16,7 +16,8 @@ from perturbscope.cli.app import app, run
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import CorruptBundleError, GoldenMismatchError
-from perturbscope.golden import Golden, GoldenResult, add_golden, check_golden, read_golden
+from perturbscope.golden import Golden, GoldenResult, check_golden, read_golden
+from perturbscope.golden_making import add_golden
 from tests.bundles import TINY_WIDTH, masked_mean_graph, tiny_files, tiny_manifest, write_tiny_bundle
 
 CUDA = "CUDAExecutionProvider"

@@ -27,7 +27,7 @@ from perturbscope.errors import (
     OverloadedError,
     UnknownModelError,
 )
-from perturbscope.golden import add_golden, make_golden
+from perturbscope.golden_making import add_golden, make_golden
 from perturbscope.wire import EmbedRequest
 from serving import log
 from serving.engine import Engine
