@@ -8,6 +8,8 @@
 
     async with AsyncGrpcClient("localhost:3001") as client:
         embeddings = await client.embed_cells(cells)
+        async for part in client.embed_stream(chunks):  # any number of cells, a few chunks of them in memory
+            ...
 
 A server with API keys and TLS::
 

@@ -6,6 +6,9 @@ For each message there are ``<message>_to_<format>`` and ``<message>_from_<forma
     embed_answer    score_answer    compare_answer                   json  arrow  proto
     models_answer                                                    json         proto
 
+Streams of cells, which have several messages in both directions, are in :mod:`perturbscope.wire.streams`, as protobuf
+in :mod:`perturbscope.wire.proto_stream` and as Arrow in :mod:`perturbscope.wire.arrow_messages`.
+
 JSON and Arrow are ``bytes``; protobuf is the message of :mod:`perturbscope.proto`. What comes in is not trusted: every
 decoder raises an error of :mod:`perturbscope.errors` that names the field, and counts always pass through
 :meth:`perturbscope.counts.CountMatrix.from_csr`, so that the same mistake has the same error by every route.

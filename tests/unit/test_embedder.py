@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -243,3 +245,19 @@ def test_gathered_parts_are_what_one_call_gives(fake_embedder: Embedder, tiny_ce
             np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
         assert (found.coverage, found.maker, set(found.timings)) == (whole.coverage, whole.maker, set(whole.timings))
     assert found.values is place
+
+
+def test_a_stream_holds_few_chunks(fake_embedder: Embedder, tiny_cells: CountMatrix) -> None:
+    made: list[weakref.ref[CountMatrix]] = []
+    most = 0
+
+    def chunks() -> Iterator[CountMatrix]:
+        nonlocal most
+        for at in range(24):
+            chunk = tiny_cells[at : at + 1]
+            made.append(weakref.ref(chunk))
+            most = max(most, sum(ref() is not None for ref in made))
+            yield chunk
+
+    assert len(gather(fake_embedder.embed_stream(chunks()), 24)) == 24
+    assert most <= 3

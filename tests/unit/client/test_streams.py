@@ -299,3 +299,7 @@ async def test_a_silent_server_is_given_up_asynchronously(
 def test_the_limits_are_checked() -> None:
     with pytest.raises(InvalidParameterError, match="at_a_time"):
         ChunkLimits(at_a_time=0)
+
+
+def test_a_limit_beyond_the_offsets_of_a_matrix_is_no_limit(tiny_cells: CountMatrix) -> None:
+    assert ChunkLimits(values=10**12).split(tiny_cells) == [(0, 24)]

@@ -12,9 +12,11 @@ from scipy import sparse
 
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder, Embeddings, join
+from perturbscope.errors import RateLimitedError
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.wire.proto_stream import stream_answer_from_proto, stream_cells_to_proto, stream_start_to_proto
 from perturbscope.wire.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
+from serving.calls import Call
 from serving.engine import Engine
 
 MakeEngine = Callable[..., Engine]
@@ -294,3 +296,41 @@ async def test_every_kind_of_count_is_understood(
     _, chunks, _ = await read(stub.EmbedStream(feed([start_of(tiny_cells), floats])))
     found: Embeddings = chunks[0].embeddings
     np.testing.assert_array_equal(found.values, fake_embedder.embed(tiny_cells).values)
+
+
+async def test_little_memory_holds_a_stream_up_and_does_not_end_it(
+    make_engine: MakeEngine, stub_of: StubOf, fake_embedder: Embedder, tiny_cells: CountMatrix
+) -> None:
+    """There is room for what becomes of two chunks of the four that may be in progress."""
+    engine = make_engine(max_body_bytes=9000, max_held_bytes=9000)
+    encoder: Any = fake_embedder.encoder
+    encoder.gate = threading.Event()
+    stub = await stub_of(engine)
+    reading = asyncio.ensure_future(read(stub.EmbedStream(feed([start_of(tiny_cells), *chunks_of(tiny_cells, 4)]))))
+    await until(lambda: bool(encoder.batches))
+    await asyncio.sleep(0.2)
+    assert 4 * 700 < engine.admission.held_bytes <= 9000
+    encoder.gate.set()
+    _, chunks, end = await reading
+    assert (len(chunks), end.n_cells) == (6, 24)
+    assert engine.admission.held_bytes == 0
+
+
+async def test_a_callers_share_holds_a_stream_up(
+    make_engine: MakeEngine, stub_of: StubOf, tiny_cells: CountMatrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks over the share of the caller wait for it to grow again."""
+    engine = make_engine()
+    refused = 0
+
+    def take(call: Call, cells: int) -> None:
+        nonlocal refused
+        if call.cells and refused < 3:
+            refused += 1
+            raise RateLimitedError("enough for now", retry_after=0.01)
+        call.cells += cells
+
+    monkeypatch.setattr(Call, "take", take)
+    stub = await stub_of(engine)
+    _, _, end = await read(stub.EmbedStream(feed([start_of(tiny_cells), *chunks_of(tiny_cells, 4)])))
+    assert (end.n_cells, refused) == (24, 3)
