@@ -211,7 +211,7 @@ async def slow(trial: Trial) -> None:
     frozen (SIGSTOP) before their answer comes. Heads and bodies may take 5 s in place of the defaults. Beside them,
     requests of one cell."""
     times = trial.plan.times
-    seconds = times(90, 12)
+    seconds = times(80, 12)
     body = wire.embed_request_to_json(EmbedRequest(cells=real_cells("hill", 2000)))
     with trial.service(body_timeout=BODY_TIMEOUT, head_timeout=HEAD_TIMEOUT) as server:
         async with Asker(server) as asker:
