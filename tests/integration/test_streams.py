@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import threading
@@ -9,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ from perturbscope import wire
 from perturbscope.client import AsyncGrpcClient, ChunkLimits, Client, GrpcClient, RetryPolicy
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder, join
-from perturbscope.errors import DeadlineExceededError, NotRawCountsError
+from perturbscope.errors import DeadlineExceededError, NotRawCountsError, UnauthenticatedError
 from perturbscope.wire.arrow_messages import stream_answers_from_arrow, stream_request_to_arrow
 from perturbscope.wire.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
 from serving.grpc_server import GrpcServer
@@ -122,6 +124,16 @@ def test_a_file_of_any_length_is_embedded_through_a_server(server: Running, tiny
     np.testing.assert_allclose(found.values, whole.values, rtol=0, atol=1e-5)
 
 
+def test_no_stream_without_a_key(server: Running, tiny_cells: CountMatrix) -> None:
+    with GrpcClient(server.grpc, api_key="") as client, pytest.raises(UnauthenticatedError):
+        list(client.embed_stream([tiny_cells]))
+    with Client(f"http://{server.http}", api_key="") as client, pytest.raises(UnauthenticatedError):
+        list(client.embed_stream([tiny_cells]))
+    body = b"".join(stream_request_to_arrow(StreamStart(gene_ids=tiny_cells.gene_ids), [tiny_cells]))
+    reply = httpx.post(f"http://{server.http}/v1/embed/stream", content=body, headers={"content-type": wire.ARROW})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (401, "unauthenticated")
+
+
 async def test_a_client_goes_on_with_a_server_that_was_restarted(
     make_engine: Any,  # noqa: F811
     tiny_cells: CountMatrix,
@@ -143,4 +155,26 @@ async def test_a_client_goes_on_with_a_server_that_was_restarted(
         await second.stop()
     encoder: Any = fake_embedder.encoder
     assert sum(n_cells for n_cells, _ in encoder.batches) <= 24 + 4  # at most the part that was on its way, twice
+    np.testing.assert_array_equal(join(results).values, fake_embedder.embed(tiny_cells).values)
+
+
+async def test_a_client_that_paused_too_long_goes_on(
+    make_engine: Any,  # noqa: F811
+    tiny_cells: CountMatrix,
+    fake_embedder: Embedder,
+) -> None:
+    """The server gave the stream up while the caller worked with a result."""
+    engine = make_engine(body_timeout=1)
+    server = GrpcServer(engine, host="127.0.0.1", port=0)
+    port = await server.start()
+    chunks = [tiny_cells[at : at + 8] for at in range(0, 24, 8)]
+    policy = RetryPolicy(attempts=2, first=0.01)
+    async with AsyncGrpcClient(f"127.0.0.1:{port}", retries=policy, chunks=ChunkLimits(at_a_time=1)) as client:
+        results = []
+        async for result in client.embed_stream(chunks):
+            results.append(result)
+            async with asyncio.timeout(30):
+                while engine.admission.in_progress:
+                    await asyncio.sleep(0.01)
+    await server.stop()
     np.testing.assert_array_equal(join(results).values, fake_embedder.embed(tiny_cells).values)
