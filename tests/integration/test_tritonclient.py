@@ -19,7 +19,7 @@ from perturbscope.families import TokenizedCells, pad
 from perturbscope.genes import GeneVocabulary
 from tests.bundles import TINY_WIDTH
 from tests.integration import triton_calls
-from tests.integration.in_process import MODEL, Running, running
+from tests.integration.in_process import MODEL, SPARE, Running, running
 from tests.integration.triton_calls import KINDS
 
 Arrays = dict[str, NDArray[np.int64]]
@@ -98,8 +98,10 @@ def test_what_is_told_of_server_and_model(server: Running, ask: Ask, kind: str) 
     assert config["output"][0]["data_type"] == "TYPE_FP32"
     assert get("get_inference_statistics", MODEL)["model_stats"][0]["name"] == MODEL
     index = get("get_model_repository_index")
-    (model,) = index["models"] if kind.startswith("grpc") else index
-    assert (model["name"], model["version"], model["state"]) == (MODEL, "0.1", "READY")
+    found = index["models"] if kind.startswith("grpc") else index
+    assert {(model["name"], model["version"], model["state"]) for model in found} == {
+        (name, "0.1", "READY") for name in (MODEL, SPARE)
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,14 +131,14 @@ def test_errors_say_what_is_wrong(server: Running, ask: Ask, arrays: Arrays, kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_are_unloaded_and_loaded(server: Running, ask: Ask, arrays: Arrays, kind: str) -> None:
     url, headers = server.of(kind), server.admin_headers
-    assert ask(triton_calls.call, kind, url, "unload_model", MODEL, headers=headers) is None
-    assert not ask(triton_calls.call, kind, url, "is_model_ready", MODEL, headers=headers)
-    _, message = ask(triton_calls.infer, kind, url, MODEL, arrays, headers=headers)
-    assert "no model is loaded" in message
-    assert ask(triton_calls.call, kind, url, "load_model", MODEL, headers=headers) is None
-    values, _ = ask(triton_calls.infer, kind, url, MODEL, arrays, headers=headers)
+    assert ask(triton_calls.call, kind, url, "unload_model", SPARE, headers=headers) is None
+    assert not ask(triton_calls.call, kind, url, "is_model_ready", SPARE, headers=headers)
+    _, message = ask(triton_calls.infer, kind, url, SPARE, arrays, headers=headers)
+    assert f"there is {MODEL}" in message
+    assert ask(triton_calls.call, kind, url, "load_model", SPARE, headers=headers) is None
+    values, _ = ask(triton_calls.infer, kind, url, SPARE, arrays, headers=headers)
     assert values.shape == (24, TINY_WIDTH)
-    _, message = ask(triton_calls.call, kind, url, "load_model", MODEL, headers=headers, config="{}")
+    _, message = ask(triton_calls.call, kind, url, "load_model", SPARE, headers=headers, config="{}")
     assert "'config' is not supported here" in message
 
 
