@@ -29,6 +29,7 @@ from serving.http import build_app
 from serving.security import start
 from serving.security.middleware import KeyMiddleware
 from serving.settings import Settings
+from serving.stopping import Stopping
 from serving.telemetry import tracing
 from serving.telemetry.middleware import UnansweredMiddleware
 
@@ -60,7 +61,6 @@ class PerturbScope:
 
     def __init__(self) -> None:
         from serving.engine import Engine
-        from serving.grpc_server import GrpcServer
 
         self._settings = Settings.from_env()
         configure_log(self._settings)
@@ -68,7 +68,7 @@ class PerturbScope:
         # A worker that raised here would be started again and again; one that serves what it can says what is wrong.
         self._engine = Engine.load(self._settings, strict=False)
         app.state.engine = self._engine
-        self._server: GrpcServer | None = None
+        self._stopping: Stopping | None = None
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
     @staticmethod
@@ -86,8 +86,10 @@ class PerturbScope:
         """Start gRPC on the event loop of HTTP."""
         from serving.grpc_server import GrpcServer
 
-        self._server = GrpcServer(self._engine, host=self._settings.host, port=self._settings.grpc_port)
-        port = await self._server.start()
+        server = GrpcServer(self._engine, host=self._settings.host, port=self._settings.grpc_port)
+        port = await server.start()
+        self._stopping = Stopping(self._engine, server)
+        self._stopping.listen()
         for warning in start.warnings(self._settings):
             log.logger.warning(warning)
         self._engine.registry.watch()
@@ -102,10 +104,11 @@ class PerturbScope:
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
         """Finish what was accepted on both transports, then stop."""
-        log.event("stopping", requests_in_progress=self._engine.admission.in_progress)
-        self._engine.begin_close()
-        server = [] if self._server is None else [self._server.stop()]
-        await asyncio.gather(self._engine.close(), *server)
+        if self._stopping is None:
+            await self._engine.close()
+        else:
+            await self._stopping.begin()
+            self._stopping.forget()
         await asyncio.to_thread(tracing.close)
         log.event("stopped")
 

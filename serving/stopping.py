@@ -1,0 +1,71 @@
+"""The end of the service: it begins with the signal, not when the HTTP server is done.
+
+uvicorn first waits for the connections that it has, and only then tells the application. By then the service should
+long have refused what is new, on both transports, and the grace of what is in progress should have begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from types import FrameType
+from typing import Any, Protocol
+
+from serving import log
+from serving.engine import Engine
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Server(Protocol):
+    """What is stopped beside the engine: the gRPC server."""
+
+    async def stop(self) -> None:
+        """Refuse new calls, and wait for those in progress."""
+        ...
+
+
+class Stopping:
+    """Stops an engine and a server, once.
+
+    Parameters
+    ----------
+    engine, server
+        What to stop.
+    """
+
+    def __init__(self, engine: Engine, server: Server) -> None:
+        self._engine = engine
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[Any] | None = None
+        self._previous: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Begin to stop with the first signal; whoever handled it before is still told. In the main thread."""
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._signalled)
+
+    def forget(self) -> None:
+        """Leave signals to those who had them before."""
+        for number, handler in self._previous.items():
+            if signal.getsignal(number) == self._signalled:
+                signal.signal(number, handler)
+        self._previous.clear()
+
+    def begin(self) -> asyncio.Task[Any]:
+        """Refuse what is new, and give what is in progress its time; the task is done when all is."""
+        if self._task is None:
+            log.event("stopping", requests_in_progress=self._engine.admission.in_progress)
+            self._engine.begin_close()
+            self._task = self._loop.create_task(self._stop(), name="perturbscope-stopping")
+        return self._task
+
+    async def _stop(self) -> None:
+        await asyncio.gather(self._engine.close(), self._server.stop())
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        self._loop.call_soon_threadsafe(self.begin)
+        previous = self._previous.get(number)
+        if callable(previous):
+            previous(number, frame)
