@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -40,6 +41,8 @@ VOCABULARY = "vocabulary.tsv"
 MODEL_CARD = "MODEL_CARD.md"
 CONTROLS = "controls.npz"
 GOLDEN = "golden.json"
+_VOCABULARIES: weakref.WeakValueDictionary[tuple[str, str], GeneVocabulary] = weakref.WeakValueDictionary()
+"""Those in use: bundles of one vocabulary share it, and what is remembered of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +210,8 @@ class Bundle:
             raise CorruptBundleError(f"{manifest_path} cannot be read: {error}.") from error
         manifest = Manifest.from_json(text, where=str(manifest_path))
         _verify_files(path, manifest)
-        vocabulary = GeneVocabulary.read(path / VOCABULARY)
+        read = GeneVocabulary.read(path / VOCABULARY)
+        vocabulary = _VOCABULARIES.setdefault((read.hash, read.source), read)
         if vocabulary.hash != manifest.vocabulary_hash:
             raise VocabularyMismatchError(
                 f"{path}: {VOCABULARY} has the hash {vocabulary.hash[:12]}, but the weights were made with "

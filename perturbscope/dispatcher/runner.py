@@ -115,6 +115,9 @@ class Runner:
     def stop(self) -> None:
         """End the thread; one that hangs is left behind."""
         self._worker.stop(wait=not self.stalled.is_set())
+        if not self.stalled.is_set():
+            # Nobody is left to be told, and without this ring the model is freed at once.
+            self._on_stall = _nobody
 
     async def _forward(self, parts: list[Part]) -> _Vectors:
         """One that hangs is waited for after all were told, as nothing else can run."""
@@ -158,3 +161,7 @@ class Runner:
                 f"The forward pass of {n_cells} cells failed: {type(error).__name__}: {error}"
             ) from error
         return values, time.perf_counter() - started
+
+
+def _nobody(error: PerturbScopeError) -> None:
+    """Takes what nobody waits for any more."""

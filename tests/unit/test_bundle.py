@@ -53,6 +53,11 @@ def test_the_model_id_changes_with_the_weights(tiny_bundle, tmp_path):
     assert same.model_id == f"tiny-0.1-{sha256(tiny_bundle / 'model.onnx')[:12]}"
 
 
+def test_bundles_of_one_vocabulary_share_it(tiny_bundle, tmp_path):
+    other = Bundle.open(write_tiny_bundle(tmp_path / "other", seed=1))
+    assert other.vocabulary is Bundle.open(tiny_bundle).vocabulary
+
+
 def test_an_unknown_variant(tiny_bundle):
     with pytest.raises(BundleError, match="has no variant 'int8'; it has fp32"):
         Bundle.open(tiny_bundle).graph("int8")

@@ -264,6 +264,24 @@ async def test_a_freed_model_lets_go_of_its_session(tiny_bundle: Path) -> None:
     assert session() is None
 
 
+async def test_a_freed_model_is_gone_without_the_garbage_collector(
+    loaded: ModelRegistry, bundles: FakeBundles, tiny_cells: CountMatrix
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with loaded.lease() as model:
+            await model.dispatcher.submit(model.embedder.tokenize(tiny_cells))
+            embedder = weakref.ref(model.embedder)
+        del model
+        bundles.encoders.clear()
+        await loaded.unload("m")
+        await until(lambda: loaded.model_bytes == 0)
+        await until(lambda: embedder() is None)
+    finally:
+        gc.enable()
+
+
 async def test_a_corrupt_bundle_leaves_the_old_model_serving_and_says_why(
     loaded: ModelRegistry, bundles: FakeBundles, tiny_cells: CountMatrix
 ) -> None:
