@@ -61,6 +61,7 @@ from perturbscope.wire.arrow_stream import (
     RECORD_BATCH,
     SCHEMA,
     body_length,
+    check_rows,
     message_kind,
     refuse_compressed,
 )
@@ -160,6 +161,7 @@ class StreamRequestReader:
                     field="body",
                 )
             batch = pa.ipc.read_record_batch(pa.py_buffer(message), self._schema)
+            check_rows(batch.num_rows, len(message))
             # Without the full check, offsets that point outside of their buffers would be followed.
             batch.validate(full=True)
         except FAILURES as error:

@@ -53,6 +53,7 @@ def read_stream(body: bytes) -> tuple[pa.Table, Any]:
         _refuse_compression(body)
         with pa.ipc.open_stream(body) as reader:
             table = reader.read_all()
+        check_rows(table.num_rows, len(body))
         # Without the full check, offsets that point outside of their buffers would be followed.
         table.validate(full=True)
         table.column_names  # noqa: B018  (decodes the names, which are not checked to be UTF-8)
@@ -64,6 +65,20 @@ def read_stream(body: bytes) -> tuple[pa.Table, Any]:
             "The Arrow schema's metadata has no key 'perturbscope' with the request as JSON.", field="metadata"
         )
     return table, check.parse_json(metadata[KEY], "metadata")
+
+
+def check_rows(n_rows: int, n_bytes: int) -> None:
+    """Refuse rows that take no bytes: a column of nulls, or of lists of nothing, can claim any number of them.
+
+    Raises
+    ------
+    UnreadableFileError
+        More rows than bytes.
+    """
+    if n_rows > n_bytes:
+        raise UnreadableFileError(
+            f"The Arrow stream claims {n_rows:,} rows in {n_bytes:,} bytes. Write one row a cell.", field="body"
+        )
 
 
 def _refuse_compression(body: bytes) -> None:
