@@ -86,14 +86,11 @@ def mutate_json(data: bytes, rng: Random) -> bytes:
         return mutate_bytes(data, rng)
     try:
         value = json.loads(data)
-    except (ValueError, RecursionError):
-        return mutate_bytes(data, rng)
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        value = mutate_value(value, rng)
-    try:
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            value = mutate_value(value, rng)
         return json.dumps(value).encode(errors="surrogatepass")
     except (ValueError, RecursionError):
-        return data
+        return mutate_bytes(data, rng)
 
 
 def mutate_value(value: Any, rng: Random) -> Any:
@@ -145,7 +142,7 @@ def mutate_arrow(data: bytes, rng: Random) -> bytes:
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=rng.choice((None, 1, 3)))
         return bytes(sink.getvalue().to_pybytes())
-    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, KeyError, IndexError):
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, KeyError, IndexError, RecursionError):
         return mutate_bytes(data, rng)
 
 
