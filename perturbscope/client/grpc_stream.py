@@ -127,7 +127,8 @@ class StreamCall:
         if late:
             return Failure(_too_late(self.target), retry=False)
         status = error.code().name
-        if status == "CANCELLED":  # not by this side: a server does so that stops
+        # Not by this side: a server that stops cancels its calls, and grpc calls a stream that was reset INTERNAL.
+        if status == "CANCELLED" or (status == "INTERNAL" and "RST_STREAM" in (error.details() or "")):
             status = "UNAVAILABLE"
         return grpc_failure(status, error.details(), cast("Any", error.trailing_metadata()), self.target)
 
