@@ -13,7 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from perturbscope.wire.arrow_stream import KEY
+from perturbscope.errors import UnreadableFileError
+from perturbscope.wire.arrow_stream import KEY, check_rows
 
 ODD: list[Any] = [
     None,
@@ -136,13 +137,24 @@ def mutate_arrow(data: bytes, rng: Random) -> bytes:
     try:
         with pa.ipc.open_stream(data) as reader:
             table = reader.read_all()
+        check_rows(table.num_rows, len(data))
         table.validate(full=True)  # pyarrow follows offsets that point nowhere
         sink = pa.BufferOutputStream()
         table = _other_table(table, rng)
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=rng.choice((None, 1, 3)))
         return bytes(sink.getvalue().to_pybytes())
-    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, KeyError, IndexError, RecursionError):
+    except (
+        UnreadableFileError,
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        KeyError,
+        IndexError,
+        RecursionError,
+    ):
         return mutate_bytes(data, rng)
 
 
