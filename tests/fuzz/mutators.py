@@ -51,6 +51,18 @@ ODD: list[Any] = [
     "NaN",
 ]
 """Values that are legal JSON, and seldom what a field wants."""
+_UNFIT = (
+    UnreadableFileError,
+    pa.ArrowException,
+    OSError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    KeyError,
+    IndexError,
+    RecursionError,
+)
+"""What a stream raises that is no table any more, or not one that this change fits."""
 _NUMBERS = [0, 1, 2, 7, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
 
 
