@@ -112,7 +112,7 @@ class Engine:
         call = call or Call("", "http")
         call.model = model.embedder
         limits.check_shape(self.settings, len(cells), cells.n_genes, int(cells.counts.nnz))
-        model.dispatcher.check_room(_most_tokens(model, cells), call.caller.name)
+        model.dispatcher.require_room(len(cells), _most_tokens(model, cells), call.caller.name, call.deadline)
         call.reserve(self.memory(model, cells, call))
         with call.stage("tokenize"):
             tokens, seconds = await self.tokenize(model.embedder, cells)

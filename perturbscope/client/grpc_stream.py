@@ -20,6 +20,9 @@ from perturbscope.wire.streams import StreamChunk, StreamEnd, StreamOpened
 
 Progress = Callable[[int], None] | None
 
+_BROKEN = ("RST_STREAM", "Internal error from Core")
+"""What grpc says of a connection that broke, under a status that is not UNAVAILABLE."""
+
 
 @dataclass(kw_only=True)
 class StreamCall:
@@ -127,8 +130,10 @@ class StreamCall:
         if late:
             return Failure(_too_late(self.target), retry=False)
         status = error.code().name
-        # Not by this side: a server that stops cancels its calls, and grpc calls a stream that was reset INTERNAL.
-        if status == "CANCELLED" or (status == "INTERNAL" and "RST_STREAM" in (error.details() or "")):
+        # Not by this side: a server that stops cancels its calls, and grpc calls a stream that was reset INTERNAL. So
+        # does grpc.aio where it fails to write, whatever status the server has just sent; asked again, it is heard.
+        details = error.details() or ""
+        if status == "CANCELLED" or (status == "INTERNAL" and any(sign in details for sign in _BROKEN)):
             status = "UNAVAILABLE"
         return grpc_failure(status, error.details(), cast("Any", error.trailing_metadata()), self.target)
 

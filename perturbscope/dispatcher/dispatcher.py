@@ -123,13 +123,7 @@ class Dispatcher:
             A forward pass with cells of this caller failed, or one does not come back.
         """
         cost = int(tokens.offsets[-1] - tokens.offsets[0])
-        try:
-            self.check_room(cost, flow)
-            self._check_time(cost, flow, deadline)
-        except (OverloadedError, DeadlineExceededError) as error:
-            overloaded = isinstance(error, OverloadedError)
-            self._observer.dropped(n_cells=len(tokens), reason="overloaded" if overloaded else "deadline")
-            raise
+        self.require_room(len(tokens), cost, flow, deadline)
         caller = Caller(tokens, self.embedder.width, flow, self.embedder.limits, tag)
         if not len(tokens):
             return caller.values, {"queue": 0.0, "inference": 0.0}
@@ -158,8 +152,26 @@ class Dispatcher:
         queue = time.perf_counter() - caller.started - caller.inference
         return caller.values, {"queue": max(queue, 0.0), "inference": caller.inference}
 
+    def require_room(self, n_cells: int, cost: int, flow: str = "", deadline: float | None = None) -> None:
+        """Raise what :meth:`submit` would raise now for `cost` tokens, and count the cells as refused.
+
+        Called before cells are tokenized, it spares the work of that.
+
+        Raises
+        ------
+        OverloadedError, DeadlineExceededError, InferenceError
+            As :meth:`submit`.
+        """
+        try:
+            self.check_room(cost, flow)
+            self._check_time(cost, flow, deadline)
+        except (OverloadedError, DeadlineExceededError) as error:
+            overloaded = isinstance(error, OverloadedError)
+            self._observer.dropped(n_cells=n_cells, reason="overloaded" if overloaded else "deadline")
+            raise
+
     def check_room(self, cost: int, flow: str = "") -> None:
-        """Raise what :meth:`submit` would raise now for `cost` tokens; spares the work of making them.
+        """Whether there is room for `cost` tokens now.
 
         Raises
         ------

@@ -100,7 +100,8 @@ async def test_a_bad_cell_is_named_by_its_row_and_what_was_answered_stays(
     ("messages", "code", "text"),
     [
         pytest.param(lambda cells: [], "invalid_parameter", "no message", id="nothing"),
-        pytest.param(lambda cells: chunks_of(cells, 5), "invalid_parameter", "no `start`", id="no start"),
+        # One message: grpc.aio hides the status of a call that ends while it writes.
+        pytest.param(lambda cells: chunks_of(cells, 5)[:1], "invalid_parameter", "no `start`", id="no start"),
         pytest.param(lambda cells: [start_of(cells)] * 2, "invalid_parameter", "no `cells`", id="two starts"),
         pytest.param(
             lambda cells: [pb.EmbedStreamRequest(start=pb.EmbedStreamStart())],
