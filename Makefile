@@ -16,7 +16,7 @@ export BENTOML_DO_NOT_TRACK := True
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve setup test lint demo bundle quality bench planted objectives proto lock image image-test clean
+.PHONY: help serve setup test lint demo bundle quality bench planted objectives reliability fuzz audit proto lock image image-test clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -58,6 +58,15 @@ planted: setup ## benchmarks/planted.md: which effects of known size are seen (a
 
 objectives: setup ## runs/objectives/objectives.md: a model for each objective of fine-tuning (an hour)
 	$(PY) -m benchmarks.objectives
+
+reliability: setup ## benchmarks/reliability.md: faults against the real service (forty minutes; root and faketime for some)
+	$(PY) -m benchmarks.reliability $(RELIABILITY)
+
+fuzz: setup ## the wire decoders under atheris (RELIABILITY's row `decoders`)
+	$(PY) -m benchmarks.reliability --only decoders
+
+audit: setup ## look the pinned dependencies up among known vulnerabilities
+	scripts/audit.sh
 
 proto: setup ## write perturbscope/proto/*_pb2* from the .proto
 	PYTHON=$(PY) scripts/generate_proto.sh

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Awaitable
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.reliability.inputs import Asker, is_right, real_cells, right_vectors
 from benchmarks.reliability.trial import Trial, fault
 from perturbscope.client import RetryPolicy
+from perturbscope.counts import CountMatrix
 from tests.integration.server import RunningServer
 
 CELLS = 200
@@ -39,9 +44,10 @@ class Supervisor(threading.Thread):
 
 @fault("killed", "kill -9 in the middle of requests")
 async def killed(trial: Trial) -> None:
-    """Eight requests are in flight, over every interface, each half of them with a client that tries again and one that
-    does not; then every process of the service gets SIGKILL, and a supervisor starts it anew. The same again with
-    SIGKILL for the worker alone, which BentoML's own supervisor replaces."""
+    """Eight requests are in flight: over HTTP with JSON and with Arrow, over gRPC, and as a stream of ten chunks, each
+    with a client that tries again and with one that does not. Then every process of the service gets SIGKILL, and a
+    supervisor starts it anew. The same again with SIGKILL for the worker alone, which BentoML's own supervisor
+    replaces."""
     cells, expected = real_cells("pbmc3k", CELLS), right_vectors("pbmc3k", CELLS)
     with trial.service() as server:
         supervisor = Supervisor(server)
@@ -63,13 +69,22 @@ async def killed(trial: Trial) -> None:
     trial.check(f"clients that do not got a typed error ({failed})", set(failed) == {"server_unreachable"})
 
 
+def _asked(asker: Asker, cells: CountMatrix) -> list[Awaitable[NDArray[np.float32]]]:
+    """The same cells over every interface."""
+    return [*(asker.ways[name](cells) for name in ("HTTP JSON", "HTTP Arrow", "gRPC")), _streamed(asker, cells)]
+
+
+async def _streamed(asker: Asker, cells: CountMatrix) -> NDArray[np.float32]:
+    chunks = [cells[start : start + 20] for start in range(0, len(cells), 20)]
+    return np.concatenate([part.values async for part in asker.grpc.embed_stream(chunks)])
+
+
 async def _once(
     trial: Trial, server: RunningServer, whole: bool, cells: Any, expected: Any, retried: list[bool]
 ) -> None:
     async with Asker(server) as hasty, Asker(server, retries=PATIENT) as patient:
-        names = ("HTTP JSON", "HTTP Arrow", "gRPC")
-        first = [asyncio.ensure_future(trial.outcome(hasty.ways[name](cells))) for name in names]
-        second = [asyncio.ensure_future(trial.outcome(patient.ways[name](cells))) for name in names]
+        first = [asyncio.ensure_future(trial.outcome(ask)) for ask in _asked(hasty, cells)]
+        second = [asyncio.ensure_future(trial.outcome(ask)) for ask in _asked(patient, cells)]
         await asyncio.sleep(1.5)
         finished = sum(task.done() for task in (*first, *second))
         trial.check(f"requests were in flight when it was killed ({len(first + second) - finished})", finished == 0)
