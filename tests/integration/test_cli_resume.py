@@ -17,11 +17,13 @@ from perturbscope.cli.app import run
 from tests.screens import make_screen
 
 CHUNK = 16
-# The command itself, with a model that takes a while for each batch.
+# The command itself, with a model that takes a while for each batch. SIGINT stays ignored where a shell started
+# the tests in the background, so Python's own way is set.
 SLOW = """
-import sys, time
+import signal, sys, time
 from perturbscope.cli.app import run
 from perturbscope.embedder import Embedder
+signal.signal(signal.SIGINT, signal.default_int_handler)
 quick = Embedder.run
 def slow(self, tokens, rows):
     time.sleep(float(sys.argv[1]))
