@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from perturbscope.errors import DeadlineExceededError, InvalidParameterError, OverloadedError, PermissionDeniedError
 from serving import log
-from serving.limits import GROWTH, Admission, Held
+from serving.limits import FEWER, GROWTH, Admission, Held
 from serving.security.rates import RateLimiter
 from serving.telemetry import metrics, tracing
 
@@ -172,10 +172,10 @@ class Call:
         self.charge(cells)
         self.cells += cells
 
-    def reserve(self, n_bytes: int) -> None:
+    def reserve(self, n_bytes: int, remedy: str = FEWER) -> None:
         """Hold memory that the call will need. Raises as :meth:`serving.limits.Held.reserve`."""
         if self.held is not None:
-            self.held.reserve(n_bytes)
+            self.held.reserve(n_bytes, remedy)
 
     def stage(self, name: str, turn: tracing.Turn | None = None) -> Stage:
         """A context in which what runs is timed as the stage `name`; stages of one name add up.

@@ -151,6 +151,7 @@ class Engine:
 
         limits.check_options(self.settings, request.options)
         embeddings, meta, warnings = await self._embeddings(request, call)
+        await self._reserve(request, embeddings, call)
         result, seconds = await self._scored(
             lambda progress: score_perturbations(
                 embeddings,
@@ -171,6 +172,7 @@ class Engine:
 
         limits.check_options(self.settings, request.options)
         embeddings, meta, warnings = await self._embeddings(request, call)
+        await self._reserve(request, embeddings, call)
         result, seconds = await self._scored(
             lambda progress: compare_perturbations(
                 embeddings,
@@ -190,6 +192,7 @@ class Engine:
         """The result page of a score. Raises as :meth:`score`."""
         limits.check_options(self.settings, request.score.options)
         embeddings, meta, warnings = await self._embeddings(request.score, call)
+        await self._reserve(request.score, embeddings, call)
         report, seconds = await self._scored(
             lambda progress: make_report(request, embeddings, meta, warnings, progress), call
         )
@@ -255,6 +258,14 @@ class Engine:
         )
         return found.values, meta, found.warnings()
 
+    async def _reserve(
+        self, request: ScoreRequest | CompareRequest, embeddings: NDArray[np.float32], call: Call | None
+    ) -> None:
+        """Hold the memory of a score before it begins: scores that wait for their turn keep what they have computed."""
+        if call is not None:
+            needed = await self.work(_score_bytes, request, embeddings.shape[1])
+            call.reserve(needed, "Ask for smaller groups (max_cells), or compare fewer perturbations at a time.")
+
     async def _scored(
         self, score: Callable[[Callable[[str, int, int], None]], Scored], call: Call | None
     ) -> tuple[Scored, float]:
@@ -288,6 +299,16 @@ def _tokenize(embedder: Embedder, cells: CountMatrix, start: int) -> tuple[Token
     started = time.perf_counter()
     part = cells if len(cells) <= TOKENIZED else cells[start : start + TOKENIZED]
     return embedder.tokenize(part), time.perf_counter() - started
+
+
+def _score_bytes(request: ScoreRequest | CompareRequest, width: int) -> int:
+    return limits.score_bytes(
+        request.perturbations,
+        request.control,
+        request.options,
+        pairs=isinstance(request, CompareRequest),
+        width=width,
+    )
 
 
 def _check_labels(request: ScoreRequest | CompareRequest) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
+from perturbscope import shuffles, statistics
+from perturbscope.distances import TILE_VALUES
 from perturbscope.errors import LimitExceededError, OverloadedError
 from perturbscope.fairness import Room
 from perturbscope.results import ScoreOptions
@@ -14,6 +17,8 @@ from serving.settings import PREFIX, Settings
 
 GROWTH = 2
 """Times a binary body that is needed to decode it, beside itself; times its vectors that an answer takes encoded."""
+FEWER = "Send the cells in several requests, or as Arrow in place of JSON, which grows tenfold."
+"""What a caller can do whose request needs more memory than there is."""
 LAST_WORDS = 5.0
 """Seconds that callers are given at shutdown to be told that their request was ended."""
 JSON_GROWTH = 8
@@ -52,8 +57,15 @@ class Held:
         self._admission.release(n_bytes, self._flow)
         self.n_bytes -= n_bytes
 
-    def reserve(self, n_bytes: int) -> None:
+    def reserve(self, n_bytes: int, remedy: str = FEWER) -> None:
         """Hold memory that the request will need, before it is used: for what a body is decoded to, or an answer.
+
+        Parameters
+        ----------
+        n_bytes
+            How much.
+        remedy
+            What a caller can do whose request needs more than there is.
 
         Raises
         ------
@@ -66,8 +78,7 @@ class Held:
         if self.n_bytes + self.n_reserved + n_bytes > limit:
             raise LimitExceededError(
                 f"The request would need about {self.n_bytes + self.n_reserved + n_bytes:,} bytes of memory; this "
-                f"server gives {limit:,} to all. Send the cells in several requests, or as Arrow in place of JSON, "
-                f"which grows tenfold ({PREFIX}MAX_HELD_BYTES).",
+                f"server gives {limit:,} to all ({PREFIX}MAX_HELD_BYTES). {remedy}",
                 field="body",
             )
         self._admission.hold(n_bytes, self._flow, mine=self.n_bytes + self.n_reserved)
@@ -185,6 +196,37 @@ def decoded_bytes(media_type: str, body: bytes) -> int:
     return widths * len(body) + sum(
         body.count(mark) * cost for mark, cost in ((b",", 48), (b"[", 72), (b"{", 104), (b":", 132), (b'"', 16))
     )
+
+
+def score_bytes(labels: Sequence[str], control: str | None, options: ScoreOptions, *, pairs: bool, width: int) -> int:
+    """About how much memory a score of cells takes at its peak, or, with `pairs`, a comparison.
+
+    What grows are the distances: float32, between all cells of a group, and of two groups, of which at most
+    ``max_cells`` cells each are used. A score holds those of the controls and of one perturbation at a time, a
+    comparison those of every group. Exchanged labels are evaluated some hundreds at a time.
+
+    Parameters
+    ----------
+    labels
+        Of the cells.
+    control
+        The label of the controls.
+    options
+        Of the score.
+    pairs
+        Whether perturbations are compared with each other.
+    width
+        Dimensions of a vector.
+    """
+    sizes = {name: min(n, options.max_cells) for name, n in Counter(labels).items()}
+    controls = sizes.pop(control, 0) if control is not None else 0
+    largest = sorted(sizes.values(), reverse=True)[:2]
+    pool = sum(largest) if pairs else controls + sum(largest[:1])
+    squares = controls**2 + sum(n**2 for n in (sizes.values() if pairs else largest[:1]))
+    draws = min(options.permutations, statistics.CHUNK if pairs else shuffles.CHUNK)
+    # Beside the distances: tiles of them in float64; random keys, their order and the labels that they become; vectors.
+    tiles = 3 * 8 * min(TILE_VALUES, max(pool, controls) ** 2)
+    return tiles + 4 * (squares + pool**2 // 2) + 32 * draws * pool + 16 * width * (pool + len(labels))
 
 
 def check_shape(settings: Settings, n_cells: int, n_genes: int, n_values: int) -> None:

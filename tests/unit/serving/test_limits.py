@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tracemalloc
 from typing import Any
@@ -10,13 +11,18 @@ import numpy as np
 import pytest
 
 from perturbscope import wire
+from perturbscope.comparison import compare_perturbations
 from perturbscope.counts import CountMatrix
 from perturbscope.errors import InvalidInputError, LimitExceededError, OverloadedError
+from perturbscope.results import ScoreOptions
+from perturbscope.scoring import score_perturbations
 from perturbscope.wire import EmbedRequest, ScoreRequest
 from perturbscope.wire.fields import parse_json
-from serving.limits import Admission, decoded_bytes
+from serving.calls import Call
+from serving.limits import Admission, decoded_bytes, score_bytes
 from serving.settings import Settings
 from serving.workers import LARGE, size_of
+from tests.unit.serving.conftest import MakeEngine
 
 
 def admission(**settings: Any) -> Admission:
@@ -164,3 +170,39 @@ def test_sizes_of_what_is_worked_on(rng: np.random.Generator) -> None:
     assert size_of("a name") == size_of(None) == 0
     vectors = np.ones((10, 10), dtype=np.float32)
     assert size_of(ScoreRequest(embeddings=vectors, perturbations=("a",) * 10, control="a")) == 400
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["score", "compare"])
+@pytest.mark.parametrize(("n_controls", "n_cells", "width"), [(900, 500, 16), (1500, 60, 64), (100, 1200, 16)])
+def test_a_score_takes_no_more_than_was_held(pairs: bool, n_controls: int, n_cells: int, width: int) -> None:
+    sizes = {"control": n_controls, **dict.fromkeys("abcd", n_cells), "tiny": 30}
+    labels = [name for name, n in sizes.items() for _ in range(n)]
+    values = np.random.default_rng(0).standard_normal((len(labels), width)).astype(np.float32)
+    options = ScoreOptions(permutations=1000, max_cells=1000)
+    run = compare_perturbations if pairs else score_perturbations
+    some = slice(n_controls - 50, n_controls + n_cells + 50)
+    run(values[some], labels[some], control="control", options=options)  # what is imported, and kept, counts for nobody
+    tracemalloc.start()
+    run(values, labels, control="control", options=options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    held = score_bytes(labels, "control", options, pairs=pairs, width=width)
+    assert held / 8 < peak < held
+
+
+async def test_scores_that_wait_hold_their_memory(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_held_bytes=300_000_000)
+    labels = ("control",) * 2000 + ("a",) * 2000
+    values = np.random.default_rng(0).standard_normal((4000, 4)).astype(np.float32)
+    request = ScoreRequest(embeddings=values, perturbations=labels, control="control")
+
+    async def score() -> None:
+        call = Call("/v1/score", "http")
+        async with engine.front.admitted(call):
+            await engine.score(request, call)
+
+    answers = await asyncio.gather(score(), score(), return_exceptions=True)
+    assert sorted(type(answer).__name__ for answer in answers) == ["NoneType", "OverloadedError"]
+    engine = make_engine(max_body_bytes=1000, max_held_bytes=1000)
+    with pytest.raises(LimitExceededError, match="Ask for smaller groups"):
+        await score()
