@@ -110,6 +110,12 @@ class _Check:
                     field="file",
                 )
             for name in group:
+                if isinstance(name, bytes):  # h5py's answer to a name that it cannot decode
+                    raise UnreadableFileError(
+                        f"A part of {path or '/'} has the name {name[:40]!r}, which is not UTF-8. The file may be "
+                        "damaged; write it anew with adata.write_h5ad().",
+                        field="file",
+                    )
                 where = f"{path}/{name}"
                 kind = group.id.links.get_info(name.encode("utf-8", "surrogateescape")).type
                 if kind == links.TYPE_SOFT:
