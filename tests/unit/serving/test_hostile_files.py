@@ -453,9 +453,7 @@ def test_what_is_not_asked_for_is_not_read(h5ad: Path) -> None:
 def test_a_name_that_is_no_text_is_refused(h5ad: Path) -> None:
     with h5py.File(h5ad, "a") as file:
         h5py.h5g.create(file["obs"].id, b"batch\xff\xfe")
-    with pytest.raises(
-        UnreadableFileError, match=r"/obs has the name b'batch\\xff\\xfe', which is not UTF-8"
-    ):
+    with pytest.raises(UnreadableFileError, match=r"/obs has the name b'batch\\xff\\xfe', which is not UTF-8"):
         check_file(h5ad, Settings())
 
 
