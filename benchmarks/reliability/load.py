@@ -43,7 +43,7 @@ class Kind:
 
 @fault("load", "Load held: mixed sizes over every interface")
 async def load(trial: Trial) -> None:
-    """Callers of ten kinds, each asking again as soon as it has rested: single cells, 64 cells and 2,000 cells;
+    """Callers of eleven kinds, each asking again as soon as it has rested: single cells, 64 cells and 2,000 cells;
     embedding, streaming and scoring; HTTP with JSON, Arrow and .h5ad bodies, and gRPC. Cells are drawn at random from
     the Papalexi screen and pbmc3k of data/; the default model. Every answer is compared with what the library gives
     offline. One thread of the model; the clients have the other core."""
