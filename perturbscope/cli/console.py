@@ -12,7 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from perturbscope.backends import StageProgress
-from perturbscope.errors import BundleError, InvalidInputError, LimitExceededError, PerturbScopeError, UnknownModelError
+from perturbscope.errors import (
+    BundleError,
+    InvalidInputError,
+    LimitExceededError,
+    PerturbScopeError,
+    UnauthenticatedError,
+    UnknownModelError,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +37,10 @@ _STAGES = {
     "enrich": "Drawing",
     "map": "Mapping cells",
 }
+_HINTS = {
+    UnauthenticatedError.code: " Here: perturbscope --api-key-file FILE, or the variable PERTURBSCOPE_API_KEY.",
+}
+"""What the commands call that which an error speaks of."""
 _WIDTH = 140
 """Columns of a table that goes into a file or pipe."""
 
@@ -41,6 +52,7 @@ def exit_code(error: PerturbScopeError) -> int:
 
 def fail(code: str, message: str) -> None:
     """One line on stderr: the error's code, and what it says."""
+    message += _HINTS.get(code, "")
     Console(stderr=True, soft_wrap=True, highlight=False).print(
         Text.assemble((f"Error [{code}]: ", "bold red"), " ".join(message.split()))
     )
