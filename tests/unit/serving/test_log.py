@@ -214,6 +214,7 @@ def test_an_event_has_a_name_and_fields(stream: io.StringIO) -> None:
 
 def test_libraries_are_heard_in_the_same_form(stream: io.StringIO) -> None:
     noisy = logging.getLogger("uvicorn.error")
+    noisy.setLevel(logging.INFO)  # whatever a uvicorn in this process, of another test, has set
     noisy.addHandler(logging.NullHandler())
     log.configure("json", stream=stream)
     noisy.error("broken pipe")
