@@ -62,7 +62,7 @@ objectives: setup ## runs/objectives/objectives.md: a model for each objective o
 reliability: setup ## benchmarks/reliability.md: faults against the real service (forty minutes; root and faketime for some)
 	$(PY) -m benchmarks.reliability $(RELIABILITY)
 
-fuzz: setup ## the wire decoders under atheris (RELIABILITY's row `decoders`)
+fuzz: setup ## the wire decoders under atheris, each for half a minute (Linux)
 	$(PY) -m benchmarks.reliability --only decoders
 
 audit: setup ## look the pinned dependencies up among known vulnerabilities
