@@ -323,7 +323,7 @@ async def test_models_are_loaded_one_at_a_time(registry: ModelRegistry, bundles:
     await until(lambda: bool(bundles.loads))
     for _ in range(20):
         await asyncio.sleep(0)
-    assert bundles.loads == ["m 1 8"]
+    assert len(bundles.loads) == 1  # either: their folders are looked up in threads
     bundles.gate.set()
     await asyncio.gather(*loads)
     assert names(registry) == ["m@1", "n@1"]
