@@ -49,9 +49,8 @@ quality: setup ## benchmarks/quality.md: bundles/default beside PCA, HVG and scV
 	$(PY) -m evaluation --config evaluation/configs/quality.yaml --out runs/quality --cache runs/quality-cache \
 		--page benchmarks/quality.md --template benchmarks/quality.in.md $(QUALITY)
 
-bench: setup ## run the benchmarks of minutes: the tokenizer, agreement with peers
-	$(PY) benchmarks/tokenizer.py
-	$(PY) -m benchmarks.peers
+bench: setup ## benchmarks/performance.md: every part beside its peers (PARTS="tokenization scoring", BENCH=more options)
+	$(PY) -m benchmarks.performance $(PARTS) $(BENCH)
 
 planted: setup ## benchmarks/planted.md: which effects of known size are seen (a quarter of an hour)
 	$(PY) -m benchmarks.planted

@@ -1,0 +1,1 @@
+"""How fast each part is, beside the peers it replaces: ``python -m benchmarks.performance [PART ...]``."""
