@@ -17,6 +17,7 @@ from perturbscope.encoder import Device, Encoder, OnnxEncoder
 from perturbscope.errors import InferenceError, UnknownGenesError
 from perturbscope.families import Family, TokenizedCells, pad
 from perturbscope.genes import GeneCoverage
+from perturbscope.prefetch import ahead
 
 MIN_GENES = 500
 """Cells with fewer expressed genes are below the usual quality floor of an atlas: flagged, not dropped."""
@@ -131,6 +132,9 @@ class Embedder:
         How the weights were made, as the bundle's manifest says; see :mod:`perturbscope.seen`.
     variant
         Which graph of the bundle the encoder runs.
+    overlap
+        Tokenize the next chunk, and pad the next batch, in a thread while one is computed: for an encoder that leaves
+        the processor idle. Results are the same.
     """
 
     def __init__(
@@ -144,6 +148,7 @@ class Embedder:
         limits: BatchLimits | None = None,
         training: Mapping[str, Any] | None = None,
         variant: str = "fp32",
+        overlap: bool = False,
     ) -> None:
         self.family = family
         self.encoder = encoder
@@ -153,6 +158,7 @@ class Embedder:
         self.limits = limits or BatchLimits()
         self.training: Mapping[str, Any] = training or {}
         self.variant = variant
+        self.overlap = overlap
 
     @classmethod
     def from_bundle(
@@ -174,6 +180,7 @@ class Embedder:
             limits=limits,
             training=bundle.manifest.training,
             variant=variant,
+            overlap=device != "cpu",
         )
 
     @property
@@ -221,10 +228,18 @@ class Embedder:
         InferenceError
             The forward pass failed, or gave something that is not finite.
         """
-        values = self.encoder.run(pad(tokens, rows, self.family.inputs))
-        if values.shape != (len(rows), self.width) or not np.isfinite(values).all():
+        return self._run_padded(self._padded(tokens, rows), len(rows))
+
+    def _padded(self, tokens: TokenizedCells, rows: NDArray[np.integer[Any]]) -> dict[str, NDArray[Any]]:
+        """The graph's inputs of one batch."""
+        return pad(tokens, rows, self.family.inputs)
+
+    def _run_padded(self, inputs: Mapping[str, NDArray[Any]], n_cells: int) -> NDArray[np.float32]:
+        """See :meth:`run`."""
+        values = self.encoder.run(inputs)
+        if values.shape != (n_cells, self.width) or not np.isfinite(values).all():
             raise InferenceError(
-                f"The model returned shape {values.shape} for {len(rows)} cells of width {self.width}"
+                f"The model returned shape {values.shape} for {n_cells} cells of width {self.width}"
                 f"{'' if np.isfinite(values).all() else ', with values that are not finite'}."
             )
         return values
@@ -234,8 +249,9 @@ class Embedder:
     ) -> NDArray[np.float32]:
         """Embed tokenized cells, in their order; `progress` is told the number of cells of each finished batch."""
         values = np.empty((len(tokens), self.width), dtype=np.float32)
-        for rows in self.plan(tokens):
-            values[rows] = self.run(tokens, rows)
+        batches = ((rows, self._padded(tokens, rows)) for rows in self.plan(tokens))
+        for rows, inputs in ahead(batches) if self.overlap else batches:
+            values[rows] = self._run_padded(inputs, len(rows))
             if progress:
                 progress(len(rows))
         return values
@@ -248,17 +264,24 @@ class Embedder:
     def embed_stream(
         self, chunks: Iterable[CountMatrix], *, progress: Callable[[int], None] | None = None
     ) -> Iterator[Embeddings]:
-        """Embed a stream of chunks, one result a chunk; at most one chunk is held at a time."""
+        """Embed a stream of chunks, one result a chunk.
+
+        At most one chunk is held at a time, or with `overlap` the tokens of one and the next chunk, which is then read
+        and tokenized in a thread.
+        """
+        tokenized = self._tokenized(chunks)
+        for tokens, seconds in ahead(tokenized) if self.overlap else tokenized:
+            started = time.perf_counter()
+            values = self.embed_tokens(tokens, progress)
+            yield self.describe(tokens, values, {"tokenize": seconds, "inference": time.perf_counter() - started})
+
+    def _tokenized(self, chunks: Iterable[CountMatrix]) -> Iterator[tuple[TokenizedCells, float]]:
+        """Tokens of each chunk, and the seconds that they took."""
         for cells in chunks:
             started = time.perf_counter()
             tokens = self.tokenize(cells)
-            tokenized = time.perf_counter()
-            values = self.embed_tokens(tokens, progress)
-            timings = {
-                "tokenize": tokenized - started,
-                "inference": time.perf_counter() - tokenized,
-            }
-            yield self.describe(tokens, values, timings)
+            del cells
+            yield tokens, time.perf_counter() - started
 
     def describe(self, tokens: TokenizedCells, values: NDArray[np.float32], timings: dict[str, float]) -> Embeddings:
         """Vectors with all that is known of them."""
