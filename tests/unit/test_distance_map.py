@@ -39,7 +39,7 @@ def screen() -> tuple[NDArray[np.float32], list[str]]:
     ids=str,
 )
 def test_it_equals_the_distances_of_pairs(screen, block, options, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_CELLS", block)
+    monkeypatch.setattr(module, "TILE_CELLS", block)
     chosen = ScoreOptions.from_dict({"min_cells": 4, "permutations": 1, **options})
     found = distance_map(*screen, options=chosen)
     assert found.names == ["a", "b", "c", "d"]
