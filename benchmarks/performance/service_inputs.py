@@ -1,0 +1,121 @@
+"""Requests of mixed sizes with real cells of mixed lengths, the same in every process that asks for them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.performance.harness import DATA
+from perturbscope.bundle import Bundle
+from perturbscope.counts import CountMatrix
+from perturbscope.embedder import Embedder
+from perturbscope.families import TokenizedCells, concatenate
+from perturbscope.readers import open_cells
+from serving.settings import DEFAULT_BUNDLE, Settings
+
+FILES = {
+    "kang": ("kang2018_ifnb_pbmc", None),
+    "pbmc3k": ("pbmc3k_10x", None),
+    "papalexi": ("papalexi2021_eccite_thp1_panel", "total_umi_full_transcriptome"),
+}
+"""Two whole transcriptomes, whose cells are cut at the model's 512 tokens or just below, and a panel of 303 genes."""
+POOL = 1500
+"""Cells of each that requests are drawn from."""
+SIZES = {1: 24, 2: 12, 4: 8, 8: 6, 16: 4, 32: 2, 64: 2, 128: 1, 256: 1, 512: 1}
+"""Cells of a request, and how many requests of that size the mix has."""
+QUICK_SIZES = {1: 6, 4: 2, 16: 2, 64: 1}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done.
+
+    Attributes
+    ----------
+    turns
+        Of each way at saturation.
+    small_seconds, large_seconds
+        Of each point of the curve.
+    idle
+        Requests of each kind to the idle service.
+    quick
+        Small sizes: does it run?
+    """
+
+    turns: int
+    small_seconds: float
+    large_seconds: float
+    idle: int
+    quick: bool
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: cells of one file.
+
+    Attributes
+    ----------
+    source
+        Of :data:`FILES`.
+    rows
+        Of :func:`pool`.
+    """
+
+    source: str
+    rows: tuple[int, ...]
+
+    def cells(self) -> CountMatrix:
+        """The cells."""
+        return pool(self.source)[np.array(self.rows)]
+
+
+@functools.cache
+def pool(source: str) -> CountMatrix:
+    """Cells of one file, from all over it."""
+    name, totals = FILES[source]
+    with open_cells(DATA / f"{name}.h5ad", total_counts_key=totals) as opened:
+        cells = opened.read()
+    return cells[np.sort(np.random.default_rng(0).choice(len(cells), min(POOL, len(cells)), replace=False))]
+
+
+def mix(*, quick: bool) -> list[Ask]:
+    """Requests of all sizes over all files, in random order."""
+    rng = np.random.default_rng(1)
+    sizes = [size for size, n in (QUICK_SIZES if quick else SIZES).items() for _ in range(n)]
+    found = [_drawn(rng, list(FILES)[at % len(FILES)], size) for at, size in enumerate(sizes)]
+    return [found[at] for at in rng.permutation(len(found))]
+
+
+def uniform(size: int, n: int, sources: tuple[str, ...] = tuple(FILES)) -> list[Ask]:
+    """`n` requests of one size, over these files in turn."""
+    rng = np.random.default_rng([2, size])
+    return [_drawn(rng, sources[at % len(sources)], size) for at in range(n)]
+
+
+def _drawn(rng: np.random.Generator, source: str, size: int) -> Ask:
+    rows = rng.choice(len(pool(source)), size, replace=size > POOL)
+    return Ask(source, tuple(int(row) for row in rows))
+
+
+@functools.cache
+def embedder() -> Embedder:
+    """The default bundle in this process, with the service's threads and batches."""
+    from perturbscope.batching import BatchLimits
+
+    limits = BatchLimits(max_tokens=Settings().batch_tokens)
+    return Embedder.from_bundle(Bundle.open(DEFAULT_BUNDLE), limits=limits)
+
+
+@functools.cache
+def right(asks: tuple[Ask, ...]) -> NDArray[np.float32]:
+    """What the library makes of all cells of requests."""
+    return embedder().embed_tokens(tokens_of(asks))
+
+
+def tokens_of(asks: Sequence[Ask]) -> TokenizedCells:
+    """Tokens of all cells of requests, as one."""
+    return concatenate([embedder().tokenize(ask.cells()) for ask in asks])

@@ -1,0 +1,371 @@
+"""The callers of the service benchmark: a process of its own that sends requests which were encoded before.
+
+What a client library costs is its caller's affair, and on a machine of two cores it would be taken from the service:
+so bodies are encoded before the clock starts, and answers are decoded, and compared, after it has stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import multiprocessing
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.performance.service_inputs import Ask, embedder, pool
+from perturbscope import wire
+from perturbscope.proto import perturbscope_v1_pb2 as pb
+from perturbscope.wire.arrow_messages import stream_answers_from_arrow, stream_request_to_arrow
+from perturbscope.wire.proto_stream import (
+    stream_answer_from_proto,
+    stream_cells_to_proto,
+    stream_start_to_proto,
+)
+from perturbscope.wire.streams import StreamChunk, StreamOpened, StreamStart
+
+Way = Literal["HTTP JSON", "HTTP Arrow", "gRPC", "gRPC stream", "HTTP Arrow stream", "BentoML batchable"]
+UNARY: tuple[Way, ...] = ("HTTP JSON", "HTTP Arrow", "gRPC")
+STREAMS: tuple[Way, ...] = ("gRPC stream", "HTTP Arrow stream")
+RPC = "/perturbscope.v1.PerturbScope/"
+_HTTP: dict[Way, tuple[str, str]] = {
+    "HTTP JSON": ("/v1/embed", wire.JSON),
+    "HTTP Arrow": ("/v1/embed", wire.ARROW),
+    "BentoML batchable": ("/embed", wire.JSON),
+}
+CALLERS = 16
+"""Requests in progress at saturation."""
+PIECE = 100
+"""Most cells of one request to the BentoML endpoint: its max_batch_size, beyond which it refuses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to send, and when.
+
+    Attributes
+    ----------
+    way
+        Over which interface.
+    address
+        ``host:port``.
+    asks
+        The requests.
+    callers
+        As many requests are in progress, a new one as soon as one is answered, until all were sent once; 0: see `rate`.
+    rate
+        Requests a second, at random times (a Poisson process), whatever is answered; sent for `seconds`.
+    seconds
+        Of sending at a rate; requests are taken from the beginning again when all were sent.
+    pause
+        Seconds that a caller rests between an answer and its next request.
+    """
+
+    way: Way
+    address: str
+    asks: list[Ask]
+    callers: int = 0
+    rate: float = 0.0
+    seconds: float = 0.0
+    pause: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """What came of a job.
+
+    Attributes
+    ----------
+    wall, cpu
+        Seconds from the first request to the last answer, and of this process's processors in them.
+    latency
+        Of each request (of each chunk in a stream: none), seconds; from when it was due, if sent at a rate.
+    sizes
+        Cells of each of these requests.
+    n_cells
+        That were answered.
+    vectors
+        Of each request in the order of ``Job.asks``; only where all were sent once.
+    """
+
+    wall: float = 0.0
+    cpu: float = 0.0
+    latency: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    n_cells: int = 0
+    vectors: list[NDArray[np.float32]] = field(default_factory=list)
+
+
+class Callers:
+    """The process; jobs are done one after the other."""
+
+    def __enter__(self) -> Self:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other,), daemon=True)
+        self._process.start()
+        other.close()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pipe.close()
+        self._process.join(10)
+
+    def do(self, job: Job) -> Outcome:
+        """Do a job."""
+        self._pipe.send(job)
+        found = self._pipe.recv()
+        if isinstance(found, str):
+            raise ChildProcessError(f"{job.way}: {found}")
+        outcome: Outcome = found
+        return outcome
+
+
+def _serve(pipe: Any) -> None:
+    with contextlib.suppress(EOFError):
+        while True:
+            job: Job = pipe.recv()
+            try:
+                pipe.send(_run(job))
+            except Exception as error:  # noqa: BLE001  its parent raises it
+                pipe.send(f"{type(error).__name__}: {error}")
+
+
+def _run(job: Job) -> Outcome:
+    if job.way in STREAMS:
+        return _Streams(job).run()
+    return asyncio.run(_unary(job, [encoded(job.way, ask) for ask in job.asks]))
+
+
+def encoded(way: Way, ask: Ask) -> list[bytes]:
+    """The bodies of one request; of several for a service that takes only so many cells."""
+    cells = ask.cells()
+    if way == "BentoML batchable":
+        return [_token_body(cells[start : start + PIECE]) for start in range(0, len(cells), PIECE)]
+    request = wire.EmbedRequest(cells=cells)
+    if way == "gRPC":
+        return [wire.embed_request_to_proto(request).SerializeToString()]
+    return [wire.embed_request_to_json(request) if way == "HTTP JSON" else wire.embed_request_to_arrow(request)]
+
+
+def _token_body(cells: Any) -> bytes:
+    """Tokens padded to the longest that the model takes: arrays of one width are what BentoML can put together."""
+    import json
+
+    found = embedder()
+    tokens = found.tokenize(cells)
+    (spec,) = found.family.inputs
+    padded = np.full((len(tokens), found.family.max_length), int(spec.pad_value), dtype=np.int64)
+    for row, cell in enumerate(tokens):
+        padded[row, : len(cell[spec.name])] = cell[spec.name]
+    return json.dumps({"tokens": padded.tolist()}, separators=(",", ":")).encode()
+
+
+async def _unary(job: Job, bodies: list[list[bytes]]) -> Outcome:
+    outcome = Outcome()
+    answers: dict[int, list[bytes]] = {}
+    host, _, port = job.address.partition(":")
+    async with contextlib.AsyncExitStack() as stack:
+        if job.way == "gRPC":
+            import grpc
+
+            options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(job.address, options))
+            await channel.channel_ready()
+            method: Any = channel.unary_unary(RPC + "Embed")
+            spare: list[_Connection] = []
+
+            async def ask_one(body: bytes) -> bytes:
+                answer: bytes = await method(body)
+                return answer
+        else:
+            path, kind = _HTTP[job.way]
+            # More callers than connections wait in line here, which counts as their latency.
+            spare = [await _Connection.open(host, int(port), path, kind) for _ in range(max(job.callers, 128))]
+            free: asyncio.Queue[_Connection] = asyncio.Queue()
+            for connection in spare:
+                stack.callback(connection.close)
+                free.put_nowait(connection)
+
+            async def ask_one(body: bytes) -> bytes:
+                connection = await free.get()
+                try:
+                    return await connection.ask(body)
+                finally:
+                    free.put_nowait(connection)
+
+        async def ask(at: int, due: float) -> None:
+            parts = bodies[at]
+            found = [await ask_one(parts[0])] if len(parts) == 1 else await asyncio.gather(*map(ask_one, parts))
+            outcome.latency.append(time.perf_counter() - due)
+            outcome.sizes.append(len(job.asks[at].rows))
+            if not job.rate:
+                answers[at] = found
+
+        async def caller(left: deque[int]) -> None:
+            while left:
+                await ask(left.popleft(), time.perf_counter())
+                if job.pause:
+                    await asyncio.sleep(job.pause)
+
+        started, cpu = time.perf_counter(), time.process_time()
+        if job.rate:
+            await _at_a_rate(job, ask)
+        else:
+            left = deque(range(len(bodies)))
+            await asyncio.gather(*(caller(left) for _ in range(job.callers)))
+        outcome.wall, outcome.cpu = time.perf_counter() - started, time.process_time() - cpu
+    outcome.n_cells = sum(outcome.sizes)
+    outcome.vectors = [np.concatenate([decoded(job.way, part) for part in answers[at]]) for at in sorted(answers)]
+    return outcome
+
+
+async def _at_a_rate(job: Job, ask: Any) -> None:
+    rng = np.random.default_rng(3)
+    gaps = rng.exponential(1.0, size=max(1, round(job.rate * job.seconds)))
+    # Scaled, so that the mean rate is the one asked for: what is left to chance is how requests crowd.
+    due = np.cumsum(gaps) * (job.seconds / gaps.sum())
+    started = time.perf_counter()
+    tasks = []
+    for number, at in enumerate(due.tolist()):
+        if (wait := started + at - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        tasks.append(asyncio.ensure_future(ask(number % len(job.asks), started + at)))
+    await asyncio.gather(*tasks)
+
+
+def decoded(way: Way, answer: bytes) -> NDArray[np.float32]:
+    """The vectors of an answer."""
+    if way == "BentoML batchable":
+        import json
+
+        return np.asarray(json.loads(answer), dtype=np.float32)
+    if way == "gRPC":
+        return wire.embed_answer_from_proto(pb.EmbedAnswer.FromString(answer)).values
+    decode = wire.embed_answer_from_json if way == "HTTP JSON" else wire.embed_answer_from_arrow
+    return decode(answer).values
+
+
+class _Connection:
+    """One HTTP connection, kept open."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
+        self._reader, self._writer, self._head = reader, writer, head
+
+    @classmethod
+    async def open(cls, host: str, port: int, path: str, kind: str) -> _Connection:
+        reader, writer = await asyncio.open_connection(host, port)
+        head = f"POST {path} HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: {kind}\r\naccept: {kind}\r\n"
+        return cls(reader, writer, head.encode())
+
+    async def ask(self, body: bytes) -> bytes:
+        self._writer.write(self._head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        answer = await self._reader.readexactly(length)
+        if b" 200 " not in head.partition(b"\r\n")[0]:
+            raise ConnectionError(f"{head[:60]!r}: {answer[:300]!r}")
+        return answer
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Streams:
+    """One stream a file, at the same time; a request of the job is a chunk."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._of = {source: [at for at, ask in enumerate(job.asks) if ask.source == source] for source in _names(job)}
+        self._sent = {source: list(self._encoded(source)) for source in self._of}
+        self._found: dict[str, list[Any]] = {}
+
+    def _encoded(self, source: str) -> Iterator[bytes]:
+        start = StreamStart(gene_ids=pool(source).gene_ids)
+        chunks = [self._job.asks[at].cells() for at in self._of[source]]
+        if self._job.way == "HTTP Arrow stream":
+            for piece in stream_request_to_arrow(start, iter(chunks)):
+                yield b"%x\r\n" % len(piece) + piece + b"\r\n"
+            yield b"0\r\n\r\n"
+        else:
+            yield stream_start_to_proto(start).SerializeToString()
+            for cells in chunks:
+                yield stream_cells_to_proto(cells).SerializeToString()
+
+    def run(self) -> Outcome:
+        outcome = Outcome()
+        started, cpu = time.perf_counter(), time.process_time()
+        if self._job.way == "gRPC stream":
+            asyncio.run(self._grpc())
+        else:
+            threads = [threading.Thread(target=self._http, args=(source,)) for source in self._of]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        outcome.wall, outcome.cpu = time.perf_counter() - started, time.process_time() - cpu
+        vectors: dict[int, NDArray[np.float32]] = {}
+        for source, numbers in self._of.items():
+            vectors.update(zip(numbers, self._decoded(source), strict=True))
+        outcome.vectors = [vectors[at] for at in sorted(vectors)]
+        outcome.n_cells = sum(map(len, outcome.vectors))
+        return outcome
+
+    async def _grpc(self) -> None:
+        import grpc
+
+        options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+        async with grpc.aio.insecure_channel(self._job.address, options) as channel:
+            method: Any = channel.stream_stream(RPC + "EmbedStream")
+
+            async def sent(source: str) -> AsyncIterator[bytes]:
+                for message in self._sent[source]:
+                    yield message
+
+            async def one(source: str) -> None:
+                self._found[source] = [message async for message in method(sent(source))]
+
+            await asyncio.gather(*map(one, self._of))
+
+    def _http(self, source: str) -> None:
+        connection = http.client.HTTPConnection(self._job.address, timeout=600)
+        connection.putrequest("POST", "/v1/embed/stream")
+        connection.putheader("content-type", wire.ARROW)
+        connection.putheader("transfer-encoding", "chunked")
+        connection.endheaders()
+
+        def send() -> None:
+            for piece in self._sent[source]:
+                connection.send(piece)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        with contextlib.closing(connection), connection.getresponse() as response:
+            self._found[source] = list(stream_answers_from_arrow(response))
+        sender.join()
+
+    def _decoded(self, source: str) -> list[NDArray[np.float32]]:
+        answers = self._found[source]
+        if self._job.way == "gRPC stream":
+            opened: StreamOpened | None = None
+            read = []
+            for message in answers:
+                answer = stream_answer_from_proto(pb.EmbedStreamAnswer.FromString(message), opened)
+                opened = answer if isinstance(answer, StreamOpened) else opened
+                read.append(answer)
+            answers = read
+        return [answer.embeddings.values for answer in answers if isinstance(answer, StreamChunk)]
+
+
+def _names(job: Job) -> list[str]:
+    return sorted({ask.source for ask in job.asks})
