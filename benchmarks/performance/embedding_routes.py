@@ -1,0 +1,159 @@
+"""Ways to embed the same tokens, each in a process of its own.
+
+A process waits until it is told to run, so routes take turns, no route's threads spin into another's time, and each
+has a peak memory of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.performance.embedding_models import Weights, tokens
+from benchmarks.performance.harness import Watch
+from perturbscope.batching import padding_share
+from perturbscope.encoder import usable_cores
+
+FORWARD_BATCH = 100
+"""Cells of a forward pass in Geneformer's extractor, by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to embed, and with what.
+
+    Attributes
+    ----------
+    weights
+        The model.
+    source, n_cells
+        See :func:`benchmarks.performance.embedding_models.tokens`.
+    """
+
+    weights: Weights
+    source: str
+    n_cells: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A route that has loaded everything.
+
+    Attributes
+    ----------
+    run
+        Embeds all cells; float32 [n_cells, width], in the order of the tokens.
+    padding
+        Share of the padded slots that hold no token.
+    """
+
+    run: Callable[[], NDArray[np.float32]]
+    padding: float
+
+
+def ours(job: Job, variant: str = "fp32") -> Ready:
+    """:class:`perturbscope.embedder.Embedder`, from tokens to vectors."""
+    from perturbscope.bundle import Bundle
+    from perturbscope.embedder import Embedder
+
+    embedder = Embedder.from_bundle(Bundle.open(job.weights.bundle), variant=variant)
+    cells = tokens(job.weights.bundle, job.source, job.n_cells)
+    return Ready(lambda: embedder.embed_tokens(cells), padding_share(cells.lengths, embedder.plan(cells)))
+
+
+def extractor(job: Job, by_length: bool = True, head: bool = False, batch: int = FORWARD_BATCH) -> Ready:
+    """The model in transformers, run as Geneformer's ``EmbExtractor`` runs it.
+
+    All blocks, batches padded to their longest cell, the mean of ``hidden_states[-2]`` over the tokens.
+
+    Parameters
+    ----------
+    job
+        What to embed.
+    by_length
+        Longest cells first, as the extractor does; else in the order of the file.
+    head
+        With the language-model head, as the extractor loads the pre-trained model.
+    batch
+        Cells of a forward pass.
+    """
+    import torch
+
+    torch.set_num_threads(usable_cores())
+    whole = job.weights.torch()
+    model: Any = whole if head else whole.bert
+    cells = tokens(job.weights.bundle, job.source, job.n_cells)
+    lengths = cells.lengths
+    order = np.argsort(-lengths, kind="stable") if by_length else np.arange(len(lengths))
+    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+
+    @torch.inference_mode()
+    def run() -> NDArray[np.float32]:
+        values = np.empty((len(lengths), whole.config.hidden_size), dtype=np.float32)
+        for rows in batches:
+            longest = int(lengths[rows].max())
+            mask = torch.arange(longest) < torch.tensor(lengths[rows])[:, None]
+            ids = torch.full(mask.shape, whole.config.pad_token_id, dtype=torch.int64)
+            for place, row in enumerate(rows):
+                ids[place, : lengths[row]] = torch.tensor(cells[row]["input_ids"].astype(np.int64))
+            output = model(input_ids=ids, attention_mask=mask.to(torch.int64), output_hidden_states=True)
+            states = output.hidden_states[-2].masked_fill(~mask[:, :, None], 0.0)
+            values[rows] = (states.sum(dim=1) / mask.sum(dim=1, keepdim=True)).numpy()
+        return values
+
+    return Ready(run, padding_share(lengths, batches))
+
+
+class Route:
+    """A route in a process of its own."""
+
+    def __init__(self, make: Callable[..., Ready], *args: Any, **options: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, args, options), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.padding: float = self._answer()
+
+    def run(self) -> None:
+        """One turn."""
+        self._pipe.send("run")
+        self._answer()
+
+    def close(self) -> tuple[NDArray[np.float32], float]:
+        """The last turn's vectors, and the peak memory in MiB that turns added to the loaded model."""
+        self._pipe.send("close")
+        values, added = self._answer()
+        self._process.join()
+        return values, added
+
+    def _answer(self) -> Any:
+        try:
+            done, found = self._pipe.recv()
+        except EOFError:
+            done, found = False, "it ended without a word; the system may have killed it for want of memory"
+        if not done:
+            raise ChildProcessError(f"a route failed in its process: {found}")
+        return found
+
+
+def _serve(pipe: Any, make: Callable[..., Ready], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    try:
+        ready = make(*args, **options)
+        gc.collect()
+        values: NDArray[np.float32] | None = None
+        pipe.send((True, ready.padding))
+        with Watch() as memory:
+            while pipe.recv() == "run":
+                values = ready.run()
+                pipe.send((True, None))
+        pipe.send((True, (values, memory.above)))
+    except Exception:  # noqa: BLE001  its parent raises it
+        pipe.send((False, traceback.format_exc()))
