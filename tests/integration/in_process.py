@@ -18,7 +18,7 @@ from serving.http import build_app
 from serving.security.keys import keys_to_json, make_key
 from serving.settings import Settings
 from tests.bundles import write_tiny_bundle
-from tests.integration.server import free_ports
+from tests.ports import free_ports
 
 MODEL, SPARE = "tiny", "spare"
 """Models: the default, and one to be loaded and unloaded."""

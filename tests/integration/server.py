@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,20 +17,10 @@ from typing import Self
 import httpx
 import psutil
 
+from tests.ports import free_ports
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_SECONDS = 120
-
-
-def free_ports(n: int) -> list[int]:
-    """Ports that nothing listens on, all different."""
-    sockets = [socket.socket() for _ in range(n)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [int(item.getsockname()[1]) for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()
 
 
 def environment(**settings: object) -> dict[str, str]:

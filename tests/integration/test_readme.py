@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.readme_blocks import Block, BlockError, read_blocks
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -109,7 +109,7 @@ def test_the_readme_runs(tmp_path: Path) -> None:
 @contextmanager
 def served(log: Path) -> Iterator[dict[int, int]]:
     """The service with the default bundle on free ports: documented port -> real port."""
-    ports = {3000: free_port(), 3001: free_port()}
+    ports = dict(zip((3000, 3001), free_ports(2), strict=True))
     environ = {
         **os.environ,
         "PERTURBSCOPE_HOST": "127.0.0.1",
@@ -143,9 +143,3 @@ def ready(port: int) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -16,7 +16,8 @@ from perturbscope.counts import CountMatrix
 from perturbscope.report import Report, write_report
 from serving.security.keys import keys_to_json, make_key
 from tests.browser import MISSING, Browser, find_browser
-from tests.integration.server import ROOT, environment, free_ports
+from tests.integration.server import ROOT, environment
+from tests.ports import free_ports
 from tests.reports import EVIL, make_report
 from tests.unit.serving.conftest import write_h5ad
 

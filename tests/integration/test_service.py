@@ -34,7 +34,8 @@ from perturbscope.results import ScoreOptions
 from perturbscope.scoring import compare_perturbations, score_perturbations
 from perturbscope.wire import EmbedRequest
 from tests.bundles import write_tiny_bundle
-from tests.integration.server import ROOT, RunningServer, environment, free_ports
+from tests.integration.server import ROOT, RunningServer, environment
+from tests.ports import free_ports
 
 TOLERANCE = 1e-6
 """Largest difference of a value that is allowed between routes: a padded sum may be taken in another order."""

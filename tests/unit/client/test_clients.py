@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import socket
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +33,7 @@ from perturbscope.errors import (
 )
 from perturbscope.results import ScoreOptions
 from perturbscope.scoring import compare_perturbations, score_perturbations
+from tests.ports import free_ports
 from tests.unit.client.conftest import done
 from tests.unit.client.fake_server import Abort, FakeServer
 from tests.unit.wire.messages import same
@@ -343,13 +343,6 @@ async def test_other_errors_are_not_retried(
     await done(client.close())
 
 
-def refused_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-    return port
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -362,7 +355,7 @@ def refused_port() -> int:
 )
 async def test_a_refused_connection(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    port = refused_port()
+    port = free_ports(1)[0]
     client = make(port, retries=RetryPolicy(attempts=2, first=0.0))
     with pytest.raises(ServerUnreachableError, match=str(port)):
         await done(client.models())

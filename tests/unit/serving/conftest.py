@@ -22,10 +22,10 @@ from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from perturbscope.wire import EmbedRequest, ModelInfo
 from serving.engine import Engine
 from serving.grpc_server import GrpcServer
-from serving.http import build_app
 from serving.models import ServedModel
 from serving.registry import ModelRegistry
 from serving.settings import Settings
+from tests.apps import app_of
 
 LABELS = ("control",) * 12 + ("KO",) * 12
 FAST = {"permutations": 19, "min_cells": 4, "repeats": 2}
@@ -88,9 +88,7 @@ async def connect() -> AsyncIterator[Connect]:
     clients: list[httpx.AsyncClient] = []
 
     def make(engine: Engine) -> httpx.AsyncClient:
-        app = build_app()
-        app.state.engine = engine
-        client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(app_of(engine)), base_url="http://test")
         clients.append(client)
         return client
 

@@ -23,7 +23,7 @@ from perturbscope.wire import EmbedRequest, ScoreRequest
 from serving import engine as engine_module
 from serving.calls import Call
 from serving.engine import Engine
-from serving.http import build_app
+from tests.apps import app_of
 from tests.fakes import FakeEncoder
 from tests.unit.serving.conftest import FAST, LABELS, MakeEngine
 
@@ -113,8 +113,7 @@ async def assert_ended(engine: Engine, stage: Stage) -> None:
 async def test_a_client_of_http_that_disconnects_ends_its_work(
     engine: Engine, stage: Stage, tiny_cells: CountMatrix
 ) -> None:
-    app = build_app()
-    app.state.engine = engine
+    app = app_of(engine)
     gone, sent = asyncio.Event(), list[Any]()
     inbox = [{"type": "http.request", "body": wire.score_request_to_json(request_of(tiny_cells)), "more_body": False}]
 
@@ -182,8 +181,7 @@ async def test_an_answer_that_nobody_waits_for_is_not_encoded(
         return await work(function, *args)
 
     monkeypatch.setattr(engine, "work", held)
-    app = build_app()
-    app.state.engine = engine
+    app = app_of(engine)
     inbox = [{"type": "http.request", "body": wire.embed_request_to_json(EmbedRequest(cells=tiny_cells))}]
 
     async def receive() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from perturbscope.results import COMPARE_COLUMNS, SCORE_COLUMNS, ScoreOptions
 from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving import openapi, schemas
 from serving.engine import Engine
+from tests.apps import app_of
 from tests.fakes import FakeEncoder
 from tests.unit.serving.conftest import FAST, LABELS, Connect, MakeEngine, write_h5ad
 
@@ -375,12 +376,9 @@ async def test_a_request_is_one_line_of_log_without_data(
 async def test_a_client_that_goes_away_costs_no_compute(
     engine: Engine, fake_embedder: Embedder, embed_json: dict[str, Any]
 ) -> None:
-    from serving.http import build_app
-
     assert isinstance(fake_embedder.encoder, FakeEncoder)
     gate = fake_embedder.encoder.gate = threading.Event()
-    app = build_app()
-    app.state.engine = engine
+    app = app_of(engine)
     gone = asyncio.Event()
     body = json.dumps(embed_json).encode()
 

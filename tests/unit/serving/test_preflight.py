@@ -14,6 +14,7 @@ from perturbscope.errors import BundleError, InvalidParameterError, ProviderUnav
 from serving import __main__ as command
 from serving import preflight
 from serving.settings import Settings
+from tests.ports import free_ports
 
 
 @pytest.fixture
@@ -27,9 +28,7 @@ def taken() -> Iterator[int]:
 
 @pytest.fixture
 def free() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
 
 
 def settings(bundle: Path, **changes: Any) -> Settings:
@@ -91,9 +90,7 @@ def test_options_override_the_environment_and_paths_become_absolute(
     monkeypatch.chdir(tiny_bundle.parent)
     monkeypatch.setenv("PERTURBSCOPE_BUNDLE", "elsewhere")
     monkeypatch.setenv("PERTURBSCOPE_MAX_CELLS", "7")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        http = str(probe.getsockname()[1])
+    http = str(free_ports(1)[0])
     ports = ["--grpc-port", str(free), "--http-port", http]
     with pytest.raises(SystemExit):
         command.main(["--bundle", tiny_bundle.name, "--host", "127.0.0.1", *ports])

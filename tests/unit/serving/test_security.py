@@ -26,13 +26,13 @@ from perturbscope.wire import EmbedRequest
 from serving.calls import Call
 from serving.engine import Engine
 from serving.grpc_server import SERVICE, GrpcServer
-from serving.http import build_app
 from serving.log import logger
 from serving.security import interceptor as grpc_guard
 from serving.security import middleware as http_guard
 from serving.security.keys import MESSAGE, keys_to_json, make_key
 from serving.security.middleware import KeyMiddleware
 from serving.security.rates import FAILURES_PER_MINUTE
+from tests.apps import app_of
 from tests.unit.serving.conftest import MakeEngine
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,15 +55,7 @@ class Guarded:
         self.path = folder / "keys.json"
         self.path.write_bytes(keys_to_json(tuple(entries)))
         self.engine = make_engine(keys=str(self.path), **settings)
-        self.app = build_app()
-        self.app.state.engine = self.engine
-
-        # As BentoML has them, behind the same middleware.
-        @self.app.get("/metrics")
-        @self.app.get("/readyz")
-        @self.app.get("/docs.json")
-        def theirs() -> str:
-            return "theirs"
+        self.app = app_of(self.engine, beside_others=True)  # behind the same middleware
 
     def http(self, name: str | None = None, key: str = "") -> httpx.AsyncClient:
         """A client with the key of this name."""
@@ -383,9 +375,7 @@ async def test_names_of_files_and_models_are_never_paths(http: httpx.AsyncClient
 async def test_the_page_asks_for_a_key_where_there_are_keys(guarded: Guarded, make_engine: MakeEngine) -> None:
     """The page itself is open, and may load nothing and keep nothing."""
     pages = {}
-    for asks, app in (("yes", guarded.app), ("no", build_app())):
-        if asks == "no":
-            app.state.engine = make_engine()
+    for asks, app in (("yes", guarded.app), ("no", app_of(make_engine()))):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
             reply = await http.get("/")
         assert reply.status_code == 200

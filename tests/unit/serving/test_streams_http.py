@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import io
 import json
 import threading
@@ -19,12 +18,9 @@ from perturbscope.errors import DeadlineExceededError, NotRawCountsError, Pertur
 from perturbscope.wire.arrow_messages import stream_answers_from_arrow, stream_request_to_arrow
 from perturbscope.wire.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
 from serving.engine import Engine
-from serving.http import build_app
+from tests.apps import app_of
 
 MakeEngine = Callable[..., Engine]
-
-
-_app = functools.cache(build_app)
 
 
 class Exchange:
@@ -39,8 +35,7 @@ class Exchange:
         self.reads = asyncio.Event()
         """Cleared by a test that does not read."""
         self.reads.set()
-        app = _app()
-        app.state.engine = engine
+        app = app_of(engine)
         given = {"content-type": wire.ARROW, **{name.replace("_", "-"): value for name, value in headers.items()}}
         scope = {
             "type": "http",
