@@ -1,0 +1,342 @@
+"""One model, trained by this project's loop and by transformers' Trainer, each in a process of its own.
+
+A route's process stops at the end of each turn and waits until it is told to go on, so routes take turns although each
+is one uninterrupted run. Both routes see the same cells, start from the same weights, use the same rate, and are
+measured on the same held-out batch before and after.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.config import LoopConfig, OptimizerConfig, PretrainConfig, SamplerConfig
+
+RATE = 3e-4
+_HELD_OUT = 8
+"""Cells of the batch by which the losses are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every route of a race does.
+
+    Attributes
+    ----------
+    corpus
+        Directory of the tokens.
+    cells
+        Cells of a turn, in the Trainer's batches; int64 [n_steps * batch].
+    held_out
+        Cells of the batch by which the losses are compared.
+    batch
+        Cells of a step.
+    turns
+        How often the cells are gone through.
+    model
+        Options of the network.
+    threads
+        Of torch.
+    """
+
+    corpus: Path
+    cells: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+    batch: int
+    turns: int
+    model: Mapping[str, Any]
+    threads: int
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of a turn."""
+        return len(self.cells) // self.batch
+
+    def config(self, **loop: Any) -> PretrainConfig:
+        """The project's configuration of the run; `loop` adds to the section of that name."""
+        from training.config import CorpusConfig, SourceConfig
+
+        return PretrainConfig(
+            output="unused",
+            corpus=CorpusConfig(path=str(self.corpus), sources=(SourceConfig(path="unused"),)),
+            model=self.model,
+            validation_share=0.0,
+            sampler=SamplerConfig(),
+            optimizer=OptimizerConfig(base_lr=RATE, schedule="constant"),
+            loop=LoopConfig(
+                epochs=self.turns,
+                micro_batch=self.batch,
+                device="cpu",
+                threads=self.threads,
+                checkpoint_every=10**9,
+                validate_every=10**9,
+                **loop,
+            ),
+        )
+
+
+def choose(lengths: NDArray[np.integer[Any]], *, batch: int, steps: int, seed: int = 0) -> NDArray[np.int64]:
+    """Cells of `steps` batches of an epoch of the Trainer's own length-grouped sampler over the whole corpus.
+
+    Batches at evenly spaced ranks of their mean length, so that few batches have the length mix of the epoch.
+    """
+    order = trainer_order(lengths, batch=batch, seed=seed)
+    full = order[: len(order) // batch * batch].reshape(-1, batch)
+    ranked = full[np.argsort(lengths[full].mean(axis=1), kind="stable")]
+    places = ((np.arange(steps) + 0.5) / steps * len(ranked)).astype(int)
+    return cast("NDArray[np.int64]", ranked[places].ravel())
+
+
+def trainer_order(lengths: NDArray[np.integer[Any]], *, batch: int, seed: int = 0) -> NDArray[np.int64]:
+    """The order of cells in an epoch of transformers' LengthGroupedSampler."""
+    import torch
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    generator = torch.Generator().manual_seed(seed)
+    return np.array(list(LengthGroupedSampler(batch, lengths=lengths.tolist(), generator=generator)), dtype=np.int64)
+
+
+class Subset:
+    """Some cells of a corpus, as a corpus."""
+
+    def __init__(self, corpus: Any, numbers: NDArray[np.int64]) -> None:
+        self._corpus, self._numbers = corpus, numbers
+        self.manifest, self.family, self.vocabulary = corpus.manifest, corpus.family, corpus.vocabulary
+        self.lengths = corpus.lengths[numbers]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def cells(self, numbers: NDArray[np.integer[Any]]) -> Any:
+        """Tokens of some of the cells."""
+        return self._corpus.cells(self._numbers[numbers])
+
+
+class Route:
+    """A training run in its own process, one turn at a time.
+
+    Parameters
+    ----------
+    work
+        ``work(pace, job, **options)``, a function of this module.
+    """
+
+    def __init__(self, work: Any, job: Job, **options: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_child, args=(theirs, work, job, options), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.first_loss: float = self._receive()
+
+    def turn(self) -> float:
+        """Seconds of one turn."""
+        self._pipe.send("go")
+        return float(self._receive())
+
+    def end(self) -> tuple[float, float]:
+        """Held-out loss after the last turn, and the process' peak resident memory in MiB."""
+        self._pipe.send("go")
+        last, peak = self._receive()
+        self._process.join()
+        return last, peak
+
+    def _receive(self) -> Any:
+        try:
+            found = self._pipe.recv()
+        except EOFError:
+            found = "it ended without a word"
+        if isinstance(found, str):
+            raise ChildProcessError(found)
+        return found
+
+
+class Pace:
+    """The route's end of the pipe: stops after every turn."""
+
+    def __init__(self, pipe: Any, steps: int) -> None:
+        self._pipe, self._steps, self._done = pipe, steps, 0
+
+    def start(self, loss: float) -> None:
+        """Everything is ready; wait for the first turn."""
+        self._pipe.send(loss)
+        self._wait()
+
+    def step(self) -> None:
+        """A step is over."""
+        self._done += 1
+        if self._done % self._steps == 0:
+            self._pipe.send(time.perf_counter() - self._started)
+            self._wait()
+
+    def end(self, loss: float) -> None:
+        """The run is over."""
+        self._pipe.send((loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10))
+
+    def _wait(self) -> None:
+        self._pipe.recv()
+        self._started = time.perf_counter()
+
+
+def _child(pipe: Any, work: Any, job: Job, options: dict[str, Any]) -> None:
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)  # progress bars of several processes at once
+    os.dup2(quiet, 2)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            work(Pace(pipe, job.steps), job, Path(folder), **options)
+    except Exception:  # noqa: BLE001  its parent raises it
+        pipe.send(traceback.format_exc())
+
+
+def ours(pace: Pace, job: Job, folder: Path, *, warm: int = 1, **loop: Any) -> None:
+    """:func:`training.loop.train` with a task that keeps the pace."""
+    from training import loop as training_loop
+    from training.process import join, leave
+    from training.shards import Corpus
+
+    config = job.config(**loop)
+    process = join(config.loop)
+    task = _paced_task(pace, config, Corpus(job.corpus), job, process)
+    for number in range(warm):
+        task.module(**task.batch(0, number % job.steps, 0)).backward()
+        task.module.zero_grad()
+    outcome = training_loop.train(task, config.loop, config.optimizer, process, output=folder, fingerprint="benchmark")
+    pace.end(outcome.validation[-1]["validation_loss"])
+    leave()
+
+
+def _paced_task(pace: Pace, config: PretrainConfig, corpus: Any, job: Job, process: Any) -> Any:
+    from training.pretrain import MaskedTask
+
+    fixed = held_out_batch(corpus, job.held_out)
+
+    class Paced(MaskedTask):
+        def kind(self, epoch: int, index: int) -> str:
+            pace.step()
+            return ""
+
+        def begin(self, evaluate: Any) -> dict[str, float]:
+            pace.start(float(evaluate(fixed)))
+            return {}
+
+        def validate(self, evaluate: Any) -> dict[str, float]:
+            return {"validation_loss": float(evaluate(fixed))}
+
+    return Paced(config, Subset(corpus, job.cells), process)  # type: ignore[arg-type]
+
+
+def held_out_batch(corpus: Any, numbers: NDArray[np.int64]) -> dict[str, Any]:
+    """Masked cells, always the same."""
+    import torch
+
+    from training import families
+    from training.batches import padded
+
+    batch = padded(corpus, numbers)
+    batch["input_ids"], batch["labels"] = families.load(corpus.manifest["family"]).mask_batch(
+        batch["input_ids"],
+        batch["attention_mask"],
+        vocabulary=corpus.vocabulary,
+        generator=torch.Generator().manual_seed(1),
+    )
+    return batch
+
+
+def trainer(pace: Pace, job: Job, folder: Path, *, precision: str = "fp32") -> None:
+    """transformers.Trainer with BertForMaskedLM and SDPA; its batches are those of its own length-grouped sampler."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from training import families
+    from training.pretrain import MaskedTask
+    from training.process import join
+    from training.shards import Corpus
+
+    corpus = Corpus(job.corpus)
+    family = families.load(corpus.manifest["family"])
+    config = job.config()
+    model: Any = MaskedTask(config, Subset(corpus, job.cells), join(config.loop)).model  # type: ignore[arg-type]
+    fixed = held_out_batch(corpus, job.held_out)
+
+    def loss() -> float:
+        model.eval()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            found = float(model(**fixed).loss)
+        model.train()
+        return found
+
+    generator = torch.Generator().manual_seed(0)
+    pad = corpus.vocabulary.special_tokens["<pad>"]
+
+    def collate(cells: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.from_numpy(cell["input_ids"].astype(np.int64)) for cell in cells],
+            batch_first=True,
+            padding_value=pad,
+        )
+        mask = (ids != pad).long()
+        ids, labels = family.mask_batch(ids, mask, vocabulary=corpus.vocabulary, generator=generator)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    class Steps(TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            pace.start(loss())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            pace.step()
+
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=precision == "bf16",
+        per_device_train_batch_size=job.batch,
+        num_train_epochs=job.turns,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.001,
+        max_grad_norm=1.0,
+        train_sampling_strategy="sequential",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    warm = collate([dict(corpus.cells(job.cells[at : at + 1])[0]) for at in range(job.batch)])
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        model(**warm).loss.backward()
+    model.zero_grad()
+    Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Cells(corpus, job.cells),
+        data_collator=collate,
+        callbacks=[Steps()],
+    ).train()
+    pace.end(loss())
+
+
+class _Cells:
+    """Cells one by one, as Trainer wants them."""
+
+    def __init__(self, corpus: Any, numbers: NDArray[np.int64]) -> None:
+        self._corpus, self._numbers = corpus, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        return dict(self._corpus.cells(self._numbers[at : at + 1])[0])
