@@ -8,7 +8,7 @@ cells counts once, in tiles that fit the cache, in float32; the sums are float64
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -111,7 +111,7 @@ def distance_map(
     if metric == "e_distance" and options.ground == "euclidean":
         sums = _euclidean_sums(maker, members, progress)
     else:
-        sums = _linear_sums([maker.make(cells) for cells in members])
+        sums = _linear_sums(maker.make(cells) for cells in members)
     return DistanceMap(
         names,
         sizes,
@@ -132,13 +132,17 @@ def _energies(sums: NDArray[np.float64], sizes: NDArray[np.int64], estimator: Es
     return sums.astype(np.float32)
 
 
-def _linear_sums(groups: Sequence[Group]) -> NDArray[np.float64]:
+def _linear_sums(groups: Iterable[Group]) -> NDArray[np.float64]:
     """Sums of distances from sums of vectors; see :class:`perturbscope.energy.LinearGroup`."""
-    linear = [group for group in groups if isinstance(group, LinearGroup)]
-    sizes = np.array([float(group.size) for group in linear])
-    half = np.array([group.half.sum() for group in linear])
-    totals = np.stack([group.rows.sum(axis=0) for group in linear])
-    sums: NDArray[np.float64] = np.multiply.outer(half, sizes) + np.multiply.outer(sizes, half) - totals @ totals.T
+    found = [
+        (group.size, group.half.sum(), group.rows.sum(axis=0)) for group in groups if isinstance(group, LinearGroup)
+    ]
+    sizes, half = (np.array([float(each[i]) for each in found]) for i in (0, 1))
+    totals = np.stack([total for *_, total in found])
+    sums: NDArray[np.float64] = totals @ totals.T
+    np.negative(sums, out=sums)
+    sums += np.multiply.outer(half, sizes)
+    sums += np.multiply.outer(sizes, half)
     return sums
 
 

@@ -1,0 +1,131 @@
+"""Distances between all pairs of perturbations, and Wasserstein distances.
+
+    FULL=1 python -m benchmarks.performance pairs
+
+also maps 10,000 perturbations x 200 cells by the unsquared Euclidean distance, every pair of cells: hours.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.performance.harness import Options, Section, Watch, in_child, matmul_ceiling, table
+from benchmarks.performance.pairs_small import MOST, TRANSPORTED, against_peers, ask_peers, papalexi
+from perturbscope.distance_map import TILE_CELLS, distance_map
+from perturbscope.encoder import usable_cores
+from perturbscope.results import ScoreOptions
+
+GROUPS, CELLS, WIDTH = 10_000, 200, 256
+"""The screen of a genome."""
+EUCLIDEAN_CELLS = (5, 20)
+"""Cells a perturbation for which the Euclidean map is made every time."""
+FULL = "FULL"
+"""Environment variable: also all cells."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One map of random cells around random centres.
+
+    Attributes
+    ----------
+    name
+        As the table has it.
+    groups, cells, width
+        Perturbations, cells of each, dimensions.
+    options
+        Of :func:`distance_map`, as keywords.
+    """
+
+    name: str
+    groups: int
+    cells: int
+    width: int
+    options: dict[str, Any]
+
+    @property
+    def cell_pairs(self) -> int:
+        """Pairs of different cells whose distances the map sums up."""
+        n = self.groups * self.cells
+        return n * (n - 1) // 2
+
+
+def cells_of(case: Case) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
+    """Vectors [groups x cells, width], and labels."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((case.groups * case.cells, case.width), dtype=np.float32)
+    by_group = values.reshape(case.groups, case.cells, case.width)
+    by_group += 0.3 * rng.standard_normal((case.groups, 1, case.width), dtype=np.float32)
+    return values, np.repeat([f"P{i:05d}" for i in range(case.groups)], case.cells)
+
+
+def make(case: Case) -> tuple[float, float]:
+    """Seconds of a map, and MiB that it added to what its input takes; in a process of its own."""
+    values, labels = cells_of(case)
+    options = {**case.options}
+    chosen = ScoreOptions(min_cells=2, **options)
+    started = time.perf_counter()
+    with Watch() as memory:
+        distance_map(values, labels, options=chosen)
+    return time.perf_counter() - started, memory.above
+
+
+def root_rate(cells: int = TILE_CELLS) -> float:
+    """Square roots a second of a tile in cache, of all usable cores together."""
+    values, best = np.ones((cells, cells), dtype=np.float32), math.inf
+    for _ in range(50):
+        started = time.perf_counter()
+        np.sqrt(values, out=values)
+        best = min(best, time.perf_counter() - started)
+    return usable_cores() * values.size / best
+
+
+def floor(width: int) -> float:
+    """Distances a second if matrix products ran at the machine's ceiling, and each product had its root taken."""
+    return 1 / (2 * width / matmul_ceiling() + 1 / root_rate())
+
+
+def run(options: Options) -> Section:
+    """All tables."""
+    groups, cells = (1000, 50) if options.quick else (GROUPS, CELLS)
+    cases = [
+        Case("cosine", groups, cells, WIDTH, {"metrics": ("cosine_e_distance",)}),
+        Case("squared Euclidean", groups, cells, WIDTH, {"ground": "sqeuclidean"}),
+    ]
+    wanted = [*EUCLIDEAN_CELLS, *([cells] if os.environ.get(FULL) else [])]
+    cases += [Case("Euclidean", groups, few, WIDTH, {}) for few in wanted]
+    rows, numbers = [], []
+    for case in cases:
+        limit = floor(case.width)
+        seconds, memory = in_child(make, case)[0]
+        rate = case.cell_pairs / seconds
+        dense = case.name == "Euclidean"
+        rows.append(
+            [
+                case.name,
+                f"{case.groups:,} x {case.cells} x {case.width}",
+                f"{case.groups * (case.groups - 1) // 2 / 1e6:.1f} M",
+                f"{seconds:.1f}",
+                f"{rate / 1e9:.3f} G/s" if dense else "",
+                f"{rate / limit:.0%}" if dense else "",
+                f"{memory:,.0f}",
+            ]
+        )
+        numbers.append({"map": case.name, "groups": case.groups, "cells": case.cells, "width": case.width,
+                        "seconds": seconds, "rate": rate, "floor": limit, "memory_mib": memory})  # fmt: skip
+    columns = ["ground distance", "groups x cells x width", "pairs", "s", "cell pairs", "of the floor", "MiB added"]
+    text = "All pairs of perturbations (random vectors). Floor: each squared distance as one entry of a float32 matrix "
+    text += "product at the machine's ceiling, and its root; both measured before each row.\n\n" + table(columns, rows)
+    peers = None
+    if options.peers:
+        values, labels = papalexi(50 if options.quick else MOST)
+        peers = ask_peers(options.peers, values, labels, TRANSPORTED, options.repeats)
+    small, small_numbers = against_peers(options, peers)
+    return Section(f"{text}\n{small}", {"maps": numbers, **small_numbers})

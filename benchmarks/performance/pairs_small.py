@@ -1,0 +1,103 @@
+"""Maps of a real screen beside the programs that make the same: scipy, pertpy, scPerturb."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from functools import cache
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
+
+from benchmarks.performance.harness import DATA, Options, race, table
+from evaluation.baselines import pca
+from perturbscope.distance_map import distance_map
+from perturbscope.readers import open_cells
+from perturbscope.results import ScoreOptions
+
+CONTROL = "control"
+MOST = 200
+"""Cells of each label."""
+TRANSPORTED = ("STAT1", "JAK2", "BRD4", "CAV1")
+"""Targets whose Wasserstein distances are compared."""
+
+
+@cache
+def papalexi(most: int = MOST) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
+    """PCA-50 of the Papalexi panel, float32 [cells, 50], and labels; at most so many cells of each."""
+    with open_cells(
+        DATA / "papalexi2021_eccite_thp1_panel.h5ad", total_counts_key="total_umi_full_transcriptome"
+    ) as source:
+        cells, labels = source.read(), source.obs["perturbation"].astype(str).to_numpy()
+    rng = np.random.default_rng(0)
+    chosen = [np.flatnonzero(labels == name) for name in sorted(set(labels))]
+    chosen = [own if len(own) <= most else rng.choice(own, most, replace=False) for own in chosen]
+    rows = np.sort(np.concatenate(chosen))
+    return pca(cells[rows]).astype(np.float32), labels[rows].astype(str)
+
+
+def with_scipy(values: NDArray[np.float32], labels: NDArray[np.str_]) -> NDArray[np.float64]:
+    """The map by scipy's cdist: a matrix of distances a pair of labels, U estimator."""
+    names = sorted(set(labels.tolist()))
+    groups = [values[labels == name].astype(np.float64) for name in names]
+    sums = np.zeros((len(names), len(names)))
+    for i, j in combinations_with_replacement(range(len(names)), 2):
+        sums[i, j] = sums[j, i] = cdist(groups[i], groups[j]).sum()
+    sizes = np.array([len(group) for group in groups])
+    within = np.diag(sums) / (sizes * (sizes - 1))
+    found: NDArray[np.float64] = 2 * sums / np.multiply.outer(sizes, sizes) - within - within[:, None]
+    np.fill_diagonal(found, 0)
+    return found
+
+
+def ask_peers(python: Path, values: Any, labels: Any, transported: tuple[str, ...], repeats: int) -> dict[str, Any]:
+    """Seconds and results of pertpy and scPerturb."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, found = Path(folder, "in.npz"), Path(folder, "out.json")
+        np.savez(given, values=values, labels=labels, transported=np.array(transported), repeats=repeats)
+        script = Path(__file__).with_name("pairs_peer.py")
+        subprocess.run([str(python), str(script), str(given), str(found)], check=True)
+        answer: dict[str, Any] = json.loads(found.read_text())
+    return answer
+
+
+def against_peers(options: Options, peers: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """Table and numbers of the real screen; `peers`: their answer, if they were asked."""
+    values, labels = papalexi(50 if options.quick else MOST)
+    chosen = {name: ScoreOptions(normalize=False, estimator=name, min_cells=2) for name in ("U", "V")}
+    turns = race(
+        {
+            "PerturbScope": lambda: distance_map(values, labels.tolist(), options=chosen["U"]),
+            "scipy cdist": lambda: with_scipy(values, labels),
+        },
+        options.repeats,
+    )
+    ours = {name: distance_map(values, labels.tolist(), options=each) for name, each in chosen.items()}
+    exact = with_scipy(values, labels)
+    seconds = {name: found.median for name, found in turns.items()}
+    differences = {"PerturbScope": 0.0, "scipy cdist": _difference(ours["U"].distances, exact)}
+    if peers:
+        for name, title, estimator in (("pertpy", "pertpy", "V"), ("scperturb", "scPerturb", "U")):
+            title = f"{title} {peers['versions'][name]}, {estimator}"
+            theirs = np.array(peers[name]["map"])
+            np.fill_diagonal(theirs, 0)
+            seconds[title] = peers[name]["seconds"]
+            differences[title] = _difference(ours[estimator].distances, theirs)
+    mine = seconds["PerturbScope"]
+    rows = [
+        [name, f"{found:.3f}", f"{found / mine:.0f} x", "" if name == "PerturbScope" else f"{differences[name]:.1e}"]
+        for name, found in seconds.items()
+    ]
+    text = f"A real screen: {len(ours['U'].names)} labels of the Papalexi panel, {len(labels):,} cells x PCA-50, all "
+    text += "pairs, Euclidean. Difference: largest, over the largest distance of the map.\n\n"
+    columns = ["program", "s", "of ours", "difference from ours"]
+    return text + table(columns, rows), {"seconds": seconds, "differences": differences}
+
+
+def _difference(ours: NDArray[np.float32], theirs: NDArray[np.float64]) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
