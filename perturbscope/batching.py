@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.buckets import Buckets
 from perturbscope.errors import InvalidParameterError
 
 
@@ -32,6 +33,8 @@ class BatchLimits:
     """Attention scores of one head: cells x longest length squared."""
     max_cells: int = 256
     """Cells in one batch, whatever their length."""
+    buckets: Buckets | None = None
+    """Shapes that batches are padded up to; None: to their longest cell."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_attention", "max_cells"):
@@ -40,8 +43,8 @@ class BatchLimits:
 
     def capacity(self, length: int) -> int:
         """How many cells fit in one batch padded to `length`; at least 1."""
-        length = max(length, 1)
-        return max(
+        length = max(length, 1) if self.buckets is None else self.buckets.length(length)
+        room = max(
             1,
             min(
                 self.max_cells,
@@ -49,6 +52,13 @@ class BatchLimits:
                 self.max_attention // (length * length),
             ),
         )
+        return room if self.buckets is None else self.buckets.full(room)
+
+    def shape(self, n_cells: int, longest: int) -> tuple[int, int]:
+        """Cells and tokens of a batch with its padding."""
+        if self.buckets is None:
+            return n_cells, longest
+        return self.buckets.n_cells(n_cells), self.buckets.length(longest)
 
 
 def form_batches(lengths: Sequence[int] | NDArray[np.integer], limits: BatchLimits) -> list[NDArray[np.intp]]:

@@ -17,6 +17,7 @@ from perturbscope.encoder import Device, Encoder, OnnxEncoder
 from perturbscope.errors import InferenceError, UnknownGenesError
 from perturbscope.families import Family, TokenizedCells, pad
 from perturbscope.genes import GeneCoverage
+from perturbscope.gpu import GpuOptions, gpu_limits
 from perturbscope.prefetch import ahead
 
 MIN_GENES = 500
@@ -169,11 +170,16 @@ class Embedder:
         device: Device = "cpu",
         threads: int | None = None,
         limits: BatchLimits | None = None,
+        gpu: GpuOptions | None = None,
     ) -> Embedder:
-        """The embedder of an opened bundle. Raises as :class:`OnnxEncoder`."""
+        """The embedder of an opened bundle, with the batches that suit its device. Raises as :class:`OnnxEncoder`."""
+        encoder = OnnxEncoder(bundle, variant=variant, device=device, threads=threads, gpu=gpu)
+        family = bundle.family()
+        if limits is None and device != "cpu":
+            limits = gpu_limits(device, family.max_length)
         return cls(
-            bundle.family(),
-            OnnxEncoder(bundle, variant=variant, device=device, threads=threads),
+            family,
+            encoder,
             width=bundle.manifest.width,
             model_id=bundle.model_id,
             vocabulary_hash=bundle.manifest.vocabulary_hash,
@@ -228,15 +234,20 @@ class Embedder:
         InferenceError
             The forward pass failed, or gave something that is not finite.
         """
-        return self._run_padded(self._padded(tokens, rows), len(rows))
+        return self._checked(self.encoder.run(self._padded(tokens, rows)), len(rows))
 
     def _padded(self, tokens: TokenizedCells, rows: NDArray[np.integer[Any]]) -> dict[str, NDArray[Any]]:
-        """The graph's inputs of one batch."""
-        return pad(tokens, rows, self.family.inputs)
+        """The graph's inputs of one batch; where shapes are few, its last cell may be there several times."""
+        length = None
+        if self.limits.buckets is not None:
+            length = self.limits.buckets.length(int(tokens.lengths[rows].max()))
+            rows = self.limits.buckets.fill(rows)
+        return pad(tokens, rows, self.family.inputs, length=length)
 
-    def _run_padded(self, inputs: Mapping[str, NDArray[Any]], n_cells: int) -> NDArray[np.float32]:
-        """See :meth:`run`."""
-        values = self.encoder.run(inputs)
+    def _checked(self, values: NDArray[np.float32], n_cells: int) -> NDArray[np.float32]:
+        """The vectors of a batch's cells; raises as :meth:`run`."""
+        if self.limits.buckets is not None:
+            values = values[:n_cells]
         if values.shape != (n_cells, self.width) or not np.isfinite(values).all():
             raise InferenceError(
                 f"The model returned shape {values.shape} for {n_cells} cells of width {self.width}"
@@ -249,9 +260,17 @@ class Embedder:
     ) -> NDArray[np.float32]:
         """Embed tokenized cells, in their order; `progress` is told the number of cells of each finished batch."""
         values = np.empty((len(tokens), self.width), dtype=np.float32)
+        run: Callable[[Any], NDArray[np.float32]] = self.encoder.run
+        batches: Iterator[tuple[NDArray[np.intp], Any]]
         batches = ((rows, self._padded(tokens, rows)) for rows in self.plan(tokens))
-        for rows, inputs in ahead(batches) if self.overlap else batches:
-            values[rows] = self._run_padded(inputs, len(rows))
+        if self.overlap:
+            stage, finish = getattr(self.encoder, "stage", None), getattr(self.encoder, "finish", None)
+            if stage is not None and finish is not None:
+                # The thread that pads a batch also copies it to the device.
+                batches, run = _staged(batches, stage), finish
+            batches = ahead(batches)
+        for rows, batch in batches:
+            values[rows] = self._checked(run(batch), len(rows))
             if progress:
                 progress(len(rows))
         return values
@@ -346,3 +365,11 @@ def gather(parts: Iterable[Embeddings], n_cells: int, values: NDArray[np.float32
     return replace(
         first, values=values, lengths=lengths, n_detected=n_detected, known_share=known_share, timings=timings
     )
+
+
+def _staged(
+    batches: Iterable[tuple[NDArray[np.intp], Any]], stage: Callable[[Any], Any]
+) -> Iterator[tuple[NDArray[np.intp], Any]]:
+    """Batches, each brought to where the graph runs."""
+    for rows, padded in batches:
+        yield rows, stage(padded)

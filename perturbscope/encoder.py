@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from perturbscope.bundle import Bundle
 from perturbscope.errors import CorruptBundleError, InferenceError, InvalidParameterError, ProviderUnavailableError
+from perturbscope.gpu import CUDA, TENSORRT, BoundSession, GpuOptions, Staged, cuda_runtime, providers
 
-Device = Literal["cpu", "cuda"]
-_PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+Device = Literal["cpu", "cuda", "tensorrt"]
+_PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
 OUTPUT = "cell_embedding"
 """Name of the graph output, float32 [batch, width]."""
 
@@ -53,9 +54,12 @@ class OnnxEncoder:
     variant
         Which of its graphs.
     device
-        ``cpu`` or ``cuda``. There is no silent fallback.
+        ``cpu``, ``cuda``, or ``tensorrt``, which builds an engine for the GPU at hand and leaves to CUDA what it lacks.
+        There is no silent fallback.
     threads
         CPU threads of one operator; default: the cores that this process may use.
+    gpu
+        How a GPU is used.
 
     Raises
     ------
@@ -64,7 +68,7 @@ class OnnxEncoder:
     BundleError
         The bundle has no such variant.
     ProviderUnavailableError
-        CUDA was asked for and ONNX Runtime could not use it.
+        A GPU was asked for and ONNX Runtime could not use it.
     CorruptBundleError
         ONNX Runtime cannot load the graph, or its inputs and output are not those of the family.
     """
@@ -76,11 +80,14 @@ class OnnxEncoder:
         variant: str = "fp32",
         device: Device = "cpu",
         threads: int | None = None,
+        gpu: GpuOptions | None = None,
     ) -> None:
         import onnxruntime as ort
 
         if device not in _PROVIDERS:
-            raise InvalidParameterError(f"The device is {device!r}; it must be 'cpu' or 'cuda'.", field="device")
+            raise InvalidParameterError(
+                f"The device is {device!r}; it must be 'cpu' or 'cuda' (or 'tensorrt', opt-in).", field="device"
+            )
         wanted = _PROVIDERS[device]
         if wanted not in ort.get_available_providers():
             raise ProviderUnavailableError(
@@ -89,15 +96,22 @@ class OnnxEncoder:
                 "or choose the device 'cpu'.",
                 field="device",
             )
-        if device == "cuda":
+        if device != "cpu":
             # onnxruntime-gpu[cuda,cudnn] brings the libraries as packages, outside the loader's search path.
             ort.preload_dlls()
         path = bundle.graph(variant)
+        family = bundle.family()
+        names = ("attention_mask", *(spec.name for spec in family.inputs))
+        gpu = gpu or GpuOptions()
+        chosen: list[Any] = [wanted]
+        if device != "cpu":
+            half = variant.startswith("fp16")
+            chosen = [*providers(device, gpu, inputs=names, max_length=family.max_length, half=half)]
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
         try:
-            self._session: Any = ort.InferenceSession(str(path), options, providers=[wanted])
+            self._session: Any = ort.InferenceSession(str(path), options, providers=chosen)
         except Exception as error:
             raise CorruptBundleError(f"ONNX Runtime cannot load {path}: {error}") from error
         # A provider that is listed can still fail to load its libraries; only the session knows.
@@ -109,15 +123,29 @@ class OnnxEncoder:
                 field="device",
             )
         self._names = {item.name for item in self._session.get_inputs()}
-        strange = self._names - {"attention_mask", *(spec.name for spec in bundle.family().inputs)}
+        strange = self._names - set(names)
         if strange or OUTPUT not in {item.name for item in self._session.get_outputs()}:
             raise CorruptBundleError(
                 f"{path} is not a graph of the family {bundle.manifest.family!r}: "
                 + (f"it wants the input {min(strange)!r}." if strange else f"it has no output {OUTPUT!r}.")
             )
+        self.bound: BoundSession | None = None
+        """What runs the session where it is on a GPU."""
+        if device != "cpu":
+            self.bound = BoundSession(
+                self._session,
+                output=OUTPUT,
+                width=bundle.manifest.width,
+                device="cuda",
+                device_id=gpu.device_id,
+                capture=gpu.cuda_graphs and device == "cuda",
+                runtime=cuda_runtime(),
+            )
 
     def close(self) -> None:
         """Free the session, and with it the graph's memory; :meth:`run` fails from then on. May be called twice."""
+        if self.bound is not None:
+            self.bound.close()
         self._session = None
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -128,14 +156,34 @@ class OnnxEncoder:
         InferenceError
             The forward pass failed, for instance for want of memory.
         """
+        return self.finish(self.stage(inputs))
+
+    def stage(self, inputs: Mapping[str, NDArray[Any]]) -> Staged | Mapping[str, NDArray[Any]]:
+        """Bring a batch to where the graph runs, perhaps while another batch runs. Raises as :meth:`run`."""
         if self._session is None:
             raise InferenceError("The model was closed.")
-        feed = {name: array for name, array in inputs.items() if name in self._names}
+        if self.bound is None:
+            return inputs
         try:
+            return self.bound.stage(inputs)
+        except Exception as error:
+            raise _failed(inputs["attention_mask"].shape, error) from error
+
+    def finish(self, staged: Staged | Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Embed what :meth:`stage` gave. Raises as :meth:`run`."""
+        if self._session is None:
+            raise InferenceError("The model was closed.")
+        shape = staged.shape if isinstance(staged, Staged) else staged["attention_mask"].shape
+        try:
+            if isinstance(staged, Staged):
+                assert self.bound is not None  # noqa: S101  nobody else stages
+                return self.bound.finish(staged)
+            feed = {name: array for name, array in staged.items() if name in self._names}
             (output,) = self._session.run([OUTPUT], feed)
         except Exception as error:
-            shape = inputs["attention_mask"].shape
-            raise InferenceError(
-                f"The forward pass of a batch of {shape[0]} x {shape[1]} tokens failed: {error}"
-            ) from error
+            raise _failed(shape, error) from error
         return np.asarray(output, dtype=np.float32)
+
+
+def _failed(shape: tuple[int, ...], error: Exception) -> InferenceError:
+    return InferenceError(f"The forward pass of a batch of {shape[0]} x {shape[1]} tokens failed: {error}")

@@ -157,7 +157,13 @@ def concatenate(parts: Sequence[TokenizedCells]) -> TokenizedCells:
     )
 
 
-def pad(cells: TokenizedCells, rows: NDArray[np.integer[Any]], inputs: Sequence[InputSpec]) -> dict[str, NDArray[Any]]:
+def pad(
+    cells: TokenizedCells,
+    rows: NDArray[np.integer[Any]],
+    inputs: Sequence[InputSpec],
+    *,
+    length: int | None = None,
+) -> dict[str, NDArray[Any]]:
     """The graph inputs of one batch.
 
     Parameters
@@ -168,13 +174,15 @@ def pad(cells: TokenizedCells, rows: NDArray[np.integer[Any]], inputs: Sequence[
         Which cells, in the order of the batch, [batch].
     inputs
         The family's inputs.
+    length
+        What to pad to, at least the longest cell; None: the longest cell.
 
     Returns
     -------
     Each input [batch, longest, ...] and ``attention_mask``, int64 [batch, longest], 1 on tokens.
     """
     starts, lengths = cells.offsets[rows], cells.lengths[rows]
-    longest = int(lengths.max())
+    longest = int(lengths.max()) if length is None else length
     mask = np.arange(longest) < lengths[:, None]
     take = (starts[:, None] + np.arange(longest))[mask]
     batch: dict[str, NDArray[Any]] = {}
