@@ -1,4 +1,8 @@
-"""Training as it is started for real: killed and resumed, with DeepSpeed, on two processes."""
+"""Training as it is started for real: killed and resumed, with DeepSpeed, on two processes.
+
+``python -m``, torchrun and DeepSpeed's launcher are used once each; the other processes are forked from one that has
+imported everything.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.integration.forked import Launcher, launcher
 from tests.training_screens import contrastive_values, pretrain_values
 from training import strict
 from training.checkpoint import load_checkpoint
@@ -35,14 +41,23 @@ def write(folder: Path, values: dict[str, Any], name: str = "config") -> Path:
     return path
 
 
-def run(module: str, config: Path, *arguments: str, processes: int = 1) -> None:
-    """Run a stage; on several processes through torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", module, str(config), *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Launcher]:
+    with launcher(ENVIRONMENT | {"DS_ACCELERATOR": "cpu"}) as found:
+        yield found
+
+
+Run = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def run(forks: Launcher) -> Run:
+    """Run a stage with a configuration."""
+
+    def made(module: str, config: Path, processes: int = 1) -> None:
+        forks.run(module, str(config), log=config.with_suffix(".log"), processes=processes, timeout=TIMEOUT)
+
+    return made
 
 
 def losses(folder: Path, name: str = "loss") -> list[float]:
@@ -50,14 +65,14 @@ def losses(folder: Path, name: str = "loss") -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
     """A pre-training of 20 steps, plain torch, fp32."""
     folder = tmp_path_factory.mktemp("processes")
     run("training.pretrain", write(folder, pretrain_values(folder, max_steps=20)))
     return folder
 
 
-def test_deepspeed_gives_the_same_losses(base: Path, tmp_path: Path) -> None:
+def test_deepspeed_gives_the_same_losses(base: Path, tmp_path: Path, run: Run) -> None:
     values = pretrain_values(base, max_steps=20, deepspeed=ZERO[1]) | {"output": str(tmp_path / "zero1")}
     run("training.pretrain", write(tmp_path, values))
     plain, deepspeed = losses(base / "pretrain"), losses(tmp_path / "zero1")
@@ -69,7 +84,7 @@ def test_deepspeed_gives_the_same_losses(base: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(after[name].numpy(), tensor.numpy(), atol=1e-3)
 
 
-def test_two_processes_learn_the_same_with_zero_1_and_2(base: Path, tmp_path: Path) -> None:
+def test_two_processes_learn_the_same_with_zero_1_and_2(base: Path, tmp_path: Path, run: Run) -> None:
     found = {}
     for stage in ZERO:
         output = tmp_path / f"zero{stage}"
@@ -92,14 +107,24 @@ def test_finetuning_on_two_processes_equals_one_with_twice_the_batch(tmp_path: P
     one = contrastive_values(tmp_path, max_steps=10, micro_batch=10) | {"output": str(tmp_path / "one")}
     finetune(strict.parse(ContrastiveConfig, one))
     two = contrastive_values(tmp_path, max_steps=10, deepspeed=ZERO[2]) | {"output": str(tmp_path / "two")}
-    run("training.contrastive", write(tmp_path, two), processes=2)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "training.contrastive", str(write(tmp_path, two))],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3)
     checks = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
     assert checks[1]["validation"][-1] == pytest.approx(checks[0]["validation"][-1], rel=1e-2)
     assert (tmp_path / "two" / "heldout.h5ad").is_file()
 
 
-def test_bf16_keeps_full_precision_in_the_checkpoint(base: Path, tmp_path: Path) -> None:
+def test_bf16_keeps_full_precision_in_the_checkpoint(base: Path, tmp_path: Path, run: Run) -> None:
     values = pretrain_values(base, max_steps=6, precision="bf16", deepspeed=ZERO[1]) | {
         "output": str(tmp_path / "bf16")
     }
@@ -109,29 +134,41 @@ def test_bf16_keeps_full_precision_in_the_checkpoint(base: Path, tmp_path: Path)
     assert not bool((weights == weights.bfloat16().float()).all())
 
 
-def kill_after(module: str, config: Path, log: Path, step: int) -> None:
-    """Start a stage, and kill it with SIGKILL once it has logged `step`."""
+def python_m(config: Path) -> tuple[Callable[[], int | None], Callable[[], None]]:
+    """Start a pre-training: its exit code, if it has ended; and what kills it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", module, str(config)],
+        [sys.executable, "-m", "training.pretrain", str(config)],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    return process.poll, process.kill
+
+
+def forked(forks: Launcher, config: Path) -> tuple[Callable[[], int | None], Callable[[], None]]:
+    """The same, in a fork."""
+    (process,) = forks.start("training.pretrain", str(config), log=config.with_suffix(".log"))
+    return lambda: process.exitcode, process.kill
+
+
+def kill_at(step: int, log: Path, code: Callable[[], int | None], kill: Callable[[], None]) -> None:
+    """End a training with SIGKILL as soon as it has logged `step`."""
     try:
         deadline = time.monotonic() + TIMEOUT
         while not any(line.get("step", 0) >= step and "loss" in line for line in read_log(log)):
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
+            assert code() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline, f"step {step} was never logged"
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
     finally:
-        process.kill()
-        process.wait()
+        kill()
+        while code() is None:
+            time.sleep(0.01)
+    assert code() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_a_killed_run_resumes_with_the_same_losses(tmp_path: Path, engine: str) -> None:
+def test_a_killed_run_resumes_with_the_same_losses(tmp_path: Path, engine: str, forks: Launcher, run: Run) -> None:
     options: dict[str, Any] = {"epochs": 15, "checkpoint_every": 25, "validate_every": 60}
     if engine == "deepspeed":
         options["deepspeed"] = ZERO[2]
@@ -139,7 +176,8 @@ def test_a_killed_run_resumes_with_the_same_losses(tmp_path: Path, engine: str) 
     run("training.pretrain", whole)
     values = pretrain_values(tmp_path, **options) | {"output": str(tmp_path / "killed")}
     killed = write(tmp_path, values, "killed")
-    kill_after("training.pretrain", killed, tmp_path / "killed" / "log.jsonl", 60)
+    process = python_m(killed) if engine == "torch" else forked(forks, killed)
+    kill_at(60, tmp_path / "killed" / "log.jsonl", *process)
     assert not (tmp_path / "killed" / "checkpoint").exists()
     states = sorted(path.name for path in (tmp_path / "killed" / "states").glob("step-*"))
     assert states[-1] >= "step-000000050"
