@@ -26,6 +26,7 @@ class VariantOption(StrEnum):
     """Smaller graphs."""
 
     FP16 = "fp16"
+    FP16_FLASH = "fp16-flash"
     INT8 = "int8"
 
 

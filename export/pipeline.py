@@ -15,6 +15,7 @@ from transformers import BertForMaskedLM
 
 from export import ExportError, graph, parity
 from export.card import model_card
+from export.forms import standard_attention
 from perturbscope.bundle import GOLDEN, MODEL_CARD, VOCABULARY, Bundle, Manifest, Variant
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
@@ -24,8 +25,12 @@ from perturbscope.golden_making import make_golden
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.pooling import LAYER, POOLING
 
-VariantName = Literal["fp16", "int8"]
-VARIANTS: dict[str, Callable[[ModelProto], ModelProto]] = {"fp16": graph.half_precision, "int8": graph.eight_bit}
+VariantName = Literal["fp16", "fp16-flash", "int8"]
+VARIANTS: dict[str, Callable[[ModelProto], ModelProto]] = {
+    "fp16": graph.half_precision,
+    "fp16-flash": lambda fp32: graph.half_precision(standard_attention(fp32)),
+    "int8": graph.eight_bit,
+}
 """How each variant is made from the float32 graph."""
 MIN_COSINE = 0.99
 """Default of the least cosine of a variant's cell to float32."""
