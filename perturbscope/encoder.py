@@ -84,6 +84,8 @@ class OnnxEncoder:
     ) -> None:
         import onnxruntime as ort
 
+        from perturbscope.cpu_graph import DISABLED_OPTIMIZERS, cpu_graph
+
         if device not in _PROVIDERS:
             raise InvalidParameterError(
                 f"The device is {device!r}; it must be 'cpu' or 'cuda' (or 'tensorrt', opt-in).", field="device"
@@ -111,7 +113,12 @@ class OnnxEncoder:
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
         try:
-            self._session: Any = ort.InferenceSession(str(path), options, providers=chosen)
+            if device == "cpu":
+                self._session: Any = ort.InferenceSession(
+                    cpu_graph(path), options, providers=chosen, disabled_optimizers=[*DISABLED_OPTIMIZERS]
+                )
+            else:
+                self._session = ort.InferenceSession(str(path), options, providers=chosen)
         except Exception as error:
             raise CorruptBundleError(f"ONNX Runtime cannot load {path}: {error}") from error
         # A provider that is listed can still fail to load its libraries; only the session knows.

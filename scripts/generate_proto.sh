@@ -10,3 +10,6 @@ bin="$(dirname "$(command -v "$python")")"
 PATH="$bin:$PATH" "$python" -m grpc_tools.protoc -I . \
     --python_out="$out" --pyi_out="$out" --grpc_python_out="$out" --mypy_grpc_out="$out" \
     perturbscope/proto/perturbscope_v1.proto perturbscope/proto/open_inference.proto
+# No service, so nothing of gRPC's.
+PATH="$bin:$PATH" "$python" -m grpc_tools.protoc -I . \
+    --python_out="$out" --pyi_out="$out" perturbscope/proto/onnx_graph.proto

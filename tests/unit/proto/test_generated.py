@@ -10,7 +10,7 @@ GENERATED = [
     f"{module}_pb2{suffix}"
     for module in ("perturbscope_v1", "open_inference")
     for suffix in (".py", ".pyi", "_grpc.py", "_grpc.pyi")
-]
+] + ["onnx_graph_pb2.py", "onnx_graph_pb2.pyi"]
 
 
 def test_the_committed_modules_are_those_of_the_proto(tmp_path: Path) -> None:
