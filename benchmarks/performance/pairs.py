@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from benchmarks.performance.harness import Options, Section, Watch, in_child, matmul_ceiling, table
 from benchmarks.performance.pairs_small import MOST, TRANSPORTED, against_peers, ask_peers, papalexi
-from perturbscope.distance_map import TILE_CELLS, distance_map
+from perturbscope.distance_map import Method, distance_map
 from perturbscope.encoder import usable_cores
 from perturbscope.results import ScoreOptions
+from perturbscope.tiles import TILE_CELLS
 
 GROUPS, CELLS, WIDTH = 10_000, 200, 256
 """The screen of a genome."""
@@ -41,7 +42,9 @@ class Case:
     groups, cells, width
         Perturbations, cells of each, dimensions.
     options
-        Of :func:`distance_map`, as keywords.
+        How to score, as keywords.
+    method
+        Of :func:`distance_map`.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Case:
     cells: int
     width: int
     options: dict[str, Any]
+    method: Method = "exact"
 
     @property
     def cell_pairs(self) -> int:
@@ -69,11 +73,10 @@ def cells_of(case: Case) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
 def make(case: Case) -> tuple[float, float]:
     """Seconds of a map, and MiB that it added to what its input takes; in a process of its own."""
     values, labels = cells_of(case)
-    options = {**case.options}
-    chosen = ScoreOptions(min_cells=2, **options)
+    chosen = ScoreOptions(min_cells=2, **case.options)
     started = time.perf_counter()
     with Watch() as memory:
-        distance_map(values, labels, options=chosen)
+        distance_map(values, labels, options=chosen, method=case.method)
     return time.perf_counter() - started, memory.above
 
 
@@ -99,6 +102,7 @@ def run(options: Options) -> Section:
         Case("cosine", groups, cells, WIDTH, {"metrics": ("cosine_e_distance",)}),
         Case("squared Euclidean", groups, cells, WIDTH, {"ground": "sqeuclidean"}),
     ]
+    cases.append(Case("Euclidean, landmarks", groups, cells, WIDTH, {}, "landmarks"))
     wanted = [*EUCLIDEAN_CELLS, *([cells] if os.environ.get(FULL) else [])]
     cases += [Case("Euclidean", groups, few, WIDTH, {}) for few in wanted]
     rows, numbers = [], []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from perturbscope import distance_map as module
+from perturbscope import tiles as module
 from perturbscope.comparison import compare_perturbations
 from perturbscope.distance_map import distance_map
 from perturbscope.errors import InvalidParameterError, TooFewCellsError
@@ -63,6 +63,71 @@ def test_what_it_is_made_of_is_said(screen):
     assert found.provenance["n_groups"] == 4
     assert done[-1][1] == done[-1][2]
     assert any("1 of 5 perturbations have fewer than 4 cells" in warning for warning in found.warnings)
+
+
+def test_equal_cells_in_other_groups_leave_no_rounding_below_zero(screen):
+    values, labels = screen
+    twice = np.concatenate([values, values]).astype(np.float32)
+    names = [*labels, *(f"{label} again" for label in labels)]
+    found = distance_map(twice, names, options=ScoreOptions(min_cells=4, estimator="V")).frame()
+    assert np.isfinite(found).all(axis=None)
+    assert abs(found.loc["c", "c again"]) < 1e-3
+
+
+def test_an_error_in_the_progress_stops_it(screen):
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise StoppedError
+
+    for method in ("exact", "landmarks"):
+        with pytest.raises(StoppedError):
+            distance_map(*screen, options=ScoreOptions(min_cells=4), method=method, progress=stop)
+
+
+@pytest.mark.parametrize("estimator", ["U", "V"])
+def test_with_all_cells_as_landmarks_it_is_exact(screen, estimator):
+    options = ScoreOptions(min_cells=4, estimator=estimator)
+    exact = distance_map(*screen, options=options)
+    near = distance_map(*screen, options=options, method="landmarks")
+    assert near.provenance["landmarks"]["scale"] == pytest.approx(1, abs=1e-3)
+    np.testing.assert_array_equal(near.distances, near.distances.T)
+    np.testing.assert_allclose(near.distances, exact.distances, atol=1e-3 * exact.distances.max())
+
+
+def test_landmarks_say_their_error():
+    rng = np.random.default_rng(1)
+    labels = [f"P{i:02d}" for i in range(30) for _ in range(40)]
+    values = rng.standard_normal((1200, 10)) + np.repeat(rng.standard_normal((30, 10)), 40, axis=0)
+    exact = distance_map(values, labels)
+    near = distance_map(values, labels, method="landmarks", landmarks=300)
+    said = near.provenance["landmarks"]
+    upper = np.triu_indices(30, 1)
+    errors = (near.distances - exact.distances)[upper]
+    assert said["pairs"] == 30 * 29 // 2
+    assert said["rmse"] == pytest.approx(float(np.sqrt(np.mean(errors**2))), rel=1e-3)
+    assert said["rmse"] < 0.05 * said["median_distance"]
+    assert said["spearman"] > 0.999
+    assert near.provenance["method"] == "landmarks"
+    assert "approximate, from 300 landmarks" in near.warnings[-1]
+    again = distance_map(values, labels, method="landmarks", landmarks=300)
+    np.testing.assert_array_equal(again.distances, near.distances)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "guess"}, "must be one of exact, landmarks"),
+        ({"method": "landmarks", "landmarks": 1}, "from 2 to 20,000"),
+        ({"method": "landmarks", "options": ScoreOptions(metrics=("cosine_e_distance",))}, "mapped exactly"),
+        ({"method": "landmarks", "options": ScoreOptions(ground="sqeuclidean")}, "mapped exactly"),
+    ],
+    ids=str,
+)
+def test_methods_that_are_none_are_refused(screen, given, message):
+    with pytest.raises(InvalidParameterError, match=message):
+        distance_map(*screen, **given)
 
 
 def test_what_cannot_be_mapped_is_refused(screen):
