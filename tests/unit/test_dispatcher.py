@@ -103,7 +103,7 @@ async def settle() -> None:
 
 async def started(encoder: FakeEncoder, batches: int = 1) -> None:
     """Wait until that many batches reached the encoder."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(encoder.batches) < batches:
             await asyncio.sleep(0.001)
 
@@ -204,7 +204,7 @@ async def test_a_large_request_is_not_starved_by_small_ones(make: Make) -> None:
             await dispatcher.submit(cells(10, name=name))
             finished += 1
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await asyncio.gather(large, *(chatter(name) for name in range(2, 6)))
     assert finished > 0
 

@@ -39,7 +39,7 @@ class SteppedEncoder(FakeEncoder):
         """Let the batch that waits run, and wait for the next one or the end."""
         n = len(self.names)
         self.steps.release()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(self.batches) < n or (len(self.names) == n and self.busy()):
                 await asyncio.sleep(0.0005)
 
@@ -208,9 +208,9 @@ async def test_a_deadline_that_has_passed_or_cannot_be_kept_is_refused_at_once(m
 async def test_a_small_request_beside_a_bulk_one_is_not_refused_for_the_bulk_ones_time(make: Make) -> None:
     dispatcher = make(FakeEncoder(delay=0.02))
     await dispatcher.submit(cells(500, 500))
-    bulk = submit(dispatcher, 1, *[500] * 400)  # 4 s
+    bulk = submit(dispatcher, 1, *[500] * 4000)  # 40 s
     await settle()
-    assert_own((await dispatcher.submit(cells(10, name=2), deadline=time.monotonic() + 2))[0], [10], 2)
+    assert_own((await dispatcher.submit(cells(10, name=2), deadline=time.monotonic() + 20))[0], [10], 2)
     assert not bulk.done()
     bulk.cancel()
 
@@ -244,7 +244,7 @@ async def test_a_forward_pass_that_hangs_is_told_and_recovered_from(make: Make) 
     with pytest.raises(InferenceError, match="answers nobody until it does"):
         await dispatcher.submit(cells(3))
     gate.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while hangs(dispatcher):  # until it returns
             await asyncio.sleep(0.001)
     assert_own((await dispatcher.submit(cells(4)))[0], [4])
@@ -257,7 +257,7 @@ async def test_a_model_that_hangs_does_not_hold_up_the_end(make: Make) -> None:
     dispatcher = make(FakeEncoder(gate=gate), max_batch_seconds=0.05)
     caller = submit(dispatcher, 1, 5)
     await started(dispatcher.embedder.encoder)  # type: ignore[arg-type]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await dispatcher.close()
     with pytest.raises(InferenceError):
         await caller
@@ -354,7 +354,7 @@ async def test_the_observer_is_told_of_all(make: Make) -> None:
 
 
 async def started_batches(encoder: SteppedEncoder, n: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(encoder.names) < n:
             await asyncio.sleep(0.0005)
 

@@ -152,7 +152,7 @@ async def test_a_full_queue_is_noticed_before_tokenizing(
     engine = make_engine(max_queued_tokens=4)
     first = asyncio.gather(*(engine.embed(EmbedRequest(cells=tiny_cells)) for _ in range(3)))
     dispatcher = engine.registry.default.dispatcher
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while dispatcher.pending_callers < 3:
             await asyncio.sleep(0.001)
 
@@ -240,7 +240,7 @@ async def test_closing_finishes_what_was_accepted(
 ) -> None:
     gate = encoder_of(fake_embedder).gate = threading.Event()
     accepted = asyncio.create_task(engine.embed(EmbedRequest(cells=tiny_cells)))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not encoder_of(fake_embedder).batches:
             await asyncio.sleep(0.001)
     closing = asyncio.create_task(engine.close())

@@ -175,14 +175,14 @@ async def test_a_caller_that_gives_up_costs_no_compute(
     stub = await stub_of(engine)
     message = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
     first = asyncio.ensure_future(stub.Embed(message))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not fake_embedder.encoder.batches:
             await asyncio.sleep(0.001)
     status, _, _ = await failure(stub.Embed(message, timeout=0.3))
     assert status is grpc.StatusCode.DEADLINE_EXCEEDED
     dispatcher = engine.registry.default.dispatcher
     alone = int(fake_embedder.tokenize(tiny_cells).offsets[-1])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while dispatcher.pending_tokens > alone:
             await asyncio.sleep(0.001)
     gate.set()

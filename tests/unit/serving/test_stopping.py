@@ -41,7 +41,7 @@ async def test_the_signal_refuses_what_is_new_at_once_and_finishes_the_rest(
             return len(await engine.embed(EmbedRequest(cells=tiny_cells), call))
 
     accepted = asyncio.ensure_future(ask())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not fake_embedder.encoder.batches:
             await asyncio.sleep(0.001)
     before = {number: signal.signal(number, recorder.handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -50,7 +50,7 @@ async def test_the_signal_refuses_what_is_new_at_once_and_finishes_the_rest(
         stopping.listen()
         signal.raise_signal(signal.SIGTERM)
         assert recorder.signals == [signal.SIGTERM]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not engine.admission.closed:
                 await asyncio.sleep(0.001)
         assert not await engine.ready()
