@@ -16,6 +16,7 @@ from perturbscope.errors import (
     MalformedMatrixError,
     NotRawCountsError,
 )
+from perturbscope.gene_lists import CHECKED
 
 INTEGRAL_TOLERANCE = 1e-6
 """A float count this close to an integer is read as that integer."""
@@ -34,7 +35,7 @@ class CountMatrix:
     counts
         CSR matrix, int32, [n_cells, n_genes]; no stored zeros, indices sorted.
     gene_ids
-        Identifier of each column as the caller gave it: Ensembl id or symbol.
+        Identifier of each column as the caller gave it: Ensembl id or symbol. Read-only.
     totals
         Total counts of each cell over ALL genes that were measured, float64 [n_cells]. Taken before any
         gene is dropped: it is the size factor of count normalisation.
@@ -166,6 +167,8 @@ def _require_numeric(dtype: np.dtype[Any]) -> None:
 
 
 def _check_gene_ids(gene_ids: Sequence[str] | NDArray[Any]) -> NDArray[np.str_]:
+    if isinstance(gene_ids, np.ndarray) and CHECKED.get(gene_ids):
+        return gene_ids
     given = np.asarray(gene_ids)
     if given.ndim != 1 or (given.dtype.kind not in "UO" and given.size):
         raise MalformedMatrixError(
@@ -181,6 +184,8 @@ def _check_gene_ids(gene_ids: Sequence[str] | NDArray[Any]) -> NDArray[np.str_]:
             "Give each column its own identifier: Ensembl ids, or adata.var_names_make_unique().",
             field="gene_ids",
         )
+    genes.setflags(write=False)
+    CHECKED.put(genes, True)
     return genes
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.errors import CorruptBundleError, MalformedMatrixError
+from perturbscope.gene_lists import PerArray
 
 _ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{11})(\.\d+)?(_PAR_Y)?$")
 _SHOWN = 10
@@ -278,7 +279,19 @@ class GeneResolver:
         A column that spells out a gene of the vocabulary wins over one that reaches the same gene through an ambiguous
         alias; otherwise columns of one gene are both kept (their counts are added) and counted in `n_merged`.
         """
-        return _map(self, tuple(map(str, gene_ids)), vocabulary)
+        if not isinstance(gene_ids, np.ndarray):
+            return _map(self, tuple(map(str, gene_ids)), vocabulary)
+        known = _MAPPED.get(gene_ids)
+        if known is None:
+            _MAPPED.put(gene_ids, known := {})
+        found = known.get((self, vocabulary))
+        if found is None:
+            found = known[self, vocabulary] = _map(self, tuple(map(str, gene_ids.tolist())), vocabulary)
+        return found
+
+
+_MAPPED: PerArray[dict[tuple[GeneResolver, GeneVocabulary], GeneMapping]] = PerArray()
+"""What the arrays of identifiers that matrices share were mapped to."""
 
 
 @functools.lru_cache(maxsize=64)

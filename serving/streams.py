@@ -97,6 +97,8 @@ class _Stream:
         self._slots = asyncio.Semaphore(engine.settings.stream_chunks)
         self._in_progress: asyncio.Queue[_Job | Exception | None] = asyncio.Queue()
         self._jobs: set[asyncio.Task[Any]] = set()
+        self._genes: NDArray[np.str_] = np.zeros(0, dtype=np.str_)
+        """Those of all its cells, once they are checked."""
         self._unanswered = 0
         self._moved = time.monotonic()
         """When a message was read or an answer was taken last."""
@@ -125,7 +127,10 @@ class _Stream:
         """Refuse genes that no cell could be embedded with, before there are cells."""
         settings, n_genes = self._settings, len(start.gene_ids)
         limits.check_shape(settings, 1, n_genes, n_genes)
-        tokens = await self._engine.work(lambda: model.embedder.tokenize(start.every_gene()))
+        cells = await self._engine.work(start.every_gene)
+        # Checked, and from now on the same array in all chunks.
+        self._genes = cells.gene_ids
+        tokens = await self._engine.work(model.embedder.tokenize, cells)
         self._call.model, self._call.model_id = model.embedder, model.info.model_id
         return StreamOpened(
             model_id=model.embedder.model_id,
@@ -153,7 +158,7 @@ class _Stream:
                 self._unanswered += 1
                 memory = await self._reserve(GROWTH * n_bytes)
                 with self._call.stage("decode"):
-                    cells = await self._engine.work(self._pipe.decode, message, start.gene_ids, row)
+                    cells = await self._engine.work(self._pipe.decode, message, self._genes, row)
                 del message, found
                 limits.check_shape(self._settings, len(cells), cells.n_genes, int(cells.counts.nnz))
                 await self._when_there_is_room(functools.partial(self._call.take, len(cells)))

@@ -64,7 +64,7 @@ def read_stream(body: bytes) -> tuple[pa.Table, Any]:
         raise UnreadableFileError(
             "The Arrow schema's metadata has no key 'perturbscope' with the request as JSON.", field="metadata"
         )
-    return table, check.parse_json(metadata[KEY], "metadata")
+    return table, check.parse_request(metadata[KEY], "metadata")
 
 
 def check_rows(n_rows: int, n_bytes: int) -> None:

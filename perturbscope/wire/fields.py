@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -19,6 +22,7 @@ from perturbscope.errors import (
     MalformedMatrixError,
     UnreadableFileError,
 )
+from perturbscope.gene_lists import RECENT
 from perturbscope.genes import GeneCoverage
 from perturbscope.results import ScoreOptions
 from perturbscope.wire.messages import Meta
@@ -52,6 +56,58 @@ def parse_json(body: bytes | str, field: str = "body") -> Any:
     except ValueError:  # of int(), which would have us raise its limit
         what = "it has a number of thousands of digits"
     raise UnreadableFileError(f"The {field} is not JSON: {what}.", field=field)
+
+
+def parse_request(body: bytes, field: str = "body") -> Any:
+    """As :func:`parse_json`, but the list of genes is not parsed again where the same text came before.
+
+    Then the value of ``gene_ids`` is the checked array that :data:`perturbscope.gene_lists.RECENT` has for it. Most of
+    a small request is that list. JSON text of a list means the same wherever a value may stand, so it can be looked up
+    in place of being parsed. What cannot be parsed so is parsed whole, and refused for what it is.
+    """
+    found = _GENES.search(body)
+    if found is None:
+        return parse_json(body, field)
+    start = found.end() - 1
+    stop = body.find(b"]", start) + 1
+    text = bytes(body[start:stop])
+    genes = RECENT.spelled(text)
+    if genes is not None:
+        # A string that no caller can guess stands for the list.
+        short = b'%s"%s"%s' % (body[:start], _STAND_IN.encode(), body[stop:])
+        with contextlib.suppress(ValueError, RecursionError, InvalidParameterError):
+            data = json.loads(short.decode(), object_pairs_hook=_unique)
+            cells = _cells_of(data)
+            if cells is not None and cells["gene_ids"] == _STAND_IN:
+                cells["gene_ids"] = genes
+                return data
+    data = parse_json(body, field)
+    cells = _cells_of(data)
+    if genes is None and cells is not None:
+        genes = RECENT.find(cells["gene_ids"])
+        # The text may end inside of a name that has a bracket, and be that of another list.
+        if genes is not None and _means(text, cells["gene_ids"]):
+            RECENT.keep_spelling(text, genes)
+    return data
+
+
+_GENES = re.compile(rb'"gene_ids"\s*:\s*\[')
+_STAND_IN = secrets.token_hex(32)
+
+
+def _means(text: bytes, names: object) -> bool:
+    try:
+        return bool(json.loads(text) == names)
+    except ValueError:
+        return False
+
+
+def _cells_of(data: Any) -> dict[str, Any] | None:
+    """Where a request names genes: in its cells, or, as the metadata of Arrow, beside all else."""
+    for place in (data.get("cells"), data) if isinstance(data, dict) else ():
+        if isinstance(place, dict) and "gene_ids" in place:
+            return place
+    return None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -145,9 +201,9 @@ def texts(
     if not set(map(type, values)) <= {str}:
         at, item = next((i, item) for i, item in enumerate(values) if type(item) is not str)
         raise error(f"{field} must hold strings only; number {at} is {shown(item)}.", field=field)
-    for at, item in enumerate(values):
-        if len(item) > longest:
-            raise error(f"{field} number {at} has {len(item)} characters; at most {longest} are allowed.", field=field)
+    if max(map(len, values), default=0) > longest:
+        at, item = next((i, item) for i, item in enumerate(values) if len(item) > longest)
+        raise error(f"{field} number {at} has {len(item)} characters; at most {longest} are allowed.", field=field)
     try:
         "".join(values).encode()
     except UnicodeEncodeError:
@@ -203,9 +259,13 @@ def count_matrix(
     first_row: Any = 0,
 ) -> CountMatrix:
     """Raw counts, with their names checked first."""
-    names = texts(gene_ids, "gene_ids", MalformedMatrixError)
+    known = gene_ids if isinstance(gene_ids, np.ndarray) else RECENT.find(gene_ids)
+    names = texts(gene_ids, "gene_ids", MalformedMatrixError) if known is None else known
     row = integer(first_row, "first_row")
-    return CountMatrix.from_csr(data, indices, indptr, names, totals=totals, first_row=row)
+    cells = CountMatrix.from_csr(data, indices, indptr, names, totals=totals, first_row=row)
+    if known is None:
+        RECENT.keep(names, cells.gene_ids)
+    return cells
 
 
 def score_options(value: Any) -> ScoreOptions:

@@ -37,7 +37,7 @@ def embed_request_to_json(request: EmbedRequest) -> bytes:
 
 def embed_request_from_json(body: bytes) -> EmbedRequest:
     """Read what :func:`embed_request_to_json` writes. Raises errors of :mod:`perturbscope.errors` for bad input."""
-    data = check.mapping(check.parse_json(body), "body", required=["cells"], optional=["model"])
+    data = check.mapping(check.parse_request(body), "body", required=["cells"], optional=["model"])
     return EmbedRequest(
         cells=_cells_from(data["cells"]),
         model=check.optional_text(data.get("model"), "model"),
@@ -51,7 +51,7 @@ def score_request_to_json(request: ScoreRequest) -> bytes:
 
 def score_request_from_json(body: bytes) -> ScoreRequest:
     """Read what :func:`score_request_to_json` writes. Raises errors of :mod:`perturbscope.errors` for bad input."""
-    data = check.mapping(check.parse_json(body), "body", required=["perturbations", "control"], optional=_LABELLED)
+    data = check.mapping(check.parse_request(body), "body", required=["perturbations", "control"], optional=_LABELLED)
     return ScoreRequest(**_labelled_from(data), control=check.text(data["control"], "control"))
 
 
@@ -63,7 +63,7 @@ def compare_request_to_json(request: CompareRequest) -> bytes:
 def compare_request_from_json(body: bytes) -> CompareRequest:
     """Read what :func:`compare_request_to_json` writes. Raises errors of :mod:`perturbscope.errors` for bad input."""
     data = check.mapping(
-        check.parse_json(body), "body", required=["perturbations"], optional=(*_LABELLED, "pairs", "control")
+        check.parse_request(body), "body", required=["perturbations"], optional=(*_LABELLED, "pairs", "control")
     )
     return CompareRequest(
         **_labelled_from(data),
