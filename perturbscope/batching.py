@@ -61,6 +61,15 @@ class BatchLimits:
         return self.buckets.n_cells(n_cells), self.buckets.length(longest)
 
 
+def cpu_limits() -> BatchLimits:
+    """Budget of a batch where nobody waits and the processor is a CPU.
+
+    1,024 tokens keep two cores busy, and a block's states stay in their cache; larger batches only pad more. Cells of
+    over 512 tokens so run alone: without padding they need no mask, see :mod:`perturbscope.cpu_graph`.
+    """
+    return BatchLimits(max_tokens=1024)
+
+
 def form_batches(lengths: Sequence[int] | NDArray[np.integer], limits: BatchLimits) -> list[NDArray[np.intp]]:
     """Cut a window of cells into batches that stay within `limits`.
 

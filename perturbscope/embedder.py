@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.batching import BatchLimits, form_batches
+from perturbscope.batching import BatchLimits, cpu_limits, form_batches
 from perturbscope.bundle import Bundle
 from perturbscope.counts import CountMatrix
 from perturbscope.encoder import Device, Encoder, OnnxEncoder
@@ -175,8 +175,8 @@ class Embedder:
         """The embedder of an opened bundle, with the batches that suit its device. Raises as :class:`OnnxEncoder`."""
         encoder = OnnxEncoder(bundle, variant=variant, device=device, threads=threads, gpu=gpu)
         family = bundle.family()
-        if limits is None and device != "cpu":
-            limits = gpu_limits(device, family.max_length)
+        if limits is None:
+            limits = cpu_limits() if device == "cpu" else gpu_limits(device, family.max_length)
         return cls(
             family,
             encoder,
@@ -278,7 +278,7 @@ class Embedder:
     def embed(self, cells: CountMatrix, *, progress: Callable[[int], None] | None = None) -> Embeddings:
         """Embed cells; memory beyond the result stays bounded. Raises as :meth:`tokenize` and :meth:`run`."""
         chunks = (cells[start : start + CHUNK_CELLS] for start in range(0, len(cells), CHUNK_CELLS))
-        return join(list(self.embed_stream(chunks, progress=progress)))
+        return gather(self.embed_stream(chunks, progress=progress), len(cells))
 
     def embed_stream(
         self, chunks: Iterable[CountMatrix], *, progress: Callable[[int], None] | None = None

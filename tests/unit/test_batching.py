@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perturbscope.batching import BatchLimits, form_batches, padding_share
+from perturbscope.batching import BatchLimits, cpu_limits, form_batches, padding_share
 from perturbscope.errors import InvalidParameterError
 
 LENGTHS = st.lists(st.integers(0, 2048), max_size=80)
@@ -79,3 +79,10 @@ def test_limits_are_positive(name):
     with pytest.raises(InvalidParameterError, match=f"{name} is 0") as caught:
         BatchLimits(**{name: 0})
     assert caught.value.field == name
+
+
+def test_batches_of_a_cpu_leave_long_cells_alone_and_pad_little():
+    lengths = [2048, 1024, 700, 513, 512, 512, 300, 300, 300, 70, 66]
+    batches = form_batches(lengths, cpu_limits())
+    assert [batch.tolist() for batch in batches] == [[0], [1], [2], [3], [4, 5], [6, 7, 8], [9, 10]]
+    assert padding_share(lengths, batches) < 0.001

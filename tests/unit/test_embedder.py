@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perturbscope import embedder as embedder_module
-from perturbscope.batching import BatchLimits
+from perturbscope.batching import BatchLimits, cpu_limits
 from perturbscope.bundle import Bundle
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder, gather, join
@@ -261,3 +261,28 @@ def test_a_stream_holds_few_chunks(fake_embedder: Embedder, tiny_cells: CountMat
 
     assert len(gather(fake_embedder.embed_stream(chunks()), 24)) == 24
     assert most <= 3
+
+
+def test_an_embedder_of_a_cpu_has_its_batches(embedder, tiny_bundle):
+    assert embedder.limits == cpu_limits()
+    wide = BatchLimits(max_tokens=9)
+    assert Embedder.from_bundle(Bundle.open(tiny_bundle), threads=1, limits=wide).limits is wide
+
+
+def test_vectors_of_many_chunks_are_held_once(fake_embedder, monkeypatch):
+    """A chunk's vectors are let go of as soon as they are in the result."""
+    monkeypatch.setattr(embedder_module, "CHUNK_CELLS", 2)
+    held = []
+    describe = fake_embedder.describe
+
+    def watched(*args):
+        held.append(weakref.ref(args[1]))
+        # The first is the template of the result's other fields; of the others only the newest two can be in use.
+        assert sum(chunk() is not None for chunk in held[1:-2]) == 0
+        return describe(*args)
+
+    monkeypatch.setattr(fake_embedder, "describe", watched)
+    genes = GeneVocabulary.geneformer_gc30m().gene_ids[:3]
+    cells = CountMatrix.from_matrix(np.arange(1, 61).reshape(20, 3), genes)
+    assert len(fake_embedder.embed(cells)) == 20
+    assert len(held) == 10
