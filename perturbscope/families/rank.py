@@ -8,8 +8,6 @@ is the same on every machine.
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,14 +17,14 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from perturbscope.counts import CountMatrix
+from perturbscope.encoder import usable_cores
 from perturbscope.errors import CorruptBundleError, EmptyCellError, UnknownGenesError, UnsupportedBundleError
 from perturbscope.families import InputSpec, TokenizedCells
-from perturbscope.genes import GeneResolver, GeneVocabulary
+from perturbscope.genes import GeneCoverage, GeneResolver, GeneVocabulary
+from perturbscope.ragged import BLOCK_VALUES, map_blocks, row_blocks, smallest
+from perturbscope.ranking import RankedCounts, Ranking
 
-_TABLE_COUNTS = 32
-"""Counts 1..32 of every gene are ranked once for a vocabulary; higher ones (a few per cent) once a chunk."""
-_CHUNK_VALUES = 262_144
-"""Stored counts tokenized at a time: few enough to stay in the cache."""
+_CHUNK_VALUES = BLOCK_VALUES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +43,18 @@ class RankConfig:
 
 @dataclass(frozen=True, eq=False)
 class RankFamily:
-    """Genes in the order of their count relative to the gene's median."""
+    """Genes in the order of their count relative to the gene's median.
+
+    Attributes
+    ----------
+    threads
+        Threads that share the cells of one call; as many as there are usable cores by default.
+    """
 
     config: RankConfig
     vocabulary: GeneVocabulary
     resolver: GeneResolver
+    threads: int | None = None
 
     name = "rank"
 
@@ -79,43 +84,54 @@ class RankFamily:
         counts = cells.counts
         if mapping.coverage.n_merged:
             counts, gene_of_column = _merged(counts, gene_of_column, unknown + 1)
-        parts = [
-            self._tokenize_rows(counts, gene_of_column, rows, cells.first_row) for rows in _row_chunks(counts.indptr)
-        ]
-        ids, lengths, detected, known_share = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return TokenizedCells(
-            arrays={"input_ids": ids},
-            offsets=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)]),
-            known_share=known_share.astype(np.float32),
-            n_detected=detected.astype(np.int32),
-            coverage=mapping.coverage,
-        )
+        return self._tokenize(counts, gene_of_column, cells.first_row, mapping.coverage)
 
-    def _tokenize_rows(
-        self, matrix: sparse.csr_matrix, gene_of_column: NDArray[np.intp], rows: slice, first_row: int
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-        """Token ids end to end; and of each cell its length, detected genes and share of known counts."""
-        start, stop = matrix.indptr[rows.start], matrix.indptr[rows.stop]
-        bounds = matrix.indptr[rows.start : rows.stop + 1] - start
-        counts = matrix.data[start:stop]
-        genes = gene_of_column.take(matrix.indices[start:stop])
-        known = genes < len(self.vocabulary.gene_ids)
-        detected = np.add.reduceat(known, bounds[:-1], dtype=np.int64)
-        empty = np.flatnonzero(detected == 0)
-        if len(empty):
-            raise EmptyCellError(
-                f"The cell in row {first_row + rows.start + int(empty[0])} expresses no gene of the model's "
-                "vocabulary. Remove such cells, or give more genes.",
-                field="counts",
+    def _tokenize(
+        self, counts: sparse.csr_matrix, genes: NDArray[np.intp], first_row: int, coverage: GeneCoverage
+    ) -> TokenizedCells:
+        """In two passes over blocks of rows: how many tokens each cell has, and which."""
+        ranked = RankedCounts(Ranking.of(self.vocabulary), counts, genes)
+        indptr = counts.indptr.astype(np.int64, copy=False)
+        blocks = row_blocks(indptr, _CHUNK_VALUES)
+        threads = min(self.threads or usable_cores(), len(blocks))
+        keys = np.empty(counts.nnz, dtype=np.int32)
+        detected = np.diff(indptr)
+        share = np.ones(len(detected), dtype=np.float32)
+
+        def look_up(rows: slice) -> None:
+            start, stop = int(indptr[rows.start]), int(indptr[rows.stop])
+            ranked.keys(start, stop, out=keys[start:stop])
+            known = keys[start:stop] != ranked.unknown
+            if known.all():
+                return
+            starts = indptr[rows] - start
+            detected[rows] = np.add.reduceat(known, starts, dtype=np.int64)
+            empty = np.flatnonzero(detected[rows] == 0)
+            if len(empty):
+                raise EmptyCellError(
+                    f"The cell in row {first_row + rows.start + int(empty[0])} expresses no gene of the model's "
+                    "vocabulary. Remove such cells, or give more genes.",
+                    field="counts",
+                )
+            values = counts.data[start:stop]
+            share[rows] = np.add.reduceat(values * known, starts, dtype=np.int64) / np.add.reduceat(
+                values, starts, dtype=np.int64
             )
-        share = np.add.reduceat(counts * known, bounds[:-1], dtype=np.float64)
-        share /= np.add.reduceat(counts, bounds[:-1], dtype=np.float64)
-        lengths = np.minimum(detected, self.max_length)
-        return self._ranking.order(genes, counts, bounds, lengths), lengths, detected, share
 
-    @functools.cached_property
-    def _ranking(self) -> _Ranking:
-        return _Ranking(self.vocabulary)
+        map_blocks(look_up, blocks, threads)
+        lengths = np.minimum(detected, self.max_length)
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        ids = np.empty(int(offsets[-1]), dtype=np.int32)
+
+        def sort(rows: slice) -> None:
+            bounds = indptr[rows.start : rows.stop + 1]
+            best = smallest(
+                keys[bounds[0] : bounds[-1]], bounds - bounds[0], lengths[rows], together=True if threads > 1 else None
+            )
+            ranked.tokens(best, rows, lengths[rows], out=ids[offsets[rows.start] : offsets[rows.stop]])
+
+        map_blocks(sort, blocks, threads)
+        return TokenizedCells({"input_ids": ids}, offsets, share, detected.astype(np.int32), coverage)
 
 
 def build(config: Mapping[str, Any], vocabulary: GeneVocabulary) -> RankFamily:
@@ -139,96 +155,3 @@ def _merged(
     )
     merged.sum_duplicates()
     return merged, np.arange(n_columns)
-
-
-def _row_chunks(indptr: NDArray[np.integer[Any]]) -> list[slice]:
-    """Runs of rows with about `_CHUNK_VALUES` stored values each."""
-    marks = np.arange(0, int(indptr[-1]), _CHUNK_VALUES)
-    starts = np.unique(np.searchsorted(indptr, marks, side="left"))
-    starts = starts[starts < len(indptr) - 1]
-    stops = np.append(starts[1:], len(indptr) - 1)
-    return [slice(int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
-
-
-class _Ranking:
-    """Gives every (gene, count) an integer that sorts as ``(-count / median, gene)`` does.
-
-    Sorting integers is several times faster than a two-key sort of floats, needs no stable sort, and has the order of
-    ties built in. Pairs with a count up to `_TABLE_COUNTS` are ranked once, in a table; entry number r of that ranking
-    has the key ``r << bits``. The others are placed between the table's entries, chunk by chunk: the pair that comes
-    n-th among those behind entry r gets ``(r << bits) + n``.
-    """
-
-    def __init__(self, vocabulary: GeneVocabulary) -> None:
-        self._medians = vocabulary.medians
-        n_genes = len(self._medians)
-        counts = np.arange(1, _TABLE_COUNTS + 1)
-        values = (counts[None, :] / self._medians[:, None]).ravel()
-        # Stable, and laid out gene by gene: equal values stay in the order of genes.
-        order = np.argsort(-values, kind="stable")
-        self._sorted_values = -values[order]
-        self._sorted_genes = (order // _TABLE_COUNTS).astype(np.int32)
-        # Entries are numbered from 1; 0 is what comes before the first.
-        self._sorted_tokens = np.concatenate([vocabulary.tokens[:1], vocabulary.tokens[self._sorted_genes]])
-        self._tokens = vocabulary.tokens
-        # Count by count, since nearly all counts are small: the part of the table in use fits a cache.
-        # Row 0 is never looked up; the last column is that of unknown genes, which sort behind all others.
-        self._keys = np.full((_TABLE_COUNTS + 1, n_genes + 1), len(order) + 1, dtype=np.int32)
-        self._keys[order % _TABLE_COUNTS + 1, self._sorted_genes] = np.arange(1, len(order) + 1)
-        self._bits = 31 - (len(order) + 1).bit_length()
-        self._keys <<= self._bits
-
-    def order(
-        self,
-        genes: NDArray[np.intp],
-        counts: NDArray[np.integer[Any]],
-        bounds: NDArray[np.integer[Any]],
-        lengths: NDArray[np.int64],
-    ) -> NDArray[np.int32]:
-        """Tokens of the first ``lengths[i]`` genes in order of each row i, ``bounds[i]:bounds[i + 1]``; end to end."""
-        keys, bits, rare_keys, rare_tokens = self._rank(genes, counts)
-        best = np.empty(int(lengths.sum()), dtype=keys.dtype)
-        end = 0
-        for (start, stop), length in zip(itertools.pairwise(bounds.tolist()), lengths.tolist(), strict=True):
-            row = keys[start:stop]
-            row.sort()
-            best[end : end + length] = row[:length]
-            end += length
-        tokens: NDArray[np.int32] = self._sorted_tokens.take(best >> bits)
-        if len(rare_keys):
-            rare = np.flatnonzero(best & ((1 << bits) - 1))
-            tokens[rare] = rare_tokens[np.searchsorted(rare_keys, best[rare])]
-        return tokens
-
-    def _rank(
-        self, genes: NDArray[np.intp], counts: NDArray[np.integer[Any]]
-    ) -> tuple[NDArray[np.integer[Any]], int, NDArray[np.integer[Any]], NDArray[np.int32]]:
-        """Keys, their lower bits, and the keys that stand outside the table, ascending, with their tokens."""
-        n_genes = len(self._medians)
-        keys = self._keys.take(np.minimum(counts, _TABLE_COUNTS) * np.intp(n_genes + 1) + genes)
-        high = np.flatnonzero((counts > _TABLE_COUNTS) & (genes < n_genes))
-        if not len(high):
-            return keys, self._bits, keys[:0], self._tokens[:0]
-        pairs, inverse = np.unique((genes[high] << 40) | counts[high], return_inverse=True)
-        pair_genes = pairs >> 40
-        values = -((pairs & ((1 << 40) - 1)) / self._medians[pair_genes])
-        order = np.lexsort((pair_genes, values))
-        entry = self._entry_before(pair_genes[order], values[order])
-        place = np.arange(1, len(order) + 1) - np.searchsorted(entry, entry)
-        bits = self._bits
-        if place.max() >> bits:
-            keys = keys.astype(np.int64) << 32
-            bits += 32
-        rare_keys = ((entry << bits) + place).astype(keys.dtype)
-        key_of_pair = np.empty_like(rare_keys)
-        key_of_pair[order] = rare_keys
-        keys[high] = key_of_pair[inverse]
-        return keys, bits, rare_keys, self._tokens[pair_genes[order]]
-
-    def _entry_before(self, genes: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.intp]:
-        """The table's last entry before each (gene, value); ties lie in the order of genes there as well."""
-        entry = np.searchsorted(self._sorted_values, values, side="left")
-        upto = np.searchsorted(self._sorted_values, values, side="right")
-        for tied in np.flatnonzero(upto > entry):
-            entry[tied] += np.searchsorted(self._sorted_genes[entry[tied] : upto[tied]], genes[tied])
-        return entry

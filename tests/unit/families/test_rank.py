@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -16,6 +17,7 @@ from perturbscope.errors import CorruptBundleError, EmptyCellError, UnknownGenes
 from perturbscope.families import rank
 from perturbscope.families.rank import RankFamily, build
 from perturbscope.genes import GeneResolver, GeneVocabulary
+from perturbscope.ragged import row_blocks
 
 GENEFORMER = GeneVocabulary.geneformer_gc30m()
 TOTAL = "total_umi_full_transcriptome"
@@ -251,12 +253,46 @@ def test_counts_of_any_size(family, highest):
 
 
 def test_thousands_of_huge_counts_behind_one_entry_of_the_table(family, rng):
-    """All above 32 / median of any gene: they share one place in the table, more than short keys can number."""
+    """All above 32 / median of any gene: they share one place in the table, and one key."""
     cells = matrix(rng.integers(10**8, MAX_COUNT, size=(20, 400)), list(GENEFORMER.gene_ids[:400]))
-    counts, genes = cells.counts.data, cells.counts.indices.astype(np.intp)
-    assert family._ranking._rank(genes, counts)[0].dtype == np.int64
-    assert family._ranking._rank(genes[:400], counts[:400])[0].dtype == np.int32
     assert tokens_of(cells, family) == plain_tokens(cells, family)
+    cut = build({"max_length": 37}, GENEFORMER)
+    assert tokens_of(cells, cut) == plain_tokens(cells, cut)
+
+
+@pytest.mark.parametrize("max_length", [2048, 500])
+def test_the_number_of_threads_changes_nothing(family, pancreas, monkeypatch, max_length):
+    """Nor does the way of sorting, which depends on it; and results are in place whichever thread is first."""
+    monkeypatch.setattr(rank, "_CHUNK_VALUES", 10_000)
+    assert len(row_blocks(pancreas.counts.indptr, 10_000)) > 6
+    alone = build({"max_length": max_length}, GENEFORMER)
+    expected = replace(alone, threads=1).tokenize(pancreas)
+    assert [cell["input_ids"].tolist() for cell in expected] == plain_tokens(pancreas, alone)
+    for threads in (2, 3, None):
+        found = replace(alone, threads=threads).tokenize(pancreas)
+        np.testing.assert_array_equal(found.arrays["input_ids"], expected.arrays["input_ids"])
+        for name in ("offsets", "known_share", "n_detected"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_first_bad_cell_is_named_whatever_the_thread(monkeypatch, threads):
+    monkeypatch.setattr(rank, "_CHUNK_VALUES", 2)
+    counts = np.ones((40, 3), int)
+    counts[[17, 18, 39], :2] = 0
+    family = replace(toy_family([1.0, 2.0]), threads=threads)
+    for _ in range(20):
+        with pytest.raises(EmptyCellError, match="The cell in row 117 expresses no gene"):
+            family.tokenize(matrix(counts, [gene(0), gene(1), "unknown"], first_row=100))
+
+
+def test_a_matrix_with_a_table_of_its_own_gives_the_same_tokens(family, data_dir):
+    """Large matrices look keys up by column, small ones by gene."""
+    panel = read_cells(data_dir / "papalexi2021_eccite_thp1_panel.h5ad", 1000)
+    assert panel.counts.nnz > 4 * 33 * panel.n_genes
+    whole = tokens_of(panel, family)
+    assert whole == plain_tokens(panel, family)
+    assert whole[:100] == [tokens_of(panel[cell : cell + 1], family)[0] for cell in range(100)]
 
 
 def test_merged_columns_may_add_up_beyond_32_bits():
