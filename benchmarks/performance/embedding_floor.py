@@ -16,6 +16,7 @@ import onnxruntime as ort
 from benchmarks.performance.embedding_models import Weights, tokens
 from benchmarks.performance.harness import Options, matmul_ceiling, table
 from perturbscope.bundle import Bundle
+from perturbscope.cpu_graph import DISABLED_OPTIMIZERS, cpu_graph
 from perturbscope.embedder import Embedder
 from perturbscope.encoder import usable_cores
 from perturbscope.families import TokenizedCells, pad
@@ -23,6 +24,7 @@ from perturbscope.genes import GeneCoverage
 from training.flops import ModelSize, cell_cost
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
+CEILING_SHAPES = ((4096, 1024, 1024), (4096, 256, 512), (1024, 256, 512))
 _SECONDS = 1.5
 """Spent on each length."""
 
@@ -43,8 +45,8 @@ def floors(models: Sequence[Weights], options: Options) -> tuple[str, dict[str, 
         sets["mix of real cells"] = tokens(model.bundle, "mix", 30 if options.quick else 150)
         for name, cells in sets.items():
             flop = cell_cost(size, cells.lengths, layers=layers)
-            ceiling, took = matmul_ceiling(seconds=0.2), best(embedder, cells, seconds)
-            ceiling = max(ceiling, matmul_ceiling(seconds=0.2))
+            ceiling, took = machine_ceiling(), best(embedder, cells, seconds)
+            ceiling = max(ceiling, machine_ceiling())
             rate = len(cells) * flop.forward / took
             rows.append(
                 (
@@ -62,9 +64,14 @@ def floors(models: Sequence[Weights], options: Options) -> tuple[str, dict[str, 
     head = ("model", "cells", "cells/s", "GFLOP a cell", "of it attention", "GFLOP/s", "ceiling", "share")
     said = (
         "Fastest of several passes. FLOP are those of the matrix products, two for a multiplication and an addition, "
-        "padding not counted; the ceiling is the fastest product of 4,096 x 1,024 by 1,024 x 1,024 before and after.\n"
+        "padding not counted; the ceiling is the fastest product of any of three shapes, before and after.\n"
     )
     return said + "\n" + table(head, rows), numbers
+
+
+def machine_ceiling() -> float:
+    """Fastest matrix product: the harness's shape, and those of a feed-forward layer of the paper's model; FLOP/s."""
+    return max(matmul_ceiling(shape, seconds=0.1) for shape in CEILING_SHAPES)
 
 
 def where_time_goes(models: Sequence[Weights], options: Options) -> tuple[str, dict[str, Any]]:
@@ -86,14 +93,19 @@ def where_time_goes(models: Sequence[Weights], options: Options) -> tuple[str, d
 
 
 def profile(bundle: Bundle, length: int, *, turns: int) -> dict[str, float]:
-    """Share of each kind of operator in a batch of about 2,048 tokens, each operator's fastest turn."""
+    """Share of each kind of operator in a batch of about 1,024 tokens, each operator's fastest turn."""
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
         options.intra_op_num_threads = usable_cores()
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "ort")
-        session = ort.InferenceSession(str(bundle.graph()), options, providers=["CPUExecutionProvider"])
-        cells = equal_cells(bundle, length, max(1, 2048 // length))
+        session = ort.InferenceSession(
+            cpu_graph(bundle.graph()),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=[*DISABLED_OPTIMIZERS],
+        )
+        cells = equal_cells(bundle, length, max(1, 1024 // length))
         inputs = pad(cells, np.arange(len(cells)), bundle.family().inputs)
         for _ in range(turns):
             session.run(None, inputs)
