@@ -71,10 +71,10 @@ def laws_table(laws: dict[str, Any]) -> str:
         )
     head = (
         "### Cost against size\n\n"
-        "Each law in a process of its own; seconds are the fastest turn, memory is the most that the process held above "
-        "what it had before the first size, input included, sizes ascending. The exponent is the slope of a log-log line "
-        "through all sizes; expected is the slope of the operations over the same sizes, so it is no whole number "
-        "where two terms meet.\n\n"
+        "Each law in a process of its own; seconds are the fastest turn, memory is the most that the process held "
+        "above what it had before the first size, input included, sizes ascending. The exponent is the slope of a "
+        "log-log line through all sizes; expected is the slope of the operations over the same sizes, so it is no "
+        "whole number where two terms meet.\n\n"
     )
     columns = (
         "work",
@@ -84,7 +84,7 @@ def laws_table(laws: dict[str, Any]) -> str:
         "exponent",
         "expected",
         "last step (expected)",
-        "worst point",
+        "off by",
         "MiB",
     )
     return head + table(columns, rows)

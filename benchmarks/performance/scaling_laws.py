@@ -74,10 +74,8 @@ def measure(name: str, sizes: tuple[int, ...], repeats: int) -> list[dict[str, f
         for size in sizes:
             with Watch() as watch:
                 work = make(size)
-                began = time.perf_counter()
                 work()
-                seconds = [time.perf_counter() - began]
-            seconds = [*seconds[len(sizes) < 2 :], *(timed(work) for _ in range(repeats))]
+            seconds = [timed(work) for _ in range(repeats)]
             share = 1.0 if law.cells is None else law.cells(size)
             found.append({"size": size, "seconds": min(seconds) / share, "memory": max(watch.peak - start, 0.0)})
             del work

@@ -1,4 +1,4 @@
-"""What gives way first as cells grow to 100 million: bytes and seconds a cell, measured or counted, and their limits."""
+"""What gives way first as cells grow to 100 million: bytes and seconds of a cell, and their limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GENES = 1_500
 PERTURBATIONS = 10_000
 WIDTH = 256
 BF16_PEAK, SHARE = 989e12, 0.35
-"""Of an H100 SXM without sparsity, FLOP/s, by its data sheet; and the share of it that the embedding is taken to reach."""
+"""An H100 SXM without sparsity, FLOP/s, by its data sheet; and the share of it that the embedding is taken to reach."""
 SOFT_FILES = 1_024
 """Open files of a process where nobody has raised the limit."""
 
