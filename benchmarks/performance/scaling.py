@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.performance.embedding_models import BUILT
 from benchmarks.performance.harness import Options, Section, in_child, table
-from benchmarks.performance.scaling_laws import BUILT, LAWS, Law, build_widths, measure
+from benchmarks.performance.scaling_laws import LAWS, Law, build_widths, measure
 from benchmarks.performance.scaling_limits import limits
 
 if TYPE_CHECKING:

@@ -201,10 +201,15 @@ def bytes_of_labels(n_cells: int) -> dict[str, float]:
     from perturbscope.readers.memory import AnnDataSource
 
     obs = pd.DataFrame(
-        {"perturbation": pd.Categorical.from_codes(np.arange(n_cells) % 1000, [f"gene{i}" for i in range(1000)])},
+        {
+            "perturbation": pd.Categorical.from_codes(
+                np.arange(n_cells) % 1000, pd.Index([f"gene{i}" for i in range(1000)])
+            )
+        },
         index=[f"AAACCTGAGAAACC{number:08d}-1" for number in range(n_cells)],
     )
-    matrix = sparse.csr_matrix((n_cells, 2), dtype=np.float32)
+    made: Any = sparse.csr_matrix  # its stubs know no empty matrix
+    matrix = made((n_cells, 2), dtype=np.float32)
     source = AnnDataSource(anndata.AnnData(matrix, obs=obs, var=pd.DataFrame(index=["STAT1", "JAK2"])))
     found = {}
     for name, read in (("labels", lambda: list(source.labels("perturbation"))), ("ids", lambda: source.cell_ids)):
