@@ -68,7 +68,7 @@ class PlainEngine:
         self._accumulation = loop.accumulation
         self._clip = optimizer.clip
         self._dtype = _TYPES[loop.precision]
-        self._optimizer = make_optimizer(module, optimizer, fused=device.type == "cuda")
+        self._optimizer = make_optimizer(module, optimizer)
         self._scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "fp16")
         self._grad_norm = 0.0
 
@@ -145,7 +145,7 @@ class DeepSpeedEngine:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._device = process.device
         module = module.to(process.device)
-        client = make_optimizer(module, optimizer, fused=process.device.type == "cuda")
+        client = make_optimizer(module, optimizer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=client, config=deepspeed_config(loop, optimizer)
         )
