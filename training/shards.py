@@ -16,6 +16,7 @@ A token costs two bytes, so 30 million cells of 1,500 tokens are 90 GB, of which
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import shutil
@@ -261,7 +262,13 @@ class Corpus:
         try:
             mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise CorruptBundleError(f"{path} cannot be read: {error}. Build the corpus again.") from error
+            remedy = "Build the corpus again."
+            if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                remedy = (
+                    f"Each of {len(self._shards)} shards keeps {len(self.family.inputs) + 1} files open: raise the "
+                    "limit (ulimit -n), or build the corpus with a larger corpus.shard_tokens."
+                )
+            raise CorruptBundleError(f"{path} cannot be read: {error}. {remedy}") from error
         return mapped
 
 
