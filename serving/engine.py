@@ -8,6 +8,7 @@ encoding run on worker threads, scores take turns on threads of their own, and e
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder, Embeddings
 from perturbscope.families import TokenizedCells, concatenate
+from perturbscope.gene_lists import PerArray
 from perturbscope.seen import Fingerprint, Seen, find_seen
 from perturbscope.wire.messages import (
     CompareAnswer,
@@ -69,6 +71,8 @@ class Engine:
         """Score requests that are computed, or wait for their turn."""
         self.token_statistics = Statistics()
         """Requests that brought tokens."""
+        self._met: PerArray[set[str]] = PerArray()
+        """Models that have met a list of genes."""
         self._workers = Workers()
         # A thread for each score that may be in progress; no more than score_workers of them compute.
         self._scorers = ThreadPoolExecutor(settings.max_requests, thread_name_prefix="perturbscope-score")
@@ -126,7 +130,14 @@ class Engine:
     async def tokenize(self, embedder: Embedder, cells: CountMatrix) -> tuple[TokenizedCells, float]:
         """Tokens of cells, a thousand at a time, and seconds. Raises as :meth:`Embedder.tokenize`."""
         starts = range(0, max(len(cells), 1), TOKENIZED)
-        parts = [await self.work(_tokenize, embedder, cells, start) for start in starts]
+        met = self._met.get(cells.gene_ids)
+        if met is None or embedder.model_id not in met:
+            # Where a list of genes is new, each of them is looked up, however small the cells are: without arguments,
+            # work is not taken for small.
+            parts = [await self.work(functools.partial(_tokenize, embedder, cells, start)) for start in starts]
+            self._met.put(cells.gene_ids, {embedder.model_id, *(met or ())})
+        else:
+            parts = [await self.work(_tokenize, embedder, cells, start) for start in starts]
         tokens = parts[0][0] if len(parts) == 1 else await self.work(concatenate, [part for part, _ in parts])
         return tokens, sum(seconds for _, seconds in parts)
 

@@ -130,7 +130,7 @@ class _Stream:
         cells = await self._engine.work(start.every_gene)
         # Checked, and from now on the same array in all chunks.
         self._genes = cells.gene_ids
-        tokens = await self._engine.work(model.embedder.tokenize, cells)
+        tokens, _ = await self._engine.tokenize(model.embedder, cells)
         self._call.model, self._call.model_id = model.embedder, model.info.model_id
         return StreamOpened(
             model_id=model.embedder.model_id,

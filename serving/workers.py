@@ -20,6 +20,8 @@ from perturbscope.fairness import FairShare
 T = TypeVar("T")
 LARGE = 2**20
 """Bytes from which on work is large: about ten milliseconds of decoding."""
+SMALL = 2**13
+"""Bytes up to which work is done at once: half a millisecond at most, about what two threads take to hand it on."""
 _SLICE = 0.1
 """Seconds that a score computes at least before it gives its turn to another."""
 
@@ -33,8 +35,14 @@ class Workers:
         self._large = ThreadPoolExecutor(max(1, cores - 1), thread_name_prefix="perturbscope-large")
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Run a function on a thread; what has not begun when the caller goes is never run."""
-        large = sum(map(size_of, args)) >= LARGE
+        """Run a function on a thread, or at once; what has not begun when the caller goes is never run.
+
+        What takes time must be among `args`, for it is their size that decides.
+        """
+        size = sum(map(size_of, args))
+        if 0 < size <= SMALL:
+            return function(*args)
+        large = size >= LARGE
         return await asyncio.get_running_loop().run_in_executor(self._large if large else self._small, function, *args)
 
     def close(self) -> None:

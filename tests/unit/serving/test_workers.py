@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from serving import workers
-from serving.workers import LARGE, GoneError, Job, Turns, Workers
+from serving.workers import LARGE, SMALL, GoneError, Job, Turns, Workers
 
 
 async def test_large_work_leaves_threads_to_small() -> None:
@@ -155,3 +155,16 @@ def test_no_more_compute_than_are_allowed() -> None:
         score.done()
     assert sorted(log) == ["0", "1", "2", "3"]
     assert all(score.job.computed() > 0 for score in scores)
+
+
+async def test_small_work_is_done_at_once_and_other_work_on_threads() -> None:
+    pool = Workers()
+    here = threading.current_thread()
+
+    def where(*_: object) -> threading.Thread:
+        return threading.current_thread()
+
+    assert await pool.run(where, b"x" * SMALL) is here
+    assert await pool.run(where, b"x" * (SMALL + 1)) is not here
+    assert await pool.run(where) is not here, "nothing tells how long it takes"
+    pool.close()
