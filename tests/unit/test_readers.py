@@ -30,6 +30,7 @@ from perturbscope.errors import (
     UnreadableFileError,
 )
 from perturbscope.readers import CellSource, cells_from_anndata, open_cells
+from perturbscope.readers.memory import AnnDataSource
 
 GENES = [f"ENSG{number:011d}" for number in range(12)]
 SYMBOLS = [f"GENE{number}" for number in range(12)]
@@ -594,3 +595,14 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     total, grown = map(int, done.stdout.split())
     assert total == n_cells * per_cell
     assert grown < 40_000, f"{grown} kB"
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [(["a", None, "b", "a"], ["a", None, "b", "a"]), ([2.5, None, 1, 2.5], ["2.5", None, "1.0", "2.5"])],
+)
+def test_labels_of_a_category_are_one_string(values: list[object], labels: list[str | None]) -> None:
+    obs = pd.DataFrame({"label": pd.Categorical(values)}, index=list("wxyz"))
+    found = AnnDataSource(ad.AnnData(np.ones((4, 2), np.float32), obs=obs)).labels("label")
+    assert found.tolist() == labels
+    assert found[0] is found[3]
