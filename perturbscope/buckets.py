@@ -37,12 +37,11 @@ class Buckets:
     """
 
     lengths: tuple[int, ...] = (
-        *range(64, 512, 64),
-        *range(512, 1024, 128),
-        *range(1024, 2048, 256),
-        *range(2048, 4097, 512),
+        *range(16, 64, 16),
+        *(start + step * start // 8 for start in (64, 128, 256, 512, 1024, 2048) for step in range(8)),
+        4096,
     )
-    """Steps of an eighth to a quarter of the length."""
+    """Eight between a power of two and the next: steps of a sixteenth to an eighth of the length."""
     cells: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
     """Steps of at most a half, for the last batch of a window; full batches have one of these sizes anyway."""
 

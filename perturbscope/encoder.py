@@ -138,16 +138,21 @@ class OnnxEncoder:
             )
         self.bound: BoundSession | None = None
         """What runs the session where it is on a GPU."""
+        self._width, self._gpu = bundle.manifest.width, gpu
         if device != "cpu":
-            self.bound = BoundSession(
-                self._session,
-                output=OUTPUT,
-                width=bundle.manifest.width,
-                device="cuda",
-                device_id=gpu.device_id,
-                capture=gpu.cuda_graphs and device == "cuda",
-                runtime=cuda_runtime(),
-            )
+            self.bind("cuda", capture=gpu.cuda_graphs and device == "cuda", runtime=cuda_runtime())
+
+    def bind(self, memory: str, *, capture: bool = False, runtime: Any = None) -> None:
+        """Run on bound memory from now on, of ``cuda`` or ``cpu``; see :class:`perturbscope.gpu.BoundSession`."""
+        self.bound = BoundSession(
+            self._session,
+            output=OUTPUT,
+            width=self._width,
+            device=memory,
+            device_id=self._gpu.device_id,
+            capture=capture,
+            runtime=runtime,
+        )
 
     def close(self) -> None:
         """Free the session, and with it the graph's memory; :meth:`run` fails from then on. May be called twice."""

@@ -15,9 +15,9 @@ from perturbscope import gpu
 from perturbscope.bundle import Bundle
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
-from perturbscope.encoder import OUTPUT, OnnxEncoder
+from perturbscope.encoder import OnnxEncoder
 from perturbscope.errors import InferenceError, InvalidParameterError, ProviderUnavailableError
-from perturbscope.gpu import BoundSession, GpuOptions, PinnedBuffer, providers
+from perturbscope.gpu import GpuOptions, PinnedBuffer, providers
 from tests.bundles import TINY_WIDTH
 
 NAMES = ("attention_mask", "input_ids")
@@ -31,7 +31,7 @@ def encoder(tiny_bundle: Path) -> OnnxEncoder:
 def bound_encoder(bundle: Path, *, capture: bool = False) -> OnnxEncoder:
     """An encoder on the CPU that goes the way of a GPU."""
     encoder = OnnxEncoder(Bundle.open(bundle), threads=1)
-    encoder.bound = BoundSession(encoder._session, output=OUTPUT, width=TINY_WIDTH, device="cpu", capture=capture)
+    encoder.bind("cpu", capture=capture)
     return encoder
 
 
