@@ -102,14 +102,7 @@ def distance_map(
     """
     options = options or ScoreOptions()
     metric = options.metrics[0]
-    if metric == "wasserstein":
-        raise InvalidParameterError(
-            "A map of all pairs takes e_distance or cosine_e_distance; compare_perturbations takes wasserstein too, "
-            "for some pairs.",
-            field="metrics",
-        )
-    dense = metric == "e_distance" and options.ground == "euclidean"
-    _check_method(method, landmarks, dense)
+    check_map(options, method, landmarks)
     options = replace(options, metrics=(metric,))
     groups = Groups.of(embeddings, perturbations, None, options)
     names = groups.scorable(list(groups.members), options)
@@ -131,7 +124,7 @@ def distance_map(
         facts["landmarks"] = {"count": landmarks, **error.to_dict()}
         warnings.append(error.warning(landmarks))
     else:
-        if dense:
+        if metric == "e_distance" and options.ground == "euclidean":
             sums = euclidean_sums(maker.rows, maker.origin, members, progress)
         else:
             sums = _linear_sums(maker.make(cells) for cells in members)
@@ -139,12 +132,26 @@ def distance_map(
     return DistanceMap(names, sizes, distances, metric, provenance("map", options, groups, **facts), warnings)
 
 
-def _check_method(method: object, landmarks: int, dense: bool) -> None:
+def check_map(options: ScoreOptions, method: object, landmarks: int) -> None:
+    """Refuse what :func:`distance_map` would refuse, before there are embeddings.
+
+    Raises
+    ------
+    InvalidParameterError
+        As :func:`distance_map`.
+    """
+    metric = options.metrics[0]
+    if metric == "wasserstein":
+        raise InvalidParameterError(
+            "A map of all pairs takes e_distance or cosine_e_distance; compare_perturbations takes wasserstein too, "
+            "for some pairs.",
+            field="metrics",
+        )
     if method not in get_args(Method):
         raise InvalidParameterError(
             f"method must be one of {', '.join(get_args(Method))}, not {method!r}.", field="method"
         )
-    if method == "landmarks" and not dense:
+    if method == "landmarks" and (metric != "e_distance" or options.ground != "euclidean"):
         raise InvalidParameterError(
             "Landmarks approximate the e_distance with the unsquared Euclidean distance; others are mapped exactly in "
             "less time. Leave method out.",

@@ -13,16 +13,14 @@ are also mapped exactly: the ratio corrects all others, and what is left is the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
-from perturbscope.encoder import usable_cores
 from perturbscope.energy import Estimator
 from perturbscope.groups import Vectors
+from perturbscope.parallel import in_order
 from perturbscope.statistics import correlation, generator
 from perturbscope.tiles import energies, euclidean_sums
 
@@ -110,14 +108,9 @@ def landmark_energies(
     def one(number: int) -> None:
         means[number], spread[number] = features.moments(rows, members[number])
 
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(usable_cores()) as pool:
-        try:
-            for done, _ in enumerate(pool.map(one, range(len(members))), start=1):
-                if progress:
-                    progress("map", done, len(members))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for done, _ in enumerate(in_order(one, range(len(members))), start=1):
+        if progress:
+            progress("map", done, len(members))
     sizes = np.array([len(cells) for cells in members], dtype=np.float64)
     # What the V estimator has beyond the U one: the distance within each group over its size.
     own = 2 * spread / (sizes - 1) if estimator == "U" else np.zeros_like(sizes)

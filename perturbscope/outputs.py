@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
 from perturbscope.readers import CellSource
@@ -92,6 +95,34 @@ def write_table(path: Path, table: pd.DataFrame, provenance: Mapping[str, Any]) 
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), METADATA_KEY: text.encode()})
     with atomic(path) as staging:
         pq.write_table(arrow, staging)
+
+
+def write_matrix(
+    path: Path,
+    names: Sequence[str],
+    n_cells: NDArray[np.int64],
+    distances: NDArray[np.float32],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write distances between all groups.
+
+    ``.parquet`` and ``.csv`` as :func:`write_table`, a row and a column a group, after the column ``perturbation``
+    (``perturbation_`` if a group is called that). ``.npz`` has ``names``, ``n_cells``, ``distances`` and
+    ``provenance``, JSON; numpy reads it without pickle.
+    """
+    import pandas as pd
+
+    if path.suffix.lower() == ".npz":
+        with atomic(path) as staging, staging.open("wb") as file:
+            text = json.dumps(provenance, sort_keys=True)
+            np.savez(file, names=np.array(names), n_cells=n_cells, distances=distances, provenance=np.array(text))
+        return
+    key = "perturbation"
+    while key in names:
+        key += "_"
+    table = pd.DataFrame(distances, columns=list(names), copy=False)
+    table.insert(0, key, list(names))
+    write_table(path, table, provenance)
 
 
 def read_table(path: Path, *, field: str) -> pd.DataFrame:

@@ -8,16 +8,14 @@ operations, a root and an addition.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
-from perturbscope.encoder import usable_cores
 from perturbscope.energy import Estimator
 from perturbscope.groups import Vectors
+from perturbscope.parallel import in_order
 
 TILE_CELLS = 600
 """Cells on one side of a tile: its float32 distances (1.4 MB) and both sets of vectors stay near the core."""
@@ -65,16 +63,10 @@ def euclidean_sums(
         return len(strips) - number
 
     done, total = 0, len(strips) * (len(strips) + 1) // 2
-    # One thread of the matrix products beside each of ours: threads that wait for each other cost half of the speed.
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(usable_cores()) as pool:
-        try:
-            for tiles in pool.map(strip, range(len(strips))):
-                done += tiles
-                if progress:
-                    progress("map", done, total)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for tiles in in_order(strip, range(len(strips))):
+        done += tiles
+        if progress:
+            progress("map", done, total)
     for i, (own, _) in enumerate(strips):
         for other, _ in strips[i + 1 :]:
             sums[other, own] = sums[own, other].T

@@ -16,6 +16,7 @@ from perturbscope import __version__
 from perturbscope.cli import bundles, console
 from perturbscope.cli.embedding import embed
 from perturbscope.cli.enrichment import degs, enrich
+from perturbscope.cli.mapping import map_pairs
 from perturbscope.cli.options import CA_VARIABLE, KEY_FILE_VARIABLE, KEY_VARIABLE
 from perturbscope.cli.report import report
 from perturbscope.cli.scoring import compare, score
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(embed)
 app.command()(score)
 app.command()(compare)
+app.command("map")(map_pairs)
 app.command()(degs)
 app.command()(enrich)
 app.command()(report)

@@ -36,6 +36,7 @@ _STAGES = {
     "degs": "Testing genes",
     "enrich": "Drawing",
     "map": "Mapping cells",
+    "pairs": "Mapping pairs",
 }
 _HINTS = {
     UnauthenticatedError.code: " Here: perturbscope --api-key-file FILE, or the variable PERTURBSCOPE_API_KEY.",

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
 
 from perturbscope.calibration import Calibration
 from perturbscope.outputs import atomic, write_table
 from perturbscope.projection import Projection
 from perturbscope.report import sections
+from perturbscope.report.charts import heat_map
 from perturbscope.report.page import chart_style
 from perturbscope.report.parts import Pairs, Report
 
@@ -88,6 +94,20 @@ def write_figures(folder: Path, report: Report) -> tuple[list[Path], str]:
                 staging.write_bytes(_png(text))
             written.append(path.with_suffix(".png"))
     return written, why
+
+
+def heat_map_file(names: Sequence[str], distances: NDArray[np.floating[Any]]) -> str:
+    """A map of a few groups as an SVG document of its own, clustered (average linkage).
+
+    Parameters
+    ----------
+    names, distances
+        As of :class:`perturbscope.distance_map.DistanceMap`; negative distances are drawn as 0.
+    """
+    known = np.maximum(distances.astype(np.float64), 0.0)
+    tree = hierarchy.linkage(squareform(known, checks=False), "average", optimal_ordering=True)
+    chart = _CHART.search(heat_map(names, known, tree, control=""))
+    return "" if chart is None else _document(chart)
 
 
 def no_png() -> str:

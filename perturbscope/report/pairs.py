@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from perturbscope.comparison import compare_perturbations
+from perturbscope.distance_map import distance_map
 from perturbscope.report.parts import Absent, Pairs
 from perturbscope.results import ScoreOptions, ScoreResult
 
@@ -56,13 +56,24 @@ def make_pairs(
         options,
         metrics=(metric,),
         estimator="U",
-        permutations=1,
         max_cells=max(min(options.max_cells, PAIR_CELLS), options.min_cells, 4),
     )
-    found = compare_perturbations(
-        embeddings, labels, pairs=list(combinations(names, 2)), options=cheap, progress=progress
-    ).table[["a", "b", "n_a", "n_b", "distance"]]
-    distances = squareform(np.maximum(found["distance"].to_numpy(dtype=np.float64), 0.0))
+    everything = np.asarray(labels, dtype=object)
+    rows = np.flatnonzero(np.isin(everything, names))
+    made = distance_map(
+        np.asarray(embeddings)[rows],
+        everything[rows].tolist(),
+        options=cheap,
+        progress=None if progress is None else lambda _, done, total: progress("compare", done, total),
+    )
+    places = [made.names.index(name) for name in names]
+    measured = made.distances[np.ix_(places, places)].astype(np.float64)
+    sizes = [int((everything == name).sum()) for name in names]
+    found = pd.DataFrame(
+        [(names[i], names[j], sizes[i], sizes[j], measured[i, j]) for i, j in combinations(range(len(names)), 2)],
+        columns=["a", "b", "n_a", "n_b", "distance"],
+    )
+    distances = np.maximum(measured, 0.0)
     tree = hierarchy.linkage(squareform(distances, checks=False), "average", optimal_ordering=True)
     clear = scored[(scored["q"] < 0.05) & (scored["z"] >= CLEAR)]
     hits = set(clear["perturbation"].astype(str))
