@@ -237,7 +237,7 @@ def load(
     bundle_or_url
         Directory of a bundle, ``http(s)://host:port``, or ``grpc(s)://host:port``.
     device
-        ``cpu`` or ``cuda``, for a bundle.
+        ``cpu``, ``cuda`` or ``tensorrt``, for a bundle.
     variant
         Which graph of a bundle: ``fp32``, ``fp16``, ``int8``.
     model

@@ -19,7 +19,7 @@ OPTIONS = {
     "bundle": "bundle directory; several separated by ':'",
     "repository": "directory of bundle directories, which is watched",
     "variant": "graph of the bundle: fp32, fp16, int8",
-    "device": "cpu or cuda",
+    "device": "cpu, cuda or tensorrt",
     "host": "address to listen on; 127.0.0.1 by default",
     "keys": "file of API keys, see python -m serving.keys",
     "tls_certificate": "file with the server's certificate",

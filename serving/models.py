@@ -16,6 +16,7 @@ from perturbscope.embedder import Embedder
 from perturbscope.encoder import Device
 from perturbscope.errors import CorruptBundleError
 from perturbscope.golden import Golden, check_golden, read_golden
+from perturbscope.gpu import gpu_limits
 from perturbscope.wire.messages import ModelInfo
 from serving import log
 from serving.settings import Settings
@@ -83,7 +84,9 @@ class ServedModel:
             variant=settings.variant,
             device=device,
             threads=settings.threads or None,
-            limits=BatchLimits(max_tokens=settings.batch_tokens),
+            limits=BatchLimits(max_tokens=settings.batch_tokens)
+            if device == "cpu"
+            else gpu_limits(device, bundle.family().max_length, max_tokens=settings.batch_tokens),
         )
         probe = CountMatrix.from_matrix([[1]], [bundle.vocabulary.gene_ids[0]])
         try:

@@ -10,6 +10,7 @@ from typing import get_args
 
 from perturbscope.encoder import Device
 from perturbscope.errors import InvalidParameterError
+from perturbscope.gpu import MAX_TOKENS
 from serving.log import Format, Level
 
 PREFIX = "PERTURBSCOPE_"
@@ -37,9 +38,9 @@ class Settings:
     max_model_bytes: int = 0
     """Memory that all loaded models may take, as estimated; 0: no limit."""
     variant: str = "fp32"
-    """Graph of the bundle: fp32, fp16, int8."""
+    """Graph of the bundle: fp32, fp16, fp16-flash, int8."""
     device: str = "cpu"
-    """cpu or cuda; there is no fallback from one to the other."""
+    """cpu, cuda or tensorrt; there is no fallback from one to the other."""
     threads: int = 0
     """CPU threads of the model; 0: the cores that the process may use."""
     host: str = "127.0.0.1"
@@ -89,7 +90,7 @@ class Settings:
     """Tokens that wait for the model; 2,048 cells of 2,048 tokens."""
     max_batch_tokens: int = 0
     """Padded tokens of one batch, which is also what a small request waits for at most twice; 0: 4,096 on a CPU, which
-    gains nothing by more, and 16,384 on an accelerator."""
+    gains nothing by more, and 65,536 on an accelerator."""
     inference_timeout: int = 120
     """Seconds after which a forward pass is taken to hang: callers are told, and the model is not ready."""
     max_permutations: int = 100_000
@@ -153,7 +154,7 @@ class Settings:
     @property
     def batch_tokens(self) -> int:
         """Padded tokens of one batch."""
-        return self.max_batch_tokens or (4096 if self.device == "cpu" else 16_384)
+        return self.max_batch_tokens or (4096 if self.device == "cpu" else MAX_TOKENS)
 
     @property
     def chunk_bytes(self) -> int:

@@ -56,10 +56,11 @@ ModelName = Annotated[
     typer.Option("--model", help="Which of a server's models; its default otherwise.", rich_help_panel=_MODEL),
 ]
 DeviceName = Annotated[
-    Literal["cpu", "cuda"], typer.Option("--device", help="Where a bundle runs.", rich_help_panel=_MODEL)
+    Literal["cpu", "cuda", "tensorrt"], typer.Option("--device", help="Where a bundle runs.", rich_help_panel=_MODEL)
 ]
 VariantName = Annotated[
-    str, typer.Option("--variant", help="Which graph of a bundle: fp32, fp16, int8.", rich_help_panel=_MODEL)
+    str,
+    typer.Option("--variant", help="Which graph of a bundle: fp32, fp16, fp16-flash, int8.", rich_help_panel=_MODEL),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of all random draws.")]
 PerturbationKey = Annotated[str, typer.Option(metavar="COL", help="Column of obs with each cell's perturbation.")]

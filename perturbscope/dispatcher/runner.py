@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 
@@ -77,7 +78,8 @@ class Runner:
             part.caller.served = True
         values, seconds = await self._forward(parts)
         lengths = np.concatenate([part.caller.tokens.lengths[part.rows] for part in parts])
-        n_tokens, n_padded = int(lengths.sum()), len(lengths) * int(lengths.max())
+        n_tokens = int(lengths.sum())
+        n_padded = math.prod(self._embedder.limits.shape(len(lengths), int(lengths.max())))
         if n_padded * 4 >= self._embedder.limits.max_tokens:
             found = n_tokens / max(seconds, 1e-9)
             self._tokens_per_second = (self._tokens_per_second + found) / 2 if self._tokens_per_second else found
