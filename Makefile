@@ -27,8 +27,9 @@ serve: $(VENV)/.serving ## install the serving set (no torch) and serve bundles/
 
 setup: $(VENV)/.everything ## install everything: serving, training, export, checks
 
-test: lint ## set-up, then ruff, strict mypy and all tests
-	$(PY) -m pytest
+# A test file runs in one worker, so that what it shares (a running service, say) is made once; slow ones come first.
+test: lint ## set-up, then ruff, strict mypy and all tests (WORKERS=2 processes)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
 
 lint: setup ## ruff and strict mypy
 	$(PY) -m ruff check .
