@@ -17,6 +17,7 @@ from perturbscope.results import COMPARE_COLUMNS, CompareResult, Metric, ScoreOp
 from perturbscope.scorers import CONSTANT, GroupMaker, Scored, control_moments, exchange_flags, is_constant
 from perturbscope.statistics import Exchange, empirical_p, generator
 from perturbscope.tables import flag_warnings, permutations_by_metric, provenance, resolution_warnings, with_q
+from perturbscope.transport import picked_costs
 
 
 def compare_perturbations(
@@ -165,13 +166,9 @@ class _Comparer:
         exchange = Exchange.of(n, len(cells[1]), self.groups.pooled_batches(cells[0], cells[1]))
         flags += exchange_flags(exchange, options.wasserstein_permutations)
         rng = generator(options.seed, "exchange", a, b)
-        null = np.asarray(
-            [
-                _optimal(pooled[np.ix_(column, ~column)])
-                for members in exchange.draw(options.wasserstein_permutations if exchange.blocks else 0, rng)
-                for column in members.T > 0
-            ]
-        )
+        draws = exchange.draw(options.wasserstein_permutations if exchange.blocks else 0, rng)
+        picks = ((np.flatnonzero(a), np.flatnonzero(~a)) for members in draws for a in members.T > 0)
+        null = np.asarray(list(picked_costs(pooled, picks, _optimal)))
         noise = RELATIVE_NOISE * float(pooled.mean(dtype=np.float64))
         return _scored(_optimal(pooled[:n, n:]), *_spread(null, noise), null, noise, flags)
 

@@ -27,6 +27,7 @@ from perturbscope.groups import Groups
 from perturbscope.results import Metric, ScoreOptions
 from perturbscope.shuffles import Shuffles
 from perturbscope.statistics import Exchange, empirical_p, generator, random_subsets
+from perturbscope.transport import picked_costs
 
 NULL_REPEATS = 4
 """Most control samples beside one group in a drawn null; fewer leave the sd of an averaged distance uncertain."""
@@ -206,12 +207,11 @@ class TransportScorer:
             options = self.options
             rng = generator(options.seed, "null", size)
             few = min(options.repeats, NULL_REPEATS)
-            draws = np.empty((options.null_draws, few))
-            for draw in draws:
-                order = rng.permutation(len(self.controls))
-                for i in range(few):
-                    others = rng.choice(order[size:], size, replace=False)
-                    draw[i] = assignment_cost(self.reference[np.ix_(order[:size], others)])
+            orders = (rng.permutation(len(self.controls)) for _ in range(options.null_draws))
+            picks = (
+                (order[:size], rng.choice(order[size:], size, replace=False)) for order in orders for _ in range(few)
+            )
+            draws = np.array(list(picked_costs(self.reference, picks))).reshape(-1, few)
             within = float(draws.var(axis=1, ddof=1).mean()) if few > 1 else 0.0
             between = max(float(draws.mean(axis=1).var(ddof=1)) - within / few, 0.0)
             mean, sd = float(draws.mean()), float(np.sqrt(between + within / options.repeats))
@@ -234,7 +234,7 @@ class TransportScorer:
             (rng.choice(n, size, replace=False), rng.choice(n_controls, size, replace=False))
             for _ in range(options.repeats)
         ]
-        distance = float(np.mean([assignment_cost(between[np.ix_(a, b)]) for a, b in picks]))
+        distance = float(np.mean(list(picked_costs(between, picks))))
         flags = size_flags(n, n_controls, fixed=fixed, beyond="null_capped")
         if min(n, limit) > size:
             flags.append("transport_subsampled")
@@ -258,9 +258,8 @@ def transport_splits(
 ) -> Iterator[float]:
     """Wasserstein distances of groups of equal size after exchanges of labels; `pooled` holds all distances."""
     rng = generator(options.seed, "exchange", name)
-    for members in exchange.draw(options.wasserstein_permutations, rng):
-        for column in members.T > 0:
-            yield assignment_cost(pooled[np.ix_(column, ~column)])
+    draws = exchange.draw(options.wasserstein_permutations, rng)
+    return picked_costs(pooled, ((np.flatnonzero(a), np.flatnonzero(~a)) for members in draws for a in members.T > 0))
 
 
 def shared_size(size: int) -> int:
