@@ -13,6 +13,7 @@ from perturbscope.errors import LimitExceededError, MalformedMatrixError, Unread
 from perturbscope.readers.matrices import CsrRows, DenseRows, Rows, csc_rows
 from perturbscope.readers.source import CHUNK_CELLS, CellSource, check_totals, missing_column, name_genes
 from perturbscope.readers.store import Frame, attribute, child, children, is_group, optional, reading, values
+from perturbscope.readers.stored import StoredArray
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -171,22 +172,7 @@ def open_matrix(node: Any) -> Rows:
 def _array(node: Any) -> Any:
     if is_group(node) or getattr(node, "shape", None) is None:
         raise UnreadableFileError(f"{node.name} is not an array; the file is damaged.", field="counts")
-    return _Sized(node)
-
-
-class _Sized:
-    """An array of a file with len(), which zarr's arrays lack."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-        self.shape: tuple[int, ...] = tuple(array.shape)
-        self.dtype = array.dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
-        return np.asarray(self._array[rows])
+    return StoredArray(node)
 
 
 def read_genes(var: Frame, gene_key: str | None) -> NDArray[np.str_]:

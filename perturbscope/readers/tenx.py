@@ -15,6 +15,7 @@ from perturbscope.readers.annotated import check_limit
 from perturbscope.readers.matrices import CsrRows, Rows
 from perturbscope.readers.source import CHUNK_CELLS, CellSource, missing_column, name_genes
 from perturbscope.readers.store import child, children, has, is_group, reading, values
+from perturbscope.readers.stored import StoredArray
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,7 +129,7 @@ def from_h5(
             f"{path}: the matrix has {n_genes} genes, but {len(ids)} identifiers and {len(symbols)} symbols.",
             field="gene_ids",
         )
-    data, indices, indptr = (child(group, name) for name in ("data", "indices", "indptr"))
+    data, indices, indptr = (StoredArray(child(group, name)) for name in ("data", "indices", "indptr"))
     return TenxSource(
         CsrRows(data, indices, indptr, (n_cells, n_genes), keep=keep),
         values(child(group, "barcodes")).astype(np.str_),
