@@ -125,7 +125,7 @@ def embedder_of(job: GpuJob, way: Way) -> Embedder:
     encoder = embedder.encoder
     assert isinstance(encoder, OnnxEncoder)
     if job.device == "cpu":
-        encoder.bind("cpu")
+        encoder.bind("cpu", capture=way.cuda_graphs)
     if not way.bound:
         encoder.bound = None
     return embedder
