@@ -83,19 +83,18 @@ def saturation(
     found: dict[Way, list[tuple[Outcome, float]]] = {way: [] for way in ways}
     tokens = tokens_of(asks)
     for turn in range(plan.turns + 1):
-        for name, work in (
-            ("session", lambda: embedder().embed_tokens(tokens)),
-            ("embedder", lambda: embedder().embed_tokens(tokens_of(asks))),
-        ):
-            begun = time.perf_counter()
-            work()
-            if turn or plan.quick:
-                raw[name].append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        embedder().embed_tokens(tokens)
+        between = time.perf_counter()
+        embedder().embed_tokens(tokens_of(asks))
+        ended = time.perf_counter()
         if not turn:
             # What is made on demand, on either side, is there when turns begin to count.
             for way in ways:
                 callers.do(_sent(way, server, plain, asks[:CALLERS] if not plan.quick else asks))
             continue
+        raw["session"].append(between - begun)
+        raw["embedder"].append(ended - between)
         for way in ways:
             before = server.usage().cpu
             outcome = callers.do(_sent(way, server, plain, asks))
@@ -121,13 +120,17 @@ def saturation(
         client = statistics.median(outcome.cpu for outcome, _ in outcomes)
         service = statistics.median(cpu for _, cpu in outcomes)
         speed = n_cells / wall
-        left = ceiling * (1 - client / (cores * wall))
+        # Turn by turn, so that what slows the machine down in one slows both.
+        share = statistics.median(
+            alone / outcome.wall for alone, (outcome, _) in zip(raw["session"], outcomes, strict=True)
+        )
+        beside = share / (1 - client / (cores * wall))
         ones = [s for outcome, _ in outcomes for s, n in zip(outcome.latency, outcome.sizes, strict=True) if n == 1]
         difference = largest_difference(asks, outcomes[-1][0].vectors)
         numbers[way] = {
             "cells_per_second": speed,
-            "share": speed / ceiling,
-            "share_beside_callers": speed / left,
+            "share": share,
+            "share_beside_callers": beside,
             "client_cpu_ms_per_cell": 1000 * client / n_cells,
             "service_cpu_ms_per_cell": 1000 * service / n_cells,
             "p50_one_cell": float(np.median(ones)) if ones else None,
@@ -138,8 +141,8 @@ def saturation(
             [
                 way,
                 f"{speed:.1f}",
-                f"{speed / ceiling:.0%}",
-                f"{speed / left:.0%}",
+                f"{share:.0%}",
+                f"{beside:.0%}",
                 f"{1000 * client / n_cells:.2f}",
                 f"{1000 * service / n_cells:.1f}" if way != "BentoML batchable" else "",
                 f"{1000 * np.median(ones):,.0f}" if ones else "",
@@ -152,9 +155,10 @@ def saturation(
         f"### At saturation\n\n{len(asks)} requests of 1 to {max(len(ask.rows) for ask in asks)} cells, {n_cells:,} in "
         f"all, from three real data sets (whole transcriptomes and a panel; {lengths.min()} to {lengths.max()} tokens, "
         f"mean {lengths.mean():.0f}), {CALLERS} in progress; streams: one a data set, requests as chunks. Timed until "
-        "all are answered, median of the turns. *Beside the callers*: the ceiling less the share of the cores that the "
-        "callers' process took. The BentoML endpoint is the same graph, `batchable`, with tokens padded to the model's "
-        f"{embedder().family.max_length} by its caller, who makes them before the clock starts.\n\n"
+        "all are answered, median of the turns; shares are those within a turn. *Beside the callers*: of the ceiling "
+        "less the share of the cores that the callers' process took. The BentoML endpoint is the bundle's graph as "
+        f"its file has it, `batchable`, with tokens padded to the model's {embedder().family.max_length} by its caller, "
+        "who makes them before the clock starts.\n\n"
     ) + table(
         [
             "Way",
