@@ -13,7 +13,8 @@ given. For the energy distances its statistic is the distance to all controls, t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +28,7 @@ from perturbscope.groups import Groups
 from perturbscope.results import Metric, ScoreOptions
 from perturbscope.shuffles import Shuffles
 from perturbscope.statistics import Exchange, empirical_p, generator, random_subsets
+from perturbscope.strata import StratifiedShuffles
 from perturbscope.transport import picked_costs
 
 NULL_REPEATS = 4
@@ -55,7 +57,14 @@ would read as "no effect", where the embedding says nothing at all."""
 
 
 class Scorer(Protocol):
-    """Scores groups of cells against one control group."""
+    """Scores groups of cells against one control group; several threads may do so at once."""
+
+    @property
+    def at_a_time(self) -> int | None:
+        """Groups that may be prepared together; None: any number."""
+
+    def prepare(self, groups: Sequence[NDArray[np.intp]]) -> None:
+        """Compute at once what is cheaper so, for groups that will be scored; forgets what was prepared before."""
 
     def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
         """Score the cells at positions `cells`; `name` seeds its random draws."""
@@ -106,15 +115,16 @@ class GroupMaker:
             self.places = np.full(len(self.rows), -1)
             self.places[cells] = np.arange(len(cells))
 
-    def make(self, cells: NDArray[np.intp]) -> Group:
-        """The group of the cells at these positions."""
+    def make(self, cells: NDArray[np.intp], rows: NDArray[np.float64] | None = None) -> Group:
+        """The group of the cells at these positions; `rows` are their vectors, if they have been read already."""
         if self.whole is not None and (self.places[cells] >= 0).all():
             return DensePart(self.whole, self.places[cells])
+        rows = self.rows[cells] if rows is None else rows
         if self.metric == "cosine_e_distance":
-            return LinearGroup(self.rows[cells], 1.0, self.origin)
+            return LinearGroup(rows, 1.0, self.origin)
         if self.ground == "sqeuclidean":
-            return LinearGroup(self.rows[cells], 2.0, self.origin)
-        return DenseGroup(self.rows[cells])
+            return LinearGroup(rows, 2.0, self.origin)
+        return DenseGroup(rows, self.origin)
 
 
 def control_moments(controls: Group, rows: NDArray[np.float64]) -> Moments:
@@ -135,6 +145,22 @@ class EnergyScorer:
         self.moments = control_moments(self.reference, self.control_rows)
         self.nulls: dict[tuple[int, int], tuple[float, float]] = {}
         self.shuffles = Shuffles(self.reference, options.permutations, options.seed)
+        self.strata = None
+        if groups.batches is not None:
+            self.strata = StratifiedShuffles(
+                self.reference, groups.batches[controls], options.permutations, options.seed
+            )
+
+    @property
+    def at_a_time(self) -> int | None:
+        """See :class:`Scorer`."""
+        return None if self.strata is None else self.strata.at_a_time
+
+    def prepare(self, groups: Sequence[NDArray[np.intp]]) -> None:
+        """See :class:`Scorer`."""
+        batches = self.groups.batches
+        if self.strata is not None and batches is not None:
+            self.strata.prepare([batches[cells] for cells in groups])
 
     def null(self, n: int, m: int) -> tuple[float, float]:
         """Mean and sd of the statistic of n controls against samples of m controls (cached)."""
@@ -152,16 +178,15 @@ class EnergyScorer:
     def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
         """See :class:`Scorer`."""
         options, n, n_controls = self.options, len(cells), len(self.controls)
-        if is_constant(self.maker.rows[cells], self.control_rows):
+        rows = self.maker.rows[cells]
+        if is_constant(rows, self.control_rows):
             return CONSTANT
-        pool = Pool(self.maker.make(cells), self.reference, options.estimator)
+        pool = Pool(self.maker.make(cells, rows), self.reference, options.estimator)
         m = min(n, n_controls)
         distance = pool.observed
         if m < n_controls:
-            members = np.zeros((options.repeats, n_controls), dtype=np.float32)
             chosen = random_subsets(n_controls, m, options.repeats, generator(options.seed, "repeats", name))
-            np.put_along_axis(members, chosen, 1, axis=1)
-            distance = float(pool.samples(members.T).mean())
+            distance = float(pool.sampled(chosen).mean())
         fixed = options.null == "fixed"
         mean, sd = self.null(options.null_size, options.null_size) if fixed else self.null(n, m)
         flags = size_flags(n, n_controls, fixed=fixed, beyond="null_extrapolated")
@@ -171,17 +196,14 @@ class EnergyScorer:
         flags += exchange_flags(exchange, options.permutations)
         p = float("nan")
         if exchange.blocks:
-            null = np.concatenate(list(self._exchanged(pool, exchange, name)))
+            labels = (
+                self.shuffles.labels(n)
+                if self.strata is None or self.groups.batches is None
+                else self.strata.labels(self.groups.batches[cells])
+            )
+            null = np.concatenate([pool.exchanged(some) for some in labels])
             p = empirical_p(pool.observed, null, noise=pool.noise)
         return Scored(distance, mean, sd, p, tuple(flags))
-
-    def _exchanged(self, pool: Pool, exchange: Exchange, name: str) -> Iterator[NDArray[np.float64]]:
-        """The statistic after exchanges of labels; within batches, each perturbation has draws of its own."""
-        if self.groups.batches is None:
-            yield from map(pool.exchanged, self.shuffles.labels(pool.a.size))
-            return
-        rng = generator(self.options.seed, "exchange", name)
-        yield from map(pool.split, exchange.draw(self.options.permutations, rng))
 
 
 class TransportScorer:
@@ -196,6 +218,15 @@ class TransportScorer:
         self.groups, self.controls, self.options = groups, controls, options
         self.reference = pairwise_distances(groups.rows[controls])
         self.nulls: dict[int, tuple[float, float]] = {}
+        self.lock = threading.Lock()
+
+    @property
+    def at_a_time(self) -> int | None:
+        """See :class:`Scorer`."""
+        return None
+
+    def prepare(self, groups: Sequence[NDArray[np.intp]]) -> None:
+        """See :class:`Scorer`."""
 
     def null(self, size: int) -> tuple[float, float]:
         """Mean and sd of the statistic between groups of `size` controls (cached).
@@ -203,20 +234,22 @@ class TransportScorer:
         Each draw takes one group X and a few groups Y of other controls; the variance between and within draws then
         gives the sd of the mean over any number of repeats.
         """
-        if size not in self.nulls:
-            options = self.options
-            rng = generator(options.seed, "null", size)
-            few = min(options.repeats, NULL_REPEATS)
-            orders = (rng.permutation(len(self.controls)) for _ in range(options.null_draws))
-            picks = (
-                (order[:size], rng.choice(order[size:], size, replace=False)) for order in orders for _ in range(few)
-            )
-            draws = np.array(list(picked_costs(self.reference, picks))).reshape(-1, few)
-            within = float(draws.var(axis=1, ddof=1).mean()) if few > 1 else 0.0
-            between = max(float(draws.mean(axis=1).var(ddof=1)) - within / few, 0.0)
-            mean, sd = float(draws.mean()), float(np.sqrt(between + within / options.repeats))
-            self.nulls[size] = mean, sd if sd > RELATIVE_NOISE * mean else 0.0
-        return self.nulls[size]
+        with self.lock:
+            if size not in self.nulls:
+                self.nulls[size] = self._null(size)
+            return self.nulls[size]
+
+    def _null(self, size: int) -> tuple[float, float]:
+        options = self.options
+        rng = generator(options.seed, "null", size)
+        few = min(options.repeats, NULL_REPEATS)
+        orders = (rng.permutation(len(self.controls)) for _ in range(options.null_draws))
+        picks = ((order[:size], rng.choice(order[size:], size, replace=False)) for order in orders for _ in range(few))
+        draws = np.array(list(picked_costs(self.reference, picks))).reshape(-1, few)
+        within = float(draws.var(axis=1, ddof=1).mean()) if few > 1 else 0.0
+        between = max(float(draws.mean(axis=1).var(ddof=1)) - within / few, 0.0)
+        mean, sd = float(draws.mean()), float(np.sqrt(between + within / options.repeats))
+        return mean, sd if sd > RELATIVE_NOISE * mean else 0.0
 
     def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
         """See :class:`Scorer`."""

@@ -5,17 +5,19 @@ Works on any embedding: the model's, PCA, scVI. See :mod:`perturbscope.scorers` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from perturbscope.calibration import Calibration, CalibrationSet, calibrate
 from perturbscope.comparison import compare_perturbations
 from perturbscope.groups import Groups
+from perturbscope.parallel import in_order
 from perturbscope.results import SCORE_COLUMNS, CompareResult, Metric, ScoreOptions, ScoreResult
-from perturbscope.scorers import Scored, make_scorer
+from perturbscope.scorers import Scored, Scorer, make_scorer
 from perturbscope.tables import flag_warnings, permutations_by_metric, provenance, resolution_warnings, with_q
 
 __all__ = [
@@ -89,8 +91,17 @@ def score_perturbations(
     for metric in options.metrics:
         scorer = make_scorer(metric, groups, controls, options)
         # By size: groups of as many cells share exchanges of labels.
-        for name in sorted(names, key=lambda name: len(groups.members[name])):
-            scored = scorer.score(name, groups.members[name]) if name in scorable else _NOT_SCORED
+        ordered = sorted(names, key=lambda name: len(groups.members[name]))
+        chosen = [(name, groups.members[name]) for name in ordered if name in scorable]
+        with closing(_scores(scorer, chosen)) as found:
+            by_name = {}
+            for name, _ in chosen:
+                by_name[name] = next(found)
+                done += 1
+                if progress:
+                    progress("score", done, total)
+        for name in ordered:
+            scored = by_name.get(name, _NOT_SCORED)
             flags = list(dict.fromkeys([*groups.label_flags(name, options), *of_control, *scored.flags]))
             rows.append(
                 {
@@ -107,10 +118,6 @@ def score_perturbations(
                     "flags": ";".join(flags),
                 }
             )
-            if name in scorable:
-                done += 1
-                if progress:
-                    progress("score", done, total)
     table = with_q(pd.DataFrame(rows, columns=list(SCORE_COLUMNS)), options)
     table["rank"] = table["metric"].map(options.metrics.index)
     table = table.sort_values(["rank", "z", "distance", "perturbation"], ascending=[True, False, False, True])
@@ -132,6 +139,15 @@ def score_perturbations(
         "permutations": permutations_by_metric(options),
     }
     return ScoreResult(table, provenance("score", options, groups, **facts), warnings)
+
+
+def _scores(scorer: Scorer, groups: list[tuple[str, NDArray[np.intp]]]) -> Generator[Scored]:
+    """Yield the scores of named groups, in their order."""
+    step = scorer.at_a_time or max(len(groups), 1)
+    for start in range(0, len(groups), step):
+        part = groups[start : start + step]
+        scorer.prepare([cells for _, cells in part])
+        yield from in_order(lambda group: scorer.score(*group), part)
 
 
 def _reading(options: ScoreOptions, groups: Groups, scorable: list[str]) -> list[str]:

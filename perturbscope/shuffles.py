@@ -10,16 +10,20 @@ controls themselves.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.energy import Group, Labels
+from perturbscope.kernels import Subsets
 from perturbscope.statistics import generator
 
 CHUNK = 1000
 """Exchanges that are evaluated at a time."""
+KEPT = 4
+"""Sizes of groups whose exchanges are kept: threads work on neighbouring sizes."""
 MAX_DEPTH = 1024
 """Cells up to which sums over growing subsets are kept; they take the square of it in time, once."""
 
@@ -40,20 +44,27 @@ class Shuffles:
     def __init__(self, controls: Group, draws: int, seed: int) -> None:
         self._controls, self._draws, self._seed = controls, draws, seed
         self._sizes: set[int] = set()
-        self._kept: tuple[int, Labels] | None = None
+        self._kept: dict[int, Labels] = {}
+        self._lock = threading.Lock()
         self._orders = np.empty((0, 0), dtype=np.intp)
         self._within = self._rows = np.empty((0, 0))
 
     def labels(self, n: int) -> Iterator[Labels]:
-        """Yield the exchanges with a group of n cells, in chunks. Those of the last n are kept, so ask by size."""
+        """Yield the exchanges with a group of n cells, in chunks. Those of the last few n are kept, so ask by size."""
         if self._draws > CHUNK:
             # Rare, and too large to keep: drawn anew each time.
             for number in range(-(-self._draws // CHUNK)):
-                yield self._make(n, number, min(CHUNK, self._draws - number * CHUNK))
+                with self._lock:
+                    labels = self._make(n, number, min(CHUNK, self._draws - number * CHUNK))
+                yield labels
             return
-        if self._kept is None or self._kept[0] != n:
-            self._kept = n, self._make(n, 0, self._draws)
-        yield self._kept[1]
+        with self._lock:
+            if n not in self._kept:
+                while len(self._kept) >= KEPT:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[n] = self._make(n, 0, self._draws)
+            labels = self._kept[n]
+        yield labels
 
     def _make(self, n: int, number: int, draws: int) -> Labels:
         m = self._controls.size
@@ -62,13 +73,12 @@ class Shuffles:
         # The smallest n - k of random keys: every subset is equally likely.
         keys = rng.random((draws, n))
         cut = np.sort(keys, axis=1)[np.arange(draws), np.minimum(n - taken, n - 1)]
-        a = np.where((taken > 0)[:, None], keys < cut[:, None], True).T.astype(np.float32)
+        kept, cells = np.nonzero((taken == 0)[:, None] | (keys < cut[:, None]))
+        own = Subsets(cells, np.bincount(kept, minlength=draws), n)
         depth = int(taken.max(initial=0))
         orders = self._first(depth, number, draws)
-        b = np.zeros((draws, m), dtype=np.float32)
-        row, place = np.nonzero(np.arange(depth) < taken[:, None])
-        b[row, orders[row, place]] = 1
-        marked = self._controls.mark(b.T)
+        others = Subsets(orders[:, :depth][np.arange(depth) < taken[:, None]], taken, m)
+        marked = self._controls.mark(others)
         self._sizes.add(n)
         if depth > MAX_DEPTH or self._draws > CHUNK or (len(self._sizes) == 1 and self._within.shape[1] <= depth):
             within = self._controls.within(marked)
@@ -76,7 +86,7 @@ class Shuffles:
         else:
             self._sum_up(depth)
             within, rows = (table[np.arange(draws), taken] for table in (self._within, self._rows))
-        return Labels(a, marked, within, rows)
+        return Labels(own, others, marked, within, rows)
 
     def _first(self, depth: int, number: int, draws: int) -> NDArray[np.intp]:
         """The first controls of each order, [draws, depth or more]; the same whatever the depth."""

@@ -1,0 +1,98 @@
+"""Groups of cells whose distances follow from sums of vectors and are never formed: squared Euclidean, and cosine."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.kernels import Subsets
+from perturbscope.moments import Moments, moments_of
+
+
+class LinearMarks(NamedTuple):
+    """Marked subsets of a linear group: cells, sum of half squared lengths, sum of vectors; [R], [R], [R, width]."""
+
+    n: NDArray[np.float64]
+    half: NDArray[np.float64]
+    total: NDArray[np.float64]
+
+
+class LinearGroup:
+    """Group with the distance ``factor / 2 * |u - v|^2``: cosine on unit rows (factor 1), squared Euclidean (2).
+
+    `origin` is any point near the cells, the same for all groups that meet; it only reduces rounding.
+    """
+
+    def __init__(self, rows: NDArray[np.float64], factor: float, origin: NDArray[np.float64]) -> None:
+        self.rows = (rows - origin) * np.sqrt(factor)
+        self.half = 0.5 * np.einsum("nw,nw->n", self.rows, self.rows)
+        self.size = len(rows)
+        self.total = self.rows.sum(axis=0)
+        self.row_sums = self._sums_to(self)
+
+    def _sums_to(self, other: LinearGroup) -> NDArray[np.float64]:
+        sums: NDArray[np.float64] = other.size * self.half + other.half.sum() - self.rows @ other.total
+        return sums
+
+    def mark(self, members: NDArray[np.float32] | Subsets) -> LinearMarks:
+        """See :class:`perturbscope.energy.Group`."""
+        subsets = Subsets.of(members)
+        return LinearMarks(subsets.counts, subsets.sums(self.half), subsets.sums(self.rows))
+
+    def within(self, marked: LinearMarks) -> NDArray[np.float64]:
+        """See :class:`perturbscope.energy.Group`."""
+        return _within(marked.n, marked.half, marked.total)
+
+    def inside(self, chosen: NDArray[np.intp]) -> NDArray[np.float64]:
+        """See :class:`perturbscope.energy.Group`."""
+        totals = np.stack([self.rows[cells].sum(axis=0) for cells in chosen])
+        return _within(np.full(len(chosen), chosen.shape[1]), self.half[chosen].sum(axis=1), totals)
+
+    def growing(self, orders: NDArray[np.intp]) -> NDArray[np.float64]:
+        """See :class:`perturbscope.energy.Group`."""
+        sums = np.zeros((len(orders), orders.shape[1] + 1))
+        n = np.arange(1, orders.shape[1] + 1)
+        for order, row in zip(orders, sums, strict=True):
+            row[1:] = _within(n, np.cumsum(self.half[order]), np.cumsum(self.rows[order], axis=0))
+        return sums
+
+    def moments(self) -> Moments:
+        """See :class:`perturbscope.energy.Group`."""
+        # sum_ij (h_i + h_j - u_i.u_j)^2, multiplied out; (u_i.u_j)^2 sums to the squared norm of the Gram matrix.
+        h, u = self.half, self.rows
+        gram = u.T @ u
+        squares = (
+            2 * self.size * float(h @ h)
+            + 2 * float(h.sum()) ** 2
+            + float((gram * gram).sum())
+            - 4 * float((h @ u) @ self.total)
+        )
+        return moments_of(self.row_sums, squares)
+
+    def link(self, other: LinearGroup) -> LinearLink:
+        """See :class:`perturbscope.energy.Group`."""
+        return LinearLink(self, other)
+
+
+class LinearLink:
+    """Distances between two linear groups, never formed."""
+
+    def __init__(self, a: LinearGroup, b: LinearGroup) -> None:
+        self.a, self.b = a, b
+        self.sums_a, self.sums_b = a._sums_to(b), b._sums_to(a)
+
+    def between(self, marked_a: LinearMarks, marked_b: LinearMarks) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """See :class:`perturbscope.energy.Link`."""
+        a, b = marked_a, marked_b
+        some: NDArray[np.float64] = b.n * a.half + a.n * b.half - np.einsum("rw,rw->r", a.total, b.total)
+        own = self.a
+        every: NDArray[np.float64] = b.n * own.half.sum() + own.size * b.half - b.total @ own.total
+        return some, every
+
+
+def _within(n: NDArray[Any], half: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums of distances within groups of n cells, from sums of half squared lengths and of vectors."""
+    sums: NDArray[np.float64] = 2 * n * half - np.einsum("rw,rw->r", total, total)
+    return sums

@@ -1,0 +1,71 @@
+"""Distances and sums over subsets: against scipy, where digits are lost, and the same in another array library."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+
+from perturbscope import kernels
+from perturbscope.energy import DenseGroup, Labels, Pool
+from perturbscope.kernels import Compute, Points, Subsets, distances, sums, to_numpy
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("tile", [1, 100, 2**18])
+def test_distances_are_those_of_scipy(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "TILE", tile)
+    x, y = RNG.normal(size=(30, 7)), RNG.normal(size=(17, 7))
+    np.testing.assert_allclose(distances(Points(x), Points(y)), cdist(x, y), rtol=1e-5)
+    among = distances(Points(x))
+    np.testing.assert_allclose(among, cdist(x, x), rtol=1e-5)
+    assert (np.diag(among) == 0).all()
+    some = np.array([3, 1, 20])
+    np.testing.assert_array_equal(distances(Points(x).take(some), Points(y)), distances(Points(x[some]), Points(y)))
+
+
+def test_near_and_equal_cells_keep_their_digits() -> None:
+    x = RNG.normal(size=(20, 5))
+    y = x + 1e-3 * RNG.normal(size=(20, 5))
+    y[3] = x[8]
+    found = distances(Points(x), Points(y))
+    assert found[8, 3] == 0
+    np.testing.assert_allclose(found, cdist(x, y), rtol=1e-4)
+    assert (distances(Points(np.ones((6, 3)))) == 0).all()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.6])
+def test_sums_over_subsets(share: float) -> None:
+    members = (RNG.random((50, 12)) < share).astype(np.float32)
+    subsets, matrix = Subsets.of(members), RNG.random((50, 9)).astype(np.float32)
+    assert subsets.sparse == (members.mean() < kernels.DENSE)
+    np.testing.assert_array_equal(subsets.members, members)
+    np.testing.assert_allclose(subsets.sums(matrix), members.T @ matrix, rtol=1e-5)
+    rows = RNG.random((12, 50)).astype(np.float32)
+    np.testing.assert_allclose(subsets.dots(rows), (members.T * rows).sum(axis=1), rtol=1e-6)
+
+
+def test_another_array_library_gives_the_same_numbers() -> None:
+    compute = Compute(torch.empty(0))
+    x, y = RNG.normal(size=(40, 6)) + 0.3, RNG.normal(size=(90, 6))
+    y[5] = x[0]
+    members = (RNG.random((130, 25)) < 0.3).astype(np.float32)
+    chosen = RNG.integers(90, size=(3, 8))
+    found = {}
+    for name, place in (("numpy", Compute()), ("torch", compute)):
+        own, controls = (DenseGroup(rows, y.mean(axis=0), compute=place) for rows in (x, y))
+        pool = Pool(own, controls, "U")
+        labels = Labels.of(members[:40], members[40:], controls)
+        found[name] = [
+            pool.observed,
+            *pool.exchanged(labels),
+            *controls.inside(chosen),
+            *controls.growing(chosen[:, :4]).ravel(),
+            controls.moments().var_k,
+        ]
+        assert isinstance(own.matrix, torch.Tensor if name == "torch" else np.ndarray)
+    np.testing.assert_allclose(found["torch"], found["numpy"], rtol=1e-5, atol=1e-6)
+    assert to_numpy(distances(Points(x, compute), Points(y, compute)))[0, 5] == 0
+    assert isinstance(sums(distances(Points(x, compute)), 0), np.ndarray)
