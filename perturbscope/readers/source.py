@@ -159,7 +159,10 @@ class CellSource(ABC):
         stop = min(stop, self.n_cells)
         data, indices, indptr = self._matrix.rows(start, stop)
         totals = None if self._totals is None else self._totals[start:stop]
-        return CountMatrix.from_csr(data, indices, indptr, self.gene_ids, totals=totals, first_row=start)
+        cells = CountMatrix.from_csr(data, indices, indptr, self.gene_ids, totals=totals, first_row=start)
+        # The checked list: the next chunk's is neither checked nor looked up again.
+        self.gene_ids = cells.gene_ids
+        return cells
 
     def __iter__(self) -> Iterator[CountMatrix]:
         for start in range(0, self.n_cells, self.chunk_cells):
