@@ -157,8 +157,8 @@ def saturation(
         f"mean {lengths.mean():.0f}), {CALLERS} in progress; streams: one a data set, requests as chunks. Timed until "
         "all are answered, median of the turns; shares are those within a turn. *Beside the callers*: of the ceiling "
         "less the share of the cores that the callers' process took. The BentoML endpoint is the bundle's graph as "
-        f"its file has it, `batchable`, with tokens padded to the model's {embedder().family.max_length} by its caller, "
-        "who makes them before the clock starts.\n\n"
+        f"its file has it, `batchable`, with tokens padded to the model's {embedder().family.max_length} by its "
+        "caller, who makes them before the clock starts.\n\n"
     ) + table(
         [
             "Way",
