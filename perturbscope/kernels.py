@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, is_cupy_array, is_numpy_array, is_torch_array, to_device
+from array_api_compat import array_namespace, is_array_api_obj, is_cupy_array, is_numpy_array, is_torch_array, to_device
 from array_api_compat import device as array_device
 from numpy.typing import NDArray
 from scipy import sparse
@@ -41,6 +41,13 @@ class Compute:
     """
 
     like: Any = None
+
+    @classmethod
+    def of(cls, values: Any) -> tuple[Compute, Any]:
+        """Where an array of any library is, and its values in numpy; what is no array is left as it is."""
+        if not is_array_api_obj(values) or is_numpy_array(values):
+            return HOST, values
+        return cls(values[:0]), to_numpy(values)
 
     @property
     def on_host(self) -> bool:

@@ -25,6 +25,7 @@ from perturbscope.distances import MAX_TRANSPORT_CELLS, assignment_cost, pairwis
 from perturbscope.energy import RELATIVE_NOISE, DenseGroup, DensePart, Group, LinearGroup, Moments, Pool, null_moments
 from perturbscope.errors import TooFewControlsError
 from perturbscope.groups import Groups
+from perturbscope.kernels import HOST, Compute
 from perturbscope.results import Metric, ScoreOptions
 from perturbscope.shuffles import Shuffles
 from perturbscope.statistics import Exchange, empirical_p, generator, random_subsets
@@ -98,8 +99,8 @@ def make_scorer(
 class GroupMaker:
     """Groups of a metric's ground distance over the same cells."""
 
-    def __init__(self, metric: Metric, groups: Groups, options: ScoreOptions) -> None:
-        self.metric, self.ground = metric, options.ground
+    def __init__(self, metric: Metric, groups: Groups, options: ScoreOptions, compute: Compute = HOST) -> None:
+        self.metric, self.ground, self.compute = metric, options.ground, compute
         self.rows = groups.rows
         if metric == "cosine_e_distance" and not options.normalize:
             self.rows = groups.rows.scaled()
@@ -124,7 +125,7 @@ class GroupMaker:
             return LinearGroup(rows, 1.0, self.origin)
         if self.ground == "sqeuclidean":
             return LinearGroup(rows, 2.0, self.origin)
-        return DenseGroup(rows, self.origin)
+        return DenseGroup(rows, self.origin, compute=self.compute)
 
 
 def control_moments(controls: Group, rows: NDArray[np.float64]) -> Moments:

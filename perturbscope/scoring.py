@@ -15,9 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 from perturbscope.calibration import Calibration, CalibrationSet, calibrate
 from perturbscope.comparison import compare_perturbations
 from perturbscope.groups import Groups
+from perturbscope.kernels import Compute
 from perturbscope.parallel import in_order
 from perturbscope.results import SCORE_COLUMNS, CompareResult, Metric, ScoreOptions, ScoreResult
-from perturbscope.scorers import Scored, Scorer, make_scorer
+from perturbscope.scorers import GroupMaker, Scored, Scorer, make_scorer
 from perturbscope.tables import flag_warnings, permutations_by_metric, provenance, resolution_warnings, with_q
 
 __all__ = [
@@ -49,7 +50,8 @@ def score_perturbations(
     Parameters
     ----------
     embeddings
-        One vector a cell, [n, width].
+        One vector a cell, [n, width]. If the array is another library's (torch, CuPy ...), unsquared Euclidean
+        distances and sums of them are computed by that library, on the array's device; all else by numpy.
     perturbations
         Label of each cell.
     control
@@ -80,6 +82,7 @@ def score_perturbations(
         Optimal transport did not converge.
     """
     options = options or ScoreOptions()
+    compute, embeddings = Compute.of(embeddings)
     groups = Groups.of(embeddings, perturbations, batches, options, control=control)
     names = [name for name in groups.members if name != control]
     scorable = set(groups.scorable(names, options))
@@ -89,7 +92,7 @@ def score_perturbations(
     done, total = 0, len(scorable) * len(options.metrics)
     rows = []
     for metric in options.metrics:
-        scorer = make_scorer(metric, groups, controls, options)
+        scorer = make_scorer(metric, groups, controls, options, GroupMaker(metric, groups, options, compute))
         # By size: groups of as many cells share exchanges of labels.
         ordered = sorted(names, key=lambda name: len(groups.members[name]))
         chosen = [(name, groups.members[name]) for name in ordered if name in scorable]

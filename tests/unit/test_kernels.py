@@ -10,6 +10,7 @@ from scipy.spatial.distance import cdist
 from perturbscope import kernels
 from perturbscope.energy import DenseGroup, Labels, Pool
 from perturbscope.kernels import Compute, Points, Subsets, distances, sums, to_numpy
+from perturbscope.scoring import ScoreOptions, score_perturbations
 
 RNG = np.random.default_rng(0)
 
@@ -69,3 +70,19 @@ def test_another_array_library_gives_the_same_numbers() -> None:
     np.testing.assert_allclose(found["torch"], found["numpy"], rtol=1e-5, atol=1e-6)
     assert to_numpy(distances(Points(x, compute), Points(y, compute)))[0, 5] == 0
     assert isinstance(sums(distances(Points(x, compute)), 0), np.ndarray)
+
+
+@pytest.mark.parametrize("with_batches", [False, True])
+def test_tensors_are_scored_as_arrays_are(with_batches: bool) -> None:
+    labels = np.repeat(["control", "a", "b"], [90, 30, 40])
+    values = RNG.normal(size=(160, 5)).astype(np.float32)
+    values[120:] += 0.4
+    batches = [str(i % 3) for i in range(160)] if with_batches else None
+    options = ScoreOptions(permutations=60)
+    tables = [
+        score_perturbations(given, labels, control="control", batches=batches, options=options).table
+        for given in (values, torch.from_numpy(values))
+    ]
+    numbers = ["distance", "null_mean", "null_sd", "z", "p", "q"]
+    np.testing.assert_allclose(tables[1][numbers], tables[0][numbers], rtol=1e-5, atol=1e-6)
+    assert list(tables[1]["perturbation"]) == list(tables[0]["perturbation"])
