@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from training.config import LoopConfig, OptimizerConfig, PretrainConfig, SamplerConfig
 
 RATE = 3e-4
-_HELD_OUT = 8
-"""Cells of the batch by which the losses are compared."""
+"""Learning rate of all routes."""
 
 
 @dataclass(frozen=True, kw_only=True)
