@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -158,6 +159,7 @@ class PinnedBuffer:
     def __init__(self, runtime: Any = None) -> None:
         self._runtime = runtime
         self._bytes: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+        self._unlock: Any = None
         self.locked = False
 
     def holding(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -168,6 +170,9 @@ class PinnedBuffer:
             if self._runtime is not None:
                 address, size = ctypes.c_void_p(self._bytes.ctypes.data), ctypes.c_size_t(len(self._bytes))
                 self.locked = self._runtime.cudaHostRegister(address, size, ctypes.c_uint(0)) == 0
+                if self.locked:
+                    # Memory that is freed while it is locked would be copied from wherever it was.
+                    self._unlock = weakref.finalize(self, self._runtime.cudaHostUnregister, address)
         copy = self._bytes[: array.nbytes].view(array.dtype).reshape(array.shape)
         np.copyto(copy, array)
         return copy
@@ -175,7 +180,7 @@ class PinnedBuffer:
     def free(self) -> None:
         """Unlock the pages. May be called twice."""
         if self.locked:
-            self._runtime.cudaHostUnregister(ctypes.c_void_p(self._bytes.ctypes.data))
+            self._unlock()
             self.locked = False
 
 

@@ -16,7 +16,7 @@ from perturbscope.embedder import Embedder
 from perturbscope.encoder import Device
 from perturbscope.errors import CorruptBundleError
 from perturbscope.golden import Golden, check_golden, read_golden
-from perturbscope.gpu import gpu_limits
+from perturbscope.gpu import GpuOptions, gpu_limits
 from perturbscope.wire.messages import ModelInfo
 from serving import log
 from serving.settings import Settings
@@ -87,6 +87,7 @@ class ServedModel:
             limits=BatchLimits(max_tokens=settings.batch_tokens)
             if device == "cpu"
             else gpu_limits(device, bundle.family().max_length, max_tokens=settings.batch_tokens),
+            gpu=GpuOptions(engine_cache=Path(settings.engine_cache) if settings.engine_cache else None),
         )
         probe = CountMatrix.from_matrix([[1]], [bundle.vocabulary.gene_ids[0]])
         try:

@@ -41,6 +41,8 @@ class Settings:
     """Graph of the bundle: fp32, fp16, fp16-flash, int8."""
     device: str = "cpu"
     """cpu, cuda or tensorrt; there is no fallback from one to the other."""
+    engine_cache: str = ""
+    """Directory where TensorRT keeps its engines, each of which takes minutes to build; empty: nowhere."""
     threads: int = 0
     """CPU threads of the model; 0: the cores that the process may use."""
     host: str = "127.0.0.1"

@@ -238,6 +238,15 @@ def test_a_buffer_grows_and_is_locked() -> None:
     assert not runtime.locked
 
 
+def test_a_buffer_that_nobody_freed_is_unlocked_before_its_memory_goes() -> None:
+    runtime = Runtime()
+    buffer = PinnedBuffer(runtime)
+    buffer.holding(np.arange(5))
+    assert runtime.locked
+    del buffer
+    assert not runtime.locked
+
+
 def test_memory_that_cannot_be_locked_still_holds(encoder: OnnxEncoder) -> None:
     for runtime in (None, Runtime(refuses=True)):
         buffer = PinnedBuffer(runtime)
