@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.performance.harness import Options, Section, Watch, in_child, matmul_ceiling, table
-from benchmarks.performance.pairs_small import MOST, TRANSPORTED, against_peers, ask_peers, papalexi
+from benchmarks.performance.pairs_small import MOST, TRANSPORTED, against_peers, ask_peers, landmark_errors, papalexi
+from benchmarks.performance.pairs_transport import transports
 from perturbscope.distance_map import Method, distance_map
 from perturbscope.encoder import usable_cores
 from perturbscope.results import ScoreOptions
@@ -132,4 +133,7 @@ def run(options: Options) -> Section:
         values, labels = papalexi(50 if options.quick else MOST)
         peers = ask_peers(options.peers, values, labels, TRANSPORTED, options.repeats)
     small, small_numbers = against_peers(options, peers)
-    return Section(f"{text}\n{small}", {"maps": numbers, **small_numbers})
+    near, near_numbers = landmark_errors(options)
+    moved, moved_numbers = transports(options, peers)
+    found = {"maps": numbers, "real": small_numbers, "landmarks": near_numbers, "wasserstein": moved_numbers}
+    return Section("\n".join([text, small, near, moved]), found)

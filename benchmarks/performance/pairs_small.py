@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+import time
 from functools import cache
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
+from scipy.stats import spearmanr
 
 from benchmarks.performance.harness import DATA, Options, race, table
 from evaluation.baselines import pca
@@ -97,6 +99,49 @@ def against_peers(options: Options, peers: dict[str, Any] | None) -> tuple[str, 
     text += "pairs, Euclidean. Difference: largest, over the largest distance of the map.\n\n"
     columns = ["program", "s", "of ours", "difference from ours"]
     return text + table(columns, rows), {"seconds": seconds, "differences": differences}
+
+
+def landmark_errors(options: Options) -> tuple[str, dict[str, Any]]:
+    """How far maps from landmarks, and maps of fewer cells, are from the exact map of a real screen."""
+    values, labels = papalexi(200 if options.quick else 10_000)
+    rng = np.random.default_rng(0)
+    parts = np.array([f"{label}/{rng.integers(max(1, (labels == label).sum() // 100))}" for label in labels]).tolist()
+    whole = ScoreOptions(min_cells=40)
+
+    def timed(given: ScoreOptions, **method: Any) -> tuple[NDArray[np.float32], float]:
+        started = time.perf_counter()
+        found = distance_map(values, parts, options=given, **method).distances
+        return found, time.perf_counter() - started
+
+    exact, seconds = timed(whole)
+    routes = {f"{count:,} landmarks": timed(whole, method="landmarks", landmarks=count) for count in (512, 1024, 2048)}
+    routes |= {f"exact, {few} cells of each": timed(ScoreOptions(min_cells=few, max_cells=few)) for few in (10, 20, 40)}
+    rows, numbers = [["exact", f"{seconds:.2f}", "", "", "", ""]], {}
+    for name, (found, took) in routes.items():
+        if found.shape != exact.shape:
+            continue
+        facts = numbers[name] = {"seconds": took, **_errors(exact, found)}
+        rows.append([name, f"{took:.2f}", f"{facts['rmse']:.3f}", f"{facts['relative']:.2%}",
+                     f"{facts['spearman']:.5f}", f"{facts['recall']:.3f}"])  # fmt: skip
+    text = f"Error on real cells: {len(values):,} cells x PCA-50 (unit length), each label split at random into groups "
+    text += f"of about 100, {len(exact)} groups. RMSE over the median distance; relative error: median of the larger "
+    text += "half of the distances; recall of each group's ten nearest.\n\n"
+    return text + table(["map", "s", "RMSE", "relative error", "Spearman", "recall"], rows), numbers
+
+
+def _errors(exact: NDArray[np.float32], found: NDArray[np.float32]) -> dict[str, float]:
+    upper = np.triu_indices(len(exact), 1)
+    true, near = exact[upper].astype(np.float64), found[upper].astype(np.float64)
+    large = true > np.median(true)
+    far = np.eye(len(exact)) * 1e9
+    nearest = [np.argsort(matrix + far, axis=1)[:, :10] for matrix in (exact, found)]
+    shared = [len(set(a) & set(b)) for a, b in zip(*nearest, strict=True)]
+    return {
+        "rmse": float(np.sqrt(np.mean((near - true) ** 2)) / np.median(true)),
+        "relative": float(np.median(np.abs(near - true)[large] / true[large])),
+        "spearman": float(spearmanr(true, near)[0]),
+        "recall": float(np.mean(shared)) / 10,
+    }
 
 
 def _difference(ours: NDArray[np.float32], theirs: NDArray[np.float64]) -> float:
