@@ -48,6 +48,19 @@ def test_sums_over_growing_subsets_equal_direct_sums(kind: str, monkeypatch: pyt
         np.testing.assert_allclose(null_of(direct, pool), expected, atol=2e-6)
 
 
+def test_sums_over_growing_subsets_come_when_they_have_paid(monkeypatch: pytest.MonkeyPatch) -> None:
+    controls = group("dense", 600, 1)
+    shuffled, direct = Shuffles(controls, 20, 3), Shuffles(controls, 20, 3)
+    monkeypatch.setattr(direct, "_grows", lambda *_: False)
+    for n in range(3, 40):
+        (one,), (other,) = shuffled.labels(n), direct.labels(n)
+        np.testing.assert_allclose(one.within_b, other.within_b, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(one.rows_b, other.rows_b, rtol=1e-9)
+        assert n > 3 or not shuffled._within.size
+    assert shuffled._within.size
+    assert not direct._within.size
+
+
 def test_labels_are_exchanges_of_the_pool_each_equally_likely() -> None:
     controls = group("dense", 4, 1)
     chosen = dict.fromkeys(combinations(range(7), 3), 0)
