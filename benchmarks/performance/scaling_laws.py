@@ -28,6 +28,8 @@ from perturbscope.scoring import score_perturbations
 from training.flops import ModelSize, cell_cost
 
 CONTROL = "control"
+CONTROLS = 2_000
+"""Control cells, where they are not what is varied."""
 WIDTHS_LENGTH = 256
 """Tokens of a cell where the width is varied."""
 LENGTH_TOKENS = 8192
@@ -48,8 +50,6 @@ class Law:
         Where it is measured, ascending; with ``--quick``.
     operations
         The work expected at a size, to a factor.
-    expected
-        The same in words.
     prepare
         Called with a size: what is to be timed.
     cells
@@ -61,7 +61,6 @@ class Law:
     sizes: tuple[int, ...]
     quick: tuple[int, ...]
     operations: Callable[[float], float]
-    expected: str
     prepare: Callable[[int], Any]
     cells: Callable[[int], float] | None = None
 
@@ -259,13 +258,13 @@ def scored(perturbations: int, cells: int, controls: int) -> Prepared:
 @contextmanager
 def score_perturbations_law(_: int) -> Iterator[Callable[[int], Prepared]]:
     """Scores of groups of 100 cells against 2,000 controls, by perturbations."""
-    yield lambda size: scored(size, 100, 2000)
+    yield lambda size: scored(size, 100, CONTROLS)
 
 
 @contextmanager
 def score_cells(_: int) -> Iterator[Callable[[int], Prepared]]:
     """Scores of 8 perturbations against 2,000 controls, by cells of a perturbation."""
-    yield lambda size: scored(8, size, 2000)
+    yield lambda size: scored(8, size, CONTROLS)
 
 
 @contextmanager
@@ -296,6 +295,11 @@ def width_operations(width: float) -> float:
     return cell_cost(size, WIDTHS_LENGTH).forward
 
 
+def score_operations(perturbations: float, cells: float) -> float:
+    """Distances: among the controls, once; of each perturbation's cells to them and to each other."""
+    return CONTROLS * CONTROLS + perturbations * (cells * CONTROLS + cells * cells)
+
+
 def linear(size: float) -> float:
     """As many operations as there are."""
     return size
@@ -314,47 +318,47 @@ def constant(_: float) -> float:
 LAWS = {
     "tokenize-cells": Law(
         what="Tokenize", size="cells", sizes=(2_000, 4_000, 8_000, 16_000, 32_000), quick=(500, 1_000),
-        operations=linear, expected="1", prepare=tokenize_cells,
+        operations=linear, prepare=tokenize_cells,
     ),
     "tokenize-genes": Law(
         what="Tokenize 2,000 cells", size="genes expressed by a cell", sizes=(250, 500, 1_000, 2_000, 4_000),
-        quick=(100, 200), operations=lambda k: k * np.log2(k), expected="k log k", prepare=tokenize_genes,
+        quick=(100, 200), operations=lambda k: k * np.log2(k), prepare=tokenize_genes,
     ),
     "stream-cells": Law(
         what="Read and tokenize a file", size="cells", sizes=(10_000, 20_000, 40_000, 80_000), quick=(1_000, 2_000),
-        operations=linear, expected="1, memory flat", prepare=stream_cells,
+        operations=linear, prepare=stream_cells,
     ),
     "embed-cells": Law(
         what="Embed", size="cells", sizes=(64, 128, 256, 512, 1_024), quick=(16, 32),
-        operations=linear, expected="1", prepare=embed_cells,
+        operations=linear, prepare=embed_cells,
     ),
     "embed-length": Law(
         what="Embed a cell (paper's shape)", size="tokens of a cell", sizes=(128, 256, 512, 1_024, 2_048),
-        quick=(1_024, 2_048), operations=length_operations, expected="FLOP: linear + attention, L and L²",
+        quick=(1_024, 2_048), operations=length_operations,
         prepare=embed_lengths, cells=lambda size: LENGTH_TOKENS / size,
     ),
     "embed-batch": Law(
         what="Embed 256 cells", size="tokens of a batch", sizes=(1_024, 4_096, 16_384, 65_536), quick=(4_096, 16_384),
-        operations=constant, expected="flat", prepare=embed_batches,
+        operations=constant, prepare=embed_batches,
     ),
     "embed-width": Law(
         what="Embed 16 cells of 256 tokens", size="width", sizes=(64, 128, 256, 512), quick=(64, 128),
-        operations=width_operations, expected="FLOP: linear + attention, H² and H", prepare=embed_widths,
+        operations=width_operations, prepare=embed_widths,
     ),
     "score-perturbations": Law(
         what="Score groups of 100 cells", size="perturbations", sizes=(16, 32, 64, 128, 256), quick=(4, 8),
-        operations=linear, expected="1", prepare=score_perturbations_law,
+        operations=lambda size: score_operations(size, 100), prepare=score_perturbations_law,
     ),
     "score-cells": Law(
         what="Score 8 perturbations", size="cells of a perturbation", sizes=(50, 100, 200, 400, 800), quick=(25, 50),
-        operations=linear, expected="1: distances to the controls", prepare=score_cells,
+        operations=lambda size: score_operations(8, size), prepare=score_cells,
     ),
     "score-controls": Law(
         what="Score 8 perturbations of 100 cells", size="controls", sizes=(5_000, 10_000, 20_000, 40_000, 80_000),
-        quick=(500, 1_000), operations=constant, expected="flat: at most 5,000 are used", prepare=score_controls,
+        quick=(500, 1_000), operations=constant, prepare=score_controls,
     ),
     "map-perturbations": Law(
         what="Map of all pairs, groups of 50", size="groups", sizes=(32, 64, 128, 256), quick=(8, 16),
-        operations=square, expected="2", prepare=map_perturbations,
+        operations=square, prepare=map_perturbations,
     ),
 }  # fmt: skip
