@@ -122,7 +122,7 @@ def compare(shape: Shape, corpus: Any, job: Job, kinds: tuple[str, ...]) -> tupl
         for name, work in (("Trainer", trainer), ("this project", ours))
     }
     routes = {name: Route(work, job, **how) for name, (work, how) in plans.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in routes}
+    seconds: dict[str, list[float]] = {name: [] for name, route in routes.items() if route.first_loss}  # all are ready
     for _ in range(shape.turns):
         for name, route in routes.items():
             seconds[name].append(route.turn())

@@ -30,7 +30,7 @@ def deepspeed(job: Job, folder: Path, *, stages: tuple[int, ...], turns: int) ->
         path.write_text(json.dumps({**values, "zero_optimization": {"stage": stage}}))
         plans[f"DeepSpeed, ZeRO {stage}"] = {"deepspeed": str(path)}
     routes = {name: Route(ours, job, **how) for name, how in plans.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in routes}
+    seconds: dict[str, list[float]] = {name: [] for name, route in routes.items() if route.first_loss}  # all are ready
     for _ in range(turns):
         for name, route in routes.items():
             seconds[name].append(route.turn() / job.steps)

@@ -7,6 +7,7 @@ measured on the same held-out batch before and after.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import resource
@@ -137,7 +138,11 @@ class Route:
         self._process = context.Process(target=_child, args=(theirs, work, job, options), daemon=True)
         self._process.start()
         theirs.close()
-        self.first_loss: float = self._receive()
+
+    @functools.cached_property
+    def first_loss(self) -> float:
+        """Held-out loss before the first turn. Waits until the process is ready."""
+        return float(self._receive())
 
     def turn(self) -> float:
         """Seconds of one turn."""
