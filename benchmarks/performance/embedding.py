@@ -38,17 +38,17 @@ def run(options: Options) -> Section:
     default = default_weights()
     text: list[str] = []
     numbers: dict[str, Any] = {}
-    jobs = [(Job(weights=default, source="mix", n_cells=60 if options.quick else 600), HEADLESS)]
+    jobs = [(Job(weights=default, source="mix", n_cells=60 if options.quick else 300), HEADLESS)]
     models: list[Weights] = [default]
     if not options.quick:
         models.append(paper_weights())
         jobs += [(Job(weights=default, source=name, n_cells=200), HEADLESS) for name in FILES]
-        jobs += [(Job(weights=models[1], source="mix", n_cells=180), HEADLESS)]
+        jobs += [(Job(weights=models[1], source="mix", n_cells=120), HEADLESS)]
         jobs += [(Job(weights=default, source="mix", n_cells=150), PUBLISHED)]
     rows = []
     for job, routes in jobs:
         slow = job.weights is not default or routes is PUBLISHED
-        found = compare(job, routes, max(2, options.repeats - 3) if slow else options.repeats)
+        found = compare(job, routes, max(2, options.repeats - (3 if slow else 1)))
         numbers[f"{job.weights.title}: {job.source}, {job.n_cells}"] = found
         rows += [
             (f"{job.weights.title}: {job.source}, {job.n_cells}", name, *columns(values, found[OURS]["cells_per_s"]))

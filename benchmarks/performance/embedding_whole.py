@@ -16,15 +16,13 @@ from perturbscope.bundle import Bundle
 from perturbscope.counts import CountMatrix
 from perturbscope.embedder import CHUNK_CELLS, Embedder
 
-INT8_LENGTHS = (64, 512, 2048)
-
 
 def whole(model: Weights, options: Options) -> tuple[str, dict[str, Any]]:
     """From counts, and from tokens."""
     embedder = Embedder.from_bundle(Bundle.open(model.bundle))
     rows, numbers = [], {}
     for source in FILES:
-        cells = counts(source, 40 if options.quick else 400)
+        cells = counts(source, 40 if options.quick else 200)
         cut = embedder.tokenize(cells)
         routes: dict[str, Callable[[], object]] = {
             "tokenize": lambda cells=cells: embedder.tokenize(cells),
@@ -46,7 +44,7 @@ def small_variant(models: Sequence[Weights], options: Options) -> tuple[str, dic
     for model in models:
         sources = ("mix",) if options.quick else (*FILES, "mix")
         for source in sources:
-            n = 30 if options.quick else 60 if "paper" in model.title else 180
+            n = 30 if "paper" in model.title or options.quick else 150
             job = Job(weights=model, source=source, n_cells=n)
             routes = {variant: Route(ours, job, variant) for variant in ("fp32", "int8")}
             seconds = race({name: route.run for name, route in routes.items()}, max(2, options.repeats - 2))
