@@ -109,7 +109,7 @@ def figure(laws: dict[str, Any]) -> Figure:
         panel.set_xlabel(law.size, fontsize=8)
         panel.tick_params(labelsize=7)
         panel.minorticks_off()
-        panel.set_xticks(sizes[::2], [f"{size / 1000:g}k" if size >= 1000 else f"{size:g}" for size in sizes[::2]])
+        panel.set_xticks(sizes[::2], [f"{size:,}" for size in sizes[::2]])
         panel.grid(alpha=0.3)
         low, high = min(*seconds, *line), max(*seconds, *line)
         panel.set_ylim(min(low / 1.5, (low * high) ** 0.5 / 10), max(high * 1.5, (low * high) ** 0.5 * 10))
