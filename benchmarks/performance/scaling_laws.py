@@ -358,7 +358,7 @@ LAWS = {
         quick=(500, 1_000), operations=constant, prepare=score_controls,
     ),
     "map-perturbations": Law(
-        what="Map of all pairs, groups of 50", size="groups", sizes=(32, 64, 128, 256), quick=(8, 16),
+        what="Map of all pairs, groups of 50", size="groups", sizes=(64, 128, 256, 512), quick=(8, 16),
         operations=square, prepare=map_perturbations,
     ),
 }  # fmt: skip
