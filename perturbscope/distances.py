@@ -38,6 +38,8 @@ TILE_VALUES = 4_000_000
 """Values of a pairwise matrix computed at a time in float64 (32 MB)."""
 LARGEST_VALUE = 1e15
 """Largest magnitude of a value: sums of squared distances of thousands of cells must stay within float32."""
+CHECKED_ROWS = 65_536
+"""Rows that are looked at together."""
 MAX_TRANSPORT_CELLS = 2000
 """Most cells of a group in an exact transport problem (time grows with about the cube)."""
 TRANSPORT_ITERATIONS = 10_000_000
@@ -90,14 +92,16 @@ def check_rows(values: Any, *, name: str = "embeddings", numbers: NDArray[np.int
             f"{name} must be a matrix of numbers, cells x dimensions; got shape {rows.shape} of {rows.dtype}.",
             field=name,
         )
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    # In parts: a mask and a copy of millions of cells would take more than the cells.
+    parts = [rows[start : start + CHECKED_ROWS] for start in range(0, len(rows), CHECKED_ROWS)]
+    bad = np.flatnonzero(np.concatenate([~np.isfinite(part).all(axis=1) for part in parts]))
     if len(bad):
         raise InvalidEmbeddingError(
             f"Row {_number(bad[0], numbers)} of {name} has a value that is not finite ({len(bad)} such rows of "
             f"{len(rows)}). Leave these cells out or embed them again.",
             field=name,
         )
-    large = np.flatnonzero((np.abs(rows) > LARGEST_VALUE).any(axis=1))
+    large = np.flatnonzero(np.concatenate([(np.abs(part) > LARGEST_VALUE).any(axis=1) for part in parts]))
     if len(large):
         raise InvalidEmbeddingError(
             f"Row {_number(large[0], numbers)} of {name} has a value above {LARGEST_VALUE:g} ({len(large)} such rows "
