@@ -1,8 +1,8 @@
-"""Arrays of a file, fast: chunks of an HDF5 dataset unpacked outside libhdf5, on all cores.
+"""Arrays of a file, fast: chunks of an HDF5 dataset unpacked outside libhdf5.
 
-Nearly all the time of reading counts goes into unpacking deflate, which libhdf5 does under its lock and on one core. A
+Nearly all the time of reading counts goes into unpacking deflate, which libhdf5 does with zlib and under its lock. A
 chunk's bytes are therefore taken as they are stored and unpacked here, with zlib-ng where it is installed (twice the
-speed of zlib). Only what nearly every file is is read so: one dimension, plain numbers, shuffled or not, deflate.
+speed of zlib), while other threads may work. Only what nearly every file is is read so: one dimension, plain numbers, shuffled or not, deflate.
 Anything else, and any chunk that is not as it should be, goes through libhdf5, whose word on it counts.
 """
 
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.encoder import usable_cores
 from perturbscope.ragged import map_blocks
 
 try:
@@ -23,6 +22,8 @@ try:
 except ImportError:
     import zlib
 
+THREADS = 1
+"""Threads that unpack chunks; two were no faster where that was measured."""
 _DEFLATE, _SHUFFLE = 1, 2
 """HDF5's numbers of these filters."""
 _CHUNK_VALUES = range(4096, 2**22 + 1)
@@ -69,7 +70,7 @@ class StoredArray:
             return True
 
         numbers = range(start // self._chunk, math.ceil(stop / self._chunk))
-        if all(map_blocks(fill, [slice(number, number + 1) for number in numbers], usable_cores())):
+        if all(map_blocks(fill, [slice(number, number + 1) for number in numbers], THREADS)):
             return values
         return np.asarray(self._array[rows])
 

@@ -16,7 +16,7 @@ CHUNK = 5000
 
 @pytest.fixture(params=[1, 3])
 def cores(request, monkeypatch) -> int:
-    monkeypatch.setattr(stored, "usable_cores", lambda: request.param)
+    monkeypatch.setattr(stored, "THREADS", request.param)
     return request.param
 
 
