@@ -2,8 +2,9 @@
 
 Nearly all the time of reading counts goes into unpacking deflate, which libhdf5 does with zlib and under its lock. A
 chunk's bytes are therefore taken as they are stored and unpacked here, with zlib-ng where it is installed (twice the
-speed of zlib), while other threads may work. Only what nearly every file is is read so: one dimension, plain numbers, shuffled or not, deflate.
-Anything else, and any chunk that is not as it should be, goes through libhdf5, whose word on it counts.
+speed of zlib), while other threads may work. Only what nearly every file is is read so: one dimension, plain numbers,
+shuffled or not, deflate. Anything else, and any chunk that is not as it should be, goes through libhdf5, whose word on
+it counts.
 """
 
 from __future__ import annotations
