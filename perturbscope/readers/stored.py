@@ -1,10 +1,9 @@
 """Arrays of a file, fast: chunks of an HDF5 dataset unpacked outside libhdf5.
 
 Nearly all the time of reading counts goes into unpacking deflate, which libhdf5 does with zlib and under its lock. A
-chunk's bytes are therefore taken as they are stored and unpacked here, with zlib-ng where it is installed (twice the
-speed of zlib), while other threads may work. Only what nearly every file is is read so: one dimension, plain numbers,
-shuffled or not, deflate. Anything else, and any chunk that is not as it should be, goes through libhdf5, whose word on
-it counts.
+chunk's bytes are therefore taken as they are stored and unpacked here, with zlib-ng (twice the speed of zlib), while
+other threads may work. Only what nearly every file is is read so: one dimension, plain numbers, shuffled or not,
+deflate. Anything else, and any chunk that is not as it should be, goes through libhdf5, whose word on it counts.
 """
 
 from __future__ import annotations
@@ -15,13 +14,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng import zlib_ng
 
 from perturbscope.ragged import map_blocks
-
-try:
-    from zlib_ng import zlib_ng as zlib
-except ImportError:
-    import zlib
 
 THREADS = 1
 """Threads that unpack chunks; two were no faster where that was measured."""
@@ -85,9 +80,9 @@ class StoredArray:
             stored = self._array.id.get_chunk_info_by_coord((at,))
             if stored.byte_offset is None or stored.filter_mask or stored.size > size + size // 8 + _PACKED_MORE:
                 return None
-            unpacker = zlib.decompressobj()
+            unpacker = zlib_ng.decompressobj()
             data = unpacker.decompress(self._array.id.read_direct_chunk((at,))[1], size + 1)
-        except (OSError, RuntimeError, ValueError, TypeError, zlib.error):
+        except (OSError, RuntimeError, ValueError, TypeError, zlib_ng.error):
             return None
         if len(data) != size or not unpacker.eof:
             return None

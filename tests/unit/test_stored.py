@@ -92,7 +92,7 @@ def test_a_chunk_stored_without_its_filter_is_read_by_libhdf5(tmp_path):
         np.testing.assert_array_equal(array[CHUNK:], plain)
 
 
-@pytest.mark.parametrize("packed", [b"nothing that unpacks", stored.zlib.compress(bytes(4 * CHUNK - 1))])
+@pytest.mark.parametrize("packed", [b"nothing that unpacks", stored.zlib_ng.compress(bytes(4 * CHUNK - 1))])
 def test_a_damaged_chunk_gives_the_error_of_libhdf5(tmp_path, cores, packed):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         made = file.create_dataset("values", data=numbers("i4"), chunks=(CHUNK,), compression="gzip", shuffle=True)
@@ -113,7 +113,7 @@ def test_a_damaged_chunk_gives_the_error_of_libhdf5(tmp_path, cores, packed):
 def test_a_chunk_that_unpacks_to_more_than_it_may_is_never_unpacked_whole(tmp_path, monkeypatch):
     """A thousand times as much: what is asked for at a time is one byte more than there should be."""
     asked = []
-    unpacker = stored.zlib.decompressobj
+    unpacker = stored.zlib_ng.decompressobj
 
     class Watched:
         def __init__(self) -> None:
@@ -129,8 +129,8 @@ def test_a_chunk_that_unpacks_to_more_than_it_may_is_never_unpacked_whole(tmp_pa
 
     with h5py.File(tmp_path / "a.h5", "w") as file:
         made = file.create_dataset("values", data=np.zeros(CHUNK, "i4"), chunks=(CHUNK,), compression="gzip")
-        made.id.write_direct_chunk((0,), stored.zlib.compress(bytes(4000 * CHUNK)))
-        monkeypatch.setattr(stored.zlib, "decompressobj", Watched)
+        made.id.write_direct_chunk((0,), stored.zlib_ng.compress(bytes(4000 * CHUNK)))
+        monkeypatch.setattr(stored.zlib_ng, "decompressobj", Watched)
         array = StoredArray(made)
         assert array._read_chunk(0) is None
     assert asked == [4 * CHUNK + 1]
