@@ -31,7 +31,7 @@ from perturbscope.statistics import generator
 
 TABLE = 2**24
 """Sums among controls that are kept: 128 MiB."""
-_KEPT = 2**27
+KEPT = 2**27
 """Bytes of drawn labels that are kept."""
 _ROWS = 1024
 """Perturbations of one product: their sums stay in the cache."""
@@ -193,7 +193,7 @@ class StratifiedShuffles:
         rank = np.argsort(np.argsort(rng.random((draws, n)), axis=1), axis=1)
         found = _Drawn(taken, rank < (n - taken)[:, None])
         with self._lock:
-            if self._held < _KEPT and (code, n, number) not in self._drawn:
+            if self._held < KEPT and (code, n, number) not in self._drawn:
                 self._drawn[code, n, number] = found
                 self._held += found.taken.nbytes + found.kept.nbytes
         return found

@@ -319,6 +319,7 @@ def _score_bytes(request: ScoreRequest | CompareRequest, width: int) -> int:
         request.options,
         pairs=isinstance(request, CompareRequest),
         width=width,
+        batches=request.batches is not None,
     )
 
 

@@ -7,8 +7,9 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from perturbscope import shuffles, statistics
+from perturbscope import shuffles, statistics, strata
 from perturbscope.distances import TILE_VALUES
+from perturbscope.encoder import usable_cores
 from perturbscope.errors import LimitExceededError, OverloadedError
 from perturbscope.fairness import Room
 from perturbscope.results import ScoreOptions
@@ -198,12 +199,22 @@ def decoded_bytes(media_type: str, body: bytes) -> int:
     )
 
 
-def score_bytes(labels: Sequence[str], control: str | None, options: ScoreOptions, *, pairs: bool, width: int) -> int:
+def score_bytes(
+    labels: Sequence[str],
+    control: str | None,
+    options: ScoreOptions,
+    *,
+    pairs: bool,
+    width: int,
+    batches: bool = False,
+    cores: int | None = None,
+) -> int:
     """About how much memory a score of cells takes at its peak, or, with `pairs`, a comparison.
 
     What grows are the distances: float32, between all cells of a group, and of two groups, of which at most
-    ``max_cells`` cells each are used. A score holds those of the controls and of one perturbation at a time, a
-    comparison those of every group. Exchanged labels are evaluated some hundreds at a time.
+    ``max_cells`` cells each are used. A score holds those of the controls and of one perturbation a core at a time, a
+    comparison those of every group. Exchanged labels are evaluated some hundreds at a time; those within batches are
+    summed up beforehand, for all perturbations, in one table a core.
 
     Parameters
     ----------
@@ -217,6 +228,10 @@ def score_bytes(labels: Sequence[str], control: str | None, options: ScoreOption
         Whether perturbations are compared with each other.
     width
         Dimensions of a vector.
+    batches
+        Whether labels are exchanged within batches.
+    cores
+        Threads that score; default: the cores that this process may use.
     """
     sizes = {name: min(n, options.max_cells) for name, n in Counter(labels).items()}
     controls = sizes.pop(control, 0) if control is not None else 0
@@ -226,7 +241,14 @@ def score_bytes(labels: Sequence[str], control: str | None, options: ScoreOption
     draws = min(options.permutations, statistics.CHUNK if pairs else shuffles.CHUNK)
     # Beside the distances: tiles of them in float64; random keys, their order and the labels that they become; vectors.
     tiles = 3 * 8 * min(TILE_VALUES, max(pool, controls) ** 2)
-    return tiles + 4 * (squares + pool**2 // 2) + 32 * draws * pool + 16 * width * (pool + len(labels))
+    held = tiles + 4 * (squares + pool**2 // 2) + 32 * draws * pool + 16 * width * (pool + len(labels))
+    if not pairs:
+        more, cores = sum(largest[:1]), cores or usable_cores()
+        held += (min(cores, len(sizes)) - 1) * (4 * more * (more + controls) + 16 * draws * more + 16 * width * more)
+        if batches:
+            sums, kept = 8 * draws * len(sizes), draws * sum(sizes.values())
+            held += cores * 8 * controls**2 + min(sums, 8 * strata.TABLE) + min(kept, strata.KEPT)
+    return held
 
 
 def check_shape(settings: Settings, n_cells: int, n_genes: int, n_values: int) -> None:

@@ -24,6 +24,8 @@ _DEFLATE, _SHUFFLE = 1, 2
 """HDF5's numbers of these filters."""
 _CHUNK_VALUES = range(4096, 2**22 + 1)
 """Sizes of chunks worth it: smaller ones cost more to fetch one by one than to unpack, larger ones too much memory."""
+# zlib-ng's types say that its error is an instance.
+_UNREADABLE: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, TypeError, zlib_ng.error)  # type: ignore[assignment]
 _PACKED_MORE = 1024
 """Bytes by which deflate can make a chunk larger, and more."""
 
@@ -82,7 +84,7 @@ class StoredArray:
                 return None
             unpacker = zlib_ng.decompressobj()
             data = unpacker.decompress(self._array.id.read_direct_chunk((at,))[1], size + 1)
-        except (OSError, RuntimeError, ValueError, TypeError, zlib_ng.error):
+        except _UNREADABLE:
             return None
         if len(data) != size or not unpacker.eof:
             return None

@@ -172,21 +172,28 @@ def test_sizes_of_what_is_worked_on(rng: np.random.Generator) -> None:
     assert size_of(ScoreRequest(embeddings=vectors, perturbations=("a",) * 10, control="a")) == 400
 
 
+@pytest.mark.parametrize("batched", [False, True], ids=["", "batches"])
 @pytest.mark.parametrize("pairs", [False, True], ids=["score", "compare"])
 @pytest.mark.parametrize(("n_controls", "n_cells", "width"), [(900, 500, 16), (1500, 60, 64), (100, 1200, 16)])
-def test_a_score_takes_no_more_than_was_held(pairs: bool, n_controls: int, n_cells: int, width: int) -> None:
+def test_a_score_takes_no_more_than_was_held(
+    batched: bool, pairs: bool, n_controls: int, n_cells: int, width: int
+) -> None:
     sizes = {"control": n_controls, **dict.fromkeys("abcd", n_cells), "tiny": 30}
     labels = [name for name, n in sizes.items() for _ in range(n)]
     values = np.random.default_rng(0).standard_normal((len(labels), width)).astype(np.float32)
     options = ScoreOptions(permutations=1000, max_cells=1000)
     run = compare_perturbations if pairs else score_perturbations
+    batches = [f"b{i % 3}" for i in range(len(labels))] if batched else None
     some = slice(n_controls - 50, n_controls + n_cells + 50)
-    run(values[some], labels[some], control="control", options=options)  # what is imported, and kept, counts for nobody
+    part = None if batches is None else batches[some]
+    run(
+        values[some], labels[some], batches=part, control="control", options=options
+    )  # what is imported, and kept, counts for nobody
     tracemalloc.start()
-    run(values, labels, control="control", options=options)
+    run(values, labels, batches=batches, control="control", options=options)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    held = score_bytes(labels, "control", options, pairs=pairs, width=width)
+    held = score_bytes(labels, "control", options, pairs=pairs, width=width, batches=batched)
     assert held / 8 < peak < held
 
 
