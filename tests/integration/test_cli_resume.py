@@ -17,18 +17,21 @@ from perturbscope.cli.app import run
 from tests.screens import make_screen
 
 CHUNK = 16
-# The command itself, with a model that takes a while for each batch. SIGINT stays ignored where a shell started
+# The command itself, with a model that waits once so many chunks are there. SIGINT stays ignored where a shell started
 # the tests in the background, so Python's own way is set.
-SLOW = """
+WAITING = """
 import signal, sys, time
+from pathlib import Path
 from perturbscope.cli.app import run
 from perturbscope.embedder import Embedder
 signal.signal(signal.SIGINT, signal.default_int_handler)
 quick = Embedder.run
-def slow(self, tokens, rows):
-    time.sleep(float(sys.argv[1]))
+def waiting(self, tokens, rows):
+    chunks = Path("out.h5ad.partial")
+    while len(list(chunks.glob("chunk-*.npy"))) >= int(sys.argv[1]) and not Path("go").exists():
+        time.sleep(0.01)
     return quick(self, tokens, rows)
-Embedder.run = slow
+Embedder.run = waiting
 sys.exit(run(sys.argv[2:]))
 """
 
@@ -45,9 +48,10 @@ def embed(*more: str) -> list[str]:
     return ["embed", "in.h5ad", "out.h5ad", "--chunk-cells", str(CHUNK), *more]
 
 
-def start(folder: Path, *arguments: str, pause: float = 0.3) -> subprocess.Popen[str]:
+def start(folder: Path, number: int, *arguments: str) -> subprocess.Popen[str]:
+    """Run until so many chunks are there, and the rest when there is a file "go"."""
     return subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(pause), *arguments],
+        [sys.executable, "-c", WAITING, str(number), *arguments],
         cwd=folder,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -57,7 +61,7 @@ def start(folder: Path, *arguments: str, pause: float = 0.3) -> subprocess.Popen
 
 def kill_after_chunks(folder: Path, number: int, how: signal.Signals) -> set[str]:
     """Run, kill once so many chunks are there, and say which."""
-    process = start(folder, *embed())
+    process = start(folder, number, *embed())
     deadline = time.monotonic() + 60
     while len(list((folder / "out.h5ad.partial").glob("chunk-*.npy"))) < number:
         assert process.poll() is None, process.communicate()
@@ -136,7 +140,7 @@ def test_damaged_chunks_are_made_again(folder: Path) -> None:
 
 
 def test_two_runs_never_share_a_directory(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    process = start(folder, *embed())
+    process = start(folder, 1, *embed())
     try:
         while not list((folder / "out.h5ad.partial").glob("chunk-*.npy")):
             assert process.poll() is None, process.communicate()
@@ -144,6 +148,7 @@ def test_two_runs_never_share_a_directory(folder: Path, capfd: pytest.CaptureFix
         assert run(embed()) == 2
         assert "Another process is writing to" in capfd.readouterr().err
     finally:
+        (folder / "go").touch()
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "123 cells x 8" in out
