@@ -17,7 +17,7 @@ from tests.integration.server import RunningServer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LOADS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+LOADS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
 
 
 def job(way: Way, server: RunningServer, asks: list[Ask], **more: Any) -> Job:

@@ -257,20 +257,35 @@ def decoded(way: Way, answer: bytes) -> NDArray[np.float32]:
 
 
 class _Connection:
-    """One HTTP connection, kept open."""
+    """One HTTP connection, kept open; opened again where the service has closed it, which it does to idle ones."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
-        self._reader, self._writer, self._head = reader, writer, head
+    def __init__(self, host: str, port: int, head: bytes) -> None:
+        self._host, self._port, self._head = host, port, head
+        self._reader: asyncio.StreamReader
+        self._writer: asyncio.StreamWriter
 
     @classmethod
     async def open(cls, host: str, port: int, path: str, kind: str) -> _Connection:
-        reader, writer = await asyncio.open_connection(host, port)
         head = f"POST {path} HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: {kind}\r\naccept: {kind}\r\n"
-        return cls(reader, writer, head.encode())
+        connection = cls(host, port, head.encode())
+        await connection._connect()
+        return connection
+
+    async def _connect(self) -> None:
+        self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
+
+    async def _send(self, body: bytes) -> bytes:
+        """Send a request, and return the head of its answer."""
+        self._writer.write(self._head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        return (await self._reader.readuntil(b"\r\n\r\n")).lower()
 
     async def ask(self, body: bytes) -> bytes:
-        self._writer.write(self._head + b"content-length: %d\r\n\r\n" % len(body) + body)
-        head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        try:
+            head = await self._send(body)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self.close()
+            await self._connect()
+            head = await self._send(body)
         length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
         answer = await self._reader.readexactly(length)
         if b" 200 " not in head.partition(b"\r\n")[0]:
