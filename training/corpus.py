@@ -23,6 +23,7 @@ from perturbscope import __version__
 from perturbscope.errors import InvalidInputError, InvalidParameterError, UnreadableFileError
 from perturbscope.families import Family, TokenizedCells, load_family
 from perturbscope.genes import GeneMapping, GeneResolver, GeneVocabulary
+from perturbscope.prefetch import ahead
 from perturbscope.readers import CellSource
 from training import commands, strict
 from training.config import ContrastiveConfig, CorpusConfig
@@ -237,7 +238,7 @@ def _tokenize(
         dropped.update(not_raw_counts=n_not_raw, empty=int(keep[done:end].sum()) - n_read - n_not_raw)
         done = end
 
-    for rows, counts in chunks(cells, keep):
+    for rows, counts in ahead(chunks(cells, keep)):
         advance(int(rows[-1]) + 1, len(rows))
         good = np.diff(counts.counts.indptr) >= min_genes
         known = counts.counts[:, mapping.rows >= 0].getnnz(axis=1) > 0

@@ -24,6 +24,7 @@ from benchmarks.performance.tokenization_routes import check_equal, routes
 from perturbscope.encoder import usable_cores
 from perturbscope.families.rank import RankFamily, build
 from perturbscope.genes import GeneVocabulary
+from perturbscope.prefetch import ahead
 from perturbscope.readers import CHUNK_CELLS, open_cells
 
 FILES = ("kang2018_ifnb_pbmc", "baron2016_pancreas", "pbmc3k_10x", "papalexi2021_eccite_thp1_panel")
@@ -128,10 +129,13 @@ def from_disk(name: str, cores: int, repeats: int) -> dict[str, Any]:
 
 
 def stream(path: Path, tokenizer: RankFamily | None) -> int:
-    """Read a file chunk by chunk; tokens are counted and thrown away."""
+    """Read a file chunk by chunk; tokens are counted and thrown away.
+
+    Where there is a second core, a chunk is read while the one before it is tokenized, as the builder of corpora does.
+    """
     n_tokens = 0
     with open_cells(path) as source:
-        for chunk in source:
+        for chunk in ahead(source) if tokenizer is not None and usable_cores() > 1 else source:
             if tokenizer is not None:
                 n_tokens += len(tokenizer.tokenize(chunk).arrays["input_ids"])
     return n_tokens
@@ -234,7 +238,7 @@ def _disk_table(rows: list[dict[str, Any]]) -> str:
     ]
     return (
         "From disk (page cache), cells per second of the wall: opening and reading with every check, tokenizing what "
-        "was read, and both in one stream.\n\n"
+        "was read, and both in one stream, where a second core reads ahead.\n\n"
         + table(["File", "Cells", "Cores", "Reading", "Tokenizing", "Tokenizing, a thread a core", "Both"], lines)
     )
 
