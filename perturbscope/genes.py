@@ -294,7 +294,6 @@ _MAPPED: PerArray[dict[tuple[GeneResolver, GeneVocabulary], GeneMapping]] = PerA
 """What the arrays of identifiers that matrices share were mapped to."""
 
 
-@functools.lru_cache(maxsize=64)
 def _map(resolver: GeneResolver, gene_ids: tuple[str, ...], vocabulary: GeneVocabulary) -> GeneMapping:
     if not gene_ids:
         raise MalformedMatrixError("There are no genes; the matrix has no columns.", field="gene_ids")
