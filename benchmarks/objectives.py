@@ -23,9 +23,9 @@ from transformers import BertForMaskedLM
 from evaluation.baselines import pca
 from evaluation.retrieval import retrieve
 from evaluation.tables import markdown
+from perturbscope.cells.readers import open_cells
 from perturbscope.embedder import Embedder
 from perturbscope.families import load_family
-from perturbscope.readers import open_cells
 from perturbscope.scoring import ScoreOptions, score_perturbations
 from training import strict
 from training.checkpoint import load_checkpoint

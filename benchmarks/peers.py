@@ -22,8 +22,8 @@ import pandas as pd
 from benchmarks._markdown import markdown
 from evaluation.baselines import pca
 from evaluation.peers import PERTPY, SCPERTURB, largest_family, peer_e_test
+from perturbscope.cells.readers import open_cells
 from perturbscope.distances import e_distance, pairwise_distances, transport_cost, wasserstein
-from perturbscope.readers import open_cells
 from perturbscope.scoring import ScoreOptions, score_perturbations
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -37,10 +37,10 @@ from benchmarks._markdown import markdown
 from evaluation.peers import PERTPY, SCPERTURB, peer_e_test
 from evaluation.planted import CONTROL, ControlPCA, Effect, PlantedScreen, measured, planted_screen, scatter
 from perturbscope.bundle import Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.files import atomic
+from perturbscope.cells.readers import open_cells
 from perturbscope.embedder import Embedder
-from perturbscope.outputs import atomic
-from perturbscope.readers import open_cells
 from perturbscope.scoring import ScoreOptions, score_perturbations
 
 ROOT = Path(__file__).resolve().parent.parent

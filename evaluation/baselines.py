@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.decomposition import PCA
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
 
 LOESS_SPAN = 0.3

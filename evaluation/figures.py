@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from evaluation.run import ScreenResult, by_target
-from perturbscope.outputs import atomic
+from perturbscope.cells.files import atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

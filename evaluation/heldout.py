@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import typer
 
+from perturbscope.cells.files import atomic
+from perturbscope.cells.readers import open_cells
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
-from perturbscope.outputs import atomic
-from perturbscope.readers import open_cells
 
 COLUMNS = ["cell", "split"]
 

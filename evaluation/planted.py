@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from evaluation.baselines import log_cp10k
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import EmptyCellError, InvalidParameterError, TooFewCellsError, TooFewControlsError
 
 Kind = Literal["null", "shift", "spread", "rare", "scatter"]

@@ -1,7 +1,7 @@
 """How many cells it takes to detect a perturbation.
 
 A perturbation with many cells stands for one with few: n of its cells are drawn, scored against the controls by the
-permutation test that :func:`perturbscope.scoring.score_perturbations` runs, and this again and again. The share of the
+permutation test that :func:`perturbscope.score_perturbations` runs, and this again and again. The share of the
 draws with p < alpha is the power at n. Among controls, scored against the other controls, it is the false-positive
 rate: about alpha for any embedding, so it checks the test and not the model.
 
@@ -83,7 +83,7 @@ def power(
     Parameters
     ----------
     embeddings, perturbations, control, batches
-        As of :func:`perturbscope.scoring.score_perturbations`. Draws from a perturbation ignore batches; the test does
+        As of :func:`perturbscope.score_perturbations`. Draws from a perturbation ignore batches; the test does
         not.
     metric
         ``e_distance`` or ``cosine_e_distance``.
@@ -105,7 +105,7 @@ def power(
     InvalidParameterError
         An empty grid or an n below 2, a share outside 0 to 1, Wasserstein, or fewer permutations than alpha needs.
     InvalidEmbeddingError, MalformedMatrixError, ControlLabelMissingError, TooFewControlsError, TooFewCellsError
-        As :func:`perturbscope.scoring.score_perturbations`.
+        As :func:`perturbscope.score_perturbations`.
     """
     sizes = sorted({int(n) for n in grid})
     _check(sizes, repeats, alpha, target, max_controls, metric)

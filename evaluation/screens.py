@@ -13,10 +13,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from evaluation.heldout import read_held_out
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.readers import CellSource, open_cells
+from perturbscope.cells.readers.source import missing_column
 from perturbscope.errors import ControlLabelMissingError, InvalidParameterError
-from perturbscope.readers import CellSource, open_cells
-from perturbscope.readers.source import missing_column
 
 SYMBOL_KEYS = ("gene_symbol", "gene_symbols", "gene_name", "symbol", "feature_name")
 """Columns of var that are looked for when no `symbol_key` is given."""
@@ -133,7 +133,7 @@ def open_screen(
     Parameters
     ----------
     path
-        Raw counts, any format of :func:`perturbscope.readers.open_cells`.
+        Raw counts, any format of :func:`perturbscope.open_cells`.
     name
         Default: the file's name without its suffix.
     perturbation_key, control
@@ -150,7 +150,7 @@ def open_screen(
     symbol_key
         Column of var with gene symbols; a few usual names are tried.
     layer, gene_key, total_counts_key
-        As of :func:`perturbscope.readers.open_cells`.
+        As of :func:`perturbscope.open_cells`.
     obsm
         Matrices of obsm to bring along.
     keep

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from perturbscope.bundle import Bundle
+from perturbscope.cells.readers import open_cells
 from perturbscope.embedder import Embedder
-from perturbscope.readers import open_cells
 
 
 class Embed:

@@ -17,7 +17,7 @@ from perturbscope.errors import InvalidInputError, PerturbScopeError
 
 if TYPE_CHECKING:
     from perturbscope.bundle import Bundle
-    from perturbscope.counts import CountMatrix
+    from perturbscope.cells.counts import CountMatrix
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -97,7 +97,7 @@ def _read_cells(path: Path | None) -> CountMatrix | None:
     """The file's first chunk; a comparison needs no more."""
     if path is None:
         return None
-    from perturbscope.readers import open_cells
+    from perturbscope.cells.readers import open_cells
 
     with open_cells(path) as source:
         return next(iter(source))

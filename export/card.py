@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from perturbscope.bundle import Manifest
-from perturbscope.genes import GeneVocabulary
+from perturbscope.cells.genes import GeneVocabulary
 
 
 def model_card(manifest: Manifest, vocabulary: GeneVocabulary) -> str:

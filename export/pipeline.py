@@ -17,7 +17,7 @@ from export import ExportError, graph, parity
 from export.card import model_card
 from export.forms import standard_attention
 from perturbscope.bundle import GOLDEN, MODEL_CARD, VOCABULARY, Bundle, Manifest, Variant
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import BundleError, InvalidParameterError
 from perturbscope.families import Family, load_family

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from perturbscope.bundle import Bundle
+    from perturbscope.cells.counts import CountMatrix
+    from perturbscope.cells.genes import GeneVocabulary
+    from perturbscope.cells.readers import CellSource, cells_from_anndata, open_cells
     from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient
-    from perturbscope.counts import CountMatrix
     from perturbscope.embedder import Embedder, Embeddings
     from perturbscope.errors import PerturbScopeError
-    from perturbscope.genes import GeneVocabulary
     from perturbscope.model import Model, load
-    from perturbscope.readers import CellSource, cells_from_anndata, open_cells
     from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
     from perturbscope.scoring import compare_perturbations, score_perturbations
 
@@ -54,22 +54,22 @@ _MODULES = {
     "AsyncClient": "client",
     "AsyncGrpcClient": "client",
     "Bundle": "bundle",
-    "CellSource": "readers",
+    "CellSource": "cells.readers",
     "Client": "client",
     "CompareResult": "results",
-    "CountMatrix": "counts",
+    "CountMatrix": "cells.counts",
     "Embedder": "embedder",
     "Embeddings": "embedder",
-    "GeneVocabulary": "genes",
+    "GeneVocabulary": "cells.genes",
     "GrpcClient": "client",
     "Model": "model",
     "PerturbScopeError": "errors",
     "ScoreOptions": "results",
     "ScoreResult": "results",
-    "cells_from_anndata": "readers",
+    "cells_from_anndata": "cells.readers",
     "compare_perturbations": "scoring",
     "load": "model",
-    "open_cells": "readers",
+    "open_cells": "cells.readers",
     "score_perturbations": "scoring",
 }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder, Embeddings
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Scorer(Protocol):
         batches: Sequence[str] | None = None,
         options: ScoreOptions | None = None,
     ) -> ScoreResult:
-        """Distance of each perturbation to control; see :func:`perturbscope.scoring.score_perturbations`."""
+        """Distance of each perturbation to control; see :func:`perturbscope.score_perturbations`."""
         ...
 
     def compare(
@@ -60,7 +60,7 @@ class Scorer(Protocol):
         batches: Sequence[str] | None = None,
         options: ScoreOptions | None = None,
     ) -> CompareResult:
-        """Distances between perturbations; see :func:`perturbscope.scoring.compare_perturbations`."""
+        """Distances between perturbations; see :func:`perturbscope.compare_perturbations`."""
         ...
 
 

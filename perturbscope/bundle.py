@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import (
     BundleError,
     CorruptBundleError,
@@ -33,7 +34,6 @@ from perturbscope.errors import (
     VocabularyMismatchError,
 )
 from perturbscope.families import Family, load_family
-from perturbscope.genes import GeneVocabulary
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -100,7 +100,7 @@ def calibrate(
     Parameters
     ----------
     embeddings, perturbations, control, batches, options
-        As of :func:`perturbscope.scoring.score_perturbations`. Splits by cell keep the options' test, exchanges within
+        As of :func:`perturbscope.score_perturbations`. Splits by cell keep the options' test, exchanges within
         batches included; splits by batch exchange labels freely, since batch and label coincide. Wasserstein is left
         out: each split would need its own drawn null. At most 1,000 controls and 199 permutations are used.
     splits
@@ -115,7 +115,7 @@ def calibrate(
     InvalidParameterError
         No metric but Wasserstein, or a size out of range.
     InvalidEmbeddingError, MalformedMatrixError, ControlLabelMissingError, TooFewControlsError
-        As :func:`perturbscope.scoring.score_perturbations`.
+        As :func:`perturbscope.score_perturbations`.
     """
     options = options or ScoreOptions()
     metrics = tuple(metric for metric in options.metrics if metric != "wasserstein")

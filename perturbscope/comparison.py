@@ -40,7 +40,7 @@ def compare_perturbations(
     Parameters
     ----------
     embeddings, perturbations, batches, options
-        As of :func:`perturbscope.scoring.score_perturbations`; `repeats` and `null` are not used.
+        As of :func:`perturbscope.score_perturbations`; `repeats` and `null` are not used.
     pairs
         Pairs of labels; all pairs of perturbations (each once) if not given.
     control
@@ -57,7 +57,7 @@ def compare_perturbations(
     InvalidParameterError
         A pair that names an unknown label, or one label twice.
     InvalidEmbeddingError, MalformedMatrixError, ControlLabelMissingError, TooFewControlsError, TooFewCellsError
-        As :func:`perturbscope.scoring.score_perturbations`.
+        As :func:`perturbscope.score_perturbations`.
     """
     options = options or ScoreOptions()
     groups = Groups.of(embeddings, perturbations, batches, options, control=control)

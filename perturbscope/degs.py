@@ -22,9 +22,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse, special
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneResolver
 from perturbscope.errors import InvalidParameterError, MissingColumnError, TooFewCellsError
-from perturbscope.genes import GeneResolver
 from perturbscope.groups import check_labels, require_control
 from perturbscope.statistics import benjamini_hochberg, correlation, generator
 
@@ -321,8 +321,8 @@ def deg_null(
 def target_columns(gene_ids: Sequence[str] | NDArray[np.str_], perturbations: Sequence[str]) -> dict[str, int]:
     """Column of each perturbation's own gene, where its label names a gene that is measured.
 
-    Symbols, aliases and Ensembl ids of one gene are the same (:class:`perturbscope.genes.GeneResolver`); what no table
-    knows must be spelled alike.
+    Symbols, aliases and Ensembl ids of one gene are the same (:class:`perturbscope.cells.genes.GeneResolver`); what no
+    table knows must be spelled alike.
     """
     resolver = GeneResolver.default()
     by_id = {resolver.resolve(gene)[0] or gene: column for column, gene in enumerate(map(str, gene_ids))}
@@ -336,7 +336,7 @@ def correlate_degs(scores: pd.DataFrame, degs: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     scores
-        ``perturbation, metric, distance, z``, as :class:`perturbscope.results.ScoreResult` holds it.
+        ``perturbation, metric, distance, z``, as :class:`perturbscope.ScoreResult` holds it.
     degs
         ``perturbation, n_degs``, as :func:`deg_table` gives it.
 

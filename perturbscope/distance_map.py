@@ -1,6 +1,6 @@
 """Energy distances between all pairs of perturbations, as one matrix.
 
-:func:`perturbscope.comparison.compare_perturbations` tests pairs; this measures them all. An energy distance is
+:func:`perturbscope.compare_perturbations` tests pairs; this measures them all. An energy distance is
 ``2 B - W_a - W_b`` with the mean distances between and within the groups. With the squared Euclidean and the cosine
 distance all B come from one product of the groups' mean vectors. With the unsquared Euclidean distance every pair of
 cells counts once (:mod:`perturbscope.tiles`), or, where that takes too long, all are approximated from distances to
@@ -98,7 +98,7 @@ def distance_map(
     InvalidParameterError
         The metric is Wasserstein, or landmarks are asked for where the exact map is as fast.
     InvalidEmbeddingError, MalformedMatrixError, TooFewCellsError
-        As :func:`perturbscope.scoring.score_perturbations`.
+        As :func:`perturbscope.score_perturbations`.
     """
     options = options or ScoreOptions()
     metric = options.metrics[0]

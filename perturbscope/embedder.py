@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from perturbscope.batching import BatchLimits, cpu_limits, form_batches
 from perturbscope.bundle import Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneCoverage
 from perturbscope.encoder import Device, Encoder, OnnxEncoder
 from perturbscope.errors import InferenceError, UnknownGenesError
 from perturbscope.families import Family, TokenizedCells, pad
-from perturbscope.genes import GeneCoverage
 from perturbscope.gpu import GpuOptions, gpu_limits
 from perturbscope.prefetch import ahead
 

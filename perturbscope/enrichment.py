@@ -25,8 +25,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from perturbscope.cells.genes import GeneResolver
 from perturbscope.errors import InvalidParameterError, MalformedMatrixError, MissingColumnError
-from perturbscope.genes import GeneResolver
 from perturbscope.statistics import generator
 from perturbscope.tables import release
 
@@ -165,7 +165,7 @@ def enrich_scores(
     Parameters
     ----------
     scores
-        As :class:`perturbscope.results.ScoreResult` holds it.
+        As :class:`perturbscope.ScoreResult` holds it.
     metric
         Metric to rank by; may be left out where the table has one.
     rank_by

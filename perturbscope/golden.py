@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.bundle import GOLDEN, Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.embedder import Embedder
 from perturbscope.errors import CorruptBundleError, GoldenMismatchError, PerturbScopeError
 from perturbscope.families import TokenizedCells
-from perturbscope.genes import GeneVocabulary
 
 FORMAT = 1
 TOLERANCE = 1e-4

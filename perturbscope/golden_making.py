@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from perturbscope.bundle import GOLDEN, Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneResolver, GeneVocabulary
 from perturbscope.embedder import Embedder
 from perturbscope.families import TokenizedCells
-from perturbscope.genes import GeneResolver, GeneVocabulary
 from perturbscope.golden import TOLERANCE, Golden, cells_of, digests_of, distance
 
 SHORT_LENGTHS = (1, 7)
@@ -80,8 +80,8 @@ def add_golden(path: str | Path, *, cells: CountMatrix | None = None, seed: int 
 
 
 def first_cells(path: str | Path) -> CountMatrix:
-    """The first chunk of a file, which is enough to choose from. Raises as :func:`perturbscope.readers.open_cells`."""
-    from perturbscope.readers import open_cells
+    """The first chunk of a file, which is enough to choose from. Raises as :func:`perturbscope.open_cells`."""
+    from perturbscope.cells.readers import open_cells
 
     with open_cells(path) as source:
         return next(iter(source))

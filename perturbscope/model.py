@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.backends import Backend, LocalBackend, StageProgress, cells_of, scorer_of
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder, Embeddings
 from perturbscope.encoder import Device
 from perturbscope.errors import InvalidParameterError
@@ -136,7 +136,7 @@ class Model:
         batch_key
             Column of obs; labels are permuted within its batches.
         metrics, seed, options
-            See :class:`perturbscope.results.ScoreOptions`.
+            See :class:`perturbscope.ScoreOptions`.
         layer, gene_key, total_counts_key, progress
             As for :meth:`embed`.
 
@@ -187,7 +187,7 @@ class Model:
         """How far perturbations are from each other: all pairs, or `pairs`. Else as :meth:`score`.
 
         With `control`, z has the controls' null, and the default pairs leave the controls out; see
-        :func:`perturbscope.scoring.compare_perturbations`.
+        :func:`perturbscope.compare_perturbations`.
 
         Returns
         -------

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.backends import Backend, LocalBackend, Scorer, StageProgress, cells_of
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.readers import CellSource, open_cells
+from perturbscope.cells.readers.memory import AnnDataSource
 from perturbscope.embedder import Embeddings, gather
 from perturbscope.errors import InvalidParameterError
-from perturbscope.readers import CellSource, open_cells
-from perturbscope.readers.memory import AnnDataSource
 from perturbscope.seen import KEY, seen_by
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from perturbscope.bundle import sha256
 
 if TYPE_CHECKING:
     from perturbscope.backends import Backend
-    from perturbscope.readers import CellSource
+    from perturbscope.cells.readers import CellSource
     from perturbscope.results import CompareResult, ScoreResult
 
     Result = TypeVar("Result", ScoreResult, CompareResult)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.client import GrpcClient
-from perturbscope.counts import CountMatrix
-from perturbscope.genes import GeneVocabulary
 
 http_port, grpc_port = (sys.argv[1:3] + ["3000", "3001"][len(sys.argv) - 1 :])[:2]
 base_url = f"http://127.0.0.1:{http_port}"

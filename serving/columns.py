@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from perturbscope.readers import CellSource
+from perturbscope.cells.readers import CellSource
 
 MAX_LABELS = 500
 """Most labels that are listed of a column, the most frequent first."""

@@ -18,10 +18,10 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.known_genes import PerArray
 from perturbscope.embedder import Embedder, Embeddings
 from perturbscope.families import TokenizedCells, concatenate
-from perturbscope.gene_lists import PerArray
 from perturbscope.seen import Fingerprint, Seen, find_seen
 from perturbscope.wire.messages import (
     CompareAnswer,

@@ -10,7 +10,7 @@ from typing import cast
 
 from perturbscope.batching import BatchLimits
 from perturbscope.bundle import MANIFEST, VOCABULARY, Bundle, Manifest
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.dispatcher import Dispatcher
 from perturbscope.embedder import Embedder
 from perturbscope.encoder import Device

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope import wire
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.projection import umap_in_process
 from perturbscope.report import Absent, Report, build_report, render_report
 from perturbscope.wire import Meta, ScoreRequest
@@ -57,7 +57,7 @@ def make_report(
     Raises
     ------
     InvalidInputError, SolverError
-        As :func:`perturbscope.scoring.score_perturbations`.
+        As :func:`perturbscope.score_perturbations`.
     """
     from perturbscope.scoring import score_perturbations
 

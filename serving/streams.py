@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import DeadlineExceededError, LimitExceededError, OverloadedError
 from perturbscope.wire.streams import StreamAnswer, StreamChunk, StreamOpened, StreamStart, StreamTotals

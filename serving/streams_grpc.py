@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
 from perturbscope.wire.proto_stream import stream_answer_to_proto, stream_cells_from_proto, stream_start_from_proto
 from perturbscope.wire.streams import StreamAnswer, StreamStart

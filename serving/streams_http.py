@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from perturbscope import wire
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, PerturbScopeError, UnsupportedMediaTypeError
 from perturbscope.wire.arrow_messages import (
     PREFIX_BYTES,

@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.readers import CellSource, open_cells
 from perturbscope.errors import (
     InvalidInputError,
     InvalidParameterError,
     LimitExceededError,
     PerturbScopeError,
 )
-from perturbscope.readers import CellSource, open_cells
 from perturbscope.report import Absent
 from perturbscope.results import ScoreOptions
 from perturbscope.seen import Fingerprint
@@ -78,7 +78,7 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings:
     InvalidParameterError
         A parameter that the route does not have, or lacks.
     InvalidInputError
-        Whatever is wrong with the file; see :func:`perturbscope.readers.open_cells`.
+        Whatever is wrong with the file; see :func:`perturbscope.open_cells`.
     LimitExceededError
         More than the server takes.
     """

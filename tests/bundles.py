@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from perturbscope.bundle import Bundle, Manifest, Variant
-from perturbscope.genes import GeneVocabulary
+from perturbscope.cells.genes import GeneVocabulary
 
 TINY_WIDTH = 8
 

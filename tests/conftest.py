@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.embedder import Embedder
 from perturbscope.families import load_family
-from perturbscope.genes import GeneVocabulary
 from tests.bundles import TINY_WIDTH, write_tiny_bundle
 from tests.fakes import FakeEncoder
 

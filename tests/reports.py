@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.projection import Projector
 from perturbscope.report import Report, build_report
 from perturbscope.scoring import ScoreOptions, score_perturbations

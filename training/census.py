@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.counts import INTEGRAL_TOLERANCE, CountMatrix
+from perturbscope.cells.counts import INTEGRAL_TOLERANCE, CountMatrix
+from perturbscope.cells.readers import CellSource
+from perturbscope.cells.readers.matrices import CsrArrays
+from perturbscope.cells.readers.source import check_totals, missing_column, name_genes
 from perturbscope.errors import (
     InvalidParameterError,
     MalformedMatrixError,
@@ -27,9 +30,6 @@ from perturbscope.errors import (
     ServerUnreachableError,
     UnreadableFileError,
 )
-from perturbscope.readers import CellSource
-from perturbscope.readers.matrices import CsrArrays
-from perturbscope.readers.source import check_totals, missing_column, name_genes
 from training.config import SomaConfig, SourceConfig
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _BUFFER_BYTES = 2**27
 
 
 class SomaRows:
-    """Rows of a sparse SOMA array; see :class:`perturbscope.readers.matrices.Rows`.
+    """Rows of a sparse SOMA array; see :class:`perturbscope.cells.readers.matrices.Rows`.
 
     Parameters
     ----------

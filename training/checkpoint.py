@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from perturbscope import __version__
 from perturbscope.bundle import VOCABULARY, sha256
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import BundleError, CorruptBundleError, UnsupportedBundleError, VocabularyMismatchError
-from perturbscope.genes import GeneVocabulary
 from training import families
 
 FORMAT_VERSION = 1

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForMaskedLM
 
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import InvalidParameterError
-from perturbscope.genes import GeneVocabulary
 from training import commands, strict
 from training.batches import padded
 from training.checkpoint import Checkpoint, load_checkpoint

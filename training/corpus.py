@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope import __version__
+from perturbscope.cells.genes import GeneMapping, GeneResolver, GeneVocabulary
+from perturbscope.cells.readers import CellSource
 from perturbscope.errors import InvalidInputError, InvalidParameterError, UnreadableFileError
 from perturbscope.families import Family, TokenizedCells, load_family
-from perturbscope.genes import GeneMapping, GeneResolver, GeneVocabulary
 from perturbscope.prefetch import ahead
-from perturbscope.readers import CellSource
 from training import commands, strict
 from training.config import ContrastiveConfig, CorpusConfig
 from training.shards import FORMAT_VERSION, MANIFEST, VOCABULARY, Corpus, ShardsWriter

@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from evaluation.mlm import GeneFrequencies, HitTally, Judged, RankTally, choose_masked, copied, judge
+from perturbscope.cells.files import atomic, check_output
 from perturbscope.errors import ProviderUnavailableError, UnsupportedBundleError, VocabularyMismatchError
-from perturbscope.outputs import atomic, check_output
 from training import commands
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.shards import Corpus

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.genes import GeneResolver, GeneVocabulary
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
-from perturbscope.genes import GeneResolver, GeneVocabulary
 from training import commands, strict
 from training.config import CorpusConfig, SourceConfig
 from training.corpus import Progress, chunks, keep_cells, name_of, open_source

@@ -37,12 +37,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.files import atomic, check_output
+from perturbscope.cells.readers.annotated import find_matrix, open_matrix, shape_of
+from perturbscope.cells.readers.source import missing_column, name_genes
+from perturbscope.cells.readers.store import Frame, child, is_group, optional, reading
 from perturbscope.errors import ControlLabelMissingError, InvalidParameterError, MalformedMatrixError
-from perturbscope.outputs import atomic, check_output
-from perturbscope.readers.annotated import find_matrix, open_matrix, shape_of
-from perturbscope.readers.source import missing_column, name_genes
-from perturbscope.readers.store import Frame, child, is_group, optional, reading
 from training import commands
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def prepare(
     MalformedMatrixError
         A cell's total is smaller than the sum of its counts.
     InvalidInputError
-        As :func:`perturbscope.readers.open_cells`; counts that are not raw.
+        As :func:`perturbscope.open_cells`; counts that are not raw.
     """
     check_output(output, (".h5ad",), source=source)
     with ExitStack() as stack:

@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
 from perturbscope.errors import CorruptBundleError
 from perturbscope.families import Family, TokenizedCells, load_family
-from perturbscope.genes import GeneCoverage, GeneVocabulary
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.tsv"

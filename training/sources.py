@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.bundle import sha256
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.readers import CellSource, open_cells
 from perturbscope.errors import EmptyCellError, UnreadableFileError
-from perturbscope.readers import CellSource, open_cells
 from training.census import SomaSource, soma_identity
 from training.config import CorpusConfig, SourceConfig
 
@@ -29,7 +29,7 @@ def name_of(source: SourceConfig) -> str:
 
 
 def open_source(source: SourceConfig, *, chunk_cells: int = 4096) -> CellSource:
-    """The cells of one source. Raises as :func:`perturbscope.readers.open_cells` and :class:`SomaSource`."""
+    """The cells of one source. Raises as :func:`perturbscope.open_cells` and :class:`SomaSource`."""
     if source.soma is not None:
         return SomaSource(source, chunk_cells=chunk_cells)
     return open_cells(

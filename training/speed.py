@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perturbscope.genes import GeneVocabulary
+from perturbscope.cells.genes import GeneVocabulary
 from training import families
 from training.config import ContrastiveConfig, PretrainConfig
 from training.corpus import read_vocabulary

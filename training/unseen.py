@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.bundle import sha256
+from perturbscope.cells.genes import GeneResolver
+from perturbscope.cells.readers import open_cells
 from perturbscope.errors import EmptyCellError, InvalidParameterError, UnreadableFileError
 from perturbscope.families import load_family
-from perturbscope.genes import GeneResolver
-from perturbscope.readers import open_cells
 from training.checkpoint import Checkpoint
 from training.corpus import chunks
 from training.shards import Corpus
@@ -35,7 +35,7 @@ class EvaluateOptions:
     mask_probability
         Share of a cell's tokens that are masked.
     layer, gene_key, total_counts_key
-        As of :func:`perturbscope.readers.open_cells`.
+        As of :func:`perturbscope.open_cells`.
     device
         ``cpu`` or ``cuda``.
     seed
@@ -95,7 +95,7 @@ def read_heldout(
     Raises
     ------
     InvalidInputError
-        As :func:`perturbscope.readers.open_cells`.
+        As :func:`perturbscope.open_cells`.
     EmptyCellError
         No cell is left; says why.
     """

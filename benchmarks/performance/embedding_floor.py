@@ -16,11 +16,11 @@ import onnxruntime as ort
 from benchmarks.performance.embedding_models import Weights, tokens
 from benchmarks.performance.harness import Options, matmul_ceiling, table
 from perturbscope.bundle import Bundle
+from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cpu_graph import DISABLED_OPTIMIZERS, cpu_graph
 from perturbscope.embedder import Embedder
 from perturbscope.encoder import usable_cores
 from perturbscope.families import TokenizedCells, pad
-from perturbscope.genes import GeneCoverage
 from training.flops import ModelSize, cell_cost
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from benchmarks.performance.harness import DATA, ROOT
 from perturbscope.bundle import Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.readers import open_cells
 from perturbscope.families import TokenizedCells, concatenate
-from perturbscope.readers import open_cells
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM

@@ -60,7 +60,7 @@ class Ready:
 
 
 def ours(job: Job, variant: str = "fp32") -> Ready:
-    """:class:`perturbscope.embedder.Embedder`, from tokens to vectors."""
+    """:class:`perturbscope.Embedder`, from tokens to vectors."""
     from perturbscope.bundle import Bundle
     from perturbscope.embedder import Embedder
 

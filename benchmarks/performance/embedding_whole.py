@@ -13,7 +13,7 @@ from benchmarks.performance.embedding_models import FILES, Weights, counts, toke
 from benchmarks.performance.embedding_routes import Job, Route, ours
 from benchmarks.performance.harness import Options, Watch, in_child, race, table
 from perturbscope.bundle import Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import CHUNK_CELLS, Embedder
 
 

@@ -18,7 +18,7 @@ from benchmarks.performance.embedding_models import counts, paper_weights, pick,
 from benchmarks.performance.gpu_forms import projected
 from benchmarks.performance.harness import Options, table
 from perturbscope.bundle import Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.dispatcher import Dispatcher
 from perturbscope.embedder import Embedder
 from perturbscope.families import Family, TokenizedCells

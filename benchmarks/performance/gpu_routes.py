@@ -102,7 +102,7 @@ class Way:
 
 
 def ours(job: GpuJob, way: Way) -> Ready:
-    """:class:`perturbscope.embedder.Embedder`, from tokens to vectors."""
+    """:class:`perturbscope.Embedder`, from tokens to vectors."""
     embedder = embedder_of(job, way)
     cells = job.tokens()
     batches = embedder.plan(cells)

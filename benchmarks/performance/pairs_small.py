@@ -18,8 +18,8 @@ from scipy.stats import spearmanr
 
 from benchmarks.performance.harness import DATA, Options, race, table
 from evaluation.baselines import pca
+from perturbscope.cells.readers import open_cells
 from perturbscope.distance_map import distance_map
-from perturbscope.readers import open_cells
 from perturbscope.results import ScoreOptions
 
 CONTROL = "control"

@@ -18,11 +18,11 @@ from benchmarks.performance.harness import Watch, resident, tile
 from benchmarks.performance.tokenization import stream, write_tiled
 from perturbscope.batching import BatchLimits
 from perturbscope.bundle import Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
 from perturbscope.distance_map import distance_map
 from perturbscope.embedder import Embedder
 from perturbscope.families import Family, TokenizedCells
-from perturbscope.genes import GeneCoverage, GeneVocabulary
 from perturbscope.results import ScoreOptions
 from perturbscope.scoring import score_perturbations
 from training.flops import ModelSize, cell_cost

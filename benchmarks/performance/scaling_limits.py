@@ -186,7 +186,7 @@ def durations(laws: dict[str, list[dict[str, float]]]) -> tuple[str, dict[str, f
 def counts_of_million() -> Any:
     """Some cells of the file that is tiled for the streaming law."""
     from benchmarks.performance.harness import DATA
-    from perturbscope.readers import open_cells
+    from perturbscope.cells.readers import open_cells
 
     with open_cells(DATA / f"{MILLION}.h5ad") as source:
         return source.rows(0, 4096)
@@ -198,7 +198,7 @@ def bytes_of_labels(n_cells: int) -> dict[str, float]:
     import pandas as pd
     from scipy import sparse
 
-    from perturbscope.readers.memory import AnnDataSource
+    from perturbscope.cells.readers.memory import AnnDataSource
 
     obs = pd.DataFrame(
         {

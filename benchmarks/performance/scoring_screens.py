@@ -13,7 +13,7 @@ from sklearn.decomposition import TruncatedSVD
 
 from benchmarks.performance.harness import DATA
 from evaluation.baselines import log_cp10k, pca
-from perturbscope.readers import open_cells
+from perturbscope.cells.readers import open_cells
 
 CONTROL = "control"
 PEER_LABELS = (CONTROL, "ATF2", "IFNGR2", "JAK2", "STAT1", "TNFRSF14")

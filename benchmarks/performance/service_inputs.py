@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from benchmarks.performance.harness import DATA
 from perturbscope.bundle import Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.readers import open_cells
 from perturbscope.embedder import Embedder
 from perturbscope.families import TokenizedCells, concatenate
-from perturbscope.readers import open_cells
 from serving.settings import DEFAULT_BUNDLE, Settings
 
 FILES = {

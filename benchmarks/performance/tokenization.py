@@ -21,11 +21,11 @@ import numpy as np
 
 from benchmarks.performance.harness import DATA, Options, Section, in_child, race, resident, table
 from benchmarks.performance.tokenization_routes import check_equal, routes
+from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.readers import CHUNK_CELLS, open_cells
 from perturbscope.encoder import usable_cores
 from perturbscope.families.rank import RankFamily, build
-from perturbscope.genes import GeneVocabulary
 from perturbscope.prefetch import ahead
-from perturbscope.readers import CHUNK_CELLS, open_cells
 
 FILES = ("kang2018_ifnb_pbmc", "baron2016_pancreas", "pbmc3k_10x", "papalexi2021_eccite_thp1_panel")
 MILLION = "kang2018_ifnb_pbmc"

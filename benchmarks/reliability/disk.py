@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.reliability.inputs import Asker, is_right, real_cells, right_vectors
 from benchmarks.reliability.trial import Trial, fault
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from tests.fuzz.seeds import h5ad
 
 SIZE = 2**20

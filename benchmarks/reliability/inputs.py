@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from perturbscope import wire
 from perturbscope.bundle import Bundle
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.readers import open_cells
 from perturbscope.client import AsyncClient, AsyncGrpcClient, RetryPolicy
 from perturbscope.client.exchange import ChunkLimits, Failure
 from perturbscope.client.transports import http_answer, unreachable
-from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
-from perturbscope.readers import open_cells
 from perturbscope.wire import EmbedRequest
 from serving.settings import DEFAULT_BUNDLE
 from tests.fuzz.seeds import h5ad

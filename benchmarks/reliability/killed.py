@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from benchmarks.reliability.inputs import Asker, is_right, real_cells, right_vectors
 from benchmarks.reliability.trial import Trial, fault
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import RetryPolicy
-from perturbscope.counts import CountMatrix
 from tests.integration.server import RunningServer
 
 CELLS = 200

@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.reliability.inputs import Asker, embedder, is_right, labels, real_cells, right_vectors
 from benchmarks.reliability.trial import MIB, Trial, fault
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import AsyncClient, AsyncGrpcClient
-from perturbscope.counts import CountMatrix
 from perturbscope.errors import PerturbScopeError
 from perturbscope.results import ScoreOptions
 from perturbscope.scoring import score_perturbations

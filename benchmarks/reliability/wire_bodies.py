@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.wire.arrow_stream import KEY
 from tests.fuzz.seeds import h5ad

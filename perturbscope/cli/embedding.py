@@ -31,8 +31,8 @@ def embed(
 
     An interrupted run is continued by the same command: finished chunks wait in OUT.partial/.
     """
-    from perturbscope.outputs import check_output, commit, provenance_of, write_embedded
-    from perturbscope.readers import open_cells
+    from perturbscope.cells.files import check_output, commit, provenance_of, write_embedded
+    from perturbscope.cells.readers import open_cells
     from perturbscope.resume import PartialRun, fingerprint
     from perturbscope.screen import check_cells
     from perturbscope.seen import seen_by

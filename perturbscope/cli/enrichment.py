@@ -47,9 +47,9 @@ def degs(
 
     import numpy as np
 
+    from perturbscope.cells.files import check_output, write_table
+    from perturbscope.cells.readers import open_cells
     from perturbscope.degs import DegOptions, deg_null, deg_table, target_columns
-    from perturbscope.outputs import check_output, write_table
-    from perturbscope.readers import open_cells
     from perturbscope.tables import release
 
     check_output(out, [".parquet", ".csv"], source=cells)
@@ -123,9 +123,9 @@ def enrich(
     seed: options.Seed = 0,
 ) -> None:
     """Test whether gene sets gather at the top of a ranking; beside it, within strata of the number of cells."""
+    from perturbscope.cells.files import check_output, read_table, write_table
     from perturbscope.enrichment import enrich_scores
     from perturbscope.gene_sets import read_gmt
-    from perturbscope.outputs import check_output, read_table, write_table
 
     check_output(out, [".parquet", ".csv"], source=scores)
     with console.progress_bars() as progress:

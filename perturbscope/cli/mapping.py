@@ -52,8 +52,8 @@ def map_pairs(
     seed: options.Seed = 0,
 ) -> None:
     """Map all pairs of perturbations: their distances as one matrix. Cells may be embedded by a server."""
+    from perturbscope.cells.files import check_output, write_matrix
     from perturbscope.distance_map import check_map, distance_map
-    from perturbscope.outputs import check_output, write_matrix
     from perturbscope.screen import Screen
 
     check_output(out, SUFFIXES, source=cells)
@@ -91,7 +91,7 @@ def map_pairs(
 
 def _draw(path: Path, found: DistanceMap) -> list[str]:
     """Write the heat map, if it can be read; why not, otherwise."""
-    from perturbscope.outputs import atomic
+    from perturbscope.cells.files import atomic
     from perturbscope.report.files import heat_map_file
     from perturbscope.report.pairs import MAX_NAMES
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from perturbscope.backends import StageProgress
-    from perturbscope.counts import CountMatrix
-    from perturbscope.readers import CellSource
+    from perturbscope.cells.counts import CountMatrix
+    from perturbscope.cells.readers import CellSource
     from perturbscope.report import Absent, Report
     from perturbscope.results import ScoreResult
 
@@ -59,8 +59,8 @@ def report(
     A folder as OUT gets report.html, the tables as CSV and parquet, and the figures as SVG and PNG.
     """
     from perturbscope.backends import scorer_of
+    from perturbscope.cells.files import check_output
     from perturbscope.gene_sets import read_gmt
-    from perturbscope.outputs import check_output
     from perturbscope.report import build_report, write_report
     from perturbscope.screen import Screen
 

@@ -41,7 +41,7 @@ def score(
 ) -> None:
     """Score perturbations against control: distance, z, p and q of each, in OUT and as a ranked table."""
     from perturbscope.backends import scorer_of
-    from perturbscope.outputs import check_output
+    from perturbscope.cells.files import check_output
     from perturbscope.screen import Screen
 
     check_output(out, [".parquet", ".csv"], source=cells)
@@ -97,7 +97,7 @@ def compare(
 ) -> None:
     """Compare perturbations with each other, all pairs."""
     from perturbscope.backends import scorer_of
-    from perturbscope.outputs import check_output
+    from perturbscope.cells.files import check_output
     from perturbscope.screen import Screen
 
     check_output(out, [".parquet", ".csv"], source=cells)
@@ -119,7 +119,7 @@ def compare(
 
 
 def _deliver(result: ScoreResult | CompareResult, out: Path, facts: dict[str, Any], *, title: str, top: int) -> None:
-    from perturbscope.outputs import write_table
+    from perturbscope.cells.files import write_table
 
     write_table(out, result.table, {**result.provenance, **facts, "warnings": result.warnings})
     for warning in result.warnings:

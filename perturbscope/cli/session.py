@@ -14,7 +14,7 @@ from perturbscope.errors import InvalidParameterError
 
 if TYPE_CHECKING:
     from perturbscope.backends import Backend, StageProgress
-    from perturbscope.readers import CellSource
+    from perturbscope.cells.readers import CellSource
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def open_work(
     cells: Path, where: dict[str, str | None], use_rep: str | None, *chosen: Any
 ) -> Iterator[tuple[CellSource, Backend | None, StageProgress]]:
     """The cells, the model (None where a representation is scored in this process), and progress bars."""
-    from perturbscope.readers import open_cells
+    from perturbscope.cells.readers import open_cells
 
     with open_cells(cells, **where) as source, console.progress_bars() as progress:  # type: ignore[arg-type]
         if use_rep is not None and not any(chosen[1:3]):

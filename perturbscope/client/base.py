@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.client.exchange import (
     ChunkLimits,
     Conversation,
@@ -28,7 +29,6 @@ from perturbscope.client.exchange import (
 )
 from perturbscope.client.streams import Flight, Later, each, fill, fill_async
 from perturbscope.client.together import hold_together, hold_together_async
-from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidEmbeddingError, UnknownModelError
 from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
@@ -222,7 +222,7 @@ class SyncBase(Conversations):
         batches: Sequence[str] | None = None,
         options: ScoreOptions | None = None,
     ) -> ScoreResult:
-        """Score embeddings; see :func:`perturbscope.scoring.score_perturbations`."""
+        """Score embeddings; see :func:`perturbscope.score_perturbations`."""
         request = self._score_request(embeddings, perturbations, control, batches, options)
         return self._hold(self._score(request)).result
 
@@ -236,7 +236,7 @@ class SyncBase(Conversations):
         batches: Sequence[str] | None = None,
         options: ScoreOptions | None = None,
     ) -> CompareResult:
-        """Compare perturbations; see :func:`perturbscope.scoring.compare_perturbations`."""
+        """Compare perturbations; see :func:`perturbscope.compare_perturbations`."""
         request = self._compare_request(embeddings, perturbations, pairs, control, batches, options)
         return self._hold(self._compare(request)).result
 

@@ -14,7 +14,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embeddings, Maker, join
 from perturbscope.errors import (
     InvalidParameterError,

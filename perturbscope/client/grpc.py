@@ -9,6 +9,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, It
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.client.access import Files, grpc_credentials, key_headers
 from perturbscope.client.base import TIMEOUT, AsyncBase, SyncBase
 from perturbscope.client.exchange import ChunkLimits, Failure, RetryPolicy
@@ -16,7 +17,6 @@ from perturbscope.client.grpc_stream import StreamCall
 from perturbscope.client.streams import each
 from perturbscope.client.trace import trace_headers
 from perturbscope.client.transports import grpc_answer, grpc_call, grpc_failure
-from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidParameterError
 from perturbscope.wire.messages import Answer, Request

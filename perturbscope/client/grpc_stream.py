@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, cast
 
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.client.exchange import Failure
 from perturbscope.client.streams import Flight, fill, fill_async
 from perturbscope.client.transports import grpc_failure
-from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidInputError, ServerError, ServerUnreachableError
 from perturbscope.wire.proto_stream import stream_answer_from_proto, stream_cells_to_proto, stream_start_to_proto

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.client.exchange import (
     ChunkLimits,
     Conversation,
@@ -27,7 +28,6 @@ from perturbscope.client.exchange import (
     RetryPolicy,
     check_maker,
 )
-from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embeddings, Maker, join
 from perturbscope.errors import (
     DeadlineExceededError,

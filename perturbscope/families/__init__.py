@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
 from perturbscope.errors import UnsupportedBundleError
-from perturbscope.genes import GeneCoverage, GeneVocabulary
 
 TokenizedCell = Mapping[str, NDArray[Any]]
 """Arrays of one cell by input name; the FIRST axis of each is the cell's length."""

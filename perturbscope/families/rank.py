@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneCoverage, GeneResolver, GeneVocabulary
 from perturbscope.errors import CorruptBundleError, EmptyCellError, UnknownGenesError, UnsupportedBundleError
 from perturbscope.families import InputSpec, TokenizedCells
-from perturbscope.genes import GeneCoverage, GeneResolver, GeneVocabulary
 from perturbscope.ragged import BLOCK_VALUES, map_blocks, row_blocks, smallest
 from perturbscope.ranking import RankedCounts, Ranking
 

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from perturbscope.calibration import Calibration, calibrate
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.degs import deg_table
 from perturbscope.errors import InvalidInputError, ProviderUnavailableError
 from perturbscope.projection import Projection, Projector, project

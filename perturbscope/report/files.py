@@ -14,7 +14,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from perturbscope.calibration import Calibration
-from perturbscope.outputs import atomic, write_table
+from perturbscope.cells.files import atomic, write_table
 from perturbscope.projection import Projection
 from perturbscope.report import sections
 from perturbscope.report.charts import heat_map

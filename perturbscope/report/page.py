@@ -8,7 +8,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from perturbscope.outputs import atomic
+from perturbscope.cells.files import atomic
 from perturbscope.report import sections
 from perturbscope.report.parts import Report
 from perturbscope.report.table import score_table

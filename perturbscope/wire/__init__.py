@@ -11,7 +11,7 @@ in :mod:`perturbscope.wire.proto_stream` and as Arrow in :mod:`perturbscope.wire
 
 JSON and Arrow are ``bytes``; protobuf is the message of :mod:`perturbscope.proto`. What comes in is not trusted: every
 decoder raises an error of :mod:`perturbscope.errors` that names the field, and counts always pass through
-:meth:`perturbscope.counts.CountMatrix.from_csr`, so that the same mistake has the same error by every route.
+:meth:`perturbscope.CountMatrix.from_csr`, so that the same mistake has the same error by every route.
 """
 
 from perturbscope.wire.arrow_codec import (

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, MalformedMatrixError
 from perturbscope.results import CompareResult, ScoreResult

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneCoverage
+from perturbscope.cells.known_genes import RECENT
 from perturbscope.errors import (
     InvalidEmbeddingError,
     InvalidInputError,
@@ -22,8 +24,6 @@ from perturbscope.errors import (
     MalformedMatrixError,
     UnreadableFileError,
 )
-from perturbscope.gene_lists import RECENT
-from perturbscope.genes import GeneCoverage
 from perturbscope.results import ScoreOptions
 from perturbscope.wire.messages import Meta
 
@@ -61,9 +61,9 @@ def parse_json(body: bytes | str, field: str = "body") -> Any:
 def parse_request(body: bytes, field: str = "body") -> Any:
     """As :func:`parse_json`, but the list of genes is not parsed again where the same text came before.
 
-    Then the value of ``gene_ids`` is the checked array that :data:`perturbscope.gene_lists.RECENT` has for it. Most of
-    a small request is that list. JSON text of a list means the same wherever a value may stand, so it can be looked up
-    in place of being parsed. What cannot be parsed so is parsed whole, and refused for what it is.
+    Then the value of ``gene_ids`` is the checked array that :data:`perturbscope.cells.known_genes.RECENT` has for it.
+    Most of a small request is that list. JSON text of a list means the same wherever a value may stand, so it can be
+    looked up in place of being parsed. What cannot be parsed so is parsed whole, and refused for what it is.
     """
     found = _GENES.search(body)
     if found is None:

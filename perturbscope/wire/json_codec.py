@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
 from perturbscope.results import CompareResult, ScoreResult

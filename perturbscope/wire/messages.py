@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneCoverage
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
-from perturbscope.genes import GeneCoverage
 from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneCoverage
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidEmbeddingError, InvalidInputError, InvalidParameterError, MalformedMatrixError
-from perturbscope.genes import GeneCoverage
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
 from perturbscope.wire import fields as check

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidParameterError
 from perturbscope.proto import perturbscope_v1_pb2 as pb

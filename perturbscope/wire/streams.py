@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneCoverage
 from perturbscope.embedder import Embeddings, warnings_about
 from perturbscope.errors import MalformedMatrixError
-from perturbscope.genes import GeneCoverage
 from perturbscope.wire import fields as check
 from perturbscope.wire.messages import Meta
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.genes import GeneCoverage
 from perturbscope.encoder import OUTPUT
 from perturbscope.errors import EmptyCellError, InvalidParameterError, LimitExceededError, MalformedMatrixError
 from perturbscope.families import Family, InputSpec, TokenizedCells
-from perturbscope.genes import GeneCoverage
 from perturbscope.wire.fields import printable
 from serving.limits import check_shape
 from serving.settings import Settings

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from perturbscope import wire
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import PerturbScopeError, from_code
 from perturbscope.report import Absent
 from perturbscope.seen import Fingerprint

@@ -69,7 +69,7 @@ def test_the_wheel_holds_the_library_alone(tmp_path: Path) -> None:
     }
     for needed in (
         "perturbscope/py.typed",
-        "perturbscope/data/geneformer_gc30m.tsv.gz",
+        "perturbscope/cells/data/geneformer_gc30m.tsv.gz",
         "perturbscope/families/rank.py",
     ):
         assert needed in names

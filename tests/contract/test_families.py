@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from perturbscope.batching import BatchLimits, form_batches
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import EmptyCellError, UnknownGenesError, UnsupportedBundleError
 from perturbscope.families import Family, InputSpec, TokenizedCells, available, concatenate, load_family, pad
-from perturbscope.genes import GeneVocabulary
 
 CONFIGS: dict[str, dict[str, object]] = {"rank": {"max_length": 30}}
 """Options for a family over cells of 40 genes: short enough that some cells are cut."""

@@ -19,9 +19,9 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from perturbscope import wire
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import PerturbScopeError
 from perturbscope.families import Family, load_family
-from perturbscope.genes import GeneVocabulary
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.proto.open_inference_pb2 import ModelInferRequest
 from perturbscope.wire.arrow_messages import (

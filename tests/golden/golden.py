@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from perturbscope.bundle import Bundle
+from perturbscope.cells.readers import open_cells
 from perturbscope.embedder import Embedder, Embeddings
-from perturbscope.readers import open_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / "bundles" / "default"

@@ -10,8 +10,8 @@ import schemathesis
 from hypothesis import strategies as st
 
 from perturbscope import wire
-from perturbscope.counts import CountMatrix
-from perturbscope.genes import GeneVocabulary
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.results import ScoreOptions
 
 _GENES = GeneVocabulary.geneformer_gc30m().gene_ids[:20]

@@ -38,7 +38,11 @@ def test_bento_holds_the_service_the_library_and_the_bundle(tmp_path: Path, tiny
     assert {name.partition("/")[0] for name in files} == {
         *("bentofile.yaml", "bundles", "perturbscope", "requirements", "serving")
     }
-    assert {"serving/service.py", "perturbscope/data/geneformer_gc30m.tsv.gz", "bundles/default/model.onnx"} <= files
+    assert {
+        "serving/service.py",
+        "perturbscope/cells/data/geneformer_gc30m.tsv.gz",
+        "bundles/default/model.onnx",
+    } <= files
     pins = yaml.safe_load(manifest.read_text())["image"]["python_requirements"]
     assert "bentoml==" in pins
     assert "torch==" not in pins

@@ -22,8 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from perturbscope import wire
 from perturbscope.bundle import Bundle
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import Client, GrpcClient, RetryPolicy
-from perturbscope.counts import CountMatrix
 from perturbscope.results import ScoreOptions
 from perturbscope.wire import EmbedRequest
 from serving.security.keys import keys_to_json, make_key

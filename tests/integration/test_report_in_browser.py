@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.report import Report, write_report
 from serving.security.keys import keys_to_json, make_key
 from tests.browser import MISSING, Browser, find_browser

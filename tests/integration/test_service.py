@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from perturbscope import errors, wire
 from perturbscope.bundle import Bundle
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient, RetryPolicy
-from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.families import pad
 from perturbscope.proto import perturbscope_v1_pb2 as pb

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from perturbscope import wire
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import AsyncGrpcClient, ChunkLimits, Client, GrpcClient, RetryPolicy
-from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder, join
 from perturbscope.errors import DeadlineExceededError, NotRawCountsError, UnauthenticatedError
 from perturbscope.wire.arrow_messages import stream_answers_from_arrow, stream_request_to_arrow

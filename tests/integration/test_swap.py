@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from perturbscope.bundle import Bundle
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import Client, GrpcClient, RetryPolicy
-from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.golden_making import add_golden
 from serving.security.keys import keys_to_json, make_key

@@ -13,10 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from perturbscope.bundle import Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.embedder import Embedder
 from perturbscope.families import TokenizedCells, pad
-from perturbscope.genes import GeneVocabulary
 from tests.bundles import TINY_WIDTH
 from tests.integration import triton_calls
 from tests.integration.in_process import MODEL, SPARE, Running, running

@@ -6,9 +6,9 @@ import sys
 
 import uvicorn
 
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.embedder import Embedder
 from perturbscope.families import load_family
-from perturbscope.genes import GeneVocabulary
 from serving.engine import Engine
 from serving.http import build_app
 from serving.registry import ModelRegistry

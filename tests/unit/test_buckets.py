@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from perturbscope.batching import BatchLimits, form_batches
 from perturbscope.buckets import Buckets
 from perturbscope.bundle import Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import InvalidParameterError
 from perturbscope.gpu import gpu_limits

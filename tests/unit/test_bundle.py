@@ -10,13 +10,13 @@ import pytest
 
 from perturbscope import bundle as bundle_module
 from perturbscope.bundle import MANIFEST, Bundle, Manifest, Variant, sha256
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import (
     BundleError,
     CorruptBundleError,
     UnsupportedBundleError,
     VocabularyMismatchError,
 )
-from perturbscope.genes import GeneVocabulary
 from tests.bundles import tiny_files, tiny_manifest, write_tiny_bundle
 
 

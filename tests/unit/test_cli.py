@@ -18,6 +18,7 @@ import pytest
 from scipy import io, sparse
 
 from perturbscope import client, model
+from perturbscope.cells.files import METADATA_KEY
 from perturbscope.cli import console
 from perturbscope.cli.app import run
 from perturbscope.errors import (
@@ -28,7 +29,6 @@ from perturbscope.errors import (
     UnknownModelError,
     error_classes,
 )
-from perturbscope.outputs import METADATA_KEY
 from perturbscope.results import COMPARE_COLUMNS, SCORE_COLUMNS
 from tests.screens import make_screen
 

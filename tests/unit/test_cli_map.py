@@ -12,9 +12,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from perturbscope.cells.files import METADATA_KEY, write_matrix
 from perturbscope.cli.app import run
 from perturbscope.distance_map import distance_map
-from perturbscope.outputs import METADATA_KEY, write_matrix
 from perturbscope.results import ScoreOptions
 
 LABELS = ["--perturbation-key", "target", "--use-rep", "X_pca"]

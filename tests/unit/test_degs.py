@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import sparse, stats
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.degs import (
     DegOptions,
     RankTester,

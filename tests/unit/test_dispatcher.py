@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from perturbscope.batching import BatchLimits
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneCoverage
 from perturbscope.dispatcher import MAX_RETRY, MIN_RETRY, Dispatcher
 from perturbscope.embedder import Embedder
 from perturbscope.errors import InferenceError, InvalidParameterError, OverloadedError
 from perturbscope.families import Family, InputSpec, TokenizedCells
-from perturbscope.genes import GeneCoverage
 from tests.fakes import FakeEncoder
 
 COVERAGE = GeneCoverage(n_genes=1, n_matched=1)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from perturbscope import embedder as embedder_module
 from perturbscope.batching import BatchLimits, cpu_limits
 from perturbscope.bundle import Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.embedder import Embedder, gather, join
 from perturbscope.errors import EmptyCellError, InferenceError, UnknownGenesError
-from perturbscope.genes import GeneVocabulary
 from tests.fakes import FakeEncoder
 
 TOLERANCE = 1e-6

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from perturbscope.bundle import GOLDEN, Bundle
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.cli.app import app, run
-from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import CorruptBundleError, GoldenMismatchError
 from perturbscope.golden import Golden, GoldenResult, check_golden, read_golden

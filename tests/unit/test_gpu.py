@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from perturbscope import gpu
 from perturbscope.bundle import Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.encoder import OnnxEncoder
 from perturbscope.errors import InferenceError, InvalidParameterError, ProviderUnavailableError

@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 
 import perturbscope
-from perturbscope import client, readers
+from perturbscope import client
 from perturbscope.backends import Backend, LocalBackend
-from perturbscope.counts import CountMatrix
+from perturbscope.cells import readers
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import (
     ControlLabelMissingError,

@@ -10,8 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
+from perturbscope.cells.readers import open_cells
 from perturbscope.errors import CorruptBundleError
-from perturbscope.readers import open_cells
 from tests.training_screens import pretrain_values
 from training import strict
 from training.config import PretrainConfig

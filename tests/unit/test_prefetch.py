@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from perturbscope.batching import BatchLimits
 from perturbscope.bundle import Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import PerturbScopeError
 from perturbscope.prefetch import ahead

@@ -13,8 +13,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import UnsupportedBundleError
-from perturbscope.genes import GeneVocabulary
 
 
 class TrainingFamily(Protocol):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import InvalidParameterError
-from perturbscope.genes import GeneVocabulary
 from training.head import summed_cross_entropy
 from training.packed import Layout, can_pack, states
 

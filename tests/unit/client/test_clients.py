@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 
 from perturbscope import wire
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import AsyncClient, AsyncGrpcClient, ChunkLimits, Client, GrpcClient, RetryPolicy
-from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import (
     EmptyCellError,

@@ -9,8 +9,8 @@ import httpx
 import numpy as np
 import pytest
 
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import ChunkLimits, RetryPolicy
-from perturbscope.counts import CountMatrix
 from perturbscope.embedder import Embedder, Embeddings, join
 from perturbscope.errors import (
     InferenceError,

@@ -10,10 +10,10 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, TraceState
 
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import ChunkLimits, Client
 from perturbscope.client.trace import trace_headers
 from perturbscope.client.transports import http_call
-from perturbscope.counts import CountMatrix
 from perturbscope.errors import InvalidInputError
 from perturbscope.wire import ModelsRequest
 

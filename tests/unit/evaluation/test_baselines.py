@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evaluation.baselines import highly_variable, hvg_expression, log_cp10k, normalised_variance, pca
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
 
 

@@ -9,7 +9,7 @@ from scipy.stats import kstest
 
 from evaluation.baselines import pca
 from evaluation.planted import ControlPCA, Effect, measured, plant, planted_screen, scatter
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import EmptyCellError, InvalidParameterError, TooFewCellsError, TooFewControlsError
 from perturbscope.scoring import ScoreOptions, score_perturbations
 

@@ -5,7 +5,7 @@ import pytest
 
 from evaluation.replication import ReplicationOptions, replicate
 from evaluation.screens import EvaluationScreen
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidEmbeddingError
 
 OPTIONS = ReplicationOptions(permutations=49, draws=99, power_repeats=0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evaluation.scvi import ScviOptions, available, scvi_embedding
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
 
 OPTIONS = ScviOptions(max_epochs=2, n_latent=300, seed=3)

@@ -14,7 +14,7 @@ from evaluation.separation import (
     separate,
     summarise,
 )
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.energy import Moments, null_moments
 from perturbscope.errors import TooFewControlsError
 from perturbscope.scoring import ScoreOptions, compare_perturbations, score_perturbations

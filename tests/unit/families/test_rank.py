@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from perturbscope.counts import MAX_COUNT, CountMatrix
+from perturbscope.cells.counts import MAX_COUNT, CountMatrix
+from perturbscope.cells.genes import GeneResolver, GeneVocabulary
 from perturbscope.errors import CorruptBundleError, EmptyCellError, UnknownGenesError, UnsupportedBundleError
 from perturbscope.families import rank
 from perturbscope.families.rank import RankFamily, build
-from perturbscope.genes import GeneResolver, GeneVocabulary
 from perturbscope.ragged import row_blocks
 
 GENEFORMER = GeneVocabulary.geneformer_gc30m()

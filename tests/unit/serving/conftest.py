@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from perturbscope import wire
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.dispatcher import Dispatcher
 from perturbscope.embedder import Embedder
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import (
     ControlLabelMissingError,

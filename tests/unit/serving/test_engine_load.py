@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from perturbscope import wire
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import DeadlineExceededError, InferenceError, OverloadedError, PerturbScopeError
 from perturbscope.families import TokenizedCells

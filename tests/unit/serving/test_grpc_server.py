@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from perturbscope import wire
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import InvalidParameterError
 from perturbscope.proto import perturbscope_v1_pb2 as pb

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidInputError, LimitExceededError, PerturbScopeError, UnreadableFileError
 from perturbscope.wire import EmbedRequest, ScoreRequest
 from serving.columns import Columns

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from perturbscope import wire
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.results import COMPARE_COLUMNS, SCORE_COLUMNS, ScoreOptions
 from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from perturbscope import wire
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.comparison import compare_perturbations
-from perturbscope.counts import CountMatrix
 from perturbscope.errors import InvalidInputError, LimitExceededError, OverloadedError
 from perturbscope.results import ScoreOptions
 from perturbscope.scoring import score_perturbations

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from perturbscope.bundle import GOLDEN, MANIFEST, Bundle
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import (
     CorruptBundleError,

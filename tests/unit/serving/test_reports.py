@@ -15,7 +15,7 @@ import pytest
 
 from perturbscope import wire
 from perturbscope.bundle import sha256
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import ProviderUnavailableError
 from perturbscope.results import ScoreOptions

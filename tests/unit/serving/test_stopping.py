@@ -6,7 +6,7 @@ import asyncio
 import signal
 import threading
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.wire import EmbedRequest
 from serving.calls import Call

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder, Embeddings, join
 from perturbscope.errors import RateLimitedError
 from perturbscope.proto import perturbscope_v1_pb2 as pb

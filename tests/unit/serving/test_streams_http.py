@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from perturbscope import wire
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder, join
 from perturbscope.errors import DeadlineExceededError, NotRawCountsError, PerturbScopeError, ServerError
 from perturbscope.wire.arrow_messages import stream_answers_from_arrow, stream_request_to_arrow

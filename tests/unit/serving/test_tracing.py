@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from perturbscope import __version__, wire
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import InferenceError, InvalidParameterError
 from perturbscope.wire import EmbedRequest

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, LimitExceededError, UnreadableFileError
 from perturbscope.wire import EmbedRequest
 from serving import uploads

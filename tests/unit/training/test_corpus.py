@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.readers import open_cells
 from perturbscope.errors import CorruptBundleError, InvalidParameterError, NotRawCountsError, UnreadableFileError
 from perturbscope.families import load_family
-from perturbscope.readers import open_cells
 from tests.training_screens import VOCABULARY, contrastive_values, screen, write_screen, write_vocabulary
 from training import corpus as module
 from training.batches import by_length, padded

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.readers import open_cells
 from perturbscope.errors import InvalidParameterError
-from perturbscope.genes import GeneVocabulary
-from perturbscope.readers import open_cells
 from tests.training_screens import VOCABULARY, write_screen
 from training import medians, strict
 from training.config import CorpusConfig, SourceConfig

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from perturbscope.cells.readers import open_cells
 from perturbscope.errors import (
     ControlLabelMissingError,
     InvalidParameterError,
@@ -21,7 +22,6 @@ from perturbscope.errors import (
     NotRawCountsError,
     UnreadableFileError,
 )
-from perturbscope.readers import open_cells
 from tests.training_screens import VOCABULARY, screen
 from training import prepare as module
 from training.prepare import prepare

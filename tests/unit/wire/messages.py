@@ -12,9 +12,9 @@ from hypothesis.extra import numpy as arrays
 from scipy import sparse
 
 from perturbscope import wire
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneCoverage
 from perturbscope.embedder import Embeddings
-from perturbscope.genes import GeneCoverage
 from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)

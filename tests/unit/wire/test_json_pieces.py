@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from perturbscope import wire
+from perturbscope.cells.genes import GeneCoverage
 from perturbscope.embedder import Embeddings
-from perturbscope.genes import GeneCoverage
 from perturbscope.wire import fields
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from perturbscope import wire
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.results import ScoreOptions
 from perturbscope.wire.fields import short_floats
 from tests.unit.wire.messages import MESSAGES, same

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import InvalidParameterError, UnsupportedBundleError
 from perturbscope.families import available as tokenizers
-from perturbscope.genes import GeneVocabulary
 from tests.models import TINY_MODEL, small_batch, small_model, small_vocabulary
 from training import families
 from training.families.rank import IGNORED, MaskedLM, RankModelConfig, build_model, mask_batch, parse_config

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.readers.matrices import from_scipy
+from perturbscope.cells.readers.source import CHUNK_CELLS, CellSource, check_totals, missing_column, name_genes
 from perturbscope.errors import MalformedMatrixError
-from perturbscope.readers.matrices import from_scipy
-from perturbscope.readers.source import CHUNK_CELLS, CellSource, check_totals, missing_column, name_genes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,7 @@ class AnnDataSource(CellSource):
     adata
         The object; a backed one is read through its file.
     layer, gene_key, total_counts_key, chunk_cells
-        See :func:`perturbscope.readers.open_cells`.
+        See :func:`perturbscope.open_cells`.
     """
 
     def __init__(

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from perturbscope.cells.known_genes import CHECKED
 from perturbscope.errors import (
     DuplicateGenesError,
     EmptyCellError,
     MalformedMatrixError,
     NotRawCountsError,
 )
-from perturbscope.gene_lists import CHECKED
 
 INTEGRAL_TOLERANCE = 1e-6
 """A float count this close to an integer is read as that integer."""
@@ -28,7 +28,7 @@ class CountMatrix:
     """Raw counts of cells x genes, validated.
 
     Build it with :meth:`from_csr` or :meth:`from_matrix`, or with a reader of
-    :mod:`perturbscope.readers`; they check what the constructor takes for granted.
+    :mod:`perturbscope.cells.readers`; they check what the constructor takes for granted.
 
     Attributes
     ----------

@@ -17,13 +17,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.readers import tenx
+from perturbscope.cells.readers.annotated import AnnotatedSource, is_zarr, open_zarr
+from perturbscope.cells.readers.memory import AnnDataSource
+from perturbscope.cells.readers.source import CHUNK_CELLS, CellSource
+from perturbscope.cells.readers.store import has, reading
 from perturbscope.errors import UnreadableFileError
-from perturbscope.readers import tenx
-from perturbscope.readers.annotated import AnnotatedSource, is_zarr, open_zarr
-from perturbscope.readers.memory import AnnDataSource
-from perturbscope.readers.source import CHUNK_CELLS, CellSource
-from perturbscope.readers.store import has, reading
 
 __all__ = ["CHUNK_CELLS", "CellSource", "cells_from_anndata", "open_cells"]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.readers.matrices import CsrRows, DenseRows, Rows, csc_rows
+from perturbscope.cells.readers.source import CHUNK_CELLS, CellSource, check_totals, missing_column, name_genes
+from perturbscope.cells.readers.store import Frame, attribute, child, children, is_group, optional, reading, values
+from perturbscope.cells.readers.stored import StoredArray
 from perturbscope.errors import LimitExceededError, MalformedMatrixError, UnreadableFileError
-from perturbscope.readers.matrices import CsrRows, DenseRows, Rows, csc_rows
-from perturbscope.readers.source import CHUNK_CELLS, CellSource, check_totals, missing_column, name_genes
-from perturbscope.readers.store import Frame, attribute, child, children, is_group, optional, reading, values
-from perturbscope.readers.stored import StoredArray
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,7 @@ class AnnotatedSource(CellSource):
     path
         Where it lies.
     layer, gene_key, total_counts_key, chunk_cells, max_cells
-        See :func:`perturbscope.readers.open_cells`.
+        See :func:`perturbscope.open_cells`.
     """
 
     def __init__(

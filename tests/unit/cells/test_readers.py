@@ -16,7 +16,9 @@ import pandas as pd
 import pytest
 from scipy import io, sparse
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.readers import CellSource, cells_from_anndata, open_cells
+from perturbscope.cells.readers.memory import AnnDataSource
 from perturbscope.errors import (
     DuplicateGenesError,
     EmptyCellError,
@@ -29,8 +31,6 @@ from perturbscope.errors import (
     PerturbScopeError,
     UnreadableFileError,
 )
-from perturbscope.readers import CellSource, cells_from_anndata, open_cells
-from perturbscope.readers.memory import AnnDataSource
 
 GENES = [f"ENSG{number:011d}" for number in range(12)]
 SYMBOLS = [f"GENE{number}" for number in range(12)]
@@ -97,13 +97,13 @@ def test_h5ad_is_streamed_from_any_storage(h5ad: Path, counts: np.ndarray, layer
 
 
 def test_csc_is_turned_in_bounded_blocks(h5ad: Path, counts: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perturbscope.readers.matrices._SPARSE_VALUES", 7)
+    monkeypatch.setattr("perturbscope.cells.readers.matrices._SPARSE_VALUES", 7)
     with open_cells(h5ad, layer="by_column", chunk_cells=4) as source:
         assert (join(list(source)) == counts).all()
 
 
 def test_dense_is_read_in_bounded_blocks(h5ad: Path, counts: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perturbscope.readers.matrices._DENSE_BYTES", 100)
+    monkeypatch.setattr("perturbscope.cells.readers.matrices._DENSE_BYTES", 100)
     with open_cells(h5ad, layer="dense") as source:
         assert (source.read().counts.toarray() == counts).all()
 
@@ -152,7 +152,7 @@ def test_obs_equals_what_anndata_reads(h5ad: Path) -> None:
 
 @pytest.mark.parametrize("in_memory", [True, False], ids=["memory", "file"])
 def test_representations(h5ad: Path, adata: ad.AnnData, counts: np.ndarray, in_memory: bool) -> None:
-    from perturbscope.readers.memory import AnnDataSource
+    from perturbscope.cells.readers.memory import AnnDataSource
 
     source: CellSource = AnnDataSource(adata) if in_memory else open_cells(h5ad)
     with source:
@@ -582,7 +582,7 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
             file[name].attrs["_index"] = "_index"
     script = (
         "import sys, resource\n"
-        "from perturbscope.readers import open_cells\n"
+        "from perturbscope.cells.readers import open_cells\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "source = open_cells(sys.argv[1], chunk_cells=500)\n"
         "next(iter(source)); before = peak()\n"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from perturbscope.counts import MAX_COUNT, CountMatrix
+from perturbscope.cells.counts import MAX_COUNT, CountMatrix
 from perturbscope.errors import (
     DuplicateGenesError,
     EmptyCellError,

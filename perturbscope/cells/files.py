@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.readers import CellSource
 from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
-from perturbscope.readers import CellSource
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,8 +8,8 @@ import h5py
 import numpy as np
 import pytest
 
-from perturbscope.readers import stored
-from perturbscope.readers.stored import StoredArray
+from perturbscope.cells.readers import stored
+from perturbscope.cells.readers.stored import StoredArray
 
 CHUNK = 5000
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.readers.matrices import Rows
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, MalformedMatrixError, MissingColumnError
-from perturbscope.readers.matrices import Rows
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.known_genes import PerArray
 from perturbscope.errors import CorruptBundleError, MalformedMatrixError
-from perturbscope.gene_lists import PerArray
 
 _ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{11})(\.\d+)?(_PAR_Y)?$")
 _SHOWN = 10
@@ -168,7 +168,7 @@ def _geneformer_gc30m() -> GeneVocabulary:
 
 
 def _resource(name: str) -> str:
-    return gzip.decompress(resources.files("perturbscope.data").joinpath(name).read_bytes()).decode()
+    return gzip.decompress(resources.files("perturbscope.cells.data").joinpath(name).read_bytes()).decode()
 
 
 @dataclass(frozen=True)

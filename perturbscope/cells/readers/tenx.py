@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.readers.annotated import check_limit
+from perturbscope.cells.readers.matrices import CsrRows, Rows
+from perturbscope.cells.readers.source import CHUNK_CELLS, CellSource, missing_column, name_genes
+from perturbscope.cells.readers.store import child, children, has, is_group, reading, values
+from perturbscope.cells.readers.stored import StoredArray
 from perturbscope.errors import MalformedMatrixError, UnreadableFileError
-from perturbscope.readers.annotated import check_limit
-from perturbscope.readers.matrices import CsrRows, Rows
-from perturbscope.readers.source import CHUNK_CELLS, CellSource, missing_column, name_genes
-from perturbscope.readers.store import child, children, has, is_group, reading, values
-from perturbscope.readers.stored import StoredArray
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from perturbscope import wire
-from perturbscope.counts import CountMatrix
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneResolver, GeneVocabulary
+from perturbscope.cells.known_genes import LARGEST, GeneLists, PerArray
 from perturbscope.errors import MalformedMatrixError, PerturbScopeError
-from perturbscope.gene_lists import LARGEST, GeneLists, PerArray
-from perturbscope.genes import GeneResolver, GeneVocabulary
 from perturbscope.wire import EmbedRequest, fields
 
 
