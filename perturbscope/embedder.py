@@ -18,7 +18,7 @@ from perturbscope.encoder import Device, Encoder, OnnxEncoder
 from perturbscope.errors import InferenceError, UnknownGenesError
 from perturbscope.families import Family, TokenizedCells, pad
 from perturbscope.gpu import GpuOptions, gpu_limits
-from perturbscope.prefetch import ahead
+from perturbscope.threads import ahead
 
 MIN_GENES = 500
 """Cells with fewer expressed genes are below the usual quality floor of an atlas: flagged, not dropped."""

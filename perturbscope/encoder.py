@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
@@ -12,18 +11,12 @@ from numpy.typing import NDArray
 from perturbscope.bundle import Bundle
 from perturbscope.errors import CorruptBundleError, InferenceError, InvalidParameterError, ProviderUnavailableError
 from perturbscope.gpu import CUDA, TENSORRT, BoundSession, GpuOptions, Staged, cuda_runtime, providers
+from perturbscope.threads import usable_cores
 
 Device = Literal["cpu", "cuda", "tensorrt"]
 _PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
 OUTPUT = "cell_embedding"
 """Name of the graph output, float32 [batch, width]."""
-
-
-def usable_cores() -> int:
-    """Cores that this process may use; all of the machine's where the system does not tell (macOS)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Encoder(Protocol):

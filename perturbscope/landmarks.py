@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from perturbscope.energy import Estimator
 from perturbscope.groups import Vectors
-from perturbscope.parallel import in_order
 from perturbscope.statistics import correlation, generator
+from perturbscope.threads import in_order
 from perturbscope.tiles import energies, euclidean_sums
 
 RANK_SHARE, MIN_RANK = 4, 512

@@ -1,15 +1,12 @@
 """Work on rows of unequal length, end to end in one array: what tokenizers of any family need to be fast.
 
-Rows are cut into blocks that fit the cache, blocks are shared among threads (numpy works without the interpreter lock),
-and many rows are sorted in one call. Nothing here depends on how many threads there are, or on which is first.
+Rows are cut into blocks that fit the cache, and many rows are sorted in one call.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +18,6 @@ _SHORT_ROW = 192
 _STEPS_PER_OCTAVE = 6
 """Rows are padded to the longest of those at most 2 ** (1 / 6) = 1.12 times shorter."""
 
-Result = TypeVar("Result")
-
 
 def row_blocks(indptr: NDArray[np.integer[Any]], values: int = BLOCK_VALUES) -> list[slice]:
     """Runs of rows with about so many values each, in order; row i is ``indptr[i]:indptr[i + 1]``."""
@@ -31,26 +26,6 @@ def row_blocks(indptr: NDArray[np.integer[Any]], values: int = BLOCK_VALUES) -> 
     starts = starts[starts < len(indptr) - 1]
     stops = np.append(starts[1:], len(indptr) - 1)
     return [slice(int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
-
-
-def map_blocks(work: Callable[[slice], Result], blocks: Sequence[slice], threads: int) -> list[Result]:
-    """``work(block)`` of every block, in the order of blocks.
-
-    Raises
-    ------
-    Exception
-        What `work` raised for the first block, in the order of blocks, for which it did: the same error for any number
-        of threads. Blocks that have not begun by then are left out.
-    """
-    threads = min(threads, len(blocks))
-    if threads < 2:
-        return [work(block) for block in blocks]
-    with ThreadPoolExecutor(threads, thread_name_prefix="rows") as pool:
-        try:
-            return list(pool.map(work, blocks))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def smallest(
@@ -67,8 +42,8 @@ def smallest(
     lengths
         How many keys of each row to keep, at most all of them, [n_rows].
     together
-        Sort rows of about the same length in one call, which costs 2 to 3 ns a key and saves half a microsecond a row,
-        and lets threads work side by side; by default where rows are short.
+        Sort rows of about the same length in one call, which costs 2 to 3 ns a key and saves half a microsecond a row;
+        by default where rows are short.
     """
     sizes = np.diff(bounds)
     if together is None:

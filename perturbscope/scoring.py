@@ -16,10 +16,10 @@ from perturbscope.calibration import Calibration, CalibrationSet, calibrate
 from perturbscope.comparison import compare_perturbations
 from perturbscope.groups import Groups
 from perturbscope.kernels import Compute
-from perturbscope.parallel import in_order
 from perturbscope.results import SCORE_COLUMNS, CompareResult, Metric, ScoreOptions, ScoreResult
 from perturbscope.scorers import GroupMaker, Scored, Scorer, make_scorer
 from perturbscope.tables import flag_warnings, permutations_by_metric, provenance, resolution_warnings, with_q
+from perturbscope.threads import in_order
 
 __all__ = [
     "Calibration",

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from perturbscope.dense import DenseGroup
 from perturbscope.energy import Group, Labels
 from perturbscope.kernels import Subsets, to_numpy
-from perturbscope.parallel import in_order
 from perturbscope.shuffles import CHUNK
 from perturbscope.statistics import generator
+from perturbscope.threads import in_order
 
 TABLE = 2**24
 """Sums among controls that are kept: 128 MiB."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from perturbscope.energy import Estimator
 from perturbscope.groups import Vectors
-from perturbscope.parallel import in_order
+from perturbscope.threads import in_order
 
 TILE_CELLS = 600
 """Cells on one side of a tile: its float32 distances (1.4 MB) and both sets of vectors stay near the core."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from perturbscope.distances import Floats, assignment_cost, check_rows
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
-from perturbscope.parallel import in_order
+from perturbscope.threads import in_order
 
 Pick = tuple[NDArray[np.intp], NDArray[np.intp]]
 """Rows and columns of a matrix of distances."""

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 
 from perturbscope import shuffles, statistics, strata
 from perturbscope.distances import TILE_VALUES
-from perturbscope.encoder import usable_cores
 from perturbscope.errors import LimitExceededError, OverloadedError
 from perturbscope.fairness import Room
 from perturbscope.results import ScoreOptions
+from perturbscope.threads import usable_cores
 from perturbscope.wire import JSON
 from serving.settings import PREFIX, Settings
 

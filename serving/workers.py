@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from perturbscope.encoder import usable_cores
 from perturbscope.fairness import FairShare
+from perturbscope.threads import usable_cores
 
 T = TypeVar("T")
 LARGE = 2**20

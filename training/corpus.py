@@ -24,7 +24,7 @@ from perturbscope.cells.genes import GeneMapping, GeneResolver, GeneVocabulary
 from perturbscope.cells.readers import CellSource
 from perturbscope.errors import InvalidInputError, InvalidParameterError, UnreadableFileError
 from perturbscope.families import Family, TokenizedCells, load_family
-from perturbscope.prefetch import ahead
+from perturbscope.threads import ahead
 from training import commands, strict
 from training.config import ContrastiveConfig, CorpusConfig
 from training.shards import FORMAT_VERSION, MANIFEST, VOCABULARY, Corpus, ShardsWriter

@@ -19,8 +19,8 @@ from perturbscope.bundle import Bundle
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cpu_graph import DISABLED_OPTIMIZERS, cpu_graph
 from perturbscope.embedder import Embedder
-from perturbscope.encoder import usable_cores
 from perturbscope.families import TokenizedCells, pad
+from perturbscope.threads import usable_cores
 from training.flops import ModelSize, cell_cost
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from benchmarks.performance.embedding_models import Weights, tokens
 from benchmarks.performance.harness import Watch
 from perturbscope.batching import padding_share
-from perturbscope.encoder import usable_cores
+from perturbscope.threads import usable_cores
 
 BATCHES = 10
 """Geneformer's extractor takes 1,000 cells in batches of 100, by default. Fewer cells, sorted and cut into batches of

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.encoder import usable_cores
+from perturbscope.threads import usable_cores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,8 +20,8 @@ from benchmarks.performance.harness import Options, Section, Watch, in_child, ma
 from benchmarks.performance.pairs_small import MOST, TRANSPORTED, against_peers, ask_peers, landmark_errors, papalexi
 from benchmarks.performance.pairs_transport import transports
 from perturbscope.distance_map import Method, distance_map
-from perturbscope.encoder import usable_cores
 from perturbscope.results import ScoreOptions
+from perturbscope.threads import usable_cores
 from perturbscope.tiles import TILE_CELLS
 
 GROUPS, CELLS, WIDTH = 10_000, 200, 256

@@ -26,7 +26,7 @@ from benchmarks.performance.harness import ROOT, Options, Section, table
 from benchmarks.performance.service_inputs import Ask, Plan, embedder, mix, right, tokens_of
 from benchmarks.performance.service_latency import curve, idle, job
 from benchmarks.performance.service_load import CALLERS, STREAMS, UNARY, Callers, Job, Outcome, Way
-from perturbscope.encoder import usable_cores
+from perturbscope.threads import usable_cores
 from serving.settings import DEFAULT_BUNDLE
 from tests.integration.server import RunningServer, environment
 from tests.ports import free_ports

@@ -12,7 +12,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,8 @@ from benchmarks.performance.harness import DATA, Options, Section, in_child, rac
 from benchmarks.performance.tokenization_routes import check_equal, routes
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.cells.readers import CHUNK_CELLS, open_cells
-from perturbscope.encoder import usable_cores
 from perturbscope.families.rank import RankFamily, build
-from perturbscope.prefetch import ahead
+from perturbscope.threads import ahead, usable_cores
 
 FILES = ("kang2018_ifnb_pbmc", "baron2016_pancreas", "pbmc3k_10x", "papalexi2021_eccite_thp1_panel")
 MILLION = "kang2018_ifnb_pbmc"
@@ -117,11 +115,9 @@ def from_disk(name: str, cores: int, repeats: int) -> dict[str, Any]:
         n_cells = source.n_cells
     tokenizer.tokenize(chunks[0])
 
-    shared = replace(tokenizer, threads=cores)
     timed: dict[str, Callable[[], object]] = {
         "read": lambda: stream(path, None),
         "tokenize": lambda: [tokenizer.tokenize(chunk) for chunk in chunks],
-        "tokenize, a thread a core": lambda: [shared.tokenize(chunk) for chunk in chunks],
         "both": lambda: stream(path, tokenizer),
     }
     rates = {route: n_cells / found.median for route, found in race(timed, repeats).items()}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from benchmarks.performance.harness import ROOT, Options, Section, table
 from benchmarks.performance.training_extras import deepspeed, loader, projected
 from benchmarks.performance.training_routes import Job, Route, choose, ours, trainer, trainer_order
-from perturbscope.encoder import usable_cores
+from perturbscope.threads import usable_cores
 
 CONFIG = ROOT / "training" / "configs" / "default-pretrain.yaml"
 DEFAULT = "default, 4 x 128, 512 tokens"

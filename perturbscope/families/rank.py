@@ -20,7 +20,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage, GeneResolver, GeneVocabulary
 from perturbscope.errors import CorruptBundleError, EmptyCellError, UnknownGenesError, UnsupportedBundleError
 from perturbscope.families import InputSpec, TokenizedCells
-from perturbscope.ragged import BLOCK_VALUES, map_blocks, row_blocks, smallest
+from perturbscope.ragged import BLOCK_VALUES, row_blocks, smallest
 from perturbscope.ranking import RankedCounts, Ranking
 
 _CHUNK_VALUES = BLOCK_VALUES
@@ -42,19 +42,11 @@ class RankConfig:
 
 @dataclass(frozen=True, eq=False)
 class RankFamily:
-    """Genes in the order of their count relative to the gene's median.
-
-    Attributes
-    ----------
-    threads
-        Threads that share the cells of one call. One by default: nobody has measured a gain on two cores, and the
-        cores are the encoder's or the reader's meanwhile.
-    """
+    """Genes in the order of their count relative to the gene's median."""
 
     config: RankConfig
     vocabulary: GeneVocabulary
     resolver: GeneResolver
-    threads: int = 1
 
     name = "rank"
 
@@ -93,17 +85,16 @@ class RankFamily:
         ranked = RankedCounts(Ranking.of(self.vocabulary), counts, genes)
         indptr = counts.indptr.astype(np.int64, copy=False)
         blocks = row_blocks(indptr, _CHUNK_VALUES)
-        threads = min(self.threads, len(blocks))
         keys = np.empty(counts.nnz, dtype=np.int32)
         detected = np.diff(indptr)
         share = np.ones(len(detected), dtype=np.float32)
 
-        def look_up(rows: slice) -> None:
+        for rows in blocks:
             start, stop = int(indptr[rows.start]), int(indptr[rows.stop])
             ranked.keys(start, stop, out=keys[start:stop])
             known = keys[start:stop] != ranked.unknown
             if known.all():
-                return
+                continue
             starts = indptr[rows] - start
             detected[rows] = np.add.reduceat(known, starts, dtype=np.int64)
             empty = np.flatnonzero(detected[rows] == 0)
@@ -118,19 +109,15 @@ class RankFamily:
                 values, starts, dtype=np.int64
             )
 
-        map_blocks(look_up, blocks, threads)
         lengths = np.minimum(detected, self.max_length)
         offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
         ids = np.empty(int(offsets[-1]), dtype=np.int32)
 
-        def sort(rows: slice) -> None:
+        for rows in blocks:
             bounds = indptr[rows.start : rows.stop + 1]
-            best = smallest(
-                keys[bounds[0] : bounds[-1]], bounds - bounds[0], lengths[rows], together=True if threads > 1 else None
-            )
+            best = smallest(keys[bounds[0] : bounds[-1]], bounds - bounds[0], lengths[rows])
             ranked.tokens(best, rows, lengths[rows], out=ids[offsets[rows.start] : offsets[rows.stop]])
 
-        map_blocks(sort, blocks, threads)
         return TokenizedCells({"input_ids": ids}, offsets, share, detected.astype(np.int32), coverage)
 
 

@@ -26,8 +26,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from perturbscope.encoder import usable_cores
 from perturbscope.errors import UnreadableFileError
+from perturbscope.threads import usable_cores
 from serving.reading.messages import LENGTH, upload_from_parts
 from serving.settings import Settings
 from serving.uploads import Upload

@@ -12,7 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 from perturbscope.bundle import Bundle
-from perturbscope.encoder import OnnxEncoder, usable_cores
+from perturbscope.encoder import OnnxEncoder
 from perturbscope.errors import (
     BundleError,
     CorruptBundleError,
@@ -20,6 +20,7 @@ from perturbscope.errors import (
     InvalidParameterError,
     ProviderUnavailableError,
 )
+from perturbscope.threads import usable_cores
 from tests.bundles import TINY_WIDTH, tiny_files, tiny_manifest
 
 

@@ -1,15 +1,12 @@
-"""Rows of unequal length: cut into blocks, shared among threads, sorted alone or together."""
+"""Rows of unequal length: cut into blocks, sorted alone or together."""
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbscope.ragged import map_blocks, row_blocks, smallest
+from perturbscope.ragged import row_blocks, smallest
 
 
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30), values=st.integers(1, 60))
@@ -36,31 +33,3 @@ def test_the_smallest_keys_of_each_row(data):
     for together in (True, False, None):
         found = smallest(keys.copy(), bounds, np.array(lengths), together=together)
         np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_results_are_in_the_order_of_blocks(threads):
-    blocks = [slice(start, start + 1) for start in range(20)]
-    assert map_blocks(lambda block: block.start**2, blocks, threads) == [number**2 for number in range(20)]
-    assert map_blocks(lambda block: block, [], threads) == []
-
-
-def test_threads_work_side_by_side():
-    """Each waits for the other, so one thread alone would never finish."""
-    both = threading.Barrier(2)
-    blocks = [slice(0, 1), slice(1, 2)]
-    assert sorted(map_blocks(lambda block: both.wait(timeout=60), blocks, 2)) == [0, 1]
-
-
-def test_the_error_is_that_of_the_first_bad_block_even_if_a_later_one_fails_before_it():
-    later = threading.Event()
-
-    def work(block: slice) -> int:
-        if block.start == 0:
-            assert later.wait(timeout=60)
-            raise ValueError("the first")
-        later.set()
-        raise ValueError("a later one")
-
-    with pytest.raises(ValueError, match="the first"):
-        map_blocks(work, [slice(start, start + 1) for start in range(6)], 2)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from perturbscope import parallel
+from perturbscope import threads
 from perturbscope.distances import assignment_cost, pairwise_distances, transport_cost, wasserstein
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, SolverError
 from perturbscope.transport import BATCH, SMALL, Pick, picked_costs, sliced_wasserstein
@@ -21,7 +21,7 @@ def distances():
 @pytest.mark.parametrize("size", [5, SMALL + 12])
 @pytest.mark.parametrize("cores", [1, 3])
 def test_they_come_in_order_whatever_the_number_of_cores(distances, size, cores, monkeypatch):
-    monkeypatch.setattr(parallel, "usable_cores", lambda: cores)
+    monkeypatch.setattr(threads, "usable_cores", lambda: cores)
     rng = np.random.default_rng(1)
     picks = [(rng.choice(200, size, False), rng.choice(200, size, False)) for _ in range(30)]
     found = list(picked_costs(distances, iter(picks)))
@@ -41,7 +41,7 @@ def test_they_are_drawn_shortly_before_they_are_solved(distances):
 
     costs = picked_costs(distances, picks())
     next(costs)
-    assert len(drawn) <= (4 * parallel.usable_cores() + 1) * BATCH // SMALL
+    assert len(drawn) <= (4 * threads.usable_cores() + 1) * BATCH // SMALL
     costs.close()
 
 

@@ -1,9 +1,9 @@
 """Arrays of a file, fast: chunks of an HDF5 dataset unpacked outside libhdf5.
 
 Nearly all the time of reading counts goes into unpacking deflate, which libhdf5 does with zlib and under its lock. A
-chunk's bytes are therefore taken as they are stored and unpacked here, with zlib-ng (twice the speed of zlib), while
-other threads may work. Only what nearly every file is is read so: one dimension, plain numbers, shuffled or not,
-deflate. Anything else, and any chunk that is not as it should be, goes through libhdf5, whose word on it counts.
+chunk's bytes are therefore taken as they are stored and unpacked here, with zlib-ng (twice the speed of zlib). Only
+what nearly every file is is read so: one dimension, plain numbers, shuffled or not, deflate. Anything else, and any
+chunk that is not as it should be, goes through libhdf5, whose word on it counts.
 """
 
 from __future__ import annotations
@@ -16,10 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
-from perturbscope.ragged import map_blocks
-
-THREADS = 1
-"""Threads that unpack chunks; two were no faster where that was measured."""
 _DEFLATE, _SHUFFLE = 1, 2
 """HDF5's numbers of these filters."""
 _CHUNK_VALUES = range(4096, 2**22 + 1)
@@ -54,23 +50,17 @@ class StoredArray:
         if not self._chunk or step != 1 or stop <= start:
             return np.asarray(self._array[rows])
         values = np.empty(stop - start, dtype=self.dtype)
-
-        def fill(chunks: slice) -> bool:
-            at = chunks.start * self._chunk
+        for number in range(start // self._chunk, math.ceil(stop / self._chunk)):
+            at = number * self._chunk
             unpacked = self._read_chunk(at)
             if unpacked is None:
-                return False
+                return np.asarray(self._array[rows])
             first, last = max(at, start), min(at + self._chunk, stop)
             values[first - start : last - start] = unpacked[first - at : last - at]
             if last == stop:
                 # The next slice usually begins in the chunk where this one ends.
                 self._unpacked = (at, unpacked)
-            return True
-
-        numbers = range(start // self._chunk, math.ceil(stop / self._chunk))
-        if all(map_blocks(fill, [slice(number, number + 1) for number in numbers], THREADS)):
-            return values
-        return np.asarray(self._array[rows])
+        return values
 
     def _read_chunk(self, at: int) -> NDArray[Any] | None:
         """The chunk that begins with row `at`, or None if libhdf5 had better read it."""

@@ -14,12 +14,6 @@ from perturbscope.cells.readers.stored import StoredArray
 CHUNK = 5000
 
 
-@pytest.fixture(params=[1, 3])
-def cores(request, monkeypatch) -> int:
-    monkeypatch.setattr(stored, "THREADS", request.param)
-    return request.param
-
-
 def numbers(dtype, n=17_321) -> np.ndarray:
     rng = np.random.default_rng(3)
     if np.dtype(dtype).kind == "f":
@@ -38,7 +32,7 @@ def write(path: Path, values: np.ndarray, **how) -> h5py.Dataset:
 
 @pytest.mark.parametrize("dtype", ["u1", "u2", "i4", "i8", "f4", "f8"])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_any_slice_is_that_of_libhdf5(tmp_path, cores, dtype, shuffle):
+def test_any_slice_is_that_of_libhdf5(tmp_path, dtype, shuffle):
     values = numbers(dtype)
     dataset = write(tmp_path / "a.h5", values, chunks=(CHUNK,), compression="gzip", shuffle=shuffle)
     array = StoredArray(dataset)
@@ -71,7 +65,7 @@ def test_other_ways_to_store_are_read_by_libhdf5(tmp_path, how):
     np.testing.assert_array_equal(array[4000:12_000], values[4000:12_000])
 
 
-def test_a_chunk_that_was_never_written_holds_the_fill_value(tmp_path, cores):
+def test_a_chunk_that_was_never_written_holds_the_fill_value(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         made = file.create_dataset("values", (20_000,), "i4", chunks=(CHUNK,), compression="gzip", fillvalue=7)
         made[:CHUNK] = 1
@@ -93,7 +87,7 @@ def test_a_chunk_stored_without_its_filter_is_read_by_libhdf5(tmp_path):
 
 
 @pytest.mark.parametrize("packed", [b"nothing that unpacks", stored.zlib_ng.compress(bytes(4 * CHUNK - 1))])
-def test_a_damaged_chunk_gives_the_error_of_libhdf5(tmp_path, cores, packed):
+def test_a_damaged_chunk_gives_the_error_of_libhdf5(tmp_path, packed):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         made = file.create_dataset("values", data=numbers("i4"), chunks=(CHUNK,), compression="gzip", shuffle=True)
         made.id.write_direct_chunk((CHUNK,), packed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -261,29 +260,23 @@ def test_thousands_of_huge_counts_behind_one_entry_of_the_table(family, rng):
 
 
 @pytest.mark.parametrize("max_length", [2048, 500])
-def test_the_number_of_threads_changes_nothing(family, pancreas, monkeypatch, max_length):
-    """Nor does the way of sorting, which depends on it; and results are in place whichever thread is first."""
+def test_the_size_of_blocks_changes_nothing(family, pancreas, monkeypatch, max_length):
+    alone = build({"max_length": max_length}, GENEFORMER)
+    expected = alone.tokenize(pancreas)
     monkeypatch.setattr(rank, "_CHUNK_VALUES", 10_000)
     assert len(row_blocks(pancreas.counts.indptr, 10_000)) > 6
-    alone = build({"max_length": max_length}, GENEFORMER)
-    expected = replace(alone, threads=1).tokenize(pancreas)
-    assert [cell["input_ids"].tolist() for cell in expected] == plain_tokens(pancreas, alone)
-    for threads in (2, 3, 8):
-        found = replace(alone, threads=threads).tokenize(pancreas)
-        np.testing.assert_array_equal(found.arrays["input_ids"], expected.arrays["input_ids"])
-        for name in ("offsets", "known_share", "n_detected"):
-            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    found = alone.tokenize(pancreas)
+    assert [cell["input_ids"].tolist() for cell in found] == plain_tokens(pancreas, alone)
+    for name in ("offsets", "known_share", "n_detected"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_first_bad_cell_is_named_whatever_the_thread(monkeypatch, threads):
+def test_the_first_bad_cell_is_named(monkeypatch):
     monkeypatch.setattr(rank, "_CHUNK_VALUES", 2)
     counts = np.ones((40, 3), int)
     counts[[17, 18, 39], :2] = 0
-    family = replace(toy_family([1.0, 2.0]), threads=threads)
-    for _ in range(20):
-        with pytest.raises(EmptyCellError, match="The cell in row 117 expresses no gene"):
-            family.tokenize(matrix(counts, [gene(0), gene(1), "unknown"], first_row=100))
+    with pytest.raises(EmptyCellError, match="The cell in row 117 expresses no gene"):
+        toy_family([1.0, 2.0]).tokenize(matrix(counts, [gene(0), gene(1), "unknown"], first_row=100))
 
 
 def test_a_matrix_with_a_table_of_its_own_gives_the_same_tokens(family, data_dir):

@@ -17,7 +17,7 @@ from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.embedder import Embedder
 from perturbscope.errors import PerturbScopeError
-from perturbscope.prefetch import ahead
+from perturbscope.threads import ahead
 
 PATIENCE = 60.0
 
