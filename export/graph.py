@@ -1,7 +1,7 @@
 """Graphs: the pooled encoder as ONNX, fused for ONNX Runtime, and its smaller variants.
 
 The fused operators (Attention, EmbedLayerNormalization, SkipLayerNormalization) take the attention mask as one length
-per row, so cells must be padded on the right, as :func:`perturbscope.families.pad` does.
+per row, so cells must be padded on the right, as :func:`perturbscope.families.tokens.pad` does.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.encoder import Device, Encoder, OnnxEncoder
 from perturbscope.errors import InferenceError, UnknownGenesError
-from perturbscope.families import Family, TokenizedCells, pad
+from perturbscope.families import Family
+from perturbscope.families.tokens import TokenizedCells, pad
 from perturbscope.gpu import GpuOptions, gpu_limits
 from perturbscope.threads import ahead
 

@@ -28,7 +28,7 @@ class Encoder(Protocol):
         Parameters
         ----------
         inputs
-            What :func:`perturbscope.families.pad` returns; each [batch, longest, ...].
+            What :func:`perturbscope.families.tokens.pad` returns; each [batch, longest, ...].
 
         Returns
         -------

@@ -24,7 +24,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.embedder import Embedder
 from perturbscope.errors import CorruptBundleError, GoldenMismatchError, PerturbScopeError
-from perturbscope.families import TokenizedCells
+from perturbscope.families.tokens import TokenizedCells
 
 FORMAT = 1
 TOLERANCE = 1e-4

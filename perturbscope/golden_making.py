@@ -14,7 +14,7 @@ from perturbscope.bundle import GOLDEN, Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneResolver, GeneVocabulary
 from perturbscope.embedder import Embedder
-from perturbscope.families import TokenizedCells
+from perturbscope.families.tokens import TokenizedCells
 from perturbscope.golden import TOLERANCE, Golden, cells_of, digests_of, distance
 
 SHORT_LENGTHS = (1, 7)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from perturbscope.families import pad
+from perturbscope.families.tokens import pad
 from training.shards import Corpus
 
 

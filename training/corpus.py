@@ -23,7 +23,8 @@ from perturbscope import __version__
 from perturbscope.cells.genes import GeneMapping, GeneResolver, GeneVocabulary
 from perturbscope.cells.readers import CellSource
 from perturbscope.errors import InvalidInputError, InvalidParameterError, UnreadableFileError
-from perturbscope.families import Family, TokenizedCells, load_family
+from perturbscope.families import Family, load_family
+from perturbscope.families.tokens import TokenizedCells
 from perturbscope.threads import ahead
 from training import commands, strict
 from training.config import ContrastiveConfig, CorpusConfig

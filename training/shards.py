@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
 from perturbscope.errors import CorruptBundleError
-from perturbscope.families import Family, TokenizedCells, load_family
+from perturbscope.families import Family, load_family
+from perturbscope.families.tokens import TokenizedCells
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.tsv"

@@ -19,7 +19,7 @@ from perturbscope.bundle import Bundle
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cpu_graph import DISABLED_OPTIMIZERS, cpu_graph
 from perturbscope.embedder import Embedder
-from perturbscope.families import TokenizedCells, pad
+from perturbscope.families.tokens import TokenizedCells, pad
 from perturbscope.threads import usable_cores
 from training.flops import ModelSize, cell_cost
 

@@ -16,7 +16,7 @@ from benchmarks.performance.harness import DATA, ROOT
 from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import open_cells
-from perturbscope.families import TokenizedCells, concatenate
+from perturbscope.families.tokens import TokenizedCells, concatenate
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM

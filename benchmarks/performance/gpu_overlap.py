@@ -21,7 +21,8 @@ from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.dispatcher import Dispatcher
 from perturbscope.embedder import Embedder
-from perturbscope.families import Family, TokenizedCells
+from perturbscope.families import Family
+from perturbscope.families.tokens import TokenizedCells
 from perturbscope.gpu import gpu_limits
 
 WIDTH = 256

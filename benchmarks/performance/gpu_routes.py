@@ -28,7 +28,7 @@ from perturbscope.batching import form_batches, padding_share
 from perturbscope.bundle import Bundle
 from perturbscope.embedder import Embedder
 from perturbscope.encoder import Device, OnnxEncoder
-from perturbscope.families import TokenizedCells
+from perturbscope.families.tokens import TokenizedCells
 from perturbscope.gpu import GpuOptions, gpu_limits
 from training.flops import ModelSize, cell_cost
 

@@ -22,7 +22,8 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
 from perturbscope.distance_map import distance_map
 from perturbscope.embedder import Embedder
-from perturbscope.families import Family, TokenizedCells
+from perturbscope.families import Family
+from perturbscope.families.tokens import TokenizedCells
 from perturbscope.results import ScoreOptions
 from perturbscope.scoring import score_perturbations
 from training.flops import ModelSize, cell_cost

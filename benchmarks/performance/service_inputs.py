@@ -14,7 +14,7 @@ from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import open_cells
 from perturbscope.embedder import Embedder
-from perturbscope.families import TokenizedCells, concatenate
+from perturbscope.families.tokens import TokenizedCells, concatenate
 from serving.settings import DEFAULT_BUNDLE, Settings
 
 FILES = {

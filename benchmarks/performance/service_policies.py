@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks.performance.service_inputs import Ask, embedder
 from perturbscope.dispatcher import Dispatcher, NoObserver
-from perturbscope.families import TokenizedCells, concatenate
+from perturbscope.families.tokens import TokenizedCells, concatenate
 
 MAX_BATCH_TOKENS = 16_384
 """text-embeddings-inference's default."""

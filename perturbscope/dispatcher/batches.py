@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from perturbscope.batching import BatchLimits
 from perturbscope.errors import PerturbScopeError
 from perturbscope.fairness import FairShare
-from perturbscope.families import TokenizedCells, concatenate
+from perturbscope.families.tokens import TokenizedCells, concatenate
 
 SIMILAR = 2
 """Cells of several callers share a batch where their lengths differ by less than this factor from the first's."""

@@ -20,7 +20,7 @@ from perturbscope.errors import (
     PerturbScopeError,
 )
 from perturbscope.fairness import FairShare, Room
-from perturbscope.families import TokenizedCells
+from perturbscope.families.tokens import TokenizedCells
 
 MAX_QUEUED_TOKENS = 4_194_304
 """Default queue budget: 2,048 cells of 2,048 tokens."""

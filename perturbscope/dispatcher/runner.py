@@ -15,7 +15,7 @@ from perturbscope.dispatcher.observer import DispatchObserver
 from perturbscope.dispatcher.worker import Worker
 from perturbscope.embedder import Embedder
 from perturbscope.errors import InferenceError, PerturbScopeError
-from perturbscope.families import TokenizedCells
+from perturbscope.families.tokens import TokenizedCells
 
 MAX_BATCH_SECONDS = 120.0
 """After so long, a forward pass is taken to hang."""

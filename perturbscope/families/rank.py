@@ -19,9 +19,9 @@ from scipy import sparse
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage, GeneResolver, GeneVocabulary
 from perturbscope.errors import CorruptBundleError, EmptyCellError, UnknownGenesError, UnsupportedBundleError
-from perturbscope.families import InputSpec, TokenizedCells
-from perturbscope.ragged import BLOCK_VALUES, row_blocks, smallest
-from perturbscope.ranking import RankedCounts, Ranking
+from perturbscope.families._ragged import BLOCK_VALUES, row_blocks, smallest
+from perturbscope.families._rank_order import RankedCounts, Ranking
+from perturbscope.families.tokens import InputSpec, TokenizedCells
 
 _CHUNK_VALUES = BLOCK_VALUES
 

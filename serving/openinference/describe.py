@@ -9,7 +9,7 @@ from typing import Any
 
 from perturbscope import __version__
 from perturbscope.encoder import OUTPUT
-from perturbscope.families import InputSpec
+from perturbscope.families.tokens import InputSpec
 from perturbscope.wire.messages import ModelInfo
 from serving.models import ServedModel
 from serving.openinference.tensors import MASK, PROTOCOL_NAMES

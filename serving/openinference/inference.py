@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from perturbscope.errors import PerturbScopeError
-from perturbscope.families import TokenizedCells
+from perturbscope.families.tokens import TokenizedCells
 from serving.calls import Call
 from serving.engine import Engine
 from serving.models import ServedModel

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.encoder import OUTPUT
 from perturbscope.errors import EmptyCellError, InvalidParameterError, LimitExceededError, MalformedMatrixError
-from perturbscope.families import Family, InputSpec, TokenizedCells
+from perturbscope.families import Family
+from perturbscope.families.tokens import InputSpec, TokenizedCells
 from perturbscope.wire.fields import printable
 from serving.limits import check_shape
 from serving.settings import Settings

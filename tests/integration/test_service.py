@@ -27,7 +27,7 @@ from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient, RetryPolicy
 from perturbscope.embedder import Embedder
-from perturbscope.families import pad
+from perturbscope.families.tokens import pad
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from perturbscope.results import ScoreOptions

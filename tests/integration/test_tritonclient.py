@@ -16,7 +16,7 @@ from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.embedder import Embedder
-from perturbscope.families import TokenizedCells, pad
+from perturbscope.families.tokens import TokenizedCells, pad
 from tests.bundles import TINY_WIDTH
 from tests.integration import triton_calls
 from tests.integration.in_process import MODEL, SPARE, Running, running

@@ -20,7 +20,8 @@ from perturbscope.cells.genes import GeneCoverage
 from perturbscope.dispatcher import MAX_RETRY, MIN_RETRY, Dispatcher
 from perturbscope.embedder import Embedder
 from perturbscope.errors import InferenceError, InvalidParameterError, OverloadedError
-from perturbscope.families import Family, InputSpec, TokenizedCells
+from perturbscope.families import Family
+from perturbscope.families.tokens import InputSpec, TokenizedCells
 from tests.fakes import FakeEncoder
 
 COVERAGE = GeneCoverage(n_genes=1, n_matched=1)

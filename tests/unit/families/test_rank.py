@@ -15,8 +15,8 @@ from perturbscope.cells.counts import MAX_COUNT, CountMatrix
 from perturbscope.cells.genes import GeneResolver, GeneVocabulary
 from perturbscope.errors import CorruptBundleError, EmptyCellError, UnknownGenesError, UnsupportedBundleError
 from perturbscope.families import rank
+from perturbscope.families._ragged import row_blocks
 from perturbscope.families.rank import RankFamily, build
-from perturbscope.ragged import row_blocks
 
 GENEFORMER = GeneVocabulary.geneformer_gc30m()
 TOTAL = "total_umi_full_transcriptome"

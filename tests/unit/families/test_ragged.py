@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbscope.ragged import row_blocks, smallest
+from perturbscope.families._ragged import row_blocks, smallest
 
 
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30), values=st.integers(1, 60))
