@@ -24,8 +24,8 @@ from evaluation.baselines import pca
 from evaluation.retrieval import retrieve
 from evaluation.tables import markdown
 from perturbscope.cells.readers import open_cells
-from perturbscope.embedder import Embedder
 from perturbscope.families import load_family
+from perturbscope.inference.embedder import Embedder
 from perturbscope.scoring import ScoreOptions, score_perturbations
 from training import strict
 from training.checkpoint import load_checkpoint

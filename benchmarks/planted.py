@@ -36,11 +36,11 @@ import pandas as pd
 from benchmarks._markdown import markdown
 from evaluation.peers import PERTPY, SCPERTURB, peer_e_test
 from evaluation.planted import CONTROL, ControlPCA, Effect, PlantedScreen, measured, planted_screen, scatter
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.files import atomic
 from perturbscope.cells.readers import open_cells
-from perturbscope.embedder import Embedder
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
 from perturbscope.scoring import ScoreOptions, score_perturbations
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,10 +29,10 @@ import onnx
 import onnx.helper
 import onnx.numpy_helper
 
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import open_cells
 from perturbscope.client import ChunkLimits, Client, GrpcClient
+from perturbscope.inference.bundle import Bundle
 from perturbscope.wire import ARROW
 from perturbscope.wire.arrow_messages import stream_answers_from_arrow, stream_request_to_arrow
 from perturbscope.wire.streams import StreamChunk, StreamStart

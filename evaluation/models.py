@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from evaluation.baselines import hvg_expression, pca
 from evaluation.screens import TRAINED, EvaluationScreen
 from evaluation.scvi import ScviOptions, scvi_embedding
-from perturbscope.bundle import Bundle
 from perturbscope.cells.files import atomic
-from perturbscope.embedder import Embedder
 from perturbscope.errors import InvalidParameterError
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
 
 Kind = Literal["hvg", "pca", "scvi", "bundle", "obsm"]
 Progress = Callable[[str, int, int], None]

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from perturbscope.bundle import Bundle
 from perturbscope.cells.readers import open_cells
-from perturbscope.embedder import Embedder
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
 
 
 class Embed:

@@ -16,8 +16,8 @@ from export import ExportError
 from perturbscope.errors import InvalidInputError, PerturbScopeError
 
 if TYPE_CHECKING:
-    from perturbscope.bundle import Bundle
     from perturbscope.cells.counts import CountMatrix
+    from perturbscope.inference.bundle import Bundle
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from perturbscope.bundle import Manifest
 from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.inference.bundle import Manifest
 
 
 def model_card(manifest: Manifest, vocabulary: GeneVocabulary) -> str:

@@ -19,7 +19,7 @@ from onnx import ModelProto, TensorProto
 from transformers import BertForMaskedLM
 
 from export import GraphError
-from perturbscope.encoder import OUTPUT
+from perturbscope.inference.encoder import OUTPUT
 from training.pooling import PooledEncoder
 
 INPUTS = ("input_ids", "attention_mask")

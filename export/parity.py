@@ -19,7 +19,7 @@ from transformers import BertForMaskedLM
 from export import ParityError
 from export.graph import INPUTS
 from perturbscope.cells.genes import GeneVocabulary
-from perturbscope.encoder import OUTPUT
+from perturbscope.inference.encoder import OUTPUT
 
 LENGTHS = (1, 7, 64)
 """Lengths that are compared, besides the longest."""

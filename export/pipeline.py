@@ -16,12 +16,12 @@ from transformers import BertForMaskedLM
 from export import ExportError, graph, parity
 from export.card import model_card
 from export.forms import standard_attention
-from perturbscope.bundle import GOLDEN, MODEL_CARD, VOCABULARY, Bundle, Manifest, Variant
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
 from perturbscope.errors import BundleError, InvalidParameterError
 from perturbscope.families import Family, load_family
-from perturbscope.golden_making import make_golden
+from perturbscope.inference.bundle import GOLDEN, MODEL_CARD, VOCABULARY, Bundle, Manifest, Variant
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.golden_making import make_golden
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.pooling import LAYER, POOLING
 

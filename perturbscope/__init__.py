@@ -14,13 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from perturbscope.bundle import Bundle
     from perturbscope.cells.counts import CountMatrix
     from perturbscope.cells.genes import GeneVocabulary
     from perturbscope.cells.readers import CellSource, cells_from_anndata, open_cells
     from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient
-    from perturbscope.embedder import Embedder, Embeddings
     from perturbscope.errors import PerturbScopeError
+    from perturbscope.inference.bundle import Bundle
+    from perturbscope.inference.embedder import Embedder, Embeddings
     from perturbscope.model import Model, load
     from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
     from perturbscope.scoring import compare_perturbations, score_perturbations
@@ -53,13 +53,13 @@ __version__ = "0.1.0"
 _MODULES = {
     "AsyncClient": "client",
     "AsyncGrpcClient": "client",
-    "Bundle": "bundle",
+    "Bundle": "inference.bundle",
     "CellSource": "cells.readers",
     "Client": "client",
     "CompareResult": "results",
     "CountMatrix": "cells.counts",
-    "Embedder": "embedder",
-    "Embeddings": "embedder",
+    "Embedder": "inference.embedder",
+    "Embeddings": "inference.embedder",
     "GeneVocabulary": "cells.genes",
     "GrpcClient": "client",
     "Model": "model",

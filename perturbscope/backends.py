@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder, Embeddings
+from perturbscope.inference.embedder import Embedder, Embeddings
 
 if TYPE_CHECKING:
     from perturbscope.results import CompareResult, ScoreOptions, ScoreResult

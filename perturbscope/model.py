@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from perturbscope.backends import Backend, LocalBackend, StageProgress, cells_of, scorer_of
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder, Embeddings
-from perturbscope.encoder import Device
 from perturbscope.errors import InvalidParameterError
+from perturbscope.inference.embedder import Embedder, Embeddings
+from perturbscope.inference.encoder import Device
 from perturbscope.screen import Screen, embed_source, opened
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def load(
             )
         if (api_key, ca, cert) != (None, None, None):
             raise InvalidParameterError("api_key, ca and cert are for a server; leave them out.", field="api_key")
-        from perturbscope.bundle import Bundle
+        from perturbscope.inference.bundle import Bundle
 
         return Model(LocalBackend(Embedder.from_bundle(Bundle.open(where), variant=variant, device=device)))
     if (device, variant) != ("cpu", "fp32"):

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from perturbscope.backends import Backend, StageProgress, cells_of
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cells.readers import CellSource
-from perturbscope.embedder import Embeddings, gather
 from perturbscope.errors import BundleError, InvalidParameterError, UnreadableFileError
+from perturbscope.inference.embedder import Embeddings, gather
 
 CHUNK_CELLS = 512
 """Cells of one chunk: what an interruption can lose. Wide enough to sort cells by length."""

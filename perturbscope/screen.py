@@ -15,8 +15,8 @@ from perturbscope.backends import Backend, LocalBackend, Scorer, StageProgress, 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import CellSource, open_cells
 from perturbscope.cells.readers.memory import AnnDataSource
-from perturbscope.embedder import Embeddings, gather
 from perturbscope.errors import InvalidParameterError
+from perturbscope.inference.embedder import Embeddings, gather
 from perturbscope.seen import KEY, seen_by
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from perturbscope.bundle import sha256
+from perturbscope.inference.bundle import sha256
 
 if TYPE_CHECKING:
     from perturbscope.backends import Backend

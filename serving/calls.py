@@ -23,7 +23,7 @@ from serving.security.rates import RateLimiter
 from serving.telemetry import metrics, tracing
 
 if TYPE_CHECKING:
-    from perturbscope.embedder import Embedder
+    from perturbscope.inference.embedder import Embedder
 
 Transport = Literal["http", "grpc"]
 Right = Literal["infer", "admin", "metrics"]

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.known_genes import PerArray
-from perturbscope.embedder import Embedder, Embeddings
 from perturbscope.families.tokens import TokenizedCells, concatenate
+from perturbscope.inference.embedder import Embedder, Embeddings
 from perturbscope.seen import Fingerprint, Seen, find_seen
 from perturbscope.wire.messages import (
     CompareAnswer,

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from perturbscope.batching import BatchLimits
-from perturbscope.bundle import MANIFEST, VOCABULARY, Bundle, Manifest
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.dispatcher import Dispatcher
-from perturbscope.embedder import Embedder
-from perturbscope.encoder import Device
 from perturbscope.errors import CorruptBundleError
-from perturbscope.golden import Golden, check_golden, read_golden
-from perturbscope.gpu import GpuOptions, gpu_limits
+from perturbscope.inference.batching import BatchLimits
+from perturbscope.inference.bundle import MANIFEST, VOCABULARY, Bundle, Manifest
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.encoder import Device
+from perturbscope.inference.golden import Golden, check_golden, read_golden
+from perturbscope.inference.gpu import GpuOptions, gpu_limits
 from perturbscope.wire.messages import ModelInfo
 from serving import log
 from serving.settings import Settings

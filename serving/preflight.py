@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from perturbscope.bundle import Bundle
 from perturbscope.errors import InvalidParameterError, PerturbScopeError, ProviderUnavailableError
+from perturbscope.inference.bundle import Bundle
 from serving.security import start
 from serving.settings import DEFAULT_BUNDLE, PREFIX, Settings
 from serving.telemetry import tracing

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from perturbscope.bundle import MANIFEST
 from perturbscope.errors import CorruptBundleError, InvalidParameterError, UnknownModelError
+from perturbscope.inference.bundle import MANIFEST
 from serving.settings import PREFIX
 
 _LONGEST_NAME = 255

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
 
-from perturbscope.encoder import Device
 from perturbscope.errors import InvalidParameterError
-from perturbscope.gpu import MAX_TOKENS
+from perturbscope.inference.encoder import Device
+from perturbscope.inference.gpu import MAX_TOKENS
 from serving.log import Format, Level
 
 PREFIX = "PERTURBSCOPE_"

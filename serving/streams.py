@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embeddings
 from perturbscope.errors import DeadlineExceededError, LimitExceededError, OverloadedError
+from perturbscope.inference.embedder import Embeddings
 from perturbscope.wire.streams import StreamAnswer, StreamChunk, StreamOpened, StreamStart, StreamTotals
 from serving import limits
 from serving.calls import Call

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from perturbscope.bundle import Bundle, Manifest, Variant
 from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.inference.bundle import Bundle, Manifest, Variant
 
 TINY_WIDTH = 8
 

@@ -9,8 +9,8 @@ import pytest
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneVocabulary
-from perturbscope.embedder import Embedder
 from perturbscope.families import load_family
+from perturbscope.inference.embedder import Embedder
 from tests.bundles import TINY_WIDTH, write_tiny_bundle
 from tests.fakes import FakeEncoder
 

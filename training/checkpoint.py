@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from perturbscope import __version__
-from perturbscope.bundle import VOCABULARY, sha256
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import BundleError, CorruptBundleError, UnsupportedBundleError, VocabularyMismatchError
+from perturbscope.inference.bundle import VOCABULARY, sha256
 from training import families
 
 FORMAT_VERSION = 1

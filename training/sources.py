@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.bundle import sha256
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import CellSource, open_cells
 from perturbscope.errors import EmptyCellError, UnreadableFileError
+from perturbscope.inference.bundle import sha256
 from training.census import SomaSource, soma_identity
 from training.config import CorpusConfig, SourceConfig
 

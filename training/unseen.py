@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.bundle import sha256
 from perturbscope.cells.genes import GeneResolver
 from perturbscope.cells.readers import open_cells
 from perturbscope.errors import EmptyCellError, InvalidParameterError, UnreadableFileError
 from perturbscope.families import load_family
+from perturbscope.inference.bundle import sha256
 from training.checkpoint import Checkpoint
 from training.corpus import chunks
 from training.shards import Corpus

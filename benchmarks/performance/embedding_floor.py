@@ -15,11 +15,11 @@ import onnxruntime as ort
 
 from benchmarks.performance.embedding_models import Weights, tokens
 from benchmarks.performance.harness import Options, matmul_ceiling, table
-from perturbscope.bundle import Bundle
 from perturbscope.cells.genes import GeneCoverage
-from perturbscope.cpu_graph import DISABLED_OPTIMIZERS, cpu_graph
-from perturbscope.embedder import Embedder
 from perturbscope.families.tokens import TokenizedCells, pad
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.cpu_graph import DISABLED_OPTIMIZERS, cpu_graph
+from perturbscope.inference.embedder import Embedder
 from perturbscope.threads import usable_cores
 from training.flops import ModelSize, cell_cost
 

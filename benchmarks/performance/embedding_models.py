@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.performance.harness import DATA, ROOT
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import open_cells
 from perturbscope.families.tokens import TokenizedCells, concatenate
+from perturbscope.inference.bundle import Bundle
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.performance.embedding_models import Weights, tokens
 from benchmarks.performance.harness import Watch
-from perturbscope.batching import padding_share
+from perturbscope.inference.batching import padding_share
 from perturbscope.threads import usable_cores
 
 BATCHES = 10
@@ -61,8 +61,8 @@ class Ready:
 
 def ours(job: Job, variant: str = "fp32") -> Ready:
     """:class:`perturbscope.Embedder`, from tokens to vectors."""
-    from perturbscope.bundle import Bundle
-    from perturbscope.embedder import Embedder
+    from perturbscope.inference.bundle import Bundle
+    from perturbscope.inference.embedder import Embedder
 
     embedder = Embedder.from_bundle(Bundle.open(job.weights.bundle), variant=variant)
     cells = tokens(job.weights.bundle, job.source, job.n_cells)

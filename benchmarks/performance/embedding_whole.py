@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from benchmarks.performance.embedding_models import FILES, Weights, counts, tokens
 from benchmarks.performance.embedding_routes import Job, Route, ours
 from benchmarks.performance.harness import Options, Watch, in_child, race, table
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import CHUNK_CELLS, Embedder
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import CHUNK_CELLS, Embedder
 
 
 def whole(model: Weights, options: Options) -> tuple[str, dict[str, Any]]:

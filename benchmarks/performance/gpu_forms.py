@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.performance.embedding_models import BUILT, paper_weights
 from benchmarks.performance.harness import Options, table
-from perturbscope.bundle import VOCABULARY, Bundle, Variant
+from perturbscope.inference.bundle import VOCABULARY, Bundle, Variant
 from training.flops import ModelSize, cell_cost
 
 if TYPE_CHECKING:

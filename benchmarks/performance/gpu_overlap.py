@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from benchmarks.performance.embedding_models import counts, paper_weights, pick, tokens
 from benchmarks.performance.gpu_forms import projected
 from benchmarks.performance.harness import Options, table
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.dispatcher import Dispatcher
-from perturbscope.embedder import Embedder
 from perturbscope.families import Family
 from perturbscope.families.tokens import TokenizedCells
-from perturbscope.gpu import gpu_limits
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.gpu import gpu_limits
 
 WIDTH = 256
 CHUNK = 4096

@@ -24,12 +24,12 @@ from benchmarks.performance.embedding_models import Weights, counts, paper_weigh
 from benchmarks.performance.embedding_routes import Ready, Route
 from benchmarks.performance.gpu_forms import LENGTHS, forms_bundle
 from benchmarks.performance.harness import ROOT, Options, Turns, race, table
-from perturbscope.batching import form_batches, padding_share
-from perturbscope.bundle import Bundle
-from perturbscope.embedder import Embedder
-from perturbscope.encoder import Device, OnnxEncoder
 from perturbscope.families.tokens import TokenizedCells
-from perturbscope.gpu import GpuOptions, gpu_limits
+from perturbscope.inference.batching import form_batches, padding_share
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.encoder import Device, OnnxEncoder
+from perturbscope.inference.gpu import GpuOptions, gpu_limits
 from training.flops import ModelSize, cell_cost
 
 MIX = "mix"

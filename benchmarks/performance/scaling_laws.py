@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from benchmarks.performance.embedding_models import BUILT, DEFAULT, counts, paper_weights, tokens
 from benchmarks.performance.harness import Watch, resident, tile
 from benchmarks.performance.tokenization import stream, write_tiled
-from perturbscope.batching import BatchLimits
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
 from perturbscope.distance_map import distance_map
-from perturbscope.embedder import Embedder
 from perturbscope.families import Family
 from perturbscope.families.tokens import TokenizedCells
+from perturbscope.inference.batching import BatchLimits
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
 from perturbscope.results import ScoreOptions
 from perturbscope.scoring import score_perturbations
 from training.flops import ModelSize, cell_cost

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.performance.harness import DATA
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import open_cells
-from perturbscope.embedder import Embedder
 from perturbscope.families.tokens import TokenizedCells, concatenate
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
 from serving.settings import DEFAULT_BUNDLE, Settings
 
 FILES = {
@@ -104,7 +104,7 @@ def _drawn(rng: np.random.Generator, source: str, size: int) -> Ask:
 @functools.cache
 def embedder() -> Embedder:
     """The default bundle in this process, with the service's threads and batches."""
-    from perturbscope.batching import BatchLimits
+    from perturbscope.inference.batching import BatchLimits
 
     limits = BatchLimits(max_tokens=Settings().batch_tokens)
     return Embedder.from_bundle(Bundle.open(DEFAULT_BUNDLE), limits=limits)

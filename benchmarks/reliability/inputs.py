@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope import wire
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import open_cells
 from perturbscope.client import AsyncClient, AsyncGrpcClient, RetryPolicy
 from perturbscope.client.exchange import ChunkLimits, Failure
 from perturbscope.client.transports import http_answer, unreachable
-from perturbscope.embedder import Embedder
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
 from perturbscope.wire import EmbedRequest
 from serving.settings import DEFAULT_BUNDLE
 from tests.fuzz.seeds import h5ad

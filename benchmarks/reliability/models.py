@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.reliability.inputs import Asker, is_right, real_cells, right_vectors
 from benchmarks.reliability.keys import add_key
 from benchmarks.reliability.trial import Trial, fault
-from perturbscope.bundle import Bundle
+from perturbscope.inference.bundle import Bundle
 from tests.bundles import tiny_files, tiny_manifest
 from tests.integration.server import ROOT, RunningServer
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.readers import CellSource
-from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
+from perturbscope.inference.embedder import Embeddings
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,8 +20,8 @@ def bundle_info(
     as_json: Annotated[bool, typer.Option("--json", help="The manifest as JSON.")] = False,
 ) -> None:
     """Say what a bundle is, after checking its files."""
-    from perturbscope.bundle import Bundle
-    from perturbscope.golden import read_golden
+    from perturbscope.inference.bundle import Bundle
+    from perturbscope.inference.golden import read_golden
 
     opened = Bundle.open(path)
     manifest, golden = opened.manifest, read_golden(opened)
@@ -62,9 +62,9 @@ def _short(value: str | float) -> str:
 @app.command("verify")
 def bundle_verify(path: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.")]) -> None:
     """Check every file of a bundle against its manifest, load every graph, and embed the golden cells with it."""
-    from perturbscope.bundle import Bundle
-    from perturbscope.embedder import Embedder
-    from perturbscope.golden import check_golden, read_golden
+    from perturbscope.inference.bundle import Bundle
+    from perturbscope.inference.embedder import Embedder
+    from perturbscope.inference.golden import check_golden, read_golden
 
     opened = Bundle.open(path)
     golden = read_golden(opened)
@@ -94,8 +94,8 @@ def bundle_golden(
 
     A server compares with them before it serves the model. The weights and the model id do not change.
     """
-    from perturbscope.golden import read_golden
-    from perturbscope.golden_making import add_golden, first_cells
+    from perturbscope.inference.golden import read_golden
+    from perturbscope.inference.golden_making import add_golden, first_cells
 
     bundle = add_golden(path, cells=first_cells(cells) if cells else None, seed=seed)
     golden = read_golden(bundle)

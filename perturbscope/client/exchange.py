@@ -15,7 +15,6 @@ from typing import TypeVar, cast
 import numpy as np
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embeddings, Maker, join
 from perturbscope.errors import (
     InvalidParameterError,
     LimitExceededError,
@@ -25,6 +24,7 @@ from perturbscope.errors import (
     ServerUnreachableError,
     from_code,
 )
+from perturbscope.inference.embedder import Embeddings, Maker, join
 from perturbscope.wire.messages import Answer, EmbedRequest, Request
 
 T = TypeVar("T")

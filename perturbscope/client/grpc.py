@@ -17,8 +17,8 @@ from perturbscope.client.grpc_stream import StreamCall
 from perturbscope.client.streams import each
 from perturbscope.client.trace import trace_headers
 from perturbscope.client.transports import grpc_answer, grpc_call, grpc_failure
-from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidParameterError
+from perturbscope.inference.embedder import Embeddings
 from perturbscope.wire.messages import Answer, Request
 
 if TYPE_CHECKING:

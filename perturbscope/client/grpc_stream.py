@@ -13,8 +13,8 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.client.exchange import Failure
 from perturbscope.client.streams import Flight, fill, fill_async
 from perturbscope.client.transports import grpc_failure
-from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidInputError, ServerError, ServerUnreachableError
+from perturbscope.inference.embedder import Embeddings
 from perturbscope.wire.proto_stream import stream_answer_from_proto, stream_cells_to_proto, stream_start_to_proto
 from perturbscope.wire.streams import StreamChunk, StreamEnd, StreamOpened
 

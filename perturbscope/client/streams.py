@@ -28,7 +28,6 @@ from perturbscope.client.exchange import (
     RetryPolicy,
     check_maker,
 )
-from perturbscope.embedder import Embeddings, Maker, join
 from perturbscope.errors import (
     DeadlineExceededError,
     LimitExceededError,
@@ -36,6 +35,7 @@ from perturbscope.errors import (
     ServerError,
     UnknownModelError,
 )
+from perturbscope.inference.embedder import Embeddings, Maker, join
 from perturbscope.wire.streams import StreamStart
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from queue import SimpleQueue
 
 from perturbscope.client.exchange import Conversation, Together
-from perturbscope.embedder import Embeddings
+from perturbscope.inference.embedder import Embeddings
 
 _Outcome = tuple[int, Embeddings | BaseException]
 

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from perturbscope.dispatcher.batches import Caller, Part, next_batch
 from perturbscope.dispatcher.observer import DispatchObserver, NoObserver
 from perturbscope.dispatcher.runner import MAX_BATCH_SECONDS, Runner
-from perturbscope.embedder import Embedder
 from perturbscope.errors import (
     DeadlineExceededError,
     InferenceError,
@@ -21,6 +20,7 @@ from perturbscope.errors import (
 )
 from perturbscope.fairness import FairShare, Room
 from perturbscope.families.tokens import TokenizedCells
+from perturbscope.inference.embedder import Embedder
 
 MAX_QUEUED_TOKENS = 4_194_304
 """Default queue budget: 2,048 cells of 2,048 tokens."""

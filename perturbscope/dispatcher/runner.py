@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from perturbscope.dispatcher.batches import Caller, Part, chosen, joined
 from perturbscope.dispatcher.observer import DispatchObserver
 from perturbscope.dispatcher.worker import Worker
-from perturbscope.embedder import Embedder
 from perturbscope.errors import InferenceError, PerturbScopeError
 from perturbscope.families.tokens import TokenizedCells
+from perturbscope.inference.embedder import Embedder
 
 MAX_BATCH_SECONDS = 120.0
 """After so long, a forward pass is taken to hang."""

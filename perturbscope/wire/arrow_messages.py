@@ -34,7 +34,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embeddings
 from perturbscope.errors import (
     InvalidParameterError,
     LimitExceededError,
@@ -44,6 +43,7 @@ from perturbscope.errors import (
     UnreadableFileError,
     from_code,
 )
+from perturbscope.inference.embedder import Embeddings
 from perturbscope.wire import fields as check
 from perturbscope.wire.arrow_codec import (
     COUNTS,

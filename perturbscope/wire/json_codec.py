@@ -8,8 +8,8 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
+from perturbscope.inference.embedder import Embeddings
 from perturbscope.results import CompareResult, ScoreResult
 from perturbscope.wire import fields as check
 from perturbscope.wire.messages import (

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
-from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
+from perturbscope.inference.embedder import Embeddings
 from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
 
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
-from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidEmbeddingError, InvalidInputError, InvalidParameterError, MalformedMatrixError
+from perturbscope.inference.embedder import Embeddings
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
 from perturbscope.wire import fields as check

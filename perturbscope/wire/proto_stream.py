@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidParameterError
+from perturbscope.inference.embedder import Embeddings
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.wire import fields as check
 from perturbscope.wire.proto_codec import (

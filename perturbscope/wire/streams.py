@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
-from perturbscope.embedder import Embeddings, warnings_about
 from perturbscope.errors import MalformedMatrixError
+from perturbscope.inference.embedder import Embeddings, warnings_about
 from perturbscope.wire import fields as check
 from perturbscope.wire.messages import Meta
 

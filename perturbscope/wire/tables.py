@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from perturbscope.embedder import Embeddings
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
+from perturbscope.inference.embedder import Embeddings
 from perturbscope.results import COMPARE_COLUMNS, SCORE_COLUMNS
 from perturbscope.wire.fields import integer, number, text
 from perturbscope.wire.messages import Meta

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from perturbscope import __version__
-from perturbscope.encoder import OUTPUT
 from perturbscope.families.tokens import InputSpec
+from perturbscope.inference.encoder import OUTPUT
 from perturbscope.wire.messages import ModelInfo
 from serving.models import ServedModel
 from serving.openinference.tensors import MASK, PROTOCOL_NAMES

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from perturbscope.encoder import OUTPUT
 from perturbscope.errors import InvalidParameterError, MalformedMatrixError
+from perturbscope.inference.encoder import OUTPUT
 from perturbscope.wire import fields as check
 from serving.openinference.tensors import (
     MAX_INPUTS,

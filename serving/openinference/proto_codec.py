@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from perturbscope.encoder import OUTPUT
 from perturbscope.errors import MalformedMatrixError
+from perturbscope.inference.encoder import OUTPUT
 from perturbscope.proto import open_inference_pb2 as messages
 from perturbscope.wire import fields as check
 from serving.openinference.tensors import (

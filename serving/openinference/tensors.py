@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.genes import GeneCoverage
-from perturbscope.encoder import OUTPUT
 from perturbscope.errors import EmptyCellError, InvalidParameterError, LimitExceededError, MalformedMatrixError
 from perturbscope.families import Family
 from perturbscope.families.tokens import InputSpec, TokenizedCells
+from perturbscope.inference.encoder import OUTPUT
 from perturbscope.wire.fields import printable
 from serving.limits import check_shape
 from serving.settings import Settings

@@ -10,12 +10,12 @@ import json
 import numpy as np
 import pytest
 
-from perturbscope.batching import BatchLimits, form_batches
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import EmptyCellError, UnknownGenesError, UnsupportedBundleError
 from perturbscope.families import FAMILIES, Family, load_family
 from perturbscope.families.tokens import InputSpec, TokenizedCells, concatenate, pad
+from perturbscope.inference.batching import BatchLimits, form_batches
 
 CONFIGS: dict[str, dict[str, object]] = {"rank": {"max_length": 30}}
 """Options for a family over cells of 40 genes: short enough that some cells are cut."""

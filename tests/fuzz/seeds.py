@@ -17,7 +17,7 @@ import numpy as np
 from perturbscope import wire
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
-from perturbscope.embedder import Embeddings
+from perturbscope.inference.embedder import Embeddings
 from perturbscope.proto.open_inference_pb2 import ModelInferRequest
 from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
 from perturbscope.scoring import compare_perturbations, score_perturbations

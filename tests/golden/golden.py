@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from perturbscope.bundle import Bundle
 from perturbscope.cells.readers import open_cells
-from perturbscope.embedder import Embedder, Embeddings
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder, Embeddings
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / "bundles" / "default"

@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import pytest
 
-from perturbscope.bundle import GOLDEN, Bundle
-from perturbscope.embedder import Embedder
-from perturbscope.golden import check_golden, read_golden
+from perturbscope.inference.bundle import GOLDEN, Bundle
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.golden import check_golden, read_golden
 from tests.golden.golden import BUNDLE, FILE, embed
 
 

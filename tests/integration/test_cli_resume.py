@@ -23,7 +23,7 @@ WAITING = """
 import signal, sys, time
 from pathlib import Path
 from perturbscope.cli.app import run
-from perturbscope.embedder import Embedder
+from perturbscope.inference.embedder import Embedder
 signal.signal(signal.SIGINT, signal.default_int_handler)
 quick = Embedder.embed_tokens
 def waiting(self, tokens, progress=None):

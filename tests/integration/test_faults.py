@@ -19,9 +19,9 @@ import pytest
 from numpy.typing import NDArray
 
 from perturbscope import errors, wire
-from perturbscope.bundle import Bundle
 from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient, RetryPolicy
-from perturbscope.embedder import Embedder
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from perturbscope.results import ScoreOptions

@@ -21,9 +21,9 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 from prometheus_client.parser import text_string_to_metric_families
 
 from perturbscope import wire
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import Client, GrpcClient, RetryPolicy
+from perturbscope.inference.bundle import Bundle
 from perturbscope.results import ScoreOptions
 from perturbscope.wire import EmbedRequest
 from serving.security.keys import keys_to_json, make_key

@@ -23,11 +23,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from numpy.typing import NDArray
 
 from perturbscope import errors, wire
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient, RetryPolicy
-from perturbscope.embedder import Embedder
 from perturbscope.families.tokens import pad
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from perturbscope.results import ScoreOptions

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import Client, GrpcClient, RetryPolicy
-from perturbscope.embedder import Embedder
-from perturbscope.golden_making import add_golden
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.golden_making import add_golden
 from serving.security.keys import keys_to_json, make_key
 from tests.bundles import write_tiny_bundle
 from tests.integration.server import RunningServer

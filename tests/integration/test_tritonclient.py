@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneVocabulary
-from perturbscope.embedder import Embedder
 from perturbscope.families.tokens import TokenizedCells, pad
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
 from tests.bundles import TINY_WIDTH
 from tests.integration import triton_calls
 from tests.integration.in_process import MODEL, SPARE, Running, running

@@ -7,8 +7,8 @@ import sys
 import uvicorn
 
 from perturbscope.cells.genes import GeneVocabulary
-from perturbscope.embedder import Embedder
 from perturbscope.families import load_family
+from perturbscope.inference.embedder import Embedder
 from serving.engine import Engine
 from serving.http import build_app
 from serving.registry import ModelRegistry

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from perturbscope.batching import BatchLimits
 from perturbscope.dispatcher import Dispatcher
-from perturbscope.embedder import Embedder
 from perturbscope.errors import DeadlineExceededError, InferenceError, OverloadedError, PerturbScopeError
+from perturbscope.inference.batching import BatchLimits
+from perturbscope.inference.embedder import Embedder
 from tests.fakes import FakeEncoder
 from tests.unit.test_dispatcher import _FAMILY, PickyEncoder, assert_own, cells, embedder_of, settle, started
 

@@ -16,7 +16,6 @@ from perturbscope import client
 from perturbscope.backends import Backend, LocalBackend
 from perturbscope.cells import readers
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
 from perturbscope.errors import (
     ControlLabelMissingError,
     CorruptBundleError,
@@ -30,6 +29,7 @@ from perturbscope.errors import (
     TooFewControlsError,
     UnknownGenesError,
 )
+from perturbscope.inference.embedder import Embedder
 from perturbscope.model import Model, load
 from perturbscope.results import COMPARE_COLUMNS, SCORE_COLUMNS
 from tests.fakes import FakeEncoder

@@ -16,9 +16,9 @@ import pytest
 import perturbscope
 from perturbscope import projection
 from perturbscope.backends import LocalBackend
-from perturbscope.bundle import Bundle, sha256
 from perturbscope.cli.app import run
-from perturbscope.embedder import Embedder
+from perturbscope.inference.bundle import Bundle, sha256
+from perturbscope.inference.embedder import Embedder
 from perturbscope.model import Model
 from perturbscope.seen import KEY, Fingerprint, Seen, find_seen
 from tests.bundles import tiny_files, tiny_manifest

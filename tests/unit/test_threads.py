@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from perturbscope.batching import BatchLimits
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
 from perturbscope.errors import PerturbScopeError
+from perturbscope.inference.batching import BatchLimits
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
 from perturbscope.threads import ahead
 
 PATIENCE = 60.0

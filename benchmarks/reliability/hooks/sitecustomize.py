@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-_MODULE = "perturbscope.encoder"
+_MODULE = "perturbscope.inference.encoder"
 
 
 class _Hook(MetaPathFinder):

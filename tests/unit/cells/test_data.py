@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from perturbscope.bundle import sha256
+from perturbscope.inference.bundle import sha256
 
 FACTS = {
     "pbmc3k_10x": {"shape": (2700, 16_634), "ensembl": 16_634, "cell_types": 8, "controls": 2700},

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient, RetryPolicy
-from perturbscope.embedder import Embedder
+from perturbscope.inference.embedder import Embedder
 from tests.unit.client.fake_server import FakeServer
 
 QUICK = RetryPolicy(attempts=4, first=0.0)

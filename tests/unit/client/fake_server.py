@@ -13,8 +13,8 @@ import grpc
 import httpx
 
 from perturbscope import wire
-from perturbscope.embedder import Embedder
 from perturbscope.errors import PerturbScopeError, UnknownModelError
+from perturbscope.inference.embedder import Embedder
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeServicer, add_PerturbScopeServicer_to_server
 from perturbscope.scoring import compare_perturbations, score_perturbations

@@ -18,7 +18,6 @@ import pytest
 from perturbscope import wire
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import AsyncClient, AsyncGrpcClient, ChunkLimits, Client, GrpcClient, RetryPolicy
-from perturbscope.embedder import Embedder
 from perturbscope.errors import (
     EmptyCellError,
     InferenceError,
@@ -31,6 +30,7 @@ from perturbscope.errors import (
     TooFewControlsError,
     UnknownModelError,
 )
+from perturbscope.inference.embedder import Embedder
 from perturbscope.results import ScoreOptions
 from perturbscope.scoring import compare_perturbations, score_perturbations
 from tests.ports import free_ports

@@ -11,7 +11,6 @@ import pytest
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import ChunkLimits, RetryPolicy
-from perturbscope.embedder import Embedder, Embeddings, join
 from perturbscope.errors import (
     InferenceError,
     InvalidParameterError,
@@ -23,6 +22,7 @@ from perturbscope.errors import (
     ServerUnreachableError,
     UnknownModelError,
 )
+from perturbscope.inference.embedder import Embedder, Embeddings, join
 from perturbscope.wire import error_to_json
 from tests.unit.client.fake_server import Abort, FakeServer
 

@@ -9,9 +9,9 @@ from evaluation import models as module
 from evaluation.models import Model, baselines, cache_key, embed, leaks
 from evaluation.screens import open_screen
 from evaluation.scvi import ScviEmbedding, ScviOptions
-from perturbscope.bundle import Bundle
-from perturbscope.embedder import Embedder
 from perturbscope.errors import InvalidParameterError
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
 from tests.screens import make_screen
 
 PCA = Model("PCA-4", "pca", {"n_components": 4})

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 from export import ExportError, ParityError
 from export.__main__ import app
 from export.pipeline import export_checkpoint
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneVocabulary
-from perturbscope.embedder import Embedder
 from perturbscope.errors import BundleError, CorruptBundleError, InvalidParameterError
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
 from tests.models import TINY_MODEL, small_checkpoint, small_model, small_vocabulary
 from training.checkpoint import save_checkpoint
 from training.families.rank import build_model

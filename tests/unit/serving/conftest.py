@@ -17,7 +17,7 @@ import pytest
 from perturbscope import wire
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.dispatcher import Dispatcher
-from perturbscope.embedder import Embedder
+from perturbscope.inference.embedder import Embedder
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from perturbscope.wire import EmbedRequest, ModelInfo
 from serving.engine import Engine

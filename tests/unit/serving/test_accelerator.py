@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from perturbscope.embedder import Embedder
 from perturbscope.errors import ProviderUnavailableError
+from perturbscope.inference.embedder import Embedder
 from serving.models import ServedModel
 from serving.settings import DEFAULT_BUNDLE, Settings
 

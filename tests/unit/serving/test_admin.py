@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from perturbscope.bundle import MANIFEST
+from perturbscope.inference.bundle import MANIFEST
 from serving.calls import ANYONE, Caller
 from serving.engine import Engine
 from serving.registry import ModelRegistry

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
 from perturbscope.errors import (
     ControlLabelMissingError,
     CorruptBundleError,
@@ -23,6 +22,7 @@ from perturbscope.errors import (
     ProviderUnavailableError,
     UnknownModelError,
 )
+from perturbscope.inference.embedder import Embedder
 from perturbscope.results import ScoreOptions
 from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving.engine import Engine

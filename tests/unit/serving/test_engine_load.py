@@ -15,9 +15,9 @@ import pytest
 
 from perturbscope import wire
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
 from perturbscope.errors import DeadlineExceededError, InferenceError, OverloadedError, PerturbScopeError
 from perturbscope.families.tokens import TokenizedCells
+from perturbscope.inference.embedder import Embedder
 from perturbscope.results import ScoreOptions
 from perturbscope.wire import EmbedRequest, ScoreRequest
 from serving import engine as engine_module

@@ -17,8 +17,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from perturbscope import wire
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
 from perturbscope.errors import InvalidParameterError
+from perturbscope.inference.embedder import Embedder
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.results import ScoreOptions
 from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest

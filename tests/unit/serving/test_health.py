@@ -11,8 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
 from perturbscope.errors import InferenceError
+from perturbscope.inference.embedder import Embedder
 from perturbscope.wire import EmbedRequest
 from serving import health as serving_health
 from serving.engine import Engine

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from perturbscope.embedder import Embedder
 from perturbscope.errors import InferenceError, InvalidParameterError, OverloadedError
+from perturbscope.inference.embedder import Embedder
 from serving import log
 from serving.calls import Call, Caller
 from serving.settings import Settings

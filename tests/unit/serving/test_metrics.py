@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from perturbscope import wire
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
 from perturbscope.errors import InferenceError
+from perturbscope.inference.embedder import Embedder
 from perturbscope.wire import EmbedRequest
 from serving.calls import Call, Caller
 from serving.engine import Engine

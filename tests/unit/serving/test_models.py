@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from perturbscope.bundle import MANIFEST
 from perturbscope.errors import CorruptBundleError
+from perturbscope.inference.bundle import MANIFEST
 from serving.models import estimate_bytes
 from serving.settings import DEFAULT_BUNDLE, Settings
 

@@ -16,8 +16,8 @@ import pytest
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
 from perturbscope.families.tokens import pad
+from perturbscope.inference.embedder import Embedder
 from perturbscope.proto import open_inference_pb2 as pb
 from perturbscope.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub

@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perturbscope.bundle import GOLDEN, MANIFEST, Bundle
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
 from perturbscope.errors import (
     CorruptBundleError,
     GoldenMismatchError,
@@ -27,7 +25,9 @@ from perturbscope.errors import (
     OverloadedError,
     UnknownModelError,
 )
-from perturbscope.golden_making import add_golden, make_golden
+from perturbscope.inference.bundle import GOLDEN, MANIFEST, Bundle
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.golden_making import add_golden, make_golden
 from perturbscope.wire import EmbedRequest
 from serving import log
 from serving.engine import Engine

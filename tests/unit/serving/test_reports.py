@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 
 from perturbscope import wire
-from perturbscope.bundle import sha256
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
 from perturbscope.errors import ProviderUnavailableError
+from perturbscope.inference.bundle import sha256
+from perturbscope.inference.embedder import Embedder
 from perturbscope.results import ScoreOptions
 from perturbscope.wire import ScoreRequest
 from serving import reports, schemas

@@ -7,7 +7,7 @@ import signal
 import threading
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
+from perturbscope.inference.embedder import Embedder
 from perturbscope.wire import EmbedRequest
 from serving.calls import Call
 from serving.engine import Engine

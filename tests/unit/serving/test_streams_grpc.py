@@ -11,8 +11,8 @@ import pytest
 from scipy import sparse
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder, Embeddings, join
 from perturbscope.errors import RateLimitedError
+from perturbscope.inference.embedder import Embedder, Embeddings, join
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.wire.proto_stream import stream_answer_from_proto, stream_cells_to_proto, stream_start_to_proto
 from perturbscope.wire.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart

@@ -13,8 +13,8 @@ import pytest
 
 from perturbscope import wire
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder, join
 from perturbscope.errors import DeadlineExceededError, NotRawCountsError, PerturbScopeError, ServerError
+from perturbscope.inference.embedder import Embedder, join
 from perturbscope.wire.arrow_messages import stream_answers_from_arrow, stream_request_to_arrow
 from perturbscope.wire.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
 from serving.engine import Engine

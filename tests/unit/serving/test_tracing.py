@@ -18,8 +18,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from perturbscope import __version__, wire
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
 from perturbscope.errors import InferenceError, InvalidParameterError
+from perturbscope.inference.embedder import Embedder
 from perturbscope.wire import EmbedRequest
 from serving.calls import Call
 from serving.engine import Engine

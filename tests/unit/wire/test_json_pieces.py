@@ -9,7 +9,7 @@ import pytest
 
 from perturbscope import wire
 from perturbscope.cells.genes import GeneCoverage
-from perturbscope.embedder import Embeddings
+from perturbscope.inference.embedder import Embeddings
 from perturbscope.wire import fields
 
 

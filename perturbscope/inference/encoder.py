@@ -8,9 +8,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.bundle import Bundle
 from perturbscope.errors import CorruptBundleError, InferenceError, InvalidParameterError, ProviderUnavailableError
-from perturbscope.gpu import CUDA, TENSORRT, BoundSession, GpuOptions, Staged, cuda_runtime, providers
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.gpu import CUDA, TENSORRT, BoundSession, GpuOptions, Staged, cuda_runtime, providers
 from perturbscope.threads import usable_cores
 
 Device = Literal["cpu", "cuda", "tensorrt"]
@@ -77,7 +77,7 @@ class OnnxEncoder:
     ) -> None:
         import onnxruntime as ort
 
-        from perturbscope.cpu_graph import DISABLED_OPTIMIZERS, cpu_graph
+        from perturbscope.inference.cpu_graph import DISABLED_OPTIMIZERS, cpu_graph
 
         if device not in _PROVIDERS:
             raise InvalidParameterError(
@@ -136,7 +136,7 @@ class OnnxEncoder:
             self.bind("cuda", capture=gpu.cuda_graphs and device == "cuda", runtime=cuda_runtime())
 
     def bind(self, memory: str, *, capture: bool = False, runtime: Any = None) -> None:
-        """Run on bound memory from now on, of ``cuda`` or ``cpu``; see :class:`perturbscope.gpu.BoundSession`."""
+        """Run on bound memory of ``cuda`` or ``cpu`` from now on; see :class:`BoundSession`."""
         self.bound = BoundSession(
             self._session,
             output=OUTPUT,

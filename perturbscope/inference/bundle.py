@@ -7,7 +7,7 @@
     vocabulary.tsv   genes, tokens, medians
     MODEL_CARD.md    data, licence, cost, numbers
     controls.npz     embedded reference control cells (optional)
-    golden.json      a few cells and their vectors, to prove a server with (optional; see perturbscope.golden)
+    golden.json      a few cells and their vectors, to prove a server with (optional; see perturbscope.inference.golden)
 
 No file is a pickle, and nothing in a bundle is executed but the ONNX graph.
 """

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from perturbscope import bundle as bundle_module
-from perturbscope.bundle import MANIFEST, Bundle, Manifest, Variant, sha256
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import (
     BundleError,
@@ -17,6 +15,8 @@ from perturbscope.errors import (
     UnsupportedBundleError,
     VocabularyMismatchError,
 )
+from perturbscope.inference import bundle as bundle_module
+from perturbscope.inference.bundle import MANIFEST, Bundle, Manifest, Variant, sha256
 from tests.bundles import tiny_files, tiny_manifest, write_tiny_bundle
 
 

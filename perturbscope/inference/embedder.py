@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.batching import BatchLimits, cpu_limits, form_batches
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
-from perturbscope.encoder import Device, Encoder, OnnxEncoder
 from perturbscope.errors import InferenceError, UnknownGenesError
 from perturbscope.families import Family
 from perturbscope.families.tokens import TokenizedCells, pad
-from perturbscope.gpu import GpuOptions, gpu_limits
+from perturbscope.inference.batching import BatchLimits, cpu_limits, form_batches
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.encoder import Device, Encoder, OnnxEncoder
+from perturbscope.inference.gpu import GpuOptions, gpu_limits
 from perturbscope.threads import ahead
 
 MIN_GENES = 500

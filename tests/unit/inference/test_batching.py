@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perturbscope.batching import BatchLimits, cpu_limits, form_batches, padding_share
 from perturbscope.errors import InvalidParameterError
+from perturbscope.inference.batching import BatchLimits, cpu_limits, form_batches, padding_share
 
 LENGTHS = st.lists(st.integers(0, 2048), max_size=80)
 LIMITS = st.builds(

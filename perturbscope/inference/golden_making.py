@@ -1,4 +1,4 @@
-"""Golden vectors are made: cells are chosen, embedded, and put into the bundle. See :mod:`perturbscope.golden`."""
+"""Making golden vectors: cells are chosen, embedded and put into the bundle; see :mod:`perturbscope.inference.golden`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from perturbscope.bundle import GOLDEN, Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneResolver, GeneVocabulary
-from perturbscope.embedder import Embedder
 from perturbscope.families.tokens import TokenizedCells
-from perturbscope.golden import TOLERANCE, Golden, cells_of, digests_of, distance
+from perturbscope.inference.bundle import GOLDEN, Bundle
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.golden import TOLERANCE, Golden, cells_of, digests_of, distance
 
 SHORT_LENGTHS = (1, 7)
 """Genes of the made cells that stand beside real ones, which are all long."""

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perturbscope import embedder as embedder_module
-from perturbscope.batching import BatchLimits, cpu_limits
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneVocabulary
-from perturbscope.embedder import Embedder, gather, join
 from perturbscope.errors import EmptyCellError, InferenceError, UnknownGenesError
+from perturbscope.inference import embedder as embedder_module
+from perturbscope.inference.batching import BatchLimits, cpu_limits
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder, gather, join
 from tests.fakes import FakeEncoder
 
 TOLERANCE = 1e-6

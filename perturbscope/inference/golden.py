@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.bundle import GOLDEN, Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneVocabulary
-from perturbscope.embedder import Embedder
 from perturbscope.errors import CorruptBundleError, GoldenMismatchError, PerturbScopeError
 from perturbscope.families.tokens import TokenizedCells
+from perturbscope.inference.bundle import GOLDEN, Bundle
+from perturbscope.inference.embedder import Embedder
 
 FORMAT = 1
 TOLERANCE = 1e-4
@@ -87,7 +87,7 @@ class GoldenResult:
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """Cells, and what the model made of them; see :func:`read_golden`, and :mod:`perturbscope.golden_making`.
+    """Cells, and what the model made of them; see :func:`read_golden`, and :mod:`perturbscope.inference.golden_making`.
 
     Attributes
     ----------

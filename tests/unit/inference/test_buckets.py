@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perturbscope.batching import BatchLimits, form_batches
-from perturbscope.buckets import Buckets
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
 from perturbscope.errors import InvalidParameterError
-from perturbscope.gpu import gpu_limits
+from perturbscope.inference.batching import BatchLimits, form_batches
+from perturbscope.inference.buckets import Buckets
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.gpu import gpu_limits
 
 SIZES = st.integers(min_value=1, max_value=10_000)
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from perturbscope.bundle import GOLDEN, Bundle
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cli.app import app, run
-from perturbscope.embedder import Embedder
 from perturbscope.errors import CorruptBundleError, GoldenMismatchError
-from perturbscope.golden import Golden, GoldenResult, check_golden, read_golden
-from perturbscope.golden_making import add_golden
+from perturbscope.inference.bundle import GOLDEN, Bundle
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.golden import Golden, GoldenResult, check_golden, read_golden
+from perturbscope.inference.golden_making import add_golden
 from tests.bundles import TINY_WIDTH, masked_mean_graph, tiny_files, tiny_manifest, write_tiny_bundle
 
 CUDA = "CUDAExecutionProvider"

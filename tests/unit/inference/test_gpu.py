@@ -11,13 +11,13 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from perturbscope import gpu
-from perturbscope.bundle import Bundle
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.embedder import Embedder
-from perturbscope.encoder import OnnxEncoder
 from perturbscope.errors import InferenceError, InvalidParameterError, ProviderUnavailableError
-from perturbscope.gpu import GpuOptions, PinnedBuffer, providers
+from perturbscope.inference import gpu
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.encoder import OnnxEncoder
+from perturbscope.inference.gpu import GpuOptions, PinnedBuffer, providers
 from tests.bundles import TINY_WIDTH
 
 NAMES = ("attention_mask", "input_ids")

@@ -1,7 +1,7 @@
 """Graphs on an NVIDIA GPU: execution providers and their options, and memory that stays where it is.
 
 Nothing here falls back to the CPU: who asks for a GPU that cannot be used gets an error, see
-:class:`perturbscope.encoder.OnnxEncoder`.
+:class:`perturbscope.inference.encoder.OnnxEncoder`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.batching import BatchLimits
-from perturbscope.buckets import Buckets
 from perturbscope.errors import InvalidParameterError
+from perturbscope.inference.batching import BatchLimits
+from perturbscope.inference.buckets import Buckets
 
 CUDA: Final = "CUDAExecutionProvider"
 TENSORRT: Final = "TensorrtExecutionProvider"

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.buckets import Buckets
 from perturbscope.errors import InvalidParameterError
+from perturbscope.inference.buckets import Buckets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def cpu_limits() -> BatchLimits:
     """Budget of a batch where nobody waits and the processor is a CPU.
 
     1,024 tokens keep two cores busy, and a block's states stay in their cache; larger batches only pad more. Cells of
-    over 512 tokens so run alone: without padding they need no mask, see :mod:`perturbscope.cpu_graph`.
+    over 512 tokens so run alone: without padding they need no mask, see :mod:`perturbscope.inference.cpu_graph`.
     """
     return BatchLimits(max_tokens=1024)
 

@@ -11,8 +11,6 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from perturbscope.bundle import Bundle
-from perturbscope.encoder import OnnxEncoder
 from perturbscope.errors import (
     BundleError,
     CorruptBundleError,
@@ -20,6 +18,8 @@ from perturbscope.errors import (
     InvalidParameterError,
     ProviderUnavailableError,
 )
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.encoder import OnnxEncoder
 from perturbscope.threads import usable_cores
 from tests.bundles import TINY_WIDTH, tiny_files, tiny_manifest
 

@@ -12,11 +12,11 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from perturbscope.bundle import Bundle
-from perturbscope.cpu_graph import DISABLED_OPTIMIZERS, MIN_FLASH_LENGTH, cpu_graph, rewritten
-from perturbscope.encoder import OUTPUT, OnnxEncoder
+from perturbscope.inference.bundle import Bundle
+from perturbscope.inference.cpu_graph import DISABLED_OPTIMIZERS, MIN_FLASH_LENGTH, cpu_graph, rewritten
+from perturbscope.inference.encoder import OUTPUT, OnnxEncoder
 
-BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "default"
+BUNDLE = Path(__file__).resolve().parents[3] / "bundles" / "default"
 HEADS, WIDTH = 2, 8
 
 
