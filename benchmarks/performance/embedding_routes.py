@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.performance.embedding_models import Weights, tokens
-from benchmarks.performance.harness import Watch
-from perturbscope.inference.batching import padding_share
+from benchmarks.performance.harness import Watch, padding_share
 from perturbscope.threads import usable_cores
 
 BATCHES = 10

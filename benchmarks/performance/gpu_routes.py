@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from benchmarks.performance.embedding_models import Weights, counts, paper_weights, pick, tokens
 from benchmarks.performance.embedding_routes import Ready, Route
 from benchmarks.performance.gpu_forms import LENGTHS, forms_bundle
-from benchmarks.performance.harness import ROOT, Options, Turns, race, table
+from benchmarks.performance.harness import ROOT, Options, Turns, padding_share, race, table
 from perturbscope.families.tokens import TokenizedCells
-from perturbscope.inference.batching import form_batches, padding_share
+from perturbscope.inference.batching import form_batches
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.encoder import Device, OnnxEncoder

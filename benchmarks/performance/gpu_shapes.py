@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from benchmarks.performance.embedding_models import FILES, paper_weights, tokens
 from benchmarks.performance.harness import Options, table
-from perturbscope.inference.batching import BatchLimits, form_batches
-from perturbscope.inference.buckets import Buckets
+from perturbscope.inference.batching import BatchLimits, Buckets, form_batches
 from perturbscope.inference.gpu import MAX_TOKENS
 from training.flops import ModelSize, cell_cost
 

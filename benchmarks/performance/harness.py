@@ -267,3 +267,10 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "no checkout"
+
+
+def padding_share(lengths: Sequence[int] | NDArray[np.integer], batches: Sequence[NDArray[np.intp]]) -> float:
+    """Share of padded slots that hold no token, in [0, 1)."""
+    lengths = np.asarray(lengths)
+    slots = sum(int(lengths[batch].max()) * len(batch) for batch in batches)
+    return 1.0 - float(lengths.sum()) / slots if slots else 0.0

@@ -1,4 +1,4 @@
-"""Making golden vectors: cells are chosen, embedded and put into the bundle; see :mod:`perturbscope.inference.golden`."""
+"""Golden vectors are made of chosen cells and put into the bundle; see :mod:`perturbscope.inference.golden`."""
 
 from __future__ import annotations
 

@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.errors import InvalidParameterError
-from perturbscope.inference.batching import BatchLimits
-from perturbscope.inference.buckets import Buckets
+from perturbscope.inference.batching import BatchLimits, Buckets
 
 CUDA: Final = "CUDAExecutionProvider"
 TENSORRT: Final = "TensorrtExecutionProvider"
