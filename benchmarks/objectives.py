@@ -26,7 +26,7 @@ from evaluation.tables import markdown
 from perturbscope.cells.readers import open_cells
 from perturbscope.families import load_family
 from perturbscope.inference.embedder import Embedder
-from perturbscope.scoring import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import ScoreOptions, score_perturbations
 from training import strict
 from training.checkpoint import load_checkpoint
 from training.config import ContrastiveConfig

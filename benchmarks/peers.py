@@ -23,8 +23,8 @@ from benchmarks._markdown import markdown
 from evaluation.baselines import pca
 from evaluation.peers import PERTPY, SCPERTURB, largest_family, peer_e_test
 from perturbscope.cells.readers import open_cells
-from perturbscope.distances import e_distance, pairwise_distances, transport_cost, wasserstein
-from perturbscope.scoring import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.distances import e_distance, pairwise_distances, transport_cost, wasserstein
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "tests/golden/peers.json"

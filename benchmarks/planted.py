@@ -41,7 +41,7 @@ from perturbscope.cells.files import atomic
 from perturbscope.cells.readers import open_cells
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
-from perturbscope.scoring import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import ScoreOptions, score_perturbations
 
 ROOT = Path(__file__).resolve().parent.parent
 SCATTER = tuple(Effect("scatter", strength=strength) for strength in (0.1, 0.2, 0.5))

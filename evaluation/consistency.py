@@ -29,10 +29,10 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from evaluation.profiles import check_labels, label_warnings
-from perturbscope.distances import check_rows, unit_rows
-from perturbscope.energy import DenseGroup, Pool
 from perturbscope.errors import InvalidParameterError, TooFewCellsError
-from perturbscope.statistics import Exchange, benjamini_hochberg, empirical_p, generator
+from perturbscope.scoring.distances import check_rows, unit_rows
+from perturbscope.scoring.energy.pool import DenseGroup, Pool
+from perturbscope.scoring.statistics import Exchange, benjamini_hochberg, empirical_p, generator
 
 Progress = Callable[[str, int, int], None]
 

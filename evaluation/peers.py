@@ -1,7 +1,7 @@
 """The E-tests of pertpy and scPerturb, restated, to compare with and to see what their conventions cost.
 
-Both programs exchange the labels of one perturbation and of control, as :mod:`perturbscope.scorers` does, and differ
-from it in what they compute and report:
+Both programs exchange the labels of one perturbation and of control, as :mod:`perturbscope.scoring.scorers` does, and
+differ from it in what they compute and report:
 
 =============  =============================  =======================  ==========================
                pertpy 1.0.3                   scPerturb 0.1.0          PerturbScope
@@ -29,10 +29,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from perturbscope.distances import check_rows
-from perturbscope.energy import DenseGroup, Estimator, LinearGroup, Pool
 from perturbscope.errors import ControlLabelMissingError
-from perturbscope.statistics import Exchange, generator
+from perturbscope.scoring.distances import check_rows
+from perturbscope.scoring.energy.pool import DenseGroup, Estimator, LinearGroup, Pool
+from perturbscope.scoring.statistics import Exchange, generator
 
 
 @dataclass(frozen=True)

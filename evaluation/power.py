@@ -21,10 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from evaluation.profiles import label_warnings
 from perturbscope.errors import InvalidParameterError
-from perturbscope.groups import MIN_CONTROLS, Groups
-from perturbscope.results import Metric, ScoreOptions
-from perturbscope.scorers import GroupMaker, make_scorer
-from perturbscope.statistics import generator
+from perturbscope.scoring.labels import MIN_CONTROLS, Groups
+from perturbscope.scoring.results import Metric, ScoreOptions
+from perturbscope.scoring.scorers import GroupMaker, make_scorer
+from perturbscope.scoring.statistics import generator
 
 GRID = (10, 20, 50, 100, 200, 400)
 """Cells drawn of a perturbation."""

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from perturbscope.distances import check_rows
 from perturbscope.errors import InvalidParameterError, MalformedMatrixError, TooFewCellsError
-from perturbscope.statistics import generator
+from perturbscope.scoring.distances import check_rows
+from perturbscope.scoring.statistics import generator
 
 Whitening = Literal["none", "standardize", "sphere"]
 Centre = Literal["cells", "profiles", "replicate"]

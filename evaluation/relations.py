@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from evaluation.profiles import Whitening, label_warnings, make_profiles
 from perturbscope.errors import InvalidParameterError, LimitExceededError
-from perturbscope.statistics import empirical_p, generator
+from perturbscope.scoring.statistics import empirical_p, generator
 
 Status = Literal["ok", "no_known_pair", "too_few_pairs", "every_pair_known", "no_direction"]
 Relations = Mapping[str, Collection[str]] | Iterable[tuple[str, str]]

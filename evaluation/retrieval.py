@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from evaluation.halves import SplitHalf, split_half
 from evaluation.profiles import Centre, Profiles, Whitening, label_warnings, make_profiles, random_halves
 from perturbscope.errors import InvalidParameterError, LimitExceededError
-from perturbscope.statistics import benjamini_hochberg, empirical_p, generator
+from perturbscope.scoring.statistics import benjamini_hochberg, empirical_p, generator
 
 __all__ = ["Retrieval", "SplitHalf", "chance_average_precision", "random_halves", "retrieve", "split_half"]
 

@@ -26,11 +26,11 @@ from evaluation.separation import (
     separate,
     summarise,
 )
-from perturbscope.calibration import CALIBRATION_PERMUTATIONS
 from perturbscope.degs import deg_table
 from perturbscope.errors import PerturbScopeError
 from perturbscope.projection import is_available, project
-from perturbscope.statistics import correlation, uniformity
+from perturbscope.scoring.calibration import CALIBRATION_PERMUTATIONS
+from perturbscope.scoring.statistics import correlation, uniformity
 
 Progress = Callable[[str, int, int], None]
 RESULT_VERSION = 1

@@ -21,20 +21,20 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from evaluation.screens import EvaluationScreen
-from perturbscope.calibration import CALIBRATION_PERMUTATIONS, Calibration, calibrate
-from perturbscope.comparison import compare_perturbations
-from perturbscope.energy import null_moments
 from perturbscope.errors import (
     ControlLabelMissingError,
     InvalidParameterError,
     TooFewCellsError,
     TooFewControlsError,
 )
-from perturbscope.groups import Groups
-from perturbscope.results import Metric, ScoreOptions
-from perturbscope.scorers import GroupMaker, TransportScorer
-from perturbscope.scoring import score_perturbations
-from perturbscope.statistics import correlation, generator
+from perturbscope.scoring.calibration import CALIBRATION_PERMUTATIONS, Calibration, calibrate
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.energy.pool import null_moments
+from perturbscope.scoring.labels import Groups
+from perturbscope.scoring.pairs import compare_perturbations
+from perturbscope.scoring.results import Metric, ScoreOptions
+from perturbscope.scoring.scorers import GroupMaker, TransportScorer
+from perturbscope.scoring.statistics import correlation, generator
 
 ENERGY: tuple[Metric, ...] = ("e_distance", "cosine_e_distance")
 PAPER_NULL = 300

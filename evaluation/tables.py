@@ -10,7 +10,7 @@ import pandas as pd
 
 from evaluation.run import ScreenResult, by_target, deg_correlation, overview, separation_table
 from evaluation.separation import batch_agreement
-from perturbscope.statistics import uniformity
+from perturbscope.scoring.statistics import uniformity
 
 METRICS = {"e_distance": "E-distance", "cosine_e_distance": "cosine E", "wasserstein": "Wasserstein"}
 MODES = {"size_matched": "size-matched", "paper": "paper"}

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from perturbscope.inference.bundle import Bundle
     from perturbscope.inference.embedder import Embedder, Embeddings
     from perturbscope.model import Model, load
-    from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
-    from perturbscope.scoring import compare_perturbations, score_perturbations
+    from perturbscope.scoring.control import score_perturbations
+    from perturbscope.scoring.pairs import compare_perturbations
+    from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 
 __all__ = [
     "AsyncClient",
@@ -56,7 +57,7 @@ _MODULES = {
     "Bundle": "inference.bundle",
     "CellSource": "cells.readers",
     "Client": "client",
-    "CompareResult": "results",
+    "CompareResult": "scoring.results",
     "CountMatrix": "cells.counts",
     "Embedder": "inference.embedder",
     "Embeddings": "inference.embedder",
@@ -64,13 +65,13 @@ _MODULES = {
     "GrpcClient": "client",
     "Model": "model",
     "PerturbScopeError": "errors",
-    "ScoreOptions": "results",
-    "ScoreResult": "results",
+    "ScoreOptions": "scoring.results",
+    "ScoreResult": "scoring.results",
     "cells_from_anndata": "cells.readers",
-    "compare_perturbations": "scoring",
+    "compare_perturbations": "scoring.pairs",
     "load": "model",
     "open_cells": "cells.readers",
-    "score_perturbations": "scoring",
+    "score_perturbations": "scoring.control",
 }
 
 

@@ -12,7 +12,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.inference.embedder import Embedder, Embeddings
 
 if TYPE_CHECKING:
-    from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
+    from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 
 CellProgress = Callable[[int], None]
 """Told how many cells were finished since the last call."""
@@ -109,7 +109,7 @@ class LocalScorer:
         options: ScoreOptions | None = None,
     ) -> ScoreResult:
         """See :meth:`Scorer.score`."""
-        from perturbscope.scoring import score_perturbations
+        from perturbscope.scoring.control import score_perturbations
 
         return score_perturbations(
             embeddings, perturbations, control=control, batches=batches, options=options, progress=self.progress
@@ -126,7 +126,7 @@ class LocalScorer:
         options: ScoreOptions | None = None,
     ) -> CompareResult:
         """See :meth:`Scorer.compare`."""
-        from perturbscope.scoring import compare_perturbations
+        from perturbscope.scoring.pairs import compare_perturbations
 
         return compare_perturbations(
             embeddings,

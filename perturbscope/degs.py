@@ -25,8 +25,8 @@ from scipy import sparse, special
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneResolver
 from perturbscope.errors import InvalidParameterError, MissingColumnError, TooFewCellsError
-from perturbscope.groups import check_labels, require_control
-from perturbscope.statistics import benjamini_hochberg, correlation, generator
+from perturbscope.scoring.labels import check_labels, require_control
+from perturbscope.scoring.statistics import benjamini_hochberg, correlation, generator
 
 DEG_COLUMNS = ("perturbation", "n_cells", "n_degs", "n_tested")
 """Columns of a table of counts, in their order."""

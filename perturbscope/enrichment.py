@@ -27,8 +27,8 @@ from scipy import special
 
 from perturbscope.cells.genes import GeneResolver
 from perturbscope.errors import InvalidParameterError, MalformedMatrixError, MissingColumnError
-from perturbscope.statistics import generator
-from perturbscope.tables import release
+from perturbscope.scoring.provenance import release
+from perturbscope.scoring.statistics import generator
 
 ENRICHMENT_COLUMNS = (
     "gene_set", "n_genes", "n_members", "n", "k", "expected", "p", "p_exact", "p_adjusted", "p_exact_adjusted",

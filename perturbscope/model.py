@@ -21,7 +21,7 @@ from perturbscope.screen import Screen, embed_source, opened
 if TYPE_CHECKING:
     import pandas as pd
 
-    from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
+    from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 
 __all__ = ["Backend", "LocalBackend", "Model", "load"]
 
@@ -286,7 +286,7 @@ def load(
 
 
 def _options(metrics: Sequence[str], seed: int, others: Mapping[str, Any]) -> ScoreOptions:
-    from perturbscope.results import ScoreOptions
+    from perturbscope.scoring.results import ScoreOptions
 
     chosen = [metrics] if isinstance(metrics, str) else list(metrics)
     return ScoreOptions.from_dict({"metrics": chosen, "seed": seed, **others})

@@ -26,7 +26,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from perturbscope.distances import check_rows, unit_rows
 from perturbscope.errors import (
     InvalidParameterError,
     MalformedMatrixError,
@@ -34,7 +33,8 @@ from perturbscope.errors import (
     ProviderUnavailableError,
     TooFewCellsError,
 )
-from perturbscope.statistics import generator
+from perturbscope.scoring.distances import check_rows, unit_rows
+from perturbscope.scoring.statistics import generator
 
 NEIGHBORS, MIN_DIST, MAX_CELLS = 15, 0.1, 5000
 _ROWS = 1024

@@ -20,8 +20,8 @@ from perturbscope.inference.embedder import Embeddings, gather
 from perturbscope.seen import KEY, seen_by
 
 if TYPE_CHECKING:
-    from perturbscope.calibration import Calibration
-    from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
+    from perturbscope.scoring.calibration import Calibration
+    from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 
     Result = TypeVar("Result", ScoreResult, CompareResult)
 
@@ -167,7 +167,7 @@ class Screen:
 
     def calibrate(self, progress: StageProgress | None = None) -> Calibration | None:
         """Controls against controls, in this process; None where only Wasserstein was asked for."""
-        from perturbscope.calibration import calibrate
+        from perturbscope.scoring.calibration import calibrate
 
         if self.control is None or set(self.options.metrics) == {"wasserstein"}:
             return None
@@ -212,7 +212,7 @@ def _vectors(
 
 def _check_labels(labels: list[str], batches: list[str] | None, options: ScoreOptions, control: str | None) -> None:
     """The checks of labels that scoring makes, on vectors of ones: before any cell is embedded."""
-    from perturbscope.groups import Groups
+    from perturbscope.scoring.labels import Groups
 
     groups = Groups.of(np.ones((len(labels), 1)), labels, batches, options, control=control)
     groups.scorable([name for name in groups.sizes if name != control], options)
@@ -220,7 +220,7 @@ def _check_labels(labels: list[str], batches: list[str] | None, options: ScoreOp
 
 def _check_vectors(values: NDArray[np.float32], rows: NDArray[np.intp], options: ScoreOptions) -> None:
     """The checks of vectors that scoring makes, here with the rows' numbers in the file."""
-    from perturbscope.distances import check_rows, unit_rows
+    from perturbscope.scoring.distances import check_rows, unit_rows
 
     check_rows(values, numbers=rows)
     if options.normalize or "cosine_e_distance" in options.metrics:

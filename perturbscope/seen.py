@@ -23,7 +23,7 @@ from perturbscope.inference.bundle import sha256
 if TYPE_CHECKING:
     from perturbscope.backends import Backend
     from perturbscope.cells.readers import CellSource
-    from perturbscope.results import CompareResult, ScoreResult
+    from perturbscope.scoring.results import CompareResult, ScoreResult
 
     Result = TypeVar("Result", ScoreResult, CompareResult)
 

@@ -158,7 +158,7 @@ class Engine:
 
     async def score(self, request: ScoreRequest, call: Call | None = None) -> ScoreAnswer:
         """Every perturbation against the controls. Raises as :meth:`embed`, and as `score_perturbations`."""
-        from perturbscope.scoring import score_perturbations
+        from perturbscope.scoring.control import score_perturbations
 
         limits.check_options(self.settings, request.options)
         embeddings, meta, warnings = await self._embeddings(request, call)
@@ -179,7 +179,7 @@ class Engine:
 
     async def compare(self, request: CompareRequest, call: Call | None = None) -> CompareAnswer:
         """Perturbations against each other. Raises as :meth:`embed`, and as `compare_perturbations`."""
-        from perturbscope.scoring import compare_perturbations
+        from perturbscope.scoring.pairs import compare_perturbations
 
         limits.check_options(self.settings, request.options)
         embeddings, meta, warnings = await self._embeddings(request, call)
@@ -325,7 +325,7 @@ def _score_bytes(request: ScoreRequest | CompareRequest, width: int) -> int:
 
 def _check_labels(request: ScoreRequest | CompareRequest) -> None:
     """The checks of labels that scoring makes, on vectors of ones."""
-    from perturbscope.groups import Groups
+    from perturbscope.scoring.labels import Groups
 
     ones = np.ones((len(request.perturbations), 1))
     groups = Groups.of(ones, request.perturbations, request.batches, request.options, control=request.control)

@@ -7,11 +7,12 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from perturbscope import shuffles, statistics, strata
-from perturbscope.distances import TILE_VALUES
 from perturbscope.errors import LimitExceededError, OverloadedError
 from perturbscope.fairness import Room
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring import statistics
+from perturbscope.scoring.distances import TILE_VALUES
+from perturbscope.scoring.energy import batch_permutations, permutations
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.threads import usable_cores
 from perturbscope.wire import JSON
 from serving.settings import PREFIX, Settings
@@ -238,7 +239,7 @@ def score_bytes(
     largest = sorted(sizes.values(), reverse=True)[:2]
     pool = sum(largest) if pairs else controls + sum(largest[:1])
     squares = controls**2 + sum(n**2 for n in (sizes.values() if pairs else largest[:1]))
-    draws = min(options.permutations, statistics.CHUNK if pairs else shuffles.CHUNK)
+    draws = min(options.permutations, statistics.CHUNK if pairs else permutations.CHUNK)
     # Beside the distances: tiles of them in float64; random keys, their order and the labels that they become; vectors.
     tiles = 3 * 8 * min(TILE_VALUES, max(pool, controls) ** 2)
     held = tiles + 4 * (squares + pool**2 // 2) + 32 * draws * pool + 16 * width * (pool + len(labels))
@@ -247,7 +248,9 @@ def score_bytes(
         held += (min(cores, len(sizes)) - 1) * (4 * more * (more + controls) + 16 * draws * more + 16 * width * more)
         if batches:
             sums, kept = 8 * draws * len(sizes), draws * sum(sizes.values())
-            held += cores * 8 * controls**2 + min(sums, 8 * strata.TABLE) + min(kept, strata.KEPT)
+            held += (
+                cores * 8 * controls**2 + min(sums, 8 * batch_permutations.TABLE) + min(kept, batch_permutations.KEPT)
+            )
     return held
 
 

@@ -59,7 +59,7 @@ def make_report(
     InvalidInputError, SolverError
         As :func:`perturbscope.score_perturbations`.
     """
-    from perturbscope.scoring import score_perturbations
+    from perturbscope.scoring.control import score_perturbations
 
     asked = request.score
     scores = score_perturbations(

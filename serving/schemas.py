@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.results import ScoreOptions
 
 
 class _Body(BaseModel):

@@ -26,7 +26,7 @@ from perturbscope.errors import (
     PerturbScopeError,
 )
 from perturbscope.report import Absent
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.seen import Fingerprint
 from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving.columns import Columns, read_columns

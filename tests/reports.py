@@ -10,7 +10,7 @@ import pandas as pd
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.projection import Projector
 from perturbscope.report import Report, build_report
-from perturbscope.scoring import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import ScoreOptions, score_perturbations
 
 EVIL = "<script>alert('x')</script>&\"quoted\""
 """A label that a page must not run."""

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from benchmarks.performance.harness import Options, Section, Watch, in_child, matmul_ceiling, table
 from benchmarks.performance.pairs_small import MOST, TRANSPORTED, against_peers, ask_peers, landmark_errors, papalexi
 from benchmarks.performance.pairs_transport import transports
-from perturbscope.distance_map import Method, distance_map
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.energy.all_pairs import TILE_CELLS
+from perturbscope.scoring.pair_map import Method, distance_map
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.threads import usable_cores
-from perturbscope.tiles import TILE_CELLS
 
 GROUPS, CELLS, WIDTH = 10_000, 200, 256
 """The screen of a genome."""

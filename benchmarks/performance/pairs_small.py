@@ -19,8 +19,8 @@ from scipy.stats import spearmanr
 from benchmarks.performance.harness import DATA, Options, race, table
 from evaluation.baselines import pca
 from perturbscope.cells.readers import open_cells
-from perturbscope.distance_map import distance_map
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.pair_map import distance_map
+from perturbscope.scoring.results import ScoreOptions
 
 CONTROL = "control"
 MOST = 200

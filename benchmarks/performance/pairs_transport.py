@@ -12,8 +12,8 @@ from scipy.stats import spearmanr
 
 from benchmarks.performance.harness import Options, race, table
 from benchmarks.performance.pairs_small import CONTROL, TRANSPORTED, papalexi
-from perturbscope.distances import assignment_cost, pairwise_distances, transport_cost, unit_rows
-from perturbscope.transport import PROJECTIONS, picked_costs, sliced_wasserstein
+from perturbscope.scoring.distances import assignment_cost, pairwise_distances, transport_cost, unit_rows
+from perturbscope.scoring.optimal_transport import PROJECTIONS, picked_costs, sliced_wasserstein
 
 REGULARIZATION = 0.02
 """Of Sinkhorn, as a share of the mean cost."""

@@ -18,14 +18,14 @@ from benchmarks.performance.harness import Watch, resident, tile
 from benchmarks.performance.tokenization import stream, write_tiled
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
-from perturbscope.distance_map import distance_map
 from perturbscope.families import Family
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.batching import BatchLimits
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
-from perturbscope.results import ScoreOptions
-from perturbscope.scoring import score_perturbations
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.pair_map import distance_map
+from perturbscope.scoring.results import ScoreOptions
 from training.flops import ModelSize, cell_cost
 
 CONTROL = "control"

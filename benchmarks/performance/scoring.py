@@ -28,9 +28,9 @@ from benchmarks.performance.scoring_screens import (
     score_file,
     write_screen,
 )
-from perturbscope.distances import e_distance, unit_rows
-from perturbscope.energy import DenseGroup, null_moments
-from perturbscope.scoring import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.distances import e_distance, unit_rows
+from perturbscope.scoring.energy.pool import DenseGroup, null_moments
 
 PERMUTATIONS = 1000
 PEER_PERMUTATIONS = 100

@@ -21,7 +21,7 @@ from benchmarks.reliability.inputs import Asker, is_right, real_cells, right_vec
 from benchmarks.reliability.trial import MIB, Trial, fault, settled
 from perturbscope import wire
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.wire import EmbedRequest, ScoreRequest
 from tests.integration.server import ROOT, RunningServer
 

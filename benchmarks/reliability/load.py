@@ -18,8 +18,8 @@ from benchmarks.reliability.trial import MIB, Trial, fault
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import AsyncClient, AsyncGrpcClient
 from perturbscope.errors import PerturbScopeError
-from perturbscope.results import ScoreOptions
-from perturbscope.scoring import score_perturbations
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.results import ScoreOptions
 from tests.integration.server import RunningServer, Usage
 
 POOL = 3000

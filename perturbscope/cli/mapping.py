@@ -11,7 +11,7 @@ from perturbscope.cli import console, options
 from perturbscope.cli.session import open_work
 
 if TYPE_CHECKING:
-    from perturbscope.distance_map import DistanceMap
+    from perturbscope.scoring.pair_map import DistanceMap
 
 SUFFIXES = (".parquet", ".csv", ".npz")
 
@@ -53,7 +53,7 @@ def map_pairs(
 ) -> None:
     """Map all pairs of perturbations: their distances as one matrix. Cells may be embedded by a server."""
     from perturbscope.cells.files import check_output, write_matrix
-    from perturbscope.distance_map import check_map, distance_map
+    from perturbscope.scoring.pair_map import check_map, distance_map
     from perturbscope.screen import Screen
 
     check_output(out, SUFFIXES, source=cells)

@@ -11,7 +11,7 @@ import typer
 from perturbscope.errors import InvalidParameterError
 
 if TYPE_CHECKING:
-    from perturbscope.results import ScoreOptions
+    from perturbscope.scoring.results import ScoreOptions
 
 BUNDLE_VARIABLE = "PERTURBSCOPE_BUNDLE"
 """Environment variable that names the default bundle."""
@@ -101,7 +101,7 @@ def score_options(
     InvalidParameterError
         An unknown name, or a value outside its range.
     """
-    from perturbscope.results import ScoreOptions
+    from perturbscope.scoring.results import ScoreOptions
 
     values: dict[str, Any] = {}
     for item in settings or []:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from perturbscope.cells.counts import CountMatrix
     from perturbscope.cells.readers import CellSource
     from perturbscope.report import Absent, Report
-    from perturbscope.results import ScoreResult
+    from perturbscope.scoring.results import ScoreResult
 
 PAGE = "report.html"
 """Name of the page where OUT is a folder."""

@@ -12,7 +12,7 @@ from perturbscope.cli import console, options
 from perturbscope.cli.session import open_work
 
 if TYPE_CHECKING:
-    from perturbscope.results import CompareResult, ScoreResult
+    from perturbscope.scoring.results import CompareResult, ScoreResult
 
 
 def score(

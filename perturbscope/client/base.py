@@ -31,7 +31,7 @@ from perturbscope.client.streams import Flight, Later, each, fill, fill_async
 from perturbscope.client.together import hold_together, hold_together_async
 from perturbscope.errors import InvalidEmbeddingError, UnknownModelError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
+from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 from perturbscope.wire.fields import embedding_matrix, texts
 from perturbscope.wire.messages import (
     Answer,

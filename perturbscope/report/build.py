@@ -8,14 +8,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from perturbscope.calibration import Calibration, calibrate
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.degs import deg_table
 from perturbscope.errors import InvalidInputError, ProviderUnavailableError
 from perturbscope.projection import Projection, Projector, project
 from perturbscope.report.pairs import make_pairs
 from perturbscope.report.parts import NO_GENE_SETS, Absent, Report
-from perturbscope.results import ScoreOptions, ScoreResult
+from perturbscope.scoring.calibration import Calibration, calibrate
+from perturbscope.scoring.results import ScoreOptions, ScoreResult
 
 Progress = Callable[[str, int, int], None]
 NO_COUNTS = Absent("The counts were not given, so no gene was tested.")

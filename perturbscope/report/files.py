@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from perturbscope.calibration import Calibration
 from perturbscope.cells.files import atomic, write_table
 from perturbscope.projection import Projection
 from perturbscope.report import sections
 from perturbscope.report.charts import heat_map
 from perturbscope.report.page import chart_style
 from perturbscope.report.parts import Pairs, Report
+from perturbscope.scoring.calibration import Calibration
 
 _CHART = re.compile(
     r'<svg (?:style="[^"]*" )?class="chart (?:points|map|heat|)" viewBox="0 0 (\d+) (\d+)".*?</svg>', re.DOTALL
@@ -102,7 +102,7 @@ def heat_map_file(names: Sequence[str], distances: NDArray[np.floating[Any]]) ->
     Parameters
     ----------
     names, distances
-        As of :class:`perturbscope.distance_map.DistanceMap`; negative distances are drawn as 0.
+        As of :class:`perturbscope.scoring.pair_map.DistanceMap`; negative distances are drawn as 0.
     """
     known = np.maximum(distances.astype(np.float64), 0.0)
     tree = hierarchy.linkage(squareform(known, checks=False), "average", optimal_ordering=True)

@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from perturbscope.distance_map import distance_map
 from perturbscope.report.parts import Absent, Pairs
-from perturbscope.results import ScoreOptions, ScoreResult
+from perturbscope.scoring.pair_map import distance_map
+from perturbscope.scoring.results import ScoreOptions, ScoreResult
 
 MAX_NAMES = 60
 """Most perturbations of the heat map: more names cannot be read."""

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from perturbscope.calibration import Calibration
 from perturbscope.projection import Projection
-from perturbscope.results import ScoreResult
+from perturbscope.scoring.calibration import Calibration
+from perturbscope.scoring.results import ScoreResult
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 
-from perturbscope.calibration import Calibration
 from perturbscope.degs import correlate_degs
 from perturbscope.projection import Projection
 from perturbscope.report.charts import (
@@ -30,6 +29,7 @@ from perturbscope.report.pairs import PAIR_CELLS
 from perturbscope.report.parts import Absent, Pairs, Report
 from perturbscope.report.table import plain_table
 from perturbscope.report.words import METRIC_NAMES, number
+from perturbscope.scoring.calibration import Calibration
 
 _SET_COLUMNS = {
     "gene_set": "gene set",

@@ -10,7 +10,7 @@ import pandas as pd
 
 from perturbscope.report.parts import Report
 from perturbscope.report.words import METRIC_NAMES, number, p_value
-from perturbscope.results import FLAGS
+from perturbscope.scoring.results import FLAGS
 
 _HEADS = {
     "perturbation": ("", "Label of the cells"),

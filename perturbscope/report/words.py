@@ -6,9 +6,9 @@ import math
 
 import pandas as pd
 
-from perturbscope.calibration import Calibration, CalibrationSet
 from perturbscope.report.parts import Absent, Pairs, Report
-from perturbscope.results import FLAGS
+from perturbscope.scoring.calibration import Calibration, CalibrationSet
+from perturbscope.scoring.results import FLAGS
 from perturbscope.seen import KEY
 
 METRIC_NAMES = {

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, MalformedMatrixError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.results import CompareResult, ScoreResult
+from perturbscope.scoring.results import CompareResult, ScoreResult
 from perturbscope.wire import fields as check
 from perturbscope.wire.arrow_stream import read_stream, write_stream
 from perturbscope.wire.messages import CompareAnswer, CompareRequest, EmbedRequest, ScoreAnswer, ScoreRequest

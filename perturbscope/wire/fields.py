@@ -24,7 +24,7 @@ from perturbscope.errors import (
     MalformedMatrixError,
     UnreadableFileError,
 )
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.wire.messages import Meta
 
 MAX_NAME = 512

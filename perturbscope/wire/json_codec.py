@@ -10,7 +10,7 @@ from typing import Any
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.results import CompareResult, ScoreResult
+from perturbscope.scoring.results import CompareResult, ScoreResult
 from perturbscope.wire import fields as check
 from perturbscope.wire.messages import (
     CompareAnswer,

@@ -13,7 +13,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
+from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,7 +14,7 @@ from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import InvalidEmbeddingError, InvalidInputError, InvalidParameterError, MalformedMatrixError
 from perturbscope.inference.embedder import Embeddings
 from perturbscope.proto import perturbscope_v1_pb2 as pb
-from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
+from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 from perturbscope.wire import fields as check
 from perturbscope.wire.messages import (
     CompareAnswer,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.results import COMPARE_COLUMNS, SCORE_COLUMNS
+from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS
 from perturbscope.wire.fields import integer, number, text
 from perturbscope.wire.messages import Meta
 

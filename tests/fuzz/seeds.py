@@ -19,8 +19,9 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
 from perturbscope.inference.embedder import Embeddings
 from perturbscope.proto.open_inference_pb2 import ModelInferRequest
-from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
-from perturbscope.scoring import compare_perturbations, score_perturbations
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.pairs import compare_perturbations
+from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 from perturbscope.wire import (
     CompareAnswer,
     CompareRequest,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from perturbscope import wire
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneVocabulary
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.results import ScoreOptions
 
 _GENES = GeneVocabulary.geneformer_gc30m().gene_ids[:20]
 _COUNTS = np.random.default_rng(0).poisson(2.0, size=(8, 20)) + 1

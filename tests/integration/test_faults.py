@@ -24,7 +24,7 @@ from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.wire import EmbedRequest, ScoreRequest
 from tests.bundles import write_tiny_bundle
 from tests.fuzz.mutators import mutate_arrow, mutate_bytes, mutate_json, mutate_proto

@@ -24,7 +24,7 @@ from perturbscope import wire
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import Client, GrpcClient, RetryPolicy
 from perturbscope.inference.bundle import Bundle
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.wire import EmbedRequest
 from serving.security.keys import keys_to_json, make_key
 from serving.telemetry import metrics

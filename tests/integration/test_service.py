@@ -30,8 +30,9 @@ from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from perturbscope.results import ScoreOptions
-from perturbscope.scoring import compare_perturbations, score_perturbations
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.pairs import compare_perturbations
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.wire import EmbedRequest
 from tests.bundles import write_tiny_bundle
 from tests.integration.server import ROOT, RunningServer, environment

@@ -29,7 +29,7 @@ from perturbscope.errors import (
     UnknownModelError,
     error_classes,
 )
-from perturbscope.results import COMPARE_COLUMNS, SCORE_COLUMNS
+from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS
 from tests.screens import make_screen
 
 Run = Callable[..., tuple[int, str, str]]

@@ -14,8 +14,8 @@ import pytest
 
 from perturbscope.cells.files import METADATA_KEY, write_matrix
 from perturbscope.cli.app import run
-from perturbscope.distance_map import distance_map
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.pair_map import distance_map
+from perturbscope.scoring.results import ScoreOptions
 
 LABELS = ["--perturbation-key", "target", "--use-rep", "X_pca"]
 

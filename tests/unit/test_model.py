@@ -31,7 +31,7 @@ from perturbscope.errors import (
 )
 from perturbscope.inference.embedder import Embedder
 from perturbscope.model import Model, load
-from perturbscope.results import COMPARE_COLUMNS, SCORE_COLUMNS
+from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS
 from tests.fakes import FakeEncoder
 from tests.screens import make_screen
 

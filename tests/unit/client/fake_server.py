@@ -17,7 +17,8 @@ from perturbscope.errors import PerturbScopeError, UnknownModelError
 from perturbscope.inference.embedder import Embedder
 from perturbscope.proto import perturbscope_v1_pb2 as pb
 from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeServicer, add_PerturbScopeServicer_to_server
-from perturbscope.scoring import compare_perturbations, score_perturbations
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.pairs import compare_perturbations
 from perturbscope.wire.proto_stream import stream_answer_to_proto, stream_cells_from_proto, stream_start_from_proto
 from perturbscope.wire.streams import StreamChunk, StreamOpened, StreamTotals
 

@@ -31,8 +31,9 @@ from perturbscope.errors import (
     UnknownModelError,
 )
 from perturbscope.inference.embedder import Embedder
-from perturbscope.results import ScoreOptions
-from perturbscope.scoring import compare_perturbations, score_perturbations
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.pairs import compare_perturbations
+from perturbscope.scoring.results import ScoreOptions
 from tests.ports import free_ports
 from tests.unit.client.conftest import done
 from tests.unit.client.fake_server import Abort, FakeServer

@@ -29,7 +29,7 @@ from perturbscope.errors import (
     UnauthenticatedError,
     error_classes,
 )
-from perturbscope.results import SCORE_COLUMNS
+from perturbscope.scoring.results import SCORE_COLUMNS
 
 MODELS = wire.ModelsRequest()
 OURS = {"code": "not_raw_counts", "message": "Raw counts are needed.", "field": "counts"}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from evaluation.consistency import consistency, magnitude
-from perturbscope.distances import e_distance
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, TooFewCellsError
+from perturbscope.scoring.distances import e_distance
 
 BOTH = pytest.mark.parametrize("measure", [consistency, magnitude])
 

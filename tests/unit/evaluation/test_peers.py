@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.peers import CONTROL, DEFINITIONS, PERMUTATIONS, STORED, misplaced, vectors
 from evaluation.peers import PERTPY, SCPERTURB, holm_sidak, largest_family, peer_e_test
-from perturbscope.distances import e_distance, pairwise_distances, transport_cost, wasserstein
 from perturbscope.errors import ControlLabelMissingError
-from perturbscope.scoring import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.distances import e_distance, pairwise_distances, transport_cost, wasserstein
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from evaluation.baselines import pca
 from evaluation.planted import ControlPCA, Effect, measured, plant, planted_screen, scatter
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import EmptyCellError, InvalidParameterError, TooFewCellsError, TooFewControlsError
-from perturbscope.scoring import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import ScoreOptions, score_perturbations
 
 BLOCKS = (20, 50, 100)
 MODULE = np.array([3, 7, 11, 20])

@@ -5,7 +5,7 @@ import pytest
 
 from evaluation.power import cells_needed, power
 from perturbscope.errors import ControlLabelMissingError, InvalidParameterError, TooFewCellsError
-from perturbscope.scoring import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import ScoreOptions, score_perturbations
 
 QUICK = ScoreOptions(permutations=59, repeats=1)
 

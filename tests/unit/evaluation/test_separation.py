@@ -15,9 +15,10 @@ from evaluation.separation import (
     summarise,
 )
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.energy import Moments, null_moments
 from perturbscope.errors import TooFewControlsError
-from perturbscope.scoring import ScoreOptions, compare_perturbations, score_perturbations
+from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.energy.pool import Moments, null_moments
+from perturbscope.scoring.pairs import compare_perturbations
 
 OPTIONS = SeparationOptions(permutations=99, splits=30, transport_cells=20, transport_draws=10, seed=1)
 

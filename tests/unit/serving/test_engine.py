@@ -23,7 +23,7 @@ from perturbscope.errors import (
     UnknownModelError,
 )
 from perturbscope.inference.embedder import Embedder
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving.engine import Engine
 from serving.registry import ModelRegistry
@@ -208,7 +208,7 @@ async def test_a_scoring_caller_that_goes_away_stops_the_computation(
         finally:
             ended.set()
 
-    monkeypatch.setattr("perturbscope.scoring.score_perturbations", slow)
+    monkeypatch.setattr("perturbscope.scoring.control.score_perturbations", slow)
     request = ScoreRequest(embeddings=np.ones((24, 2), dtype=np.float32), perturbations=LABELS, control="control")
     task = asyncio.create_task(make_engine().score(request))
     await asyncio.to_thread(reached.wait, 10)

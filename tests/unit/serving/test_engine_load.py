@@ -18,7 +18,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import DeadlineExceededError, InferenceError, OverloadedError, PerturbScopeError
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.embedder import Embedder
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.wire import EmbedRequest, ScoreRequest
 from serving import engine as engine_module
 from serving.calls import Call
@@ -87,7 +87,7 @@ def stage(request: pytest.FixtureRequest, fake_embedder: Embedder, monkeypatch: 
             finally:
                 held.ended.set()
 
-        monkeypatch.setattr("perturbscope.scoring.score_perturbations", score)
+        monkeypatch.setattr("perturbscope.scoring.control.score_perturbations", score)
     return held
 
 
@@ -300,7 +300,7 @@ async def test_a_score_that_was_let_in_is_finished_at_shutdown(engine: Engine, m
             steps.append(done)
         raise InferenceError("as far as this test needs it")
 
-    monkeypatch.setattr("perturbscope.scoring.score_perturbations", slow)
+    monkeypatch.setattr("perturbscope.scoring.control.score_perturbations", slow)
     request = ScoreRequest(
         embeddings=np.ones((24, 2), dtype=np.float32), perturbations=LABELS, control="control", options=OPTIONS
     )

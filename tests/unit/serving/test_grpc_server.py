@@ -20,7 +20,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
 from perturbscope.inference.embedder import Embedder
 from perturbscope.proto import perturbscope_v1_pb2 as pb
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving.engine import Engine
 from serving.grpc_server import SERVICE, GrpcServer

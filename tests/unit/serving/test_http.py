@@ -19,7 +19,7 @@ import pytest
 from perturbscope import wire
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.inference.embedder import Embedder
-from perturbscope.results import COMPARE_COLUMNS, SCORE_COLUMNS, ScoreOptions
+from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS, ScoreOptions
 from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving import openapi, schemas
 from serving.engine import Engine

@@ -12,10 +12,10 @@ import pytest
 
 from perturbscope import wire
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.comparison import compare_perturbations
 from perturbscope.errors import InvalidInputError, LimitExceededError, OverloadedError
-from perturbscope.results import ScoreOptions
-from perturbscope.scoring import score_perturbations
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.pairs import compare_perturbations
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.wire import EmbedRequest, ScoreRequest
 from perturbscope.wire.fields import parse_json
 from serving.calls import Call

@@ -18,7 +18,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import ProviderUnavailableError
 from perturbscope.inference.bundle import sha256
 from perturbscope.inference.embedder import Embedder
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.wire import ScoreRequest
 from serving import reports, schemas
 from serving.columns import likely_control

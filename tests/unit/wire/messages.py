@@ -15,7 +15,7 @@ from perturbscope import wire
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.results import CompareResult, ScoreOptions, ScoreResult
+from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
 models = st.none() | names

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 
 from perturbscope import wire
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.wire.fields import short_floats
 from tests.unit.wire.messages import MESSAGES, same
 
@@ -78,7 +78,7 @@ def test_arrow_takes_categories_wider_types_and_several_batches() -> None:
 
 
 def test_nan_travels_as_null(rng: np.random.Generator) -> None:
-    from perturbscope.scoring import score_perturbations
+    from perturbscope.scoring.control import score_perturbations
 
     labels = ["a"] * 3 + ["b"] * 20 + ["c"] * 40
     values = rng.normal(size=(len(labels), 3)).astype(np.float32)
@@ -102,7 +102,7 @@ def test_every_score_option_is_in_the_proto() -> None:
 
 def test_every_column_of_a_result_is_in_the_proto() -> None:
     from perturbscope.proto import perturbscope_v1_pb2 as pb
-    from perturbscope.results import COMPARE_COLUMNS, SCORE_COLUMNS
+    from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS
 
     assert tuple(field.name for field in pb.Score.DESCRIPTOR.fields) == SCORE_COLUMNS
     assert tuple(field.name for field in pb.Comparison.DESCRIPTOR.fields) == COMPARE_COLUMNS

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from perturbscope.distances import e_distance, unit_rows, wasserstein
 from perturbscope.errors import InvalidParameterError, TooFewCellsError
-from perturbscope.results import COMPARE_COLUMNS
-from perturbscope.scoring import ScoreOptions, compare_perturbations
+from perturbscope.scoring.control import ScoreOptions
+from perturbscope.scoring.distances import e_distance, unit_rows, wasserstein
+from perturbscope.scoring.pairs import compare_perturbations
+from perturbscope.scoring.results import COMPARE_COLUMNS
 
 FAST = ScoreOptions(permutations=99)
 

@@ -13,8 +13,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.energy import Estimator
-from perturbscope.groups import Vectors
+from perturbscope.scoring.energy.pool import Estimator
+from perturbscope.scoring.labels import Vectors
 from perturbscope.threads import in_order
 
 TILE_CELLS = 600

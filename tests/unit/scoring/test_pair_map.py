@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from perturbscope import tiles as module
-from perturbscope.comparison import compare_perturbations
-from perturbscope.distance_map import distance_map
 from perturbscope.errors import InvalidParameterError, TooFewCellsError
-from perturbscope.results import ScoreOptions
+from perturbscope.scoring.energy import all_pairs as module
+from perturbscope.scoring.pair_map import distance_map
+from perturbscope.scoring.pairs import compare_perturbations
+from perturbscope.scoring.results import ScoreOptions
 
 SIZES = {"d": 9, "a": 4, "c": 25, "b": 7, "tiny": 2}
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from perturbscope import kernels
-from perturbscope.energy import DenseGroup, Labels, Pool
-from perturbscope.kernels import Compute, Points, Subsets, distances, sums, to_numpy
-from perturbscope.scoring import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.energy import kernels
+from perturbscope.scoring.energy.kernels import Compute, Points, Subsets, distances, sums, to_numpy
+from perturbscope.scoring.energy.pool import DenseGroup, Labels, Pool
 
 RNG = np.random.default_rng(0)
 

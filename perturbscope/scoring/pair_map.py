@@ -3,8 +3,9 @@
 :func:`perturbscope.compare_perturbations` tests pairs; this measures them all. An energy distance is
 ``2 B - W_a - W_b`` with the mean distances between and within the groups. With the squared Euclidean and the cosine
 distance all B come from one product of the groups' mean vectors. With the unsquared Euclidean distance every pair of
-cells counts once (:mod:`perturbscope.tiles`), or, where that takes too long, all are approximated from distances to
-landmarks (:mod:`perturbscope.landmarks`), with the error measured on some of them.
+cells counts once (:mod:`perturbscope.scoring.energy.all_pairs`), or, where that takes too long, all are approximated
+from distances to landmarks (:mod:`perturbscope.scoring.energy.all_pairs_approximate`), with the error measured on some
+of them.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from perturbscope.energy import Group, LinearGroup
 from perturbscope.errors import InvalidParameterError
-from perturbscope.groups import Groups
-from perturbscope.landmarks import landmark_energies
-from perturbscope.results import Metric, ScoreOptions
-from perturbscope.scorers import GroupMaker
-from perturbscope.tables import provenance
-from perturbscope.tiles import energies, euclidean_sums
+from perturbscope.scoring.energy.all_pairs import energies, euclidean_sums
+from perturbscope.scoring.energy.all_pairs_approximate import landmark_energies
+from perturbscope.scoring.energy.pool import Group, LinearGroup
+from perturbscope.scoring.labels import Groups
+from perturbscope.scoring.provenance import provenance
+from perturbscope.scoring.results import Metric, ScoreOptions
+from perturbscope.scoring.scorers import GroupMaker
 
 Method = Literal["exact", "landmarks"]
 LANDMARKS = 2048
@@ -164,7 +165,7 @@ def check_map(options: ScoreOptions, method: object, landmarks: int) -> None:
 
 
 def _linear_sums(groups: Iterable[Group]) -> NDArray[np.float64]:
-    """Sums of distances from sums of vectors; see :class:`perturbscope.energy.LinearGroup`."""
+    """Sums of distances from sums of vectors; see :class:`perturbscope.scoring.energy.pool.LinearGroup`."""
     found = [
         (group.size, group.half.sum(), group.rows.sum(axis=0)) for group in groups if isinstance(group, LinearGroup)
     ]

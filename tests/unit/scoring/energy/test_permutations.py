@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare, ks_2samp
 
-from perturbscope import shuffles
-from perturbscope.energy import DenseGroup, Group, LinearGroup, Pool
-from perturbscope.shuffles import Shuffles
-from perturbscope.statistics import Exchange
+from perturbscope.scoring.energy import permutations
+from perturbscope.scoring.energy.permutations import Shuffles
+from perturbscope.scoring.energy.pool import DenseGroup, Group, LinearGroup, Pool
+from perturbscope.scoring.statistics import Exchange
 
 
 def group(kind: str, n: int, seed: int, shift: float = 0.0) -> Group:
@@ -43,7 +43,7 @@ def test_sums_over_growing_subsets_equal_direct_sums(kind: str, monkeypatch: pyt
     pools = [Pool(group(kind, n, n, shift=0.3), controls, "V") for n in (7, 20, 59, 90)]
     grown, direct = Shuffles(controls, 50, 3), Shuffles(controls, 50, 3)
     first = [null_of(grown, pool) for pool in pools]
-    monkeypatch.setattr(shuffles, "MAX_DEPTH", 0)
+    monkeypatch.setattr(permutations, "MAX_DEPTH", 0)
     for pool, expected in zip(reversed(pools), reversed(first), strict=True):
         np.testing.assert_allclose(null_of(direct, pool), expected, atol=2e-6)
 

@@ -1,6 +1,6 @@
 """Scores of perturbations against control, from embeddings and labels of cells.
 
-Works on any embedding: the model's, PCA, scVI. See :mod:`perturbscope.scorers` for what the numbers are.
+Works on any embedding: the model's, PCA, scVI. See :mod:`perturbscope.scoring.scorers` for what the numbers are.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from perturbscope.calibration import Calibration, CalibrationSet, calibrate
-from perturbscope.comparison import compare_perturbations
-from perturbscope.groups import Groups
-from perturbscope.kernels import Compute
-from perturbscope.results import SCORE_COLUMNS, CompareResult, Metric, ScoreOptions, ScoreResult
-from perturbscope.scorers import GroupMaker, Scored, Scorer, make_scorer
-from perturbscope.tables import flag_warnings, permutations_by_metric, provenance, resolution_warnings, with_q
+from perturbscope.scoring.calibration import Calibration, CalibrationSet, calibrate
+from perturbscope.scoring.energy.kernels import Compute
+from perturbscope.scoring.labels import Groups
+from perturbscope.scoring.pairs import compare_perturbations
+from perturbscope.scoring.provenance import (
+    flag_warnings,
+    permutations_by_metric,
+    provenance,
+    resolution_warnings,
+    with_q,
+)
+from perturbscope.scoring.results import SCORE_COLUMNS, CompareResult, Metric, ScoreOptions, ScoreResult
+from perturbscope.scoring.scorers import GroupMaker, Scored, Scorer, make_scorer
 from perturbscope.threads import in_order
 
 __all__ = [

@@ -2,9 +2,10 @@
 
 The distances between cells are computed once; every grouping is then a column of zeros and ones, z, and the sum of
 distances within the group it marks is the quadratic form ``z' K z``. So a thousand exchanges of labels are one matrix
-product. With unsquared Euclidean distance K is held (float32; :mod:`perturbscope.dense`); with cosine and squared
-Euclidean distance the same numbers come from sums of vectors, and K is never formed (:mod:`perturbscope.linear`). The
-null of the statistic has a closed form: :mod:`perturbscope.moments`.
+product. With unsquared Euclidean distance K is held (float32; :mod:`perturbscope.scoring.energy.matrix`); with cosine
+and squared Euclidean distance the same numbers come from sums of vectors, and K is never formed
+(:mod:`perturbscope.scoring.energy.closed_form`). The null of the statistic has a closed form:
+:mod:`perturbscope.scoring.energy.null`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from perturbscope.dense import DenseGroup, DensePart
-from perturbscope.kernels import Subsets
-from perturbscope.linear import LinearGroup
-from perturbscope.moments import RELATIVE_NOISE, Estimator, Moments, null_moments
+from perturbscope.scoring.energy.closed_form import LinearGroup
+from perturbscope.scoring.energy.kernels import Subsets
+from perturbscope.scoring.energy.matrix import DenseGroup, DensePart
+from perturbscope.scoring.energy.null import RELATIVE_NOISE, Estimator, Moments, null_moments
 
 __all__ = [
     "RELATIVE_NOISE",

@@ -9,8 +9,8 @@ from math import exp, lgamma, pi, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.distances import Floats, assignment_cost, check_rows
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
+from perturbscope.scoring.distances import Floats, assignment_cost, check_rows
 from perturbscope.threads import in_order
 
 Pick = tuple[NDArray[np.intp], NDArray[np.intp]]

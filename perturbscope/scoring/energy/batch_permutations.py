@@ -1,11 +1,11 @@
 """Exchanged labels within batches that many perturbations share.
 
-Within a batch of n_s perturbed cells and m_s controls an exchange is what :mod:`perturbscope.shuffles` describes: a
-hypergeometric number k_s of controls is marked, the first k_s in a uniform random order of the batch's controls, and
-independently a uniform subset of n_s - k_s perturbed cells. Batches are independent of each other. So orders are drawn
-once a batch, and numbers and subsets once for each n_s that occurs in it; a perturbation puts its exchanges together
-from those of its batches, and each of its p-values is as valid as with draws of its own. Draws of different
-perturbations are dependent, as they are anyway.
+Within a batch of n_s perturbed cells and m_s controls an exchange is what
+:mod:`perturbscope.scoring.energy.permutations` describes: a hypergeometric number k_s of controls is marked, the first
+k_s in a uniform random order of the batch's controls, and independently a uniform subset of n_s - k_s perturbed cells.
+Batches are independent of each other. So orders are drawn once a batch, and numbers and subsets once for each n_s that
+occurs in it; a perturbation puts its exchanges together from those of its batches, and each of its p-values is as valid
+as with draws of its own. Draws of different perturbations are dependent, as they are anyway.
 
 The sum of the distances among the marked controls then hangs on all k_s at once. For one draw, let T be the matrix of
 distances between controls in their orders, batch after batch, summed up along both axes within each batch. The sum is
@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.dense import DenseGroup
-from perturbscope.energy import Group, Labels
-from perturbscope.kernels import Subsets, to_numpy
-from perturbscope.shuffles import CHUNK
-from perturbscope.statistics import generator
+from perturbscope.scoring.energy.kernels import Subsets, to_numpy
+from perturbscope.scoring.energy.matrix import DenseGroup
+from perturbscope.scoring.energy.permutations import CHUNK
+from perturbscope.scoring.energy.pool import Group, Labels
+from perturbscope.scoring.statistics import generator
 from perturbscope.threads import in_order
 
 TABLE = 2**24

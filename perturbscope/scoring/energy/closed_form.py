@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.kernels import Subsets
-from perturbscope.moments import Moments, moments_of
+from perturbscope.scoring.energy.kernels import Subsets
+from perturbscope.scoring.energy.null import Moments, moments_of
 
 
 class LinearMarks(NamedTuple):
@@ -37,21 +37,21 @@ class LinearGroup:
         return sums
 
     def mark(self, members: NDArray[np.float32] | Subsets) -> LinearMarks:
-        """See :class:`perturbscope.energy.Group`."""
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
         subsets = Subsets.of(members)
         return LinearMarks(subsets.counts, subsets.sums(self.half), subsets.sums(self.rows))
 
     def within(self, marked: LinearMarks) -> NDArray[np.float64]:
-        """See :class:`perturbscope.energy.Group`."""
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
         return _within(marked.n, marked.half, marked.total)
 
     def inside(self, chosen: NDArray[np.intp]) -> NDArray[np.float64]:
-        """See :class:`perturbscope.energy.Group`."""
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
         totals = np.stack([self.rows[cells].sum(axis=0) for cells in chosen])
         return _within(np.full(len(chosen), chosen.shape[1]), self.half[chosen].sum(axis=1), totals)
 
     def growing(self, orders: NDArray[np.intp]) -> NDArray[np.float64]:
-        """See :class:`perturbscope.energy.Group`."""
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
         sums = np.zeros((len(orders), orders.shape[1] + 1))
         n = np.arange(1, orders.shape[1] + 1)
         for order, row in zip(orders, sums, strict=True):
@@ -59,7 +59,7 @@ class LinearGroup:
         return sums
 
     def moments(self) -> Moments:
-        """See :class:`perturbscope.energy.Group`."""
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
         # sum_ij (h_i + h_j - u_i.u_j)^2, multiplied out; (u_i.u_j)^2 sums to the squared norm of the Gram matrix.
         h, u = self.half, self.rows
         gram = u.T @ u
@@ -72,7 +72,7 @@ class LinearGroup:
         return moments_of(self.row_sums, squares)
 
     def link(self, other: LinearGroup) -> LinearLink:
-        """See :class:`perturbscope.energy.Group`."""
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
         return LinearLink(self, other)
 
 
@@ -84,7 +84,7 @@ class LinearLink:
         self.sums_a, self.sums_b = a._sums_to(b), b._sums_to(a)
 
     def between(self, marked_a: LinearMarks, marked_b: LinearMarks) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """See :class:`perturbscope.energy.Link`."""
+        """See :class:`perturbscope.scoring.energy.pool.Link`."""
         a, b = marked_a, marked_b
         some: NDArray[np.float64] = b.n * a.half + a.n * b.half - np.einsum("rw,rw->r", a.total, b.total)
         own = self.a

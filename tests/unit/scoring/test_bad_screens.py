@@ -26,8 +26,9 @@ from perturbscope.errors import (
     TooFewCellsError,
     TooFewControlsError,
 )
-from perturbscope.results import FLAGS, ScoreOptions
-from perturbscope.scoring import calibrate, compare_perturbations, score_perturbations
+from perturbscope.scoring.control import calibrate, score_perturbations
+from perturbscope.scoring.pairs import compare_perturbations
+from perturbscope.scoring.results import FLAGS, ScoreOptions
 from tests.screens import make_screen
 
 METRICS = ("e_distance", "cosine_e_distance", "wasserstein")

@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from perturbscope.errors import InvalidParameterError
-from perturbscope.groups import MIN_CONTROLS, Groups
-from perturbscope.results import FLAGS, Metric, ScoreOptions
-from perturbscope.scorers import GroupMaker, Scored, make_scorer
-from perturbscope.statistics import Uniformity, generator, uniformity
-from perturbscope.tables import provenance
+from perturbscope.scoring.labels import MIN_CONTROLS, Groups
+from perturbscope.scoring.provenance import provenance
+from perturbscope.scoring.results import FLAGS, Metric, ScoreOptions
+from perturbscope.scoring.scorers import GroupMaker, Scored, make_scorer
+from perturbscope.scoring.statistics import Uniformity, generator, uniformity
 
 MAX_CALIBRATION_CELLS = 1000
 """Most controls used: the splits are many, and each is scored in full."""

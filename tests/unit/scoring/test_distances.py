@@ -11,7 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from scipy.stats import ortho_group, wasserstein_distance
 
-from perturbscope.distances import (
+from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, SolverError, TooFewCellsError
+from perturbscope.scoring.distances import (
     assignment_cost,
     check_rows,
     cosine_e_distance,
@@ -21,7 +22,6 @@ from perturbscope.distances import (
     unit_rows,
     wasserstein,
 )
-from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, SolverError, TooFewCellsError
 
 DISTANCES = ["euclidean", "sqeuclidean", "cosine"]
 
@@ -149,7 +149,7 @@ def test_order_of_cells_does_not_matter(groups, rng):
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_pairwise_matches_scipy_and_equal_rows_are_at_zero(rng, distance, monkeypatch):
-    monkeypatch.setattr("perturbscope.distances.TILE_VALUES", 100)  # several tiles
+    monkeypatch.setattr("perturbscope.scoring.distances.TILE_VALUES", 100)  # several tiles
     x = np.vstack([rng.normal(size=(30, 5)), np.zeros((0, 5))]) + 1000 * (distance != "cosine")
     y = np.vstack([x[:3], rng.normal(size=(17, 5)) + 1000 * (distance != "cosine")])
     found = pairwise_distances(x, y, distance=distance)
@@ -194,7 +194,8 @@ def test_solver_that_stops_early_raises_instead_of_giving_a_number(rng):
 
 def test_transport_imports_no_array_library_and_leaves_the_environment_alone():
     code = (
-        "import os, sys, numpy as np; before = dict(os.environ); from perturbscope.distances import wasserstein; "
+        "import os, sys, numpy as np; before = dict(os.environ); "
+        "from perturbscope.scoring.distances import wasserstein; "
         "assert 'ot' not in sys.modules; wasserstein(np.eye(3), np.eye(3)); assert dict(os.environ) == before; "
         "print([m for m in ('torch', 'jax', 'tensorflow', 'cupy') if m in sys.modules])"
     )

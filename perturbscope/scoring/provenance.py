@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from perturbscope.groups import Groups
-from perturbscope.results import FLAGS, ScoreOptions
-from perturbscope.statistics import benjamini_hochberg, bonferroni
+from perturbscope.scoring.labels import Groups
+from perturbscope.scoring.results import FLAGS, ScoreOptions
+from perturbscope.scoring.statistics import benjamini_hochberg, bonferroni
 
 _TOLD = (
     "constant_embeddings",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from perturbscope.errors import InvalidParameterError
-from perturbscope.scoring import ScoreOptions, calibrate
+from perturbscope.scoring.control import ScoreOptions, calibrate
 
 BOTH = ScoreOptions(metrics=("e_distance", "cosine_e_distance"))
 

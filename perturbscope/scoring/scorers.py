@@ -4,8 +4,8 @@ Distance: the mean over `repeats` control samples as large as the perturbation's
 
 z: ``(distance - null_mean) / null_sd``, where the null is THIS statistic on controls: a group of as many controls
 against the mean over as many size-matched samples of other controls. For the energy distances its mean and sd are exact
-(:func:`perturbscope.energy.null_moments`); for Wasserstein they are estimated from `null_draws` random draws. A null of
-single draws beside an averaged distance, or of another size, would not have sd 1.
+(:func:`perturbscope.scoring.energy.pool.null_moments`); for Wasserstein they are estimated from `null_draws` random
+draws. A null of single draws beside an averaged distance, or of another size, would not have sd 1.
 
 p: the E-test. Labels "perturbed" and "control" are exchanged over the pooled cells, within batches where they are
 given. For the energy distances its statistic is the distance to all controls, the limit of the mean over many samples.
@@ -21,16 +21,25 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.distances import MAX_TRANSPORT_CELLS, assignment_cost, pairwise_distances
-from perturbscope.energy import RELATIVE_NOISE, DenseGroup, DensePart, Group, LinearGroup, Moments, Pool, null_moments
 from perturbscope.errors import TooFewControlsError
-from perturbscope.groups import Groups
-from perturbscope.kernels import HOST, Compute
-from perturbscope.results import Metric, ScoreOptions
-from perturbscope.shuffles import Shuffles
-from perturbscope.statistics import Exchange, empirical_p, generator, random_subsets
-from perturbscope.strata import StratifiedShuffles
-from perturbscope.transport import picked_costs
+from perturbscope.scoring.distances import MAX_TRANSPORT_CELLS, assignment_cost, pairwise_distances
+from perturbscope.scoring.energy.batch_permutations import StratifiedShuffles
+from perturbscope.scoring.energy.kernels import HOST, Compute
+from perturbscope.scoring.energy.permutations import Shuffles
+from perturbscope.scoring.energy.pool import (
+    RELATIVE_NOISE,
+    DenseGroup,
+    DensePart,
+    Group,
+    LinearGroup,
+    Moments,
+    Pool,
+    null_moments,
+)
+from perturbscope.scoring.labels import Groups
+from perturbscope.scoring.optimal_transport import picked_costs
+from perturbscope.scoring.results import Metric, ScoreOptions
+from perturbscope.scoring.statistics import Exchange, empirical_p, generator, random_subsets
 
 NULL_REPEATS = 4
 """Most control samples beside one group in a drawn null; fewer leave the sd of an averaged distance uncertain."""

@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.energy import Estimator
-from perturbscope.groups import Vectors
-from perturbscope.statistics import correlation, generator
+from perturbscope.scoring.energy.all_pairs import energies, euclidean_sums
+from perturbscope.scoring.energy.pool import Estimator
+from perturbscope.scoring.labels import Vectors
+from perturbscope.scoring.statistics import correlation, generator
 from perturbscope.threads import in_order
-from perturbscope.tiles import energies, euclidean_sums
 
 RANK_SHARE, MIN_RANK = 4, 512
 """Features: one for so many landmarks, but not fewer than these."""
@@ -87,7 +87,7 @@ def landmark_energies(
     Parameters
     ----------
     rows, origin, members
-        As of :func:`perturbscope.tiles.euclidean_sums`.
+        As of :func:`perturbscope.scoring.energy.all_pairs.euclidean_sums`.
     estimator
         ``U`` or ``V``.
     landmarks

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from perturbscope.distances import e_distance, unit_rows
-from perturbscope.energy import DenseGroup, LinearGroup, Pool, null_moments
+from perturbscope.scoring.distances import e_distance, unit_rows
+from perturbscope.scoring.energy.pool import DenseGroup, LinearGroup, Pool, null_moments
 
 KINDS = ["euclidean", "sqeuclidean", "cosine"]
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.kernels import HOST, Compute, Points, Subsets, distances, to_numpy
-from perturbscope.kernels import sums as sums_of
-from perturbscope.moments import Moments, moments_of
+from perturbscope.scoring.energy.kernels import HOST, Compute, Points, Subsets, distances, to_numpy
+from perturbscope.scoring.energy.kernels import sums as sums_of
+from perturbscope.scoring.energy.null import Moments, moments_of
 
 _ROWS = 512
 
@@ -45,15 +45,15 @@ class DenseGroup:
         self.row_sums = sums_of(self.matrix, 1)
 
     def mark(self, members: NDArray[np.float32] | Subsets) -> Subsets:
-        """See :class:`perturbscope.energy.Group`."""
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
         return Subsets.of(members)
 
     def within(self, marked: Subsets) -> NDArray[np.float64]:
-        """See :class:`perturbscope.energy.Group`."""
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
         return marked.dots(marked.sums(self.matrix))
 
     def inside(self, chosen: NDArray[np.intp]) -> NDArray[np.float64]:
-        """See :class:`perturbscope.energy.Group`."""
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
         if self.size <= _ROWS:
             counts = np.full(len(chosen), chosen.shape[1])
             return self.within(Subsets(chosen.ravel(), counts, self.size))
@@ -68,7 +68,7 @@ class DenseGroup:
         return self.matrix[rows[:, None], columns[None, :]]
 
     def growing(self, orders: NDArray[np.intp]) -> NDArray[np.float64]:
-        """See :class:`perturbscope.energy.Group`."""
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
         sums = np.zeros((len(orders), orders.shape[1] + 1))
         for order, row in zip(orders, sums, strict=True):
             # What a cell adds: its distances to those before it, in both directions.
@@ -77,12 +77,12 @@ class DenseGroup:
         return sums
 
     def moments(self) -> Moments:
-        """See :class:`perturbscope.energy.Group`."""
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
         tiles = (to_numpy(self.matrix[i : i + _ROWS]).astype(np.float64) for i in range(0, self.size, _ROWS))
         return moments_of(self.row_sums, sum(float(np.vdot(tile, tile)) for tile in tiles))
 
     def link(self, other: DenseGroup) -> DenseLink:
-        """See :class:`perturbscope.energy.Group`."""
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
         return DenseLink(self, other)
 
 
@@ -99,7 +99,7 @@ class DensePart(DenseGroup):
         self.whole, self.positions = whole, positions
 
     def link(self, other: DenseGroup) -> DenseLink:
-        """See :class:`perturbscope.energy.Group`."""
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
         if isinstance(other, DensePart) and other.whole is self.whole:
             return DenseLink(self, other, self.whole.part(other.positions, self.positions))
         return DenseLink(self, other)
@@ -117,5 +117,5 @@ class DenseLink:
         self.sums_b = sums_of(self.matrix, 1)
 
     def between(self, marked_a: Subsets, marked_b: Subsets) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """See :class:`perturbscope.energy.Link`."""
+        """See :class:`perturbscope.scoring.energy.pool.Link`."""
         return marked_a.dots(marked_b.sums(self.matrix)), marked_b.sums(self.sums_b)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, pearsonr, spearmanr
 
-from perturbscope.statistics import (
+from perturbscope.scoring.statistics import (
     Exchange,
     benjamini_hochberg,
     bonferroni,

@@ -9,15 +9,21 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from perturbscope.distances import MAX_TRANSPORT_CELLS, assignment_cost, pairwise_distances, transport_cost
-from perturbscope.energy import RELATIVE_NOISE, Group, Moments, Pool, null_moments
 from perturbscope.errors import InvalidParameterError
-from perturbscope.groups import Groups
-from perturbscope.results import COMPARE_COLUMNS, CompareResult, Metric, ScoreOptions
-from perturbscope.scorers import CONSTANT, GroupMaker, Scored, control_moments, exchange_flags, is_constant
-from perturbscope.statistics import Exchange, empirical_p, generator
-from perturbscope.tables import flag_warnings, permutations_by_metric, provenance, resolution_warnings, with_q
-from perturbscope.transport import picked_costs
+from perturbscope.scoring.distances import MAX_TRANSPORT_CELLS, assignment_cost, pairwise_distances, transport_cost
+from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Moments, Pool, null_moments
+from perturbscope.scoring.labels import Groups
+from perturbscope.scoring.optimal_transport import picked_costs
+from perturbscope.scoring.provenance import (
+    flag_warnings,
+    permutations_by_metric,
+    provenance,
+    resolution_warnings,
+    with_q,
+)
+from perturbscope.scoring.results import COMPARE_COLUMNS, CompareResult, Metric, ScoreOptions
+from perturbscope.scoring.scorers import CONSTANT, GroupMaker, Scored, control_moments, exchange_flags, is_constant
+from perturbscope.scoring.statistics import Exchange, empirical_p, generator
 
 
 def compare_perturbations(
@@ -34,8 +40,8 @@ def compare_perturbations(
 
     p comes from exchanging the labels of the two groups (within batches where they are given). z has one of two nulls:
     with `control`, and for the energy distances, two disjoint groups of controls of the same two sizes, in closed form
-    (:mod:`perturbscope.energy`); otherwise the exchanged labels themselves, whose spread grows with the difference, so
-    that z levels off. All cells of a perturbation are used, up to the options' `max_cells`.
+    (:mod:`perturbscope.scoring.energy.pool`); otherwise the exchanged labels themselves, whose spread grows with the
+    difference, so that z levels off. All cells of a perturbation are used, up to the options' `max_cells`.
 
     Parameters
     ----------

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare, ks_2samp
 
-from perturbscope import strata
-from perturbscope.energy import DenseGroup, Group, LinearGroup, Pool
-from perturbscope.scoring import ScoreOptions, score_perturbations
-from perturbscope.statistics import Exchange
-from perturbscope.strata import StratifiedShuffles
+from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.energy import batch_permutations
+from perturbscope.scoring.energy.batch_permutations import StratifiedShuffles
+from perturbscope.scoring.energy.pool import DenseGroup, Group, LinearGroup, Pool
+from perturbscope.scoring.statistics import Exchange
 
 KINDS = pytest.mark.parametrize("kind", ["dense", "linear"])
 
@@ -57,8 +57,8 @@ def test_sums_prepared_for_many_groups_equal_direct_sums(monkeypatch: pytest.Mon
     rng = np.random.default_rng(5)
     controls, batches = group("dense", 90, 1), rng.integers(4, size=90)
     groups = [rng.integers(6, size=n) for n in (5, 9, 14, 40)] + [np.full(3, 9), np.full(60, 1)]
-    monkeypatch.setattr(strata, "CHUNK", 40)
-    monkeypatch.setattr(strata, "_ROWS", 2)
+    monkeypatch.setattr(batch_permutations, "CHUNK", 40)
+    monkeypatch.setattr(batch_permutations, "_ROWS", 2)
     monkeypatch.setattr(StratifiedShuffles, "_pays", lambda *_: True)
     prepared, direct = (StratifiedShuffles(controls, batches, 100, 3) for _ in range(2))
     prepared.prepare(groups)

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.energy import DenseGroup, Group, Labels
-from perturbscope.kernels import Subsets
-from perturbscope.statistics import generator
+from perturbscope.scoring.energy.kernels import Subsets
+from perturbscope.scoring.energy.pool import DenseGroup, Group, Labels
+from perturbscope.scoring.statistics import generator
 
 CHUNK = 1000
 """Exchanges that are evaluated at a time."""

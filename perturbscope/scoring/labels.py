@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from perturbscope.distances import Floats, check_rows, unit_rows
 from perturbscope.errors import (
     ControlLabelMissingError,
     InvalidParameterError,
@@ -19,8 +18,9 @@ from perturbscope.errors import (
     TooFewCellsError,
     TooFewControlsError,
 )
-from perturbscope.results import ScoreOptions
-from perturbscope.statistics import generator
+from perturbscope.scoring.distances import Floats, check_rows, unit_rows
+from perturbscope.scoring.results import ScoreOptions
+from perturbscope.scoring.statistics import generator
 
 MIN_CONTROLS = 4
 """Cells that the null's unbiased moments need at the very least."""

@@ -8,7 +8,6 @@ import anndata
 import numpy as np
 import pytest
 
-from perturbscope.distances import e_distance, unit_rows
 from perturbscope.errors import (
     ControlLabelMissingError,
     InvalidEmbeddingError,
@@ -17,9 +16,10 @@ from perturbscope.errors import (
     TooFewCellsError,
     TooFewControlsError,
 )
-from perturbscope.results import FLAGS, SCORE_COLUMNS
-from perturbscope.scoring import ScoreOptions, score_perturbations
-from perturbscope.statistics import benjamini_hochberg
+from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.distances import e_distance, unit_rows
+from perturbscope.scoring.results import FLAGS, SCORE_COLUMNS
+from perturbscope.scoring.statistics import benjamini_hochberg
 
 FAST = ScoreOptions(permutations=99)
 

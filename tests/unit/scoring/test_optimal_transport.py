@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from perturbscope import threads
-from perturbscope.distances import assignment_cost, pairwise_distances, transport_cost, wasserstein
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, SolverError
-from perturbscope.transport import BATCH, SMALL, Pick, picked_costs, sliced_wasserstein
+from perturbscope.scoring.distances import assignment_cost, pairwise_distances, transport_cost, wasserstein
+from perturbscope.scoring.optimal_transport import BATCH, SMALL, Pick, picked_costs, sliced_wasserstein
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_sliced_of_a_shift_is_about_its_length_and_never_above_exact(monkeypatch
     whole = sliced_wasserstein(x, y, projections=4000)
     assert 0 < whole <= wasserstein(x, y)
     assert sliced_wasserstein(y, x, projections=4000) == pytest.approx(whole)
-    monkeypatch.setattr("perturbscope.transport._SORTED", 500)
+    monkeypatch.setattr("perturbscope.scoring.optimal_transport._SORTED", 500)
     assert sliced_wasserstein(x, y, projections=4000) == pytest.approx(whole)
 
 

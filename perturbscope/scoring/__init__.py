@@ -1,0 +1,1 @@
+"""Labels and vectors in, scores of perturbations out; imports errors and threads, and knows no model."""
