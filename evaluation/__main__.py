@@ -26,9 +26,9 @@ from evaluation.figures import write_figures
 from evaluation.run import RunOptions, ScreenResult, by_target, evaluate, overview, separation_table
 from evaluation.scvi import ScviOptions
 from evaluation.tables import markdown, screen_page
+from perturbscope.analysis.gene_sets import read_gmt
 from perturbscope.cells.files import atomic
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
-from perturbscope.gene_sets import read_gmt
 
 PLACE = "<!-- results -->"
 """Line of a page's template that the tables take."""

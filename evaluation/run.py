@@ -26,9 +26,9 @@ from evaluation.separation import (
     separate,
     summarise,
 )
-from perturbscope.degs import deg_table
+from perturbscope.analysis.degs import deg_table
+from perturbscope.analysis.umap import is_available, project
 from perturbscope.errors import PerturbScopeError
-from perturbscope.projection import is_available, project
 from perturbscope.scoring.calibration import CALIBRATION_PERMUTATIONS
 from perturbscope.scoring.statistics import correlation, uniformity
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope import wire
+from perturbscope.analysis.umap import umap_in_process
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.projection import umap_in_process
 from perturbscope.report import Absent, Report, build_report, render_report
 from perturbscope.wire import Meta, ScoreRequest
 

@@ -7,8 +7,8 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
+from perturbscope.analysis.umap import Projector
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.projection import Projector
 from perturbscope.report import Report, build_report
 from perturbscope.scoring.control import ScoreOptions, score_perturbations
 

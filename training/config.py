@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from perturbscope.degs import DegOptions
+from perturbscope.analysis.degs import DegOptions
 from perturbscope.errors import InvalidParameterError
 
 Precision = Literal["fp32", "bf16", "fp16"]

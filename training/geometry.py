@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from perturbscope.degs import log_normalized
+from perturbscope.analysis.degs import log_normalized
 from training.config import GeometryConfig, SourceConfig
 from training.corpus import chunks, open_source
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from perturbscope.degs import RankTester, count_degs, log_normalized, target_columns
+from perturbscope.analysis.degs import RankTester, count_degs, log_normalized, target_columns
 from perturbscope.errors import (
     ControlLabelMissingError,
     CorruptBundleError,

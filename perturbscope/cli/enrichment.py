@@ -47,9 +47,9 @@ def degs(
 
     import numpy as np
 
+    from perturbscope.analysis.degs import DegOptions, deg_null, deg_table, target_columns
     from perturbscope.cells.files import check_output, write_table
     from perturbscope.cells.readers import open_cells
-    from perturbscope.degs import DegOptions, deg_null, deg_table, target_columns
     from perturbscope.scoring.provenance import release
 
     check_output(out, [".parquet", ".csv"], source=cells)
@@ -123,9 +123,9 @@ def enrich(
     seed: options.Seed = 0,
 ) -> None:
     """Test whether gene sets gather at the top of a ranking; beside it, within strata of the number of cells."""
+    from perturbscope.analysis.enrichment import enrich_scores
+    from perturbscope.analysis.gene_sets import read_gmt
     from perturbscope.cells.files import check_output, read_table, write_table
-    from perturbscope.enrichment import enrich_scores
-    from perturbscope.gene_sets import read_gmt
 
     check_output(out, [".parquet", ".csv"], source=scores)
     with console.progress_bars() as progress:

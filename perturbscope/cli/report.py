@@ -58,9 +58,9 @@ def report(
 
     A folder as OUT gets report.html, the tables as CSV and parquet, and the figures as SVG and PNG.
     """
+    from perturbscope.analysis.gene_sets import read_gmt
     from perturbscope.backends import scorer_of
     from perturbscope.cells.files import check_output
-    from perturbscope.gene_sets import read_gmt
     from perturbscope.report import build_report, write_report
     from perturbscope.screen import Screen
 
@@ -138,7 +138,7 @@ def _enrichment(
     sets: dict[str, tuple[str, ...]] | None, scores: ScoreResult, seed: int, progress: StageProgress
 ) -> pd.DataFrame | Absent:
     """Gene sets at the top of the ranking by the first metric."""
-    from perturbscope.enrichment import enrich_scores
+    from perturbscope.analysis.enrichment import enrich_scores
     from perturbscope.errors import InvalidInputError
     from perturbscope.report import Absent
 

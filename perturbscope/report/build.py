@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from perturbscope.analysis.degs import deg_table
+from perturbscope.analysis.umap import Projection, Projector, project
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.degs import deg_table
 from perturbscope.errors import InvalidInputError, ProviderUnavailableError
-from perturbscope.projection import Projection, Projector, project
 from perturbscope.report.pairs import make_pairs
 from perturbscope.report.parts import NO_GENE_SETS, Absent, Report
 from perturbscope.scoring.calibration import Calibration, calibrate

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
+from perturbscope.analysis.umap import Projection
 from perturbscope.cells.files import atomic, write_table
-from perturbscope.projection import Projection
 from perturbscope.report import sections
 from perturbscope.report.charts import heat_map
 from perturbscope.report.page import chart_style

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from perturbscope.projection import Projection
+from perturbscope.analysis.umap import Projection
 from perturbscope.scoring.calibration import Calibration
 from perturbscope.scoring.results import ScoreResult
 
@@ -70,7 +70,7 @@ class Report:
     calibration
         Controls against controls.
     degs
-        ``perturbation, n_cells, n_degs, n_tested``, as :func:`perturbscope.degs.deg_table` gives it.
+        ``perturbation, n_cells, n_degs, n_tested``, as :func:`perturbscope.analysis.degs.deg_table` gives it.
     projection
         A map of the cells.
     pairs

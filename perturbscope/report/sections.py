@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from perturbscope.degs import correlate_degs
-from perturbscope.projection import Projection
+from perturbscope.analysis.degs import correlate_degs
+from perturbscope.analysis.umap import Projection
 from perturbscope.report.charts import (
     NARROW,
     WIDE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from perturbscope import projection
+from perturbscope.analysis import umap
 from perturbscope.cli.app import run
 from tests.reports import first_two
 from tests.screens import make_screen
@@ -14,7 +14,7 @@ LABELS = ["--perturbation-key", "perturbation", "--control", "control", "--set",
 
 @pytest.fixture(autouse=True)
 def _quick_map(monkeypatch):
-    monkeypatch.setattr(projection, "umap_coordinates", first_two)
+    monkeypatch.setattr(umap, "umap_coordinates", first_two)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import perturbscope
-from perturbscope import projection
+from perturbscope.analysis import umap
 from perturbscope.backends import LocalBackend
 from perturbscope.cli.app import run
 from perturbscope.inference.bundle import Bundle, sha256
@@ -183,7 +183,7 @@ def test_a_file_is_not_read_for_a_bundle_without_data(
 def test_the_commands_say_it(
     screen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(projection, "umap_coordinates", first_two)
+    monkeypatch.setattr(umap, "umap_coordinates", first_two)
     bundle = tmp_path / "bundle"
     Bundle.write(bundle, tiny_manifest(training=stage(sha256(screen))), tiny_files())
     for command, out, options in (

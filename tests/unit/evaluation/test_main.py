@@ -18,9 +18,9 @@ from evaluation.run import RunOptions, by_target, deg_correlation, evaluate, ove
 from evaluation.screens import open_screen
 from evaluation.separation import SeparationOptions
 from evaluation.tables import markdown, screen_page
+from perturbscope.analysis.gene_sets import read_gmt
+from perturbscope.analysis.umap import project
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
-from perturbscope.gene_sets import read_gmt
-from perturbscope.projection import project
 from tests.screens import make_screen
 
 FAST = {

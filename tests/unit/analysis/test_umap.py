@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from perturbscope import projection
+from perturbscope.analysis import umap
+from perturbscope.analysis.umap import nearest, project, stratified_sample, umap_coordinates, umap_in_process
 from perturbscope.errors import (
     InvalidEmbeddingError,
     InvalidParameterError,
@@ -13,7 +14,6 @@ from perturbscope.errors import (
     ProviderUnavailableError,
     TooFewCellsError,
 )
-from perturbscope.projection import nearest, project, stratified_sample, umap_coordinates, umap_in_process
 from tests.reports import first_two
 
 
@@ -49,7 +49,7 @@ def test_what_the_process_says_is_said_here(rng):
 
 
 def test_neighbours_are_exact_and_start_with_the_row_itself(rng, monkeypatch):
-    monkeypatch.setattr(projection, "_ROWS", 7)
+    monkeypatch.setattr(umap, "_ROWS", 7)
     values = rng.normal(size=(40, 3)).astype(np.float32)
     values[11] = values[5]
     rows, distances = nearest(values, 6)
@@ -101,6 +101,6 @@ def test_bad_input_is_named(rng, monkeypatch):
         umap_coordinates(values, min_dist=2)
     with pytest.raises(TooFewCellsError):
         umap_coordinates(values, n_neighbors=20)
-    monkeypatch.setattr(projection, "is_available", lambda: False)
+    monkeypatch.setattr(umap, "is_available", lambda: False)
     with pytest.raises(ProviderUnavailableError, match=r"pip install 'perturbscope\[report\]'"):
         umap_coordinates(values)

@@ -12,8 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from perturbscope.cli.app import run
-from perturbscope.enrichment import (
+from perturbscope.analysis.enrichment import (
     ENRICHMENT_COLUMNS,
     count_strata,
     default_grid,
@@ -21,8 +20,9 @@ from perturbscope.enrichment import (
     enrich_scores,
     members_of,
 )
+from perturbscope.analysis.gene_sets import read_gmt
+from perturbscope.cli.app import run
 from perturbscope.errors import InvalidParameterError, MalformedMatrixError, MissingColumnError, UnreadableFileError
-from perturbscope.gene_sets import read_gmt
 from tests.screens import make_screen
 
 NAMES = [f"target-{i}" for i in range(60)]

@@ -171,8 +171,9 @@ def enrich_scores(
     rank_by
         Column to rank by, largest first; perturbations without a number in it are left out.
     degs
-        Numbers of differentially expressed genes, as :func:`perturbscope.degs.deg_table` gives them. Only perturbations
-        with at most `max_degs` are then ranked: with 0, those whose effect the usual analysis does not see.
+        Numbers of differentially expressed genes, as :func:`perturbscope.analysis.degs.deg_table` gives them. Only
+        perturbations with at most `max_degs` are then ranked: with 0, those whose effect the usual analysis does not
+        see.
     gene_sets, grid, draws, seed, progress
         As of :func:`enrich`.
 

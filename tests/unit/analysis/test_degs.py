@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 from scipy import sparse, stats
 
-from perturbscope.cells.counts import CountMatrix
-from perturbscope.degs import (
+from perturbscope.analysis.degs import (
     DegOptions,
     RankTester,
     correlate_degs,
@@ -16,6 +15,7 @@ from perturbscope.degs import (
     log_normalized,
     target_columns,
 )
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import (
     ControlLabelMissingError,
     InvalidParameterError,

@@ -4,7 +4,7 @@ UMAP shows neighbourhoods. Distances between far clusters, and their sizes, mean
 scores are for concluding. umap-learn does the work and is imported only here, when it is used: it compiles itself for
 ten seconds or more, and is no dependency of scoring. It comes with ``perturbscope[report]``.
 
-``python -m perturbscope.projection`` reads vectors from stdin and writes coordinates to stdout (both ``.npy``), for
+``python -m perturbscope.analysis.umap`` reads vectors from stdin and writes coordinates to stdout (both ``.npy``), for
 servers: compiling holds the interpreter's lock, which would stop their other requests.
 """
 
@@ -219,7 +219,7 @@ def umap_in_process(
         Called a few times a second; what it raises ends the process, and is raised here.
     """
     options = json.dumps({"n_neighbors": n_neighbors, "min_dist": min_dist, "seed": seed})
-    command = [sys.executable, "-m", "perturbscope.projection", options]
+    command = [sys.executable, "-m", "perturbscope.analysis.umap", options]
     # Files and not pipes: a pipe that nobody reads while the other side waits would stop both.
     with tempfile.TemporaryFile() as sent, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as told:
         np.save(sent, check_rows(embeddings).astype(np.float32), allow_pickle=False)
