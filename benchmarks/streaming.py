@@ -33,9 +33,9 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import open_cells
 from perturbscope.client import ChunkLimits, Client, GrpcClient
 from perturbscope.inference.bundle import Bundle
-from perturbscope.wire import ARROW
-from perturbscope.wire.arrow_messages import stream_answers_from_arrow, stream_request_to_arrow
-from perturbscope.wire.streams import StreamChunk, StreamStart
+from perturbscope.protocol import ARROW
+from perturbscope.protocol.arrow_streams import stream_answers_from_arrow, stream_request_to_arrow
+from perturbscope.protocol.streams import StreamChunk, StreamStart
 from tests import bundles
 from tests.integration.server import RunningServer
 

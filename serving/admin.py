@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.errors import InvalidParameterError
 from serving import openapi, schemas
 from serving.calls import Call
@@ -84,7 +84,7 @@ def _endpoint(path: str, change: Change) -> Callable[[Request], Awaitable[Respon
     async def endpoint(request: Request) -> Response:
         async def work(call: Call, hold: Held) -> Response:
             answer = await while_connected(request, change(request.app.state.engine, request))
-            return Response(json.dumps(answer), media_type=wire.JSON)
+            return Response(json.dumps(answer), media_type=protocol.JSON)
 
         return await answered(request, path, work, right="admin")
 

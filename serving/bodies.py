@@ -16,7 +16,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.errors import InvalidParameterError, LimitExceededError, OverloadedError, UnsupportedMediaTypeError
 from serving.calls import Call
 from serving.engine import Engine
@@ -28,7 +28,7 @@ from serving.workers import size_of
 
 T = TypeVar("T")
 MULTIPART = "multipart/form-data"
-HDF5_TYPES = (wire.HDF5, "application/octet-stream")
+HDF5_TYPES = (protocol.HDF5, "application/octet-stream")
 """An .h5ad file as the raw body; curl --data-binary is often told the second."""
 _MAX_FIELD_BYTES = 2**20
 _WRITTEN_AT_ONCE = 2**20
@@ -43,7 +43,7 @@ class LimitedBody:
         self.headers = request.headers
         self.content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         self.query = dict(request.query_params)
-        json = self.content_type == wire.JSON
+        json = self.content_type == protocol.JSON
         self._limit = min(engine.settings.max_json_bytes if json else 2**63, engine.settings.max_body_bytes)
         self._timeout = engine.settings.body_timeout
         self._hold = hold
@@ -165,7 +165,7 @@ async def read_request(request: LimitedBody, route: Route, engine: Engine) -> Up
     if kind not in (*HDF5_TYPES, MULTIPART):
         raise UnsupportedMediaTypeError(
             f"The content type {kind or '(none)'!r} is not understood. Send {''.join(f'{t}, ' for t in route.decode)}"
-            f"an .h5ad file as {wire.HDF5}, or a form ({MULTIPART}) with the .h5ad file in the field 'file'.",
+            f"an .h5ad file as {protocol.HDF5}, or a form ({MULTIPART}) with the .h5ad file in the field 'file'.",
             field="content-type",
         )
     with room_on_disk(), tempfile.TemporaryDirectory(prefix="perturbscope-") as directory:

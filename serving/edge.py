@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.errors import OverloadedError, PerturbScopeError, UnauthenticatedError, UnsupportedMediaTypeError
 from serving.calls import REQUEST_ID, Call, Right
 from serving.engine import Engine
@@ -79,14 +79,14 @@ def error_response(error: PerturbScopeError, path: str = "") -> Response:
         headers["retry-after"] = str(math.ceil(error.retry_after))
     if isinstance(error, UnauthenticatedError):
         headers["www-authenticate"] = "Bearer"
-    return Response(error_body(error, path), status_of(error).http, headers, media_type=wire.JSON)
+    return Response(error_body(error, path), status_of(error).http, headers, media_type=protocol.JSON)
 
 
 def error_body(error: PerturbScopeError, path: str) -> bytes:
     """``{"error": {"code", "message", "field"}}``, and in the Open Inference Protocol ``{"error": message}``."""
     if path == OPEN_INFERENCE or path.startswith(OPEN_INFERENCE + "/"):
         return json.dumps({"error": error.message}).encode()
-    return wire.error_to_json(error)
+    return protocol.error_to_json(error)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T] | Awaitable[T]) -> T:

@@ -22,8 +22,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.known_genes import PerArray
 from perturbscope.families.tokens import TokenizedCells, concatenate
 from perturbscope.inference.embedder import Embedder, Embeddings
-from perturbscope.seen import Fingerprint, Seen, find_seen
-from perturbscope.wire.messages import (
+from perturbscope.protocol.messages import (
     CompareAnswer,
     CompareRequest,
     EmbedRequest,
@@ -32,6 +31,7 @@ from perturbscope.wire.messages import (
     ScoreAnswer,
     ScoreRequest,
 )
+from perturbscope.seen import Fingerprint, Seen, find_seen
 from serving import limits
 from serving.calls import Call, Front
 from serving.columns import Columns

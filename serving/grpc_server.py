@@ -8,10 +8,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from perturbscope import wire
-from perturbscope.proto import open_inference_pb2_grpc as inference_services
-from perturbscope.proto import perturbscope_v1_pb2 as messages
-from perturbscope.proto import perturbscope_v1_pb2_grpc as services
+from perturbscope import protocol
+from perturbscope.protocol.proto import open_inference_pb2_grpc as inference_services
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as messages
+from perturbscope.protocol.proto import perturbscope_v1_pb2_grpc as services
 from serving.calls import Call
 from serving.engine import Engine
 from serving.health import Health
@@ -57,7 +57,7 @@ class Servicer(services.PerturbScopeServicer):
         """What is served."""
 
         async def work(call: Call, hold: Held) -> Any:
-            return wire.models_answer_to_proto(self._engine.models())
+            return protocol.models_answer_to_proto(self._engine.models())
 
         return await answered(self._engine, f"{SERVICE}/Models", work, context)
 

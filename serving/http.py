@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from perturbscope import __version__, wire
+from perturbscope import __version__, protocol
 from perturbscope.errors import InvalidParameterError
 from serving import admin, openapi, schemas, streams_http
 from serving.bodies import LimitedBody, read_request
@@ -88,9 +88,9 @@ def build_app() -> FastAPI:
         response_class=Response,
         responses={
             **openapi.refusals(),
-            200: {"description": "The answer.", "content": {wire.ARROW: {"schema": openapi.BINARY}}},
+            200: {"description": "The answer.", "content": {protocol.ARROW: {"schema": openapi.BINARY}}},
         },
-        openapi_extra={"requestBody": {"required": True, "content": {wire.ARROW: {"schema": openapi.BINARY}}}},
+        openapi_extra={"requestBody": {"required": True, "content": {protocol.ARROW: {"schema": openapi.BINARY}}}},
     )
     app.add_api_route("/metrics", metrics_page, include_in_schema=False, response_class=Response)
     app.add_api_route("/", _screen, methods=["GET"], include_in_schema=False, response_class=Response)
@@ -123,8 +123,8 @@ async def _answer(request: Request, route: Route) -> Response:
         upload = await read_request(LimitedBody(request, engine, hold, call), route, engine)
         describe(call, upload.request)
         accepted = request.headers.get("accept", "")
-        wants_arrow = wire.ARROW in route.encode and wire.ARROW in accepted
-        media_type = wire.ARROW if wants_arrow else next(iter(route.encode))
+        wants_arrow = protocol.ARROW in route.encode and protocol.ARROW in accepted
+        media_type = protocol.ARROW if wants_arrow else next(iter(route.encode))
         call.growth = GROWTH if wants_arrow else JSON_GROWTH
 
         async def answer_encoded() -> bytes:
@@ -148,7 +148,7 @@ async def _models(request: Request) -> Response:
     engine: Engine = request.app.state.engine
 
     async def list_models(call: Call, hold: Held) -> Response:
-        return Response(wire.models_answer_to_json(engine.models()), media_type=wire.JSON)
+        return Response(protocol.models_answer_to_json(engine.models()), media_type=protocol.JSON)
 
     return await answered(request, "/v1/models", list_models)
 
@@ -175,4 +175,4 @@ async def _refused(request: Request, error: Exception) -> Response:
     }.get(error.status_code, str(error.detail))
     told = InvalidParameterError(message)
     call.finish(error.status_code, told.code)
-    return Response(error_body(told, path), error.status_code, headers, media_type=wire.JSON)
+    return Response(error_body(told, path), error.status_code, headers, media_type=protocol.JSON)

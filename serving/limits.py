@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 
 from perturbscope.errors import LimitExceededError, OverloadedError
 from perturbscope.fairness import Room
+from perturbscope.protocol import JSON
 from perturbscope.scoring import statistics
 from perturbscope.scoring.distances import TILE_VALUES
 from perturbscope.scoring.energy import batch_permutations, permutations
 from perturbscope.scoring.results import ScoreOptions
 from perturbscope.threads import usable_cores
-from perturbscope.wire import JSON
 from serving.settings import PREFIX, Settings
 
 GROWTH = 2

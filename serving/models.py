@@ -17,7 +17,7 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.encoder import Device
 from perturbscope.inference.golden import Golden, check_golden, read_golden
 from perturbscope.inference.gpu import GpuOptions, gpu_limits
-from perturbscope.wire.messages import ModelInfo
+from perturbscope.protocol.messages import ModelInfo
 from serving import log
 from serving.settings import Settings
 from serving.telemetry.metrics import ModelMetrics

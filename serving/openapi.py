@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from perturbscope import wire
+from perturbscope import protocol
 from serving import schemas
 from serving.bodies import MULTIPART
 from serving.calls import REQUEST_ID, SECONDS, TIMEOUT
@@ -92,7 +92,7 @@ def document(app: FastAPI, *, keys: bool) -> dict[str, Any]:
 def responses(answer: type[Any]) -> dict[int | str, dict[str, Any]]:
     """What a route may answer that embeds cells."""
     arrow = {"schema": BINARY}
-    return {200: {"model": answer, "description": "The answer.", "content": {wire.ARROW: arrow}}, **refusals()}
+    return {200: {"model": answer, "description": "The answer.", "content": {protocol.ARROW: arrow}}, **refusals()}
 
 
 def refusals(
@@ -113,8 +113,8 @@ def request_body(route: Route, body: type[Any] | None) -> dict[str, Any]:
         "requestBody": {
             "required": True,
             "content": {
-                **({wire.JSON: json_body, wire.ARROW: {"schema": BINARY}} if json_body else {}),
-                wire.HDF5: {"schema": BINARY},
+                **({protocol.JSON: json_body, protocol.ARROW: {"schema": BINARY}} if json_body else {}),
+                protocol.HDF5: {"schema": BINARY},
                 "application/octet-stream": {"schema": BINARY},
                 MULTIPART: {"schema": {"type": "object", "properties": form, "required": ["file"]}},
             },

@@ -25,7 +25,7 @@ from perturbscope.errors import (
     PerturbScopeError,
     UnknownModelError,
 )
-from perturbscope.wire.messages import ModelInfo
+from perturbscope.protocol.messages import ModelInfo
 from serving import log
 from serving.folders import Folders, Listed
 from serving.models import ServedModel, estimate_bytes

@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.analysis.umap import umap_in_process
 from perturbscope.cells.counts import CountMatrix
+from perturbscope.protocol import Meta, ScoreRequest
 from perturbscope.report import Absent, Report, build_report, render_report
-from perturbscope.wire import Meta, ScoreRequest
 
 HTML = "text/html"
 TITLE = "Perturbation screen"
@@ -92,12 +92,12 @@ def make_report(
 
 def report_request_from_json(body: bytes) -> ReportRequest:
     """The body of /v1/score, in JSON."""
-    return ReportRequest(score=wire.score_request_from_json(body))
+    return ReportRequest(score=protocol.score_request_from_json(body))
 
 
 def report_request_from_arrow(body: bytes) -> ReportRequest:
     """The body of /v1/score, in Arrow."""
-    return ReportRequest(score=wire.score_request_from_arrow(body))
+    return ReportRequest(score=protocol.score_request_from_arrow(body))
 
 
 def report_answer_to_html(answer: ReportAnswer) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.errors import InvalidInputError, LimitExceededError, PerturbScopeError, UnknownModelError
 from perturbscope.seen import Seen
 from serving import log
@@ -66,34 +66,34 @@ class RpcRoute(Route):
 EMBED = RpcRoute(
     "embed",
     Engine.embed,
-    {wire.JSON: wire.embed_request_from_json, wire.ARROW: wire.embed_request_from_arrow},
-    {wire.JSON: wire.embed_answer_to_json, wire.ARROW: wire.embed_answer_to_arrow},
-    wire.embed_request_from_proto,
-    wire.embed_answer_to_proto,
+    {protocol.JSON: protocol.embed_request_from_json, protocol.ARROW: protocol.embed_request_from_arrow},
+    {protocol.JSON: protocol.embed_answer_to_json, protocol.ARROW: protocol.embed_answer_to_arrow},
+    protocol.embed_request_from_proto,
+    protocol.embed_answer_to_proto,
 )
 SCORE = RpcRoute(
     "score",
     Engine.score,
-    {wire.JSON: wire.score_request_from_json, wire.ARROW: wire.score_request_from_arrow},
-    {wire.JSON: wire.score_answer_to_json, wire.ARROW: wire.score_answer_to_arrow},
-    wire.score_request_from_proto,
-    wire.score_answer_to_proto,
+    {protocol.JSON: protocol.score_request_from_json, protocol.ARROW: protocol.score_request_from_arrow},
+    {protocol.JSON: protocol.score_answer_to_json, protocol.ARROW: protocol.score_answer_to_arrow},
+    protocol.score_request_from_proto,
+    protocol.score_answer_to_proto,
 )
 COMPARE = RpcRoute(
     "compare",
     Engine.compare,
-    {wire.JSON: wire.compare_request_from_json, wire.ARROW: wire.compare_request_from_arrow},
-    {wire.JSON: wire.compare_answer_to_json, wire.ARROW: wire.compare_answer_to_arrow},
-    wire.compare_request_from_proto,
-    wire.compare_answer_to_proto,
+    {protocol.JSON: protocol.compare_request_from_json, protocol.ARROW: protocol.compare_request_from_arrow},
+    {protocol.JSON: protocol.compare_answer_to_json, protocol.ARROW: protocol.compare_answer_to_arrow},
+    protocol.compare_request_from_proto,
+    protocol.compare_answer_to_proto,
 )
 REPORT = Route(
     "report",
     Engine.report,
-    {wire.JSON: report_request_from_json, wire.ARROW: report_request_from_arrow},
+    {protocol.JSON: report_request_from_json, protocol.ARROW: report_request_from_arrow},
     {HTML: report_answer_to_html},
 )
-COLUMNS = Route("columns", Engine.columns, {}, {wire.JSON: columns_to_json})
+COLUMNS = Route("columns", Engine.columns, {}, {protocol.JSON: columns_to_json})
 
 
 def add_warnings(answer: Any, warnings: list[str]) -> Any:
@@ -125,9 +125,9 @@ def describe(call: Call, message: Any) -> None:
         The request has more cells than the caller's share.
     """
     match message:
-        case wire.EmbedRequest():
+        case protocol.EmbedRequest():
             call.take(len(message.cells))
-        case wire.ScoreRequest() | wire.CompareRequest():
+        case protocol.ScoreRequest() | protocol.CompareRequest():
             call.take(len(message.perturbations))
         case ReportRequest():
             call.take(len(message.score.perturbations))

@@ -1,7 +1,7 @@
 """The bodies of requests and answers, for the OpenAPI document.
 
-Nothing is parsed with these models: :mod:`perturbscope.wire` decodes, for every transport alike. They describe, and a
-test holds real answers against them.
+Nothing is parsed with these models: :mod:`perturbscope.protocol` decodes, for every transport alike. They describe, and
+a test holds real answers against them.
 """
 
 from __future__ import annotations

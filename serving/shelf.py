@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from perturbscope.errors import InvalidParameterError, UnknownModelError
-from perturbscope.wire.messages import ModelInfo
+from perturbscope.protocol.messages import ModelInfo
 from serving import log
 from serving.models import ServedModel
 from serving.repository import Snapshot

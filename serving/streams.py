@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import DeadlineExceededError, LimitExceededError, OverloadedError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.wire.streams import StreamAnswer, StreamChunk, StreamOpened, StreamStart, StreamTotals
+from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamOpened, StreamStart, StreamTotals
 from serving import limits
 from serving.calls import Call
 from serving.engine import Engine

@@ -12,8 +12,12 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
-from perturbscope.wire.proto_stream import stream_answer_to_proto, stream_cells_from_proto, stream_start_from_proto
-from perturbscope.wire.streams import StreamAnswer, StreamStart
+from perturbscope.protocol.protobuf_streams import (
+    stream_answer_to_proto,
+    stream_cells_from_proto,
+    stream_start_from_proto,
+)
+from perturbscope.protocol.streams import StreamAnswer, StreamStart
 from serving.calls import Call
 from serving.engine import Engine
 from serving.limits import Held

@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, PerturbScopeError, UnsupportedMediaTypeError
-from perturbscope.wire.arrow_messages import (
+from perturbscope.protocol.arrow_streams import (
     PREFIX_BYTES,
     StreamAnswerWriter,
     StreamRequestReader,
     message_length,
     metadata_length,
 )
-from perturbscope.wire.streams import StreamAnswer, StreamChunk, StreamStart
+from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamStart
 from serving.calls import REQUEST_ID, Call
 from serving.edge import CLIENT_GONE, error_response, refuse_encoded
 from serving.engine import Engine
@@ -122,7 +122,7 @@ class HttpPipe:
     async def write(self, message: Any) -> None:
         """See :meth:`Pipe.write`."""
         if not self.begun:
-            headers = [(b"content-type", wire.ARROW.encode()), (REQUEST_ID.encode(), self._call.id.encode())]
+            headers = [(b"content-type", protocol.ARROW.encode()), (REQUEST_ID.encode(), self._call.id.encode())]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
             self.begun = True
         body, row = message
@@ -163,7 +163,7 @@ class StreamedAnswer(Response):
     """Answers a stream while its request arrives; made before anything of that is read."""
 
     def __init__(self, request: Request) -> None:
-        super().__init__(media_type=wire.ARROW)
+        super().__init__(media_type=protocol.ARROW)
         self._request = request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -202,9 +202,10 @@ class StreamedAnswer(Response):
 def _check_type(request: Request) -> None:
     refuse_encoded(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != wire.ARROW:
+    if kind != protocol.ARROW:
         raise UnsupportedMediaTypeError(
-            f"The content type {kind[:60] or '(none)'!r} is not understood here; send {wire.ARROW}, or use /v1/embed.",
+            f"The content type {kind[:60] or '(none)'!r} is not understood here; send {protocol.ARROW}, or use "
+            "/v1/embed.",
             field="content-type",
         )
     if request.query_params:

@@ -25,10 +25,10 @@ from perturbscope.errors import (
     LimitExceededError,
     PerturbScopeError,
 )
+from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.report import Absent
 from perturbscope.scoring.results import ScoreOptions
 from perturbscope.seen import Fingerprint
-from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving.columns import Columns, read_columns
 from serving.limits import check_shape, check_vectors
 from serving.reports import TITLE, ReportRequest

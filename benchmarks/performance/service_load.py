@@ -22,24 +22,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.performance.service_inputs import Ask, embedder, pool
-from perturbscope import wire
-from perturbscope.proto import perturbscope_v1_pb2 as pb
-from perturbscope.wire.arrow_messages import stream_answers_from_arrow, stream_request_to_arrow
-from perturbscope.wire.proto_stream import (
+from perturbscope import protocol
+from perturbscope.protocol.arrow_streams import stream_answers_from_arrow, stream_request_to_arrow
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
+from perturbscope.protocol.protobuf_streams import (
     stream_answer_from_proto,
     stream_cells_to_proto,
     stream_start_to_proto,
 )
-from perturbscope.wire.streams import StreamChunk, StreamOpened, StreamStart
+from perturbscope.protocol.streams import StreamChunk, StreamOpened, StreamStart
 
 Way = Literal["HTTP JSON", "HTTP Arrow", "gRPC", "gRPC stream", "HTTP Arrow stream", "BentoML batchable"]
 UNARY: tuple[Way, ...] = ("HTTP JSON", "HTTP Arrow", "gRPC")
 STREAMS: tuple[Way, ...] = ("gRPC stream", "HTTP Arrow stream")
 RPC = "/perturbscope.v1.PerturbScope/"
 _HTTP: dict[Way, tuple[str, str]] = {
-    "HTTP JSON": ("/v1/embed", wire.JSON),
-    "HTTP Arrow": ("/v1/embed", wire.ARROW),
-    "BentoML batchable": ("/embed", wire.JSON),
+    "HTTP JSON": ("/v1/embed", protocol.JSON),
+    "HTTP Arrow": ("/v1/embed", protocol.ARROW),
+    "BentoML batchable": ("/embed", protocol.JSON),
 }
 CALLERS = 16
 """Requests in progress at saturation."""
@@ -152,10 +152,10 @@ def encoded(way: Way, ask: Ask) -> list[bytes]:
     cells = ask.cells()
     if way == "BentoML batchable":
         return [_token_body(cells[start : start + PIECE]) for start in range(0, len(cells), PIECE)]
-    request = wire.EmbedRequest(cells=cells)
+    request = protocol.EmbedRequest(cells=cells)
     if way == "gRPC":
-        return [wire.embed_request_to_proto(request).SerializeToString()]
-    return [wire.embed_request_to_json(request) if way == "HTTP JSON" else wire.embed_request_to_arrow(request)]
+        return [protocol.embed_request_to_proto(request).SerializeToString()]
+    return [protocol.embed_request_to_json(request) if way == "HTTP JSON" else protocol.embed_request_to_arrow(request)]
 
 
 def _token_body(cells: Any) -> bytes:
@@ -251,8 +251,8 @@ def decoded(way: Way, answer: bytes) -> NDArray[np.float32]:
 
         return np.asarray(json.loads(answer), dtype=np.float32)
     if way == "gRPC":
-        return wire.embed_answer_from_proto(pb.EmbedAnswer.FromString(answer)).values
-    decode = wire.embed_answer_from_json if way == "HTTP JSON" else wire.embed_answer_from_arrow
+        return protocol.embed_answer_from_proto(pb.EmbedAnswer.FromString(answer)).values
+    decode = protocol.embed_answer_from_json if way == "HTTP JSON" else protocol.embed_answer_from_arrow
     return decode(answer).values
 
 
@@ -355,7 +355,7 @@ class _Streams:
     def _http(self, source: str) -> None:
         connection = http.client.HTTPConnection(self._job.address, timeout=600)
         connection.putrequest("POST", "/v1/embed/stream")
-        connection.putheader("content-type", wire.ARROW)
+        connection.putheader("content-type", protocol.ARROW)
         connection.putheader("transfer-encoding", "chunked")
         connection.endheaders()
 

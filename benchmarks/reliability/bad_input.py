@@ -18,10 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.reliability.inputs import Asker, is_right, right_vectors_of
 from benchmarks.reliability.trial import Trial, fault
 from benchmarks.reliability.wire_bodies import BOUNDARY, DEFECTS, Raw, form
-from perturbscope import wire
-from perturbscope.proto.open_inference_pb2 import ModelInferRequest
-from perturbscope.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
-from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
+from perturbscope import protocol
+from perturbscope.protocol.proto.open_inference_pb2 import ModelInferRequest
+from perturbscope.protocol.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from tests.bundles import write_tiny_bundle
 from tests.fuzz.seeds import cells as seed_cells
 from tests.integration.server import RunningServer
@@ -129,9 +129,9 @@ def _sends(raw: Raw, http: httpx.AsyncClient, channel: Any) -> dict[str, Awaitab
     query = {key: str(value) for key, value in raw.extra.items()}
     content = raw.h5ad()
     return {
-        "JSON": _http(http, raw.json(), wire.JSON),
-        "Arrow": _http(http, raw.arrow(), wire.ARROW),
-        "h5ad": _http(http, content, wire.HDF5, query),
+        "JSON": _http(http, raw.json(), protocol.JSON),
+        "Arrow": _http(http, raw.arrow(), protocol.ARROW),
+        "h5ad": _http(http, content, protocol.HDF5, query),
         "form": _http(http, form(content, **query), f"multipart/form-data; boundary={BOUNDARY}"),
         "gRPC": _grpc(PerturbScopeStub(channel).Embed(raw.proto())),
         "stream": _stream(channel, copy.copy(raw)),

@@ -19,10 +19,10 @@ import numpy as np
 
 from benchmarks.reliability.inputs import Asker, is_right, real_cells, right_vectors
 from benchmarks.reliability.trial import MIB, Trial, fault, settled
-from perturbscope import wire
-from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
+from perturbscope import protocol
+from perturbscope.protocol import EmbedRequest, ScoreRequest
+from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.wire import EmbedRequest, ScoreRequest
 from tests.integration.server import ROOT, RunningServer
 
 BODY_TIMEOUT = HEAD_TIMEOUT = 5
@@ -53,8 +53,8 @@ async def gone(trial: Trial) -> None:
     """Clients leave in every stage of a request: within the head, within the body, while the cells are tokenized,
     queued and run, while perturbations are scored, and after the first bytes of the answer; over HTTP by a reset or a
     close, over gRPC by a cancellation or a deadline. Eight at a time."""
-    big = wire.embed_request_to_arrow(EmbedRequest(cells=real_cells("papalexi", 2000)))
-    answer = wire.embed_request_to_arrow(EmbedRequest(cells=real_cells("hill", 1000)))
+    big = protocol.embed_request_to_arrow(EmbedRequest(cells=real_cells("papalexi", 2000)))
+    answer = protocol.embed_request_to_arrow(EmbedRequest(cells=real_cells("hill", 1000)))
     vectors = np.random.default_rng(0).standard_normal((1200, 32)).astype(np.float32)
     score = ScoreRequest(
         embeddings=vectors,
@@ -66,16 +66,18 @@ async def gone(trial: Trial) -> None:
     stages = ["head", "body", "work", "work", "scoring", "answer", "gRPC work", "gRPC scoring", "gRPC deadline"]
     with trial.service(score_workers=2) as server:
         stub_messages = {
-            "gRPC work": ("Embed", wire.embed_request_to_proto(EmbedRequest(cells=real_cells("papalexi", 2000)))),
-            "gRPC scoring": ("Score", wire.score_request_to_proto(score)),
+            "gRPC work": ("Embed", protocol.embed_request_to_proto(EmbedRequest(cells=real_cells("papalexi", 2000)))),
+            "gRPC scoring": ("Score", protocol.score_request_to_proto(score)),
         }
         stub_messages["gRPC deadline"] = stub_messages["gRPC work"]
 
         def over_http(stage: str, delay: float) -> str:
             connection = connect(server.http_port)
-            body, path = (wire.score_request_to_arrow(score), "/v1/score") if stage == "scoring" else (big, "/v1/embed")
+            body, path = (
+                (protocol.score_request_to_arrow(score), "/v1/score") if stage == "scoring" else (big, "/v1/embed")
+            )
             body = answer if stage == "answer" else body
-            start = head(server, path, wire.ARROW, len(body))
+            start = head(server, path, protocol.ARROW, len(body))
             if stage == "head":
                 connection.sendall(start[: len(start) // 2])
             else:
@@ -200,8 +202,8 @@ class Slow:
 FROZEN = """
 import sys, grpc
 from perturbscope import wire
-from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from perturbscope.wire import EmbedRequest
+from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
+from perturbscope.protocol import EmbedRequest
 from benchmarks.reliability.inputs import real_cells
 message = wire.embed_request_to_proto(EmbedRequest(cells=real_cells("hill", 2000)))
 with grpc.insecure_channel(sys.argv[1], options=[("grpc.max_receive_message_length", -1)]) as channel:
@@ -225,7 +227,7 @@ async def slow(trial: Trial) -> None:
     requests of one cell."""
     times = trial.plan.times
     seconds = times(80, 12)
-    body = wire.embed_request_to_json(EmbedRequest(cells=real_cells("hill", 2000)))
+    body = protocol.embed_request_to_json(EmbedRequest(cells=real_cells("hill", 2000)))
     with trial.service(body_timeout=BODY_TIMEOUT, head_timeout=HEAD_TIMEOUT) as server:
         async with Asker(server) as asker:
             quiet = await _latencies(asker, 60 if seconds > 30 else 15)
@@ -234,10 +236,10 @@ async def slow(trial: Trial) -> None:
             try:
                 for port, name in ((server.http_port, "HTTP"), (server.grpc_port, "gRPC")):
                     attack.open(f"idle {name}", port, times(300, 30))
-                start = head(server, "/v1/embed", wire.JSON, 1_000_000)
+                start = head(server, "/v1/embed", protocol.JSON, 1_000_000)
                 attack.open("head never finished", server.http_port, times(50, 5), start[:20], start[20:60] * 10)
                 attack.open("body a byte a second", server.http_port, times(50, 5), start, b"[" * 1000)
-                request = head(server, "/v1/embed", wire.JSON, len(body)) + body
+                request = head(server, "/v1/embed", protocol.JSON, len(body)) + body
                 attack.open("read a byte a second", server.http_port, times(20, 3), request, buffer=4096)
                 command = [sys.executable, "-c", FROZEN, server.target]
                 for _ in range(times(3, 1)):

@@ -12,9 +12,9 @@ import grpc
 
 from benchmarks.reliability.inputs import Asker, is_right, real_cells, right_vectors
 from benchmarks.reliability.trial import Trial, fault
-from perturbscope import wire
-from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from perturbscope.wire import EmbedRequest
+from perturbscope import protocol
+from perturbscope.protocol import EmbedRequest
+from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 
 LIBRARIES = tuple(
     Path(f"/usr/lib/{machine}-linux-gnu/faketime/libfaketimeMT.so.1") for machine in ("x86_64", "aarch64")
@@ -48,17 +48,19 @@ async def clock(trial: Trial) -> None:
             cells, expected = real_cells("papalexi", 20), right_vectors("papalexi", 20)
             before = trial.before(server)
             stop, wrong, slowest = asyncio.Event(), 0, 0.0
-            body = wire.embed_request_to_arrow(EmbedRequest(cells=cells))
-            message = wire.embed_request_to_proto(EmbedRequest(cells=cells))
+            body = protocol.embed_request_to_arrow(EmbedRequest(cells=cells))
+            message = protocol.embed_request_to_proto(EmbedRequest(cells=cells))
 
             async def over_http() -> Any:
-                headers = {"content-type": wire.ARROW, "accept": wire.ARROW, "x-request-timeout": str(DEADLINE)}
+                headers = {"content-type": protocol.ARROW, "accept": protocol.ARROW, "x-request-timeout": str(DEADLINE)}
                 reply = await asker.post("/v1/embed", content=body, headers=headers)
-                return wire.embed_answer_from_arrow(reply.content).values if reply.status_code == 200 else reply.text
+                return (
+                    protocol.embed_answer_from_arrow(reply.content).values if reply.status_code == 200 else reply.text
+                )
 
             async def over_grpc() -> Any:
                 reply = await PerturbScopeStub(channel).Embed(message, timeout=DEADLINE)
-                return wire.embed_answer_from_proto(reply).values
+                return protocol.embed_answer_from_proto(reply).values
 
             async def caller(ask: Any) -> None:
                 nonlocal wrong, slowest

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from benchmarks.reliability.inputs import Asker, is_right, right_vectors_of
 from benchmarks.reliability.trial import Trial, fault
 from benchmarks.reliability.wire_bodies import BOUNDARY, form
-from perturbscope import wire
-from perturbscope.proto import perturbscope_v1_pb2 as pb
-from perturbscope.proto.open_inference_pb2 import ModelInferRequest
-from perturbscope.wire import EmbedRequest
+from perturbscope import protocol
+from perturbscope.protocol import EmbedRequest
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
+from perturbscope.protocol.proto.open_inference_pb2 import ModelInferRequest
 from tests.bundles import write_tiny_bundle
 from tests.fuzz.mutators import mutate_arrow, mutate_bytes, mutate_json, mutate_proto
 from tests.fuzz.seeds import cells as seed_cells
@@ -63,12 +63,12 @@ def cases() -> list[Case]:
     labelled = (("perturbation_key", "perturbation"), ("control", "control"))
     routes = {"embed": "embed_request", "score": "score_request", "compare": "compare_request"}
     made = [
-        Case("embed, JSON", wire.embed_request_to_json(small), mutate_json, "/v1/embed", wire.JSON),
-        Case("embed, Arrow", wire.embed_request_to_arrow(small), mutate_arrow, "/v1/embed", wire.ARROW),
-        Case("stream, Arrow", found["stream"]["request-arrow"], mutate_bytes, "/v1/embed/stream", wire.ARROW),
-        Case("infer, JSON", found["kserve"]["json"], mutate_json, "/v2/models/tiny/infer", wire.JSON),
-        Case("columns, h5ad", h5ad(cells), mutate_bytes, "/v1/columns", wire.HDF5),
-        Case("embed, h5ad", h5ad(cells), mutate_bytes, "/v1/embed", wire.HDF5),
+        Case("embed, JSON", protocol.embed_request_to_json(small), mutate_json, "/v1/embed", protocol.JSON),
+        Case("embed, Arrow", protocol.embed_request_to_arrow(small), mutate_arrow, "/v1/embed", protocol.ARROW),
+        Case("stream, Arrow", found["stream"]["request-arrow"], mutate_bytes, "/v1/embed/stream", protocol.ARROW),
+        Case("infer, JSON", found["kserve"]["json"], mutate_json, "/v2/models/tiny/infer", protocol.JSON),
+        Case("columns, h5ad", h5ad(cells), mutate_bytes, "/v1/columns", protocol.HDF5),
+        Case("embed, h5ad", h5ad(cells), mutate_bytes, "/v1/embed", protocol.HDF5),
         Case(
             "score, form",
             form(h5ad(cells), **dict(labelled)),
@@ -76,10 +76,10 @@ def cases() -> list[Case]:
             "/v1/score",
             f"multipart/form-data; boundary={BOUNDARY}",
         ),
-        Case("score, h5ad", h5ad(cells), mutate_bytes, "/v1/score", wire.HDF5, labelled),
+        Case("score, h5ad", h5ad(cells), mutate_bytes, "/v1/score", protocol.HDF5, labelled),
         Case(
             "Embed",
-            wire.embed_request_to_proto(small).SerializeToString(),
+            protocol.embed_request_to_proto(small).SerializeToString(),
             mutate_proto(pb.EmbedRequest),
             rpc="perturbscope.v1.PerturbScope/Embed",
         ),
@@ -98,12 +98,12 @@ def cases() -> list[Case]:
     ]
     for route, name in routes.items():
         if route != "embed":
-            made.append(Case(f"{route}, JSON", found["json"][name], mutate_json, f"/v1/{route}", wire.JSON))
-            made.append(Case(f"{route}, Arrow", found["arrow"][name], mutate_arrow, f"/v1/{route}", wire.ARROW))
+            made.append(Case(f"{route}, JSON", found["json"][name], mutate_json, f"/v1/{route}", protocol.JSON))
+            made.append(Case(f"{route}, Arrow", found["arrow"][name], mutate_arrow, f"/v1/{route}", protocol.ARROW))
             kind = {"score": pb.ScoreRequest, "compare": pb.CompareRequest}[route]
             rpc = f"perturbscope.v1.PerturbScope/{route.capitalize()}"
             made.append(Case(route.capitalize(), found["proto"][name], mutate_proto(kind), rpc=rpc))
-    made.append(Case("report, JSON", found["json"]["score_request"], mutate_json, "/v1/report", wire.JSON))
+    made.append(Case("report, JSON", found["json"]["score_request"], mutate_json, "/v1/report", protocol.JSON))
     return made
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.reliability.inputs import Asker, is_right, right_vectors_of
 from benchmarks.reliability.trial import MIB, Trial, fault
 from benchmarks.reliability.wire_bodies import BOUNDARY, form
-from perturbscope import wire
+from perturbscope import protocol
 from tests.bundles import write_tiny_bundle
 from tests.fuzz.mutators import mutate_bytes
 from tests.fuzz.seeds import cells as seed_cells
@@ -184,7 +184,7 @@ async def hostile(trial: Trial) -> None:
                 if as_form:
                     kind, content, query = f"multipart/form-data; boundary={BOUNDARY}", form(content, **query), {}
                 else:
-                    kind = wire.HDF5
+                    kind = protocol.HDF5
                 reply = await http.post(path, content=content, params=query, headers={"content-type": kind})
                 code = "ok" if reply.status_code == 200 else _code(reply)
                 found[code] += 1

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import open_cells
 from perturbscope.client import AsyncClient, AsyncGrpcClient, RetryPolicy
@@ -20,7 +20,7 @@ from perturbscope.client.exchange import ChunkLimits, Failure
 from perturbscope.client.transports import http_answer, unreachable
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
-from perturbscope.wire import EmbedRequest
+from perturbscope.protocol import EmbedRequest
 from serving.settings import DEFAULT_BUNDLE
 from tests.fuzz.seeds import h5ad
 from tests.integration.server import ROOT, RunningServer
@@ -129,7 +129,7 @@ class Asker:
         if form:
             reply = await self.post("/v1/embed", files={"file": ("cells.h5ad", content)})
         else:
-            reply = await self.post("/v1/embed", content=content, headers={"content-type": wire.HDF5})
+            reply = await self.post("/v1/embed", content=content, headers={"content-type": protocol.HDF5})
         try:
             answer = http_answer(EmbedRequest(cells=cells), reply.status_code, reply.headers, reply.content)
         except Failure as failure:

@@ -16,9 +16,9 @@ import httpx
 
 from benchmarks.reliability.inputs import Asker, is_right, real_cells, right_vectors
 from benchmarks.reliability.trial import Trial, fault
-from perturbscope import wire
-from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from perturbscope.wire import EmbedRequest
+from perturbscope import protocol
+from perturbscope.protocol import EmbedRequest
+from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from tests.bundles import write_tiny_bundle
 from tests.integration.server import ROOT
 
@@ -71,8 +71,8 @@ async def keys(trial: Trial) -> None:
         "not ASCII": "psk_\u00fc",
         "very long": "x" * 7000,
     }
-    message = wire.embed_request_to_proto(EmbedRequest(cells=cells))
-    body = wire.embed_request_to_arrow(EmbedRequest(cells=cells))
+    message = protocol.embed_request_to_proto(EmbedRequest(cells=cells))
+    body = protocol.embed_request_to_arrow(EmbedRequest(cells=cells))
     let_in: list[str] = []
     with trial.service(bundle=bundle, keys=file) as server:
         async with (
@@ -152,7 +152,7 @@ async def _changes(trial: Trial, http: httpx.AsyncClient, body: bytes, file: Pat
 
 async def _http(http: httpx.AsyncClient, path: str, body: bytes, headers: dict[str, bytes]) -> int:
     post = path in ("/v1/embed", "/v2/repository/index") or path.endswith("load")
-    kind = wire.ARROW if path == "/v1/embed" else wire.JSON
+    kind = protocol.ARROW if path == "/v1/embed" else protocol.JSON
     sent = {b"content-type": kind.encode(), **{name.encode(): value for name, value in headers.items()}}
     reply = await http.request("POST" if post else "GET", path, content=body if post else None, headers=sent)
     return reply.status_code

@@ -15,9 +15,9 @@ import httpx
 
 from benchmarks.reliability.inputs import real_cells
 from benchmarks.reliability.trial import Trial, fault
-from perturbscope import wire
-from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from perturbscope.wire import EmbedRequest
+from perturbscope import protocol
+from perturbscope.protocol import EmbedRequest
+from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 
 GRACE = 30
 """Seconds that the service gives, its default."""
@@ -45,7 +45,7 @@ async def _once(trial: Trial) -> None:
             async def over_http(body: bytes) -> str:
                 name = uuid.uuid4().hex[:16]
                 started[name] = time.monotonic()
-                headers = {"content-type": wire.ARROW, "x-request-id": name}
+                headers = {"content-type": protocol.ARROW, "x-request-id": name}
                 try:
                     reply = await http.post("/v1/embed", content=body, headers=headers)
                     answered[name] = "ok" if reply.status_code == 200 else _code(reply.content)
@@ -70,10 +70,14 @@ async def _once(trial: Trial) -> None:
                         await asyncio.sleep(0.05)
 
             single, large = (EmbedRequest(cells=real_cells("papalexi", n)) for n in (1, 500))
-            tasks = [asyncio.ensure_future(caller(over_http, wire.embed_request_to_arrow(single))) for _ in range(12)]
-            tasks += [asyncio.ensure_future(caller(over_grpc, wire.embed_request_to_proto(single))) for _ in range(12)]
-            tasks.append(asyncio.ensure_future(caller(over_http, wire.embed_request_to_arrow(large))))
-            tasks.append(asyncio.ensure_future(caller(over_grpc, wire.embed_request_to_proto(large))))
+            tasks = [
+                asyncio.ensure_future(caller(over_http, protocol.embed_request_to_arrow(single))) for _ in range(12)
+            ]
+            tasks += [
+                asyncio.ensure_future(caller(over_grpc, protocol.embed_request_to_proto(single))) for _ in range(12)
+            ]
+            tasks.append(asyncio.ensure_future(caller(over_http, protocol.embed_request_to_arrow(large))))
+            tasks.append(asyncio.ensure_future(caller(over_grpc, protocol.embed_request_to_proto(large))))
             await asyncio.sleep(trial.plan.times(4, 2))
             in_flight = len(started) - len(answered)
             at = time.monotonic()

@@ -14,8 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.proto import perturbscope_v1_pb2 as pb
-from perturbscope.wire.arrow_stream import KEY
+from perturbscope.protocol.arrow_ipc import KEY
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from tests.fuzz.seeds import h5ad
 
 BOUNDARY = "perturbscopetrial"

@@ -31,9 +31,8 @@ from perturbscope.client.streams import Flight, Later, each, fill, fill_async
 from perturbscope.client.together import hold_together, hold_together_async
 from perturbscope.errors import InvalidEmbeddingError, UnknownModelError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
-from perturbscope.wire.fields import embedding_matrix, texts
-from perturbscope.wire.messages import (
+from perturbscope.protocol.checks import embedding_matrix, texts
+from perturbscope.protocol.messages import (
     Answer,
     CompareAnswer,
     CompareRequest,
@@ -44,6 +43,7 @@ from perturbscope.wire.messages import (
     ScoreAnswer,
     ScoreRequest,
 )
+from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 
 T = TypeVar("T")
 TIMEOUT = 600.0

@@ -25,7 +25,7 @@ from perturbscope.errors import (
     from_code,
 )
 from perturbscope.inference.embedder import Embeddings, Maker, join
-from perturbscope.wire.messages import Answer, EmbedRequest, Request
+from perturbscope.protocol.messages import Answer, EmbedRequest, Request
 
 T = TypeVar("T")
 LONGEST_HINT = 60.0

@@ -19,7 +19,7 @@ from perturbscope.client.trace import trace_headers
 from perturbscope.client.transports import grpc_answer, grpc_call, grpc_failure
 from perturbscope.errors import InvalidParameterError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.wire.messages import Answer, Request
+from perturbscope.protocol.messages import Answer, Request
 
 if TYPE_CHECKING:
     import grpc
@@ -75,7 +75,7 @@ class GrpcClient(SyncBase):
     ) -> None:
         import grpc
 
-        from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
+        from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 
         super().__init__(model=model, retries=retries, chunks=chunks, seed=seed)
         self._target, self._timeout = _checked_target(target), _checked_timeout(timeout)
@@ -135,7 +135,7 @@ class AsyncGrpcClient(AsyncBase):
     ) -> None:
         import grpc.aio
 
-        from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
+        from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 
         super().__init__(model=model, retries=retries, chunks=chunks, seed=seed)
         self._target, self._timeout = _checked_target(target), _checked_timeout(timeout)

@@ -15,8 +15,12 @@ from perturbscope.client.streams import Flight, fill, fill_async
 from perturbscope.client.transports import grpc_failure
 from perturbscope.errors import InvalidInputError, ServerError, ServerUnreachableError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.wire.proto_stream import stream_answer_from_proto, stream_cells_to_proto, stream_start_to_proto
-from perturbscope.wire.streams import StreamChunk, StreamEnd, StreamOpened
+from perturbscope.protocol.protobuf_streams import (
+    stream_answer_from_proto,
+    stream_cells_to_proto,
+    stream_start_to_proto,
+)
+from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened
 
 Progress = Callable[[int], None] | None
 

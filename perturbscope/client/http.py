@@ -12,7 +12,7 @@ from perturbscope.client.base import CONNECT_TIMEOUT, TIMEOUT, AsyncBase, SyncBa
 from perturbscope.client.exchange import ChunkLimits, Failure, RetryPolicy
 from perturbscope.client.transports import Format, http_answer, http_call, unreachable, untrusted
 from perturbscope.errors import InvalidParameterError
-from perturbscope.wire.messages import Answer, Request
+from perturbscope.protocol.messages import Answer, Request
 
 
 class Client(SyncBase):

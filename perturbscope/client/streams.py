@@ -36,7 +36,7 @@ from perturbscope.errors import (
     UnknownModelError,
 )
 from perturbscope.inference.embedder import Embeddings, Maker, join
-from perturbscope.wire.streams import StreamStart
+from perturbscope.protocol.streams import StreamStart
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.client.exchange import Failure, failure_of, seconds_of
 from perturbscope.client.trace import trace_headers
 from perturbscope.errors import (
@@ -19,7 +19,7 @@ from perturbscope.errors import (
     ServerUnreachableError,
     UnauthenticatedError,
 )
-from perturbscope.wire.fields import parse_json
+from perturbscope.protocol.checks import parse_json
 
 Format = Literal["arrow", "json"]
 CODE, FIELD, RETRY_AFTER = "perturbscope-code", "perturbscope-field", "retry-after"
@@ -33,53 +33,53 @@ class _Route(NamedTuple):
     to_json: Callable[[Any], bytes] | None
     to_arrow: Callable[[Any], bytes] | None
     to_proto: Callable[[Any], Any]
-    from_json: Callable[[bytes], wire.Answer]
-    from_arrow: Callable[[bytes], wire.Answer] | None
-    from_proto: Callable[[Any], wire.Answer]
+    from_json: Callable[[bytes], protocol.Answer]
+    from_arrow: Callable[[bytes], protocol.Answer] | None
+    from_proto: Callable[[Any], protocol.Answer]
 
 
-def _models_request_to_proto(_: wire.ModelsRequest) -> Any:
-    from perturbscope.proto import perturbscope_v1_pb2 as pb
+def _models_request_to_proto(_: protocol.ModelsRequest) -> Any:
+    from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 
     return pb.ModelsRequest()
 
 
-_ROUTES: dict[type[wire.Request], _Route] = {
-    wire.EmbedRequest: _Route(
+_ROUTES: dict[type[protocol.Request], _Route] = {
+    protocol.EmbedRequest: _Route(
         "Embed",
-        wire.embed_request_to_json,
-        wire.embed_request_to_arrow,
-        wire.embed_request_to_proto,
-        wire.embed_answer_from_json,
-        wire.embed_answer_from_arrow,
-        wire.embed_answer_from_proto,
+        protocol.embed_request_to_json,
+        protocol.embed_request_to_arrow,
+        protocol.embed_request_to_proto,
+        protocol.embed_answer_from_json,
+        protocol.embed_answer_from_arrow,
+        protocol.embed_answer_from_proto,
     ),
-    wire.ScoreRequest: _Route(
+    protocol.ScoreRequest: _Route(
         "Score",
-        wire.score_request_to_json,
-        wire.score_request_to_arrow,
-        wire.score_request_to_proto,
-        wire.score_answer_from_json,
-        wire.score_answer_from_arrow,
-        wire.score_answer_from_proto,
+        protocol.score_request_to_json,
+        protocol.score_request_to_arrow,
+        protocol.score_request_to_proto,
+        protocol.score_answer_from_json,
+        protocol.score_answer_from_arrow,
+        protocol.score_answer_from_proto,
     ),
-    wire.CompareRequest: _Route(
+    protocol.CompareRequest: _Route(
         "Compare",
-        wire.compare_request_to_json,
-        wire.compare_request_to_arrow,
-        wire.compare_request_to_proto,
-        wire.compare_answer_from_json,
-        wire.compare_answer_from_arrow,
-        wire.compare_answer_from_proto,
+        protocol.compare_request_to_json,
+        protocol.compare_request_to_arrow,
+        protocol.compare_request_to_proto,
+        protocol.compare_answer_from_json,
+        protocol.compare_answer_from_arrow,
+        protocol.compare_answer_from_proto,
     ),
-    wire.ModelsRequest: _Route(
+    protocol.ModelsRequest: _Route(
         "Models",
         None,
         None,
         _models_request_to_proto,
-        wire.models_answer_from_json,
+        protocol.models_answer_from_json,
         None,
-        wire.models_answer_from_proto,
+        protocol.models_answer_from_proto,
     ),
 }
 
@@ -94,18 +94,18 @@ class HttpCall:
     content: bytes | None
 
 
-def http_call(request: wire.Request, body: Format) -> HttpCall:
+def http_call(request: protocol.Request, body: Format) -> HttpCall:
     """The HTTP form of a request, its body and its answer as Arrow or JSON."""
     route = _ROUTES[type(request)]
     encode = route.to_arrow if body == "arrow" else route.to_json
     if encode is None:
-        return HttpCall("GET", request.path, {"accept": wire.JSON, **trace_headers()}, None)
-    kind = wire.ARROW if body == "arrow" else wire.JSON
+        return HttpCall("GET", request.path, {"accept": protocol.JSON, **trace_headers()}, None)
+    kind = protocol.ARROW if body == "arrow" else protocol.JSON
     headers = {"content-type": kind, "accept": kind, **trace_headers()}
     return HttpCall("POST", request.path, headers, encode(request))
 
 
-def http_answer(request: wire.Request, status: int, headers: Mapping[str, str], body: bytes) -> wire.Answer:
+def http_answer(request: protocol.Request, status: int, headers: Mapping[str, str], body: bytes) -> protocol.Answer:
     """The answer in an HTTP response.
 
     Parameters
@@ -122,7 +122,7 @@ def http_answer(request: wire.Request, status: int, headers: Mapping[str, str], 
         raise _http_failure(request.path, status, headers, body)
     route = _ROUTES[type(request)]
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    decode = {wire.JSON: route.from_json, wire.ARROW: route.from_arrow}.get(kind)
+    decode = {protocol.JSON: route.from_json, protocol.ARROW: route.from_arrow}.get(kind)
     if decode is None:
         raise Failure(
             ServerError(
@@ -133,13 +133,13 @@ def http_answer(request: wire.Request, status: int, headers: Mapping[str, str], 
     return _decoded(decode, body, request.path)
 
 
-def grpc_call(request: wire.Request) -> tuple[str, Any]:
+def grpc_call(request: protocol.Request) -> tuple[str, Any]:
     """Name of the method, and the protobuf message."""
     route = _ROUTES[type(request)]
     return route.rpc, route.to_proto(request)
 
 
-def grpc_answer(request: wire.Request, message: Any) -> wire.Answer:
+def grpc_answer(request: protocol.Request, message: Any) -> protocol.Answer:
     """The answer in a protobuf message. Raises :class:`Failure` for a message that is no answer."""
     route = _ROUTES[type(request)]
     return _decoded(route.from_proto, message, route.rpc)
@@ -213,7 +213,7 @@ def _too_late(target: str) -> str:
     return f"No answer from {target} in time. Send fewer cells at a time, or allow a longer timeout."
 
 
-def _decoded(decode: Callable[[Any], wire.Answer], body: Any, where: str) -> wire.Answer:
+def _decoded(decode: Callable[[Any], protocol.Answer], body: Any, where: str) -> protocol.Answer:
     try:
         return decode(body)
     except InvalidInputError as error:

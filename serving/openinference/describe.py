@@ -10,7 +10,7 @@ from typing import Any
 from perturbscope import __version__
 from perturbscope.families.tokens import InputSpec
 from perturbscope.inference.encoder import OUTPUT
-from perturbscope.wire.messages import ModelInfo
+from perturbscope.protocol.messages import ModelInfo
 from serving.models import ServedModel
 from serving.openinference.tensors import MASK, PROTOCOL_NAMES
 from serving.settings import Settings

@@ -7,8 +7,8 @@ from typing import Any
 
 from google.protobuf.json_format import ParseDict
 
-from perturbscope.proto import open_inference_pb2 as messages
-from perturbscope.proto import open_inference_pb2_grpc as services
+from perturbscope.protocol.proto import open_inference_pb2 as messages
+from perturbscope.protocol.proto import open_inference_pb2_grpc as services
 from serving.calls import Call, Right
 from serving.engine import Engine
 from serving.limits import Held

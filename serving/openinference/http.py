@@ -9,9 +9,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.errors import InvalidParameterError
-from perturbscope.wire import fields as check
+from perturbscope.protocol import checks as check
 from serving.bodies import LimitedBody
 from serving.calls import Call, Right
 from serving.edge import answered, while_connected
@@ -77,7 +77,7 @@ def _add(
 
 
 def _json(value: Any, status: int = 200) -> Response:
-    return Response(json.dumps(value, allow_nan=False), status, media_type=wire.JSON)
+    return Response(json.dumps(value, allow_nan=False), status, media_type=protocol.JSON)
 
 
 def _named(request: Request) -> tuple[str, str | None]:
@@ -132,7 +132,7 @@ async def _infer(request: Request, engine: Engine, call: Call, hold: Held) -> An
         pass
     body = await LimitedBody(request, engine, hold, call).body()
     json_length = request.headers.get(JSON_LENGTH)
-    call.reserve(await engine.work(decoded_bytes, wire.JSON if json_length is None else "", body))
+    call.reserve(await engine.work(decoded_bytes, protocol.JSON if json_length is None else "", body))
     answer = await while_connected(
         request, infer(engine, name, version or "", lambda: request_from_body(body, json_length), call)
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from perturbscope.errors import InvalidParameterError, MalformedMatrixError
 from perturbscope.inference.encoder import OUTPUT
-from perturbscope.wire import fields as check
+from perturbscope.protocol import checks as check
 from serving.openinference.tensors import (
     MAX_INPUTS,
     InferAnswer,

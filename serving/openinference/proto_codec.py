@@ -8,8 +8,8 @@ import numpy as np
 
 from perturbscope.errors import MalformedMatrixError
 from perturbscope.inference.encoder import OUTPUT
-from perturbscope.proto import open_inference_pb2 as messages
-from perturbscope.wire import fields as check
+from perturbscope.protocol import checks as check
+from perturbscope.protocol.proto import open_inference_pb2 as messages
 from serving.openinference.tensors import (
     MAX_INPUTS,
     InferAnswer,

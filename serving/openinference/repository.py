@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from perturbscope.errors import InvalidParameterError
-from perturbscope.wire import fields as check
+from perturbscope.protocol import checks as check
 from serving.engine import Engine
 
 UNLOAD_PARAMETERS = ("unload_dependents",)

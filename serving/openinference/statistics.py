@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from perturbscope.wire.messages import ModelInfo
+from perturbscope.protocol.messages import ModelInfo
 
 STAGES = ("queue", "compute_infer")
 """Stages as the protocol names them."""

@@ -19,7 +19,7 @@ from perturbscope.errors import EmptyCellError, InvalidParameterError, LimitExce
 from perturbscope.families import Family
 from perturbscope.families.tokens import InputSpec, TokenizedCells
 from perturbscope.inference.encoder import OUTPUT
-from perturbscope.wire.fields import printable
+from perturbscope.protocol.checks import printable
 from serving.limits import check_shape
 from serving.settings import Settings
 

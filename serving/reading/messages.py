@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import PerturbScopeError, from_code
+from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.report import Absent
 from perturbscope.seen import Fingerprint
-from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving.columns import Column, Columns
 from serving.reports import ReportRequest
 from serving.uploads import Upload
@@ -41,15 +41,15 @@ def upload_to_frame(upload: Upload) -> list[bytes]:
     }
     match upload.request:
         case EmbedRequest() as request:
-            return frame({**head, "kind": "embed"}, [wire.embed_request_to_arrow(request)])
+            return frame({**head, "kind": "embed"}, [protocol.embed_request_to_arrow(request)])
         case ScoreRequest() as request:
-            return frame({**head, "kind": "score"}, [wire.score_request_to_arrow(request)])
+            return frame({**head, "kind": "score"}, [protocol.score_request_to_arrow(request)])
         case CompareRequest() as request:
-            return frame({**head, "kind": "compare"}, [wire.compare_request_to_arrow(request)])
+            return frame({**head, "kind": "compare"}, [protocol.compare_request_to_arrow(request)])
         case ReportRequest(score=score, title=title, counts=counts):
-            parts = [wire.score_request_to_arrow(score)]
+            parts = [protocol.score_request_to_arrow(score)]
             if isinstance(counts, CountMatrix):
-                parts.append(wire.embed_request_to_arrow(EmbedRequest(cells=counts)))
+                parts.append(protocol.embed_request_to_arrow(EmbedRequest(cells=counts)))
                 return frame({**head, "kind": "report", "title": title}, parts)
             return frame({**head, "kind": "report", "title": title, "absent": asdict(counts)}, parts)
         case Columns() as columns:
@@ -77,15 +77,15 @@ def upload_from_parts(head: Mapping[str, Any], parts: Sequence[bytes]) -> Upload
 def _request(head: Mapping[str, Any], parts: Sequence[bytes]) -> Any:
     match head["kind"]:
         case "embed":
-            return wire.embed_request_from_arrow(parts[0])
+            return protocol.embed_request_from_arrow(parts[0])
         case "score":
-            return wire.score_request_from_arrow(parts[0])
+            return protocol.score_request_from_arrow(parts[0])
         case "compare":
-            return wire.compare_request_from_arrow(parts[0])
+            return protocol.compare_request_from_arrow(parts[0])
         case "report":
-            given = {"score": wire.score_request_from_arrow(parts[0]), "title": head["title"]}
+            given = {"score": protocol.score_request_from_arrow(parts[0]), "title": head["title"]}
             if len(parts) > 1:
-                return ReportRequest(**given, counts=wire.embed_request_from_arrow(parts[1]).cells)
+                return ReportRequest(**given, counts=protocol.embed_request_from_arrow(parts[1]).cells)
             return ReportRequest(**given, counts=Absent(**head["absent"]))
         case _:
             found = dict(head["columns"])

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from perturbscope.errors import UnreadableFileError
-from perturbscope.wire.arrow_stream import KEY, check_rows
+from perturbscope.protocol.arrow_ipc import KEY, check_rows
 
 ODD: list[Any] = [
     None,

@@ -14,15 +14,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.proto.open_inference_pb2 import ModelInferRequest
-from perturbscope.scoring.control import score_perturbations
-from perturbscope.scoring.pairs import compare_perturbations
-from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
-from perturbscope.wire import (
+from perturbscope.protocol import (
     CompareAnswer,
     CompareRequest,
     EmbedRequest,
@@ -32,9 +28,13 @@ from perturbscope.wire import (
     ScoreAnswer,
     ScoreRequest,
 )
-from perturbscope.wire.arrow_messages import stream_request_to_arrow
-from perturbscope.wire.proto_stream import stream_cells_to_proto, stream_start_to_proto
-from perturbscope.wire.streams import StreamStart
+from perturbscope.protocol.arrow_streams import stream_request_to_arrow
+from perturbscope.protocol.proto.open_inference_pb2 import ModelInferRequest
+from perturbscope.protocol.protobuf_streams import stream_cells_to_proto, stream_start_to_proto
+from perturbscope.protocol.streams import StreamStart
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.pairs import compare_perturbations
+from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 
 OPTIONS = ScoreOptions(permutations=9, min_cells=2, repeats=1)
 LABELS = ("control",) * 4 + ("KO",) * 4
@@ -111,10 +111,12 @@ def seeds() -> dict[str, dict[str, bytes]]:
     ]
     for at, (name, message) in enumerate(messages):
         first = bytes([at])
-        found["json"][name] = first + getattr(wire, f"{name}_to_json")(message)
-        found["proto"][name] = first + getattr(wire, f"{name}_to_proto")(message).SerializeToString(deterministic=True)
+        found["json"][name] = first + getattr(protocol, f"{name}_to_json")(message)
+        found["proto"][name] = first + getattr(protocol, f"{name}_to_proto")(message).SerializeToString(
+            deterministic=True
+        )
         if name != "models_answer":
-            found["arrow"][name] = first + getattr(wire, f"{name}_to_arrow")(message)
+            found["arrow"][name] = first + getattr(protocol, f"{name}_to_arrow")(message)
     for route, name in enumerate(("embed", "columns", "score", "compare", "report")):
         found["h5ad"][name] = bytes([route]) + h5ad()
     found["h5ad"]["dense"] = b"\0" + h5ad(sparse=False)

@@ -18,20 +18,20 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import PerturbScopeError
 from perturbscope.families import Family, load_family
-from perturbscope.proto import perturbscope_v1_pb2 as pb
-from perturbscope.proto.open_inference_pb2 import ModelInferRequest
-from perturbscope.wire.arrow_messages import (
+from perturbscope.protocol.arrow_streams import (
     PREFIX_BYTES,
     StreamRequestReader,
     message_length,
     metadata_length,
     stream_answers_from_arrow,
 )
-from perturbscope.wire.proto_stream import stream_cells_from_proto, stream_start_from_proto
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
+from perturbscope.protocol.proto.open_inference_pb2 import ModelInferRequest
+from perturbscope.protocol.protobuf_streams import stream_cells_from_proto, stream_start_from_proto
 from serving.openinference.json_codec import request_from_body
 from serving.openinference.proto_codec import request_from_proto
 from serving.reading import file_readers
@@ -56,10 +56,10 @@ def fuzz_json(data: bytes) -> bool:
     """The first byte chooses the message, the rest is the body."""
     decoders: list[Callable[[bytes], Any]] = [
         *(_again(kind, "json") for kind in KINDS),
-        wire.embed_answer_from_json,
-        wire.score_answer_from_json,
-        wire.compare_answer_from_json,
-        wire.models_answer_from_json,
+        protocol.embed_answer_from_json,
+        protocol.score_answer_from_json,
+        protocol.compare_answer_from_json,
+        protocol.models_answer_from_json,
     ]
     return _tried(decoders, data)
 
@@ -68,9 +68,9 @@ def fuzz_arrow(data: bytes) -> bool:
     """As :func:`fuzz_json`."""
     decoders: list[Callable[[bytes], Any]] = [
         *(_again(kind, "arrow") for kind in KINDS),
-        wire.embed_answer_from_arrow,
-        wire.score_answer_from_arrow,
-        wire.compare_answer_from_arrow,
+        protocol.embed_answer_from_arrow,
+        protocol.score_answer_from_arrow,
+        protocol.compare_answer_from_arrow,
     ]
     return _tried(decoders, data)
 
@@ -83,10 +83,10 @@ def fuzz_proto(data: bytes) -> bool:
 
     readers: list[Callable[[Any], Any]] = [
         *(_again(kind, "proto") for kind in KINDS),
-        wire.embed_answer_from_proto,
-        wire.score_answer_from_proto,
-        wire.compare_answer_from_proto,
-        wire.models_answer_from_proto,
+        protocol.embed_answer_from_proto,
+        protocol.score_answer_from_proto,
+        protocol.compare_answer_from_proto,
+        protocol.models_answer_from_proto,
     ]
     decoders = [parsed(kind, read) for kind, read in zip(_MESSAGES, readers, strict=True)]
     try:
@@ -213,8 +213,8 @@ def _tried(decoders: list[Callable[[bytes], Any]], data: bytes) -> bool:
 
 def _again(kind: str, form: str) -> Callable[[Any], Any]:
     """Decode, go on as the server does, encode, decode: what was accepted once is accepted again."""
-    read = getattr(wire, f"{kind}_request_from_{form}")
-    write = getattr(wire, f"{kind}_request_to_{form}")
+    read = getattr(protocol, f"{kind}_request_from_{form}")
+    write = getattr(protocol, f"{kind}_request_to_{form}")
 
     def twice(body: Any) -> None:
         request = read(body)

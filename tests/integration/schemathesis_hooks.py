@@ -9,7 +9,7 @@ import numpy as np
 import schemathesis
 from hypothesis import strategies as st
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.scoring.results import ScoreOptions
@@ -22,12 +22,12 @@ _LABELS = ("control",) * 4 + ("STAT1",) * 4
 def _arrow() -> list[bytes]:
     cells = CountMatrix.from_matrix(_COUNTS, _GENES)
     options = ScoreOptions(min_cells=4, permutations=19)
-    score = wire.ScoreRequest(cells=cells, perturbations=_LABELS, control="control", options=options)
-    compare = wire.CompareRequest(cells=cells, perturbations=_LABELS, options=options)
+    score = protocol.ScoreRequest(cells=cells, perturbations=_LABELS, control="control", options=options)
+    compare = protocol.CompareRequest(cells=cells, perturbations=_LABELS, options=options)
     return [
-        wire.embed_request_to_arrow(wire.EmbedRequest(cells=cells)),
-        wire.score_request_to_arrow(score),
-        wire.compare_request_to_arrow(compare),
+        protocol.embed_request_to_arrow(protocol.EmbedRequest(cells=cells)),
+        protocol.score_request_to_arrow(score),
+        protocol.compare_request_to_arrow(compare),
     ]
 
 
@@ -56,8 +56,8 @@ def _bodies(good: list[bytes]) -> st.SearchStrategy[bytes]:
     return st.one_of(whole, cut, st.binary(max_size=200))
 
 
-schemathesis.openapi.media_type(wire.ARROW, _bodies(_arrow()))
-schemathesis.openapi.media_type(wire.HDF5, _bodies(_h5ad()))
+schemathesis.openapi.media_type(protocol.ARROW, _bodies(_arrow()))
+schemathesis.openapi.media_type(protocol.HDF5, _bodies(_h5ad()))
 
 
 @schemathesis.hook

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from perturbscope import errors, wire
+from perturbscope import errors, protocol
 from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient, RetryPolicy
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
-from perturbscope.proto import perturbscope_v1_pb2 as pb
-from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
+from perturbscope.protocol import EmbedRequest, ScoreRequest
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
+from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.wire import EmbedRequest, ScoreRequest
 from tests.bundles import write_tiny_bundle
 from tests.fuzz.mutators import mutate_arrow, mutate_bytes, mutate_json, mutate_proto
 from tests.fuzz.seeds import cells as seed_cells
@@ -101,8 +101,8 @@ def eventually(condition: Any, seconds: float = 30) -> bool:
 
 async def test_clients_that_leave_cost_nothing_more(server: RunningServer, expected: NDArray[np.float32]) -> None:
     """In the head, in the body, while perturbations are scored; by closing, cancelling and a deadline."""
-    body = wire.score_request_to_arrow(SLOW_SCORE)
-    start, message = head(server, wire.ARROW, len(body), "/v1/score"), wire.score_request_to_proto(SLOW_SCORE)
+    body = protocol.score_request_to_arrow(SLOW_SCORE)
+    start, message = head(server, protocol.ARROW, len(body), "/v1/score"), protocol.score_request_to_proto(SLOW_SCORE)
     await asyncio.to_thread(assert_well, server, expected)
     before = server.usage()
     async with grpc.aio.insecure_channel(server.target) as channel:
@@ -132,7 +132,7 @@ async def test_clients_that_leave_cost_nothing_more(server: RunningServer, expec
 @pytest.mark.parametrize("what", ["nothing", "part of a head", "part of a body", "nothing to gRPC"])
 def test_slow_clients_are_ended(server: RunningServer, what: str) -> None:
     connection = connect(server.grpc_port if what == "nothing to gRPC" else server.http_port)
-    start = head(server, wire.JSON, 1000)
+    start = head(server, protocol.JSON, 1000)
     connection.sendall({"part of a head": start[:40], "part of a body": start + b"{"}.get(what, b""))
     answer = b""
     try:
@@ -152,7 +152,7 @@ def test_a_file_that_never_ends_hurts_its_sender_only(server: RunningServer, exp
     found: list[httpx.Response] = []
 
     def upload() -> None:
-        headers = {"content-type": wire.HDF5}
+        headers = {"content-type": protocol.HDF5}
         found.append(httpx.post(f"{server.url}/v1/embed", content=LOOP.read_bytes()[1:], headers=headers, timeout=60))
 
     thread = threading.Thread(target=upload)
@@ -166,11 +166,11 @@ def test_a_file_that_never_ends_hurts_its_sender_only(server: RunningServer, exp
 async def test_fuzzed_requests_get_typed_errors(server: RunningServer, expected: NDArray[np.float32]) -> None:
     small = EmbedRequest(cells=CELLS)
     bodies = [
-        (wire.JSON, wire.embed_request_to_json(small), mutate_json),
-        (wire.ARROW, wire.embed_request_to_arrow(small), mutate_arrow),
-        (wire.HDF5, h5ad(CELLS), mutate_bytes),
+        (protocol.JSON, protocol.embed_request_to_json(small), mutate_json),
+        (protocol.ARROW, protocol.embed_request_to_arrow(small), mutate_arrow),
+        (protocol.HDF5, h5ad(CELLS), mutate_bytes),
     ]
-    proto, mutate = wire.embed_request_to_proto(small).SerializeToString(), mutate_proto(pb.EmbedRequest)
+    proto, mutate = protocol.embed_request_to_proto(small).SerializeToString(), mutate_proto(pb.EmbedRequest)
     async with (
         httpx.AsyncClient(base_url=server.url, timeout=60) as http,
         grpc.aio.insecure_channel(server.target) as channel,

@@ -20,12 +20,12 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 from prometheus_client.parser import text_string_to_metric_families
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import Client, GrpcClient, RetryPolicy
 from perturbscope.inference.bundle import Bundle
+from perturbscope.protocol import EmbedRequest
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.wire import EmbedRequest
 from serving.security.keys import keys_to_json, make_key
 from serving.telemetry import metrics
 from tests.bundles import write_tiny_bundle
@@ -247,8 +247,8 @@ def test_probes_answer_without_a_key(watched: Watched) -> None:
 
 
 def test_liveness_does_not_fail_under_load(watched: Watched) -> None:
-    body = wire.embed_request_to_json(EmbedRequest(cells=watched.cells))
-    headers = {"x-api-key": watched.keys["pipeline"], "content-type": wire.JSON}
+    body = protocol.embed_request_to_json(EmbedRequest(cells=watched.cells))
+    headers = {"x-api-key": watched.keys["pipeline"], "content-type": protocol.JSON}
 
     def ask(_: int) -> int:
         return httpx.post(f"{watched.server.url}/v1/embed", content=body, headers=headers, timeout=WAIT).status_code

@@ -22,18 +22,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from numpy.typing import NDArray
 
-from perturbscope import errors, wire
+from perturbscope import errors, protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient, RetryPolicy
 from perturbscope.families.tokens import pad
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
-from perturbscope.proto import perturbscope_v1_pb2 as pb
-from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
+from perturbscope.protocol import EmbedRequest
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
+from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.pairs import compare_perturbations
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.wire import EmbedRequest
 from tests.bundles import write_tiny_bundle
 from tests.integration.server import ROOT, RunningServer, environment
 from tests.ports import free_ports
@@ -104,7 +104,7 @@ def test_the_documents_describe_the_routes(server: RunningServer) -> None:
     assert routes <= set(httpx.get(f"{server.url}/v1/openapi.json").json()["paths"])
     bentos = httpx.get(f"{server.url}/docs.json").json()["paths"]
     assert routes <= set(bentos)
-    assert wire.HDF5 in bentos["/v1/embed"]["post"]["requestBody"]["content"]
+    assert protocol.HDF5 in bentos["/v1/embed"]["post"]["requestBody"]["content"]
 
 
 def test_the_open_inference_protocol_is_served_beside_bentomls_own_routes(
@@ -170,7 +170,7 @@ async def test_a_vector_is_the_same_whoever_shares_its_batch(
 
 
 def test_files_are_taken_as_body_and_as_form(server: RunningServer, h5ad: bytes, offline: NDArray[np.float32]) -> None:
-    body = httpx.post(f"{server.url}/v1/embed", content=h5ad, headers={"content-type": wire.HDF5})
+    body = httpx.post(f"{server.url}/v1/embed", content=h5ad, headers={"content-type": protocol.HDF5})
     form = httpx.post(f"{server.url}/v1/embed", files={"file": ("cells.h5ad", h5ad)})
     for reply in (body, form):
         assert reply.status_code == 200, reply.text
@@ -195,7 +195,9 @@ def test_scores_of_a_file_are_those_of_its_cells(
         "control": "control",
         "options": json.dumps(OPTIONS.to_dict()),
     }
-    reply = httpx.post(f"{server.url}/v1/score", params=parameters, content=h5ad, headers={"content-type": wire.HDF5})
+    reply = httpx.post(
+        f"{server.url}/v1/score", params=parameters, content=h5ad, headers={"content-type": protocol.HDF5}
+    )
     assert reply.status_code == 200, reply.text
     expected = score_perturbations(offline, LABELS, control="control", options=OPTIONS).table.iloc[0]
     (row,) = reply.json()["results"]
@@ -242,7 +244,7 @@ BAD_CELLS: dict[str, tuple[Callable[[Cells], object], type[errors.PerturbScopeEr
 
 
 def spoilt(cells: CountMatrix, spoil: Callable[[Cells], object]) -> Cells:
-    body: dict[str, Any] = json.loads(wire.embed_request_to_json(EmbedRequest(cells=cells)))
+    body: dict[str, Any] = json.loads(protocol.embed_request_to_json(EmbedRequest(cells=cells)))
     del body["cells"]["total_counts"]
     spoil(body["cells"])
     part: Cells = body["cells"]
@@ -271,7 +273,7 @@ async def test_bad_cells_fail_alike_on_both_transports_and_harm_nobody(
     async with httpx.AsyncClient() as http, grpc.aio.insecure_channel(server.target) as channel:
         waiting = [asyncio.ensure_future(mate.embed_cells(tiny_cells)) for mate in mates]
         body = json.dumps({"cells": cells})
-        reply = await http.post(f"{server.url}/v1/embed", content=body, headers={"content-type": wire.JSON})
+        reply = await http.post(f"{server.url}/v1/embed", content=body, headers={"content-type": protocol.JSON})
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await PerturbScopeStub(channel).Embed(grpc_message(cells))
     metadata = dict(raised.value.trailing_metadata() or ())
@@ -303,8 +305,8 @@ def test_bad_requests_raise_their_own_errors(
 
 def test_a_request_over_the_limits_is_refused_or_halved(server: RunningServer, tiny_cells: CountMatrix) -> None:
     many = CountMatrix.from_matrix(np.tile(tiny_cells.counts.toarray(), (10, 1)), tiny_cells.gene_ids)
-    body = wire.embed_request_to_arrow(EmbedRequest(cells=many))
-    reply = httpx.post(f"{server.url}/v1/embed", content=body, headers={"content-type": wire.ARROW})
+    body = protocol.embed_request_to_arrow(EmbedRequest(cells=many))
+    reply = httpx.post(f"{server.url}/v1/embed", content=body, headers={"content-type": protocol.ARROW})
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "limit_exceeded")
     assert f"this server takes {MAX_CELLS}" in reply.json()["error"]["message"]
     with Client(server.url) as client:
@@ -317,15 +319,15 @@ def test_a_body_over_the_limit_is_refused(server: RunningServer) -> None:
             yield bytes(100_000)
 
     try:
-        reply = httpx.post(f"{server.url}/v1/embed", content=endless(), headers={"content-type": wire.JSON})
+        reply = httpx.post(f"{server.url}/v1/embed", content=endless(), headers={"content-type": protocol.JSON})
     except httpx.WriteError:  # the server answered, and closed, before all was sent
-        reply = httpx.post(f"{server.url}/v1/embed", content=bytes(1_000_001), headers={"content-type": wire.JSON})
+        reply = httpx.post(f"{server.url}/v1/embed", content=bytes(1_000_001), headers={"content-type": protocol.JSON})
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "limit_exceeded")
 
 
 @pytest.mark.parametrize(
     ("content", "kind"),
-    [(b"\x89HDF\r\n\x1a\n truncated", wire.HDF5), (b"PK\x03\x04", wire.HDF5), (b"ARROW1", wire.ARROW)],
+    [(b"\x89HDF\r\n\x1a\n truncated", protocol.HDF5), (b"PK\x03\x04", protocol.HDF5), (b"ARROW1", protocol.ARROW)],
     ids=["truncated", "a zip", "no stream"],
 )
 def test_files_that_are_none_are_refused(server: RunningServer, content: bytes, kind: str) -> None:

@@ -14,13 +14,13 @@ import httpx
 import numpy as np
 import pytest
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import AsyncGrpcClient, ChunkLimits, Client, GrpcClient, RetryPolicy
 from perturbscope.errors import DeadlineExceededError, NotRawCountsError, UnauthenticatedError
 from perturbscope.inference.embedder import Embedder, join
-from perturbscope.wire.arrow_messages import stream_answers_from_arrow, stream_request_to_arrow
-from perturbscope.wire.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
+from perturbscope.protocol.arrow_streams import stream_answers_from_arrow, stream_request_to_arrow
+from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
 from serving.grpc_server import GrpcServer
 from tests.integration.in_process import Running, running
 from tests.unit.serving.conftest import make_engine  # noqa: F401  a fixture
@@ -42,7 +42,7 @@ class Upload:
         self._connection.putrequest("POST", "/v1/embed/stream")
         for name, value in {
             **server.headers,
-            "content-type": wire.ARROW,
+            "content-type": protocol.ARROW,
             "transfer-encoding": "chunked",
         }.items():
             self._connection.putheader(name, value)
@@ -130,7 +130,7 @@ def test_no_stream_without_a_key(server: Running, tiny_cells: CountMatrix) -> No
     with Client(f"http://{server.http}", api_key="") as client, pytest.raises(UnauthenticatedError):
         list(client.embed_stream([tiny_cells]))
     body = b"".join(stream_request_to_arrow(StreamStart(gene_ids=tiny_cells.gene_ids), [tiny_cells]))
-    reply = httpx.post(f"http://{server.http}/v1/embed/stream", content=body, headers={"content-type": wire.ARROW})
+    reply = httpx.post(f"http://{server.http}/v1/embed/stream", content=body, headers={"content-type": protocol.ARROW})
     assert (reply.status_code, reply.json()["error"]["code"]) == (401, "unauthenticated")
 
 

@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneResolver, GeneVocabulary
 from perturbscope.cells.known_genes import LARGEST, GeneLists, PerArray
 from perturbscope.errors import MalformedMatrixError, PerturbScopeError
-from perturbscope.wire import EmbedRequest, fields
+from perturbscope.protocol import EmbedRequest, checks
 
 
 def genes(*names):
@@ -27,7 +27,7 @@ def body(names, **cells):
 def read(content):
     """What comes of a body, as text."""
     try:
-        cells = wire.embed_request_from_json(content).cells
+        cells = protocol.embed_request_from_json(content).cells
     except PerturbScopeError as error:
         return type(error).__name__, error.message, error.field
     return cells.gene_ids.tolist(), cells.counts.toarray().tolist(), cells.totals.tolist()
@@ -35,10 +35,14 @@ def read(content):
 
 def test_the_same_names_are_the_same_array():
     request = EmbedRequest(cells=CountMatrix.from_matrix([[1, 2]], ["ONCE", "MORE"]))
-    proto = wire.embed_request_to_proto(request)
-    found = [wire.embed_request_from_proto(proto).cells.gene_ids for _ in range(3)]
-    found += [wire.embed_request_from_json(wire.embed_request_to_json(request)).cells.gene_ids for _ in range(3)]
-    found += [wire.embed_request_from_arrow(wire.embed_request_to_arrow(request)).cells.gene_ids for _ in range(3)]
+    proto = protocol.embed_request_to_proto(request)
+    found = [protocol.embed_request_from_proto(proto).cells.gene_ids for _ in range(3)]
+    found += [
+        protocol.embed_request_from_json(protocol.embed_request_to_json(request)).cells.gene_ids for _ in range(3)
+    ]
+    found += [
+        protocol.embed_request_from_arrow(protocol.embed_request_to_arrow(request)).cells.gene_ids for _ in range(3)
+    ]
     assert all(array is found[0] for array in found)
     assert found[0].tolist() == ["ONCE", "MORE"]
 
@@ -82,7 +86,7 @@ def test_a_text_is_not_a_list_of_its_letters():
     ids=range(13),
 )
 def test_what_comes_of_a_body_does_not_depend_on_what_came_before(content, monkeypatch):
-    monkeypatch.setattr(fields, "RECENT", GeneLists())
+    monkeypatch.setattr(checks, "RECENT", GeneLists())
     first = read(content)
     for _ in range(3):
         read(body(["X", "Y"]))

@@ -12,15 +12,22 @@ from typing import Any
 import grpc
 import httpx
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.errors import PerturbScopeError, UnknownModelError
 from perturbscope.inference.embedder import Embedder
-from perturbscope.proto import perturbscope_v1_pb2 as pb
-from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeServicer, add_PerturbScopeServicer_to_server
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
+from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import (
+    PerturbScopeServicer,
+    add_PerturbScopeServicer_to_server,
+)
+from perturbscope.protocol.protobuf_streams import (
+    stream_answer_to_proto,
+    stream_cells_from_proto,
+    stream_start_from_proto,
+)
+from perturbscope.protocol.streams import StreamChunk, StreamOpened, StreamTotals
 from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.pairs import compare_perturbations
-from perturbscope.wire.proto_stream import stream_answer_to_proto, stream_cells_from_proto, stream_start_from_proto
-from perturbscope.wire.streams import StreamChunk, StreamOpened, StreamTotals
 
 
 class FakeServer:
@@ -49,7 +56,7 @@ class FakeServer:
     def __init__(self, embedder: Embedder) -> None:
         self.embedder = embedder
         self.failures: list[Any] = []
-        self.requests: list[wire.Request] = []
+        self.requests: list[protocol.Request] = []
         self.metadata: list[tuple[tuple[str, str], ...]] = []
         self.change: Callable[[Any], Any] = lambda answer: answer
         self.keep = True
@@ -57,15 +64,15 @@ class FakeServer:
         self.stream_ended = threading.Event()
         self.model_id = embedder.model_id
 
-    def answer(self, request: wire.Request) -> Any:
+    def answer(self, request: protocol.Request) -> Any:
         if self.keep:
             self.requests.append(request)
         match request:
-            case wire.EmbedRequest():
+            case protocol.EmbedRequest():
                 found = replace(self.embedder.embed(request.cells), model_id=self.model_id)
                 return self.change(found)
-            case wire.ScoreRequest():
-                return wire.ScoreAnswer(
+            case protocol.ScoreRequest():
+                return protocol.ScoreAnswer(
                     result=score_perturbations(
                         self._vectors(request),
                         request.perturbations,
@@ -74,8 +81,8 @@ class FakeServer:
                         options=request.options,
                     )
                 )
-            case wire.CompareRequest():
-                return wire.CompareAnswer(
+            case protocol.CompareRequest():
+                return protocol.CompareAnswer(
                     result=compare_perturbations(
                         self._vectors(request),
                         request.perturbations,
@@ -85,10 +92,10 @@ class FakeServer:
                         options=request.options,
                     )
                 )
-            case wire.ModelsRequest():
-                return wire.ModelsAnswer(models=tuple(map(model_info, ("first", "second"))))
+            case protocol.ModelsRequest():
+                return protocol.ModelsAnswer(models=tuple(map(model_info, ("first", "second"))))
 
-    def _vectors(self, request: wire.ScoreRequest | wire.CompareRequest) -> Any:
+    def _vectors(self, request: protocol.ScoreRequest | protocol.CompareRequest) -> Any:
         return self.embedder.embed(request.cells).values if request.cells is not None else request.embeddings
 
     def http(self, call: httpx.Request) -> httpx.Response:
@@ -102,19 +109,21 @@ class FakeServer:
             return httpx.Response(
                 200,
                 json=None,
-                content=wire.models_answer_to_json(self.answer(wire.ModelsRequest())),
-                headers={"content-type": wire.JSON},
+                content=protocol.models_answer_to_json(self.answer(protocol.ModelsRequest())),
+                headers={"content-type": protocol.JSON},
             )
         kind = call.headers["content-type"]
         assert call.headers["accept"] == kind
-        form = {wire.JSON: "json", wire.ARROW: "arrow"}[kind]
-        request = getattr(wire, f"{name}_request_from_{form}")(call.content)
+        form = {protocol.JSON: "json", protocol.ARROW: "arrow"}[kind]
+        request = getattr(protocol, f"{name}_request_from_{form}")(call.content)
         try:
             answer = self.answer(request)
         except PerturbScopeError as error:
             status = 413 if error.code == "limit_exceeded" else 422
-            return httpx.Response(status, content=wire.error_to_json(error), headers={"content-type": wire.JSON})
-        content = getattr(wire, f"{name}_answer_to_{form}")(answer)
+            return httpx.Response(
+                status, content=protocol.error_to_json(error), headers={"content-type": protocol.JSON}
+            )
+        content = getattr(protocol, f"{name}_answer_to_{form}")(answer)
         return httpx.Response(200, content=content, headers={"content-type": f"{kind}; charset=utf-8"})
 
     @contextmanager
@@ -146,8 +155,12 @@ class _Servicer(PerturbScopeServicer):
         try:
             if self._server.failures:
                 raise self._server.failures.pop(0)
-            request = getattr(wire, f"{name}_request_from_proto")(message) if name != "models" else wire.ModelsRequest()
-            return getattr(wire, f"{name}_answer_to_proto")(self._server.answer(request))
+            request = (
+                getattr(protocol, f"{name}_request_from_proto")(message)
+                if name != "models"
+                else protocol.ModelsRequest()
+            )
+            return getattr(protocol, f"{name}_answer_to_proto")(self._server.answer(request))
         except Abort as abort:
             context.set_trailing_metadata(abort.metadata)
             context.abort(abort.status, abort.details)
@@ -186,7 +199,7 @@ class _Servicer(PerturbScopeServicer):
                 if server.failures:
                     raise server.failures.pop(0)
                 cells = stream_cells_from_proto(message, start.gene_ids, row)
-                found = server.answer(wire.EmbedRequest(cells=cells))
+                found = server.answer(protocol.EmbedRequest(cells=cells))
                 totals.add(found)
                 yield stream_answer_to_proto(StreamChunk(first_row=row, embeddings=found))
                 row += len(cells)
@@ -212,8 +225,8 @@ class _Servicer(PerturbScopeServicer):
         return self._serve("models", request, context)
 
 
-def model_info(name: str) -> wire.ModelInfo:
-    return wire.ModelInfo(
+def model_info(name: str) -> protocol.ModelInfo:
+    return protocol.ModelInfo(
         name=name,
         version="1",
         model_id=f"{name}-1-0123456789ab",

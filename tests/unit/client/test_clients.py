@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import AsyncClient, AsyncGrpcClient, ChunkLimits, Client, GrpcClient, RetryPolicy
 from perturbscope.errors import (
@@ -37,7 +37,7 @@ from perturbscope.scoring.results import ScoreOptions
 from tests.ports import free_ports
 from tests.unit.client.conftest import done
 from tests.unit.client.fake_server import Abort, FakeServer
-from tests.unit.wire.messages import same
+from tests.unit.protocol.messages import same
 
 Connect = Callable[..., Any]
 LABELS = ["a"] * 25 + ["b"] * 25 + ["c"] * 50
@@ -249,7 +249,7 @@ async def test_cells_are_scored_and_compared_in_one_request(
     assert scored.result.table["perturbation"].tolist() == ["a"]
     compared = await done(client.compare_cells(tiny_cells, labels, options=options))
     assert compared.result.table[["a", "b"]].values.tolist() == [["a", "c"]]
-    assert [type(request) for request in server.requests] == [wire.ScoreRequest, wire.CompareRequest]
+    assert [type(request) for request in server.requests] == [protocol.ScoreRequest, protocol.CompareRequest]
     await done(client.close())
 
 

@@ -23,7 +23,7 @@ from perturbscope.errors import (
     UnknownModelError,
 )
 from perturbscope.inference.embedder import Embedder, Embeddings, join
-from perturbscope.wire import error_to_json
+from perturbscope.protocol import error_to_json
 from tests.unit.client.fake_server import Abort, FakeServer
 
 Connect = Callable[..., Any]

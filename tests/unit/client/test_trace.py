@@ -15,7 +15,7 @@ from perturbscope.client import ChunkLimits, Client
 from perturbscope.client.trace import trace_headers
 from perturbscope.client.transports import http_call
 from perturbscope.errors import InvalidInputError
-from perturbscope.wire import ModelsRequest
+from perturbscope.protocol import ModelsRequest
 
 SPAN = SpanContext(0xABC, 0xDEF, is_remote=False, trace_flags=TraceFlags(1))
 PARENT = f"00-{0xABC:032x}-{0xDEF:016x}-01"

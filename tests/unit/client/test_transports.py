@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.client import Client, RetryPolicy
 from perturbscope.client.exchange import LONGEST_HINT, Failure
 from perturbscope.client.transports import grpc_failure, http_answer, http_call, unreachable
@@ -31,7 +31,7 @@ from perturbscope.errors import (
 )
 from perturbscope.scoring.results import SCORE_COLUMNS
 
-MODELS = wire.ModelsRequest()
+MODELS = protocol.ModelsRequest()
 OURS = {"code": "not_raw_counts", "message": "Raw counts are needed.", "field": "counts"}
 
 
@@ -137,11 +137,11 @@ def test_grpc_statuses_of_others(status: str, details: str | None, kind: type[Pe
     [
         ("text/html", b"<html>"),
         ("", b""),
-        (wire.JSON, b"{"),
-        (wire.JSON, b"{}"),
-        (wire.JSON, b'{"models": [{}]}'),
-        (wire.JSON, b'{"models": 3}'),
-        (wire.ARROW, b""),
+        (protocol.JSON, b"{"),
+        (protocol.JSON, b"{}"),
+        (protocol.JSON, b'{"models": [{}]}'),
+        (protocol.JSON, b'{"models": 3}'),
+        (protocol.ARROW, b""),
     ],
 )
 def test_what_is_no_answer(content_type: str, body: bytes) -> None:
@@ -158,19 +158,19 @@ ANYTHING = st.recursive(
 FIELDS = ["embeddings", "lengths", "n_detected", "known_share", "meta", "results", "models"]
 
 
-DECODERS = [wire.embed_answer_from_json, wire.score_answer_from_json, wire.compare_answer_from_json]
+DECODERS = [protocol.embed_answer_from_json, protocol.score_answer_from_json, protocol.compare_answer_from_json]
 
 
 @given(
     answer=st.dictionaries(st.sampled_from(FIELDS), ANYTHING | st.lists(st.lists(st.floats(width=32))), min_size=3),
     decode=st.sampled_from(DECODERS),
 )
-def test_no_answer_breaks_a_client(answer: dict[str, Any], decode: Callable[[bytes], wire.Answer]) -> None:
+def test_no_answer_breaks_a_client(answer: dict[str, Any], decode: Callable[[bytes], protocol.Answer]) -> None:
     try:
         found: object = decode(json.dumps(answer).encode())
     except InvalidInputError as error:
         found = error
-    assert isinstance(found, (wire.EmbedAnswer, wire.ScoreAnswer, wire.CompareAnswer, InvalidInputError))
+    assert isinstance(found, (protocol.EmbedAnswer, protocol.ScoreAnswer, protocol.CompareAnswer, InvalidInputError))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_no_answer_breaks_a_client(answer: dict[str, Any], decode: Callable[[byt
 )
 def test_bad_meta_of_an_answer(meta: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError):
-        wire.score_answer_from_json(json.dumps({"results": [], "meta": meta}).encode())
+        protocol.score_answer_from_json(json.dumps({"results": [], "meta": meta}).encode())
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_bad_row_of_an_answer(name: str, value: Any) -> None:
     row |= {"perturbation": "a", "metric": "e_distance", "flags": "", "n_cells": 3, "n_controls": 3, name: value}
     sent = {column: item for column, item in row.items() if item is not ...}
     with pytest.raises(InvalidInputError) as caught:
-        wire.score_answer_from_json(json.dumps({"results": [sent], "meta": {}}).encode())
+        protocol.score_answer_from_json(json.dumps({"results": [sent], "meta": {}}).encode())
     assert caught.value.field == name
 
 
@@ -268,11 +268,11 @@ def test_a_failure_without_words_names_its_kind() -> None:
 
 
 def test_calls_name_what_they_send_and_want() -> None:
-    request = wire.ScoreRequest(embeddings=np.ones((2, 2), dtype=np.float32), perturbations=("a", "b"), control="b")
+    request = protocol.ScoreRequest(embeddings=np.ones((2, 2), dtype=np.float32), perturbations=("a", "b"), control="b")
     arrow, text = http_call(request, "arrow"), http_call(request, "json")
     assert (arrow.method, arrow.path) == ("POST", "/v1/score")
-    assert arrow.headers == {"content-type": wire.ARROW, "accept": wire.ARROW}
-    assert text.headers == {"content-type": wire.JSON, "accept": wire.JSON}
+    assert arrow.headers == {"content-type": protocol.ARROW, "accept": protocol.ARROW}
+    assert text.headers == {"content-type": protocol.JSON, "accept": protocol.JSON}
     assert http_call(MODELS, "arrow").method == "GET"
 
 

@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.dispatcher import Dispatcher
 from perturbscope.inference.embedder import Embedder
-from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from perturbscope.wire import EmbedRequest, ModelInfo
+from perturbscope.protocol import EmbedRequest, ModelInfo
+from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from serving.engine import Engine
 from serving.grpc_server import GrpcServer
 from serving.models import ServedModel
@@ -126,7 +126,7 @@ async def stub_of() -> AsyncIterator[Callable[[Engine], Any]]:
 @pytest.fixture
 def embed_json(tiny_cells: CountMatrix) -> dict[str, Any]:
     """A good JSON body, to be spoilt."""
-    body: dict[str, Any] = json.loads(wire.embed_request_to_json(EmbedRequest(cells=tiny_cells)))
+    body: dict[str, Any] = json.loads(protocol.embed_request_to_json(EmbedRequest(cells=tiny_cells)))
     return body
 
 

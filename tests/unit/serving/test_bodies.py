@@ -12,7 +12,7 @@ import httpx
 import pytest
 import starlette.formparsers
 
-from perturbscope import wire
+from perturbscope import protocol
 from serving import bodies
 
 
@@ -40,7 +40,7 @@ async def test_a_full_disk_is_overload_and_leaves_nothing_behind(
 ) -> None:
     monkeypatch.setattr(bodies, "FILE_NAME", "/dev/full")
     content = h5ad.read_bytes()
-    check_full(await http.post("/v1/embed", content=content, headers={"content-type": wire.HDF5}), uploads)
+    check_full(await http.post("/v1/embed", content=content, headers={"content-type": protocol.HDF5}), uploads)
     check_full(await http.post("/v1/embed", files={"file": content}), uploads)
 
 
@@ -64,7 +64,7 @@ async def test_no_directory_for_an_upload_is_overload(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tempfile, "mkdtemp", full)
-    check_full(await http.post("/v1/embed", content=b"x", headers={"content-type": wire.HDF5}), uploads)
+    check_full(await http.post("/v1/embed", content=b"x", headers={"content-type": protocol.HDF5}), uploads)
 
 
 async def test_another_failure_of_the_disk_is_the_servers(
@@ -74,7 +74,7 @@ async def test_another_failure_of_the_disk_is_the_servers(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(tempfile, "mkdtemp", broken)
-    reply = await http.post("/v1/embed", content=b"x", headers={"content-type": wire.HDF5})
+    reply = await http.post("/v1/embed", content=b"x", headers={"content-type": protocol.HDF5})
     assert reply.status_code == 500
     assert reply.json()["error"]["code"] == "internal"
 
@@ -108,7 +108,7 @@ async def test_a_slow_disk_does_not_hold_up_others(
 
     monkeypatch.setattr(Path, "open", slow)
     upload = asyncio.ensure_future(
-        http.post("/v1/embed", content=h5ad.read_bytes(), headers={"content-type": wire.HDF5})
+        http.post("/v1/embed", content=h5ad.read_bytes(), headers={"content-type": protocol.HDF5})
     )
     started = time.monotonic()
     while not writing.is_set() and time.monotonic() - started < 30:

@@ -23,8 +23,8 @@ from perturbscope.errors import (
     UnknownModelError,
 )
 from perturbscope.inference.embedder import Embedder
+from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving.engine import Engine
 from serving.registry import ModelRegistry
 from serving.settings import Settings

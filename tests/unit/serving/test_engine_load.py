@@ -13,13 +13,13 @@ import grpc
 import numpy as np
 import pytest
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import DeadlineExceededError, InferenceError, OverloadedError, PerturbScopeError
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.embedder import Embedder
+from perturbscope.protocol import EmbedRequest, ScoreRequest
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.wire import EmbedRequest, ScoreRequest
 from serving import engine as engine_module
 from serving.calls import Call
 from serving.engine import Engine
@@ -115,7 +115,9 @@ async def test_a_client_of_http_that_disconnects_ends_its_work(
 ) -> None:
     app = app_of(engine)
     gone, sent = asyncio.Event(), list[Any]()
-    inbox = [{"type": "http.request", "body": wire.score_request_to_json(request_of(tiny_cells)), "more_body": False}]
+    inbox = [
+        {"type": "http.request", "body": protocol.score_request_to_json(request_of(tiny_cells)), "more_body": False}
+    ]
 
     async def receive() -> dict[str, Any]:
         if inbox:
@@ -143,7 +145,7 @@ async def test_a_caller_of_grpc_that_cancels_ends_its_work(
     engine: Engine, stub_of: StubOf, stage: Stage, tiny_cells: CountMatrix
 ) -> None:
     stub = await stub_of(engine)
-    call = stub.Score(wire.score_request_to_proto(request_of(tiny_cells)))
+    call = stub.Score(protocol.score_request_to_proto(request_of(tiny_cells)))
     waiting = asyncio.ensure_future(call.code())
     await until(lambda: stage.steps == 1)
     call.cancel()
@@ -174,7 +176,7 @@ async def test_an_answer_that_nobody_waits_for_is_not_encoded(
     work = engine.work
 
     async def held(function: Callable[..., Any], *args: Any) -> Any:
-        if function is wire.embed_answer_to_json:
+        if function is protocol.embed_answer_to_json:
             reached.set()
             await asyncio.sleep(60)
             encoded.append(1)
@@ -182,7 +184,7 @@ async def test_an_answer_that_nobody_waits_for_is_not_encoded(
 
     monkeypatch.setattr(engine, "work", held)
     app = app_of(engine)
-    inbox = [{"type": "http.request", "body": wire.embed_request_to_json(EmbedRequest(cells=tiny_cells))}]
+    inbox = [{"type": "http.request", "body": protocol.embed_request_to_json(EmbedRequest(cells=tiny_cells))}]
 
     async def receive() -> dict[str, Any]:
         if inbox:
@@ -379,6 +381,6 @@ async def test_json_of_more_than_its_limit_is_refused_as_it_arrives(
         yield body[50:]
 
     for content in (body, parts()):
-        reply = await http.post("/v1/embed", content=content, headers={"content-type": wire.JSON})
+        reply = await http.post("/v1/embed", content=content, headers={"content-type": protocol.JSON})
         assert reply.status_code == 413
         assert "or as Arrow, which may have more" in reply.json()["error"]["message"]

@@ -15,13 +15,13 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
 from perturbscope.inference.embedder import Embedder
-from perturbscope.proto import perturbscope_v1_pb2 as pb
+from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving.engine import Engine
 from serving.grpc_server import SERVICE, GrpcServer
 from tests.fakes import FakeEncoder
@@ -42,8 +42,8 @@ async def test_embed_gives_what_the_model_says_offline(
     engine: Engine, stub_of: StubOf, tiny_cells: CountMatrix, fake_embedder: Embedder
 ) -> None:
     stub = await stub_of(engine)
-    reply = await stub.Embed(wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells)))
-    answer = wire.embed_answer_from_proto(reply)
+    reply = await stub.Embed(protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells)))
+    answer = protocol.embed_answer_from_proto(reply)
     np.testing.assert_array_equal(answer.values, fake_embedder.embed(tiny_cells).values)
     assert answer.model_id == fake_embedder.model_id
     assert set(answer.timings) == {"tokenize", "queue", "inference"}
@@ -56,18 +56,20 @@ async def test_scores_and_pairs_are_those_of_http(
     options = ScoreOptions(**FAST)
     score = ScoreRequest(cells=tiny_cells, perturbations=LABELS, control="control", options=options)
     compare = CompareRequest(cells=tiny_cells, perturbations=LABELS, options=options)
-    reply = await http.post("/v1/score", content=wire.score_request_to_json(score), headers={"content-type": wire.JSON})
-    over_grpc = wire.score_answer_from_proto(await stub.Score(wire.score_request_to_proto(score))).result
-    assert over_grpc.table.equals(wire.score_answer_from_json(reply.content).result.table)
     reply = await http.post(
-        "/v1/compare", content=wire.compare_request_to_json(compare), headers={"content-type": wire.JSON}
+        "/v1/score", content=protocol.score_request_to_json(score), headers={"content-type": protocol.JSON}
     )
-    compared = wire.compare_answer_from_proto(await stub.Compare(wire.compare_request_to_proto(compare))).result
-    assert compared.table.equals(wire.compare_answer_from_json(reply.content).result.table)
+    over_grpc = protocol.score_answer_from_proto(await stub.Score(protocol.score_request_to_proto(score))).result
+    assert over_grpc.table.equals(protocol.score_answer_from_json(reply.content).result.table)
+    reply = await http.post(
+        "/v1/compare", content=protocol.compare_request_to_json(compare), headers={"content-type": protocol.JSON}
+    )
+    compared = protocol.compare_answer_from_proto(await stub.Compare(protocol.compare_request_to_proto(compare))).result
+    assert compared.table.equals(protocol.compare_answer_from_json(reply.content).result.table)
 
 
 async def test_models(engine: Engine, stub_of: StubOf) -> None:
-    answer = wire.models_answer_from_proto(await (await stub_of(engine)).Models(pb.ModelsRequest()))
+    answer = protocol.models_answer_from_proto(await (await stub_of(engine)).Models(pb.ModelsRequest()))
     assert answer == engine.models()
 
 
@@ -87,7 +89,7 @@ async def test_bad_input_is_typed_and_a_batch_mate_is_unharmed(
     engine: Engine, stub_of: StubOf, tiny_cells: CountMatrix, case: str
 ) -> None:
     stub = await stub_of(engine)
-    good = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    good = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
     bad = pb.EmbedRequest()
     bad.CopyFrom(good)
     BAD[case](bad)
@@ -102,12 +104,12 @@ async def test_bad_input_is_typed_and_a_batch_mate_is_unharmed(
         "invalid_parameter",
     }
     assert text
-    assert len(wire.embed_answer_from_proto(await mate)) == 24
+    assert len(protocol.embed_answer_from_proto(await mate)) == 24
 
 
 async def test_an_unknown_model_is_not_found(engine: Engine, stub_of: StubOf, tiny_cells: CountMatrix) -> None:
     stub = await stub_of(engine)
-    message = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells, model="nöpe"))
+    message = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells, model="nöpe"))
     status, text, trailing = await failure(stub.Embed(message))
     assert (status, trailing["perturbscope-code"]) == (grpc.StatusCode.NOT_FOUND, "unknown_model")
     assert trailing["perturbscope-field"] == "model"
@@ -122,13 +124,13 @@ async def test_an_error_that_is_long_and_strange_is_still_answered(
 
     monkeypatch.setattr("serving.limits.check_shape", refuse)
     stub = await stub_of(engine)
-    _, text, trailing = await failure(stub.Embed(wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))))
+    _, text, trailing = await failure(stub.Embed(protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))))
     assert text.startswith("ü")
     assert trailing["perturbscope-field"] == r"gr\xf6\xdfe"
 
 
 async def test_limits_and_overload(make_engine: MakeEngine, stub_of: StubOf, tiny_cells: CountMatrix) -> None:
-    message = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    message = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
     small = await stub_of(make_engine(max_cells=3))
     status, _, trailing = await failure(small.Embed(message))
     assert (status, trailing["perturbscope-code"]) == (grpc.StatusCode.INVALID_ARGUMENT, "limit_exceeded")
@@ -143,7 +145,7 @@ async def test_limits_and_overload(make_engine: MakeEngine, stub_of: StubOf, tin
 async def test_a_message_over_the_limit_is_refused(
     make_engine: MakeEngine, stub_of: StubOf, tiny_cells: CountMatrix
 ) -> None:
-    message = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    message = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
     stub = await stub_of(make_engine(max_body_bytes=1000))
     status, _, trailing = await failure(stub.Embed(message))
     assert (status, trailing["perturbscope-code"]) == (grpc.StatusCode.INVALID_ARGUMENT, "limit_exceeded")
@@ -161,7 +163,7 @@ async def test_a_bug_of_ours_is_internal_and_tells_no_secret(
 
     monkeypatch.setattr("serving.limits.check_shape", broken)
     stub = await stub_of(engine)
-    status, text, trailing = await failure(stub.Embed(wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))))
+    status, text, trailing = await failure(stub.Embed(protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))))
     assert (status, trailing["perturbscope-code"]) == (grpc.StatusCode.INTERNAL, "internal")
     assert "secret" not in text
     assert trailing["perturbscope-request-id"] in text
@@ -173,7 +175,7 @@ async def test_a_caller_that_gives_up_costs_no_compute(
     assert isinstance(fake_embedder.encoder, FakeEncoder)
     gate = fake_embedder.encoder.gate = threading.Event()
     stub = await stub_of(engine)
-    message = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    message = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
     first = asyncio.ensure_future(stub.Embed(message))
     async with asyncio.timeout(60):
         while not fake_embedder.encoder.batches:

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InferenceError
 from perturbscope.inference.embedder import Embedder
-from perturbscope.wire import EmbedRequest
+from perturbscope.protocol import EmbedRequest
 from serving import health as serving_health
 from serving.engine import Engine
 from serving.grpc_server import GrpcServer

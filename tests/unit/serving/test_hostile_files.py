@@ -18,7 +18,7 @@ import pytest
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidInputError, LimitExceededError, PerturbScopeError, UnreadableFileError
-from perturbscope.wire import EmbedRequest, ScoreRequest
+from perturbscope.protocol import EmbedRequest, ScoreRequest
 from serving.columns import Columns
 from serving.reading import file_readers
 from serving.security import hdf5

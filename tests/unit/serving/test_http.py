@@ -16,20 +16,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.inference.embedder import Embedder
+from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS, ScoreOptions
-from perturbscope.wire import CompareRequest, EmbedRequest, ScoreRequest
 from serving import openapi, schemas
 from serving.engine import Engine
 from tests.apps import app_of
 from tests.fakes import FakeEncoder
 from tests.unit.serving.conftest import FAST, LABELS, Connect, MakeEngine, write_h5ad
 
-JSON = {"content-type": wire.JSON}
-ARROW = {"content-type": wire.ARROW, "accept": wire.ARROW}
-HDF5 = {"content-type": wire.HDF5}
+JSON = {"content-type": protocol.JSON}
+ARROW = {"content-type": protocol.ARROW, "accept": protocol.ARROW}
+HDF5 = {"content-type": protocol.HDF5}
 OPTIONS = json.dumps(FAST)
 
 
@@ -52,24 +52,26 @@ async def test_embed_takes_and_gives_every_format(
     request = EmbedRequest(cells=tiny_cells)
     file = h5ad.read_bytes()
     replies = [
-        await http.post("/v1/embed", content=wire.embed_request_to_json(request), headers=JSON),
-        await http.post("/v1/embed", content=wire.embed_request_to_arrow(request), headers={**ARROW, "accept": "*/*"}),
+        await http.post("/v1/embed", content=protocol.embed_request_to_json(request), headers=JSON),
+        await http.post(
+            "/v1/embed", content=protocol.embed_request_to_arrow(request), headers={**ARROW, "accept": "*/*"}
+        ),
         await http.post("/v1/embed", content=file, headers=HDF5),
         await http.post("/v1/embed?layer=counts", content=file, headers={"content-type": "application/octet-stream"}),
         await http.post("/v1/embed", files={"file": ("cells.h5ad", file)}, data={"layer": "counts"}),
     ]
     for reply in replies:
         assert reply.status_code == 200, reply.text
-        assert reply.headers["content-type"] == wire.JSON
+        assert reply.headers["content-type"] == protocol.JSON
         schemas.EmbedAnswer.model_validate_json(reply.content)
-        np.testing.assert_array_equal(wire.embed_answer_from_json(reply.content).values, expected)
+        np.testing.assert_array_equal(protocol.embed_answer_from_json(reply.content).values, expected)
     for content, headers in (
-        (wire.embed_request_to_arrow(request), ARROW),
-        (wire.embed_request_to_json(request), {**JSON, "accept": wire.ARROW}),
+        (protocol.embed_request_to_arrow(request), ARROW),
+        (protocol.embed_request_to_json(request), {**JSON, "accept": protocol.ARROW}),
     ):
         reply = await http.post("/v1/embed", content=content, headers=headers)
-        assert reply.headers["content-type"] == wire.ARROW
-        np.testing.assert_array_equal(wire.embed_answer_from_arrow(reply.content).values, expected)
+        assert reply.headers["content-type"] == protocol.ARROW
+        np.testing.assert_array_equal(protocol.embed_answer_from_arrow(reply.content).values, expected)
 
 
 async def test_score_takes_and_gives_every_format(http: httpx.AsyncClient, tiny_cells: CountMatrix, h5ad: Path) -> None:
@@ -78,9 +80,9 @@ async def test_score_takes_and_gives_every_format(http: httpx.AsyncClient, tiny_
     parameters = {"perturbation_key": "perturbation", "control": "control", "options": OPTIONS}
     file = h5ad.read_bytes()
     replies = [
-        await http.post("/v1/score", content=wire.score_request_to_json(request), headers=JSON),
+        await http.post("/v1/score", content=protocol.score_request_to_json(request), headers=JSON),
         await http.post(
-            "/v1/score", content=wire.score_request_to_arrow(request), headers={"content-type": wire.ARROW}
+            "/v1/score", content=protocol.score_request_to_arrow(request), headers={"content-type": protocol.ARROW}
         ),
         await http.post("/v1/score", params=parameters, content=file, headers=HDF5),
         await http.post("/v1/score", files={"file": ("cells.h5ad", file)}, data=parameters),
@@ -92,7 +94,7 @@ async def test_score_takes_and_gives_every_format(http: httpx.AsyncClient, tiny_
         assert answer["results"] == replies[0].json()["results"]
         assert tuple(answer["results"][0]) == SCORE_COLUMNS
         assert answer["meta"]["provenance"]["seed"] == 0
-    reply = await http.post("/v1/score", content=wire.score_request_to_arrow(request), headers=ARROW)
+    reply = await http.post("/v1/score", content=protocol.score_request_to_arrow(request), headers=ARROW)
     assert pa.ipc.open_stream(reply.content).read_all().column_names == list(SCORE_COLUMNS)
 
 
@@ -112,7 +114,7 @@ async def test_score_of_an_embedding_in_the_file(http: httpx.AsyncClient, h5ad: 
 
 async def test_compare_over_json_and_file(http: httpx.AsyncClient, tiny_cells: CountMatrix, h5ad: Path) -> None:
     request = CompareRequest(cells=tiny_cells, perturbations=LABELS, options=ScoreOptions(**FAST))
-    first = await http.post("/v1/compare", content=wire.compare_request_to_json(request), headers=JSON)
+    first = await http.post("/v1/compare", content=protocol.compare_request_to_json(request), headers=JSON)
     parameters = {"perturbation_key": "perturbation", "options": OPTIONS, "pairs": '[["KO", "control"]]'}
     second = await http.post("/v1/compare", params=parameters, content=h5ad.read_bytes(), headers=HDF5)
     for reply in (first, second):
@@ -274,7 +276,7 @@ async def chunks(sent: list[int], size: int = 1000, count: int = 1000) -> AsyncI
         yield bytes(size)
 
 
-@pytest.mark.parametrize("kind", [wire.JSON, wire.ARROW, wire.HDF5, "multipart/form-data; boundary=x"])
+@pytest.mark.parametrize("kind", [protocol.JSON, protocol.ARROW, protocol.HDF5, "multipart/form-data; boundary=x"])
 async def test_a_body_over_the_limit_is_refused_while_it_arrives(
     make_engine: MakeEngine, connect: Connect, kind: str
 ) -> None:
@@ -439,15 +441,15 @@ async def test_the_openapi_document_is_true(http: httpx.AsyncClient) -> None:
     for name in ("embed", "score", "compare"):
         operation = document["paths"][f"/v1/{name}"]["post"]
         assert set(operation["requestBody"]["content"]) == {
-            wire.JSON,
-            wire.ARROW,
-            wire.HDF5,
+            protocol.JSON,
+            protocol.ARROW,
+            protocol.HDF5,
             "application/octet-stream",
             "multipart/form-data",
         }
         assert {str(status) for status in (200, *openapi.refusals())} == set(operation["responses"])
         assert "$ref" not in json.dumps(operation["requestBody"])
-        schema = operation["requestBody"]["content"][wire.JSON]["schema"]
+        schema = operation["requestBody"]["content"][protocol.JSON]["schema"]
         if name != "embed":
             options = schema["properties"]["options"]["anyOf"][0]["properties"]
             assert set(options) == set(ScoreOptions().to_dict())
@@ -462,7 +464,7 @@ async def test_what_the_document_calls_a_body_is_what_the_decoder_takes(
     score = ScoreRequest(cells=tiny_cells, perturbations=LABELS, control="control", batches=LABELS)
     compare = CompareRequest(cells=tiny_cells, perturbations=LABELS, pairs=(("KO", "control"),))
     schemas.EmbedBody.model_validate(embed_json)
-    schemas.ScoreBody.model_validate_json(wire.score_request_to_json(score))
-    schemas.CompareBody.model_validate_json(wire.compare_request_to_json(compare))
+    schemas.ScoreBody.model_validate_json(protocol.score_request_to_json(score))
+    schemas.CompareBody.model_validate_json(protocol.compare_request_to_json(compare))
     smallest = schemas.EmbedBody(cells=schemas.Cells(**embed_json["cells"])).model_dump(exclude_none=True)
     assert (await http.post("/v1/embed", json=smallest)).status_code == 200

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidInputError, LimitExceededError, OverloadedError
+from perturbscope.protocol import EmbedRequest, ScoreRequest
+from perturbscope.protocol.checks import parse_json
 from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.pairs import compare_perturbations
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.wire import EmbedRequest, ScoreRequest
-from perturbscope.wire.fields import parse_json
 from serving.calls import Call
 from serving.limits import Admission, decoded_bytes, score_bytes
 from serving.settings import Settings
@@ -133,7 +133,7 @@ def test_decoding_json_takes_no_more_than_was_held(body: str) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert parsed is not None
-    assert peak <= decoded_bytes(wire.JSON, data) + 100_000
+    assert peak <= decoded_bytes(protocol.JSON, data) + 100_000
 
 
 def test_decoding_a_request_takes_no_more_than_was_held(rng: np.random.Generator) -> None:
@@ -144,10 +144,10 @@ def test_decoding_a_request_takes_no_more_than_was_held(rng: np.random.Generator
     request = EmbedRequest(cells=cells)
     score = ScoreRequest(embeddings=vectors, perturbations=labels, control="a")
     bodies = [
-        (wire.JSON, wire.embed_request_to_json(request), wire.embed_request_from_json),
-        (wire.JSON, wire.score_request_to_json(score), wire.score_request_from_json),
-        (wire.ARROW, wire.embed_request_to_arrow(request), wire.embed_request_from_arrow),
-        (wire.ARROW, wire.score_request_to_arrow(score), wire.score_request_from_arrow),
+        (protocol.JSON, protocol.embed_request_to_json(request), protocol.embed_request_from_json),
+        (protocol.JSON, protocol.score_request_to_json(score), protocol.score_request_from_json),
+        (protocol.ARROW, protocol.embed_request_to_arrow(request), protocol.embed_request_from_arrow),
+        (protocol.ARROW, protocol.score_request_to_arrow(score), protocol.score_request_from_arrow),
     ]
     for media_type, body, decode in bodies:
         decode(body)  # what is loaded once is not the request's
@@ -166,7 +166,7 @@ def test_sizes_of_what_is_worked_on(rng: np.random.Generator) -> None:
     assert size_of(cells) == cells.counts.data.nbytes >= LARGE
     assert size_of(EmbedRequest(cells=cells)) == size_of(cells)
     assert size_of(b"12345") == 5
-    assert size_of(wire.embed_request_to_proto(EmbedRequest(cells=cells))) > LARGE
+    assert size_of(protocol.embed_request_to_proto(EmbedRequest(cells=cells))) > LARGE
     assert size_of("a name") == size_of(None) == 0
     vectors = np.ones((10, 10), dtype=np.float32)
     assert size_of(ScoreRequest(embeddings=vectors, perturbations=("a",) * 10, control="a")) == 400

@@ -15,11 +15,11 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InferenceError
 from perturbscope.inference.embedder import Embedder
-from perturbscope.wire import EmbedRequest
+from perturbscope.protocol import EmbedRequest
 from serving.calls import Call, Caller
 from serving.engine import Engine
 from serving.registry import ModelRegistry
@@ -88,13 +88,13 @@ async def test_a_request_is_counted_over_http(
 
 async def test_a_request_is_counted_over_grpc(engine: Engine, stub_of: Any, tiny_cells: CountMatrix) -> None:
     stub, since = await stub_of(engine), Since()
-    message = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    message = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
     await stub.Embed(message)
     assert since("perturbscope_requests_total", **GRPC, status="OK", code="ok") == 1
     assert since("perturbscope_request_bytes_total", **GRPC) == message.ByteSize()
     assert since("perturbscope_request_cells_total", **GRPC) == 24
     with pytest.raises(grpc.aio.AioRpcError):
-        await stub.Embed(wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells, model="none")))
+        await stub.Embed(protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells, model="none")))
     assert since("perturbscope_requests_total", **GRPC, status="NOT_FOUND", code="unknown_model") == 1
 
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.families.tokens import pad
 from perturbscope.inference.embedder import Embedder
-from perturbscope.proto import open_inference_pb2 as pb
-from perturbscope.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
-from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from perturbscope.wire import EmbedRequest, embed_answer_from_proto, embed_request_to_proto
+from perturbscope.protocol import EmbedRequest, embed_answer_from_proto, embed_request_to_proto
+from perturbscope.protocol.proto import open_inference_pb2 as pb
+from perturbscope.protocol.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from serving.engine import Engine
 from serving.grpc_server import GrpcServer
 from serving.openinference.json_codec import JSON_LENGTH

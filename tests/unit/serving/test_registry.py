@@ -28,7 +28,7 @@ from perturbscope.errors import (
 from perturbscope.inference.bundle import GOLDEN, MANIFEST, Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.golden_making import add_golden, make_golden
-from perturbscope.wire import EmbedRequest
+from perturbscope.protocol import EmbedRequest
 from serving import log
 from serving.engine import Engine
 from serving.models import ServedModel

@@ -13,19 +13,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import ProviderUnavailableError
 from perturbscope.inference.bundle import sha256
 from perturbscope.inference.embedder import Embedder
+from perturbscope.protocol import ScoreRequest
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.wire import ScoreRequest
 from serving import reports, schemas
 from serving.columns import likely_control
 from tests.reports import EVIL, first_two
 from tests.unit.serving.conftest import FAST, LABELS, Connect, MakeEngine, write_h5ad
 
-HDF5 = {"content-type": wire.HDF5}
+HDF5 = {"content-type": protocol.HDF5}
 PARAMETERS = {"perturbation_key": "perturbation", "control": "control", "options": json.dumps(FAST)}
 
 
@@ -44,9 +44,11 @@ async def test_every_kind_of_body_gives_the_page(http: httpx.AsyncClient, tiny_c
     request = ScoreRequest(cells=tiny_cells, perturbations=LABELS, control="control", options=ScoreOptions(**FAST))
     file = h5ad.read_bytes()
     replies = [
-        await http.post("/v1/report", content=wire.score_request_to_json(request), headers={"content-type": wire.JSON}),
         await http.post(
-            "/v1/report", content=wire.score_request_to_arrow(request), headers={"content-type": wire.ARROW}
+            "/v1/report", content=protocol.score_request_to_json(request), headers={"content-type": protocol.JSON}
+        ),
+        await http.post(
+            "/v1/report", content=protocol.score_request_to_arrow(request), headers={"content-type": protocol.ARROW}
         ),
         await http.post("/v1/report", params=PARAMETERS, content=file, headers=HDF5),
         await http.post("/v1/report", files={"file": ("a.h5ad", file)}, data={**PARAMETERS, "title": EVIL}),
@@ -83,7 +85,7 @@ async def test_parts_that_cannot_be_had_say_why(
     vectors = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
     request = ScoreRequest(embeddings=vectors, perturbations=LABELS, control="control", options=ScoreOptions(**FAST))
     reply = await http.post(
-        "/v1/report", content=wire.score_request_to_json(request), headers={"content-type": wire.JSON}
+        "/v1/report", content=protocol.score_request_to_json(request), headers={"content-type": protocol.JSON}
     )
     assert reply.status_code == 200, reply.text
     for part in ("No umap-learn here.", "without counts", "no two perturbations", "takes no gene sets"):
@@ -144,7 +146,7 @@ async def test_errors_and_limits_are_those_of_a_score(make_engine: MakeEngine, c
     ):
         reply = await http.post("/v1/report", params=parameters, content=file, headers=HDF5)
         assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
-        assert reply.headers["content-type"] == wire.JSON
+        assert reply.headers["content-type"] == protocol.JSON
 
 
 async def test_the_columns_of_a_file(http: httpx.AsyncClient, tmp_path: Path, tiny_cells: CountMatrix) -> None:
@@ -173,7 +175,7 @@ async def test_the_columns_of_a_file(http: httpx.AsyncClient, tmp_path: Path, ti
     assert first["control"] == "Non-Targeting_1"
     assert first["labels"][0] == {"label": "KO1", "n_cells": 12}
     assert (await http.post("/v1/columns", content=b"no file", headers=HDF5)).status_code == 422
-    assert (await http.post("/v1/columns", content=b"{}", headers={"content-type": wire.JSON})).status_code == 415
+    assert (await http.post("/v1/columns", content=b"{}", headers={"content-type": protocol.JSON})).status_code == 415
 
 
 @pytest.mark.parametrize(

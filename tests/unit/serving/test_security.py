@@ -17,12 +17,12 @@ from fastapi import FastAPI
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.proto import open_inference_pb2
-from perturbscope.proto import perturbscope_v1_pb2 as pb
-from perturbscope.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from perturbscope.wire import EmbedRequest
+from perturbscope.protocol import EmbedRequest
+from perturbscope.protocol.proto import open_inference_pb2
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
+from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from serving.calls import Call
 from serving.engine import Engine
 from serving.grpc_server import SERVICE, GrpcServer
@@ -87,8 +87,8 @@ async def channel(guarded: Guarded) -> Any:
 
 def body(cells: CountMatrix) -> dict[str, Any]:
     return {
-        "content": wire.embed_request_to_arrow(EmbedRequest(cells=cells)),
-        "headers": {"content-type": wire.ARROW},
+        "content": protocol.embed_request_to_arrow(EmbedRequest(cells=cells)),
+        "headers": {"content-type": protocol.ARROW},
     }
 
 
@@ -176,7 +176,7 @@ async def reflected(channel: Any, metadata: Any = None) -> list[str]:
 
 async def test_grpc_without_a_key(guarded: Guarded, channel: Any, tiny_cells: CountMatrix) -> None:
     stub = PerturbScopeStub(channel)
-    request = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    request = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
     unauthenticated = grpc.StatusCode.UNAUTHENTICATED, MESSAGE
     assert await status_of(stub.Embed(request)) == unauthenticated
     assert await status_of(stub.Models(pb.ModelsRequest())) == unauthenticated
@@ -190,9 +190,9 @@ async def test_grpc_without_a_key(guarded: Guarded, channel: Any, tiny_cells: Co
 
 async def test_grpc_with_a_key(guarded: Guarded, channel: Any, tiny_cells: CountMatrix) -> None:
     stub = PerturbScopeStub(channel)
-    request = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    request = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
     good = guarded.metadata("pipeline")
-    answer = wire.embed_answer_from_proto(await stub.Embed(request, metadata=good))
+    answer = protocol.embed_answer_from_proto(await stub.Embed(request, metadata=good))
     assert len(answer) == len(tiny_cells)
     assert (await stub.Models(pb.ModelsRequest(), metadata=(("x-api-key", guarded.keys["pipeline"]),))).models
     assert SERVICE in await reflected(channel, good)
@@ -230,7 +230,7 @@ async def test_cells_over_the_share_cost_no_compute(
     async with guarded.http("slow") as http:
         assert (await http.post("/v1/embed", **body(tiny_cells))).status_code == 200
     n_batches = len(fake_embedder.encoder.batches)
-    request = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    request = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await PerturbScopeStub(channel).Embed(request, metadata=guarded.metadata("slow"))
     assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -309,12 +309,12 @@ def test_the_search_for_pickles_reads_every_module() -> None:
 async def test_a_compressed_body_is_refused_unread(http: httpx.AsyncClient, encoding: str) -> None:
     bomb = zlib.compress(bytes(2**24))
     for path in ("/v1/embed", "/v1/score", "/v1/embed/stream"):
-        headers = {"content-type": wire.ARROW, "content-encoding": encoding}
+        headers = {"content-type": protocol.ARROW, "content-encoding": encoding}
         reply = await http.post(path, content=bomb, headers=headers)
         assert reply.status_code == 415, (path, reply.text)
         assert "content encoding" in reply.json()["error"]["message"]
     good = await http.post(
-        "/v1/embed", content=b"{}", headers={"content-type": wire.JSON, "content-encoding": "identity"}
+        "/v1/embed", content=b"{}", headers={"content-type": protocol.JSON, "content-encoding": "identity"}
     )
     assert good.status_code == 422
 
@@ -354,7 +354,7 @@ async def test_a_body_without_a_length_is_counted_as_it_comes(make_engine: MakeE
             yield bytes(2**16)
 
     http = connect(make_engine(max_body_bytes=2**20))
-    for kind in (wire.ARROW, wire.JSON, wire.HDF5):
+    for kind in (protocol.ARROW, protocol.JSON, protocol.HDF5):
         sent = 0
         reply = await http.post("/v1/embed", content=endless(), headers={"content-type": kind})
         assert reply.status_code == 413

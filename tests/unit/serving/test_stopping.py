@@ -8,7 +8,7 @@ import threading
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.inference.embedder import Embedder
-from perturbscope.wire import EmbedRequest
+from perturbscope.protocol import EmbedRequest
 from serving.calls import Call
 from serving.engine import Engine
 from serving.stopping import Stopping

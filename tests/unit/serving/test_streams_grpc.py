@@ -13,9 +13,13 @@ from scipy import sparse
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import RateLimitedError
 from perturbscope.inference.embedder import Embedder, Embeddings, join
-from perturbscope.proto import perturbscope_v1_pb2 as pb
-from perturbscope.wire.proto_stream import stream_answer_from_proto, stream_cells_to_proto, stream_start_to_proto
-from perturbscope.wire.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
+from perturbscope.protocol.protobuf_streams import (
+    stream_answer_from_proto,
+    stream_cells_to_proto,
+    stream_start_to_proto,
+)
+from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
 from serving.calls import Call
 from serving.engine import Engine
 
@@ -203,7 +207,7 @@ async def test_who_goes_away_costs_nothing_more(
 
 
 def _matrix(cells: CountMatrix) -> pb.CountMatrix:
-    from perturbscope.wire import EmbedRequest, embed_request_to_proto
+    from perturbscope.protocol import EmbedRequest, embed_request_to_proto
 
     return embed_request_to_proto(EmbedRequest(cells=cells)).cells
 

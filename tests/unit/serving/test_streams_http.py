@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import DeadlineExceededError, NotRawCountsError, PerturbScopeError, ServerError
 from perturbscope.inference.embedder import Embedder, join
-from perturbscope.wire.arrow_messages import stream_answers_from_arrow, stream_request_to_arrow
-from perturbscope.wire.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
+from perturbscope.protocol.arrow_streams import stream_answers_from_arrow, stream_request_to_arrow
+from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
 from serving.engine import Engine
 from tests.apps import app_of
 
@@ -36,7 +36,7 @@ class Exchange:
         """Cleared by a test that does not read."""
         self.reads.set()
         app = app_of(engine)
-        given = {"content-type": wire.ARROW, **{name.replace("_", "-"): value for name, value in headers.items()}}
+        given = {"content-type": protocol.ARROW, **{name.replace("_", "-"): value for name, value in headers.items()}}
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -106,7 +106,7 @@ async def test_a_stream_has_the_vectors_of_one_request(
     exchange.send(*(body[at : at + step] for at in range(0, len(body), step)), more=False)
     await exchange.finish()
     assert (exchange.status, exchange.whole) == (200, True)
-    assert exchange.headers == {"content-type": wire.ARROW, "x-request-id": "mine"}
+    assert exchange.headers == {"content-type": protocol.ARROW, "x-request-id": "mine"}
     opened, *chunks, end = exchange.answers()
     assert isinstance(opened, StreamOpened)
     assert [chunk.first_row for chunk in chunks] == [100, 105, 110, 115, 120]
@@ -130,7 +130,7 @@ async def test_any_arrow_reader_understands_the_answer(engine: Engine, tiny_cell
 
 async def test_the_body_of_an_embed_request_is_a_stream_too(engine: Engine, tiny_cells: CountMatrix) -> None:
     exchange = Exchange(engine)
-    exchange.send(wire.embed_request_to_arrow(wire.EmbedRequest(cells=tiny_cells, model="fake")), more=False)
+    exchange.send(protocol.embed_request_to_arrow(protocol.EmbedRequest(cells=tiny_cells, model="fake")), more=False)
     await exchange.finish()
     assert [type(answer) for answer in exchange.answers()] == [StreamOpened, StreamChunk, StreamEnd]
 
@@ -196,7 +196,7 @@ async def test_a_cut_off_answer_is_never_taken_for_a_whole_one(engine: Engine, t
 
 
 def compressed(cells: CountMatrix) -> list[bytes]:
-    table = pa.ipc.open_stream(wire.embed_request_to_arrow(wire.EmbedRequest(cells=cells))).read_all()
+    table = pa.ipc.open_stream(protocol.embed_request_to_arrow(protocol.EmbedRequest(cells=cells))).read_all()
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(table)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trustme
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, RetryPolicy
 from perturbscope.errors import InvalidParameterError, ServerUnreachableError
 from serving import __main__ as entry
@@ -213,9 +213,9 @@ def https(certificates: Certificates, *, mutual: bool = False) -> Iterator[str]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = wire.models_answer_to_json(wire.ModelsAnswer(models=()))
+            body = protocol.models_answer_to_json(protocol.ModelsAnswer(models=()))
             self.send_response(200)
-            self.send_header("content-type", wire.JSON)
+            self.send_header("content-type", protocol.JSON)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

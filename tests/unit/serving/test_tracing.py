@@ -16,11 +16,11 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from perturbscope import __version__, wire
+from perturbscope import __version__, protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InferenceError, InvalidParameterError
 from perturbscope.inference.embedder import Embedder
-from perturbscope.wire import EmbedRequest
+from perturbscope.protocol import EmbedRequest
 from serving.calls import Call
 from serving.engine import Engine
 from serving.registry import ModelRegistry
@@ -118,7 +118,7 @@ async def test_http_is_one_trace_below_the_callers_span(
 async def test_grpc_is_one_trace_below_the_callers_span(
     engine: Engine, stub_of: Any, tiny_cells: CountMatrix, spans: Spans
 ) -> None:
-    message = wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    message = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
     call = (await stub_of(engine)).Embed(message, metadata=(("traceparent", TRACEPARENT),))
     await call
     root = spans.one(EMBED)
@@ -274,7 +274,7 @@ async def test_a_call_that_is_cancelled_ends_its_span(
     encoder = fake_embedder.encoder
     assert isinstance(encoder, FakeEncoder)
     encoder.gate = threading.Event()
-    call = (await stub_of(engine)).Embed(wire.embed_request_to_proto(EmbedRequest(cells=tiny_cells)))
+    call = (await stub_of(engine)).Embed(protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells)))
     while not encoder.batches:
         await asyncio.sleep(0.001)
     call.cancel()

@@ -11,7 +11,7 @@ import pytest
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, LimitExceededError, UnreadableFileError
-from perturbscope.wire import EmbedRequest
+from perturbscope.protocol import EmbedRequest
 from serving import uploads
 from serving.security.hdf5 import check_file
 from serving.settings import Settings

@@ -24,8 +24,8 @@ from perturbscope.errors import (
     MalformedMatrixError,
     UnreadableFileError,
 )
+from perturbscope.protocol.messages import Meta
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.wire.messages import Meta
 
 MAX_NAME = 512
 """Longest identifier, label or option. numpy pads every string of an array to the longest, so one string of a megabyte

@@ -6,15 +6,15 @@ For each message there are ``<message>_to_<format>`` and ``<message>_from_<forma
     embed_answer    score_answer    compare_answer                   json  arrow  proto
     models_answer                                                    json         proto
 
-Streams of cells, which have several messages in both directions, are in :mod:`perturbscope.wire.streams`, as protobuf
-in :mod:`perturbscope.wire.proto_stream` and as Arrow in :mod:`perturbscope.wire.arrow_messages`.
+Streams of cells, which have several messages in both directions, are in :mod:`perturbscope.protocol.streams`, as
+protobuf in :mod:`perturbscope.protocol.protobuf_streams` and as Arrow in :mod:`perturbscope.protocol.arrow_streams`.
 
-JSON and Arrow are ``bytes``; protobuf is the message of :mod:`perturbscope.proto`. What comes in is not trusted: every
-decoder raises an error of :mod:`perturbscope.errors` that names the field, and counts always pass through
-:meth:`perturbscope.CountMatrix.from_csr`, so that the same mistake has the same error by every route.
+JSON and Arrow are ``bytes``; protobuf is the message of :mod:`perturbscope.protocol.proto`. What comes in is not
+trusted: every decoder raises an error of :mod:`perturbscope.errors` that names the field, and counts always pass
+through :meth:`perturbscope.CountMatrix.from_csr`, so that the same mistake has the same error by every route.
 """
 
-from perturbscope.wire.arrow_codec import (
+from perturbscope.protocol.arrow import (
     compare_answer_from_arrow,
     compare_answer_to_arrow,
     compare_request_from_arrow,
@@ -28,7 +28,7 @@ from perturbscope.wire.arrow_codec import (
     score_request_from_arrow,
     score_request_to_arrow,
 )
-from perturbscope.wire.json_codec import (
+from perturbscope.protocol.json import (
     compare_answer_from_json,
     compare_answer_to_json,
     compare_request_from_json,
@@ -45,7 +45,7 @@ from perturbscope.wire.json_codec import (
     score_request_from_json,
     score_request_to_json,
 )
-from perturbscope.wire.messages import (
+from perturbscope.protocol.messages import (
     Answer,
     CompareAnswer,
     CompareRequest,
@@ -59,7 +59,7 @@ from perturbscope.wire.messages import (
     ScoreAnswer,
     ScoreRequest,
 )
-from perturbscope.wire.proto_codec import (
+from perturbscope.protocol.protobuf import (
     compare_answer_from_proto,
     compare_answer_to_proto,
     compare_request_from_proto,

@@ -1,7 +1,7 @@
 """``perturbscope.v1`` keeps what it promised: clients of yesterday can talk to the server of today.
 
 Allowed are additions, and a removal whose number and name are reserved; then the snapshot is written anew with
-``python -m tests.unit.proto.snapshot``.
+``python -m tests.unit.protocol.proto.snapshot``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 
-from perturbscope.proto import perturbscope_v1_pb2
-from tests.unit.proto.snapshot import SNAPSHOT, broken, current, of_file
+from perturbscope.protocol.proto import perturbscope_v1_pb2
+from tests.unit.protocol.proto.snapshot import SNAPSHOT, broken, current, of_file
 
 Change = Callable[[FileDescriptorProto], Any]
 
@@ -25,7 +25,7 @@ def test_nothing_that_was_promised_has_changed() -> None:
 
 def test_the_snapshot_is_up_to_date() -> None:
     assert json.loads(SNAPSHOT.read_text()) == current(), (
-        "run python -m tests.unit.proto.snapshot, and look at the diff"
+        "run python -m tests.unit.protocol.proto.snapshot, and look at the diff"
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import (
     DuplicateGenesError,
@@ -24,7 +24,7 @@ from perturbscope.errors import (
     NotRawCountsError,
     UnreadableFileError,
 )
-from perturbscope.proto import perturbscope_v1_pb2 as pb
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 
 CELLS: dict[str, Any] = {"gene_ids": ["A", "B"], "indptr": [0, 1, 3], "indices": [0, 0, 1], "data": [1, 2, 3]}
 SCORE: dict[str, Any] = {"embeddings": [[1.0, 2.0], [3.0, 4.0]], "perturbations": ["a", "c"], "control": "c"}
@@ -130,18 +130,18 @@ def expect(kind: type[InvalidInputError], field: str | None, read: Any, sent: An
 @pytest.mark.parametrize(("change", "kind", "field"), BAD_CELLS.values(), ids=BAD_CELLS)
 def test_bad_cells_in_json(change: Any, kind: type[InvalidInputError], field: str) -> None:
     sent = body({"cells": changed(CELLS, change)})
-    expect(kind, field, wire.embed_request_from_json, sent)
+    expect(kind, field, protocol.embed_request_from_json, sent)
 
 
 @pytest.mark.parametrize(("change", "kind", "field"), BAD_SCORES.values(), ids=BAD_SCORES)
 def test_bad_scores_in_json(change: Any, kind: type[InvalidInputError], field: str) -> None:
-    expect(kind, field, wire.score_request_from_json, body(changed(SCORE, change)))
+    expect(kind, field, protocol.score_request_from_json, body(changed(SCORE, change)))
 
 
 @pytest.mark.parametrize("pairs", BAD_PAIRS.values(), ids=BAD_PAIRS)
 def test_bad_pairs_in_json(pairs: Any) -> None:
     sent = body({"embeddings": [[1.0], [2.0]], "perturbations": ["a", "b"], "pairs": pairs})
-    expect(InvalidParameterError, "pairs", wire.compare_request_from_json, sent)
+    expect(InvalidParameterError, "pairs", protocol.compare_request_from_json, sent)
 
 
 @pytest.mark.parametrize(
@@ -150,17 +150,17 @@ def test_bad_pairs_in_json(pairs: Any) -> None:
     ids=["empty", "cut", "not-utf8", "trailing", "deep", "digits"],
 )
 def test_what_is_no_json(sent: bytes) -> None:
-    expect(UnreadableFileError, "body", wire.embed_request_from_json, sent)
+    expect(UnreadableFileError, "body", protocol.embed_request_from_json, sent)
 
 
 @pytest.mark.parametrize("sent", [b"null", b"[]", b"3", b'"cells"'], ids=["null", "list", "number", "string"])
 def test_json_that_is_no_object(sent: bytes) -> None:
-    expect(InvalidParameterError, "body", wire.embed_request_from_json, sent)
+    expect(InvalidParameterError, "body", protocol.embed_request_from_json, sent)
 
 
 def test_a_name_that_stands_twice() -> None:
     sent = b'{"cells": 1, "cells": ' + body(CELLS) + b"}"
-    expect(InvalidParameterError, "cells", wire.embed_request_from_json, sent)
+    expect(InvalidParameterError, "cells", protocol.embed_request_from_json, sent)
 
 
 def stream(columns: dict[str, Any], meta: Any = None, **options: Any) -> bytes:
@@ -198,7 +198,7 @@ BAD_COLUMNS = {
 
 @pytest.mark.parametrize(("change", "kind", "field"), BAD_COLUMNS.values(), ids=BAD_COLUMNS)
 def test_bad_columns_in_arrow(change: Any, kind: type[InvalidInputError], field: str) -> None:
-    expect(kind, field, wire.embed_request_from_arrow, stream(changed(COLUMNS, change), GENES))
+    expect(kind, field, protocol.embed_request_from_arrow, stream(changed(COLUMNS, change), GENES))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_bad_columns_in_arrow(change: Any, kind: type[InvalidInputError], field:
     ids=["absent", "no-json", "list", "no-genes", "unknown", "text", "too-few-genes"],
 )
 def test_bad_metadata_in_arrow(meta: Any, kind: type[InvalidInputError], field: str) -> None:
-    expect(kind, field, wire.embed_request_from_arrow, stream(COLUMNS, meta))
+    expect(kind, field, protocol.embed_request_from_arrow, stream(COLUMNS, meta))
 
 
 VECTORS = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0, 3.0, 4.0], pa.float32()), 2)
@@ -248,7 +248,7 @@ BAD_SCORED = {
 @pytest.mark.parametrize(("change", "kind", "field"), BAD_SCORED.values(), ids=BAD_SCORED)
 def test_bad_score_requests_in_arrow(change: Any, kind: type[InvalidInputError], field: str) -> None:
     sent = stream(changed(SCORED, change), {"control": "c"})
-    expect(kind, field, wire.score_request_from_arrow, sent)
+    expect(kind, field, protocol.score_request_from_arrow, sent)
 
 
 @pytest.mark.parametrize("codec", ["lz4", "zstd"])
@@ -257,13 +257,13 @@ def test_compressed_arrow_is_refused(codec: str, encode: bool) -> None:
     labels = LABELS.dictionary_encode() if encode else LABELS
     columns = {"perturbation": labels} if encode else {"embedding": VECTORS, "perturbation": labels}
     with pytest.raises(UnreadableFileError, match="is compressed"):
-        wire.score_request_from_arrow(stream(columns, {"control": "c"}, compression=codec))
+        protocol.score_request_from_arrow(stream(columns, {"control": "c"}, compression=codec))
 
 
 def test_arrow_cut_off_anywhere(tiny_cells: CountMatrix) -> None:
-    sent = wire.embed_request_to_arrow(wire.EmbedRequest(cells=tiny_cells))
+    sent = protocol.embed_request_to_arrow(protocol.EmbedRequest(cells=tiny_cells))
     for length in range(0, len(sent), 7):
-        expect(UnreadableFileError, "body", wire.embed_request_from_arrow, sent[:length])
+        expect(UnreadableFileError, "body", protocol.embed_request_from_arrow, sent[:length])
 
 
 @pytest.mark.parametrize("rows", [None, 0], ids=["no-batch", "empty-batch"])
@@ -273,7 +273,7 @@ def test_arrow_without_rows(rows: int | None) -> None:
     with pa.ipc.new_stream(sink, schema) as writer:
         if rows is not None:
             writer.write_batch(pa.record_batch([INDICES[:0], COUNTS[:0]], schema=schema))
-    expect(MalformedMatrixError, "indices", wire.embed_request_from_arrow, sink.getvalue().to_pybytes())
+    expect(MalformedMatrixError, "indices", protocol.embed_request_from_arrow, sink.getvalue().to_pybytes())
 
 
 def test_arrow_file_instead_of_stream() -> None:
@@ -281,7 +281,7 @@ def test_arrow_file_instead_of_stream() -> None:
     table = pa.table(COLUMNS)
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    expect(UnreadableFileError, "body", wire.embed_request_from_arrow, sink.getvalue().to_pybytes())
+    expect(UnreadableFileError, "body", protocol.embed_request_from_arrow, sink.getvalue().to_pybytes())
 
 
 @settings(max_examples=400, deadline=None)
@@ -293,7 +293,7 @@ def test_arrow_with_changed_bytes(data: st.DataObject) -> None:
         at = data.draw(st.integers(0, len(sent) - 9))
         sent[at] = data.draw(st.sampled_from([0, 1, 4, 8, 127, 128, 255]))
     try:
-        request = wire.score_request_from_arrow(bytes(sent))
+        request = protocol.score_request_from_arrow(bytes(sent))
     except InvalidInputError:
         return
     assert request.cells is not None
@@ -338,7 +338,7 @@ def message(**change: Any) -> pb.EmbedRequest:
     ids=lambda value: None if not isinstance(value, str) else value,
 )
 def test_bad_cells_in_proto(sent: pb.EmbedRequest, kind: type[InvalidInputError], field: str) -> None:
-    expect(kind, field, wire.embed_request_from_proto, sent)
+    expect(kind, field, protocol.embed_request_from_proto, sent)
 
 
 def scored(values: bytes = struct.pack("<4f", 1, 2, 3, 4), width: int = 2, **change: Any) -> pb.ScoreRequest:
@@ -363,19 +363,19 @@ def scored(values: bytes = struct.pack("<4f", 1, 2, 3, 4), width: int = 2, **cha
     ],
 )
 def test_bad_score_requests_in_proto(sent: pb.ScoreRequest, kind: type[InvalidInputError], field: str) -> None:
-    expect(kind, field, wire.score_request_from_proto, sent)
+    expect(kind, field, protocol.score_request_from_proto, sent)
 
 
 def test_the_same_mistake_has_the_same_error_by_every_route() -> None:
     told = []
     bad = np.array([1, 2, 3.5])
     for read, sent in (
-        (wire.embed_request_from_json, body({"cells": {**CELLS, "data": bad.tolist()}})),
+        (protocol.embed_request_from_json, body({"cells": {**CELLS, "data": bad.tolist()}})),
         (
-            wire.embed_request_from_arrow,
+            protocol.embed_request_from_arrow,
             stream({**COLUMNS, "counts": pa.ListArray.from_arrays(pa.array([0, 1, 3], pa.int32()), bad)}, GENES),
         ),
-        (wire.embed_request_from_proto, message(data=bad.tobytes(), data_type=pb.COUNT_TYPE_FLOAT64)),
+        (protocol.embed_request_from_proto, message(data=bad.tobytes(), data_type=pb.COUNT_TYPE_FLOAT64)),
     ):
         with pytest.raises(NotRawCountsError) as caught:
             read(sent)  # type: ignore[operator]

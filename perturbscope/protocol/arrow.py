@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, MalformedMatrixError
 from perturbscope.inference.embedder import Embeddings
+from perturbscope.protocol import checks as check
+from perturbscope.protocol.arrow_ipc import read_stream, write_stream
+from perturbscope.protocol.messages import CompareAnswer, CompareRequest, EmbedRequest, ScoreAnswer, ScoreRequest
+from perturbscope.protocol.tables import COMPARE_KINDS, SCORE_KINDS, Kind, embed_meta, embeddings_of, rows_of, table_of
 from perturbscope.scoring.results import CompareResult, ScoreResult
-from perturbscope.wire import fields as check
-from perturbscope.wire.arrow_stream import read_stream, write_stream
-from perturbscope.wire.messages import CompareAnswer, CompareRequest, EmbedRequest, ScoreAnswer, ScoreRequest
-from perturbscope.wire.tables import COMPARE_KINDS, SCORE_KINDS, Kind, embed_meta, embeddings_of, rows_of, table_of
 
 COUNTS = ("indices", "counts", "total_counts")
 """Columns of cells."""

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
 from perturbscope.inference.embedder import Embeddings
+from perturbscope.protocol.checks import integer, number, text
+from perturbscope.protocol.messages import Meta
 from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS
-from perturbscope.wire.fields import integer, number, text
-from perturbscope.wire.messages import Meta
 
 Kind = Literal["text", "integer", "number"]
 _TEXT = {"perturbation", "a", "b", "metric", "flags"}

@@ -1,7 +1,7 @@
 """Streams of cells as Arrow IPC streams in both directions, message by message.
 
-The request is the Arrow form of an embed request (:func:`perturbscope.wire.embed_request_to_arrow`) in as many record
-batches as the caller likes: columns ``indices, counts`` and perhaps ``total_counts``, one row a cell, and in the
+The request is the Arrow form of an embed request (:func:`perturbscope.protocol.embed_request_to_arrow`) in as many
+record batches as the caller likes: columns ``indices, counts`` and perhaps ``total_counts``, one row a cell, and in the
 schema's metadata, under ``perturbscope``, the JSON object ``{"gene_ids", "model", "first_row"}``. Its length has no
 bound; that of a batch has, and batches are not compressed.
 
@@ -44,17 +44,9 @@ from perturbscope.errors import (
     from_code,
 )
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.wire import fields as check
-from perturbscope.wire.arrow_codec import (
-    COUNTS,
-    count_columns,
-    counts_from,
-    expect_columns,
-    plain,
-    vectors,
-    vectors_from,
-)
-from perturbscope.wire.arrow_stream import (
+from perturbscope.protocol import checks as check
+from perturbscope.protocol.arrow import COUNTS, count_columns, counts_from, expect_columns, plain, vectors, vectors_from
+from perturbscope.protocol.arrow_ipc import (
     END,
     FAILURES,
     KEY,
@@ -65,8 +57,8 @@ from perturbscope.wire.arrow_stream import (
     message_kind,
     refuse_compressed,
 )
-from perturbscope.wire.streams import StreamAnswer, StreamChunk, StreamEnd, StreamOpened, StreamStart, stream_start
-from perturbscope.wire.tables import embeddings_of
+from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamEnd, StreamOpened, StreamStart, stream_start
+from perturbscope.protocol.tables import embeddings_of
 
 PREFIX_BYTES = 8
 """Of every message: a mark, and the length of its metadata."""

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.wire import fields
+from perturbscope.protocol import checks
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (1, 3), (64, 256), (65, 256), (3, 40_000)])
@@ -25,8 +25,8 @@ def test_an_answer_in_pieces_is_the_text_of_the_whole(shape: tuple[int, int]) ->
         "model",
         "hash",
     )
-    text = wire.embed_answer_to_json(answer)
+    text = protocol.embed_answer_to_json(answer)
     found = json.loads(text)
-    assert found["embeddings"] == fields.short_floats(answer.values)
+    assert found["embeddings"] == checks.short_floats(answer.values)
     assert list(found) == ["embeddings", "lengths", "n_detected", "known_share", "below_min_genes", "meta"]
     assert json.dumps(found, separators=(",", ":")).encode() == text

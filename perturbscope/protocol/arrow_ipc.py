@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from perturbscope.errors import UnreadableFileError
-from perturbscope.wire import fields as check
+from perturbscope.protocol import checks as check
 
 KEY = b"perturbscope"
 """Where the schema's metadata holds what is not a column."""

@@ -16,8 +16,8 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import MalformedMatrixError
 from perturbscope.inference.embedder import Embeddings, warnings_about
-from perturbscope.wire import fields as check
-from perturbscope.wire.messages import Meta
+from perturbscope.protocol import checks as check
+from perturbscope.protocol.messages import Meta
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,7 +10,7 @@ error), `perturbscope-field` (what was at fault, if known), and `retry-after` (s
 
 from collections import abc as _abc
 from grpc import aio as _aio
-from perturbscope.proto import perturbscope_v1_pb2 as _perturbscope_v1_pb2
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as _perturbscope_v1_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys

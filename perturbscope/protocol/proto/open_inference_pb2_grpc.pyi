@@ -17,7 +17,7 @@ exclude each other. Only the server imports it; the library and its clients do n
 
 from collections import abc as _abc
 from grpc import aio as _aio
-from perturbscope.proto import open_inference_pb2 as _open_inference_pb2
+from perturbscope.protocol.proto import open_inference_pb2 as _open_inference_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys

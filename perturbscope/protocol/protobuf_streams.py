@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.proto import perturbscope_v1_pb2 as pb
-from perturbscope.wire import fields as check
-from perturbscope.wire.proto_codec import (
+from perturbscope.protocol import checks as check
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
+from perturbscope.protocol.protobuf import (
     arrays_from,
     arrays_to,
     coverage_from_proto,
@@ -22,8 +22,8 @@ from perturbscope.wire.proto_codec import (
     vectors_from,
     vectors_to_proto,
 )
-from perturbscope.wire.streams import StreamAnswer, StreamChunk, StreamEnd, StreamOpened, StreamStart, stream_start
-from perturbscope.wire.tables import embeddings_of
+from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamEnd, StreamOpened, StreamStart, stream_start
+from perturbscope.protocol.tables import embeddings_of
 
 
 def stream_start_to_proto(start: StreamStart) -> pb.EmbedStreamRequest:

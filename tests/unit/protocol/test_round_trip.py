@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
+from perturbscope.protocol.checks import short_floats
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.wire.fields import short_floats
-from tests.unit.wire.messages import MESSAGES, same
+from tests.unit.protocol.messages import MESSAGES, same
 
 FORMATS = ["json", "arrow", "proto"]
 ROUTES = [(name, form) for name in MESSAGES for form in FORMATS if (name, form) != ("models_answer", "arrow")]
@@ -24,22 +24,22 @@ ROUTES = [(name, form) for name in MESSAGES for form in FORMATS if (name, form) 
 @given(data=st.data())
 def test_what_is_written_is_read_back(name: str, form: str, data: st.DataObject) -> None:
     message = data.draw(MESSAGES[name])
-    sent = getattr(wire, f"{name}_to_{form}")(message)
+    sent = getattr(protocol, f"{name}_to_{form}")(message)
     if form == "proto":
         sent = type(sent).FromString(sent.SerializeToString())
-    assert same(getattr(wire, f"{name}_from_{form}")(sent), message)
+    assert same(getattr(protocol, f"{name}_from_{form}")(sent), message)
 
 
 def test_the_reader_of_round_trips_notices_a_difference(tiny_cells: CountMatrix) -> None:
-    request = wire.EmbedRequest(cells=tiny_cells)
-    assert same(request, wire.EmbedRequest(cells=tiny_cells[:]))
-    assert not same(request, wire.EmbedRequest(cells=tiny_cells[1:]))
-    assert not same(request, wire.EmbedRequest(cells=tiny_cells, model="other"))
+    request = protocol.EmbedRequest(cells=tiny_cells)
+    assert same(request, protocol.EmbedRequest(cells=tiny_cells[:]))
+    assert not same(request, protocol.EmbedRequest(cells=tiny_cells[1:]))
+    assert not same(request, protocol.EmbedRequest(cells=tiny_cells, model="other"))
 
 
 def test_json_of_curl(tiny_cells: CountMatrix) -> None:
     body = json.dumps({"cells": {"gene_ids": ["TP53", "GATA1"], "indptr": [0, 2], "indices": [0, 1], "data": [3, 1.0]}})
-    request = wire.embed_request_from_json(body.encode())
+    request = protocol.embed_request_from_json(body.encode())
     assert request.model is None
     assert request.cells.counts.toarray().tolist() == [[3, 1]]
     assert request.cells.totals.tolist() == [4.0]
@@ -47,7 +47,7 @@ def test_json_of_curl(tiny_cells: CountMatrix) -> None:
 
 def test_options_that_are_left_out_keep_their_defaults() -> None:
     body = {"embeddings": [[1, 2], [3, 4]], "perturbations": ["a", "b"], "control": "a", "options": {"seed": 7}}
-    request = wire.score_request_from_json(json.dumps(body).encode())
+    request = protocol.score_request_from_json(json.dumps(body).encode())
     assert request.options == ScoreOptions(seed=7)
     assert request.embeddings is not None
     assert request.embeddings.dtype == np.float32
@@ -71,7 +71,7 @@ def test_arrow_takes_categories_wider_types_and_several_batches() -> None:
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(batch)
         writer.write_batch(batch.slice(1))
-    request = wire.score_request_from_arrow(sink.getvalue().to_pybytes())
+    request = protocol.score_request_from_arrow(sink.getvalue().to_pybytes())
     assert request.cells is not None
     assert request.cells.counts.toarray().tolist() == [[1, 0], [2, 3], [0, 4], [2, 3], [0, 4]]
     assert request.perturbations == ("y", "x", "y", "x", "y")
@@ -83,25 +83,25 @@ def test_nan_travels_as_null(rng: np.random.Generator) -> None:
     labels = ["a"] * 3 + ["b"] * 20 + ["c"] * 40
     values = rng.normal(size=(len(labels), 3)).astype(np.float32)
     result = score_perturbations(values, labels, control="c", options=ScoreOptions(permutations=20, repeats=1))
-    answer = wire.ScoreAnswer(result=result)
-    body = wire.score_answer_to_json(answer)
+    answer = protocol.ScoreAnswer(result=result)
+    body = protocol.score_answer_to_json(answer)
     rows = json.loads(body, parse_constant=pytest.fail)["results"]
     sent = {row["perturbation"]: row["z"] for row in rows}
     assert sent["a"] is None, "three cells are below the floor"
     assert isinstance(sent["b"], float)
-    assert same(wire.score_answer_from_json(body).result.table, result.table)
+    assert same(protocol.score_answer_from_json(body).result.table, result.table)
 
 
 def test_every_score_option_is_in_the_proto() -> None:
     from dataclasses import fields
 
-    from perturbscope.proto import perturbscope_v1_pb2 as pb
+    from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 
     assert {field.name for field in pb.ScoreOptions.DESCRIPTOR.fields} == {item.name for item in fields(ScoreOptions)}
 
 
 def test_every_column_of_a_result_is_in_the_proto() -> None:
-    from perturbscope.proto import perturbscope_v1_pb2 as pb
+    from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
     from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS
 
     assert tuple(field.name for field in pb.Score.DESCRIPTOR.fields) == SCORE_COLUMNS
@@ -110,8 +110,8 @@ def test_every_column_of_a_result_is_in_the_proto() -> None:
 
 def test_arrow_vectors_are_not_copied_from_the_request() -> None:
     values = np.arange(12, dtype=np.float32).reshape(4, 3)
-    request = wire.ScoreRequest(embeddings=values, perturbations=("a", "b", "a", "b"), control="a")
-    read = wire.score_request_from_arrow(wire.score_request_to_arrow(request))
+    request = protocol.ScoreRequest(embeddings=values, perturbations=("a", "b", "a", "b"), control="a")
+    read = protocol.score_request_from_arrow(protocol.score_request_to_arrow(request))
     assert read.embeddings is not None
     assert not read.embeddings.flags.owndata
 
@@ -119,8 +119,8 @@ def test_arrow_vectors_are_not_copied_from_the_request() -> None:
 def test_embeddings_of_an_answer_may_be_changed_by_the_caller(fake_embedder, tiny_cells) -> None:
     answer = fake_embedder.embed(tiny_cells)
     for form in FORMATS:
-        sent = getattr(wire, f"embed_answer_to_{form}")(answer)
-        read = getattr(wire, f"embed_answer_from_{form}")(sent)
+        sent = getattr(protocol, f"embed_answer_to_{form}")(answer)
+        read = getattr(protocol, f"embed_answer_from_{form}")(sent)
         read.values[0, 0] = 1.0
         assert read.values.flags.writeable, form
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import sparse
 
-from perturbscope import wire
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.inference.embedder import Embeddings
@@ -63,10 +63,10 @@ def labelled(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-embed_requests = st.builds(wire.EmbedRequest, cells=cells(), model=models)
-score_requests = st.builds(lambda parts, control: wire.ScoreRequest(**parts, control=control), labelled(), names)
+embed_requests = st.builds(protocol.EmbedRequest, cells=cells(), model=models)
+score_requests = st.builds(lambda parts, control: protocol.ScoreRequest(**parts, control=control), labelled(), names)
 compare_requests = st.builds(
-    lambda parts, pairs, control: wire.CompareRequest(**parts, pairs=pairs, control=control),
+    lambda parts, pairs, control: protocol.CompareRequest(**parts, pairs=pairs, control=control),
     labelled(),
     st.none() | st.lists(st.tuples(names, names), min_size=1, max_size=3).map(tuple),
     models,
@@ -81,7 +81,7 @@ coverages = st.builds(
 )
 timings = st.dictionaries(names, st.floats(0, 1e6), max_size=3)
 metas = st.builds(
-    wire.Meta,
+    protocol.Meta,
     model_id=models,
     vocabulary_hash=models,
     coverage=st.none() | coverages,
@@ -128,23 +128,23 @@ def _tables(kinds: dict[str, str]) -> st.SearchStrategy[pd.DataFrame]:
     )
 
 
-def score_answers() -> st.SearchStrategy[wire.ScoreAnswer]:
-    from perturbscope.wire.tables import SCORE_KINDS
+def score_answers() -> st.SearchStrategy[protocol.ScoreAnswer]:
+    from perturbscope.protocol.tables import SCORE_KINDS
 
     results = st.builds(ScoreResult, _tables(dict(SCORE_KINDS)), provenances, warnings)
-    return st.builds(wire.ScoreAnswer, result=results, meta=metas)
+    return st.builds(protocol.ScoreAnswer, result=results, meta=metas)
 
 
-def compare_answers() -> st.SearchStrategy[wire.CompareAnswer]:
-    from perturbscope.wire.tables import COMPARE_KINDS
+def compare_answers() -> st.SearchStrategy[protocol.CompareAnswer]:
+    from perturbscope.protocol.tables import COMPARE_KINDS
 
     results = st.builds(CompareResult, _tables(dict(COMPARE_KINDS)), provenances, warnings)
-    return st.builds(wire.CompareAnswer, result=results, meta=metas)
+    return st.builds(protocol.CompareAnswer, result=results, meta=metas)
 
 
-_model_texts = {name: names for name in wire.ModelInfo.__annotations__ if name != "width"}
-model_infos = st.builds(wire.ModelInfo, width=st.integers(1, 4096), **_model_texts)
-models_answers = st.builds(wire.ModelsAnswer, models=st.lists(model_infos, max_size=3).map(tuple))
+_model_texts = {name: names for name in protocol.ModelInfo.__annotations__ if name != "width"}
+model_infos = st.builds(protocol.ModelInfo, width=st.integers(1, 4096), **_model_texts)
+models_answers = st.builds(protocol.ModelsAnswer, models=st.lists(model_infos, max_size=3).map(tuple))
 
 MESSAGES: dict[str, st.SearchStrategy[Any]] = {
     "embed_request": embed_requests,

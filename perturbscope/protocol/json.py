@@ -10,9 +10,8 @@ from typing import Any
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.scoring.results import CompareResult, ScoreResult
-from perturbscope.wire import fields as check
-from perturbscope.wire.messages import (
+from perturbscope.protocol import checks as check
+from perturbscope.protocol.messages import (
     CompareAnswer,
     CompareRequest,
     EmbedRequest,
@@ -21,7 +20,8 @@ from perturbscope.wire.messages import (
     ScoreAnswer,
     ScoreRequest,
 )
-from perturbscope.wire.tables import COMPARE_KINDS, SCORE_KINDS, embed_meta, embeddings_of, rows_of, table_of
+from perturbscope.protocol.tables import COMPARE_KINDS, SCORE_KINDS, embed_meta, embeddings_of, rows_of, table_of
+from perturbscope.scoring.results import CompareResult, ScoreResult
 
 _CELLS = ("gene_ids", "indptr", "indices", "data")
 _PER_CELL = ("lengths", "n_detected", "known_share")

@@ -13,10 +13,8 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import InvalidEmbeddingError, InvalidInputError, InvalidParameterError, MalformedMatrixError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.proto import perturbscope_v1_pb2 as pb
-from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
-from perturbscope.wire import fields as check
-from perturbscope.wire.messages import (
+from perturbscope.protocol import checks as check
+from perturbscope.protocol.messages import (
     CompareAnswer,
     CompareRequest,
     EmbedRequest,
@@ -26,7 +24,9 @@ from perturbscope.wire.messages import (
     ScoreAnswer,
     ScoreRequest,
 )
-from perturbscope.wire.tables import COMPARE_KINDS, SCORE_KINDS, embed_meta, embeddings_of, rows_of, table_of
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
+from perturbscope.protocol.tables import COMPARE_KINDS, SCORE_KINDS, embed_meta, embeddings_of, rows_of, table_of
+from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 
 _COUNT_DTYPES: dict[int, np.dtype[Any]] = {
     pb.COUNT_TYPE_INT32: np.dtype("<i4"),

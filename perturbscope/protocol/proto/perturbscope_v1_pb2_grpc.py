@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from perturbscope.proto import perturbscope_v1_pb2 as perturbscope_dot_proto_dot_perturbscope__v1__pb2
+from perturbscope.protocol.proto import perturbscope_v1_pb2 as perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in perturbscope/proto/perturbscope_v1_pb2_grpc.py depends on'
+        + ' but the generated code in perturbscope/protocol/proto/perturbscope_v1_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,28 +36,28 @@ class PerturbScopeStub:
         """
         self.Embed = channel.unary_unary(
                 '/perturbscope.v1.PerturbScope/Embed',
-                request_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedRequest.SerializeToString,
-                response_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedAnswer.FromString,
+                request_serializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.EmbedAnswer.FromString,
                 _registered_method=True)
         self.Score = channel.unary_unary(
                 '/perturbscope.v1.PerturbScope/Score',
-                request_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.ScoreRequest.SerializeToString,
-                response_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.ScoreAnswer.FromString,
+                request_serializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.ScoreAnswer.FromString,
                 _registered_method=True)
         self.Compare = channel.unary_unary(
                 '/perturbscope.v1.PerturbScope/Compare',
-                request_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.CompareRequest.SerializeToString,
-                response_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.CompareAnswer.FromString,
+                request_serializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.CompareRequest.SerializeToString,
+                response_deserializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.CompareAnswer.FromString,
                 _registered_method=True)
         self.Models = channel.unary_unary(
                 '/perturbscope.v1.PerturbScope/Models',
-                request_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.ModelsRequest.SerializeToString,
-                response_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.ModelsAnswer.FromString,
+                request_serializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.ModelsRequest.SerializeToString,
+                response_deserializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.ModelsAnswer.FromString,
                 _registered_method=True)
         self.EmbedStream = channel.stream_stream(
                 '/perturbscope.v1.PerturbScope/EmbedStream',
-                request_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamRequest.SerializeToString,
-                response_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamAnswer.FromString,
+                request_serializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamRequest.SerializeToString,
+                response_deserializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamAnswer.FromString,
                 _registered_method=True)
 
 
@@ -113,28 +113,28 @@ def add_PerturbScopeServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Embed': grpc.unary_unary_rpc_method_handler(
                     servicer.Embed,
-                    request_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedRequest.FromString,
-                    response_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedAnswer.SerializeToString,
+                    request_deserializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.EmbedRequest.FromString,
+                    response_serializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.EmbedAnswer.SerializeToString,
             ),
             'Score': grpc.unary_unary_rpc_method_handler(
                     servicer.Score,
-                    request_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.ScoreRequest.FromString,
-                    response_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.ScoreAnswer.SerializeToString,
+                    request_deserializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.ScoreRequest.FromString,
+                    response_serializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.ScoreAnswer.SerializeToString,
             ),
             'Compare': grpc.unary_unary_rpc_method_handler(
                     servicer.Compare,
-                    request_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.CompareRequest.FromString,
-                    response_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.CompareAnswer.SerializeToString,
+                    request_deserializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.CompareRequest.FromString,
+                    response_serializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.CompareAnswer.SerializeToString,
             ),
             'Models': grpc.unary_unary_rpc_method_handler(
                     servicer.Models,
-                    request_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.ModelsRequest.FromString,
-                    response_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.ModelsAnswer.SerializeToString,
+                    request_deserializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.ModelsRequest.FromString,
+                    response_serializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.ModelsAnswer.SerializeToString,
             ),
             'EmbedStream': grpc.stream_stream_rpc_method_handler(
                     servicer.EmbedStream,
-                    request_deserializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamRequest.FromString,
-                    response_serializer=perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamAnswer.SerializeToString,
+                    request_deserializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamRequest.FromString,
+                    response_serializer=perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamAnswer.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -162,8 +162,8 @@ class PerturbScope:
             request,
             target,
             '/perturbscope.v1.PerturbScope/Embed',
-            perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedRequest.SerializeToString,
-            perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedAnswer.FromString,
+            perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.EmbedRequest.SerializeToString,
+            perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.EmbedAnswer.FromString,
             options,
             channel_credentials,
             insecure,
@@ -189,8 +189,8 @@ class PerturbScope:
             request,
             target,
             '/perturbscope.v1.PerturbScope/Score',
-            perturbscope_dot_proto_dot_perturbscope__v1__pb2.ScoreRequest.SerializeToString,
-            perturbscope_dot_proto_dot_perturbscope__v1__pb2.ScoreAnswer.FromString,
+            perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.ScoreRequest.SerializeToString,
+            perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.ScoreAnswer.FromString,
             options,
             channel_credentials,
             insecure,
@@ -216,8 +216,8 @@ class PerturbScope:
             request,
             target,
             '/perturbscope.v1.PerturbScope/Compare',
-            perturbscope_dot_proto_dot_perturbscope__v1__pb2.CompareRequest.SerializeToString,
-            perturbscope_dot_proto_dot_perturbscope__v1__pb2.CompareAnswer.FromString,
+            perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.CompareRequest.SerializeToString,
+            perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.CompareAnswer.FromString,
             options,
             channel_credentials,
             insecure,
@@ -243,8 +243,8 @@ class PerturbScope:
             request,
             target,
             '/perturbscope.v1.PerturbScope/Models',
-            perturbscope_dot_proto_dot_perturbscope__v1__pb2.ModelsRequest.SerializeToString,
-            perturbscope_dot_proto_dot_perturbscope__v1__pb2.ModelsAnswer.FromString,
+            perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.ModelsRequest.SerializeToString,
+            perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.ModelsAnswer.FromString,
             options,
             channel_credentials,
             insecure,
@@ -270,8 +270,8 @@ class PerturbScope:
             request_iterator,
             target,
             '/perturbscope.v1.PerturbScope/EmbedStream',
-            perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamRequest.SerializeToString,
-            perturbscope_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamAnswer.FromString,
+            perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamRequest.SerializeToString,
+            perturbscope_dot_protocol_dot_proto_dot_perturbscope__v1__pb2.EmbedStreamAnswer.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,7 +1,7 @@
 """What a .proto promises, as plain data, and which changes of it break a client.
 
 Run it to write the snapshot anew, after a change that breaks nobody or on the way to a new major version:
-``python -m tests.unit.proto.snapshot``. The test then compares with what it wrote, so look at its diff.
+``python -m tests.unit.protocol.proto.snapshot``. The test then compares with what it wrote, so look at its diff.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _members(name: str, kind: str, old: Promise, new: Promise, key: str) -> list
 
 def current() -> Promise:
     """The promise of the proto as it is."""
-    from perturbscope.proto import perturbscope_v1_pb2
+    from perturbscope.protocol.proto import perturbscope_v1_pb2
 
     return of_file(FileDescriptorProto.FromString(perturbscope_v1_pb2.DESCRIPTOR.serialized_pb))
 
