@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.backends import Backend, LocalBackend, StageProgress, cells_of, scorer_of
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
 from perturbscope.inference.embedder import Embedder, Embeddings
 from perturbscope.inference.encoder import Device
-from perturbscope.screen import Screen, embed_source, opened
+from perturbscope.tasks.backends import Backend, LocalBackend, StageProgress, cells_of, scorer_of
+from perturbscope.tasks.screen import Screen, embed_source, opened
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -31,7 +31,7 @@ from perturbscope.protocol.messages import (
     ScoreAnswer,
     ScoreRequest,
 )
-from perturbscope.seen import Fingerprint, Seen, find_seen
+from perturbscope.tasks.trained_on import Fingerprint, Seen, find_seen
 from serving import limits
 from serving.calls import Call, Front
 from serving.columns import Columns

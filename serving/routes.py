@@ -8,7 +8,7 @@ from typing import Any
 
 from perturbscope import protocol
 from perturbscope.errors import InvalidInputError, LimitExceededError, PerturbScopeError, UnknownModelError
-from perturbscope.seen import Seen
+from perturbscope.tasks.trained_on import Seen
 from serving import log
 from serving.calls import Call
 from serving.columns import Columns, columns_to_json

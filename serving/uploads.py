@@ -28,7 +28,7 @@ from perturbscope.errors import (
 from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.report import Absent
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.seen import Fingerprint
+from perturbscope.tasks.trained_on import Fingerprint
 from serving.columns import Columns, read_columns
 from serving.limits import check_shape, check_vectors
 from serving.reports import TITLE, ReportRequest

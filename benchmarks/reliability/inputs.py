@@ -16,7 +16,7 @@ from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import open_cells
 from perturbscope.client import AsyncClient, AsyncGrpcClient, RetryPolicy
-from perturbscope.client.exchange import ChunkLimits, Failure
+from perturbscope.client.conversation import ChunkLimits, Failure
 from perturbscope.client.transports import http_answer, unreachable
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder

@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from perturbscope.backends import StageProgress
 from perturbscope.errors import (
     BundleError,
     InvalidInputError,
@@ -20,6 +19,7 @@ from perturbscope.errors import (
     UnauthenticatedError,
     UnknownModelError,
 )
+from perturbscope.tasks.backends import StageProgress
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -33,9 +33,9 @@ def embed(
     """
     from perturbscope.cells.files import check_output, commit, provenance_of, write_embedded
     from perturbscope.cells.readers import open_cells
-    from perturbscope.resume import PartialRun, fingerprint
-    from perturbscope.screen import check_cells
-    from perturbscope.seen import seen_by
+    from perturbscope.tasks.resume import PartialRun, fingerprint
+    from perturbscope.tasks.screen import check_cells
+    from perturbscope.tasks.trained_on import seen_by
 
     check_output(out, [".h5ad"], source=cells)
     where = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}

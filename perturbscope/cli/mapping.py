@@ -54,7 +54,7 @@ def map_pairs(
     """Map all pairs of perturbations: their distances as one matrix. Cells may be embedded by a server."""
     from perturbscope.cells.files import check_output, write_matrix
     from perturbscope.scoring.pair_map import check_map, distance_map
-    from perturbscope.screen import Screen
+    from perturbscope.tasks.screen import Screen
 
     check_output(out, SUFFIXES, source=cells)
     if figure is not None:

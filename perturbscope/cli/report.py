@@ -13,11 +13,11 @@ from perturbscope.cli.session import open_work
 if TYPE_CHECKING:
     import pandas as pd
 
-    from perturbscope.backends import StageProgress
     from perturbscope.cells.counts import CountMatrix
     from perturbscope.cells.readers import CellSource
     from perturbscope.report import Absent, Report
     from perturbscope.scoring.results import ScoreResult
+    from perturbscope.tasks.backends import StageProgress
 
 PAGE = "report.html"
 """Name of the page where OUT is a folder."""
@@ -59,10 +59,10 @@ def report(
     A folder as OUT gets report.html, the tables as CSV and parquet, and the figures as SVG and PNG.
     """
     from perturbscope.analysis.gene_sets import read_gmt
-    from perturbscope.backends import scorer_of
     from perturbscope.cells.files import check_output
     from perturbscope.report import build_report, write_report
-    from perturbscope.screen import Screen
+    from perturbscope.tasks.backends import scorer_of
+    from perturbscope.tasks.screen import Screen
 
     page, folder = _places(out, figures)
     check_output(page, [".html"], source=cells)

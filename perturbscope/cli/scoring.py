@@ -40,9 +40,9 @@ def score(
     seed: options.Seed = 0,
 ) -> None:
     """Score perturbations against control: distance, z, p and q of each, in OUT and as a ranked table."""
-    from perturbscope.backends import scorer_of
     from perturbscope.cells.files import check_output
-    from perturbscope.screen import Screen
+    from perturbscope.tasks.backends import scorer_of
+    from perturbscope.tasks.screen import Screen
 
     check_output(out, [".parquet", ".csv"], source=cells)
     if report is not None:
@@ -96,9 +96,9 @@ def compare(
     seed: options.Seed = 0,
 ) -> None:
     """Compare perturbations with each other, all pairs."""
-    from perturbscope.backends import scorer_of
     from perturbscope.cells.files import check_output
-    from perturbscope.screen import Screen
+    from perturbscope.tasks.backends import scorer_of
+    from perturbscope.tasks.screen import Screen
 
     check_output(out, [".parquet", ".csv"], source=cells)
     chosen = options.score_options(metric, seed, min_cells, permutations, setting)

@@ -13,8 +13,8 @@ from perturbscope.cli.options import BUNDLE_VARIABLE, CA_VARIABLE
 from perturbscope.errors import InvalidParameterError
 
 if TYPE_CHECKING:
-    from perturbscope.backends import Backend, StageProgress
     from perturbscope.cells.readers import CellSource
+    from perturbscope.tasks.backends import Backend, StageProgress
 
 
 @contextmanager

@@ -23,7 +23,7 @@ Errors are those of :mod:`perturbscope.errors`, the same that the library raises
 that cannot be reached are retried; see :class:`RetryPolicy`.
 """
 
-from perturbscope.client.exchange import ChunkLimits, RetryPolicy
+from perturbscope.client.conversation import ChunkLimits, RetryPolicy
 from perturbscope.client.grpc import AsyncGrpcClient, GrpcClient
 from perturbscope.client.http import AsyncClient, Client
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client.access import Files, grpc_credentials, key_headers
 from perturbscope.client.base import TIMEOUT, AsyncBase, SyncBase
-from perturbscope.client.exchange import ChunkLimits, Failure, RetryPolicy
+from perturbscope.client.conversation import ChunkLimits, Failure, RetryPolicy
 from perturbscope.client.grpc_stream import StreamCall
 from perturbscope.client.streams import each
 from perturbscope.client.trace import trace_headers

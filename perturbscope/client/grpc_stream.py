@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import Any, cast
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.client.exchange import Failure
+from perturbscope.client.conversation import Failure
 from perturbscope.client.streams import Flight, fill, fill_async
 from perturbscope.client.transports import grpc_failure
 from perturbscope.errors import InvalidInputError, ServerError, ServerUnreachableError

@@ -9,7 +9,7 @@ import httpx
 
 from perturbscope.client.access import Files, key_headers, tls_context
 from perturbscope.client.base import CONNECT_TIMEOUT, TIMEOUT, AsyncBase, SyncBase
-from perturbscope.client.exchange import ChunkLimits, Failure, RetryPolicy
+from perturbscope.client.conversation import ChunkLimits, Failure, RetryPolicy
 from perturbscope.client.transports import Format, http_answer, http_call, unreachable, untrusted
 from perturbscope.errors import InvalidParameterError
 from perturbscope.protocol.messages import Answer, Request

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.client.exchange import (
+from perturbscope.client.conversation import (
     ChunkLimits,
     Conversation,
     Failure,

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from queue import SimpleQueue
 
-from perturbscope.client.exchange import Conversation, Together
+from perturbscope.client.conversation import Conversation, Together
 from perturbscope.inference.embedder import Embeddings
 
 _Outcome = tuple[int, Embeddings | BaseException]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from perturbscope import protocol
-from perturbscope.client.exchange import Failure, failure_of, seconds_of
+from perturbscope.client.conversation import Failure, failure_of, seconds_of
 from perturbscope.client.trace import trace_headers
 from perturbscope.errors import (
     InvalidInputError,

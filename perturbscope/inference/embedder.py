@@ -131,7 +131,7 @@ class Embedder:
     limits
         Budget of a batch.
     training
-        How the weights were made, as the bundle's manifest says; see :mod:`perturbscope.seen`.
+        How the weights were made, as the bundle's manifest says; see :mod:`perturbscope.tasks.trained_on`.
     variant
         Which graph of the bundle the encoder runs.
     overlap

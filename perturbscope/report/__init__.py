@@ -4,9 +4,9 @@ The page opens offline, in light and dark, on a phone.
 """
 
 from perturbscope.report.build import build_report
+from perturbscope.report.contents import Absent, Pairs, Report
 from perturbscope.report.files import write_figures, write_tables
 from perturbscope.report.page import render_report, write_report
-from perturbscope.report.parts import Absent, Pairs, Report
 
 __all__ = [
     "Absent",

@@ -12,8 +12,8 @@ from perturbscope.analysis.degs import deg_table
 from perturbscope.analysis.umap import Projection, Projector, project
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidInputError, ProviderUnavailableError
+from perturbscope.report.contents import NO_GENE_SETS, Absent, Report
 from perturbscope.report.pairs import make_pairs
-from perturbscope.report.parts import NO_GENE_SETS, Absent, Report
 from perturbscope.scoring.calibration import Calibration, calibrate
 from perturbscope.scoring.results import ScoreOptions, ScoreResult
 

@@ -17,8 +17,8 @@ from perturbscope.analysis.umap import Projection
 from perturbscope.cells.files import atomic, write_table
 from perturbscope.report import sections
 from perturbscope.report.charts import heat_map
+from perturbscope.report.contents import Pairs, Report
 from perturbscope.report.page import chart_style
-from perturbscope.report.parts import Pairs, Report
 from perturbscope.scoring.calibration import Calibration
 
 _CHART = re.compile(

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from perturbscope.cells.files import atomic
 from perturbscope.report import sections
-from perturbscope.report.parts import Report
+from perturbscope.report.contents import Report
+from perturbscope.report.sentences import READING, cautions, conclusions, doubt, number
 from perturbscope.report.table import score_table
-from perturbscope.report.words import READING, cautions, conclusions, doubt, number
 
 _LINKS = (
     ("summary", "Summary"),

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from perturbscope.report.parts import Absent, Pairs
+from perturbscope.report.contents import Absent, Pairs
 from perturbscope.scoring.pair_map import distance_map
 from perturbscope.scoring.results import ScoreOptions, ScoreResult
 

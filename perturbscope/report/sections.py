@@ -25,10 +25,10 @@ from perturbscope.report.charts import (
 )
 from perturbscope.report.charts.cells import COLOURS
 from perturbscope.report.charts.heatmap import scale
+from perturbscope.report.contents import Absent, Pairs, Report
 from perturbscope.report.pairs import PAIR_CELLS
-from perturbscope.report.parts import Absent, Pairs, Report
+from perturbscope.report.sentences import METRIC_NAMES, number
 from perturbscope.report.table import plain_table
-from perturbscope.report.words import METRIC_NAMES, number
 from perturbscope.scoring.calibration import Calibration
 
 _SET_COLUMNS = {

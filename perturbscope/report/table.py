@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from perturbscope.report.parts import Report
-from perturbscope.report.words import METRIC_NAMES, number, p_value
+from perturbscope.report.contents import Report
+from perturbscope.report.sentences import METRIC_NAMES, number, p_value
 from perturbscope.scoring.results import FLAGS
 
 _HEADS = {

@@ -13,7 +13,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import PerturbScopeError, from_code
 from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.report import Absent
-from perturbscope.seen import Fingerprint
+from perturbscope.tasks.trained_on import Fingerprint
 from serving.columns import Column, Columns
 from serving.reports import ReportRequest
 from serving.uploads import Upload

@@ -13,7 +13,6 @@ import pytest
 
 import perturbscope
 from perturbscope import client
-from perturbscope.backends import Backend, LocalBackend
 from perturbscope.cells import readers
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import (
@@ -32,6 +31,7 @@ from perturbscope.errors import (
 from perturbscope.inference.embedder import Embedder
 from perturbscope.model import Model, load
 from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS
+from perturbscope.tasks.backends import Backend, LocalBackend
 from tests.fakes import FakeEncoder
 from tests.screens import make_screen
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from perturbscope import protocol
 from perturbscope.client import Client, RetryPolicy
-from perturbscope.client.exchange import LONGEST_HINT, Failure
+from perturbscope.client.conversation import LONGEST_HINT, Failure
 from perturbscope.client.transports import grpc_failure, http_answer, http_call, unreachable
 from perturbscope.errors import (
     InvalidInputError,

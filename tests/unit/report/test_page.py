@@ -12,8 +12,8 @@ import pytest
 
 from perturbscope.report import Absent, Report, render_report, write_report
 from perturbscope.report.charts import NARROW, WIDE, Point, effect_chart, qq_chart
-from perturbscope.report.words import cautions, conclusions, listing, number, p_value
-from perturbscope.seen import Seen
+from perturbscope.report.sentences import cautions, conclusions, listing, number, p_value
+from perturbscope.tasks.trained_on import Seen
 from tests.reports import EVIL, make_report
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.backends import Backend, StageProgress, cells_of
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cells.readers import CellSource
 from perturbscope.errors import BundleError, InvalidParameterError, UnreadableFileError
 from perturbscope.inference.embedder import Embeddings, gather
+from perturbscope.tasks.backends import Backend, StageProgress, cells_of
 
 CHUNK_CELLS = 512
 """Cells of one chunk: what an interruption can lose. Wide enough to sort cells by length."""

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from perturbscope.inference.bundle import sha256
 
 if TYPE_CHECKING:
-    from perturbscope.backends import Backend
     from perturbscope.cells.readers import CellSource
     from perturbscope.scoring.results import CompareResult, ScoreResult
+    from perturbscope.tasks.backends import Backend
 
     Result = TypeVar("Result", ScoreResult, CompareResult)
 
@@ -152,7 +152,7 @@ def find_seen(training: Mapping[str, Any], found: Fingerprint) -> Seen | None:
 
 def seen_by(backend: Backend | None, source: CellSource) -> Seen | None:
     """:func:`find_seen` of the model in this process; a server does not say what its model was trained on."""
-    from perturbscope.backends import LocalBackend
+    from perturbscope.tasks.backends import LocalBackend
 
     if not isinstance(backend, LocalBackend) or not any(_sources(backend.embedder.training)):
         return None

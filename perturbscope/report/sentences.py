@@ -6,10 +6,10 @@ import math
 
 import pandas as pd
 
-from perturbscope.report.parts import Absent, Pairs, Report
+from perturbscope.report.contents import Absent, Pairs, Report
 from perturbscope.scoring.calibration import Calibration, CalibrationSet
 from perturbscope.scoring.results import FLAGS
-from perturbscope.seen import KEY
+from perturbscope.tasks.trained_on import KEY
 
 METRIC_NAMES = {
     "e_distance": "E-distance",
@@ -27,7 +27,7 @@ _SEEN = {
     ),
     "pretrained_on_this_file": ("Trained on this file, without its labels", ""),
 }
-"""Names of :mod:`perturbscope.seen` in words, and what they make of the count of differences."""
+"""Names of :mod:`perturbscope.tasks.trained_on` in words, and what they make of the count of differences."""
 FEW_CELLS = 50
 """Below this many cells only large effects can be seen."""
 FEW_GENES = 1000

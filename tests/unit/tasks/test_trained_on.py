@@ -15,12 +15,12 @@ import pytest
 
 import perturbscope
 from perturbscope.analysis import umap
-from perturbscope.backends import LocalBackend
 from perturbscope.cli.app import run
 from perturbscope.inference.bundle import Bundle, sha256
 from perturbscope.inference.embedder import Embedder
 from perturbscope.model import Model
-from perturbscope.seen import KEY, Fingerprint, Seen, find_seen
+from perturbscope.tasks.backends import LocalBackend
+from perturbscope.tasks.trained_on import KEY, Fingerprint, Seen, find_seen
 from tests.bundles import tiny_files, tiny_manifest
 from tests.reports import first_two
 from tests.screens import make_screen
@@ -174,7 +174,7 @@ def test_objects_in_memory_are_known_by_their_number_and_backed_ones_by_their_fi
 def test_a_file_is_not_read_for_a_bundle_without_data(
     tiny_bundle: Path, screen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("perturbscope.seen.sha256", lambda _: pytest.fail("read for nothing"))
+    monkeypatch.setattr("perturbscope.tasks.trained_on.sha256", lambda _: pytest.fail("read for nothing"))
     with perturbscope.load(tiny_bundle) as model:
         table = model.score(screen, perturbation_key="perturbation", control="control", **FAST)
     assert KEY not in table.attrs["provenance"]

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.backends import Backend, LocalBackend, Scorer, StageProgress, cells_of
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import CellSource, open_cells
 from perturbscope.cells.readers.memory import AnnDataSource
 from perturbscope.errors import InvalidParameterError
 from perturbscope.inference.embedder import Embeddings, gather
-from perturbscope.seen import KEY, seen_by
+from perturbscope.tasks.backends import Backend, LocalBackend, Scorer, StageProgress, cells_of
+from perturbscope.tasks.trained_on import KEY, seen_by
 
 if TYPE_CHECKING:
     from perturbscope.scoring.calibration import Calibration
