@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,17 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.cells.readers import CellSource
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
-from perturbscope.inference.embedder import Embeddings
 
 if TYPE_CHECKING:
     import pandas as pd
 
-OBSM_KEY = "X_perturbscope"
-OBS_KNOWN_SHARE = "perturbscope_known_share"
-OBS_N_GENES = "perturbscope_n_genes"
-UNS_KEY = "perturbscope"
 METADATA_KEY = b"perturbscope"
 """Key of the provenance, as JSON, in the schema metadata of a result's parquet file."""
 
@@ -143,83 +136,3 @@ def read_table(path: Path, *, field: str) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise UnreadableFileError(f"The table {path} cannot be read: {error}.", field=field) from error
     raise UnreadableFileError(f"The table {path} must end in .parquet or .csv.", field=field)
-
-
-def write_embedded(staging: Path, source: CellSource, found: Embeddings, provenance: Mapping[str, Any]) -> None:
-    """Write the input with its embeddings: obsm, two columns of obs, provenance in uns.
-
-    An .h5ad file is copied and added to, so that its matrix never passes through memory and everything in it stays.
-    Other formats, and .h5ad files of anndata < 0.7, become a new AnnData file with the counts (CSR) and the labels.
-    """
-    columns = {OBS_KNOWN_SHARE: found.known_share, OBS_N_GENES: found.n_detected}
-    uns = {key: value for key, value in provenance.items() if value not in (None, [], {})}
-    if source.path is not None and source.path.is_file() and _is_current_h5ad(source.path):
-        shutil.copyfile(source.path, staging)
-        _add(staging, found, columns, uns)
-        return
-    import anndata as ad
-    import pandas as pd
-
-    obs = pd.DataFrame(index=pd.Index(source.cell_ids.astype(object)))
-    for name in source.columns:
-        column = source.column(name)
-        is_text = column.dtype == object
-        obs[name] = pd.Categorical(source.labels(name)) if is_text else column.array
-    for name, values in columns.items():
-        obs[name] = values
-    var = pd.DataFrame(index=pd.Index(source.gene_ids.astype(object)))
-    symbols = getattr(source, "gene_symbols", None)
-    if symbols is not None:
-        var["gene_symbols"] = symbols.astype(object)
-    adata = ad.AnnData(X=source.read().counts, obs=obs, var=var)
-    adata.obsm[OBSM_KEY] = found.values
-    adata.uns[UNS_KEY] = uns
-    adata.write_h5ad(staging)
-
-
-def _is_current_h5ad(path: Path) -> bool:
-    import h5py
-
-    if not h5py.is_hdf5(path):
-        return False
-    with h5py.File(path, "r") as file:
-        frames = all(isinstance(file.get(name), h5py.Group) for name in ("obs", "var"))
-        return frames and all(isinstance(file[name], h5py.Group) for name in ("obsm", "uns") if name in file)
-
-
-def _add(path: Path, found: Embeddings, columns: Mapping[str, Any], uns: Mapping[str, Any]) -> None:
-    import h5py
-    from anndata.io import write_elem
-
-    def put(group: Any, name: str, value: Any) -> None:
-        if name in group:
-            del group[name]
-        write_elem(group, name, value)
-
-    with h5py.File(path, "r+") as file:
-        for name in ("obsm", "uns"):
-            if name not in file:
-                write_elem(file, name, {})
-        put(file["obsm"], OBSM_KEY, found.values)
-        put(file["uns"], UNS_KEY, dict(uns))
-        obs = file["obs"]
-        order = [str(name) for name in obs.attrs.get("column-order", ())]
-        for name, values in columns.items():
-            put(obs, name, values)
-        order += [name for name in columns if name not in order]
-        obs.attrs.create("column-order", order, dtype=h5py.string_dtype())
-
-
-def provenance_of(found: Embeddings, options: Mapping[str, Any], version: str) -> dict[str, Any]:
-    """What made embeddings, in a form that both JSON and .h5ad hold."""
-    coverage = found.coverage.to_dict()
-    coverage["ambiguous"] = [f"{given} -> {taken}" for given, taken in found.coverage.ambiguous]
-    return {
-        "model_id": found.model_id,
-        "vocabulary_hash": found.vocabulary_hash,
-        **({"variant": found.variant} if found.variant else {}),
-        "version": version,
-        "options": {key: value for key, value in options.items() if value is not None},
-        "coverage": {key: value for key, value in coverage.items() if value != []},
-        "warnings": found.warnings(),
-    }

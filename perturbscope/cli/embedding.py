@@ -31,8 +31,9 @@ def embed(
 
     An interrupted run is continued by the same command: finished chunks wait in OUT.partial/.
     """
-    from perturbscope.cells.files import check_output, commit, provenance_of, write_embedded
+    from perturbscope.cells.files import check_output, commit
     from perturbscope.cells.readers import open_cells
+    from perturbscope.tasks.embedded_file import provenance_of, write_embedded
     from perturbscope.tasks.resume import PartialRun, fingerprint
     from perturbscope.tasks.screen import check_cells
     from perturbscope.tasks.trained_on import seen_by
