@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from perturbscope.errors import LimitExceededError, OverloadedError
-from perturbscope.fairness import Room
 from perturbscope.protocol import JSON
 from perturbscope.scoring import statistics
 from perturbscope.scoring.distances import TILE_VALUES
 from perturbscope.scoring.energy import batch_permutations, permutations
 from perturbscope.scoring.results import ScoreOptions
 from perturbscope.threads import usable_cores
+from serving.queue.fairness import Room
 from serving.settings import PREFIX, Settings
 
 GROWTH = 2
@@ -96,7 +96,7 @@ class Held:
 class Admission:
     """Counts the requests in progress, and the bytes that they hold.
 
-    Where callers have keys, those of one key leave room to others; see :class:`perturbscope.fairness.Room`.
+    Where callers have keys, those of one key leave room to others; see :class:`serving.queue.fairness.Room`.
 
     Parameters
     ----------

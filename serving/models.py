@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import cast
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.dispatcher import Dispatcher
 from perturbscope.errors import CorruptBundleError
 from perturbscope.inference.batching import BatchLimits
 from perturbscope.inference.bundle import MANIFEST, VOCABULARY, Bundle, Manifest
@@ -19,6 +18,7 @@ from perturbscope.inference.golden import Golden, check_golden, read_golden
 from perturbscope.inference.gpu import GpuOptions, gpu_limits
 from perturbscope.protocol.messages import ModelInfo
 from serving import log
+from serving.queue import Dispatcher
 from serving.settings import Settings
 from serving.telemetry.metrics import ModelMetrics
 

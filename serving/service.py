@@ -2,7 +2,7 @@
 
 BentoML runs the process and gives /healthz, /livez and /readyz. The routes of /v1 and /v2, and /metrics, are an ASGI
 application mounted into it, and a grpc.aio server is started beside it on the same loop. BentoML's own batching counts
-items and serves HTTP alone, so it is not used; see :mod:`perturbscope.dispatcher`.
+items and serves HTTP alone, so it is not used; see :mod:`serving.queue`.
 """
 
 from __future__ import annotations

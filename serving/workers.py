@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from perturbscope.fairness import FairShare
 from perturbscope.threads import usable_cores
+from serving.queue.fairness import FairShare
 
 T = TypeVar("T")
 LARGE = 2**20
@@ -97,7 +97,7 @@ class Turns:
     """So many scores compute at a time; all others wait, each on a thread of its own.
 
     After each step (one perturbation by one metric) a score hands its turn to whoever had least: flows share equally,
-    and so do the scores of one flow (:mod:`perturbscope.fairness`). So a short score waits for one step of a long one,
+    and so do the scores of one flow (:mod:`serving.queue.fairness`). So a short score waits for one step of a long one,
     not for its minutes.
 
     Parameters

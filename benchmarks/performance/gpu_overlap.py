@@ -18,12 +18,12 @@ from benchmarks.performance.embedding_models import counts, paper_weights, pick,
 from benchmarks.performance.gpu_forms import projected
 from benchmarks.performance.harness import Options, table
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.dispatcher import Dispatcher
 from perturbscope.families import Family
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.gpu import gpu_limits
+from serving.queue import Dispatcher
 
 WIDTH = 256
 CHUNK = 4096

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.performance.service_inputs import Ask, embedder
-from perturbscope.dispatcher import Dispatcher, NoObserver
 from perturbscope.families.tokens import TokenizedCells, concatenate
+from serving.queue import Dispatcher, NoObserver
 
 MAX_BATCH_TOKENS = 16_384
 """text-embeddings-inference's default."""

@@ -191,7 +191,7 @@ def finished(call: Call, status: str | int, code: str) -> None:
 
 
 class ModelMetrics:
-    """Counts what the dispatcher of one model does; see :class:`perturbscope.dispatcher.DispatchObserver`.
+    """Counts what the dispatcher of one model does; see :class:`serving.queue.DispatchObserver`.
 
     Parameters
     ----------

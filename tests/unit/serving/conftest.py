@@ -16,13 +16,13 @@ import pytest
 
 from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.dispatcher import Dispatcher
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest, ModelInfo
 from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from serving.engine import Engine
 from serving.grpc_server import GrpcServer
 from serving.models import ServedModel
+from serving.queue import Dispatcher
 from serving.registry import ModelRegistry
 from serving.settings import Settings
 from tests.apps import app_of

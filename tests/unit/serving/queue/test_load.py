@@ -14,12 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from perturbscope.dispatcher import Dispatcher
 from perturbscope.errors import DeadlineExceededError, InferenceError, OverloadedError, PerturbScopeError
 from perturbscope.inference.batching import BatchLimits
 from perturbscope.inference.embedder import Embedder
+from serving.queue import Dispatcher
 from tests.fakes import FakeEncoder
-from tests.unit.test_dispatcher import _FAMILY, PickyEncoder, assert_own, cells, embedder_of, settle, started
+from tests.unit.serving.queue.test_dispatcher import (
+    _FAMILY,
+    PickyEncoder,
+    assert_own,
+    cells,
+    embedder_of,
+    settle,
+    started,
+)
 
 
 class SteppedEncoder(FakeEncoder):

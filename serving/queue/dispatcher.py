@@ -8,9 +8,6 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.dispatcher.batches import Caller, Part, next_batch
-from perturbscope.dispatcher.observer import DispatchObserver, NoObserver
-from perturbscope.dispatcher.runner import MAX_BATCH_SECONDS, Runner
 from perturbscope.errors import (
     DeadlineExceededError,
     InferenceError,
@@ -18,9 +15,12 @@ from perturbscope.errors import (
     OverloadedError,
     PerturbScopeError,
 )
-from perturbscope.fairness import FairShare, Room
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.embedder import Embedder
+from serving.queue.batches import Caller, Part, next_batch
+from serving.queue.fairness import FairShare, Room
+from serving.queue.observer import DispatchObserver, NoObserver
+from serving.queue.runner import MAX_BATCH_SECONDS, Runner
 
 MAX_QUEUED_TOKENS = 4_194_304
 """Default queue budget: 2,048 cells of 2,048 tokens."""
@@ -34,7 +34,7 @@ class Dispatcher:
     """Runs the cells of concurrent callers in shared batches.
 
     All methods run on one event loop; only the forward pass leaves it. So there are no locks. Order and bound of the
-    wait stand at the head of :mod:`perturbscope.dispatcher`.
+    wait stand at the head of :mod:`serving.queue`.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class Dispatcher:
     max_queued_tokens
         Tokens of all callers that may be accepted and not yet answered. A caller counts for at most a quarter of it,
         however large it is: fair sharing keeps others from waiting for the rest. The larger a caller, the more room it
-        must leave (:class:`perturbscope.fairness.Room`), so that a bulk caller does not get small ones refused.
+        must leave (:class:`serving.queue.fairness.Room`), so that a bulk caller does not get small ones refused.
     max_batch_seconds
         A forward pass that takes longer is taken to hang: all callers are told so, and new ones refused at once, until
         it returns.

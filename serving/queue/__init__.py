@@ -6,7 +6,7 @@ one ran. (The shape follows text-embeddings-inference: a budget in tokens, and c
 they cost compute.)
 
 **Order.** Each batch is made when the one before it is done, from all callers that then wait, in the order of weighted
-fair queueing (:mod:`perturbscope.fairness`): flows share the model equally, and so do the callers of one flow.
+fair queueing (:mod:`serving.queue.fairness`): flows share the model equally, and so do the callers of one flow.
 
 **Bound.** Let n callers share the model (the flows, times the callers of one flow), each in batches of B slots, and let
 one come whose cells fit into one batch, of c slots with their padding. Then from the end of the batch that runs when it
@@ -15,9 +15,9 @@ then, and one batch. Beside one bulk caller, a caller of half a batch or less so
 after it came. Others that wait as well run in the same batch where their cells are of similar length and fit.
 """
 
-from perturbscope.dispatcher.dispatcher import MAX_QUEUED_TOKENS, MAX_RETRY, MIN_RETRY, Dispatcher
-from perturbscope.dispatcher.observer import DispatchObserver, NoObserver
-from perturbscope.dispatcher.runner import MAX_BATCH_SECONDS
+from serving.queue.dispatcher import MAX_QUEUED_TOKENS, MAX_RETRY, MIN_RETRY, Dispatcher
+from serving.queue.observer import DispatchObserver, NoObserver
+from serving.queue.runner import MAX_BATCH_SECONDS
 
 __all__ = [
     "MAX_BATCH_SECONDS",

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.errors import PerturbScopeError
-from perturbscope.fairness import FairShare
 from perturbscope.families.tokens import TokenizedCells, concatenate
 from perturbscope.inference.batching import BatchLimits
+from serving.queue.fairness import FairShare
 
 SIMILAR = 2
 """Cells of several callers share a batch where their lengths differ by less than this factor from the first's."""

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
-from perturbscope.dispatcher import MAX_RETRY, MIN_RETRY, Dispatcher
 from perturbscope.errors import InferenceError, InvalidParameterError, OverloadedError
 from perturbscope.families import Family
 from perturbscope.families.tokens import InputSpec, TokenizedCells
 from perturbscope.inference.batching import BatchLimits
 from perturbscope.inference.embedder import Embedder
+from serving.queue import MAX_RETRY, MIN_RETRY, Dispatcher
 from tests.fakes import FakeEncoder
 
 COVERAGE = GeneCoverage(n_genes=1, n_matched=1)

@@ -11,7 +11,7 @@ Reason = Literal["cancelled", "deadline", "overloaded"]
 
 
 class DispatchObserver(Protocol):
-    """Is told what a :class:`~perturbscope.dispatcher.Dispatcher` does, on its event loop; for metrics.
+    """Is told what a :class:`~serving.queue.Dispatcher` does, on its event loop; for metrics.
 
     Must be quick, and must not raise.
     """

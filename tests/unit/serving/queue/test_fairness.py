@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perturbscope.fairness import FairShare, Room
+from serving.queue.fairness import FairShare, Room
 
 
 def served(share: FairShare[str], costs: dict[str, float], turns: int) -> list[str]:

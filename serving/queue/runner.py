@@ -10,12 +10,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.dispatcher.batches import Caller, Part, chosen, joined
-from perturbscope.dispatcher.observer import DispatchObserver
-from perturbscope.dispatcher.worker import Worker
 from perturbscope.errors import InferenceError, PerturbScopeError
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.embedder import Embedder
+from serving.queue.batches import Caller, Part, chosen, joined
+from serving.queue.observer import DispatchObserver
+from serving.queue.worker import Worker
 
 MAX_BATCH_SECONDS = 120.0
 """After so long, a forward pass is taken to hang."""
