@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import generate_latest
 
 from serving import log
-from serving.calls import Call, Caller
+from serving.access.front import Call, Caller
 from serving.telemetry import metrics, tracing
 
 STAGES = ("receive", "decode", "tokenize", "queue", "inference", "encode")

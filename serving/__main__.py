@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
 from serving import preflight
-from serving.security import tls
+from serving.access import tls
 from serving.settings import PREFIX, Settings
 
 OPTIONS = {

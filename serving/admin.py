@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from perturbscope import protocol
 from perturbscope.errors import InvalidParameterError
 from serving import openapi, schemas
-from serving.calls import Call
+from serving.access.front import Call
+from serving.access.limits import Held
 from serving.edge import answered, while_connected
 from serving.engine import Engine
-from serving.limits import Held
 
 Change = Callable[[Engine, Request], Awaitable[Any]]
 _STATUSES = (401, 403, 404, 413, 422, 429, 500, 504)

@@ -18,9 +18,9 @@ from starlette.types import Message, Receive
 
 from perturbscope import protocol
 from perturbscope.errors import InvalidParameterError, LimitExceededError, OverloadedError, UnsupportedMediaTypeError
-from serving.calls import Call
+from serving.access.front import Call
+from serving.access.limits import decoded_bytes, too_many_bytes
 from serving.engine import Engine
-from serving.limits import decoded_bytes, too_many_bytes
 from serving.reading import file_readers
 from serving.routes import Route
 from serving.uploads import FILE_NAME, Upload

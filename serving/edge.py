@@ -14,9 +14,9 @@ from starlette.types import Receive
 
 from perturbscope import protocol
 from perturbscope.errors import OverloadedError, PerturbScopeError, UnauthenticatedError, UnsupportedMediaTypeError
-from serving.calls import REQUEST_ID, Call, Right
+from serving.access.front import REQUEST_ID, Call, Right
+from serving.access.limits import Held
 from serving.engine import Engine
-from serving.limits import Held
 from serving.routes import explain
 from serving.status import status_of
 

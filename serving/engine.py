@@ -32,15 +32,15 @@ from perturbscope.protocol.messages import (
     ScoreRequest,
 )
 from perturbscope.tasks.trained_on import Fingerprint, Seen, find_seen
-from serving import limits
-from serving.calls import Call, Front
+from serving.access import limits
+from serving.access.front import Call, Front
+from serving.access.keys import doorkeeper
+from serving.access.limits import Admission
 from serving.columns import Columns
-from serving.limits import Admission
 from serving.models import ServedModel
 from serving.openinference.statistics import Statistics
 from serving.registry import ModelRegistry
 from serving.reports import ReportAnswer, ReportRequest, make_report
-from serving.security.keys import doorkeeper
 from serving.settings import Settings
 from serving.workers import Turns, Workers
 

@@ -12,16 +12,16 @@ from perturbscope import protocol
 from perturbscope.protocol.proto import open_inference_pb2_grpc as inference_services
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as messages
 from perturbscope.protocol.proto import perturbscope_v1_pb2_grpc as services
-from serving.calls import Call
+from serving.access import tls
+from serving.access.front import Call
+from serving.access.limits import GROWTH, LAST_WORDS, Held
 from serving.engine import Engine
 from serving.health import Health
-from serving.limits import GROWTH, LAST_WORDS, Held
 from serving.messages_grpc import MessageInterceptor
 from serving.openinference.grpc import SERVICE as INFERENCE_SERVICE
 from serving.openinference.grpc import InferenceServicer
 from serving.routes import COMPARE, EMBED, SCORE, RpcRoute, describe
 from serving.rpc import abort, answered, begin, headers_of
-from serving.security import tls
 from serving.security.interceptor import KeyInterceptor
 from serving.settings import PREFIX
 from serving.streams_grpc import embed_stream

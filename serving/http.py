@@ -12,11 +12,11 @@ from starlette.exceptions import HTTPException
 from perturbscope import __version__, protocol
 from perturbscope.errors import InvalidParameterError
 from serving import admin, openapi, schemas, streams_http
+from serving.access.front import REQUEST_ID, Call
+from serving.access.limits import GROWTH, JSON_GROWTH, Held
 from serving.bodies import LimitedBody, read_request
-from serving.calls import REQUEST_ID, Call
 from serving.edge import answered, error_body, while_connected
 from serving.engine import Engine
-from serving.limits import GROWTH, JSON_GROWTH, Held
 from serving.openinference.http import add_routes
 from serving.pages import PAGE_HEADERS, screen_page
 from serving.reports import HTML

@@ -10,8 +10,8 @@ from fastapi.openapi.utils import get_openapi
 
 from perturbscope import protocol
 from serving import schemas
+from serving.access.front import REQUEST_ID, SECONDS, TIMEOUT
 from serving.bodies import MULTIPART
-from serving.calls import REQUEST_ID, SECONDS, TIMEOUT
 from serving.routes import Route
 from serving.security.middleware import OPEN
 from serving.uploads import PARAMETERS

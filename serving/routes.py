@@ -10,7 +10,7 @@ from perturbscope import protocol
 from perturbscope.errors import InvalidInputError, LimitExceededError, PerturbScopeError, UnknownModelError
 from perturbscope.tasks.trained_on import Seen
 from serving import log
-from serving.calls import Call
+from serving.access.front import Call
 from serving.columns import Columns, columns_to_json
 from serving.engine import Engine
 from serving.reports import (

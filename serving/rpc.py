@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 from starlette.datastructures import Headers
 
 from perturbscope.errors import OverloadedError, PerturbScopeError
-from serving.calls import REQUEST_ID, Call, Right
+from serving.access.front import REQUEST_ID, Call, Right
+from serving.access.limits import Held
 from serving.engine import Engine
-from serving.limits import Held
 from serving.routes import explain
 from serving.status import status_of
 

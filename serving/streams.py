@@ -21,10 +21,10 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import DeadlineExceededError, LimitExceededError, OverloadedError
 from perturbscope.inference.embedder import Embeddings
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamOpened, StreamStart, StreamTotals
-from serving import limits
-from serving.calls import Call
+from serving.access import limits
+from serving.access.front import Call
+from serving.access.limits import GROWTH, Held
 from serving.engine import Engine
-from serving.limits import GROWTH, Held
 from serving.models import ServedModel
 from serving.telemetry.metrics import STREAMS
 

@@ -18,9 +18,9 @@ from perturbscope.protocol.protobuf_streams import (
     stream_start_from_proto,
 )
 from perturbscope.protocol.streams import StreamAnswer, StreamStart
-from serving.calls import Call
+from serving.access.front import Call
+from serving.access.limits import Held
 from serving.engine import Engine
-from serving.limits import Held
 from serving.streams import answer_stream, check_chunk
 
 _LAST_WORDS = 5.0

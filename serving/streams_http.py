@@ -29,10 +29,10 @@ from perturbscope.protocol.arrow_streams import (
     metadata_length,
 )
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamStart
-from serving.calls import REQUEST_ID, Call
+from serving.access.front import REQUEST_ID, Call
+from serving.access.limits import Held
 from serving.edge import CLIENT_GONE, error_response, refuse_encoded
 from serving.engine import Engine
-from serving.limits import Held
 from serving.routes import explain
 from serving.streams import answer_stream
 

@@ -29,8 +29,8 @@ from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.report import Absent
 from perturbscope.scoring.results import ScoreOptions
 from perturbscope.tasks.trained_on import Fingerprint
+from serving.access.limits import check_shape, check_vectors
 from serving.columns import Columns, read_columns
-from serving.limits import check_shape, check_vectors
 from serving.reports import TITLE, ReportRequest
 from serving.security.hdf5 import check_file
 from serving.settings import Settings

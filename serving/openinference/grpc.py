@@ -9,9 +9,9 @@ from google.protobuf.json_format import ParseDict
 
 from perturbscope.protocol.proto import open_inference_pb2 as messages
 from perturbscope.protocol.proto import open_inference_pb2_grpc as services
-from serving.calls import Call, Right
+from serving.access.front import Call, Right
+from serving.access.limits import Held
 from serving.engine import Engine
-from serving.limits import Held
 from serving.openinference import describe, repository
 from serving.openinference.inference import infer
 from serving.openinference.proto_codec import answer_to_proto, request_from_proto

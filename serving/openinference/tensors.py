@@ -20,7 +20,7 @@ from perturbscope.families import Family
 from perturbscope.families.tokens import InputSpec, TokenizedCells
 from perturbscope.inference.encoder import OUTPUT
 from perturbscope.protocol.checks import printable
-from serving.limits import check_shape
+from serving.access.limits import check_shape
 from serving.settings import Settings
 
 MASK = "attention_mask"

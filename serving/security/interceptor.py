@@ -1,7 +1,7 @@
 """Keys for whatever the gRPC server answers: reflection too, and before a message is read.
 
-gRPC reads and decodes a whole message before its method is called, and so before :class:`serving.calls.Front` sees it.
-Here a stranger is turned away at the headers. Closed unless listed here as open.
+gRPC reads and decodes a whole message before its method is called, and so before :class:`serving.access.front.Front`
+sees it. Here a stranger is turned away at the headers. Closed unless listed here as open.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import grpc
 from starlette.datastructures import Headers
 
 from perturbscope.errors import PerturbScopeError, UnauthenticatedError
-from serving.calls import Call, Front
+from serving.access.front import Call, Front
 
 OPEN = frozenset(
     {

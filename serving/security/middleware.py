@@ -1,7 +1,7 @@
 """Keys for whatever the HTTP server answers: BentoML's own pages, and routes that somebody adds and forgets to guard.
 
-Closed unless listed here as open. The routes of /v1 ask once more, in :class:`serving.calls.Front`, where rights,
-shares and deadlines are looked at too.
+Closed unless listed here as open. The routes of /v1 ask once more, in :class:`serving.access.front.Front`, where
+rights, shares and deadlines are looked at too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from perturbscope.errors import PermissionDeniedError, PerturbScopeError
-from serving.calls import REQUEST_ID, Call, Front
+from serving.access.front import REQUEST_ID, Call, Front
 from serving.telemetry.metrics import OTHER
 
 OPEN = frozenset({"/", "/healthz", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perturbscope.errors import InvalidParameterError
-from serving.security import tls
-from serving.security.keys import read_keys
+from serving.access import tls
+from serving.access.keys import read_keys
 from serving.settings import PREFIX, Settings
 
 

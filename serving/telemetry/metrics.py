@@ -23,7 +23,7 @@ from perturbscope.errors import InferenceError, PerturbScopeError
 from serving.telemetry import tracing
 
 if TYPE_CHECKING:
-    from serving.calls import Call
+    from serving.access.front import Call
 
 # The time at which each series began would be a series of its own: twice as much to read and keep.
 disable_created_metrics()  # type: ignore[no-untyped-call]

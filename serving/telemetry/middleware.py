@@ -6,7 +6,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from perturbscope.errors import InvalidParameterError
-from serving.calls import REQUEST_ID, Call
+from serving.access.front import REQUEST_ID, Call
 from serving.telemetry.metrics import OTHER
 
 

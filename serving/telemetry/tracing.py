@@ -31,7 +31,7 @@ from perturbscope.errors import InvalidParameterError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-    from serving.calls import Call
+    from serving.access.front import Call
 
 SERVICE = "perturbscope"
 """Default of ``OTEL_SERVICE_NAME``."""

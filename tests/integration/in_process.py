@@ -12,10 +12,10 @@ from typing import Any
 
 import uvicorn
 
+from serving.access.keys import keys_to_json, make_key
 from serving.engine import Engine
 from serving.grpc_server import GrpcServer
 from serving.http import build_app
-from serving.security.keys import keys_to_json, make_key
 from serving.settings import Settings
 from tests.bundles import write_tiny_bundle
 from tests.ports import free_ports

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
-from serving.security.rates import FailedKeys
+from serving.access.rates import FailedKeys
 from tests.integration.in_process import Running, running
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
@@ -49,7 +49,7 @@ def main(options: Sequence[str]) -> int:
 
 def patient_with_bad_keys() -> contextlib.AbstractContextManager[object]:
     """Let servers that start within answer any number of them: the checks of authentication send many."""
-    return mock.patch("serving.security.keys.FailedKeys", functools.partial(FailedKeys, 10**9))
+    return mock.patch("serving.access.keys.FailedKeys", functools.partial(FailedKeys, 10**9))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from perturbscope.client import Client, GrpcClient, RetryPolicy
 from perturbscope.inference.bundle import Bundle
 from perturbscope.protocol import EmbedRequest
 from perturbscope.scoring.results import ScoreOptions
-from serving.security.keys import keys_to_json, make_key
+from serving.access.keys import keys_to_json, make_key
 from serving.telemetry import metrics
 from tests.bundles import write_tiny_bundle
 from tests.integration.server import ROOT, RunningServer

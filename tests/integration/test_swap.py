@@ -16,7 +16,7 @@ from perturbscope.client import Client, GrpcClient, RetryPolicy
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.golden_making import add_golden
-from serving.security.keys import keys_to_json, make_key
+from serving.access.keys import keys_to_json, make_key
 from tests.bundles import write_tiny_bundle
 from tests.integration.server import RunningServer
 

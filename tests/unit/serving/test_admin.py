@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from perturbscope.inference.bundle import MANIFEST
-from serving.calls import ANYONE, Caller
+from serving.access.front import ANYONE, Caller
 from serving.engine import Engine
 from serving.registry import ModelRegistry
 from serving.settings import Settings

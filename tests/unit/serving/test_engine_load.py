@@ -21,7 +21,7 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest, ScoreRequest
 from perturbscope.scoring.results import ScoreOptions
 from serving import engine as engine_module
-from serving.calls import Call
+from serving.access.front import Call
 from serving.engine import Engine
 from tests.apps import app_of
 from tests.fakes import FakeEncoder

@@ -122,7 +122,7 @@ async def test_an_error_that_is_long_and_strange_is_still_answered(
     def refuse(*_: object) -> None:
         raise InvalidParameterError("ü" * 100_000, field="größe\n\x00")
 
-    monkeypatch.setattr("serving.limits.check_shape", refuse)
+    monkeypatch.setattr("serving.access.limits.check_shape", refuse)
     stub = await stub_of(engine)
     _, text, trailing = await failure(stub.Embed(protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))))
     assert text.startswith("ü")
@@ -161,7 +161,7 @@ async def test_a_bug_of_ours_is_internal_and_tells_no_secret(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr("serving.limits.check_shape", broken)
+    monkeypatch.setattr("serving.access.limits.check_shape", broken)
     stub = await stub_of(engine)
     status, text, trailing = await failure(stub.Embed(protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))))
     assert (status, trailing["perturbscope-code"]) == (grpc.StatusCode.INTERNAL, "internal")

@@ -353,7 +353,7 @@ async def test_a_bug_of_ours_tells_the_caller_where_it_is_logged(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr("serving.limits.check_shape", broken)
+    monkeypatch.setattr("serving.access.limits.check_shape", broken)
     reply = await http.post("/v1/embed", json=embed_json)
     error = error_of(reply)
     assert (reply.status_code, error["code"]) == (500, "internal")

@@ -16,7 +16,7 @@ import pytest
 from perturbscope.errors import InferenceError, InvalidParameterError, OverloadedError
 from perturbscope.inference.embedder import Embedder
 from serving import log
-from serving.calls import Call, Caller
+from serving.access.front import Call, Caller
 from serving.settings import Settings
 from tests.fakes import FakeEncoder
 

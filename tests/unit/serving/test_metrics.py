@@ -20,7 +20,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InferenceError
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest
-from serving.calls import Call, Caller
+from serving.access.front import Call, Caller
 from serving.engine import Engine
 from serving.registry import ModelRegistry
 from serving.settings import Settings

@@ -9,7 +9,7 @@ import threading
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest
-from serving.calls import Call
+from serving.access.front import Call
 from serving.engine import Engine
 from serving.stopping import Stopping
 from tests.fakes import FakeEncoder

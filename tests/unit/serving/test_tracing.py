@@ -21,7 +21,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InferenceError, InvalidParameterError
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest
-from serving.calls import Call
+from serving.access.front import Call
 from serving.engine import Engine
 from serving.registry import ModelRegistry
 from serving.settings import Settings

@@ -19,10 +19,11 @@ from perturbscope import protocol
 from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, RetryPolicy
 from perturbscope.errors import InvalidParameterError, ServerUnreachableError
 from serving import __main__ as entry
+from serving.access import tls
+from serving.access.keys import keys_to_json, make_key
 from serving.grpc_server import GrpcServer
 from serving.log import logger
-from serving.security import start, tls
-from serving.security.keys import keys_to_json, make_key
+from serving.security import start
 from serving.settings import Settings
 from tests.unit.serving.conftest import MakeEngine
 

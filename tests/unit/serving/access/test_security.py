@@ -23,19 +23,19 @@ from perturbscope.protocol import EmbedRequest
 from perturbscope.protocol.proto import open_inference_pb2
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from serving.calls import Call
+from serving.access.front import Call
+from serving.access.keys import MESSAGE, keys_to_json, make_key
+from serving.access.rates import FAILURES_PER_MINUTE
 from serving.engine import Engine
 from serving.grpc_server import SERVICE, GrpcServer
 from serving.log import logger
 from serving.security import interceptor as grpc_guard
 from serving.security import middleware as http_guard
-from serving.security.keys import MESSAGE, keys_to_json, make_key
 from serving.security.middleware import KeyMiddleware
-from serving.security.rates import FAILURES_PER_MINUTE
 from tests.apps import app_of
 from tests.unit.serving.conftest import MakeEngine
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 class Guarded:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from perturbscope.errors import DeadlineExceededError, InvalidParameterError, OverloadedError, PermissionDeniedError
 from serving import log
-from serving.limits import FEWER, GROWTH, Admission, Held
-from serving.security.rates import RateLimiter
+from serving.access.limits import FEWER, GROWTH, Admission, Held
+from serving.access.rates import RateLimiter
 from serving.telemetry import metrics, tracing
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class Call:
         self.cells += cells
 
     def reserve(self, n_bytes: int, remedy: str = FEWER) -> None:
-        """Hold memory that the call will need. Raises as :meth:`serving.limits.Held.reserve`."""
+        """Hold memory that the call will need. Raises as :meth:`serving.access.limits.Held.reserve`."""
         if self.held is not None:
             self.held.reserve(n_bytes, remedy)
 

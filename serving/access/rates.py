@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from perturbscope.errors import LimitExceededError, RateLimitedError
 
 if TYPE_CHECKING:
-    from serving.calls import Caller
+    from serving.access.front import Caller
 
 _MINUTE = 60.0
 FAILURES_PER_MINUTE = 30

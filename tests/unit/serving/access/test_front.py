@@ -13,8 +13,8 @@ from perturbscope.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
-from serving.calls import Call, Caller, Front
-from serving.limits import Admission
+from serving.access.front import Call, Caller, Front
+from serving.access.limits import Admission
 from serving.settings import Settings
 
 

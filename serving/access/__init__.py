@@ -1,0 +1,1 @@
+"""Who may ask, and for how much: keys, rights, rates, memory and deadlines, which every call passes first."""
