@@ -6,7 +6,7 @@
 #   docker run ... -v /my/secrets:/secrets:ro -e PERTURBSCOPE_KEYS=/secrets/keys.json \
 #       -e PERTURBSCOPE_TLS_CERTIFICATE=/secrets/server.pem -e PERTURBSCOPE_TLS_KEY=/secrets/server.key perturbscope
 #
-# API keys are made by `python -m serving.keys`, there or here. The service runs as user 10001, which must be able to
+# API keys are made by `python -m serving keys`, there or here. The service runs as user 10001, which must be able to
 # read the files; it needs no capability, and writes to /tmp alone.
 #
 # BASE_IMAGE may be any Debian bookworm; Python is installed where it is missing.
@@ -77,7 +77,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 EXPOSE 3000 3001
 USER 10001:10001
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python3", "-m", "serving.healthcheck"]
+    CMD ["python3", "-m", "serving", "healthcheck"]
 CMD ["python3", "-m", "serving"]
 
 FROM runtime AS gpu

@@ -25,8 +25,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 import bentoml
 
 from serving import connections, log
+from serving.commands import safety
 from serving.http import build_app
-from serving.security import start
 from serving.security.middleware import KeyMiddleware
 from serving.settings import Settings
 from serving.stopping import Stopping
@@ -74,11 +74,11 @@ class PerturbScope:
     @staticmethod
     def preflight() -> None:
         """Refuse to start what cannot serve; runs once, before there are workers."""
-        from serving import preflight
+        from serving.commands import preflight
 
         settings = Settings.from_env()
         configure_log(settings)
-        start.check_http(settings, sys.argv)
+        safety.check_http(settings, sys.argv)
         preflight.check(settings)
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
@@ -90,7 +90,7 @@ class PerturbScope:
         port = await server.start()
         self._stopping = Stopping(self._engine, server)
         self._stopping.listen()
-        for warning in start.warnings(self._settings):
+        for warning in safety.warnings(self._settings):
             log.logger.warning(warning)
         self._engine.registry.watch()
         models = ", ".join(model.model_id for model in self._engine.models().models) or "no model"

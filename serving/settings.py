@@ -15,7 +15,9 @@ from serving.log import Format, Level
 
 PREFIX = "PERTURBSCOPE_"
 _MAY_BE_ZERO = ("threads", "repository_poll", "max_model_bytes", "max_batch_tokens")
-DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "default"
+ROOT = Path(__file__).resolve().parent.parent
+"""The folder that holds ``serving/`` and ``bundles/``: the checkout, or the image's."""
+DEFAULT_BUNDLE = ROOT / "bundles" / "default"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class Settings:
     host: str = "127.0.0.1"
     """Address that both servers listen on; the image sets 0.0.0.0, since a container has interfaces of its own."""
     keys: str = ""
-    """File of API keys, made by ``python -m serving.keys``; empty: everyone may come in."""
+    """File of API keys, made by ``python -m serving keys``; empty: everyone may come in."""
     tls_certificate: str = ""
     """File with the server's certificate and those above it (PEM), for both servers; empty: no TLS."""
     tls_key: str = ""

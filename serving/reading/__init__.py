@@ -29,12 +29,11 @@ from typing import IO
 from perturbscope.errors import UnreadableFileError
 from perturbscope.threads import usable_cores
 from serving.reading.messages import LENGTH, upload_from_parts
-from serving.settings import Settings
+from serving.settings import ROOT, Settings
 from serving.uploads import Upload
 
 MOST_READERS = max(2, min(4, usable_cores()))
 """Files that are read at a time; so many processes (of 150 MiB each) wait for the next ones, once they were needed."""
-_ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class _Reader:
@@ -44,7 +43,7 @@ class _Reader:
         known = os.environ.get("PYTHONPATH")
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(_ROOT), *([known] if known else [])]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *([known] if known else [])]),
             # It forks, so it must not have threads.
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",

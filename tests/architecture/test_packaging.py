@@ -100,7 +100,7 @@ def test_dockerfile_makes_what_the_readme_promises() -> None:
         "EXPOSE 3000 3001",
         "USER 10001:10001",
         "HEALTHCHECK ",
-        "serving.healthcheck",
+        '"serving", "healthcheck"',
         'CMD ["python3", "-m", "serving"]',
     ):
         assert line in runtime

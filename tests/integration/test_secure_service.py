@@ -20,7 +20,7 @@ import trustme
 import perturbscope as ps
 from perturbscope.client import Client, GrpcClient, RetryPolicy
 from perturbscope.errors import ServerUnreachableError, UnauthenticatedError
-from serving import keys as command
+from serving.commands import keys as command
 from tests.integration.server import ROOT, RunningServer
 
 ONCE = RetryPolicy(attempts=1)
@@ -70,7 +70,7 @@ class SecureServer(RunningServer):
     def health(self, **changes: str) -> subprocess.CompletedProcess[str]:
         """What the image's health check says."""
         return subprocess.run(
-            [sys.executable, "-m", "serving.healthcheck"],
+            [sys.executable, "-m", "serving", "healthcheck"],
             cwd=ROOT,
             env={**self._environment, **changes},
             capture_output=True,

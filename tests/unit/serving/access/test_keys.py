@@ -15,9 +15,9 @@ import pytest
 from starlette.datastructures import Headers
 
 from perturbscope.errors import InvalidParameterError, RateLimitedError, UnauthenticatedError
-from serving import keys as command
 from serving.access.keys import CLOCK_TOLERANCE, MESSAGE, Key, KeyFile, keys_from_json, keys_to_json, make_key
 from serving.access.rates import FAILURES_PER_MINUTE
+from serving.commands import keys as command
 from serving.log import logger
 
 

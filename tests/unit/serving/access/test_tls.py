@@ -18,12 +18,12 @@ import trustme
 from perturbscope import protocol
 from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, RetryPolicy
 from perturbscope.errors import InvalidParameterError, ServerUnreachableError
-from serving import __main__ as entry
 from serving.access import tls
 from serving.access.keys import keys_to_json, make_key
+from serving.commands import safety
+from serving.commands import serve as entry
 from serving.grpc_server import GrpcServer
 from serving.log import logger
-from serving.security import start
 from serving.settings import Settings
 from tests.unit.serving.conftest import MakeEngine
 
@@ -151,9 +151,9 @@ async def test_a_renewed_certificate_counts_without_a_restart(
 def test_a_server_does_not_start_with_bad_files(
     certificates: Certificates, spoil: Callable[[Certificates], dict[str, str]]
 ) -> None:
-    start.check(Settings(**certificates.settings(mutual=True)))
+    safety.check(Settings(**certificates.settings(mutual=True)))
     with pytest.raises(InvalidParameterError, match="TLS cannot be served with"):
-        start.check(Settings(**{**certificates.settings(mutual=True), **spoil(certificates)}))
+        safety.check(Settings(**{**certificates.settings(mutual=True), **spoil(certificates)}))
 
 
 def test_half_a_setting_is_refused(certificates: Certificates) -> None:
@@ -176,12 +176,12 @@ def test_bentoml_is_told_of_the_same_files(certificates: Certificates) -> None:
 
 def test_bentoml_alone_does_not_serve_http_in_clear_text(certificates: Certificates) -> None:
     settings = Settings(**certificates.settings())
-    start.check_http(Settings(), ["bentoml", "serve"])
-    start.check_http(settings, ["bentoml", "serve", *tls.bentoml_options(settings)])
+    safety.check_http(Settings(), ["bentoml", "serve"])
+    safety.check_http(settings, ["bentoml", "serve", *tls.bentoml_options(settings)])
     with pytest.raises(
         InvalidParameterError, match=r"without it\. Start the server with python -m serving, or add: --ssl"
     ):
-        start.check_http(settings, ["bentoml", "serve"])
+        safety.check_http(settings, ["bentoml", "serve"])
 
 
 def test_files_are_named_from_where_the_server_is_started(
@@ -198,14 +198,14 @@ def test_what_an_operator_is_warned_of(certificates: Certificates, tmp_path: Pat
     path.chmod(0o600)
     Path(certificates.server[1]).chmod(0o600)
     everywhere = "0.0.0.0"
-    assert start.warnings(Settings()) == []
-    assert start.warnings(Settings(host=everywhere, keys=str(path), **certificates.settings())) == []
-    assert "no API keys are set" in start.warnings(Settings(host=everywhere))[0]
-    assert "travel unencrypted" in start.warnings(Settings(host="10.0.0.1", keys=str(path)))[0]
+    assert safety.warnings(Settings()) == []
+    assert safety.warnings(Settings(host=everywhere, keys=str(path), **certificates.settings())) == []
+    assert "no API keys are set" in safety.warnings(Settings(host=everywhere))[0]
+    assert "travel unencrypted" in safety.warnings(Settings(host="10.0.0.1", keys=str(path)))[0]
     path.chmod(0o660)
-    assert "chmod 600" in start.warnings(Settings(keys=str(path)))[0]
+    assert "chmod 600" in safety.warnings(Settings(keys=str(path)))[0]
     Path(certificates.server[1]).chmod(0o644)
-    assert "chmod 600" in start.warnings(Settings(**certificates.settings()))[0]
+    assert "chmod 600" in safety.warnings(Settings(**certificates.settings()))[0]
 
 
 @contextmanager

@@ -15,11 +15,9 @@ from pathlib import Path
 
 from perturbscope.errors import InvalidParameterError, PerturbScopeError, ProviderUnavailableError
 from perturbscope.inference.bundle import Bundle
-from serving.security import start
-from serving.settings import DEFAULT_BUNDLE, PREFIX, Settings
+from serving.commands import safety
+from serving.settings import DEFAULT_BUNDLE, PREFIX, ROOT, Settings
 from serving.telemetry import tracing
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def check(settings: Settings, *, http: bool = False) -> None:
@@ -49,7 +47,7 @@ def check(settings: Settings, *, http: bool = False) -> None:
             f"{PREFIX}REPOSITORY is {settings.repository}, which is no directory. Make it, or mount it.",
             field="repository",
         )
-    start.check(settings)
+    safety.check(settings)
     check_device(settings)
     tracing.wanted()
     if http:
@@ -66,7 +64,7 @@ def check_device(settings: Settings) -> None:
     if "CUDAExecutionProvider" in ort.get_available_providers():
         # A listed provider can still fail to load. Try it in a process of its own, so that its memory on the device is
         # given back.
-        command = [sys.executable, "-m", "serving.preflight"]
+        command = [sys.executable, "-m", "serving.commands.preflight"]
         tried = subprocess.run(  # noqa: S603  our own module, no shell
             command, env=_environment(settings), cwd=ROOT, capture_output=True, text=True, check=False
         )

@@ -45,7 +45,7 @@ def warnings(settings: Settings) -> list[str]:
     if not settings.keys and not _is_loopback(settings.host):
         found.append(
             f"Everyone who reaches {settings.host} may use this server: no API keys are set. Make some with python -m "
-            f"serving.keys add, and set {PREFIX}KEYS; or set {PREFIX}HOST=127.0.0.1."
+            f"serving keys add, and set {PREFIX}KEYS; or set {PREFIX}HOST=127.0.0.1."
         )
     if settings.keys and not settings.tls_certificate and not _is_loopback(settings.host):
         found.append(

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from perturbscope.errors import BundleError, InvalidParameterError, ProviderUnavailableError
-from serving import __main__ as command
-from serving import preflight
+from serving.commands import preflight
+from serving.commands import serve as command
 from serving.settings import Settings
 from tests.ports import free_ports
 

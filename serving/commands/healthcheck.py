@@ -1,4 +1,4 @@
-"""``python -m serving.healthcheck``: exit 0 if the server of this machine is ready; for containers.
+"""``python -m serving healthcheck``: exit 0 if the server of this machine is ready; for containers.
 
 It asks over HTTP, or HTTPS where TLS is set. It does not ask who answers: it is this machine. Where clients must show a
 certificate it shows the server's own, which the clients' authority must then have signed; where it has not, ask
@@ -44,7 +44,3 @@ def main(environ: Mapping[str, str] | None = None) -> int:
     except (OSError, ValueError) as error:
         sys.stderr.write(f"not ready: {error}\n")
         return 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""``python -m serving.keys``: make, list, replace and end API keys. The server notices by itself."""
+"""``python -m serving keys``: make, list, replace and end API keys. The server notices by itself."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _time(text: str | None) -> str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m serving.keys", description="API keys of a PerturbScope server.")
+    parser = argparse.ArgumentParser(prog="python -m serving keys", description="API keys of a PerturbScope server.")
     commands = parser.add_subparsers(required=True)
 
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
@@ -163,7 +163,3 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--grace-hours", type=float, default=GRACE_HOURS, help="default %(default)s")
             made.add_argument("--expires", metavar="DATE", help="of the new key")
     return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What is typed: keys, health check, and the checks before the server starts."""

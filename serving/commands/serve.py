@@ -1,0 +1,73 @@
+"""``python -m serving``: check everything, then hand over to ``bentoml serve``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+from perturbscope.errors import InvalidParameterError, PerturbScopeError
+from serving.access import tls
+from serving.commands import preflight
+from serving.settings import PREFIX, ROOT, Settings
+
+OPTIONS = {
+    "bundle": "bundle directory; several separated by ':'",
+    "repository": "directory of bundle directories, which is watched",
+    "variant": "graph of the bundle: fp32, fp16, int8",
+    "device": "cpu, cuda or tensorrt",
+    "host": "address to listen on; 127.0.0.1 by default",
+    "keys": "file of API keys, see python -m serving keys",
+    "tls_certificate": "file with the server's certificate",
+    "tls_key": "file with its private key",
+    "tls_client_ca": "file with the authorities of clients' certificates; without one of these no client gets in",
+    "http_port": "port of the HTTP server",
+    "grpc_port": "port of the gRPC server",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until stopped.
+
+    Returns
+    -------
+    2 for a bad option, 1 where the server cannot start. Otherwise this process becomes BentoML's.
+    """
+    try:
+        settings = _settings(arguments)
+        preflight.check(settings, http=True)
+    except PerturbScopeError as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        return 2 if isinstance(error, InvalidParameterError) else 1
+    return _become_bentoml(settings)
+
+
+def _become_bentoml(settings: Settings) -> NoReturn:
+    command = [sys.executable, "-m", "bentoml", "serve", "serving.service:PerturbScope"]
+    command += ["--working-dir", str(ROOT), "--host", settings.host, "--port", str(settings.http_port)]
+    command += tls.bentoml_options(settings)
+    # An uploaded file may ask HDF5 for a plugin: no library is ever loaded for one.
+    closed = {"HDF5_PLUGIN_PRELOAD": "::"}
+    # glibc gives each of the many threads a heap of its own, up to eight a core, and each keeps what it once held.
+    environment = {"BENTOML_DO_NOT_TRACK": "True", "MALLOC_ARENA_MAX": "2", **os.environ, **settings.to_env(), **closed}
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)  # noqa: S606  no shell is wanted
+
+
+def _settings(arguments: Sequence[str] | None) -> Settings:
+    """The environment, overridden by options; paths made absolute, for BentoML changes the directory."""
+    parser = argparse.ArgumentParser(prog="python -m serving", description="Serve a PerturbScope bundle.")
+    for name, text in OPTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (or {PREFIX}{name.upper()})")
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    environ = {**os.environ, **{PREFIX + name.upper(): value for name, value in given.items()}}
+    settings = Settings.from_env(environ)
+    values = {item.name: getattr(settings, item.name) for item in fields(settings)}
+    values["bundle"] = os.pathsep.join(str(path.absolute()) for path in settings.bundles)
+    for name in ("repository", "keys", "tls_certificate", "tls_key", "tls_client_ca"):
+        values[name] = str(Path(values[name]).absolute()) if values[name] else ""
+    return Settings(**values)
