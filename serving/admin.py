@@ -19,7 +19,7 @@ from serving import openapi, schemas
 from serving.access.front import Call
 from serving.access.limits import Held
 from serving.edge import answered, while_connected
-from serving.engine import Engine
+from serving.engine.engine import Engine
 
 Change = Callable[[Engine, Request], Awaitable[Any]]
 _STATUSES = (401, 403, 404, 413, 422, 429, 500, 504)

@@ -20,11 +20,11 @@ from perturbscope import protocol
 from perturbscope.errors import InvalidParameterError, LimitExceededError, OverloadedError, UnsupportedMediaTypeError
 from serving.access.front import Call
 from serving.access.limits import decoded_bytes, too_many_bytes
-from serving.engine import Engine
+from serving.engine.engine import Engine
+from serving.engine.operations import Route
+from serving.engine.threads import size_of
 from serving.reading import file_readers
-from serving.routes import Route
 from serving.uploads import FILE_NAME, Upload
-from serving.workers import size_of
 
 T = TypeVar("T")
 MULTIPART = "multipart/form-data"

@@ -16,9 +16,9 @@ from perturbscope import protocol
 from perturbscope.errors import OverloadedError, PerturbScopeError, UnauthenticatedError, UnsupportedMediaTypeError
 from serving.access.front import REQUEST_ID, Call, Right
 from serving.access.limits import Held
-from serving.engine import Engine
-from serving.routes import explain
-from serving.status import status_of
+from serving.engine.engine import Engine
+from serving.engine.operations import explain
+from serving.engine.status import status_of
 
 T = TypeVar("T")
 OPEN_INFERENCE = "/v2"

@@ -15,12 +15,12 @@ from perturbscope.protocol.proto import perturbscope_v1_pb2_grpc as services
 from serving.access import tls
 from serving.access.front import Call
 from serving.access.limits import GROWTH, LAST_WORDS, Held
-from serving.engine import Engine
+from serving.engine.engine import Engine
+from serving.engine.operations import COMPARE, EMBED, SCORE, RpcRoute, describe
 from serving.health import Health
 from serving.messages_grpc import MessageInterceptor
 from serving.openinference.grpc import SERVICE as INFERENCE_SERVICE
 from serving.openinference.grpc import InferenceServicer
-from serving.routes import COMPARE, EMBED, SCORE, RpcRoute, describe
 from serving.rpc import abort, answered, begin, headers_of
 from serving.security.interceptor import KeyInterceptor
 from serving.settings import PREFIX

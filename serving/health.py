@@ -10,7 +10,7 @@ from typing import Any
 from grpc_health.v1 import health_pb2
 from grpc_health.v1._async import HealthServicer
 
-from serving.engine import Engine
+from serving.engine.engine import Engine
 
 EVERY = 5.0
 """Seconds after which those who watch are told of a change; who asks is told what is so now."""

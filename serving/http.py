@@ -16,11 +16,11 @@ from serving.access.front import REQUEST_ID, Call
 from serving.access.limits import GROWTH, JSON_GROWTH, Held
 from serving.bodies import LimitedBody, read_request
 from serving.edge import answered, error_body, while_connected
-from serving.engine import Engine
+from serving.engine.engine import Engine
+from serving.engine.operations import COLUMNS, COMPARE, EMBED, REPORT, SCORE, Route, add_seen, add_warnings, describe
+from serving.engine.reports import HTML
 from serving.openinference.http import add_routes
 from serving.pages import PAGE_HEADERS, screen_page
-from serving.reports import HTML
-from serving.routes import COLUMNS, COMPARE, EMBED, REPORT, SCORE, Route, add_seen, add_warnings, describe
 from serving.telemetry.metrics import OTHER
 from serving.telemetry.states import metrics_page
 

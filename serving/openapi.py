@@ -12,7 +12,7 @@ from perturbscope import protocol
 from serving import schemas
 from serving.access.front import REQUEST_ID, SECONDS, TIMEOUT
 from serving.bodies import MULTIPART
-from serving.routes import Route
+from serving.engine.operations import Route
 from serving.security.middleware import OPEN
 from serving.uploads import PARAMETERS
 

@@ -11,9 +11,9 @@ from starlette.datastructures import Headers
 from perturbscope.errors import OverloadedError, PerturbScopeError
 from serving.access.front import REQUEST_ID, Call, Right
 from serving.access.limits import Held
-from serving.engine import Engine
-from serving.routes import explain
-from serving.status import status_of
+from serving.engine.engine import Engine
+from serving.engine.operations import explain
+from serving.engine.status import status_of
 
 _MAX_MESSAGE, _MAX_FIELD = 2000, 200
 """Bytes of an error that are sent. Clients refuse more than 8 KiB of trailing metadata, where a byte may take three."""

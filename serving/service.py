@@ -26,10 +26,10 @@ import bentoml
 
 from serving import connections, log
 from serving.commands import safety
+from serving.engine.shutdown import Stopping
 from serving.http import build_app
 from serving.security.middleware import KeyMiddleware
 from serving.settings import Settings
-from serving.stopping import Stopping
 from serving.telemetry import tracing
 from serving.telemetry.middleware import UnansweredMiddleware
 
@@ -60,7 +60,7 @@ class PerturbScope:
     """Embed cells, and score what perturbations did to them."""
 
     def __init__(self) -> None:
-        from serving.engine import Engine
+        from serving.engine.engine import Engine
 
         self._settings = Settings.from_env()
         configure_log(self._settings)

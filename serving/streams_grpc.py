@@ -20,15 +20,15 @@ from perturbscope.protocol.protobuf_streams import (
 from perturbscope.protocol.streams import StreamAnswer, StreamStart
 from serving.access.front import Call
 from serving.access.limits import Held
-from serving.engine import Engine
-from serving.streams import answer_stream, check_chunk
+from serving.engine.engine import Engine
+from serving.engine.streams import answer_stream, check_chunk
 
 _LAST_WORDS = 5.0
 """Seconds in which a status must have left; one behind answers that nobody reads never does."""
 
 
 class GrpcPipe:
-    """The messages of one call of ``EmbedStream``; see :class:`serving.streams.Pipe`."""
+    """The messages of one call of ``EmbedStream``; see :class:`serving.engine.streams.Pipe`."""
 
     def __init__(self, context: Any, held: Held, limit: int) -> None:
         self._context, self._held, self._limit = context, held, limit

@@ -32,9 +32,9 @@ from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamStart
 from serving.access.front import REQUEST_ID, Call
 from serving.access.limits import Held
 from serving.edge import CLIENT_GONE, error_response, refuse_encoded
-from serving.engine import Engine
-from serving.routes import explain
-from serving.streams import answer_stream
+from serving.engine.engine import Engine
+from serving.engine.operations import explain
+from serving.engine.streams import answer_stream
 
 PATH = "/v1/embed/stream"
 _LAST_WORDS = 30
@@ -44,7 +44,7 @@ _AT_THE_END = 3
 
 
 class HttpPipe:
-    """The two bodies of one request; see :class:`serving.streams.Pipe`."""
+    """The two bodies of one request; see :class:`serving.engine.streams.Pipe`."""
 
     def __init__(self, receive: Receive, send: Send, call: Call, held: Held, limit: int) -> None:
         self._receive, self._send, self._call, self._held, self._limit = receive, send, call, held, limit

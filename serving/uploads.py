@@ -30,8 +30,8 @@ from perturbscope.report import Absent
 from perturbscope.scoring.results import ScoreOptions
 from perturbscope.tasks.trained_on import Fingerprint
 from serving.access.limits import check_shape, check_vectors
-from serving.columns import Columns, read_columns
-from serving.reports import TITLE, ReportRequest
+from serving.engine.columns import Columns, read_columns
+from serving.engine.reports import TITLE, ReportRequest
 from serving.security.hdf5 import check_file
 from serving.settings import Settings
 

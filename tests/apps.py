@@ -8,7 +8,7 @@ import functools
 from fastapi import FastAPI
 from starlette.datastructures import State
 
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.http import _document, build_app
 
 

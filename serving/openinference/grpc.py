@@ -11,11 +11,11 @@ from perturbscope.protocol.proto import open_inference_pb2 as messages
 from perturbscope.protocol.proto import open_inference_pb2_grpc as services
 from serving.access.front import Call, Right
 from serving.access.limits import Held
-from serving.engine import Engine
+from serving.engine.engine import Engine
+from serving.engine.operations import explain
 from serving.openinference import describe, repository
 from serving.openinference.inference import infer
 from serving.openinference.proto_codec import answer_to_proto, request_from_proto
-from serving.routes import explain
 from serving.rpc import answered, begin
 
 SERVICE: str = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name

@@ -16,7 +16,7 @@ from serving.access.front import Call, Right
 from serving.access.limits import Held, decoded_bytes
 from serving.bodies import LimitedBody
 from serving.edge import answered, while_connected
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.openinference import describe, documents, repository
 from serving.openinference.inference import infer
 from serving.openinference.json_codec import JSON_LENGTH, answer_to_body, request_from_body

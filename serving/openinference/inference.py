@@ -8,7 +8,7 @@ from collections.abc import Callable
 from perturbscope.errors import PerturbScopeError
 from perturbscope.families.tokens import TokenizedCells
 from serving.access.front import Call
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.models import ServedModel
 from serving.openinference.tensors import InferAnswer, InferRequest, tokens_of
 

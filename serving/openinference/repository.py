@@ -7,7 +7,7 @@ from typing import Any
 
 from perturbscope.errors import InvalidParameterError
 from perturbscope.protocol import checks as check
-from serving.engine import Engine
+from serving.engine.engine import Engine
 
 UNLOAD_PARAMETERS = ("unload_dependents",)
 """What clients send with every request to unload; no model here depends on another."""

@@ -14,8 +14,8 @@ from perturbscope.errors import PerturbScopeError, from_code
 from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.report import Absent
 from perturbscope.tasks.trained_on import Fingerprint
-from serving.columns import Column, Columns
-from serving.reports import ReportRequest
+from serving.engine.columns import Column, Columns
+from serving.engine.reports import ReportRequest
 from serving.uploads import Upload
 
 LENGTH = struct.Struct("<Q")

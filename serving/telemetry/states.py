@@ -17,7 +17,7 @@ from perturbscope import __version__
 from serving.telemetry.metrics import REGISTRY
 
 if TYPE_CHECKING:
-    from serving.engine import Engine
+    from serving.engine.engine import Engine
     from serving.models import ServedModel
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))

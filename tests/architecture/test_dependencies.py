@@ -43,7 +43,7 @@ def imported(source: str) -> Iterator[tuple[int, str]]:
 
 
 def test_the_reader_of_imports_sees_hidden_ones() -> None:
-    source = "def f():\n    import torch.nn as nn\nif TYPE_CHECKING:\n    from serving.engine import Engine\n"
+    source = "def f():\n    import torch.nn as nn\nif TYPE_CHECKING:\n    from serving.engine.engine import Engine\n"
     source += "importlib.import_module('jax.numpy')\nfrom . import torch\n"
     assert sorted(imported(source)) == [(2, "torch"), (4, "serving"), (5, "jax")]
 

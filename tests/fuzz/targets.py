@@ -32,10 +32,10 @@ from perturbscope.protocol.arrow_streams import (
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.protocol.proto.open_inference_pb2 import ModelInferRequest
 from perturbscope.protocol.protobuf_streams import stream_cells_from_proto, stream_start_from_proto
+from serving.engine.operations import COLUMNS, COMPARE, EMBED, REPORT, SCORE
 from serving.openinference.json_codec import request_from_body
 from serving.openinference.proto_codec import request_from_proto
 from serving.reading import file_readers
-from serving.routes import COLUMNS, COMPARE, EMBED, REPORT, SCORE
 from serving.settings import Settings
 from serving.uploads import FILE_NAME
 from tests.fuzz.mutators import mutate_arrow, mutate_bytes, mutate_json, mutate_proto

@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 
 from serving.access.keys import keys_to_json, make_key
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.grpc_server import GrpcServer
 from serving.http import build_app
 from serving.settings import Settings

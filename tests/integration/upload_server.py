@@ -9,7 +9,7 @@ import uvicorn
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.families import load_family
 from perturbscope.inference.embedder import Embedder
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.http import build_app
 from serving.registry import ModelRegistry
 from serving.settings import Settings

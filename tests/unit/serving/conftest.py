@@ -19,7 +19,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest, ModelInfo
 from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.grpc_server import GrpcServer
 from serving.models import ServedModel
 from serving.queue import Dispatcher

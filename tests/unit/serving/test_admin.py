@@ -12,7 +12,7 @@ import pytest
 
 from perturbscope.inference.bundle import MANIFEST
 from serving.access.front import ANYONE, Caller
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.registry import ModelRegistry
 from serving.settings import Settings
 from tests.bundles import write_tiny_bundle

@@ -15,7 +15,7 @@ from perturbscope.errors import InferenceError
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest
 from serving import health as serving_health
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.grpc_server import GrpcServer
 from tests.fakes import FakeEncoder
 from tests.unit.serving.test_grpc_server import failure

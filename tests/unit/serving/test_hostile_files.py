@@ -19,7 +19,7 @@ import pytest
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidInputError, LimitExceededError, PerturbScopeError, UnreadableFileError
 from perturbscope.protocol import EmbedRequest, ScoreRequest
-from serving.columns import Columns
+from serving.engine.columns import Columns
 from serving.reading import file_readers
 from serving.security import hdf5
 from serving.security.hdf5 import check_file

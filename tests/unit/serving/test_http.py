@@ -22,7 +22,7 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS, ScoreOptions
 from serving import openapi, schemas
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from tests.apps import app_of
 from tests.fakes import FakeEncoder
 from tests.unit.serving.conftest import FAST, LABELS, Connect, MakeEngine, write_h5ad

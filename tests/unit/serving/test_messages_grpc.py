@@ -7,7 +7,7 @@ import contextlib
 import grpc
 import pytest
 
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.grpc_server import GrpcServer
 
 UNARY = (

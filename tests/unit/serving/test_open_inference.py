@@ -23,7 +23,7 @@ from perturbscope.protocol.proto import open_inference_pb2 as pb
 from perturbscope.protocol.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from serving.access.keys import Key, keys_to_json, make_key
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.grpc_server import GrpcServer
 from serving.openinference.json_codec import JSON_LENGTH
 from serving.openinference.tensors import REFUSED

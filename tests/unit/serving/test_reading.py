@@ -18,7 +18,7 @@ import pytest
 
 from perturbscope.errors import LimitExceededError, PerturbScopeError, UnreadableFileError
 from perturbscope.report import Absent
-from serving.columns import Columns
+from serving.engine.columns import Columns
 from serving.reading import FileReaders
 from serving.reading.messages import LENGTH, upload_from_parts, upload_to_frame
 from serving.settings import Settings

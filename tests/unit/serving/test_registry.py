@@ -30,7 +30,7 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.golden_making import add_golden, make_golden
 from perturbscope.protocol import EmbedRequest
 from serving import log
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.models import ServedModel
 from serving.registry import ModelRegistry
 from serving.settings import Settings

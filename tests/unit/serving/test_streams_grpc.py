@@ -21,7 +21,7 @@ from perturbscope.protocol.protobuf_streams import (
 )
 from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
 from serving.access.front import Call
-from serving.engine import Engine
+from serving.engine.engine import Engine
 
 MakeEngine = Callable[..., Engine]
 StubOf = Callable[[Engine], Awaitable[Any]]

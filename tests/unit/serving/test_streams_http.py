@@ -17,7 +17,7 @@ from perturbscope.errors import DeadlineExceededError, NotRawCountsError, Pertur
 from perturbscope.inference.embedder import Embedder, join
 from perturbscope.protocol.arrow_streams import stream_answers_from_arrow, stream_request_to_arrow
 from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from tests.apps import app_of
 
 MakeEngine = Callable[..., Engine]

@@ -22,7 +22,7 @@ from perturbscope.errors import InferenceError, InvalidParameterError
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest
 from serving.access.front import Call
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.registry import ModelRegistry
 from serving.settings import Settings
 from serving.telemetry import tracing

@@ -20,8 +20,8 @@ from perturbscope.scoring.pairs import compare_perturbations
 from perturbscope.scoring.results import ScoreOptions
 from serving.access.front import Call
 from serving.access.limits import Admission, decoded_bytes, score_bytes
+from serving.engine.threads import LARGE, size_of
 from serving.settings import Settings
-from serving.workers import LARGE, size_of
 from tests.unit.serving.conftest import MakeEngine
 
 

@@ -26,7 +26,7 @@ from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStu
 from serving.access.front import Call
 from serving.access.keys import MESSAGE, keys_to_json, make_key
 from serving.access.rates import FAILURES_PER_MINUTE
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.grpc_server import SERVICE, GrpcServer
 from serving.log import logger
 from serving.security import interceptor as grpc_guard

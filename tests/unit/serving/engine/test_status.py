@@ -18,7 +18,7 @@ from perturbscope.errors import (
     UnsupportedMediaTypeError,
     error_classes,
 )
-from serving.status import STATUS, internal, status_of
+from serving.engine.status import STATUS, internal, status_of
 
 CLASSES = sorted(error_classes().values(), key=lambda cls: cls.__name__)
 

@@ -20,9 +20,9 @@ from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest, ScoreRequest
 from perturbscope.scoring.results import ScoreOptions
-from serving import engine as engine_module
 from serving.access.front import Call
-from serving.engine import Engine
+from serving.engine import engine as engine_module
+from serving.engine.engine import Engine
 from tests.apps import app_of
 from tests.fakes import FakeEncoder
 from tests.unit.serving.conftest import FAST, LABELS, MakeEngine

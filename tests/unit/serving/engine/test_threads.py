@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from serving import workers
-from serving.workers import LARGE, SMALL, GoneError, Job, Turns, Workers
+from serving.engine import threads
+from serving.engine.threads import LARGE, SMALL, GoneError, Job, Turns, Workers
 
 
 async def test_large_work_leaves_threads_to_small() -> None:
@@ -49,7 +49,7 @@ async def test_work_that_nobody_waits_for_any_more_is_never_begun() -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turns are handed on at every step."""
-    monkeypatch.setattr(workers, "_SLICE", 0.0)
+    monkeypatch.setattr(threads, "_SLICE", 0.0)
 
 
 class Score:

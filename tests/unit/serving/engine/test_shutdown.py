@@ -10,8 +10,8 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest
 from serving.access.front import Call
-from serving.engine import Engine
-from serving.stopping import Stopping
+from serving.engine.engine import Engine
+from serving.engine.shutdown import Stopping
 from tests.fakes import FakeEncoder
 
 

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from serving import log
-from serving.engine import Engine
+from serving.engine.engine import Engine
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

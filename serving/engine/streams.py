@@ -24,7 +24,7 @@ from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamOpene
 from serving.access import limits
 from serving.access.front import Call
 from serving.access.limits import GROWTH, Held
-from serving.engine import Engine
+from serving.engine.engine import Engine
 from serving.models import ServedModel
 from serving.telemetry.metrics import STREAMS
 

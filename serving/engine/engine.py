@@ -36,13 +36,13 @@ from serving.access import limits
 from serving.access.front import Call, Front
 from serving.access.keys import doorkeeper
 from serving.access.limits import Admission
-from serving.columns import Columns
+from serving.engine.columns import Columns
+from serving.engine.reports import ReportAnswer, ReportRequest, make_report
+from serving.engine.threads import Turns, Workers
 from serving.models import ServedModel
 from serving.openinference.statistics import Statistics
 from serving.registry import ModelRegistry
-from serving.reports import ReportAnswer, ReportRequest, make_report
 from serving.settings import Settings
-from serving.workers import Turns, Workers
 
 TOKENIZED = 1024
 """Cells tokenized at a time: a caller that goes away costs no more, and others come in between."""

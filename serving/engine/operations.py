@@ -11,9 +11,9 @@ from perturbscope.errors import InvalidInputError, LimitExceededError, PerturbSc
 from perturbscope.tasks.trained_on import Seen
 from serving import log
 from serving.access.front import Call
-from serving.columns import Columns, columns_to_json
-from serving.engine import Engine
-from serving.reports import (
+from serving.engine.columns import Columns, columns_to_json
+from serving.engine.engine import Engine
+from serving.engine.reports import (
     HTML,
     ReportAnswer,
     ReportRequest,
@@ -21,7 +21,7 @@ from serving.reports import (
     report_request_from_arrow,
     report_request_from_json,
 )
-from serving.status import internal
+from serving.engine.status import internal
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What both transports call: decode, tokenize, queue, score, answer."""
