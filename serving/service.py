@@ -84,7 +84,7 @@ class PerturbScope:
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
         """Start gRPC on the event loop of HTTP."""
-        from serving.grpc_server import GrpcServer
+        from serving.grpc.server import GrpcServer
 
         server = GrpcServer(self._engine, host=self._settings.host, port=self._settings.grpc_port)
         port = await server.start()

@@ -13,10 +13,10 @@ from serving.access.front import Call, Right
 from serving.access.limits import Held
 from serving.engine.engine import Engine
 from serving.engine.operations import explain
+from serving.grpc.edge import answered, begin
 from serving.openinference import describe, repository
 from serving.openinference.inference import infer
 from serving.openinference.proto_codec import answer_to_proto, request_from_proto
-from serving.rpc import answered, begin
 
 SERVICE: str = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 

@@ -21,7 +21,7 @@ from perturbscope.errors import DeadlineExceededError, NotRawCountsError, Unauth
 from perturbscope.inference.embedder import Embedder, join
 from perturbscope.protocol.arrow_streams import stream_answers_from_arrow, stream_request_to_arrow
 from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
-from serving.grpc_server import GrpcServer
+from serving.grpc.server import GrpcServer
 from tests.integration.in_process import Running, running
 from tests.unit.serving.conftest import make_engine  # noqa: F401  a fixture
 

@@ -20,7 +20,7 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest, ModelInfo
 from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from serving.engine.engine import Engine
-from serving.grpc_server import GrpcServer
+from serving.grpc.server import GrpcServer
 from serving.models import ServedModel
 from serving.queue import Dispatcher
 from serving.registry import ModelRegistry

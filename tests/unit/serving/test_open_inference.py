@@ -24,13 +24,13 @@ from perturbscope.protocol.proto.open_inference_pb2_grpc import GRPCInferenceSer
 from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from serving.access.keys import Key, keys_to_json, make_key
 from serving.engine.engine import Engine
-from serving.grpc_server import GrpcServer
+from serving.grpc.server import GrpcServer
 from serving.openinference.json_codec import JSON_LENGTH
 from serving.openinference.tensors import REFUSED
 from tests.bundles import TINY_WIDTH
 from tests.fakes import FakeEncoder
 from tests.unit.serving.conftest import Connect, MakeEngine
-from tests.unit.serving.test_grpc_server import failure
+from tests.unit.serving.grpc.test_server import failure
 
 INFER = "/v2/models/fake/infer"
 Arrays = dict[str, NDArray[np.int64]]

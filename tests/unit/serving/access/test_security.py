@@ -27,9 +27,9 @@ from serving.access.front import Call
 from serving.access.keys import MESSAGE, keys_to_json, make_key
 from serving.access.rates import FAILURES_PER_MINUTE
 from serving.engine.engine import Engine
-from serving.grpc_server import SERVICE, GrpcServer
+from serving.grpc import keys_interceptor as grpc_guard
+from serving.grpc.server import SERVICE, GrpcServer
 from serving.log import logger
-from serving.security import interceptor as grpc_guard
 from serving.security import middleware as http_guard
 from serving.security.middleware import KeyMiddleware
 from tests.apps import app_of

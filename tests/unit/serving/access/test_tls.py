@@ -22,7 +22,7 @@ from serving.access import tls
 from serving.access.keys import keys_to_json, make_key
 from serving.commands import safety
 from serving.commands import serve as entry
-from serving.grpc_server import GrpcServer
+from serving.grpc.server import GrpcServer
 from serving.log import logger
 from serving.settings import Settings
 from tests.unit.serving.conftest import MakeEngine

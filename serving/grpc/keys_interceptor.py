@@ -34,7 +34,7 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc,name-defi
     front
         Has what knows the callers.
     headers_of, begin, abort
-        Of :mod:`serving.grpc_server`.
+        Of :mod:`serving.grpc.server`.
     """
 
     def __init__(

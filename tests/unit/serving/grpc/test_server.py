@@ -23,7 +23,7 @@ from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.scoring.results import ScoreOptions
 from serving.engine.engine import Engine
-from serving.grpc_server import SERVICE, GrpcServer
+from serving.grpc.server import SERVICE, GrpcServer
 from tests.fakes import FakeEncoder
 from tests.unit.serving.conftest import FAST, LABELS, Connect, MakeEngine
 

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from serving.engine.engine import Engine
-from serving.grpc_server import GrpcServer
+from serving.grpc.server import GrpcServer
 
 UNARY = (
     "perturbscope.v1.PerturbScope/Embed",

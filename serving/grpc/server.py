@@ -17,14 +17,14 @@ from serving.access.front import Call
 from serving.access.limits import GROWTH, LAST_WORDS, Held
 from serving.engine.engine import Engine
 from serving.engine.operations import COMPARE, EMBED, SCORE, RpcRoute, describe
-from serving.health import Health
-from serving.messages_grpc import MessageInterceptor
+from serving.grpc.edge import abort, answered, begin, headers_of
+from serving.grpc.health import Health
+from serving.grpc.keys_interceptor import KeyInterceptor
+from serving.grpc.streams import embed_stream
+from serving.grpc.unreadable import MessageInterceptor
 from serving.openinference.grpc import SERVICE as INFERENCE_SERVICE
 from serving.openinference.grpc import InferenceServicer
-from serving.rpc import abort, answered, begin, headers_of
-from serving.security.interceptor import KeyInterceptor
 from serving.settings import PREFIX
-from serving.streams_grpc import embed_stream
 
 SERVICE: str = messages.DESCRIPTOR.services_by_name["PerturbScope"].full_name
 _ENVELOPE = 64 * 2**10

@@ -14,11 +14,11 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InferenceError
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest
-from serving import health as serving_health
 from serving.engine.engine import Engine
-from serving.grpc_server import GrpcServer
+from serving.grpc import health as serving_health
+from serving.grpc.server import GrpcServer
 from tests.fakes import FakeEncoder
-from tests.unit.serving.test_grpc_server import failure
+from tests.unit.serving.grpc.test_server import failure
 
 NAMES = ("", "perturbscope.v1.PerturbScope", "inference.GRPCInferenceService")
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING

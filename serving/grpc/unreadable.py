@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from perturbscope.errors import UnreadableFileError
-from serving.rpc import abort, begin
+from serving.grpc.edge import abort, begin
 
 
 class _Unreadable:

@@ -1,0 +1,1 @@
+"""The gRPC interface: an adapter between messages and the engine."""
