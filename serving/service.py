@@ -24,11 +24,12 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import bentoml
 
-from serving import connections, log
+from serving import log
 from serving.commands import safety
 from serving.engine.shutdown import Stopping
-from serving.http import build_app
-from serving.security.middleware import KeyMiddleware
+from serving.http import slow_clients
+from serving.http.app import build_app
+from serving.http.keys_middleware import KeyMiddleware
 from serving.settings import Settings
 from serving.telemetry import tracing
 from serving.telemetry.middleware import UnansweredMiddleware
@@ -36,7 +37,7 @@ from serving.telemetry.middleware import UnansweredMiddleware
 NAME = "PerturbScope"
 app = build_app()
 # BentoML configures uvicorn in the worker, after it has imported this.
-connections.install(head_timeout=Settings.from_env().head_timeout)
+slow_clients.install(head_timeout=Settings.from_env().head_timeout)
 
 
 def configure_log(settings: Settings) -> None:

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 
 from serving.engine.engine import Engine
-from serving.http import _document, build_app
+from serving.http.app import _document, build_app
 
 
 def app_of(engine: Engine, *, beside_others: bool = False) -> FastAPI:

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.openapi import refusals
+from serving.http.openapi import refusals
+from serving.http.schemas import inlined
 from serving.openinference.json_codec import JSON_LENGTH
 from serving.openinference.tensors import MAX_INPUTS
-from serving.schemas import inlined
 
 OCTETS = "application/octet-stream"
 TAG = "Open Inference Protocol"

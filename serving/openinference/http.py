@@ -14,9 +14,9 @@ from perturbscope.errors import InvalidParameterError
 from perturbscope.protocol import checks as check
 from serving.access.front import Call, Right
 from serving.access.limits import Held, decoded_bytes
-from serving.bodies import LimitedBody
-from serving.edge import answered, while_connected
 from serving.engine.engine import Engine
+from serving.http.bodies import LimitedBody
+from serving.http.edge import answered, while_connected
 from serving.openinference import describe, documents, repository
 from serving.openinference.inference import infer
 from serving.openinference.json_codec import JSON_LENGTH, answer_to_body, request_from_body

@@ -4,7 +4,7 @@ All of them live in one registry of this process, so they are read without files
 collection, a series for every path that anybody asks for, is off. Labels have few values: a route is the template that
 a transport answers under, a caller is a name of the key file, and nothing that a request carries becomes a label.
 
-What is a state (queue depth, requests in progress) is read when Prometheus asks, by :mod:`serving.telemetry.states`;
+What is a state (queue depth, requests in progress) is read when Prometheus asks, by :mod:`serving.http.metrics_page`;
 what happens (a request, a batch) is counted here.
 """
 

@@ -15,7 +15,7 @@ import uvicorn
 from serving.access.keys import keys_to_json, make_key
 from serving.engine.engine import Engine
 from serving.grpc.server import GrpcServer
-from serving.http import build_app
+from serving.http.app import build_app
 from serving.settings import Settings
 from tests.bundles import write_tiny_bundle
 from tests.ports import free_ports

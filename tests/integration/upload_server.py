@@ -10,7 +10,7 @@ from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.families import load_family
 from perturbscope.inference.embedder import Embedder
 from serving.engine.engine import Engine
-from serving.http import build_app
+from serving.http.app import build_app
 from serving.registry import ModelRegistry
 from serving.settings import Settings
 from tests.bundles import TINY_WIDTH

@@ -22,11 +22,11 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest
 from serving.access.front import Call, Caller
 from serving.engine.engine import Engine
+from serving.http.metrics_page import memory, provider_of
 from serving.registry import ModelRegistry
 from serving.settings import Settings
 from serving.telemetry import metrics
 from serving.telemetry.metrics import OTHER, REGISTRY, ModelMetrics
-from serving.telemetry.states import memory, provider_of
 from tests.fakes import FakeEncoder
 from tests.unit.serving.conftest import FAST, LABELS, served
 

@@ -29,9 +29,9 @@ from serving.access.rates import FAILURES_PER_MINUTE
 from serving.engine.engine import Engine
 from serving.grpc import keys_interceptor as grpc_guard
 from serving.grpc.server import SERVICE, GrpcServer
+from serving.http import keys_middleware as http_guard
+from serving.http.keys_middleware import KeyMiddleware
 from serving.log import logger
-from serving.security import middleware as http_guard
-from serving.security.middleware import KeyMiddleware
 from tests.apps import app_of
 from tests.unit.serving.conftest import MakeEngine
 

@@ -20,9 +20,9 @@ from perturbscope.inference.bundle import sha256
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import ScoreRequest
 from perturbscope.scoring.results import ScoreOptions
-from serving import schemas
 from serving.engine import reports
 from serving.engine.columns import likely_control
+from serving.http import schemas
 from tests.reports import EVIL, first_two
 from tests.unit.serving.conftest import FAST, LABELS, Connect, MakeEngine, write_h5ad
 

@@ -31,10 +31,10 @@ from perturbscope.protocol.arrow_streams import (
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamStart
 from serving.access.front import REQUEST_ID, Call
 from serving.access.limits import Held
-from serving.edge import CLIENT_GONE, error_response, refuse_encoded
 from serving.engine.engine import Engine
 from serving.engine.operations import explain
 from serving.engine.streams import answer_stream
+from serving.http.edge import CLIENT_GONE, error_response, refuse_encoded
 
 PATH = "/v1/embed/stream"
 _LAST_WORDS = 30

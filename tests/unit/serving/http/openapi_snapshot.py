@@ -1,6 +1,6 @@
 """What the JSON routes of /v1 promise, as plain data, and which changes of it break a client.
 
-``python -m tests.unit.serving.openapi_snapshot`` writes it anew, after a change that breaks nobody.
+``python -m tests.unit.serving.http.openapi_snapshot`` writes it anew, after a change that breaks nobody.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from serving import openapi
-from serving.http import build_app
+from serving.http import openapi
+from serving.http.app import build_app
 
 SNAPSHOT = Path(__file__).with_name("openapi_v1.json")
 Promise = dict[str, Any]

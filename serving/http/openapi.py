@@ -9,11 +9,11 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from perturbscope import protocol
-from serving import schemas
 from serving.access.front import REQUEST_ID, SECONDS, TIMEOUT
-from serving.bodies import MULTIPART
 from serving.engine.operations import Route
-from serving.security.middleware import OPEN
+from serving.http import schemas
+from serving.http.bodies import MULTIPART
+from serving.http.keys_middleware import OPEN
 from serving.uploads import PARAMETERS
 
 BINARY = {"type": "string", "format": "binary"}

@@ -49,7 +49,7 @@ class KeyMiddleware:
             if scope["type"] != "http":
                 await send({"type": "websocket.close", "code": 1008})
                 return
-            from serving.edge import error_response
+            from serving.http.edge import error_response
 
             # The path may be anything, so the log has one name for all of them.
             call = Call.begin(OTHER, "http", headers, peer=peer)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.serving.openapi_snapshot import SNAPSHOT, broken, current
+from tests.unit.serving.http.openapi_snapshot import SNAPSHOT, broken, current
 
 EMBED = "POST /v1/embed"
 
@@ -19,7 +19,7 @@ def test_nothing_that_was_promised_has_changed() -> None:
 
 
 def test_the_snapshot_is_up_to_date() -> None:
-    assert json.loads(SNAPSHOT.read_text()) == current(), "run python -m tests.unit.serving.openapi_snapshot"
+    assert json.loads(SNAPSHOT.read_text()) == current(), "run python -m tests.unit.serving.http.openapi_snapshot"
 
 
 def test_the_snapshot_holds_what_clients_use() -> None:

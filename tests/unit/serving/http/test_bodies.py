@@ -13,7 +13,7 @@ import pytest
 import starlette.formparsers
 
 from perturbscope import protocol
-from serving import bodies
+from serving.http import bodies
 
 
 @pytest.fixture

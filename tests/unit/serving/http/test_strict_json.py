@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.schemas import EXAMPLES
+from serving.http.schemas import EXAMPLES
 
 SPOILT: dict[str, bytes] = {
     "nothing": b"",

@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from perturbscope import protocol
 from perturbscope.errors import InvalidParameterError
-from serving import openapi, schemas
 from serving.access.front import Call
 from serving.access.limits import Held
-from serving.edge import answered, while_connected
 from serving.engine.engine import Engine
+from serving.http import openapi, schemas
+from serving.http.edge import answered, while_connected
 
 Change = Callable[[Engine, Request], Awaitable[Any]]
 _STATUSES = (401, 403, 404, 413, 422, 429, 500, 504)

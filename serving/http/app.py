@@ -11,18 +11,18 @@ from starlette.exceptions import HTTPException
 
 from perturbscope import __version__, protocol
 from perturbscope.errors import InvalidParameterError
-from serving import admin, openapi, schemas, streams_http
 from serving.access.front import REQUEST_ID, Call
 from serving.access.limits import GROWTH, JSON_GROWTH, Held
-from serving.bodies import LimitedBody, read_request
-from serving.edge import answered, error_body, while_connected
 from serving.engine.engine import Engine
 from serving.engine.operations import COLUMNS, COMPARE, EMBED, REPORT, SCORE, Route, add_seen, add_warnings, describe
 from serving.engine.reports import HTML
+from serving.http import admin, openapi, schemas, streams
+from serving.http.bodies import LimitedBody, read_request
+from serving.http.edge import answered, error_body, while_connected
+from serving.http.metrics_page import metrics_page
+from serving.http.upload_page import PAGE_HEADERS, screen_page
 from serving.openinference.http import add_routes
-from serving.pages import PAGE_HEADERS, screen_page
 from serving.telemetry.metrics import OTHER
-from serving.telemetry.states import metrics_page
 
 
 def build_app() -> FastAPI:
@@ -80,7 +80,7 @@ def build_app() -> FastAPI:
             openapi_extra=openapi.request_body(route, file_body),
         )
     app.add_api_route(
-        streams_http.PATH,
+        streams.PATH,
         _embed_stream,
         methods=["POST"],
         summary="Vectors of any number of cells, while they are sent: one Arrow IPC stream in, another out.",
@@ -141,7 +141,7 @@ async def _answer(request: Request, route: Route) -> Response:
 
 
 async def _embed_stream(request: Request) -> Response:
-    return streams_http.StreamedAnswer(request)
+    return streams.StreamedAnswer(request)
 
 
 async def _models(request: Request) -> Response:

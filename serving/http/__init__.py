@@ -1,0 +1,1 @@
+"""The HTTP interface: an adapter between bodies and the engine."""
