@@ -100,7 +100,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def _try_device() -> int:
-    from serving.models import ServedModel
+    from serving.models.loading import ServedModel
 
     settings = Settings.from_env()
     try:

@@ -39,9 +39,9 @@ from serving.access.limits import Admission
 from serving.engine.columns import Columns
 from serving.engine.reports import ReportAnswer, ReportRequest, make_report
 from serving.engine.threads import Turns, Workers
-from serving.models import ServedModel
+from serving.models.loading import ServedModel
+from serving.models.registry import ModelRegistry
 from serving.openinference.statistics import Statistics
-from serving.registry import ModelRegistry
 from serving.settings import Settings
 
 TOKENIZED = 1024

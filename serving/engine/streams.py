@@ -25,7 +25,7 @@ from serving.access import limits
 from serving.access.front import Call
 from serving.access.limits import GROWTH, Held
 from serving.engine.engine import Engine
-from serving.models import ServedModel
+from serving.models.loading import ServedModel
 from serving.telemetry.metrics import STREAMS
 
 _MOMENT = 0.05

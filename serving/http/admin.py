@@ -1,6 +1,6 @@
 """HTTP routes of the operator: load and unload models. They need an API key with the right ``admin``.
 
-A bundle is named by its folder in the model repository, never by a path; see :mod:`serving.repository`.
+A bundle is named by its folder in the model repository, never by a path; see :mod:`serving.models.repository`.
 """
 
 from __future__ import annotations

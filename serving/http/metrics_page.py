@@ -18,7 +18,7 @@ from serving.telemetry.metrics import REGISTRY
 
 if TYPE_CHECKING:
     from serving.engine.engine import Engine
-    from serving.models import ServedModel
+    from serving.models.loading import ServedModel
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Where a container's limit stands, version 2 and 1."""

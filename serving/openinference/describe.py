@@ -11,7 +11,7 @@ from perturbscope import __version__
 from perturbscope.families.tokens import InputSpec
 from perturbscope.inference.encoder import OUTPUT
 from perturbscope.protocol.messages import ModelInfo
-from serving.models import ServedModel
+from serving.models.loading import ServedModel
 from serving.openinference.tensors import MASK, PROTOCOL_NAMES
 from serving.settings import Settings
 

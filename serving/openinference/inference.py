@@ -9,7 +9,7 @@ from perturbscope.errors import PerturbScopeError
 from perturbscope.families.tokens import TokenizedCells
 from serving.access.front import Call
 from serving.engine.engine import Engine
-from serving.models import ServedModel
+from serving.models.loading import ServedModel
 from serving.openinference.tensors import InferAnswer, InferRequest, tokens_of
 
 

@@ -11,7 +11,7 @@ from perturbscope.families import load_family
 from perturbscope.inference.embedder import Embedder
 from serving.engine.engine import Engine
 from serving.http.app import build_app
-from serving.registry import ModelRegistry
+from serving.models.registry import ModelRegistry
 from serving.settings import Settings
 from tests.bundles import TINY_WIDTH
 from tests.fakes import FakeEncoder

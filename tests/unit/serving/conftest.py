@@ -21,9 +21,9 @@ from perturbscope.protocol import EmbedRequest, ModelInfo
 from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from serving.engine.engine import Engine
 from serving.grpc.server import GrpcServer
-from serving.models import ServedModel
+from serving.models.loading import ServedModel
+from serving.models.registry import ModelRegistry
 from serving.queue import Dispatcher
-from serving.registry import ModelRegistry
 from serving.settings import Settings
 from tests.apps import app_of
 

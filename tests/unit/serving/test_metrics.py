@@ -23,7 +23,7 @@ from perturbscope.protocol import EmbedRequest
 from serving.access.front import Call, Caller
 from serving.engine.engine import Engine
 from serving.http.metrics_page import memory, provider_of
-from serving.registry import ModelRegistry
+from serving.models.registry import ModelRegistry
 from serving.settings import Settings
 from serving.telemetry import metrics
 from serving.telemetry.metrics import OTHER, REGISTRY, ModelMetrics

@@ -23,7 +23,7 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest
 from serving.access.front import Call
 from serving.engine.engine import Engine
-from serving.registry import ModelRegistry
+from serving.models.registry import ModelRegistry
 from serving.settings import Settings
 from serving.telemetry import tracing
 from serving.telemetry.metrics import ModelMetrics

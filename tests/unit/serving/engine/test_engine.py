@@ -26,7 +26,7 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.scoring.results import ScoreOptions
 from serving.engine.engine import Engine
-from serving.registry import ModelRegistry
+from serving.models.registry import ModelRegistry
 from serving.settings import Settings
 from tests.bundles import TINY_WIDTH, write_tiny_bundle
 from tests.fakes import FakeEncoder

@@ -13,7 +13,7 @@ import pytest
 from perturbscope.inference.bundle import MANIFEST
 from serving.access.front import ANYONE, Caller
 from serving.engine.engine import Engine
-from serving.registry import ModelRegistry
+from serving.models.registry import ModelRegistry
 from serving.settings import Settings
 from tests.bundles import write_tiny_bundle
 from tests.unit.serving.conftest import Connect

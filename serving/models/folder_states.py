@@ -8,8 +8,8 @@ from typing import Literal
 
 from perturbscope.errors import LimitExceededError, PerturbScopeError
 from serving import log
-from serving.repository import Snapshot
-from serving.shelf import Entry
+from serving.models.repository import Snapshot
+from serving.models.served import Entry
 
 State = Literal["READY", "UNAVAILABLE"]
 
@@ -25,7 +25,7 @@ class Listed:
     version
         Of the model; empty where that is not known.
     folder
-        What :meth:`serving.registry.ModelRegistry.load` calls it.
+        What :meth:`serving.models.registry.ModelRegistry.load` calls it.
     state
         READY for a model that answers.
     reason

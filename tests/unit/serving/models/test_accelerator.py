@@ -9,7 +9,7 @@ import pytest
 
 from perturbscope.errors import ProviderUnavailableError
 from perturbscope.inference.embedder import Embedder
-from serving.models import ServedModel
+from serving.models.loading import ServedModel
 from serving.settings import DEFAULT_BUNDLE, Settings
 
 

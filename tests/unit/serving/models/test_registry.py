@@ -31,8 +31,8 @@ from perturbscope.inference.golden_making import add_golden, make_golden
 from perturbscope.protocol import EmbedRequest
 from serving import log
 from serving.engine.engine import Engine
-from serving.models import ServedModel
-from serving.registry import ModelRegistry
+from serving.models.loading import ServedModel
+from serving.models.registry import ModelRegistry
 from serving.settings import Settings
 from tests.bundles import TINY_WIDTH, tiny_files, write_tiny_bundle
 from tests.fakes import FakeEncoder
@@ -556,7 +556,7 @@ async def test_the_watch_looks_from_time_to_time_and_outlives_a_bug(
 
     sleep = asyncio.sleep
     monkeypatch.setattr(registry, "poll", poll)
-    monkeypatch.setattr("serving.registry.asyncio.sleep", lambda _: sleep(0))
+    monkeypatch.setattr("serving.models.registry.asyncio.sleep", lambda _: sleep(0))
     registry.watch()
     async with asyncio.timeout(30):
         while len(looks) < 3:

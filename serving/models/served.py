@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from perturbscope.errors import InvalidParameterError, UnknownModelError
 from perturbscope.protocol.messages import ModelInfo
 from serving import log
-from serving.models import ServedModel
-from serving.repository import Snapshot
+from serving.models.loading import ServedModel
+from serving.models.repository import Snapshot
 
 
 @dataclass(eq=False)

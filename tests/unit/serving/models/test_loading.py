@@ -10,7 +10,7 @@ import pytest
 
 from perturbscope.errors import CorruptBundleError
 from perturbscope.inference.bundle import MANIFEST
-from serving.models import estimate_bytes
+from serving.models.loading import estimate_bytes
 from serving.settings import DEFAULT_BUNDLE, Settings
 
 

@@ -27,11 +27,11 @@ from perturbscope.errors import (
 )
 from perturbscope.protocol.messages import ModelInfo
 from serving import log
-from serving.folders import Folders, Listed
-from serving.models import ServedModel, estimate_bytes
-from serving.repository import Repository, Snapshot
+from serving.models.folder_states import Folders, Listed
+from serving.models.loading import ServedModel, estimate_bytes
+from serving.models.repository import Repository, Snapshot
+from serving.models.served import Entry, Shelf
 from serving.settings import PREFIX, Settings
-from serving.shelf import Entry, Shelf
 
 Load = Callable[[Path, Settings], ServedModel]
 """Opens, warms up and proves one bundle; called on a thread."""
