@@ -23,8 +23,8 @@ from serving.access.limits import decoded_bytes, too_many_bytes
 from serving.engine.engine import Engine
 from serving.engine.operations import Route
 from serving.engine.threads import size_of
-from serving.reading import file_readers
-from serving.uploads import FILE_NAME, Upload
+from serving.uploads.readers import file_readers
+from serving.uploads.requests import FILE_NAME, Upload
 
 T = TypeVar("T")
 MULTIPART = "multipart/form-data"

@@ -14,7 +14,7 @@ from serving.engine.operations import Route
 from serving.http import schemas
 from serving.http.bodies import MULTIPART
 from serving.http.keys_middleware import OPEN
-from serving.uploads import PARAMETERS
+from serving.uploads.requests import PARAMETERS
 
 BINARY = {"type": "string", "format": "binary"}
 _TEXTS = {

@@ -35,9 +35,9 @@ from perturbscope.protocol.protobuf_streams import stream_cells_from_proto, stre
 from serving.engine.operations import COLUMNS, COMPARE, EMBED, REPORT, SCORE
 from serving.openinference.json_codec import request_from_body
 from serving.openinference.proto_codec import request_from_proto
-from serving.reading import file_readers
 from serving.settings import Settings
-from serving.uploads import FILE_NAME
+from serving.uploads.readers import file_readers
+from serving.uploads.requests import FILE_NAME
 from tests.fuzz.mutators import mutate_arrow, mutate_bytes, mutate_json, mutate_proto
 from tests.fuzz.seeds import cells as seed_cells
 

@@ -12,10 +12,10 @@ import pytest
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, LimitExceededError, UnreadableFileError
 from perturbscope.protocol import EmbedRequest
-from serving import uploads
-from serving.security.hdf5 import check_file
 from serving.settings import Settings
-from serving.uploads import read_upload
+from serving.uploads import requests
+from serving.uploads.hdf5_checks import check_file
+from serving.uploads.requests import read_upload
 
 
 def test_a_plain_file_is_taken(h5ad: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_compressed_bomb_is_noticed_before_it_is_read(h5ad: Path) -> None:
 def test_cells_read_in_pieces_are_the_same(
     h5ad: Path, tiny_cells: CountMatrix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploads, "_CHUNK_VALUES", 40 * 5)
+    monkeypatch.setattr(requests, "_CHUNK_VALUES", 40 * 5)
     request = read_upload("embed", h5ad, {}, Settings()).request
     assert isinstance(request, EmbedRequest)
     np.testing.assert_array_equal(request.cells.counts.toarray(), tiny_cells.counts.toarray())

@@ -20,14 +20,14 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidInputError, LimitExceededError, PerturbScopeError, UnreadableFileError
 from perturbscope.protocol import EmbedRequest, ScoreRequest
 from serving.engine.columns import Columns
-from serving.reading import file_readers
-from serving.security import hdf5
-from serving.security.hdf5 import check_file
 from serving.settings import Settings
-from serving.uploads import read_upload
+from serving.uploads import hdf5_checks
+from serving.uploads.hdf5_checks import check_file
+from serving.uploads.readers import file_readers
+from serving.uploads.requests import read_upload
 from tests.unit.serving.conftest import write_h5ad
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 SCORE = {"perturbation_key": "perturbation", "control": "control"}
 
 
@@ -110,7 +110,9 @@ def shared_text(file: h5py.File, **options: Any) -> None:
     if options:
         info = dataset.id.get_chunk_info(0)
         packed = Path(file.filename).read_bytes()[info.byte_offset : info.byte_offset + info.size]
-        plain = zlib.decompress(packed) if options.get("compression") == "gzip" else hdf5._from_lzf(packed, 10**6)
+        plain = (
+            zlib.decompress(packed) if options.get("compression") == "gzip" else hdf5_checks._from_lzf(packed, 10**6)
+        )
         forged = np.frombuffer(plain[:16] * 1000, dtype=np.uint8)
         # A chunk of lzf that lzf could not make smaller is stored as it is, and its mask says so.
         if options.get("compression") == "gzip":
@@ -144,7 +146,7 @@ def shared_text_shuffled(file: h5py.File) -> None:
     file.flush()
     info = dataset.id.get_chunk_info(0)
     packed = Path(file.filename).read_bytes()[info.byte_offset : info.byte_offset + info.size]
-    one = hdf5._unshuffled(zlib.decompress(packed), 16)[:16]
+    one = hdf5_checks._unshuffled(zlib.decompress(packed), 16)[:16]
     forged = np.frombuffer(one * 1000, dtype=np.uint8).reshape(1000, 16).T
     dataset.id.write_direct_chunk((0,), zlib.compress(forged.tobytes()))
 
@@ -269,8 +271,8 @@ def tiny_cells_of_module() -> CountMatrix:
 def test_a_hostile_file_is_refused_by_name(
     hostile: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hdf5, "MAX_CHUNKS", 2000)
-    monkeypatch.setattr(hdf5, "MAX_OBJECTS", 200)
+    monkeypatch.setattr(hdf5_checks, "MAX_CHUNKS", 2000)
+    monkeypatch.setattr(hdf5_checks, "MAX_OBJECTS", 200)
     for route in ("embed", "columns"):
         with pytest.raises(PerturbScopeError, match=HOSTILE[name][2]) as refused:
             read_upload(route, hostile[name], {}, Settings())
@@ -285,7 +287,7 @@ import json, resource, sys
 from pathlib import Path
 from perturbscope.errors import PerturbScopeError
 from serving.settings import Settings
-from serving.uploads import read_upload
+from serving.uploads.requests import read_upload
 files = {json.dumps({name: str(path) for name, path in hostile.items() if name not in SMALLER})}
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 read_upload("columns", Path({str(hostile["deflate"].parent / "plain.h5ad")!r}), {{}}, Settings())
@@ -469,7 +471,7 @@ def test_no_library_is_loaded_for_a_filter(hostile: dict[str, Path], tmp_path: P
     (tmp_path / "libH5Zevil.so").write_bytes(b"\x7fELF")
     script = f"""
 import os
-import serving.uploads
+import serving.uploads.requests
 import h5py
 with h5py.File({str(hostile["unknown filter"])!r}) as file:
     try:

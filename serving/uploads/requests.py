@@ -1,8 +1,8 @@
 """Uploaded .h5ad files.
 
 An upload lies in a temporary directory of its own while it is read, and is always deleted. What a file may hold is
-checked first (:mod:`serving.security.hdf5`); then only what a request asks for is read: the counts, the names of the
-genes, the columns and the embedding that it names. Nothing of uns is, and nothing is ever unpickled.
+checked first (:mod:`serving.uploads.hdf5_checks`); then only what a request asks for is read: the counts, the names of
+the genes, the columns and the embedding that it names. Nothing of uns is, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from perturbscope.tasks.trained_on import Fingerprint
 from serving.access.limits import check_shape, check_vectors
 from serving.engine.columns import Columns, read_columns
 from serving.engine.reports import TITLE, ReportRequest
-from serving.security.hdf5 import check_file
 from serving.settings import Settings
+from serving.uploads.hdf5_checks import check_file
 
 FILE_NAME = "upload.h5ad"
 CELLS_PARAMETERS = {

@@ -19,10 +19,10 @@ import pytest
 from perturbscope.errors import LimitExceededError, PerturbScopeError, UnreadableFileError
 from perturbscope.report import Absent
 from serving.engine.columns import Columns
-from serving.reading import FileReaders
-from serving.reading.messages import LENGTH, upload_from_parts, upload_to_frame
 from serving.settings import Settings
-from serving.uploads import Upload, read_upload
+from serving.uploads.pipe import LENGTH, upload_from_parts, upload_to_frame
+from serving.uploads.readers import FileReaders
+from serving.uploads.requests import Upload, read_upload
 from tests.fuzz.seeds import h5ad
 
 LABELLED = {"perturbation_key": "perturbation", "control": "control"}
@@ -34,7 +34,7 @@ REQUESTS: list[tuple[str, dict[str, str]]] = [
     ("report", {**LABELLED, "title": "Seen"}),
     ("report", {**LABELLED, "use_rep": "X_pca"}),
 ]
-LOOP = Path(__file__).parent.parent.parent / "fuzz" / "corpus" / "h5ad" / "attribute-loop"
+LOOP = Path(__file__).resolve().parents[3] / "fuzz" / "corpus" / "h5ad" / "attribute-loop"
 """An upload in whose attributes libhdf5 loops for ever; found by fuzzing."""
 
 

@@ -4,7 +4,7 @@ A damaged HDF5 file can send libhdf5 into a loop that never ends, or make it cra
 it: the loop holds Python's global lock, so a thread would freeze the whole server. So each file is read in a process
 that may take a bounded time and memory, and whose end, however it comes, is one caller's error.
 
-A reader (:mod:`serving.reading.child`) waits with everything imported, and forks for each file. What it read comes
+A reader (:mod:`serving.uploads.child`) waits with everything imported, and forks for each file. What it read comes
 back in the codecs of the wire, which check it as they check callers: nothing is unpickled.
 """
 
@@ -28,9 +28,9 @@ from typing import IO
 
 from perturbscope.errors import UnreadableFileError
 from perturbscope.threads import usable_cores
-from serving.reading.messages import LENGTH, upload_from_parts
 from serving.settings import ROOT, Settings
-from serving.uploads import Upload
+from serving.uploads.pipe import LENGTH, upload_from_parts
+from serving.uploads.requests import Upload
 
 MOST_READERS = max(2, min(4, usable_cores()))
 """Files that are read at a time; so many processes (of 150 MiB each) wait for the next ones, once they were needed."""
@@ -49,7 +49,7 @@ class _Reader:
             "OPENBLAS_NUM_THREADS": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "serving.reading.child"],
+            [sys.executable, "-m", "serving.uploads.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -129,7 +129,7 @@ class FileReaders:
         UnreadableFileError
             The file took too long to read, or its reader did not survive it.
         PerturbScopeError
-            As :func:`serving.uploads.read_upload`.
+            As :func:`serving.uploads.requests.read_upload`.
         """
         reading = _Reading()
         try:

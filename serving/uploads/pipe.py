@@ -16,7 +16,7 @@ from perturbscope.report import Absent
 from perturbscope.tasks.trained_on import Fingerprint
 from serving.engine.columns import Column, Columns
 from serving.engine.reports import ReportRequest
-from serving.uploads import Upload
+from serving.uploads.requests import Upload
 
 LENGTH = struct.Struct("<Q")
 """Before the head: its bytes."""

@@ -4,7 +4,7 @@ HDF5 is a file system in a file. It may point to other files, claim 2^60 numbers
 into one chunk, let a million entries of a column share one long text, and name filters for which a library would be
 loaded. All of that shows in the file's descriptions, which are read here; of the data itself, chunks that could be
 bombs are unpacked piece by piece and thrown away. What remains (damage that sends libhdf5 astray) is met by reading
-files in a process of their own, see :mod:`serving.reading`.
+files in a process of their own, see :mod:`serving.uploads.readers`.
 
 The sizes of DEFLATE (1032 : 1 at most) are from RFC 1951; those of LZF and of a stored text from the HDF5 file format
 specification, version 3.0.

@@ -1,6 +1,6 @@
-"""``python -m serving.reading.child``: reads the files that its parent names, each in a fork of its own.
+"""``python -m serving.uploads.child``: reads the files that its parent names, each in a fork of its own.
 
-A line of JSON comes in, a frame (:mod:`serving.reading.messages`) goes out. A fork that a file ends (the alarm, a
+A line of JSON comes in, a frame (:mod:`serving.uploads.pipe`) goes out. A fork that a file ends (the alarm, a
 crash, the kernel for want of memory) ends this process too, with 128 + the signal: the parent starts another.
 """
 
@@ -17,9 +17,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from perturbscope.errors import LimitExceededError, PerturbScopeError
-from serving.reading.messages import error_to_frame, frame, upload_to_frame
 from serving.settings import Settings
-from serving.uploads import read_upload
+from serving.uploads.pipe import error_to_frame, frame, upload_to_frame
+from serving.uploads.requests import read_upload
 
 _BYTES_A_VALUE, _BASE = 32, 2**30
 """Memory that a file may take to be read: for each stored count that is allowed, and besides."""

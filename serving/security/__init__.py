@@ -1,1 +1,0 @@
-"""Who may ask, how much, and what an uploaded file may hold. See docs/threat-model.md."""
