@@ -12,9 +12,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import generate_latest
 
-from serving import log
 from serving.access.front import Call, Caller
-from serving.telemetry import metrics, tracing
+from serving.telemetry import log, metrics, tracing
 
 STAGES = ("receive", "decode", "tokenize", "queue", "inference", "encode")
 

@@ -24,15 +24,14 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import bentoml
 
-from serving import log
 from serving.commands import safety
 from serving.engine.shutdown import Stopping
 from serving.http import slow_clients
 from serving.http.app import build_app
 from serving.http.keys_middleware import KeyMiddleware
 from serving.settings import Settings
-from serving.telemetry import tracing
-from serving.telemetry.middleware import UnansweredMiddleware
+from serving.telemetry import log, tracing
+from serving.telemetry.unanswered import UnansweredMiddleware
 
 NAME = "PerturbScope"
 app = build_app()

@@ -11,7 +11,7 @@ from typing import get_args
 from perturbscope.errors import InvalidParameterError
 from perturbscope.inference.encoder import Device
 from perturbscope.inference.gpu import MAX_TOKENS
-from serving.log import Format, Level
+from serving.telemetry.log import Format, Level
 
 PREFIX = "PERTURBSCOPE_"
 _MAY_BE_ZERO = ("threads", "repository_poll", "max_model_bytes", "max_batch_tokens")

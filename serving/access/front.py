@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from perturbscope.errors import DeadlineExceededError, InvalidParameterError, OverloadedError, PermissionDeniedError
-from serving import log
 from serving.access.limits import FEWER, GROWTH, Admission, Held
 from serving.access.rates import RateLimiter
-from serving.telemetry import metrics, tracing
+from serving.telemetry import log, metrics, tracing
 
 if TYPE_CHECKING:
     from perturbscope.inference.embedder import Embedder

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, get_args
 from perturbscope.errors import InvalidParameterError, UnauthenticatedError
 from serving.access.front import Caller, Doorkeeper, OpenDoor, Right
 from serving.access.rates import FailedKeys
-from serving.log import logger
+from serving.telemetry.log import logger
 
 MESSAGE = "This server wants a valid API key. Send it as 'authorization: Bearer KEY' or as 'x-api-key: KEY'."
 """What everyone is told who has none, whatever is wrong with what they sent."""

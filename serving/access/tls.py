@@ -14,8 +14,8 @@ from typing import Any, cast
 import grpc
 
 from perturbscope.errors import InvalidParameterError
-from serving.log import logger
 from serving.settings import PREFIX, Settings
+from serving.telemetry.log import logger
 
 _Files = tuple[bytes, bytes, bytes | None]
 

@@ -9,7 +9,6 @@ from typing import Any
 from perturbscope import protocol
 from perturbscope.errors import InvalidInputError, LimitExceededError, PerturbScopeError, UnknownModelError
 from perturbscope.tasks.trained_on import Seen
-from serving import log
 from serving.access.front import Call
 from serving.engine.columns import Columns, columns_to_json
 from serving.engine.engine import Engine
@@ -22,6 +21,7 @@ from serving.engine.reports import (
     report_request_from_json,
 )
 from serving.engine.status import internal
+from serving.telemetry import log
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import signal
 from types import FrameType
 from typing import Any, Protocol
 
-from serving import log
 from serving.engine.engine import Engine
+from serving.telemetry import log
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

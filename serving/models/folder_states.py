@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from perturbscope.errors import LimitExceededError, PerturbScopeError
-from serving import log
 from serving.models.repository import Snapshot
 from serving.models.served import Entry
+from serving.telemetry import log
 
 State = Literal["READY", "UNAVAILABLE"]
 

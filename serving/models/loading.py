@@ -17,9 +17,9 @@ from perturbscope.inference.encoder import Device
 from perturbscope.inference.golden import Golden, check_golden, read_golden
 from perturbscope.inference.gpu import GpuOptions, gpu_limits
 from perturbscope.protocol.messages import ModelInfo
-from serving import log
 from serving.queue import Dispatcher
 from serving.settings import Settings
+from serving.telemetry import log
 from serving.telemetry.metrics import ModelMetrics
 
 _FILE_COPIES = 2

@@ -26,12 +26,12 @@ from perturbscope.errors import (
     UnknownModelError,
 )
 from perturbscope.protocol.messages import ModelInfo
-from serving import log
 from serving.models.folder_states import Folders, Listed
 from serving.models.loading import ServedModel, estimate_bytes
 from serving.models.repository import Repository, Snapshot
 from serving.models.served import Entry, Shelf
 from serving.settings import PREFIX, Settings
+from serving.telemetry import log
 
 Load = Callable[[Path, Settings], ServedModel]
 """Opens, warms up and proves one bundle; called on a thread."""

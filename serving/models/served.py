@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from perturbscope.errors import InvalidParameterError, UnknownModelError
 from perturbscope.protocol.messages import ModelInfo
-from serving import log
 from serving.models.loading import ServedModel
 from serving.models.repository import Snapshot
+from serving.telemetry import log
 
 
 @dataclass(eq=False)

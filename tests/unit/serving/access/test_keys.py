@@ -18,7 +18,7 @@ from perturbscope.errors import InvalidParameterError, RateLimitedError, Unauthe
 from serving.access.keys import CLOCK_TOLERANCE, MESSAGE, Key, KeyFile, keys_from_json, keys_to_json, make_key
 from serving.access.rates import FAILURES_PER_MINUTE
 from serving.commands import keys as command
-from serving.log import logger
+from serving.telemetry.log import logger
 
 
 class Clock:

@@ -31,7 +31,7 @@ from serving.grpc import keys_interceptor as grpc_guard
 from serving.grpc.server import SERVICE, GrpcServer
 from serving.http import keys_middleware as http_guard
 from serving.http.keys_middleware import KeyMiddleware
-from serving.log import logger
+from serving.telemetry.log import logger
 from tests.apps import app_of
 from tests.unit.serving.conftest import MakeEngine
 

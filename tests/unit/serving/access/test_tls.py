@@ -23,8 +23,8 @@ from serving.access.keys import keys_to_json, make_key
 from serving.commands import safety
 from serving.commands import serve as entry
 from serving.grpc.server import GrpcServer
-from serving.log import logger
 from serving.settings import Settings
+from serving.telemetry.log import logger
 from tests.unit.serving.conftest import MakeEngine
 
 ONCE = RetryPolicy(attempts=1)

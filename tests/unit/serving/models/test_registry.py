@@ -29,11 +29,11 @@ from perturbscope.inference.bundle import GOLDEN, MANIFEST, Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.golden_making import add_golden, make_golden
 from perturbscope.protocol import EmbedRequest
-from serving import log
 from serving.engine.engine import Engine
 from serving.models.loading import ServedModel
 from serving.models.registry import ModelRegistry
 from serving.settings import Settings
+from serving.telemetry import log
 from tests.bundles import TINY_WIDTH, tiny_files, write_tiny_bundle
 from tests.fakes import FakeEncoder
 from tests.unit.serving.conftest import served

@@ -15,9 +15,9 @@ import pytest
 
 from perturbscope.errors import InferenceError, InvalidParameterError, OverloadedError
 from perturbscope.inference.embedder import Embedder
-from serving import log
 from serving.access.front import Call, Caller
 from serving.settings import Settings
+from serving.telemetry import log
 from tests.fakes import FakeEncoder
 
 KEY = "psk_0123abcd_" + "A" * 43
