@@ -40,8 +40,8 @@ demo: setup ## the whole pipeline on the real data in data/, from counts to a sc
 	$(PY) scripts/demo.py
 
 bundle: setup ## make bundles/default anew from the data in data/: about an hour on two cores
-	$(PY) -m training.pretrain training/configs/default-pretrain.yaml --overwrite
-	$(PY) -m training.contrastive training/configs/default-contrastive.yaml --overwrite
+	$(PY) -m training pretrain training/configs/default-pretrain.yaml --overwrite
+	$(PY) -m training finetune training/configs/default-contrastive.yaml --overwrite
 	$(PY) -m export runs/default/contrastive/checkpoint bundles/default --name default --version 2 --variant int8 \
 		--cells data/papalexi2021_eccite_thp1_panel.h5ad --licence Apache-2.0 --card docs/default-model-card.md --overwrite
 	$(PY) -m tests.golden.golden

@@ -29,8 +29,8 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.scoring.control import ScoreOptions, score_perturbations
 from training import strict
 from training.checkpoint import load_checkpoint
+from training.commands.finetune import finetune
 from training.config import ContrastiveConfig
-from training.contrastive import finetune
 from training.pooling import PooledEncoder
 
 CONFIG = Path("training/configs/default-contrastive.yaml")

@@ -45,11 +45,11 @@ def main() -> int:
 
     with step("Corpus: raw counts to rank tokens", times):
         corpus = OUT / "pretrain-corpus" / "manifest.json"
-        python("-m", "training.corpus", "training/configs/demo-pretrain.yaml", unless=corpus)
+        python("-m", "training", "corpus", "training/configs/demo-pretrain.yaml", unless=corpus)
     with step("Pre-training: restore masked genes", times):
-        python("-m", "training.pretrain", "training/configs/demo-pretrain.yaml", unless=PRETRAINED)
+        python("-m", "training", "pretrain", "training/configs/demo-pretrain.yaml", unless=PRETRAINED)
     with step("Fine-tuning: perturbed cells apart from controls", times):
-        python("-m", "training.contrastive", "training/configs/demo-contrastive.yaml", unless=FINE_TUNED)
+        python("-m", "training", "finetune", "training/configs/demo-contrastive.yaml", unless=FINE_TUNED)
     with step("Export: checkpoints to bundles", times):
         export = ["--version", "1", "--overwrite"]
         python("-m", "export", FINE_TUNED, OUT / "bundle", "--name", "demo", "--variant", "int8", *export)

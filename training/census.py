@@ -4,7 +4,7 @@ A store is a tree of TileDB arrays, on disk or in an object store: ``obs`` and `
 array of (cell, gene) coordinates. Cells come in the order of their join id, so a corpus is the same whenever it is
 built. tiledbsoma is imported when a store is opened; it is in requirements/census.txt.
 
-``python -m training.census CONFIG`` lists what the filters of a configuration would keep of its stores: look at it
+``python -m training census CONFIG`` lists what the filters of a configuration would keep of its stores: look at it
 before days of work, above all at the diseases.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -297,43 +297,3 @@ def _column(table: Any, name: str) -> pd.Series[Any]:
             numbers = np.array([*of_chunk, -1], dtype=np.int32)
             codes.append(numbers[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)])
     return pd.Series(pd.Categorical.from_codes(np.concatenate(codes), categories=pd.Index(list(known))))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    from collections import Counter
-
-    from rich.table import Table
-
-    from training import commands, strict
-    from training.config import CorpusConfig
-    from training.sources import coded, keep_cells, name_of, open_source
-
-    parser = commands.parser("List what the filters of a training configuration would keep, without reading counts.")
-    options = parser.parse_args(arguments)
-
-    def show() -> None:
-        config = strict.section(CorpusConfig, options.config, "corpus", options.set)
-        for number, source in enumerate(config.sources):
-            dropped: Counter[str] = Counter()
-            with open_source(source) as cells:
-                keep = keep_cells(cells, config, number, dropped)
-                reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items() if count)
-                has_disease = config.disease_key in cells.columns
-                names, codes = coded(cells.column(config.disease_key)) if has_disease else ([], np.full(len(keep), -1))
-            table = Table(config.disease_key, "cells", "kept", title=f"{name_of(source)}: {source.path}")
-            totals = np.bincount(codes[codes >= 0], minlength=len(names))
-            kept = np.bincount(codes[keep & (codes >= 0)], minlength=len(names))
-            for at in np.argsort(-totals, kind="stable").tolist():
-                if totals[at]:
-                    table.add_row(names[at], f"{totals[at]:,}", f"{kept[at]:,}")
-            commands.console().print(table)
-            commands.console().print(
-                f"{len(keep):,} cells, {int(keep.sum()):,} kept before genes are counted; dropped: {reasons or 'none'}"
-            )
-
-    return commands.run(show)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """Build a corpus: raw counts in ``.h5ad`` files or a SOMA store -> rank tokens in memory-mapped shards.
 
-``python -m training.corpus CONFIG``, where CONFIG is the configuration of a training stage. Cells are read, filtered
+``python -m training corpus CONFIG``, where CONFIG is the configuration of a training stage. Cells are read, filtered
 and tokenized chunk by chunk, so memory does not grow with the counts (labels and filters take some tens of bytes a
 cell); the directory appears under its name only when it is complete. A run that was interrupted goes on after its last
 finished shard, and gives the same bytes.
@@ -26,14 +26,13 @@ from perturbscope.errors import InvalidInputError, InvalidParameterError, Unread
 from perturbscope.families import Family, load_family
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.threads import ahead
-from training import commands, strict
-from training.config import ContrastiveConfig, CorpusConfig
+from training.config import CorpusConfig
 from training.shards import FORMAT_VERSION, MANIFEST, VOCABULARY, Corpus, ShardsWriter
 from training.sources import chunks, identity, keep_cells, label_codes, name_of, not_raw, open_source
 from training.staging import Staging
 from training.strict import plain
 
-__all__ = ["Progress", "build_corpus", "chunks", "keep_cells", "main", "name_of", "open_source", "read_vocabulary"]
+__all__ = ["Progress", "build_corpus", "chunks", "keep_cells", "name_of", "open_source", "read_vocabulary"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the file, the cells read so far, and all its cells."""
@@ -86,7 +85,7 @@ def build_corpus(
             if corpus.manifest["fingerprint"] != wanted:
                 raise InvalidParameterError(
                     f"The corpus {path} was built from another configuration or other files. Build it again with "
-                    "python -m training.corpus CONFIG --overwrite, or give another path.",
+                    "python -m training corpus CONFIG --overwrite, or give another path.",
                     field="corpus.path",
                 )
             return corpus
@@ -266,30 +265,3 @@ def _fingerprint(config: CorpusConfig, vocabulary: GeneVocabulary, digests: Sequ
             del source[name]
     text = json.dumps([values, vocabulary.hash, list(digests)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _of_stage(path: str, overrides: Sequence[str]) -> tuple[CorpusConfig, GeneVocabulary | None]:
-    """The corpus of a stage's configuration; fine-tuning takes the vocabulary of the checkpoint that it starts from."""
-    if strict.has_key(path, "checkpoint", overrides):
-        from training.contrastive import corpus_config  # imports torch
-
-        return corpus_config(strict.read(ContrastiveConfig, path, overrides))
-    return strict.section(CorpusConfig, path, "corpus", overrides), None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = commands.parser("Build the corpus of a training configuration: raw counts -> token shards.")
-    options = parser.parse_args(arguments)
-
-    def build() -> None:
-        config, vocabulary = _of_stage(options.config, options.set)
-        with commands.cell_progress() as progress:
-            corpus = build_corpus(config, vocabulary=vocabulary, overwrite=options.overwrite, progress=progress)
-        commands.show_corpus(corpus)
-
-    return commands.run(build)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """What a training run costs: operations, cells, hours.
 
-``python -m training.cost CONFIG`` computes it from the configuration and its corpus, or from ``--cells`` and
+``python -m training cost CONFIG`` computes it from the configuration and its corpus, or from ``--cells`` and
 ``--length`` where the corpus is not built yet. How fast the hardware is comes from the best that is known of it:
 
 * ``--throughput``: cells per second that you measured, over all processes; ``--log runs/.../log.jsonl`` takes it from
@@ -15,27 +15,22 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
-from training import commands, strict
 from training.config import ContrastiveConfig, PretrainConfig
-from training.flops import CellCost, ModelSize, cell_cost
+from training.flops import CellCost, cell_cost, model_size
 from training.journal import read_log
 from training.shards import MANIFEST, Corpus
 
 _WEEK = 7 * 86_400
 _WARM_UP = 3
 """Steps of a log, and of a measurement, that are not counted."""
-_SIZES = ("layers", "hidden", "feed_forward")
 PASSES_PER_CELL = 4
 """Fine-tuning: a perturbed cell brings a dissimilar and a similar pair, of two cells each, to an epoch."""
 
@@ -194,18 +189,6 @@ def _speeds(
     )
 
 
-def model_size(config: PretrainConfig | ContrastiveConfig) -> ModelSize:
-    """Size of the model, from the configuration or from the checkpoint that it starts from."""
-    if isinstance(config, PretrainConfig):
-        return ModelSize(**{name: int(config.model[name]) for name in _SIZES if name in config.model})
-    if not Path(config.checkpoint).exists():
-        return ModelSize()
-    from training.checkpoint import load_checkpoint  # imports torch
-
-    saved = load_checkpoint(config.checkpoint).model_config
-    return ModelSize(**{name: int(saved[name]) for name in _SIZES})
-
-
 def _of_corpus(config: PretrainConfig | ContrastiveConfig) -> tuple[NDArray[np.integer], int]:
     """Lengths of the cells of a corpus, and how many are trained on."""
     if not (Path(config.corpus.path) / MANIFEST).is_file():
@@ -246,79 +229,3 @@ def speed_of_log(path: Path) -> Speed:
         raise UnreadableFileError(f"{path} has no more than {_WARM_UP} steps; let the run go on.", field="log")
     rate = statistics.median(line["cells"] / line["seconds"] for line in steps)
     return Speed(cells_per_second=rate, origin=f"measured: median of {len(steps):,} steps in {path}")
-
-
-def render(found: Estimate, title: str) -> Table:
-    """A table of every number and its origin."""
-    table = Table("quantity", "value", "origin", title=title)
-    cost = found.cost
-    table.add_row("forward pass", f"{cost.forward / 1e9:.1f} GFLOP a cell", "computed from model and lengths")
-    parts = (("dense layers", cost.linear), ("attention", cost.attention), ("head on masked tokens", cost.head))
-    for name, value in parts:
-        if value:
-            table.add_row(f"  {name}", f"{value / 1e9:.1f} GFLOP", "computed")
-    table.add_row("training", f"{cost.training / 1e9:.1f} GFLOP a cell", "computed: three forward passes")
-    table.add_row("cells through the model", f"{found.passes:,.0f}", f"computed; {found.origin}")
-    table.add_row("operations", f"{cost.training * found.passes:.2e} FLOP", "computed")
-    for speed in found.speeds:
-        hours = found.hours(speed)
-        table.add_section()
-        table.add_row(f"{found.devices} device(s)", f"{speed.cells_per_second:,.1f} cells/s", speed.origin)
-        table.add_row("time", f"{hours:,.1f} h ({hours / 24:.1f} days)", "computed from the line above")
-        table.add_row("device hours", f"{hours * found.devices:,.0f}", "computed")
-    return table
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = commands.parser("Estimate what a training run costs in operations and device hours.")
-    parser.add_argument("--hardware", choices=sorted(HARDWARE), help="published or assumed speed of one device")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="devices")
-    speed = parser.add_mutually_exclusive_group()
-    speed.add_argument("--throughput", type=float, metavar="CELLS_PER_S", help="measured, over all devices")
-    speed.add_argument("--log", type=Path, metavar="LOG.jsonl", help="take the speed from the log of a run")
-    speed.add_argument("--measure", type=int, metavar="STEPS", help="time so many training steps on this machine")
-    parser.add_argument("--cells", type=int, help="cells of the corpus; perturbed cells to train on, for fine-tuning")
-    parser.add_argument("--length", type=int, help="tokens of every cell")
-    options = parser.parse_args(arguments)
-
-    def show() -> None:
-        for name in ("gpus", "throughput", "measure", "cells", "length"):
-            value = getattr(options, name)
-            if value is not None and value <= 0:
-                raise InvalidParameterError(f"--{name} is {value}; it must be above 0.", field=name)
-        config = read_stage(options.config, options.set)
-        measured = None
-        if options.throughput:
-            measured = Speed(cells_per_second=options.throughput, origin="measured: given with --throughput")
-        elif options.log:
-            measured = speed_of_log(options.log)
-        elif options.measure:
-            from training.speed import measure  # imports torch
-
-            result = measure(config, steps=options.measure, length=options.length)
-            measured = Speed(
-                cells_per_second=result.cells_per_second * options.gpus, origin=result.describe(options.gpus)
-            )
-        found = estimate(
-            config,
-            hardware=HARDWARE[options.hardware] if options.hardware else None,
-            devices=options.gpus,
-            cells=options.cells,
-            length=options.length,
-            measured=measured,
-        )
-        Console(width=None if sys.stdout.isatty() else 140).print(render(found, str(options.config)))
-
-    return commands.run(show)
-
-
-def read_stage(path: str, overrides: Sequence[str] = ()) -> PretrainConfig | ContrastiveConfig:
-    """The configuration of either stage. Raises as :func:`training.strict.read`."""
-    if strict.has_key(path, "checkpoint", overrides):
-        return strict.read(ContrastiveConfig, path, overrides)
-    return strict.read(PretrainConfig, path, overrides)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """Evaluate pre-training: hits@k, perplexity and rank reproduction of a checkpoint on cells it was not trained on.
 
-``python -m training.evaluate CHECKPOINT CELLS.h5ad... --corpus CORPUS --out scores.json``; the definitions are in
+``python -m training evaluate CHECKPOINT CELLS.h5ad... --corpus CORPUS --out scores.json``; the definitions are in
 :mod:`evaluation.mlm`. With the corpus that the model was trained on, cells that it holds are left out, and predictors
 that know only how often a gene stands at which rank are scored beside the model.
 
@@ -9,28 +9,20 @@ Shapes: B cells in the batch, L tokens, H hidden, M masked tokens, V vocabulary,
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from evaluation.mlm import GeneFrequencies, HitTally, Judged, RankTally, choose_masked, copied, judge
-from perturbscope.cells.files import atomic, check_output
-from perturbscope.errors import ProviderUnavailableError, UnsupportedBundleError, VocabularyMismatchError
-from training import commands
-from training.checkpoint import Checkpoint, load_checkpoint
+from perturbscope.errors import ProviderUnavailableError, UnsupportedBundleError
+from training.checkpoint import Checkpoint
 from training.shards import Corpus
-from training.unseen import EvaluateOptions, Heldout, read_heldout
+from training.unseen import EvaluateOptions, Heldout
 
 LOGIT_VALUES = 16_000_000
 """Logits held at a time (64 MB of float32, a few times over)."""
@@ -195,95 +187,3 @@ def _padded(
 def _plain(value: Any) -> Any:
     """JSON has no NaN."""
     return None if isinstance(value, float) and np.isnan(value) else value
-
-
-def _results(found: dict[str, Tallies], heldout: Heldout) -> Iterator[dict[str, Any]]:
-    for name, tallies in found.items():
-        yield {"file": heldout.name, "cells": len(heldout.tokens), "predictor": name, **tallies.summary()}
-
-
-def _show(results: list[dict[str, Any]]) -> Table:
-    """The most read columns."""
-    columns = {f"macro_hits@{k}": f"macro @{k}" for k in (1, 10, 100)}
-    columns |= {f"micro_hits@{k}": f"micro @{k}" for k in (1, 10, 100)}
-    columns |= {"perplexity": "perplexity"}
-    columns |= {f"spearman@{top}": f"rho @{top}" for top in (100, 500, 2000)} | {"coverage@100": "coverage @100"}
-    table = Table("file", "cells", "predictor", *columns.values())
-    for row in results:
-        values = [row.get(name) for name in columns]
-        cells = ["" if value is None or np.isnan(value) else f"{value:.4g}" for value in values]
-        table.add_row(row["file"], f"{row['cells']:,}", row["predictor"], *cells)
-    return table
-
-
-def run(
-    checkpoint_path: str, files: Sequence[str], *, options: EvaluateOptions, corpus_path: str | None, out: Path | None
-) -> list[dict[str, Any]]:
-    """Evaluate, print a table, and write JSON.
-
-    Raises
-    ------
-    PerturbScopeError
-        As :func:`evaluate`, :func:`read_heldout`, :func:`training.checkpoint.load_checkpoint`; InvalidParameterError
-        for an `out` that cannot be written, VocabularyMismatchError for a corpus of other tokens.
-    """
-    if out is not None:
-        check_output(out, (".json",))
-    checkpoint = load_checkpoint(checkpoint_path)
-    corpus = None if corpus_path is None else Corpus(corpus_path)
-    if corpus is not None and corpus.vocabulary.hash != checkpoint.vocabulary.hash:
-        raise VocabularyMismatchError(
-            f"The corpus {corpus_path} has the vocabulary {corpus.vocabulary.hash[:12]}, the checkpoint "
-            f"{checkpoint.vocabulary.hash[:12]}. Give the corpus that the model was trained on.",
-            field="corpus",
-        )
-    frequencies = None if corpus is None else corpus_frequencies(corpus, options.max_length)
-    results, left_out = [], {}
-    with commands.cell_progress() as progress:
-        for path in files:
-            heldout = read_heldout(path, checkpoint, options=options, corpus=corpus)
-            found = evaluate(checkpoint, heldout, options=options, frequencies=frequencies, progress=progress)
-            results += list(_results(found, heldout))
-            left_out[heldout.name] = heldout.left_out
-    Console(width=200).print(_show(results))
-    if out is not None:
-        facts = {
-            "checkpoint": str(checkpoint_path),
-            "vocabulary_hash": checkpoint.vocabulary.hash,
-            "corpus": corpus_path,
-            "options": vars(options),
-            "left_out": left_out,
-            "results": [{name: _plain(value) for name, value in row.items()} for row in results],
-        }
-        with atomic(out) as staging:
-            staging.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    return results
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    defaults = EvaluateOptions()
-    parser = argparse.ArgumentParser(description="Score a pre-trained checkpoint on cells it was not trained on.")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("files", metavar="CELLS.h5ad", nargs="+")
-    parser.add_argument("--corpus", help="the training corpus: leave its cells out, and score gene frequencies")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    for name in ("cells", "min_genes", "max_length", "batch", "seed"):
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=int, default=getattr(defaults, name), help="default %(default)s")
-    parser.add_argument("--mask-probability", type=float, default=defaults.mask_probability, help="default %(default)s")
-    for name in ("layer", "gene_key", "total_counts_key"):
-        parser.add_argument(f"--{name.replace('_', '-')}", default=None)
-    parser.add_argument("--device", default=defaults.device, help="cpu or cuda")
-    given = vars(parser.parse_args(arguments))
-    paths = {name: given.pop(name) for name in ("checkpoint", "files", "corpus", "out")}
-
-    def body() -> None:
-        options = EvaluateOptions(**given)
-        run(paths["checkpoint"], paths["files"], options=options, corpus_path=paths["corpus"], out=paths["out"])
-
-    return commands.run(body)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,9 +12,12 @@ The backward pass has two products for each of the forward pass, so training is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from training.config import ContrastiveConfig, PretrainConfig
 
 TRAINING = 3
 """Forward passes that a forward and a backward pass are worth."""
@@ -80,3 +83,18 @@ def cell_cost(
         attention=n_blocks * 4 * square * H,
         head=masked_share * mean * (2 * H * H + 2 * H * model.vocabulary),
     )
+
+
+_SIZES = ("layers", "hidden", "feed_forward")
+
+
+def model_size(config: PretrainConfig | ContrastiveConfig) -> ModelSize:
+    """Size of the model, from the configuration or from the checkpoint that it starts from."""
+    if isinstance(config, PretrainConfig):
+        return ModelSize(**{name: int(config.model[name]) for name in _SIZES if name in config.model})
+    if not Path(config.checkpoint).exists():
+        return ModelSize()
+    from training.checkpoint import load_checkpoint  # imports torch
+
+    saved = load_checkpoint(config.checkpoint).model_config
+    return ModelSize(**{name: int(saved[name]) for name in _SIZES})

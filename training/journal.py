@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from training.commands import console
+from training.console import console
 
 _SMOOTHING = 0.95
 

@@ -1,6 +1,6 @@
 """Non-zero medians of genes over a corpus, which make a vocabulary of one's own.
 
-``python -m training.medians CONFIG OUT.tsv``, where CONFIG has a ``corpus`` section: its files and filters are used.
+``python -m training medians CONFIG OUT.tsv``, where CONFIG has a ``corpus`` section: its files and filters are used.
 
 The median of a gene is that of its counts per 10,000 in the cells that express it (Theodoris et al. 2023). It is exact
 for a small corpus; for a large one it comes from a sketch of logarithmic buckets (Masson et al. 2019, DDSketch), whose
@@ -10,16 +10,13 @@ quantiles have a bounded relative error, and which can be merged by adding.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.genes import GeneResolver, GeneVocabulary
-from perturbscope.errors import InvalidParameterError, UnreadableFileError
-from training import commands, strict
+from perturbscope.errors import InvalidParameterError
 from training.config import CorpusConfig, SourceConfig
 from training.corpus import Progress, chunks, keep_cells, name_of, open_source
 
@@ -192,37 +189,3 @@ def _values(
                 yield (places % max(len(index), 1)).astype(np.int32), (total * scale).astype(np.float32)
                 if progress:
                     progress(name_of(source), int(rows[-1]) + 1, cells.n_cells)
-
-
-def _read_genes(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableFileError(f"{path} cannot be read: {error}.", field="genes") from error
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = commands.parser("Compute a vocabulary with the non-zero gene medians of a corpus.")
-    parser.add_argument("output", metavar="OUT.tsv", type=Path, help="the vocabulary to write")
-    parser.add_argument("--min-cells", type=int, default=10, help="leave out genes that fewer cells express")
-    parser.add_argument("--genes", type=Path, help="file with the Ensembl ids to choose from, one a line")
-    options = parser.parse_args(arguments)
-
-    def compute() -> None:
-        if options.output.exists() and not options.overwrite:
-            raise InvalidParameterError(f"{options.output} exists already; allow --overwrite.", field="output")
-        config = strict.section(CorpusConfig, options.config, "corpus", options.set)
-        wanted = _read_genes(options.genes) if options.genes else None
-        with commands.cell_progress() as progress:
-            vocabulary = corpus_medians(config, min_cells=options.min_cells, genes=wanted, progress=progress)
-        staging = options.output.with_name(f".{options.output.name}")
-        staging.write_text(vocabulary.to_tsv(), encoding="utf-8")
-        os.replace(staging, options.output)
-        commands.console().print(f"{options.output}: {len(vocabulary.gene_ids):,} genes, hash {vocabulary.hash[:12]}")
-
-    return commands.run(compute)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

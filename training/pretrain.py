@@ -1,15 +1,13 @@
 """Pre-training: restore hidden genes of a cell from the others (Devlin et al. 2019; Theodoris et al. 2023).
 
-``python -m training.pretrain CONFIG`` on one process;
-``torchrun --nproc-per-node 4 -m training.pretrain CONFIG`` or
-``deepspeed --num_gpus 4 --module training.pretrain CONFIG`` on several, with ``loop.deepspeed`` set.
+``python -m training pretrain CONFIG`` on one process;
+``torchrun --nproc-per-node 4 -m training pretrain CONFIG`` or
+``deepspeed --num_gpus 4 --module training pretrain CONFIG`` on several, with ``loop.deepspeed`` set.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from perturbscope.errors import InvalidParameterError
-from training import commands, families, strict
+from training import families
 from training.augment import hide_genes
 from training.batches import by_length, padded
 from training.config import PretrainConfig
-from training.corpus import build_corpus
 from training.loop import Evaluate, derive_seed
 from training.process import Process
-from training.runs import run_stage
 from training.sampling import LengthGroupedSampler
 from training.shards import Corpus
 
@@ -144,41 +140,3 @@ def split_cells(n_cells: int, config: PretrainConfig) -> tuple[NDArray[np.int64]
         raise InvalidParameterError(f"The corpus has {n_cells} cells, too few to hold some out.", field="corpus")
     order = np.random.default_rng([config.loop.seed, _SPLIT]).permutation(n_cells)
     return np.sort(order[n_validation:]), np.sort(order[:n_validation])
-
-
-def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:
-    """Run the stage; the checkpoint's path (None in other processes than the first).
-
-    Raises
-    ------
-    PerturbScopeError
-        As :func:`training.corpus.build_corpus`, :func:`training.loop.train` and
-        :func:`training.checkpoint.save_checkpoint`.
-    """
-
-    def prepare() -> None:
-        with commands.cell_progress() as progress:
-            corpus = build_corpus(config.corpus, overwrite=overwrite, progress=progress)
-        commands.show_corpus(corpus)
-
-    def make(process: Process) -> tuple[MaskedTask, Corpus, dict[str, Any]]:
-        corpus = Corpus(config.corpus.path)
-        task = MaskedTask(config, corpus, process)
-        facts = {"train_cells": len(task.train_cells), "validation_cells": len(task.validation_cells)}
-        return task, corpus, facts
-
-    return run_stage("masked language model", config, prepare=prepare, make=make, overwrite=overwrite)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    options = commands.parser("Pre-train a model on a corpus of cells.").parse_args(arguments)
-
-    def train() -> None:
-        pretrain(strict.read(PretrainConfig, options.config, options.set), overwrite=options.overwrite)
-
-    return commands.run(train)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -13,8 +13,8 @@ import torch
 from perturbscope.errors import BundleError
 from training import provenance
 from training.checkpoint import save_checkpoint
-from training.commands import console
 from training.config import ContrastiveConfig, PretrainConfig
+from training.console import console
 from training.loop import Outcome, Task, start_anew, train
 from training.process import Process, join, leave
 from training.shards import Corpus

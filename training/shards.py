@@ -278,7 +278,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CorruptBundleError(
-            f"{path} is not a corpus: it has no {MANIFEST}. Build it with python -m training.corpus."
+            f"{path} is not a corpus: it has no {MANIFEST}. Build it with python -m training corpus."
         ) from error
     except (OSError, ValueError) as error:
         raise CorruptBundleError(f"{path / MANIFEST} cannot be read: {error}.") from error

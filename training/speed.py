@@ -18,9 +18,8 @@ from perturbscope.cells.genes import GeneVocabulary
 from training import families
 from training.config import ContrastiveConfig, PretrainConfig
 from training.corpus import read_vocabulary
-from training.cost import model_size
 from training.engine import PlainEngine
-from training.flops import ModelSize, cell_cost
+from training.flops import ModelSize, cell_cost, model_size
 from training.losses import ContrastiveModule
 from training.pooling import PooledEncoder
 from training.process import join, leave

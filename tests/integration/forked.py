@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.ports import free_ports
 
-PRELOADED = ["training.pretrain", "training.contrastive", "deepspeed"]
+PRELOADED = ["training.commands.pretrain", "training.commands.finetune", "deepspeed"]
 
 
 class Launcher:

@@ -16,9 +16,9 @@ import yaml
 from tests.file_server import FileServer, serve
 from tests.soma_store import write_store
 from tests.training_screens import VOCABULARY, contrastive_values, pretrain_values, screen
-from training import census, contrastive, corpus, cost, download, prepare, pretrain
 from training.checkpoint import load_checkpoint
-from training.download import RemoteFile
+from training.commands import census, corpus, cost, download, finetune, prepare, pretrain
+from training.commands.download import RemoteFile
 
 
 def replogle(path: Path) -> bytes:
@@ -85,7 +85,7 @@ def test_every_command_from_the_downloads_to_the_held_out_cells(
     second = str(tmp_path / "contrastive.yaml")
     Path(second).write_text(yaml.safe_dump(values))
     assert corpus.main([second]) == 0
-    assert contrastive.main([second]) == 0
+    assert finetune.main([second]) == 0
     assert cost.main([second, "--hardware", "t4"]) == 0
 
     made = load_checkpoint(tmp_path / "contrastive" / "checkpoint").provenance

@@ -24,10 +24,10 @@ from tests.integration.forked import Launcher, launcher
 from tests.training_screens import contrastive_values, pretrain_values
 from training import strict
 from training.checkpoint import load_checkpoint
+from training.commands.finetune import finetune
+from training.commands.pretrain import pretrain
 from training.config import ContrastiveConfig, PretrainConfig
-from training.contrastive import finetune
 from training.journal import read_log
-from training.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 ZERO = {stage: str(ROOT / "training" / "configs" / f"zero{stage}.json") for stage in (1, 2)}
@@ -68,13 +68,13 @@ def losses(folder: Path, name: str = "loss") -> list[float]:
 def base(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
     """A pre-training of 20 steps, plain torch, fp32."""
     folder = tmp_path_factory.mktemp("processes")
-    run("training.pretrain", write(folder, pretrain_values(folder, max_steps=20)))
+    run("training.commands.pretrain", write(folder, pretrain_values(folder, max_steps=20)))
     return folder
 
 
 def test_deepspeed_gives_the_same_losses(base: Path, tmp_path: Path, run: Run) -> None:
     values = pretrain_values(base, max_steps=20, deepspeed=ZERO[1]) | {"output": str(tmp_path / "zero1")}
-    run("training.pretrain", write(tmp_path, values))
+    run("training.commands.pretrain", write(tmp_path, values))
     plain, deepspeed = losses(base / "pretrain"), losses(tmp_path / "zero1")
     assert len(plain) == 20
     np.testing.assert_allclose(deepspeed, plain, atol=1e-3)
@@ -90,7 +90,7 @@ def test_two_processes_learn_the_same_with_zero_1_and_2(base: Path, tmp_path: Pa
         output = tmp_path / f"zero{stage}"
         values = pretrain_values(base, max_steps=8, accumulation=2, deepspeed=ZERO[stage]) | {"output": str(output)}
         values["optimizer"] |= {"lr_scale_by_world_size": True}
-        run("training.pretrain", write(tmp_path, values), processes=2)
+        run("training.commands.pretrain", write(tmp_path, values), processes=2)
         found[stage] = losses(output)
         provenance = load_checkpoint(output / "checkpoint").provenance
         assert provenance["hardware"]["processes"] == 2
@@ -109,7 +109,7 @@ def test_finetuning_on_two_processes_equals_one_with_twice_the_batch(tmp_path: P
     two = contrastive_values(tmp_path, max_steps=10, deepspeed=ZERO[2]) | {"output": str(tmp_path / "two")}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "training.contrastive", str(write(tmp_path, two))],
+        [sys.executable, *torchrun, "-m", "training", "finetune", str(write(tmp_path, two))],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
@@ -128,7 +128,7 @@ def test_bf16_keeps_full_precision_in_the_checkpoint(base: Path, tmp_path: Path,
     values = pretrain_values(base, max_steps=6, precision="bf16", deepspeed=ZERO[1]) | {
         "output": str(tmp_path / "bf16")
     }
-    run("training.pretrain", write(tmp_path, values))
+    run("training.commands.pretrain", write(tmp_path, values))
     np.testing.assert_allclose(losses(tmp_path / "bf16"), losses(base / "pretrain")[:6], atol=0.1)
     weights = load_checkpoint(tmp_path / "bf16" / "checkpoint").weights["bert.embeddings.word_embeddings.weight"]
     assert not bool((weights == weights.bfloat16().float()).all())
@@ -137,7 +137,7 @@ def test_bf16_keeps_full_precision_in_the_checkpoint(base: Path, tmp_path: Path,
 def python_m(config: Path) -> tuple[Callable[[], int | None], Callable[[], None]]:
     """Start a pre-training: its exit code, if it has ended; and what kills it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "training.pretrain", str(config)],
+        [sys.executable, "-m", "training", "pretrain", str(config)],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
@@ -148,7 +148,7 @@ def python_m(config: Path) -> tuple[Callable[[], int | None], Callable[[], None]
 
 def forked(forks: Launcher, config: Path) -> tuple[Callable[[], int | None], Callable[[], None]]:
     """The same, in a fork."""
-    (process,) = forks.start("training.pretrain", str(config), log=config.with_suffix(".log"))
+    (process,) = forks.start("training.commands.pretrain", str(config), log=config.with_suffix(".log"))
     return lambda: process.exitcode, process.kill
 
 
@@ -173,7 +173,7 @@ def test_a_killed_run_resumes_with_the_same_losses(tmp_path: Path, engine: str, 
     if engine == "deepspeed":
         options["deepspeed"] = ZERO[2]
     whole = write(tmp_path, pretrain_values(tmp_path, **options), "whole")
-    run("training.pretrain", whole)
+    run("training.commands.pretrain", whole)
     values = pretrain_values(tmp_path, **options) | {"output": str(tmp_path / "killed")}
     killed = write(tmp_path, values, "killed")
     process = python_m(killed) if engine == "torch" else forked(forks, killed)
@@ -181,7 +181,7 @@ def test_a_killed_run_resumes_with_the_same_losses(tmp_path: Path, engine: str, 
     assert not (tmp_path / "killed" / "checkpoint").exists()
     states = sorted(path.name for path in (tmp_path / "killed" / "states").glob("step-*"))
     assert states[-1] >= "step-000000050"
-    run("training.pretrain", killed)
+    run("training.commands.pretrain", killed)
     assert losses(tmp_path / "killed") == losses(tmp_path / "pretrain")
     checks = [
         json.loads((tmp_path / name / "metrics.json").read_text())["validation"] for name in ("killed", "pretrain")
@@ -192,7 +192,15 @@ def test_a_killed_run_resumes_with_the_same_losses(tmp_path: Path, engine: str, 
 def test_the_deepspeed_launcher_starts_two_processes(base: Path, tmp_path: Path) -> None:
     values = pretrain_values(base, max_steps=3, deepspeed=ZERO[1]) | {"output": str(tmp_path / "launched")}
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_accelerators", "2", "--module", "training.pretrain", str(write(tmp_path, values))]
+    command = [
+        str(launcher),
+        "--num_accelerators",
+        "2",
+        "--module",
+        "training",
+        "pretrain",
+        str(write(tmp_path, values)),
+    ]
     environment = {**ENVIRONMENT, "DS_ACCELERATOR": "cpu", "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False

@@ -27,6 +27,8 @@ from tests.training_screens import VOCABULARY, screen, write_vocabulary
 from training import census
 from training import corpus as corpus_module
 from training.census import SomaSource
+from training.commands import census as census_command
+from training.commands import corpus as corpus_command
 from training.config import CorpusConfig, SomaConfig, SourceConfig
 from training.corpus import build_corpus
 from training.medians import corpus_medians
@@ -282,12 +284,12 @@ def test_the_command_shows_what_the_filters_keep(
         }
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    assert census.main([str(tmp_path / "config.yaml")]) == 0
+    assert census_command.main([str(tmp_path / "config.yaml")]) == 0
     shown = capsys.readouterr().err
     n_cancer = int((labels()["disease"] == "lung adenocarcinoma").sum())
     assert re.search(rf"lung adenocarcinoma\W+{n_cancer}\W+0\W", shown)
     assert "130 cells" in shown
     assert not Path(config.path).exists()
     arguments = [str(tmp_path / "config.yaml"), "--set", "corpus.min_genes=8", "--set", "corpus.max_length=40"]
-    assert corpus_module.main(arguments) == 0
+    assert corpus_command.main(arguments) == 0
     assert len(Corpus(config.path)) > 60

@@ -17,6 +17,7 @@ from perturbscope.families import load_family
 from tests.training_screens import VOCABULARY, contrastive_values, screen, write_screen, write_vocabulary
 from training import corpus as module
 from training.batches import by_length, padded
+from training.commands import corpus as command
 from training.config import CorpusConfig, SourceConfig
 from training.corpus import build_corpus
 from training.shards import Corpus
@@ -209,13 +210,13 @@ def test_the_command_builds_and_reports(tmp_path: Path, capsys: pytest.CaptureFi
     from tests.training_screens import pretrain_values
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(pretrain_values(tmp_path)))
-    assert module.main([str(tmp_path / "config.yaml")]) == 0
+    assert command.main([str(tmp_path / "config.yaml")]) == 0
     assert "screen" in capsys.readouterr().err
     assert json.loads((tmp_path / "corpus" / "manifest.json").read_text())["cells"] == 130
-    assert module.main([str(tmp_path / "config.yaml"), "--set", "corpus.max_lenght=3"]) == 2
+    assert command.main([str(tmp_path / "config.yaml"), "--set", "corpus.max_lenght=3"]) == 2
     assert "Did you mean 'max_length'" in capsys.readouterr().err
     (tmp_path / "fine.yaml").write_text(yaml.safe_dump(contrastive_values(tmp_path)))
-    assert module.main([str(tmp_path / "fine.yaml")]) == 1  # its checkpoint is not there yet
+    assert command.main([str(tmp_path / "fine.yaml")]) == 1  # its checkpoint is not there yet
     assert "is not a checkpoint" in capsys.readouterr().err
 
 

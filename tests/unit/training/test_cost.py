@@ -15,6 +15,7 @@ from perturbscope.errors import InvalidParameterError, UnreadableFileError
 from tests.training_screens import MODEL, VOCABULARY, contrastive_values, pretrain_values
 from training import cost as module
 from training import strict
+from training.commands import cost as command
 from training.config import ContrastiveConfig, LossConfig, PretrainConfig
 from training.corpus import build_corpus
 from training.cost import HARDWARE, Speed, estimate, speed_of_log
@@ -147,16 +148,16 @@ def test_a_measurement_is_a_share_of_what_the_machine_can_do(tmp_path: Path, sta
 def test_the_command_prints_where_each_number_is_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(pretrain_values(tmp_path)))
-    assert module.main([str(path), "--hardware", "a10g"]) == 2
+    assert command.main([str(path), "--hardware", "a10g"]) == 2
     assert "is not built yet. Give --cells" in capsys.readouterr().err
-    assert module.main([str(path), "--cells", "1000"]) == 2
+    assert command.main([str(path), "--cells", "1000"]) == 2
     assert "How fast is it?" in capsys.readouterr().err
-    assert module.main([str(path), "--cells", "0", "--hardware", "t4"]) == 2
+    assert command.main([str(path), "--cells", "0", "--hardware", "t4"]) == 2
     assert "must be above 0" in capsys.readouterr().err
-    assert module.main([str(path), "--cells", "3600", "--gpus", "2", "--throughput", "1"]) == 0
+    assert command.main([str(path), "--cells", "3600", "--gpus", "2", "--throughput", "1"]) == 0
     shown = capsys.readouterr().out
     assert "2.0 h" in shown
     assert "measured: given with --throughput" in shown
-    assert module.main([str(path), "--cells", "100", "--measure", "1"]) == 0
+    assert command.main([str(path), "--cells", "100", "--measure", "1"]) == 0
     assert re.search(r"measured: 1 steps of 8 cells x 40 tokens on \w+", capsys.readouterr().out)
     assert MODEL["layers"] == module.model_size(config(tmp_path)).layers

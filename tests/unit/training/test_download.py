@@ -12,8 +12,8 @@ import pytest
 
 from perturbscope.errors import InvalidParameterError
 from tests.file_server import FileServer, serve
-from training import download
-from training.download import FILES, RemoteFile, fetch
+from training.commands import download
+from training.commands.download import FILES, RemoteFile, fetch
 from training.errors import DownloadError
 
 CONTENT = np.random.default_rng(0).bytes(3 * 2**20 + 17)

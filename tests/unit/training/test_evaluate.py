@@ -13,9 +13,10 @@ from tests.training_screens import VOCABULARY, pretrain_values, write_screen
 from training import evaluate as module
 from training import strict
 from training.checkpoint import load_checkpoint
+from training.commands.evaluate import main
 from training.config import PretrainConfig
 from training.corpus import build_corpus
-from training.evaluate import corpus_frequencies, evaluate, main
+from training.evaluate import corpus_frequencies, evaluate
 from training.unseen import EvaluateOptions, Heldout, read_heldout
 
 GENES = np.asarray(VOCABULARY.tokens)

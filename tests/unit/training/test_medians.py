@@ -10,6 +10,7 @@ from perturbscope.cells.readers import open_cells
 from perturbscope.errors import InvalidParameterError
 from tests.training_screens import VOCABULARY, write_screen
 from training import medians, strict
+from training.commands import medians as command
 from training.config import CorpusConfig, SourceConfig
 from training.medians import MedianSketch, corpus_medians, exact_medians
 
@@ -86,7 +87,7 @@ def test_the_command_writes_a_vocabulary(config: CorpusConfig, tmp_path: Path) -
     (tmp_path / "genes.txt").write_text("\n".join(VOCABULARY.gene_ids[:9]))
     out = tmp_path / "out.tsv"
     arguments = [str(tmp_path / "config.yaml"), str(out), "--genes", str(tmp_path / "genes.txt")]
-    assert medians.main(arguments) == 0
+    assert command.main(arguments) == 0
     assert GeneVocabulary.read(out).gene_ids == VOCABULARY.gene_ids[:9]
-    assert medians.main(arguments) == 2
-    assert medians.main([*arguments[:3], str(tmp_path / "none.txt"), "--overwrite"]) == 2
+    assert command.main(arguments) == 2
+    assert command.main([*arguments[:3], str(tmp_path / "none.txt"), "--overwrite"]) == 2

@@ -13,10 +13,11 @@ import torch
 
 from perturbscope.errors import InvalidParameterError, TooFewCellsError
 from tests.training_screens import contrastive_values, pretrain_values, screen
-from training import pretrain, strict
+from training import strict
 from training.checkpoint import load_checkpoint
+from training.commands import pretrain
+from training.commands.finetune import finetune
 from training.config import ContrastiveConfig, PretrainConfig
-from training.contrastive import finetune
 from training.journal import read_log
 from training.mixed import MixedTask, make_pools
 from training.pools import UNLABELLED, MixedSampler, Pool

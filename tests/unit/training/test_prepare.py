@@ -23,8 +23,8 @@ from perturbscope.errors import (
     UnreadableFileError,
 )
 from tests.training_screens import VOCABULARY, screen
-from training import prepare as module
-from training.prepare import prepare
+from training.commands import prepare as module
+from training.commands.prepare import prepare
 
 GENES = list(VOCABULARY.gene_ids)
 

@@ -19,10 +19,13 @@ from perturbscope.errors import (
     TooFewCellsError,
 )
 from tests.training_screens import TARGETS, VOCABULARY, contrastive_values, pretrain_values
-from training import contrastive, pretrain, strict
+from training import strict
 from training.checkpoint import load_checkpoint
+from training.commands import finetune as finetune_command
+from training.commands import pretrain
+from training.commands.finetune import finetune
 from training.config import ContrastiveConfig, DegConfig, PretrainConfig, SplitConfig
-from training.contrastive import ContrastiveTask, finetune
+from training.contrastive import ContrastiveTask
 from training.journal import read_log
 from training.pretrain import MaskedTask
 from training.process import Process
@@ -264,7 +267,7 @@ def test_weak_targets_are_not_eligible_whatever_the_number_of_passes(
 def test_the_commands_report_errors_with_a_status(
     stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = {"pretrain": pretrain.main, "contrastive": contrastive.main}[stage]
+    main = {"pretrain": pretrain.main, "contrastive": finetune_command.main}[stage]
     values = {"pretrain": pretrain_values, "contrastive": contrastive_values}[stage](tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))

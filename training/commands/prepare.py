@@ -1,6 +1,6 @@
 """A published perturbation screen -> an .h5ad file of our conventions, streamed.
 
-``python -m training.prepare IN.h5ad OUT.h5ad``. What is read as what:
+``python -m training prepare IN.h5ad OUT.h5ad``. What is read as what:
 
 ===============  ================================  =====================================  =====================
 in OUT           scPerturb (Peidli et al. 2024)    Replogle et al. 2022, authors' files   if it is missing
@@ -43,7 +43,7 @@ from perturbscope.cells.readers.annotated import find_matrix, open_matrix, shape
 from perturbscope.cells.readers.source import missing_column, name_genes
 from perturbscope.cells.readers.store import Frame, child, is_group, optional, reading
 from perturbscope.errors import ControlLabelMissingError, InvalidParameterError, MalformedMatrixError
-from training import commands
+from training import console
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -327,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def run() -> None:
-        with commands.cell_progress() as bar:
+        with console.cell_progress() as bar:
             facts = prepare(
                 options.source,
                 options.output,
@@ -335,12 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 totals=not options.no_totals,
                 progress=lambda done, total: bar(options.source.name, done, total),
             )
-        commands.console().print(
+        console.console().print(
             f"{options.output}: " + ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in facts.items())
         )
 
-    return commands.run(run)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return console.run(run)

@@ -1,6 +1,6 @@
 """Fetch a public data set: resumable, checked, never half a file under its name.
 
-``python -m training.download replogle-k562-gwps DIR``. What has arrived is kept as ``<name>.part`` and continued (HTTP
+``python -m training download replogle-k562-gwps DIR``. What has arrived is kept as ``<name>.part`` and continued (HTTP
 range requests) after a lost connection, a kill or a restart of the machine. The file gets its name only when its size
 and MD5 are right; ``<name>.md5`` beside it serves ``md5sum -c``.
 """
@@ -25,7 +25,7 @@ import httpx
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from perturbscope.errors import InvalidParameterError
-from training import commands
+from training import console
 from training.errors import DownloadError
 
 SPARE_BYTES = 2**28
@@ -360,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
             TimeRemainingColumn(),
         )  # fmt: skip
-        with Progress(*columns, console=commands.console()) as bars:
+        with Progress(*columns, console=console.console()) as bars:
             tasks: dict[str, Any] = {}
 
             def report(what: str, done: int, total: int | None) -> None:
@@ -369,9 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 bars.update(tasks[what], completed=done, total=total)
 
             path = fetch(file, options.folder, report=report, say=bars.console.print)
-        commands.console().print(f"{path}: {path.stat().st_size:,} bytes, checked")
+        console.console().print(f"{path}: {path.stat().st_size:,} bytes, checked")
 
-    return commands.run(get)
+    return console.run(get)
 
 
 def _chosen(what: str, md5: str | None) -> RemoteFile:
@@ -384,7 +384,3 @@ def _chosen(what: str, md5: str | None) -> RemoteFile:
             f"{what!r} is neither an http(s) address of a file nor one of {', '.join(FILES)}.", field="what"
         )
     return RemoteFile(name=name, url=what, md5=md5)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,42 @@
+"""``python -m training COMMAND``: data, stages and measurements of training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import cast
+
+COMMANDS = {
+    "download": "fetch a public data set",
+    "prepare": "bring a published screen into the form that fine-tuning reads",
+    "census": "list what the filters of a configuration would keep, without reading counts",
+    "medians": "compute a vocabulary with the gene medians of a corpus",
+    "corpus": "raw counts -> token shards",
+    "pretrain": "pre-train a model on a corpus of cells",
+    "finetune": "fine-tune a pre-trained model on perturbation screens",
+    "evaluate": "score a pre-trained checkpoint on cells it was not trained on",
+    "cost": "estimate what a training run costs",
+}
+"""The commands, each a module of ``training/commands/``, with one line of help."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the first argument names. Returns its exit code; 2 for an unknown command."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # The deepspeed launcher puts --local_rank=N first; the environment says the same.
+    given = [word for word in given if not word.startswith(("--local_rank=", "--local-rank="))]
+    if not given or given[0] in ("-h", "--help"):
+        lines = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+        sys.stdout.write(f"usage: python -m training COMMAND [-h] ...\n\n{lines}\n")
+        return 0 if given else 2
+    if given[0] not in COMMANDS:
+        sys.stderr.write(f"error: {given[0]!r} is not a command; there are {', '.join(COMMANDS)}.\n")
+        return 2
+    command = import_module(f"training.commands.{given[0]}")
+    sys.argv[0] = f"python -m training {given[0]}"  # argparse names the program after it
+    return cast("int", command.main(given[1:]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,109 @@
+"""``python -m training evaluate CHECKPOINT CELLS.h5ad...``: score a checkpoint on cells it was not trained on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from perturbscope.cells.files import atomic, check_output
+from perturbscope.errors import VocabularyMismatchError
+from training import console
+from training.checkpoint import load_checkpoint
+from training.evaluate import Tallies, _plain, corpus_frequencies, evaluate
+from training.shards import Corpus
+from training.unseen import EvaluateOptions, Heldout, read_heldout
+
+
+def _results(found: dict[str, Tallies], heldout: Heldout) -> Iterator[dict[str, Any]]:
+    for name, tallies in found.items():
+        yield {"file": heldout.name, "cells": len(heldout.tokens), "predictor": name, **tallies.summary()}
+
+
+def _show(results: list[dict[str, Any]]) -> Table:
+    """The most read columns."""
+    columns = {f"macro_hits@{k}": f"macro @{k}" for k in (1, 10, 100)}
+    columns |= {f"micro_hits@{k}": f"micro @{k}" for k in (1, 10, 100)}
+    columns |= {"perplexity": "perplexity"}
+    columns |= {f"spearman@{top}": f"rho @{top}" for top in (100, 500, 2000)} | {"coverage@100": "coverage @100"}
+    table = Table("file", "cells", "predictor", *columns.values())
+    for row in results:
+        values = [row.get(name) for name in columns]
+        cells = ["" if value is None or np.isnan(value) else f"{value:.4g}" for value in values]
+        table.add_row(row["file"], f"{row['cells']:,}", row["predictor"], *cells)
+    return table
+
+
+def run(
+    checkpoint_path: str, files: Sequence[str], *, options: EvaluateOptions, corpus_path: str | None, out: Path | None
+) -> list[dict[str, Any]]:
+    """Evaluate, print a table, and write JSON.
+
+    Raises
+    ------
+    PerturbScopeError
+        As :func:`evaluate`, :func:`read_heldout`, :func:`training.checkpoint.load_checkpoint`; InvalidParameterError
+        for an `out` that cannot be written, VocabularyMismatchError for a corpus of other tokens.
+    """
+    if out is not None:
+        check_output(out, (".json",))
+    checkpoint = load_checkpoint(checkpoint_path)
+    corpus = None if corpus_path is None else Corpus(corpus_path)
+    if corpus is not None and corpus.vocabulary.hash != checkpoint.vocabulary.hash:
+        raise VocabularyMismatchError(
+            f"The corpus {corpus_path} has the vocabulary {corpus.vocabulary.hash[:12]}, the checkpoint "
+            f"{checkpoint.vocabulary.hash[:12]}. Give the corpus that the model was trained on.",
+            field="corpus",
+        )
+    frequencies = None if corpus is None else corpus_frequencies(corpus, options.max_length)
+    results, left_out = [], {}
+    with console.cell_progress() as progress:
+        for path in files:
+            heldout = read_heldout(path, checkpoint, options=options, corpus=corpus)
+            found = evaluate(checkpoint, heldout, options=options, frequencies=frequencies, progress=progress)
+            results += list(_results(found, heldout))
+            left_out[heldout.name] = heldout.left_out
+    Console(width=200).print(_show(results))
+    if out is not None:
+        facts = {
+            "checkpoint": str(checkpoint_path),
+            "vocabulary_hash": checkpoint.vocabulary.hash,
+            "corpus": corpus_path,
+            "options": vars(options),
+            "left_out": left_out,
+            "results": [{name: _plain(value) for name, value in row.items()} for row in results],
+        }
+        with atomic(out) as staging:
+            staging.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    defaults = EvaluateOptions()
+    parser = argparse.ArgumentParser(description="Score a pre-trained checkpoint on cells it was not trained on.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("files", metavar="CELLS.h5ad", nargs="+")
+    parser.add_argument("--corpus", help="the training corpus: leave its cells out, and score gene frequencies")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    for name in ("cells", "min_genes", "max_length", "batch", "seed"):
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=getattr(defaults, name), help="default %(default)s")
+    parser.add_argument("--mask-probability", type=float, default=defaults.mask_probability, help="default %(default)s")
+    for name in ("layer", "gene_key", "total_counts_key"):
+        parser.add_argument(f"--{name.replace('_', '-')}", default=None)
+    parser.add_argument("--device", default=defaults.device, help="cpu or cuda")
+    given = vars(parser.parse_args(arguments))
+    paths = {name: given.pop(name) for name in ("checkpoint", "files", "corpus", "out")}
+
+    def body() -> None:
+        options = EvaluateOptions(**given)
+        run(paths["checkpoint"], paths["files"], options=options, corpus_path=paths["corpus"], out=paths["out"])
+
+    return console.run(body)

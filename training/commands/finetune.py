@@ -1,0 +1,151 @@
+"""``python -m training finetune CONFIG``: fine-tune a pre-trained model on perturbation screens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.errors import InvalidParameterError
+from training import console, strict
+from training.checkpoint import Checkpoint, load_checkpoint
+from training.config import ContrastiveConfig, CorpusConfig
+from training.contrastive import ContrastiveTask
+from training.corpus import build_corpus, name_of
+from training.heldout import write_heldout
+from training.mixed import MixedTask
+from training.process import Process
+from training.runs import StageTask, run_stage
+from training.shards import Corpus
+from training.splits import DataSplit, load_splits, make_splits, save_splits
+from training.strict import plain
+
+SPLITS = "splits.json"
+
+
+HELDOUT = "heldout.h5ad"
+
+
+def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | None:
+    """Run the stage; the checkpoint's path (None in other processes than the first).
+
+    Beside the checkpoint it leaves ``splits.json``, ``metrics.json`` and, for each data set, the held-out cells:
+    ``heldout.h5ad``, or ``heldout-<name>.h5ad`` where there are several.
+
+    Raises
+    ------
+    PerturbScopeError
+        As :func:`training.corpus.build_corpus`, :func:`training.splits.make_splits`, :func:`training.loop.train` and
+        :func:`training.checkpoint.save_checkpoint`.
+    """
+    output = Path(config.output)
+    checkpoint = load_checkpoint(config.checkpoint)
+    cells = _completed(config, checkpoint)
+
+    def prepare() -> None:
+        with console.cell_progress() as progress:
+            corpus = build_corpus(cells, vocabulary=checkpoint.vocabulary, overwrite=overwrite, progress=progress)
+        console.show_corpus(corpus)
+        output.mkdir(parents=True, exist_ok=True)
+        fingerprint = _split_fingerprint(config, corpus)
+        if load_splits(output / SPLITS, fingerprint=fingerprint) is None:
+            with console.cell_progress() as progress:
+                splits = make_splits(corpus, cells.sources, config.degs, config.split, progress=progress)
+            save_splits(output / SPLITS, splits, fingerprint=fingerprint)
+
+    def make(process: Process) -> tuple[StageTask, Corpus, dict[str, Any]]:
+        corpus = Corpus(cells.path)
+        splits = load_splits(output / SPLITS, fingerprint=_split_fingerprint(config, corpus)) or []
+        for split in splits:
+            listed = (f"{part}: {', '.join(split.targets[part]) or 'none'}" for part in ("train", "validation", "test"))
+            console.console().print(f"{split.name}: {'; '.join(listed)}")
+        objective = ContrastiveTask if config.mixed is None else MixedTask
+        task: StageTask = objective(replace(config, corpus=cells), corpus, splits, checkpoint, process)
+        return task, corpus, _facts(splits, checkpoint)
+
+    path = run_stage(
+        "margin contrastive loss on pairs of cells" if config.mixed is None else "mixed batches",
+        config,
+        prepare=prepare,
+        make=make,
+        overwrite=overwrite,
+        select_best=config.select == "best",
+    )
+    if path is not None:
+        corpus = Corpus(cells.path)
+        splits = load_splits(output / SPLITS, fingerprint=_split_fingerprint(config, corpus)) or []
+        alone = sum(not source.unlabelled for source in cells.sources) == 1
+        for number, (source, split) in enumerate(zip(cells.sources, splits, strict=True)):
+            if source.unlabelled:
+                continue
+            target = output / (HELDOUT if alone else f"heldout-{split.name}.h5ad")
+            found = write_heldout(target, corpus, number, source, split, score_ineligible=config.split.score_ineligible)
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in found.items())
+            console.console().print(f"{target}: {kinds} cells")
+    return path
+
+
+def corpus_config(config: ContrastiveConfig) -> tuple[CorpusConfig, GeneVocabulary]:
+    """The corpus of the stage, with the checkpoint's vocabulary. Raises as :func:`finetune`."""
+    checkpoint = load_checkpoint(config.checkpoint)
+    return _completed(config, checkpoint), checkpoint.vocabulary
+
+
+def _completed(config: ContrastiveConfig, checkpoint: Checkpoint) -> CorpusConfig:
+    """The corpus' configuration with what the checkpoint decides, and all labels that are needed.
+
+    Raises
+    ------
+    InvalidParameterError
+        Family or length do not suit the checkpoint, or two data sets have one name.
+    """
+    cells = config.corpus
+    if cells.family != checkpoint.family:
+        raise InvalidParameterError(
+            f"The checkpoint is of the family {checkpoint.family}, the corpus of {cells.family}.", field="corpus.family"
+        )
+    longest = int(checkpoint.model_config["max_length"])
+    if cells.max_length > longest:
+        raise InvalidParameterError(
+            f"corpus.max_length is {cells.max_length}, but the checkpoint's model takes {longest} tokens. Lower it.",
+            field="corpus.max_length",
+        )
+    contexts = (source.context_key for source in cells.sources if source.context_key is not None)
+    labels = dict.fromkeys((*cells.labels, *(source.perturbation_key for source in cells.sources), *contexts))
+    named = tuple(replace(source, name=name_of(source)) for source in cells.sources)
+    return replace(cells, labels=tuple(labels), sources=named)
+
+
+def _split_fingerprint(config: ContrastiveConfig, corpus: Corpus) -> str:
+    values = [plain(config.degs), plain(config.split), corpus.manifest["fingerprint"]]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _facts(splits: Sequence[DataSplit], checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the provenance says beyond data and hyper-parameters."""
+    return {
+        "split": {
+            split.name: {
+                "targets": split.targets,
+                "controls": {part: len(rows) for part, rows in split.controls.items()},
+                "degs": split.degs,
+            }
+            for split in splits
+        },
+        "untrained": "the last block and the language-model head: the embedding is taken before them",
+        "parent": {"path": str(checkpoint.path), **checkpoint.provenance},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    options = console.parser("Fine-tune a pre-trained model on perturbation screens.").parse_args(arguments)
+
+    def train() -> None:
+        finetune(strict.read(ContrastiveConfig, options.config, options.set), overwrite=options.overwrite)
+
+    return console.run(train)

@@ -1,0 +1,49 @@
+"""``python -m training pretrain CONFIG``: pre-train a model on a corpus of cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training import console, strict
+from training.config import PretrainConfig
+from training.corpus import build_corpus
+from training.pretrain import MaskedTask
+from training.process import Process
+from training.runs import run_stage
+from training.shards import Corpus
+
+
+def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:
+    """Run the stage; the checkpoint's path (None in other processes than the first).
+
+    Raises
+    ------
+    PerturbScopeError
+        As :func:`training.corpus.build_corpus`, :func:`training.loop.train` and
+        :func:`training.checkpoint.save_checkpoint`.
+    """
+
+    def prepare() -> None:
+        with console.cell_progress() as progress:
+            corpus = build_corpus(config.corpus, overwrite=overwrite, progress=progress)
+        console.show_corpus(corpus)
+
+    def make(process: Process) -> tuple[MaskedTask, Corpus, dict[str, Any]]:
+        corpus = Corpus(config.corpus.path)
+        task = MaskedTask(config, corpus, process)
+        facts = {"train_cells": len(task.train_cells), "validation_cells": len(task.validation_cells)}
+        return task, corpus, facts
+
+    return run_stage("masked language model", config, prepare=prepare, make=make, overwrite=overwrite)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    options = console.parser("Pre-train a model on a corpus of cells.").parse_args(arguments)
+
+    def train() -> None:
+        pretrain(strict.read(PretrainConfig, options.config, options.set), overwrite=options.overwrite)
+
+    return console.run(train)
