@@ -87,7 +87,7 @@ class CorpusConfig:
     family: str = "rank"
     """Model family, which makes the tokens."""
     vocabulary: str = "geneformer_gc30m"
-    """The published medians (Theodoris et al. 2023), or a TSV file that training.medians wrote."""
+    """The published medians (Theodoris et al. 2023), or a TSV file that training.data.medians wrote."""
     max_length: int = 2048
     """Tokens kept of a cell."""
     min_genes: int = 500

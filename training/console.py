@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from perturbscope.errors import InvalidInputError, PerturbScopeError
-from training.shards import Corpus
+from training.data.shards import Corpus
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForMaskedLM
 
-from training.batches import padded
 from training.checkpoint import Checkpoint
 from training.config import ContrastiveConfig
+from training.data.batches import padded
+from training.data.shards import Corpus
+from training.data.splits import DataSplit
 from training.loop import Evaluate, derive_seed
 from training.losses import ContrastiveModule, squared_distances
 from training.pairs import PairBatch, PairSampler
 from training.pooling import PooledEncoder
 from training.process import Process
 from training.screens import groups_of, median_z
-from training.shards import Corpus
-from training.splits import DataSplit
 
 _PAIRS, _VALIDATION = 21, 22
 _LOGGED_BATCHES = 20

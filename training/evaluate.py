@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from evaluation.mlm import GeneFrequencies, HitTally, Judged, RankTally, choose_masked, copied, judge
 from perturbscope.errors import ProviderUnavailableError, UnsupportedBundleError
 from training.checkpoint import Checkpoint
-from training.shards import Corpus
+from training.data.shards import Corpus
 from training.unseen import EvaluateOptions, Heldout
 
 LOGIT_VALUES = 16_000_000

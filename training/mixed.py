@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from transformers import BertForMaskedLM
 
 from perturbscope.errors import InvalidParameterError
-from training.augment import hide_genes
-from training.batches import padded
 from training.checkpoint import Checkpoint
 from training.config import ContrastiveConfig, MixedConfig, PanelConfig
+from training.data.augment import hide_genes
+from training.data.batches import padded
+from training.data.shards import Corpus
+from training.data.splits import DataSplit
 from training.geometry import expression_of, fit_geometry
 from training.loop import Evaluate, derive_seed
 from training.pooling import PooledEncoder
 from training.pools import UNLABELLED, MixedSampler, Pool
 from training.process import Process
 from training.screens import groups_of, median_z
-from training.shards import Corpus
-from training.splits import DataSplit
 from training.terms import MixedModule
 
 _BATCHES, _VALIDATION, _HEAD, _VIEW = 51, 52, 53, 54

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from perturbscope.errors import InvalidParameterError
 from training import families
-from training.augment import hide_genes
-from training.batches import by_length, padded
 from training.config import PretrainConfig
+from training.data.augment import hide_genes
+from training.data.batches import by_length, padded
+from training.data.length_sampler import LengthGroupedSampler
+from training.data.shards import Corpus
 from training.loop import Evaluate, derive_seed
 from training.process import Process
-from training.sampling import LengthGroupedSampler
-from training.shards import Corpus
 
 _WEIGHTS, _SPLIT, _VALIDATION = 11, 12, 13
 

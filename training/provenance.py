@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from training.shards import Corpus
+from training.data.shards import Corpus
 
 _PACKAGES = ("torch", "transformers", "deepspeed", "numpy")
 

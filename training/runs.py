@@ -15,9 +15,9 @@ from training import provenance
 from training.checkpoint import save_checkpoint
 from training.config import ContrastiveConfig, PretrainConfig
 from training.console import console
+from training.data.shards import Corpus
 from training.loop import Outcome, Task, start_anew, train
 from training.process import Process, join, leave
-from training.shards import Corpus
 from training.strict import plain
 
 CHECKPOINT = "checkpoint"

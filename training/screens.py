@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.scoring.control import ScoreOptions, score_perturbations
-from training.batches import by_length, padded
 from training.config import ContrastiveConfig
+from training.data.batches import by_length, padded
+from training.data.shards import Corpus
+from training.data.splits import DataSplit
 from training.loop import Evaluate
 from training.pairs import Group
-from training.shards import Corpus
-from training.splits import DataSplit
 
 _SCORED_CELLS = 300
 """Cells of a target, and controls, that are embedded to measure the validation z."""

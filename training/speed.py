@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from perturbscope.cells.genes import GeneVocabulary
 from training import families
 from training.config import ContrastiveConfig, PretrainConfig
-from training.corpus import read_vocabulary
+from training.data.corpus import read_vocabulary
 from training.engine import PlainEngine
 from training.flops import ModelSize, cell_cost, model_size
 from training.losses import ContrastiveModule

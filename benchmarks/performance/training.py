@@ -87,7 +87,7 @@ def build(folder: Path, max_length: int) -> Any:
     """The tokens of default-pretrain.yaml's cells."""
     from training import strict
     from training.config import PretrainConfig
-    from training.corpus import build_corpus
+    from training.data.corpus import build_corpus
 
     path = folder / f"corpus-{max_length}"
     changes = [f"corpus.path={path}", f"corpus.max_length={max_length}"]
@@ -199,7 +199,7 @@ def trainer_padding(lengths: NDArray[np.integer[Any]], batch: int) -> float:
 
 def our_padding(lengths: NDArray[np.integer[Any]], batch: int) -> float:
     """Of an epoch of the whole corpus in this project's order."""
-    from training.sampling import LengthGroupedSampler
+    from training.data.length_sampler import LengthGroupedSampler
 
     return padding_of(lengths, LengthGroupedSampler(lengths, batch=batch).batches(0))
 

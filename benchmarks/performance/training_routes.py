@@ -207,8 +207,8 @@ def _child(pipe: Any, work: Any, job: Job, options: dict[str, Any]) -> None:
 def ours(pace: Pace, job: Job, folder: Path, *, warm: int = 1, **loop: Any) -> None:
     """:func:`training.loop.train` with a task that keeps the pace."""
     from training import loop as training_loop
+    from training.data.shards import Corpus
     from training.process import join, leave
-    from training.shards import Corpus
 
     config = job.config(**loop)
     process = join(config.loop)
@@ -246,7 +246,7 @@ def held_out_batch(corpus: Any, numbers: NDArray[np.int64]) -> dict[str, Any]:
     import torch
 
     from training import families
-    from training.batches import padded
+    from training.data.batches import padded
 
     batch = padded(corpus, numbers)
     batch["input_ids"], batch["labels"] = families.load(corpus.manifest["family"]).mask_batch(
@@ -264,9 +264,9 @@ def trainer(pace: Pace, job: Job, folder: Path, *, precision: str = "fp32") -> N
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from training import families
+    from training.data.shards import Corpus
     from training.pretrain import MaskedTask
     from training.process import join
-    from training.shards import Corpus
 
     corpus = Corpus(job.corpus)
     family = families.load(corpus.manifest["family"])

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from training import console, strict
     from training.config import CorpusConfig
-    from training.sources import coded, keep_cells, name_of, open_source
+    from training.data.sources import coded, keep_cells, name_of, open_source
 
     parser = console.parser("List what the filters of a training configuration would keep, without reading counts.")
     options = parser.parse_args(arguments)

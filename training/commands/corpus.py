@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from perturbscope.cells.genes import GeneVocabulary
 from training import console, strict
 from training.config import ContrastiveConfig, CorpusConfig
-from training.corpus import build_corpus
+from training.data.corpus import build_corpus
 
 
 def _of_stage(path: str, overrides: Sequence[str]) -> tuple[CorpusConfig, GeneVocabulary | None]:

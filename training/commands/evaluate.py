@@ -16,8 +16,8 @@ from perturbscope.cells.files import atomic, check_output
 from perturbscope.errors import VocabularyMismatchError
 from training import console
 from training.checkpoint import load_checkpoint
+from training.data.shards import Corpus
 from training.evaluate import Tallies, _plain, corpus_frequencies, evaluate
-from training.shards import Corpus
 from training.unseen import EvaluateOptions, Heldout, read_heldout
 
 

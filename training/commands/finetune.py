@@ -15,13 +15,13 @@ from training import console, strict
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.config import ContrastiveConfig, CorpusConfig
 from training.contrastive import ContrastiveTask
-from training.corpus import build_corpus, name_of
-from training.heldout import write_heldout
+from training.data.corpus import build_corpus, name_of
+from training.data.heldout import write_heldout
+from training.data.shards import Corpus
+from training.data.splits import DataSplit, load_splits, make_splits, save_splits
 from training.mixed import MixedTask
 from training.process import Process
 from training.runs import StageTask, run_stage
-from training.shards import Corpus
-from training.splits import DataSplit, load_splits, make_splits, save_splits
 from training.strict import plain
 
 SPLITS = "splits.json"
@@ -39,8 +39,8 @@ def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | No
     Raises
     ------
     PerturbScopeError
-        As :func:`training.corpus.build_corpus`, :func:`training.splits.make_splits`, :func:`training.loop.train` and
-        :func:`training.checkpoint.save_checkpoint`.
+        As :func:`training.data.corpus.build_corpus`, :func:`training.data.splits.make_splits`,
+        :func:`training.loop.train` and :func:`training.checkpoint.save_checkpoint`.
     """
     output = Path(config.output)
     checkpoint = load_checkpoint(config.checkpoint)

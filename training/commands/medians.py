@@ -9,7 +9,7 @@ from pathlib import Path
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
 from training import console, strict
 from training.config import CorpusConfig
-from training.medians import corpus_medians
+from training.data.medians import corpus_medians
 
 
 def _read_genes(path: Path) -> list[str]:

@@ -8,11 +8,11 @@ from typing import Any
 
 from training import console, strict
 from training.config import PretrainConfig
-from training.corpus import build_corpus
+from training.data.corpus import build_corpus
+from training.data.shards import Corpus
 from training.pretrain import MaskedTask
 from training.process import Process
 from training.runs import run_stage
-from training.shards import Corpus
 
 
 def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:
@@ -21,7 +21,7 @@ def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:
     Raises
     ------
     PerturbScopeError
-        As :func:`training.corpus.build_corpus`, :func:`training.loop.train` and
+        As :func:`training.data.corpus.build_corpus`, :func:`training.loop.train` and
         :func:`training.checkpoint.save_checkpoint`.
     """
 

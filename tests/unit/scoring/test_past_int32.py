@@ -15,8 +15,8 @@ from perturbscope.errors import CorruptBundleError
 from tests.training_screens import pretrain_values
 from training import strict
 from training.config import PretrainConfig
-from training.corpus import build_corpus
-from training.shards import Corpus
+from training.data.corpus import build_corpus
+from training.data.shards import Corpus
 
 GENES, CELLS = 30_000, 72_000
 N_VALUES = GENES * CELLS

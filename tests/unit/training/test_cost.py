@@ -17,8 +17,8 @@ from training import cost as module
 from training import strict
 from training.commands import cost as command
 from training.config import ContrastiveConfig, LossConfig, PretrainConfig
-from training.corpus import build_corpus
 from training.cost import HARDWARE, Speed, estimate, speed_of_log
+from training.data.corpus import build_corpus
 from training.families import rank
 from training.flops import ModelSize, cell_cost
 from training.losses import ContrastiveModule

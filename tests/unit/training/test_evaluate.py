@@ -15,7 +15,7 @@ from training import strict
 from training.checkpoint import load_checkpoint
 from training.commands.evaluate import main
 from training.config import PretrainConfig
-from training.corpus import build_corpus
+from training.data.corpus import build_corpus
 from training.evaluate import corpus_frequencies, evaluate
 from training.unseen import EvaluateOptions, Heldout, read_heldout
 
@@ -70,7 +70,7 @@ def test_neither_batches_nor_the_bound_on_logits_change_a_score(checkpoint, held
 
 
 def test_baselines_stand_beside_the_model(folder, checkpoint, heldout):
-    from training.shards import Corpus
+    from training.data.shards import Corpus
 
     seen = []
     frequencies = corpus_frequencies(Corpus(folder / "corpus"), 40)
@@ -92,7 +92,7 @@ def test_baselines_stand_beside_the_model(folder, checkpoint, heldout):
 
 
 def test_cells_of_the_corpus_are_left_out(folder, checkpoint):
-    from training.shards import Corpus
+    from training.data.shards import Corpus
 
     corpus = Corpus(folder / "corpus")
     found = read_heldout(folder / "screen.h5ad", checkpoint, options=EvaluateOptions(), corpus=corpus)

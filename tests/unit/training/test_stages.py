@@ -26,11 +26,11 @@ from training.commands import pretrain
 from training.commands.finetune import finetune
 from training.config import ContrastiveConfig, DegConfig, PretrainConfig, SplitConfig
 from training.contrastive import ContrastiveTask
+from training.data.shards import Corpus
+from training.data.splits import divide, load_splits, make_splits
 from training.journal import read_log
 from training.pretrain import MaskedTask
 from training.process import Process
-from training.shards import Corpus
-from training.splits import divide, load_splits, make_splits
 
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -256,7 +256,7 @@ def test_weak_targets_are_not_eligible_whatever_the_number_of_passes(
     corpus = Corpus(config.corpus.path)
     arguments = (corpus, config.corpus.sources, DegConfig(min_degs=5), config.split)
     (whole,) = make_splits(*arguments)
-    monkeypatch.setattr("training.splits._VALUES_AT_ONCE", 500)
+    monkeypatch.setattr("training.data.splits._VALUES_AT_ONCE", 500)
     (parts,) = make_splits(*arguments)
     assert parts == whole
     assert set(whole.degs) == set(TARGETS)

@@ -15,12 +15,12 @@ from perturbscope.cells.readers import open_cells
 from perturbscope.errors import CorruptBundleError, InvalidParameterError, NotRawCountsError, UnreadableFileError
 from perturbscope.families import load_family
 from tests.training_screens import VOCABULARY, contrastive_values, screen, write_screen, write_vocabulary
-from training import corpus as module
-from training.batches import by_length, padded
 from training.commands import corpus as command
 from training.config import CorpusConfig, SourceConfig
-from training.corpus import build_corpus
-from training.shards import Corpus
+from training.data import corpus as module
+from training.data.batches import by_length, padded
+from training.data.corpus import build_corpus
+from training.data.shards import Corpus
 
 
 @pytest.fixture

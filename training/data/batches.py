@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from perturbscope.families.tokens import pad
-from training.shards import Corpus
+from training.data.shards import Corpus
 
 
 def padded(corpus: Corpus, numbers: NDArray[np.integer[Any]], *, multiple: int = 1) -> dict[str, Tensor]:

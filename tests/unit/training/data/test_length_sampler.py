@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from perturbscope.errors import InvalidParameterError
-from training.sampling import LengthGroupedSampler
+from training.data.length_sampler import LengthGroupedSampler
 
 
 def lengths_of(n: int, seed: int = 0) -> NDArray[np.int32]:

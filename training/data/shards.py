@@ -183,7 +183,7 @@ class Corpus:
     Parameters
     ----------
     path
-        The directory that ``training.corpus`` wrote.
+        The directory that ``training.data.corpus`` wrote.
 
     Raises
     ------

@@ -9,10 +9,11 @@ from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.cells.readers import open_cells
 from perturbscope.errors import InvalidParameterError
 from tests.training_screens import VOCABULARY, write_screen
-from training import medians, strict
+from training import strict
 from training.commands import medians as command
 from training.config import CorpusConfig, SourceConfig
-from training.medians import MedianSketch, corpus_medians, exact_medians
+from training.data import medians
+from training.data.medians import MedianSketch, corpus_medians, exact_medians
 
 
 def test_exact_medians_equal_numpy(rng: np.random.Generator) -> None:

@@ -24,9 +24,9 @@ from perturbscope.errors import (
     TooFewCellsError,
 )
 from training.config import DegConfig, SourceConfig, SplitConfig
-from training.corpus import chunks, name_of, open_source
+from training.data.corpus import chunks, name_of, open_source
+from training.data.shards import Corpus
 from training.provenance import write_json
-from training.shards import Corpus
 
 PARTS = ("train", "validation", "test")
 INELIGIBLE = "ineligible"

@@ -24,15 +24,15 @@ from perturbscope.errors import (
 )
 from tests.soma_store import write_store
 from tests.training_screens import VOCABULARY, screen, write_vocabulary
-from training import census
-from training import corpus as corpus_module
-from training.census import SomaSource
 from training.commands import census as census_command
 from training.commands import corpus as corpus_command
 from training.config import CorpusConfig, SomaConfig, SourceConfig
-from training.corpus import build_corpus
-from training.medians import corpus_medians
-from training.shards import Corpus
+from training.data import corpus as corpus_module
+from training.data import soma
+from training.data.corpus import build_corpus
+from training.data.medians import corpus_medians
+from training.data.shards import Corpus
+from training.data.soma import SomaSource
 
 N = 130
 
@@ -226,10 +226,10 @@ def test_a_changed_store_is_another_source_and_a_published_one_is_known_by_its_a
     counts[0, :] += 1
     write_store(tmp_path / "changed", counts, VOCABULARY.gene_ids, labels())
     (source,) = config.sources
-    assert census.soma_identity(source) == census.soma_identity(source)
-    assert census.soma_identity(source) != census.soma_identity(replace(source, path=str(tmp_path / "changed")))
+    assert soma.soma_identity(source) == soma.soma_identity(source)
+    assert soma.soma_identity(source) != soma.soma_identity(replace(source, path=str(tmp_path / "changed")))
     public = replace(source, path="s3://nowhere/2023-07-25/soma/")
-    assert census.soma_identity(public) == census.soma_identity(replace(public, path="s3://nowhere/2023-07-25/soma"))
+    assert soma.soma_identity(public) == soma.soma_identity(replace(public, path="s3://nowhere/2023-07-25/soma"))
 
 
 @pytest.mark.parametrize(
@@ -255,15 +255,15 @@ def test_what_is_not_there_is_named(
 
 def test_a_count_of_an_unknown_gene_is_damage(config: CorpusConfig, tmp_path: Path) -> None:
     with SomaSource(config.sources[0]) as cells:
-        rows = census.SomaRows(cells._soma_rows._array, np.arange(N), np.arange(0, 60, 2))
+        rows = soma.SomaRows(cells._soma_rows._array, np.arange(N), np.arange(0, 60, 2))
         with pytest.raises(MalformedMatrixError, match="var does not have"):
             rows.rows(0, 3)
 
 
 def test_a_lost_connection_is_not_bad_input() -> None:
-    with pytest.raises(ServerUnreachableError, match="Run the same command again"), census._reading("s3://a/b"):
+    with pytest.raises(ServerUnreachableError, match="Run the same command again"), soma._reading("s3://a/b"):
         raise RuntimeError("S3: timeout")
-    with pytest.raises(UnreadableFileError, match="timeout"), census._reading("a/b"):
+    with pytest.raises(UnreadableFileError, match="timeout"), soma._reading("a/b"):
         raise RuntimeError("timeout")
 
 

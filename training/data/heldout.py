@@ -10,9 +10,9 @@ import numpy as np
 from scipy import sparse
 
 from training.config import SourceConfig
-from training.corpus import chunks, open_source
-from training.shards import Corpus
-from training.splits import INELIGIBLE, DataSplit
+from training.data.corpus import chunks, open_source
+from training.data.shards import Corpus
+from training.data.splits import INELIGIBLE, DataSplit
 
 
 def write_heldout(

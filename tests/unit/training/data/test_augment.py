@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from perturbscope.errors import InvalidParameterError
-from training.augment import hide_genes
 from training.config import PanelConfig
+from training.data.augment import hide_genes
 
 
 def batch(n_cells: int = 40, length: int = 50, n_tokens: int = 200) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Files of counts to token shards, splits and batches."""
