@@ -31,7 +31,7 @@ from training import strict
 from training.checkpoint import load_checkpoint
 from training.commands.finetune import finetune
 from training.config import ContrastiveConfig
-from training.pooling import PooledEncoder
+from training.families.rank.pooling import PooledEncoder
 
 CONFIG = Path("training/configs/default-contrastive.yaml")
 TOTALS = "total_umi_full_transcriptome"

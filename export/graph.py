@@ -20,7 +20,7 @@ from transformers import BertForMaskedLM
 
 from export import GraphError
 from perturbscope.inference.encoder import OUTPUT
-from training.pooling import PooledEncoder
+from training.families.rank.pooling import PooledEncoder
 
 INPUTS = ("input_ids", "attention_mask")
 """Inputs of the graph, both int64 [batch, length]."""

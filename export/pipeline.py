@@ -23,7 +23,7 @@ from perturbscope.inference.bundle import GOLDEN, MODEL_CARD, VOCABULARY, Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.golden_making import make_golden
 from training.checkpoint import Checkpoint, load_checkpoint
-from training.pooling import LAYER, POOLING
+from training.families.rank.pooling import LAYER, POOLING
 
 VariantName = Literal["fp16", "fp16-flash", "int8"]
 VARIANTS: dict[str, Callable[[ModelProto], ModelProto]] = {

@@ -10,7 +10,7 @@ from transformers import BertForMaskedLM
 
 from perturbscope.cells.genes import GeneVocabulary
 from training.checkpoint import save_checkpoint
-from training.families.rank import RankModelConfig, build_model
+from training.families.rank.model import RankModelConfig, build_model
 
 TINY_MODEL = RankModelConfig(layers=3, hidden=32, heads=4, feed_forward=48, max_length=40, init_sd=0.3)
 """Weights ten times as large as usual, so that blocks and positions matter in an untrained model."""

@@ -20,10 +20,10 @@ from training.config import ContrastiveConfig
 from training.data.batches import padded
 from training.data.shards import Corpus
 from training.data.splits import DataSplit
+from training.families.rank.pooling import PooledEncoder
 from training.loop import Evaluate, derive_seed
 from training.losses import ContrastiveModule, squared_distances
 from training.pairs import PairBatch, PairSampler
-from training.pooling import PooledEncoder
 from training.process import Process
 from training.screens import groups_of, median_z
 

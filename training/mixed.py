@@ -19,9 +19,9 @@ from training.data.augment import hide_genes
 from training.data.batches import padded
 from training.data.shards import Corpus
 from training.data.splits import DataSplit
+from training.families.rank.pooling import PooledEncoder
 from training.geometry import expression_of, fit_geometry
 from training.loop import Evaluate, derive_seed
-from training.pooling import PooledEncoder
 from training.pools import UNLABELLED, MixedSampler, Pool
 from training.process import Process
 from training.screens import groups_of, median_z

@@ -19,9 +19,9 @@ from training import families
 from training.config import ContrastiveConfig, PretrainConfig
 from training.data.corpus import read_vocabulary
 from training.engine import PlainEngine
+from training.families.rank.pooling import PooledEncoder
 from training.flops import ModelSize, cell_cost, model_size
 from training.losses import ContrastiveModule
-from training.pooling import PooledEncoder
 from training.process import join, leave
 
 _WARM_UP = 2

@@ -70,7 +70,7 @@ def paper_weights() -> Weights:
 
     from export.pipeline import export_checkpoint
     from training.checkpoint import save_checkpoint
-    from training.families.rank import RankModelConfig, build_model
+    from training.families.rank.model import RankModelConfig, build_model
 
     checkpoint, bundle = BUILT / "paper-shape-checkpoint", BUILT / "paper-shape"
     vocabulary = Bundle.open(DEFAULT).vocabulary
@@ -97,7 +97,7 @@ def from_bundle(path: Path) -> BertForMaskedLM:
     import torch
     from onnx import numpy_helper
 
-    from training.families.rank import build_model, parse_config
+    from training.families.rank.model import build_model, parse_config
 
     bundle = Bundle.open(path)
     graph = onnx.load(bundle.graph()).graph

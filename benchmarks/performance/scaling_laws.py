@@ -203,7 +203,7 @@ def build_widths(sizes: tuple[int, ...]) -> None:
 
     from export.pipeline import export_checkpoint
     from training.checkpoint import save_checkpoint
-    from training.families.rank import RankModelConfig, build_model
+    from training.families.rank.model import RankModelConfig, build_model
 
     vocabulary = Bundle.open(DEFAULT).vocabulary
     for size in sizes:

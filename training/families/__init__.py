@@ -1,12 +1,12 @@
 """The torch half of each model family; the tokenizers are in :mod:`perturbscope.families`, under the same names.
 
-To add a family, put ``<name>.py`` with the functions of :class:`TrainingFamily` into this folder.
+To add a family, put ``<name>/model.py`` with the functions of :class:`TrainingFamily` into this folder and name it in
+:data:`FAMILIES`.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import UnsupportedBundleError
+
+FAMILIES = ("rank",)
+"""Names of the families that can be trained, which are those of their folders."""
 
 
 class TrainingFamily(Protocol):
@@ -45,11 +48,6 @@ class TrainingFamily(Protocol):
         ...
 
 
-def available() -> tuple[str, ...]:
-    """Names of the families that can be trained."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
-
-
 def load(name: str) -> TrainingFamily:
     """The torch half of the family `name`.
 
@@ -58,9 +56,9 @@ def load(name: str) -> TrainingFamily:
     UnsupportedBundleError
         No such family is installed.
     """
-    if name not in available():
+    if name not in FAMILIES:
         raise UnsupportedBundleError(
-            f"The family {name!r} cannot be trained here; this version has {', '.join(available())}.",
+            f"The family {name!r} cannot be trained here; this version has {', '.join(FAMILIES)}.",
             field="family",
         )
-    return cast("TrainingFamily", importlib.import_module(f"{__name__}.{name}"))
+    return cast("TrainingFamily", importlib.import_module(f"{__name__}.{name}.model"))

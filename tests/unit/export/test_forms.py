@@ -15,7 +15,7 @@ from export.graph import build_graph, graph_facts, half_precision
 from export.parity import graph_runner
 from export.pipeline import VARIANTS
 from tests.models import TINY_MODEL, small_batch, small_model
-from training.pooling import PooledEncoder
+from training.families.rank.pooling import PooledEncoder
 
 EAGER = dataclasses.replace(TINY_MODEL, attention="eager")
 

@@ -12,7 +12,7 @@ from export import GraphError
 from export.graph import build_graph, check_graph, eight_bit, graph_facts, half_precision
 from export.parity import graph_runner
 from tests.models import TINY_MODEL, small_batch, small_model
-from training.pooling import PooledEncoder
+from training.families.rank.pooling import PooledEncoder
 
 EAGER = dataclasses.replace(TINY_MODEL, attention="eager")
 MATRICES = 62 * 32 + 40 * 32 + 2 * 32 + 2 * (4 * 32 * 32 + 2 * 32 * 48)

@@ -17,7 +17,7 @@ from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
 from tests.models import TINY_MODEL, small_checkpoint, small_model, small_vocabulary
 from training.checkpoint import save_checkpoint
-from training.families.rank import build_model
+from training.families.rank.model import build_model
 
 
 @pytest.fixture(scope="module")

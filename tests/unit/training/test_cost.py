@@ -19,10 +19,10 @@ from training.commands import cost as command
 from training.config import ContrastiveConfig, LossConfig, PretrainConfig
 from training.cost import HARDWARE, Speed, estimate, speed_of_log
 from training.data.corpus import build_corpus
-from training.families import rank
+from training.families.rank import model as rank
+from training.families.rank.pooling import PooledEncoder
 from training.flops import ModelSize, cell_cost
 from training.losses import ContrastiveModule
-from training.pooling import PooledEncoder
 from training.speed import measure
 
 PAPER = ModelSize()

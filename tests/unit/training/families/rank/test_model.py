@@ -10,7 +10,7 @@ from perturbscope.errors import InvalidParameterError, UnsupportedBundleError
 from perturbscope.families import FAMILIES
 from tests.models import TINY_MODEL, small_batch, small_model, small_vocabulary
 from training import families
-from training.families.rank import IGNORED, MaskedLM, RankModelConfig, build_model, mask_batch, parse_config
+from training.families.rank.model import IGNORED, MaskedLM, RankModelConfig, build_model, mask_batch, parse_config
 
 
 def masked(ids, mask, *, seed=0, probability=0.15):
@@ -60,7 +60,7 @@ class TestModel:
         assert caught.value.field == option
 
     def test_families_bear_the_names_of_the_tokenizers(self) -> None:
-        assert set(families.available()) <= set(FAMILIES)
+        assert set(families.FAMILIES) <= set(FAMILIES)
         assert families.load("rank").parse_config({"layers": 4}) == RankModelConfig(layers=4)
 
     @pytest.mark.parametrize("name", ["", "os", "..checkpoint", "rank.", "nonesuch"])

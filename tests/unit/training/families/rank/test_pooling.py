@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from tests.models import TINY_MODEL, small_batch, small_model
-from training.pooling import PooledEncoder, masked_mean
+from training.families.rank.pooling import PooledEncoder, masked_mean
 
 
 def by_definition(model, ids, mask):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.models import TINY_MODEL, small_batch, small_model
-from training.families.rank import IGNORED, MaskedLM, masked_lm
-from training.packed import Layout, attend, can_pack, states
+from training.families.rank.model import IGNORED, MaskedLM, masked_lm
+from training.families.rank.packed import Layout, attend, can_pack, states
 
 LENGTHS = (12, 7, 1, 12, 40)
 

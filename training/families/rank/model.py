@@ -19,8 +19,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import InvalidParameterError
-from training.head import summed_cross_entropy
-from training.packed import Layout, can_pack, states
+from training.families.rank.head import summed_cross_entropy
+from training.families.rank.packed import Layout, can_pack, states
 
 IGNORED = -100
 """Label of a token that is not to be predicted; what torch's cross-entropy ignores."""
@@ -183,8 +183,8 @@ class MaskedLM(nn.Module):
     """The masked-language loss, with the head and the last block's output computed at the masked tokens only.
 
     At 6 x 256 and a vocabulary of 25,000 a dense head is two fifths of the forward pass, and 85 % of it is thrown away.
-    Where :func:`training.packed.can_pack` says so, padding is not computed either, and the loss is summed piece by
-    piece; the loss is the same.
+    Where :func:`training.families.rank.packed.can_pack` says so, padding is not computed either, and the loss is summed
+    piece by piece; the loss is the same.
 
     Parameters
     ----------

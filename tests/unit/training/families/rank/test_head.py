@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.head import summed_cross_entropy
+from training.families.rank.head import summed_cross_entropy
 
 WORDS = 37
 

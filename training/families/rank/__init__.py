@@ -1,0 +1,1 @@
+"""The rank family: a BERT over ranked genes."""
