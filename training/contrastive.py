@@ -21,10 +21,10 @@ from training.data.batches import padded
 from training.data.shards import Corpus
 from training.data.splits import DataSplit
 from training.families.rank.pooling import PooledEncoder
-from training.loop import Evaluate, derive_seed
+from training.loop.loop import Evaluate, derive_seed
+from training.loop.process import Process
 from training.losses import ContrastiveModule, squared_distances
 from training.pairs import PairBatch, PairSampler
-from training.process import Process
 from training.screens import groups_of, median_z
 
 _PAIRS, _VALIDATION = 21, 22
@@ -33,7 +33,7 @@ _LOGGED_BATCHES = 20
 
 
 class ContrastiveTask:
-    """The contrastive objective on perturbation data sets. See :class:`training.loop.Task`.
+    """The contrastive objective on perturbation data sets. See :class:`training.loop.loop.Task`.
 
     Parameters
     ----------

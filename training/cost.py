@@ -26,7 +26,7 @@ from perturbscope.errors import InvalidParameterError, UnreadableFileError
 from training.config import ContrastiveConfig, PretrainConfig
 from training.data.shards import MANIFEST, Corpus
 from training.flops import CellCost, cell_cost, model_size
-from training.journal import read_log
+from training.loop.journal import read_log
 
 _WEEK = 7 * 86_400
 _WARM_UP = 3

@@ -21,9 +21,9 @@ from training.data.shards import Corpus
 from training.data.splits import DataSplit
 from training.families.rank.pooling import PooledEncoder
 from training.geometry import expression_of, fit_geometry
-from training.loop import Evaluate, derive_seed
+from training.loop.loop import Evaluate, derive_seed
+from training.loop.process import Process
 from training.pools import UNLABELLED, MixedSampler, Pool
-from training.process import Process
 from training.screens import groups_of, median_z
 from training.terms import MixedModule
 
@@ -31,7 +31,7 @@ _BATCHES, _VALIDATION, _HEAD, _VIEW = 51, 52, 53, 54
 
 
 class MixedTask:
-    """The objective of mixed batches on perturbation data sets. See :class:`training.loop.Task`.
+    """The objective of mixed batches on perturbation data sets. See :class:`training.loop.loop.Task`.
 
     Parameters
     ----------

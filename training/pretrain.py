@@ -22,14 +22,14 @@ from training.data.augment import hide_genes
 from training.data.batches import by_length, padded
 from training.data.length_sampler import LengthGroupedSampler
 from training.data.shards import Corpus
-from training.loop import Evaluate, derive_seed
-from training.process import Process
+from training.loop.loop import Evaluate, derive_seed
+from training.loop.process import Process
 
 _WEIGHTS, _SPLIT, _VALIDATION = 11, 12, 13
 
 
 class MaskedTask:
-    """The masked-language objective on a corpus. See :class:`training.loop.Task`.
+    """The masked-language objective on a corpus. See :class:`training.loop.loop.Task`.
 
     Parameters
     ----------

@@ -13,7 +13,7 @@ from training.config import ContrastiveConfig
 from training.data.batches import by_length, padded
 from training.data.shards import Corpus
 from training.data.splits import DataSplit
-from training.loop import Evaluate
+from training.loop.loop import Evaluate
 from training.pairs import Group
 
 _SCORED_CELLS = 300

@@ -18,11 +18,11 @@ from perturbscope.cells.genes import GeneVocabulary
 from training import families
 from training.config import ContrastiveConfig, PretrainConfig
 from training.data.corpus import read_vocabulary
-from training.engine import PlainEngine
 from training.families.rank.pooling import PooledEncoder
 from training.flops import ModelSize, cell_cost, model_size
+from training.loop.engine import PlainEngine
+from training.loop.process import join, leave
 from training.losses import ContrastiveModule
-from training.process import join, leave
 
 _WARM_UP = 2
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

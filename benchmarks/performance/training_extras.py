@@ -67,8 +67,8 @@ def loader(
     import torch
 
     from training.cost import HARDWARE
+    from training.loop.process import Process
     from training.pretrain import MaskedTask
-    from training.process import Process
 
     rows, found = [], {}
     threads = torch.get_num_threads()

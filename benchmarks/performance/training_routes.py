@@ -205,10 +205,10 @@ def _child(pipe: Any, work: Any, job: Job, options: dict[str, Any]) -> None:
 
 
 def ours(pace: Pace, job: Job, folder: Path, *, warm: int = 1, **loop: Any) -> None:
-    """:func:`training.loop.train` with a task that keeps the pace."""
-    from training import loop as training_loop
+    """:func:`training.loop.loop.train` with a task that keeps the pace."""
     from training.data.shards import Corpus
-    from training.process import join, leave
+    from training.loop import loop as training_loop
+    from training.loop.process import join, leave
 
     config = job.config(**loop)
     process = join(config.loop)
@@ -265,8 +265,8 @@ def trainer(pace: Pace, job: Job, folder: Path, *, precision: str = "fp32") -> N
 
     from training import families
     from training.data.shards import Corpus
+    from training.loop.process import join
     from training.pretrain import MaskedTask
-    from training.process import join
 
     corpus = Corpus(job.corpus)
     family = families.load(corpus.manifest["family"])

@@ -27,7 +27,7 @@ from training.checkpoint import load_checkpoint
 from training.commands.finetune import finetune
 from training.commands.pretrain import pretrain
 from training.config import ContrastiveConfig, PretrainConfig
-from training.journal import read_log
+from training.loop.journal import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 ZERO = {stage: str(ROOT / "training" / "configs" / f"zero{stage}.json") for stage in (1, 2)}

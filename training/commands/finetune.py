@@ -19,9 +19,9 @@ from training.data.corpus import build_corpus, name_of
 from training.data.heldout import write_heldout
 from training.data.shards import Corpus
 from training.data.splits import DataSplit, load_splits, make_splits, save_splits
+from training.loop.process import Process
+from training.loop.stage import StageTask, run_stage
 from training.mixed import MixedTask
-from training.process import Process
-from training.runs import StageTask, run_stage
 from training.strict import plain
 
 SPLITS = "splits.json"
@@ -40,7 +40,7 @@ def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | No
     ------
     PerturbScopeError
         As :func:`training.data.corpus.build_corpus`, :func:`training.data.splits.make_splits`,
-        :func:`training.loop.train` and :func:`training.checkpoint.save_checkpoint`.
+        :func:`training.loop.loop.train` and :func:`training.checkpoint.save_checkpoint`.
     """
     output = Path(config.output)
     checkpoint = load_checkpoint(config.checkpoint)

@@ -10,9 +10,9 @@ from training import console, strict
 from training.config import PretrainConfig
 from training.data.corpus import build_corpus
 from training.data.shards import Corpus
+from training.loop.process import Process
+from training.loop.stage import run_stage
 from training.pretrain import MaskedTask
-from training.process import Process
-from training.runs import run_stage
 
 
 def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:
@@ -21,7 +21,7 @@ def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:
     Raises
     ------
     PerturbScopeError
-        As :func:`training.data.corpus.build_corpus`, :func:`training.loop.train` and
+        As :func:`training.data.corpus.build_corpus`, :func:`training.loop.loop.train` and
         :func:`training.checkpoint.save_checkpoint`.
     """
 

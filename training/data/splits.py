@@ -26,7 +26,7 @@ from perturbscope.errors import (
 from training.config import DegConfig, SourceConfig, SplitConfig
 from training.data.corpus import chunks, name_of, open_source
 from training.data.shards import Corpus
-from training.provenance import write_json
+from training.loop.provenance import write_json
 
 PARTS = ("train", "validation", "test")
 INELIGIBLE = "ineligible"

@@ -20,10 +20,10 @@ from training.commands.finetune import finetune
 from training.config import ContrastiveConfig, PretrainConfig
 from training.data.shards import Corpus
 from training.data.splits import make_splits
-from training.journal import read_log
+from training.loop.journal import read_log
+from training.loop.process import Process
 from training.mixed import MixedTask, make_pools
 from training.pools import UNLABELLED, MixedSampler, Pool
-from training.process import Process
 
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 

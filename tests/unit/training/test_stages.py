@@ -28,9 +28,9 @@ from training.config import ContrastiveConfig, DegConfig, PretrainConfig, SplitC
 from training.contrastive import ContrastiveTask
 from training.data.shards import Corpus
 from training.data.splits import divide, load_splits, make_splits
-from training.journal import read_log
+from training.loop.journal import read_log
+from training.loop.process import Process
 from training.pretrain import MaskedTask
-from training.process import Process
 
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 

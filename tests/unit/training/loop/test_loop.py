@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from perturbscope.errors import InvalidParameterError, ProviderUnavailableError, UnreadableFileError
 from training.config import LoopConfig, OptimizerConfig
-from training.engine import deepspeed_config
 from training.errors import NonFiniteLossError
-from training.journal import draw_curve, read_log
-from training.loop import Evaluate, Outcome, derive_seed, plan_steps, train
-from training.optimizer import check_warmup, learning_rate, make_optimizer
-from training.process import Process, join
+from training.loop.engine import deepspeed_config
+from training.loop.journal import draw_curve, read_log
+from training.loop.loop import Evaluate, Outcome, derive_seed, plan_steps, train
+from training.loop.optimizer import check_warmup, learning_rate, make_optimizer
+from training.loop.process import Process, join
 
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -160,7 +160,7 @@ def test_accumulated_micro_batches_equal_one_large_batch() -> None:
     task.module.eval()
     batches = [task.batch(0, index, index) for index in range(2)]
     joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    from training.engine import PlainEngine
+    from training.loop.engine import PlainEngine
 
     weights = []
     for parts in (batches, [joined]):
@@ -175,7 +175,7 @@ def test_accumulated_micro_batches_equal_one_large_batch() -> None:
 
 
 def test_clipping_limits_the_gradient_and_reports_it_unclipped() -> None:
-    from training.engine import PlainEngine
+    from training.loop.engine import PlainEngine
 
     module = Line().eval()
     loop = LoopConfig(epochs=1, micro_batch=4, device="cpu")

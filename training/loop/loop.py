@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from perturbscope.errors import InvalidParameterError
 from training.config import LoopConfig, OptimizerConfig
-from training.engine import Engine, make_engine
 from training.errors import NonFiniteLossError
-from training.journal import Journal, draw_curve, open_journal
-from training.optimizer import check_warmup, learning_rate, peak_learning_rate
-from training.process import Process
-from training.states import Position, States
+from training.loop.engine import Engine, make_engine
+from training.loop.journal import Journal, draw_curve, open_journal
+from training.loop.optimizer import check_warmup, learning_rate, peak_learning_rate
+from training.loop.process import Process
+from training.loop.resume import Position, States
 
 LOG = "log.jsonl"
 _BEST = "best.safetensors"
@@ -307,7 +307,7 @@ class _Run:
 
 def _last_loss(log: Path) -> float:
     """The last loss of a run that had ended before its checkpoint was written."""
-    from training.journal import read_log
+    from training.loop.journal import read_log
 
     losses = [line["loss"] for line in read_log(log) if "loss" in line]
     return float(losses[-1]) if losses else math.nan

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from perturbscope.errors import InvalidParameterError
-from training.engine import Engine
-from training.process import Process
+from training.loop.engine import Engine
+from training.loop.process import Process
 
 _POSITION = "position.json"
 

@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import torch
 
 from perturbscope.errors import BundleError
-from training import provenance
 from training.checkpoint import save_checkpoint
 from training.config import ContrastiveConfig, PretrainConfig
 from training.console import console
 from training.data.shards import Corpus
-from training.loop import Outcome, Task, start_anew, train
-from training.process import Process, join, leave
+from training.loop import provenance
+from training.loop.loop import Outcome, Task, start_anew, train
+from training.loop.process import Process, join, leave
 from training.strict import plain
 
 CHECKPOINT = "checkpoint"

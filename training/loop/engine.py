@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
 from training.config import LoopConfig, OptimizerConfig
-from training.optimizer import make_optimizer
-from training.process import Process
+from training.loop.optimizer import make_optimizer
+from training.loop.process import Process
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STATE = "state.pt"
