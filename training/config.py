@@ -334,7 +334,7 @@ class PairConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GeometryConfig:
-    """The expression geometry that mixed batches can keep; see training/geometry.py."""
+    """The expression geometry that mixed batches can keep; see training/objectives/geometry.py."""
 
     components: int = 50
     """Principal components."""

@@ -22,7 +22,7 @@ from training.families.rank.pooling import PooledEncoder
 from training.flops import ModelSize, cell_cost, model_size
 from training.loop.engine import PlainEngine
 from training.loop.process import join, leave
-from training.losses import ContrastiveModule
+from training.objectives.losses import ContrastiveModule
 
 _WARM_UP = 2
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -68,7 +68,7 @@ def loader(
 
     from training.cost import HARDWARE
     from training.loop.process import Process
-    from training.pretrain import MaskedTask
+    from training.objectives.masked import MaskedTask
 
     rows, found = [], {}
     threads = torch.get_num_threads()

@@ -222,7 +222,7 @@ def ours(pace: Pace, job: Job, folder: Path, *, warm: int = 1, **loop: Any) -> N
 
 
 def _paced_task(pace: Pace, config: PretrainConfig, corpus: Any, job: Job, process: Any) -> Any:
-    from training.pretrain import MaskedTask
+    from training.objectives.masked import MaskedTask
 
     fixed = held_out_batch(corpus, job.held_out)
 
@@ -266,7 +266,7 @@ def trainer(pace: Pace, job: Job, folder: Path, *, precision: str = "fp32") -> N
     from training import families
     from training.data.shards import Corpus
     from training.loop.process import join
-    from training.pretrain import MaskedTask
+    from training.objectives.masked import MaskedTask
 
     corpus = Corpus(job.corpus)
     family = families.load(corpus.manifest["family"])

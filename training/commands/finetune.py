@@ -14,14 +14,14 @@ from perturbscope.errors import InvalidParameterError
 from training import console, strict
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.config import ContrastiveConfig, CorpusConfig
-from training.contrastive import ContrastiveTask
 from training.data.corpus import build_corpus, name_of
 from training.data.heldout import write_heldout
 from training.data.shards import Corpus
 from training.data.splits import DataSplit, load_splits, make_splits, save_splits
 from training.loop.process import Process
 from training.loop.stage import StageTask, run_stage
-from training.mixed import MixedTask
+from training.objectives.contrastive import ContrastiveTask
+from training.objectives.mixed import MixedTask
 from training.strict import plain
 
 SPLITS = "splits.json"

@@ -12,7 +12,7 @@ from training.data.corpus import build_corpus
 from training.data.shards import Corpus
 from training.loop.process import Process
 from training.loop.stage import run_stage
-from training.pretrain import MaskedTask
+from training.objectives.masked import MaskedTask
 
 
 def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:

@@ -22,7 +22,7 @@ from training.data.corpus import build_corpus
 from training.families.rank import model as rank
 from training.families.rank.pooling import PooledEncoder
 from training.flops import ModelSize, cell_cost
-from training.losses import ContrastiveModule
+from training.objectives.losses import ContrastiveModule
 from training.speed import measure
 
 PAPER = ModelSize()

@@ -20,12 +20,12 @@ from training.data.batches import padded
 from training.data.shards import Corpus
 from training.data.splits import DataSplit
 from training.families.rank.pooling import PooledEncoder
-from training.geometry import expression_of, fit_geometry
 from training.loop.loop import Evaluate, derive_seed
 from training.loop.process import Process
-from training.pools import UNLABELLED, MixedSampler, Pool
-from training.screens import groups_of, median_z
-from training.terms import MixedModule
+from training.objectives.geometry import expression_of, fit_geometry
+from training.objectives.groups import groups_of, median_z
+from training.objectives.mixed_sampler import UNLABELLED, MixedSampler, Pool
+from training.objectives.mixed_terms import MixedModule
 
 _BATCHES, _VALIDATION, _HEAD, _VIEW = 51, 52, 53, 54
 
@@ -96,7 +96,7 @@ class MixedTask:
         return len(self._train)
 
     def batch(self, epoch: int, index: int, seed: int) -> dict[str, Tensor]:
-        """Cells of one data set; see :meth:`training.terms.MixedModule.forward`."""
+        """Cells of one data set; see :meth:`training.objectives.mixed_terms.MixedModule.forward`."""
         number, places = self._order(epoch)[index]
         return self._tensors(self._pools[number][0], places, seed)
 

@@ -14,7 +14,7 @@ from training.data.batches import by_length, padded
 from training.data.shards import Corpus
 from training.data.splits import DataSplit
 from training.loop.loop import Evaluate
-from training.pairs import Group
+from training.objectives.pair_sampler import Group
 
 _SCORED_CELLS = 300
 """Cells of a target, and controls, that are embedded to measure the validation z."""

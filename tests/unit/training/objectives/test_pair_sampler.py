@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from perturbscope.errors import InvalidParameterError, TooFewCellsError, TooFewControlsError
-from training.pairs import Group, PairSampler, batch_bounds
+from training.objectives.pair_sampler import Group, PairSampler, batch_bounds
 
 CONTROLS = np.arange(1000, 1030)
 GROUPS = [

@@ -10,8 +10,14 @@ from torch.nn import functional
 
 from perturbscope.errors import InvalidParameterError
 from training.config import MixedConfig, PanelConfig
-from training.pools import UNLABELLED
-from training.terms import MixedModule, geometry_term, info_nce_term, margin_term, supervised_contrastive_term
+from training.objectives.mixed_sampler import UNLABELLED
+from training.objectives.mixed_terms import (
+    MixedModule,
+    geometry_term,
+    info_nce_term,
+    margin_term,
+    supervised_contrastive_term,
+)
 
 
 def unit(n: int = 8, width: int = 5, seed: int = 0) -> Tensor:

@@ -23,9 +23,9 @@ from training.data.splits import DataSplit
 from training.families.rank.pooling import PooledEncoder
 from training.loop.loop import Evaluate, derive_seed
 from training.loop.process import Process
-from training.losses import ContrastiveModule, squared_distances
-from training.pairs import PairBatch, PairSampler
-from training.screens import groups_of, median_z
+from training.objectives.groups import groups_of, median_z
+from training.objectives.losses import ContrastiveModule, squared_distances
+from training.objectives.pair_sampler import PairBatch, PairSampler
 
 _PAIRS, _VALIDATION = 21, 22
 _LOGGED_BATCHES = 20

@@ -22,8 +22,8 @@ from training.data.shards import Corpus
 from training.data.splits import make_splits
 from training.loop.journal import read_log
 from training.loop.process import Process
-from training.mixed import MixedTask, make_pools
-from training.pools import UNLABELLED, MixedSampler, Pool
+from training.objectives.mixed import MixedTask, make_pools
+from training.objectives.mixed_sampler import UNLABELLED, MixedSampler, Pool
 
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 

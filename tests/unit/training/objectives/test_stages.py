@@ -25,12 +25,12 @@ from training.commands import finetune as finetune_command
 from training.commands import pretrain
 from training.commands.finetune import finetune
 from training.config import ContrastiveConfig, DegConfig, PretrainConfig, SplitConfig
-from training.contrastive import ContrastiveTask
 from training.data.shards import Corpus
 from training.data.splits import divide, load_splits, make_splits
 from training.loop.journal import read_log
 from training.loop.process import Process
-from training.pretrain import MaskedTask
+from training.objectives.contrastive import ContrastiveTask
+from training.objectives.masked import MaskedTask
 
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 

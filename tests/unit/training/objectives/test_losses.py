@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from training.config import LossConfig
-from training.losses import ContrastiveModule, contrastive_loss, squared_distances
+from training.objectives.losses import ContrastiveModule, contrastive_loss, squared_distances
 
 
 def loss_of(similar: float, distance: float, **options: float | bool) -> float:

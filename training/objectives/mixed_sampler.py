@@ -37,7 +37,7 @@ class Pool:
     is_control
         Whether a cell is a control, [n].
     geometry
-        Expression geometry, float32 [n, K]; see :mod:`training.geometry`.
+        Expression geometry, float32 [n, K]; see :mod:`training.objectives.geometry`.
     """
 
     name: str

@@ -10,7 +10,7 @@ from scipy import sparse
 
 from tests.training_screens import screen, write_screen
 from training.config import GeometryConfig, SourceConfig
-from training.geometry import expression_of, fit_geometry
+from training.objectives.geometry import expression_of, fit_geometry
 
 
 def cloud(n: int = 400, seed: int = 0) -> tuple[sparse.csr_matrix, NDArray[np.int64]]:

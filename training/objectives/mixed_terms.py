@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.config import MixedConfig
-from training.losses import contrastive_loss
-from training.pools import UNLABELLED
+from training.objectives.losses import contrastive_loss
+from training.objectives.mixed_sampler import UNLABELLED
 
 _SELF = -1e9
 """Similarity of a cell with itself, or with one of another context: neither counts."""
