@@ -21,7 +21,7 @@ from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.cpu_graph import DISABLED_OPTIMIZERS, cpu_graph
 from perturbscope.inference.embedder import Embedder
 from perturbscope.threads import usable_cores
-from training.flops import ModelSize, cell_cost
+from training.measure.flops import ModelSize, cell_cost
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 CEILING_SHAPES = ((4096, 1024, 1024), (4096, 256, 512), (1024, 256, 512))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.performance.embedding_models import BUILT, paper_weights
 from benchmarks.performance.harness import Options, table
 from perturbscope.inference.bundle import VOCABULARY, Bundle, Variant
-from training.flops import ModelSize, cell_cost
+from training.measure.flops import ModelSize, cell_cost
 
 if TYPE_CHECKING:
     from onnx import ModelProto

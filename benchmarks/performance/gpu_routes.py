@@ -30,7 +30,7 @@ from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.encoder import Device, OnnxEncoder
 from perturbscope.inference.gpu import GpuOptions, gpu_limits
-from training.flops import ModelSize, cell_cost
+from training.measure.flops import ModelSize, cell_cost
 
 MIX = "mix"
 """Cells as data sets have them, instead of one length."""

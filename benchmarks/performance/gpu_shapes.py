@@ -11,7 +11,7 @@ from benchmarks.performance.embedding_models import FILES, paper_weights, tokens
 from benchmarks.performance.harness import Options, table
 from perturbscope.inference.batching import BatchLimits, Buckets, form_batches
 from perturbscope.inference.gpu import MAX_TOKENS
-from training.flops import ModelSize, cell_cost
+from training.measure.flops import ModelSize, cell_cost
 
 LADDERS: dict[str, Buckets | None] = {
     "longest cell": None,

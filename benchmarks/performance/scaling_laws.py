@@ -26,7 +26,7 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.pair_map import distance_map
 from perturbscope.scoring.results import ScoreOptions
-from training.flops import ModelSize, cell_cost
+from training.measure.flops import ModelSize, cell_cost
 
 CONTROL = "control"
 CONTROLS = 2_000

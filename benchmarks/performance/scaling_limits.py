@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.performance.harness import in_child, resident, table
 from benchmarks.performance.tokenization import MILLION
 from training.config import CorpusConfig
-from training.flops import ModelSize, cell_cost
+from training.measure.flops import ModelSize, cell_cost
 
 CELLS = 100_000_000
 GENES = 1_500

@@ -179,7 +179,7 @@ def compare(shape: Shape, corpus: Any, job: Job, kinds: tuple[str, ...]) -> tupl
 
 def needed(shape: Shape, lengths: NDArray[np.integer[Any]], vocabulary: int) -> float:
     """Operations of training on one cell, on average; the head at masked tokens only."""
-    from training.flops import ModelSize, cell_cost
+    from training.measure.flops import ModelSize, cell_cost
 
     sizes = {name: shape.model[name] for name in ("layers", "hidden", "feed_forward")}
     return cell_cost(ModelSize(**sizes, vocabulary=vocabulary), lengths, masked_share=MASKED).training

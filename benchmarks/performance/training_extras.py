@@ -66,8 +66,8 @@ def loader(
     """
     import torch
 
-    from training.cost import HARDWARE
     from training.loop.process import Process
+    from training.measure.cost import HARDWARE
     from training.objectives.masked import MaskedTask
 
     rows, found = [], {}
@@ -111,8 +111,8 @@ def projected(lengths: NDArray[np.integer[Any]]) -> tuple[str, dict[str, Any]]:
     """Hours of the paper's two stages on H100s at the assumed share of their peak."""
     from training import strict
     from training.config import ContrastiveConfig, PretrainConfig
-    from training.cost import HARDWARE, PASSES_PER_CELL
-    from training.flops import ModelSize, cell_cost
+    from training.measure.cost import HARDWARE, PASSES_PER_CELL
+    from training.measure.flops import ModelSize, cell_cost
 
     pretraining = strict.read(PretrainConfig, str(CONFIGS / "paper-pretrain.yaml"))
     tuning = strict.read(ContrastiveConfig, str(CONFIGS / "paper-contrastive.yaml"))
@@ -152,7 +152,7 @@ def projected(lengths: NDArray[np.integer[Any]]) -> tuple[str, dict[str, Any]]:
         "hours, 8 x H100",
     )  # fmt: skip
     first = (
-        f"**Projected, not measured: whole runs.** Operations of `training/flops.py` at an assumed {SHARE:.0%} of the "
+        f"**Projected, not measured: whole runs.** Operations of `training/measure/flops.py` at an assumed {SHARE:.0%} of the "
         f"H100's {peak / 1e12:,.0f} TFLOP/s (bf16); eight GPUs as eight times one. No GPU was there to check it.\n\n"
     )
     return first + table(columns, rows), found

@@ -12,7 +12,7 @@ from rich.table import Table
 from perturbscope.errors import InvalidParameterError
 from training import console, strict
 from training.config import ContrastiveConfig, PretrainConfig
-from training.cost import HARDWARE, Estimate, Speed, estimate, speed_of_log
+from training.measure.cost import HARDWARE, Estimate, Speed, estimate, speed_of_log
 
 
 def render(found: Estimate, title: str) -> Table:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.log:
             measured = speed_of_log(options.log)
         elif options.measure:
-            from training.speed import measure  # imports torch
+            from training.measure.speed import measure  # imports torch
 
             result = measure(config, steps=options.measure, length=options.length)
             measured = Speed(

@@ -17,8 +17,8 @@ from perturbscope.errors import VocabularyMismatchError
 from training import console
 from training.checkpoint import load_checkpoint
 from training.data.shards import Corpus
-from training.evaluate import Tallies, _plain, corpus_frequencies, evaluate
-from training.unseen import EvaluateOptions, Heldout, read_heldout
+from training.measure.masked_accuracy import Tallies, _plain, corpus_frequencies, evaluate
+from training.measure.unseen import EvaluateOptions, Heldout, read_heldout
 
 
 def _results(found: dict[str, Tallies], heldout: Heldout) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from benchmarks.performance.harness import Options
 from export.forms import standard_attention
 from export.graph import build_graph
 from tests.models import TINY_MODEL, small_model
-from training.flops import ModelSize, cell_cost
+from training.measure.flops import ModelSize, cell_cost
 
 
 @pytest.mark.parametrize("form", ["fp16", "fp16-flash"])

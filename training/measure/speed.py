@@ -19,9 +19,9 @@ from training import families
 from training.config import ContrastiveConfig, PretrainConfig
 from training.data.corpus import read_vocabulary
 from training.families.rank.pooling import PooledEncoder
-from training.flops import ModelSize, cell_cost, model_size
 from training.loop.engine import PlainEngine
 from training.loop.process import join, leave
+from training.measure.flops import ModelSize, cell_cost, model_size
 from training.objectives.losses import ContrastiveModule
 
 _WARM_UP = 2

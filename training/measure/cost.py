@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
 from training.config import ContrastiveConfig, PretrainConfig
 from training.data.shards import MANIFEST, Corpus
-from training.flops import CellCost, cell_cost, model_size
 from training.loop.journal import read_log
+from training.measure.flops import CellCost, cell_cost, model_size
 
 _WEEK = 7 * 86_400
 _WARM_UP = 3

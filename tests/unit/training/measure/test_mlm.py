@@ -4,15 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from evaluation.mlm import (
-    GeneFrequencies,
-    HitTally,
-    RankTally,
-    choose_masked,
-    copied,
-    judge,
-    rank_reproduction,
-)
+from training.measure.mlm import GeneFrequencies, HitTally, RankTally, choose_masked, copied, judge, rank_reproduction
 
 GENES = np.arange(2, 12)
 """Tokens 2 to 11 are genes; 0 and 1 are special."""

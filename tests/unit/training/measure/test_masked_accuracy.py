@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.mlm import HitTally, RankTally, choose_masked, judge
 from perturbscope.errors import EmptyCellError, InvalidParameterError, UnsupportedBundleError
 from tests.models import small_checkpoint
 from tests.training_screens import VOCABULARY, pretrain_values, write_screen
-from training import evaluate as module
 from training import strict
 from training.checkpoint import load_checkpoint
 from training.commands.evaluate import main
 from training.config import PretrainConfig
 from training.data.corpus import build_corpus
-from training.evaluate import corpus_frequencies, evaluate
-from training.unseen import EvaluateOptions, Heldout, read_heldout
+from training.measure import masked_accuracy as module
+from training.measure.masked_accuracy import corpus_frequencies, evaluate
+from training.measure.mlm import HitTally, RankTally, choose_masked, judge
+from training.measure.unseen import EvaluateOptions, Heldout, read_heldout
 
 GENES = np.asarray(VOCABULARY.tokens)
 

@@ -13,17 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
 from tests.training_screens import MODEL, VOCABULARY, contrastive_values, pretrain_values
-from training import cost as module
 from training import strict
 from training.commands import cost as command
 from training.config import ContrastiveConfig, LossConfig, PretrainConfig
-from training.cost import HARDWARE, Speed, estimate, speed_of_log
 from training.data.corpus import build_corpus
 from training.families.rank import model as rank
 from training.families.rank.pooling import PooledEncoder
-from training.flops import ModelSize, cell_cost
+from training.measure import cost as module
+from training.measure.cost import HARDWARE, Speed, estimate, speed_of_log
+from training.measure.flops import ModelSize, cell_cost
+from training.measure.speed import measure
 from training.objectives.losses import ContrastiveModule
-from training.speed import measure
 
 PAPER = ModelSize()
 

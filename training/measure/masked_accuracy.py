@@ -1,8 +1,8 @@
 """Evaluate pre-training: hits@k, perplexity and rank reproduction of a checkpoint on cells it was not trained on.
 
 ``python -m training evaluate CHECKPOINT CELLS.h5ad... --corpus CORPUS --out scores.json``; the definitions are in
-:mod:`evaluation.mlm`. With the corpus that the model was trained on, cells that it holds are left out, and predictors
-that know only how often a gene stands at which rank are scored beside the model.
+:mod:`training.measure.mlm`. With the corpus that the model was trained on, cells that it holds are left out, and
+predictors that know only how often a gene stands at which rank are scored beside the model.
 
 Shapes: B cells in the batch, L tokens, H hidden, M masked tokens, V vocabulary, R rows of logits held at a time.
 """
@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evaluation.mlm import GeneFrequencies, HitTally, Judged, RankTally, choose_masked, copied, judge
 from perturbscope.errors import ProviderUnavailableError, UnsupportedBundleError
 from training.checkpoint import Checkpoint
 from training.data.shards import Corpus
-from training.unseen import EvaluateOptions, Heldout
+from training.measure.mlm import GeneFrequencies, HitTally, Judged, RankTally, choose_masked, copied, judge
+from training.measure.unseen import EvaluateOptions, Heldout
 
 LOGIT_VALUES = 16_000_000
 """Logits held at a time (64 MB of float32, a few times over)."""

@@ -1,0 +1,1 @@
+"""How good, how fast and how costly: scores of masked genes, operations and hours."""
