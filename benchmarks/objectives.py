@@ -27,10 +27,10 @@ from perturbscope.cells.readers import open_cells
 from perturbscope.families import load_family
 from perturbscope.inference.embedder import Embedder
 from perturbscope.scoring.control import ScoreOptions, score_perturbations
-from training import strict
 from training.checkpoint import load_checkpoint
 from training.commands.finetune import finetune
-from training.config import ContrastiveConfig
+from training.config import strict
+from training.config.stages import ContrastiveConfig
 from training.families.rank.pooling import PooledEncoder
 
 CONFIG = Path("training/configs/default-contrastive.yaml")

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.performance.harness import in_child, resident, table
 from benchmarks.performance.tokenization import MILLION
-from training.config import CorpusConfig
+from training.config.stages import CorpusConfig
 from training.measure.flops import ModelSize, cell_cost
 
 CELLS = 100_000_000

@@ -85,8 +85,8 @@ def run(options: Options) -> Section:
 
 def build(folder: Path, max_length: int) -> Any:
     """The tokens of default-pretrain.yaml's cells."""
-    from training import strict
-    from training.config import PretrainConfig
+    from training.config import strict
+    from training.config.stages import PretrainConfig
     from training.data.corpus import build_corpus
 
     path = folder / f"corpus-{max_length}"

@@ -109,8 +109,8 @@ def loader(
 
 def projected(lengths: NDArray[np.integer[Any]]) -> tuple[str, dict[str, Any]]:
     """Hours of the paper's two stages on H100s at the assumed share of their peak."""
-    from training import strict
-    from training.config import ContrastiveConfig, PretrainConfig
+    from training.config import strict
+    from training.config.stages import ContrastiveConfig, PretrainConfig
     from training.measure.cost import HARDWARE, PASSES_PER_CELL
     from training.measure.flops import ModelSize, cell_cost
 

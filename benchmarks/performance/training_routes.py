@@ -22,7 +22,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from training.config import LoopConfig, OptimizerConfig, PretrainConfig, SamplerConfig
+from training.config.stages import LoopConfig, OptimizerConfig, PretrainConfig, SamplerConfig
 
 RATE = 3e-4
 """Learning rate of all routes."""
@@ -65,7 +65,7 @@ class Job:
 
     def config(self, **loop: Any) -> PretrainConfig:
         """The project's configuration of the run; `loop` adds to the section of that name."""
-        from training.config import CorpusConfig, SourceConfig
+        from training.config.stages import CorpusConfig, SourceConfig
 
         return PretrainConfig(
             output="unused",

@@ -22,11 +22,11 @@ import yaml
 
 from tests.integration.forked import Launcher, launcher
 from tests.training_screens import contrastive_values, pretrain_values
-from training import strict
 from training.checkpoint import load_checkpoint
 from training.commands.finetune import finetune
 from training.commands.pretrain import pretrain
-from training.config import ContrastiveConfig, PretrainConfig
+from training.config import strict
+from training.config.stages import ContrastiveConfig, PretrainConfig
 from training.loop.journal import read_log
 
 ROOT = Path(__file__).resolve().parents[2]

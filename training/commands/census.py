@@ -13,8 +13,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from rich.table import Table
 
-    from training import console, strict
-    from training.config import CorpusConfig
+    from training import console
+    from training.config import strict
+    from training.config.stages import CorpusConfig
     from training.data.sources import coded, keep_cells, name_of, open_source
 
     parser = console.parser("List what the filters of a training configuration would keep, without reading counts.")

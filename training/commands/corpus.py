@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from perturbscope.cells.genes import GeneVocabulary
-from training import console, strict
-from training.config import ContrastiveConfig, CorpusConfig
+from training import console
+from training.config import strict
+from training.config.stages import ContrastiveConfig, CorpusConfig
 from training.data.corpus import build_corpus
 
 

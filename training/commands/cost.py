@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from perturbscope.errors import InvalidParameterError
-from training import console, strict
-from training.config import ContrastiveConfig, PretrainConfig
+from training import console
+from training.config import strict
+from training.config.stages import ContrastiveConfig, PretrainConfig
 from training.measure.cost import HARDWARE, Estimate, Speed, estimate, speed_of_log
 
 
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_stage(path: str, overrides: Sequence[str] = ()) -> PretrainConfig | ContrastiveConfig:
-    """The configuration of either stage. Raises as :func:`training.strict.read`."""
+    """The configuration of either stage. Raises as :func:`training.config.strict.read`."""
     if strict.has_key(path, "checkpoint", overrides):
         return strict.read(ContrastiveConfig, path, overrides)
     return strict.read(PretrainConfig, path, overrides)

@@ -11,9 +11,11 @@ from typing import Any
 
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import InvalidParameterError
-from training import console, strict
+from training import console
 from training.checkpoint import Checkpoint, load_checkpoint
-from training.config import ContrastiveConfig, CorpusConfig
+from training.config import strict
+from training.config.stages import ContrastiveConfig, CorpusConfig
+from training.config.strict import plain
 from training.data.corpus import build_corpus, name_of
 from training.data.heldout import write_heldout
 from training.data.shards import Corpus
@@ -22,7 +24,6 @@ from training.loop.process import Process
 from training.loop.stage import StageTask, run_stage
 from training.objectives.contrastive import ContrastiveTask
 from training.objectives.mixed import MixedTask
-from training.strict import plain
 
 SPLITS = "splits.json"
 

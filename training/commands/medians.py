@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
-from training import console, strict
-from training.config import CorpusConfig
+from training import console
+from training.config import strict
+from training.config.stages import CorpusConfig
 from training.data.medians import corpus_medians
 
 

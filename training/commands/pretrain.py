@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training import console, strict
-from training.config import PretrainConfig
+from training import console
+from training.config import strict
+from training.config.stages import PretrainConfig
 from training.data.corpus import build_corpus
 from training.data.shards import Corpus
 from training.loop.process import Process

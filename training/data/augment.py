@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.config import PanelConfig
+from training.config.stages import PanelConfig
 
 _PANEL = 31
 

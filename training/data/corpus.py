@@ -26,11 +26,11 @@ from perturbscope.errors import InvalidInputError, InvalidParameterError, Unread
 from perturbscope.families import Family, load_family
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.threads import ahead
-from training.config import CorpusConfig
+from training.config.stages import CorpusConfig
+from training.config.strict import plain
 from training.data.shards import FORMAT_VERSION, MANIFEST, VOCABULARY, Corpus, ShardsWriter
 from training.data.sources import chunks, identity, keep_cells, label_codes, name_of, not_raw, open_source
 from training.data.staging import Staging
-from training.strict import plain
 
 __all__ = ["Progress", "build_corpus", "chunks", "keep_cells", "name_of", "open_source", "read_vocabulary"]
 

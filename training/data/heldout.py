@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from training.config import SourceConfig
+from training.config.stages import SourceConfig
 from training.data.corpus import chunks, open_source
 from training.data.shards import Corpus
 from training.data.splits import INELIGIBLE, DataSplit

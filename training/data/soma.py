@@ -30,7 +30,7 @@ from perturbscope.errors import (
     ServerUnreachableError,
     UnreadableFileError,
 )
-from training.config import SomaConfig, SourceConfig
+from training.config.stages import SomaConfig, SourceConfig
 
 if TYPE_CHECKING:
     import pandas as pd

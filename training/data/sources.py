@@ -14,7 +14,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import CellSource, open_cells
 from perturbscope.errors import EmptyCellError, UnreadableFileError
 from perturbscope.inference.bundle import sha256
-from training.config import CorpusConfig, SourceConfig
+from training.config.stages import CorpusConfig, SourceConfig
 from training.data.soma import SomaSource, soma_identity
 
 if TYPE_CHECKING:

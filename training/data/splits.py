@@ -23,7 +23,7 @@ from perturbscope.errors import (
     InvalidParameterError,
     TooFewCellsError,
 )
-from training.config import DegConfig, SourceConfig, SplitConfig
+from training.config.stages import DegConfig, SourceConfig, SplitConfig
 from training.data.corpus import chunks, name_of, open_source
 from training.data.shards import Corpus
 from training.loop.provenance import write_json

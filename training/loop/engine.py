@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
-from training.config import LoopConfig, OptimizerConfig
+from training.config.stages import LoopConfig, OptimizerConfig
 from training.loop.optimizer import make_optimizer
 from training.loop.process import Process
 

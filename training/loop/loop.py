@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from perturbscope.errors import InvalidParameterError
-from training.config import LoopConfig, OptimizerConfig
+from training.config.stages import LoopConfig, OptimizerConfig
 from training.errors import NonFiniteLossError
 from training.loop.engine import Engine, make_engine
 from training.loop.journal import Journal, draw_curve, open_journal

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from perturbscope.errors import InvalidParameterError
-from training.config import OptimizerConfig
+from training.config.stages import OptimizerConfig
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from perturbscope.errors import InvalidParameterError, ProviderUnavailableError
-from training.config import LoopConfig
+from training.config.stages import LoopConfig
 
 _PATIENCE = timedelta(hours=24)
 """How long other processes wait while the first one prepares data."""

@@ -12,13 +12,13 @@ import torch
 
 from perturbscope.errors import BundleError
 from training.checkpoint import save_checkpoint
-from training.config import ContrastiveConfig, PretrainConfig
+from training.config.stages import ContrastiveConfig, PretrainConfig
+from training.config.strict import plain
 from training.console import console
 from training.data.shards import Corpus
 from training.loop import provenance
 from training.loop.loop import Outcome, Task, start_anew, train
 from training.loop.process import Process, join, leave
-from training.strict import plain
 
 CHECKPOINT = "checkpoint"
 METRICS = "metrics.json"

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
-from training.config import ContrastiveConfig, PretrainConfig
+from training.config.stages import ContrastiveConfig, PretrainConfig
 from training.data.shards import MANIFEST, Corpus
 from training.loop.journal import read_log
 from training.measure.flops import CellCost, cell_cost, model_size

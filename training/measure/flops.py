@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from training.config import ContrastiveConfig, PretrainConfig
+from training.config.stages import ContrastiveConfig, PretrainConfig
 
 TRAINING = 3
 """Forward passes that a forward and a backward pass are worth."""

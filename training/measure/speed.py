@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from perturbscope.cells.genes import GeneVocabulary
 from training import families
-from training.config import ContrastiveConfig, PretrainConfig
+from training.config.stages import ContrastiveConfig, PretrainConfig
 from training.data.corpus import read_vocabulary
 from training.families.rank.pooling import PooledEncoder
 from training.loop.engine import PlainEngine

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import BertForMaskedLM
 
 from training.checkpoint import Checkpoint
-from training.config import ContrastiveConfig
+from training.config.stages import ContrastiveConfig
 from training.data.batches import padded
 from training.data.shards import Corpus
 from training.data.splits import DataSplit

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from perturbscope.analysis.degs import log_normalized
-from training.config import GeometryConfig, SourceConfig
+from training.config.stages import GeometryConfig, SourceConfig
 from training.data.corpus import chunks, open_source
 
 _MIN_GENE_CELLS = 10

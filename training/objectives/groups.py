@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.scoring.control import ScoreOptions, score_perturbations
-from training.config import ContrastiveConfig
+from training.config.stages import ContrastiveConfig
 from training.data.batches import by_length, padded
 from training.data.shards import Corpus
 from training.data.splits import DataSplit

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from training.config import LossConfig
+from training.config.stages import LossConfig
 
 _UNDER_ROOT = 1e-12
 """Keeps the gradient of the root finite where two cells have the same vector."""

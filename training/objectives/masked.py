@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from perturbscope.errors import InvalidParameterError
 from training import families
-from training.config import PretrainConfig
+from training.config.stages import PretrainConfig
 from training.data.augment import hide_genes
 from training.data.batches import by_length, padded
 from training.data.length_sampler import LengthGroupedSampler

@@ -14,7 +14,7 @@ from transformers import BertForMaskedLM
 
 from perturbscope.errors import InvalidParameterError
 from training.checkpoint import Checkpoint
-from training.config import ContrastiveConfig, MixedConfig, PanelConfig
+from training.config.stages import ContrastiveConfig, MixedConfig, PanelConfig
 from training.data.augment import hide_genes
 from training.data.batches import padded
 from training.data.shards import Corpus

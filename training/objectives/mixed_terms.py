@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.config import MixedConfig
+from training.config.stages import MixedConfig
 from training.objectives.losses import contrastive_loss
 from training.objectives.mixed_sampler import UNLABELLED
 

@@ -13,8 +13,8 @@ import pytest
 from perturbscope.cells.readers import open_cells
 from perturbscope.errors import CorruptBundleError
 from tests.training_screens import pretrain_values
-from training import strict
-from training.config import PretrainConfig
+from training.config import strict
+from training.config.stages import PretrainConfig
 from training.data.corpus import build_corpus
 from training.data.shards import Corpus
 

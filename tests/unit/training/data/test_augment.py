@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from perturbscope.errors import InvalidParameterError
-from training.config import PanelConfig
+from training.config.stages import PanelConfig
 from training.data.augment import hide_genes
 
 

@@ -16,7 +16,7 @@ from perturbscope.errors import CorruptBundleError, InvalidParameterError, NotRa
 from perturbscope.families import load_family
 from tests.training_screens import VOCABULARY, contrastive_values, screen, write_screen, write_vocabulary
 from training.commands import corpus as command
-from training.config import CorpusConfig, SourceConfig
+from training.config.stages import CorpusConfig, SourceConfig
 from training.data import corpus as module
 from training.data.batches import by_length, padded
 from training.data.corpus import build_corpus

@@ -9,9 +9,9 @@ from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.cells.readers import open_cells
 from perturbscope.errors import InvalidParameterError
 from tests.training_screens import VOCABULARY, write_screen
-from training import strict
 from training.commands import medians as command
-from training.config import CorpusConfig, SourceConfig
+from training.config import strict
+from training.config.stages import CorpusConfig, SourceConfig
 from training.data import medians
 from training.data.medians import MedianSketch, corpus_medians, exact_medians
 

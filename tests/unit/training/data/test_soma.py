@@ -26,7 +26,7 @@ from tests.soma_store import write_store
 from tests.training_screens import VOCABULARY, screen, write_vocabulary
 from training.commands import census as census_command
 from training.commands import corpus as corpus_command
-from training.config import CorpusConfig, SomaConfig, SourceConfig
+from training.config.stages import CorpusConfig, SomaConfig, SourceConfig
 from training.data import corpus as corpus_module
 from training.data import soma
 from training.data.corpus import build_corpus

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perturbscope.errors import InvalidParameterError, ProviderUnavailableError, UnreadableFileError
-from training.config import LoopConfig, OptimizerConfig
+from training.config.stages import LoopConfig, OptimizerConfig
 from training.errors import NonFiniteLossError
 from training.loop.engine import deepspeed_config
 from training.loop.journal import draw_curve, read_log

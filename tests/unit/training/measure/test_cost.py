@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
 from tests.training_screens import MODEL, VOCABULARY, contrastive_values, pretrain_values
-from training import strict
 from training.commands import cost as command
-from training.config import ContrastiveConfig, LossConfig, PretrainConfig
+from training.config import strict
+from training.config.stages import ContrastiveConfig, LossConfig, PretrainConfig
 from training.data.corpus import build_corpus
 from training.families.rank import model as rank
 from training.families.rank.pooling import PooledEncoder

@@ -9,10 +9,10 @@ import torch
 from perturbscope.errors import EmptyCellError, InvalidParameterError, UnsupportedBundleError
 from tests.models import small_checkpoint
 from tests.training_screens import VOCABULARY, pretrain_values, write_screen
-from training import strict
 from training.checkpoint import load_checkpoint
 from training.commands.evaluate import main
-from training.config import PretrainConfig
+from training.config import strict
+from training.config.stages import PretrainConfig
 from training.data.corpus import build_corpus
 from training.measure import masked_accuracy as module
 from training.measure.masked_accuracy import corpus_frequencies, evaluate

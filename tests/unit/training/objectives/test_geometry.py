@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from tests.training_screens import screen, write_screen
-from training.config import GeometryConfig, SourceConfig
+from training.config.stages import GeometryConfig, SourceConfig
 from training.objectives.geometry import expression_of, fit_geometry
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.config import LossConfig
+from training.config.stages import LossConfig
 from training.objectives.losses import ContrastiveModule, contrastive_loss, squared_distances
 
 

@@ -13,11 +13,11 @@ import torch
 
 from perturbscope.errors import InvalidParameterError, TooFewCellsError
 from tests.training_screens import contrastive_values, pretrain_values, screen
-from training import strict
 from training.checkpoint import load_checkpoint
 from training.commands import pretrain
 from training.commands.finetune import finetune
-from training.config import ContrastiveConfig, PretrainConfig
+from training.config import strict
+from training.config.stages import ContrastiveConfig, PretrainConfig
 from training.data.shards import Corpus
 from training.data.splits import make_splits
 from training.loop.journal import read_log

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from perturbscope.errors import InvalidParameterError
-from training.config import MixedConfig, PanelConfig
+from training.config.stages import MixedConfig, PanelConfig
 from training.objectives.mixed_sampler import UNLABELLED
 from training.objectives.mixed_terms import (
     MixedModule,

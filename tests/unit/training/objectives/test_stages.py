@@ -19,12 +19,12 @@ from perturbscope.errors import (
     TooFewCellsError,
 )
 from tests.training_screens import TARGETS, VOCABULARY, contrastive_values, pretrain_values
-from training import strict
 from training.checkpoint import load_checkpoint
 from training.commands import finetune as finetune_command
 from training.commands import pretrain
 from training.commands.finetune import finetune
-from training.config import ContrastiveConfig, DegConfig, PretrainConfig, SplitConfig
+from training.config import strict
+from training.config.stages import ContrastiveConfig, DegConfig, PretrainConfig, SplitConfig
 from training.data.shards import Corpus
 from training.data.splits import divide, load_splits, make_splits
 from training.loop.journal import read_log

@@ -5,10 +5,17 @@ from pathlib import Path
 import pytest
 
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
-from training import strict
-from training.config import ContrastiveConfig, CorpusConfig, LossConfig, OptimizerConfig, PretrainConfig, SplitConfig
+from training.config import strict
+from training.config.stages import (
+    ContrastiveConfig,
+    CorpusConfig,
+    LossConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    SplitConfig,
+)
 
-CONFIGS = Path(__file__).resolve().parents[3] / "training" / "configs"
+CONFIGS = Path(__file__).resolve().parents[4] / "training" / "configs"
 MINIMAL = """
 output: out
 corpus: {path: corpus, sources: [{path: a.h5ad}]}

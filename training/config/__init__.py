@@ -1,0 +1,1 @@
+"""Configurations of the stages, and how they are read from YAML."""
