@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 
 from benchmarks._markdown import markdown
+from benchmarks._peer_tests import PERTPY, SCPERTURB, largest_family, peer_e_test
 from evaluation.baselines import pca
-from evaluation.peers import PERTPY, SCPERTURB, largest_family, peer_e_test
 from perturbscope.cells.readers import open_cells
 from perturbscope.scoring.control import ScoreOptions, score_perturbations
 from perturbscope.scoring.distances import e_distance, pairwise_distances, transport_cost, wasserstein

@@ -3,10 +3,10 @@
     python -m benchmarks.planted [--screens 8] [--model-screens 8] [--bundle bundles/default] [--fast]
                                  [--out runs/planted] [--peers-python runs/peers/bin/python]
 
-Effects of known size (evaluation/planted.py) in real control cells: Papalexi's controls (a panel of 303 genes) and the
-CD4 T cells of PBMC 3k (a full transcriptome). In every screen a random reference, one group for each effect and as many
-unchanged groups; scored by every method on PCA-50 and on a bundle's embedding. With --peers-python the E-test of pertpy
-itself runs on one screen, beside its restatement that all screens are scored with.
+Effects of known size (benchmarks/_planted_screens.py) in real control cells: Papalexi's controls (a panel of 303 genes)
+and the CD4 T cells of PBMC 3k (a full transcriptome). In every screen a random reference, one group for each effect and
+as many unchanged groups; scored by every method on PCA-50 and on a bundle's embedding. With --peers-python the E-test
+of pertpy itself runs on one screen, beside its restatement that all screens are scored with.
 
 Writes tables.md, rates.csv and detection.png into the folder --out, and every p-value of each screen as soon as it is
 scored: a second call goes on where the first was stopped. About a quarter of an hour on one core, most of it the
@@ -34,8 +34,8 @@ import numpy as np
 import pandas as pd
 
 from benchmarks._markdown import markdown
-from evaluation.peers import PERTPY, SCPERTURB, peer_e_test
-from evaluation.planted import CONTROL, ControlPCA, Effect, PlantedScreen, measured, planted_screen, scatter
+from benchmarks._peer_tests import PERTPY, SCPERTURB, peer_e_test
+from benchmarks._planted_screens import CONTROL, ControlPCA, Effect, PlantedScreen, measured, planted_screen, scatter
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.files import atomic
 from perturbscope.cells.readers import open_cells

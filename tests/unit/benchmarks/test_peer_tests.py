@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks._peer_tests import PERTPY, SCPERTURB, holm_sidak, largest_family, peer_e_test
 from benchmarks.peers import CONTROL, DEFINITIONS, PERMUTATIONS, STORED, misplaced, vectors
-from evaluation.peers import PERTPY, SCPERTURB, holm_sidak, largest_family, peer_e_test
 from perturbscope.errors import ControlLabelMissingError
 from perturbscope.scoring.control import ScoreOptions, score_perturbations
 from perturbscope.scoring.distances import e_distance, pairwise_distances, transport_cost, wasserstein

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
+from benchmarks._planted_screens import ControlPCA, Effect, measured, plant, planted_screen, scatter
 from evaluation.baselines import pca
-from evaluation.planted import ControlPCA, Effect, measured, plant, planted_screen, scatter
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import EmptyCellError, InvalidParameterError, TooFewCellsError, TooFewControlsError
 from perturbscope.scoring.control import ScoreOptions, score_perturbations
