@@ -26,8 +26,8 @@ FORBIDDEN = {
     "training": {"export", "serving", "evaluation"} | SERVER,
     "export": {"serving", "evaluation"} | SERVER,
 }
-# Modules with a reason to know more: the baseline that is itself a neural network, and the score of masked tokens.
-ALLOWED = {"evaluation/scvi.py": {"scvi", "torch"}, "training/measure/masked_accuracy.py": {"evaluation"}}
+# The baseline that is itself a neural network.
+ALLOWED = {"evaluation/scvi.py": {"scvi", "torch"}}
 
 
 def imported(source: str) -> Iterator[tuple[int, str]]:
@@ -59,16 +59,6 @@ def test_no_module_imports_what_its_folder_may_not(folder: str) -> None:
         if package in (FORBIDDEN[folder] | NOT_SHIPPED) - ALLOWED.get(module.relative_to(ROOT).as_posix(), set())
     ]
     assert wrong == []
-
-
-def test_training_takes_only_the_score_of_masked_tokens_from_the_evaluation() -> None:
-    taken = {
-        node.module
-        for path in (ROOT / "training").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "evaluation"
-    }
-    assert taken <= {"training.measure.mlm"}
 
 
 def test_the_evaluation_loads_scvi_only_when_a_model_is_trained() -> None:
