@@ -152,7 +152,8 @@ def projected(lengths: NDArray[np.integer[Any]]) -> tuple[str, dict[str, Any]]:
         "hours, 8 x H100",
     )  # fmt: skip
     first = (
-        f"**Projected, not measured: whole runs.** Operations of `training/measure/flops.py` at an assumed {SHARE:.0%} of "
-        f"the H100's {peak / 1e12:,.0f} TFLOP/s (bf16); eight GPUs as eight times one. No GPU was there to check it.\n\n"
+        f"**Projected, not measured: whole runs.** Operations of `training/measure/flops.py` at an assumed {SHARE:.0%} "
+        f"of the H100's {peak / 1e12:,.0f} TFLOP/s (bf16); eight GPUs as eight times one. No GPU was there to check "
+        "it.\n\n"
     )
     return first + table(columns, rows), found
