@@ -1,6 +1,6 @@
 """Which files of the project run in four flows: an HTTP embed, ``perturbscope score``, a training step, an export.
 
-``python scripts/flows.py [embed score train export]`` runs each flow twice in this process and lists the files of which
+``python scripts/flows.py [embed score ...]`` runs each flow twice in this process and lists the files of which
 a function was called the second time; what is imported or made once does not count. Threads are followed, other
 processes are not. ``tests/architecture/test_flows.py`` holds the first two to their length.
 """
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("perturbscope", "serving", "training", "export", "evaluation")
@@ -71,7 +72,7 @@ def recording() -> Iterator[Recorder]:
 
 
 def embed(bundle: Path = BUNDLE) -> list[str]:
-    """From the socket of an HTTP server to the vector of a cell and back."""
+    """From the socket of an HTTP server to the vector of a cell; what then encodes the answer does not count."""
     import uvicorn
 
     from serving.engine.engine import Engine
@@ -112,7 +113,15 @@ def embed(bundle: Path = BUNDLE) -> list[str]:
         with urllib.request.urlopen(request) as answer:
             assert json.load(answer)["embeddings"]
 
-    with recording() as recorder:
+    whole = Engine.embed_with
+
+    async def until_the_vector(*given: Any) -> Any:
+        try:
+            return await whole(*given)
+        finally:
+            recorder.on = False
+
+    with recording() as recorder, mock.patch.object(Engine, "embed_with", until_the_vector):
         thread = threading.Thread(target=lambda: asyncio.run(serve()))
         thread.start()
         try:
@@ -124,18 +133,33 @@ def embed(bundle: Path = BUNDLE) -> list[str]:
             thread.join()
 
 
-def score(bundle: Path = BUNDLE, screen: Path = SCREEN) -> list[str]:
-    """``perturbscope score`` of the cells of a file, embedded by a bundle."""
+def score(screen: Path = SCREEN) -> list[str]:
+    """``perturbscope score --use-rep`` of vectors that are in the file."""
+    import anndata
+    import numpy as np
+
     from perturbscope.cli.app import run
 
     with tempfile.TemporaryDirectory() as folder, recording() as recorder:
+        cells = anndata.read_h5ad(screen)
+        cells.obsm["X_any"] = np.random.default_rng(0).standard_normal((len(cells), 8)).astype(np.float32)
+        cells.write_h5ad(f"{folder}/embedded.h5ad")
+        return recorder.second(lambda: _run(run, f"{folder}/embedded.h5ad", folder, "--use-rep", "X_any"))
 
-        def flow() -> None:
-            arguments = ["score", str(screen), f"{folder}/scores.parquet", "--bundle", str(bundle), *LABELS]
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                assert run(arguments) == 0
 
-        return recorder.second(flow)
+def embed_and_score(bundle: Path = BUNDLE, screen: Path = SCREEN) -> list[str]:
+    """``perturbscope score --bundle`` of the cells of a file."""
+    from perturbscope.cli.app import run
+
+    with tempfile.TemporaryDirectory() as folder, recording() as recorder:
+        return recorder.second(lambda: _run(run, str(screen), folder, "--bundle", str(bundle)))
+
+
+def _run(run: Callable[[list[str]], int], cells: str, folder: str, *options: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        code = run(["score", cells, f"{folder}/scores.parquet", *LABELS, *options])
+    if code:
+        raise RuntimeError(f"perturbscope score ended with {code}.")
 
 
 def train() -> list[str]:
@@ -182,7 +206,13 @@ def _pretrained(folder: Path) -> Path:
     return checkpoint
 
 
-FLOWS: dict[str, Callable[[], list[str]]] = {"embed": embed, "score": score, "train": train, "export": export}
+FLOWS: dict[str, Callable[[], list[str]]] = {
+    "embed": embed,
+    "score": score,
+    "embed-and-score": embed_and_score,
+    "train": train,
+    "export": export,
+}
 
 
 def main() -> int:
