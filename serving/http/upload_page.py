@@ -20,7 +20,7 @@ PAGE_HEADERS = {
 
 def screen_page(settings: Settings) -> str:
     """The upload form, with this server's limits; one file, no other address. It is open to all: it holds no data."""
-    text = (resources.files("serving.http.app") / "screen.html").read_text(encoding="utf-8")
+    text = (resources.files("serving.http") / "screen.html").read_text(encoding="utf-8")
     for name, value in (
         ("STYLE", stylesheet()),
         ("MAX_BYTES", str(settings.max_body_bytes)),

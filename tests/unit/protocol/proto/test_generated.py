@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 GENERATED = [
     f"{module}_pb2{suffix}"
     for module in ("perturbscope_v1", "open_inference")
