@@ -22,8 +22,8 @@ def test_the_committed_modules_are_those_of_the_proto(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "perturbscope" / "proto"
+    folder = tmp_path / "perturbscope" / "protocol" / "proto"
     assert sorted(path.name for path in folder.iterdir()) == sorted(GENERATED)
     for name in GENERATED:
-        committed = (ROOT / "perturbscope" / "proto" / name).read_text()
+        committed = (ROOT / "perturbscope" / "protocol" / "proto" / name).read_text()
         assert (folder / name).read_text() == committed, f"{name} is stale: run scripts/generate_proto.sh"
