@@ -10,10 +10,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from perturbscope.errors import InvalidInputError, PerturbScopeError
-from training.data.shards import Corpus
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -38,8 +36,8 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def console() -> Console:
-    """Where people read: standard error, and only from the first process."""
+def stderr() -> Console:
+    """Return a console on standard error, which prints in the first process only."""
     return Console(stderr=True, quiet=not is_first_process())
 
 
@@ -63,7 +61,7 @@ def cell_progress() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("cells"), TimeElapsedColumn(),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console()) as bars:
+    with Progress(*columns, console=stderr()) as bars:
         tasks = {}
 
         def advance(name: str, done: int, total: int) -> None:
@@ -72,14 +70,3 @@ def cell_progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[name], completed=done)
 
         yield advance
-
-
-def show_corpus(corpus: Corpus) -> None:
-    """Print what a corpus holds, and what was dropped and why."""
-    table = Table("source", "cells", "kept", "dropped", "tokens", title=str(corpus.path))
-    for source in corpus.manifest["sources"]:
-        dropped = ", ".join(f"{reason} {count:,}" for reason, count in source["dropped"].items())
-        table.add_row(
-            source["name"], f"{source['cells']:,}", f"{source['kept']:,}", dropped or "none", f"{source['tokens']:,}"
-        )
-    console().print(table)

@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for at in np.argsort(-totals, kind="stable").tolist():
                 if totals[at]:
                     table.add_row(names[at], f"{totals[at]:,}", f"{kept[at]:,}")
-            console.console().print(table)
-            console.console().print(
+            console.stderr().print(table)
+            console.stderr().print(
                 f"{len(keep):,} cells, {int(keep.sum()):,} kept before genes are counted; dropped: {reasons or 'none'}"
             )
 

@@ -3,32 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rich.table import Table
 
 from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.errors import InvalidParameterError
 from training import console
 from training.config import strict
 from training.config.stages import ContrastiveConfig, CorpusConfig
 from training.data.corpus import build_corpus
+from training.data.shards import Corpus
+from training.data.sources import name_of
+
+if TYPE_CHECKING:
+    from training.checkpoint import Checkpoint
 
 
-def _of_stage(path: str, overrides: Sequence[str]) -> tuple[CorpusConfig, GeneVocabulary | None]:
-    """The corpus of a stage's configuration; fine-tuning takes the vocabulary of the checkpoint that it starts from."""
-    if strict.has_key(path, "checkpoint", overrides):
-        from training.commands.finetune import corpus_config  # imports torch
+def build(config: CorpusConfig, *, vocabulary: GeneVocabulary | None = None, overwrite: bool = False) -> None:
+    """Build a corpus with a progress bar, and print what it holds, what was dropped and why.
 
-        return corpus_config(strict.read(ContrastiveConfig, path, overrides))
-    return strict.section(CorpusConfig, path, "corpus", overrides), None
+    Parameters and errors are those of :func:`training.data.corpus.build_corpus`.
+    """
+    with console.cell_progress() as progress:
+        corpus = build_corpus(config, vocabulary=vocabulary, overwrite=overwrite, progress=progress)
+    console.stderr().print(_contents(corpus))
+
+
+def corpus_of_checkpoint(config: ContrastiveConfig, checkpoint: Checkpoint) -> CorpusConfig:
+    """Return the corpus of a fine-tuning, with every label that it needs; tokens are made as for `checkpoint`.
+
+    Raises
+    ------
+    InvalidParameterError
+        Family or length do not suit the checkpoint.
+    """
+    cells = config.corpus
+    if cells.family != checkpoint.family:
+        raise InvalidParameterError(
+            f"The checkpoint is of the family {checkpoint.family}, the corpus of {cells.family}.", field="corpus.family"
+        )
+    longest = int(checkpoint.model_config["max_length"])
+    if cells.max_length > longest:
+        raise InvalidParameterError(
+            f"corpus.max_length is {cells.max_length}, but the checkpoint's model takes {longest} tokens. Lower it.",
+            field="corpus.max_length",
+        )
+    contexts = (source.context_key for source in cells.sources if source.context_key is not None)
+    labels = dict.fromkeys((*cells.labels, *(source.perturbation_key for source in cells.sources), *contexts))
+    named = tuple(replace(source, name=name_of(source)) for source in cells.sources)
+    return replace(cells, labels=tuple(labels), sources=named)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line. Returns its exit code."""
     parser = console.parser("Build the corpus of a training configuration: raw counts -> token shards.")
     options = parser.parse_args(arguments)
 
-    def build() -> None:
-        config, vocabulary = _of_stage(options.config, options.set)
-        with console.cell_progress() as progress:
-            corpus = build_corpus(config, vocabulary=vocabulary, overwrite=options.overwrite, progress=progress)
-        console.show_corpus(corpus)
+    def body() -> None:
+        if not strict.has_key(options.config, "checkpoint", options.set):
+            build(strict.section(CorpusConfig, options.config, "corpus", options.set), overwrite=options.overwrite)
+            return
+        from training.checkpoint import load_checkpoint  # imports torch, which pre-training's corpus does not need
 
-    return console.run(build)
+        config = strict.read(ContrastiveConfig, options.config, options.set)
+        checkpoint = load_checkpoint(config.checkpoint)
+        cells = corpus_of_checkpoint(config, checkpoint)
+        build(cells, vocabulary=checkpoint.vocabulary, overwrite=options.overwrite)
+
+    return console.run(body)
+
+
+def _contents(corpus: Corpus) -> Table:
+    table = Table("source", "cells", "kept", "dropped", "tokens", title=str(corpus.path))
+    for source in corpus.manifest["sources"]:
+        dropped = ", ".join(f"{reason} {count:,}" for reason, count in source["dropped"].items())
+        table.add_row(
+            source["name"], f"{source['cells']:,}", f"{source['kept']:,}", dropped or "none", f"{source['tokens']:,}"
+        )
+    return table

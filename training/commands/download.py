@@ -360,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
             TimeRemainingColumn(),
         )  # fmt: skip
-        with Progress(*columns, console=console.console()) as bars:
+        with Progress(*columns, console=console.stderr()) as bars:
             tasks: dict[str, Any] = {}
 
             def report(what: str, done: int, total: int | None) -> None:
@@ -369,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 bars.update(tasks[what], completed=done, total=total)
 
             path = fetch(file, options.folder, report=report, say=bars.console.print)
-        console.console().print(f"{path}: {path.stat().st_size:,} bytes, checked")
+        console.stderr().print(f"{path}: {path.stat().st_size:,} bytes, checked")
 
     return console.run(get)
 

@@ -9,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from perturbscope.cells.genes import GeneVocabulary
-from perturbscope.errors import InvalidParameterError
 from training import console
 from training.checkpoint import Checkpoint, load_checkpoint
+from training.commands.corpus import build, corpus_of_checkpoint
 from training.config import strict
-from training.config.stages import ContrastiveConfig, CorpusConfig
+from training.config.stages import ContrastiveConfig
 from training.config.strict import plain
-from training.data.corpus import build_corpus, name_of
 from training.data.heldout import write_heldout
 from training.data.shards import Corpus
 from training.data.splits import DataSplit, load_splits, make_splits, save_splits
@@ -26,8 +24,6 @@ from training.objectives.contrastive import ContrastiveTask
 from training.objectives.mixed import MixedTask
 
 SPLITS = "splits.json"
-
-
 HELDOUT = "heldout.h5ad"
 
 
@@ -45,12 +41,11 @@ def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | No
     """
     output = Path(config.output)
     checkpoint = load_checkpoint(config.checkpoint)
-    cells = _completed(config, checkpoint)
+    cells = corpus_of_checkpoint(config, checkpoint)
 
     def prepare() -> None:
-        with console.cell_progress() as progress:
-            corpus = build_corpus(cells, vocabulary=checkpoint.vocabulary, overwrite=overwrite, progress=progress)
-        console.show_corpus(corpus)
+        build(cells, vocabulary=checkpoint.vocabulary, overwrite=overwrite)
+        corpus = Corpus(cells.path)
         output.mkdir(parents=True, exist_ok=True)
         fingerprint = _split_fingerprint(config, corpus)
         if load_splits(output / SPLITS, fingerprint=fingerprint) is None:
@@ -63,7 +58,7 @@ def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | No
         splits = load_splits(output / SPLITS, fingerprint=_split_fingerprint(config, corpus)) or []
         for split in splits:
             listed = (f"{part}: {', '.join(split.targets[part]) or 'none'}" for part in ("train", "validation", "test"))
-            console.console().print(f"{split.name}: {'; '.join(listed)}")
+            console.stderr().print(f"{split.name}: {'; '.join(listed)}")
         objective = ContrastiveTask if config.mixed is None else MixedTask
         task: StageTask = objective(replace(config, corpus=cells), corpus, splits, checkpoint, process)
         return task, corpus, _facts(splits, checkpoint)
@@ -86,39 +81,8 @@ def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | No
             target = output / (HELDOUT if alone else f"heldout-{split.name}.h5ad")
             found = write_heldout(target, corpus, number, source, split, score_ineligible=config.split.score_ineligible)
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in found.items())
-            console.console().print(f"{target}: {kinds} cells")
+            console.stderr().print(f"{target}: {kinds} cells")
     return path
-
-
-def corpus_config(config: ContrastiveConfig) -> tuple[CorpusConfig, GeneVocabulary]:
-    """The corpus of the stage, with the checkpoint's vocabulary. Raises as :func:`finetune`."""
-    checkpoint = load_checkpoint(config.checkpoint)
-    return _completed(config, checkpoint), checkpoint.vocabulary
-
-
-def _completed(config: ContrastiveConfig, checkpoint: Checkpoint) -> CorpusConfig:
-    """The corpus' configuration with what the checkpoint decides, and all labels that are needed.
-
-    Raises
-    ------
-    InvalidParameterError
-        Family or length do not suit the checkpoint, or two data sets have one name.
-    """
-    cells = config.corpus
-    if cells.family != checkpoint.family:
-        raise InvalidParameterError(
-            f"The checkpoint is of the family {checkpoint.family}, the corpus of {cells.family}.", field="corpus.family"
-        )
-    longest = int(checkpoint.model_config["max_length"])
-    if cells.max_length > longest:
-        raise InvalidParameterError(
-            f"corpus.max_length is {cells.max_length}, but the checkpoint's model takes {longest} tokens. Lower it.",
-            field="corpus.max_length",
-        )
-    contexts = (source.context_key for source in cells.sources if source.context_key is not None)
-    labels = dict.fromkeys((*cells.labels, *(source.perturbation_key for source in cells.sources), *contexts))
-    named = tuple(replace(source, name=name_of(source)) for source in cells.sources)
-    return replace(cells, labels=tuple(labels), sources=named)
 
 
 def _split_fingerprint(config: ContrastiveConfig, corpus: Corpus) -> str:

@@ -38,6 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         staging = options.output.with_name(f".{options.output.name}")
         staging.write_text(vocabulary.to_tsv(), encoding="utf-8")
         os.replace(staging, options.output)
-        console.console().print(f"{options.output}: {len(vocabulary.gene_ids):,} genes, hash {vocabulary.hash[:12]}")
+        console.stderr().print(f"{options.output}: {len(vocabulary.gene_ids):,} genes, hash {vocabulary.hash[:12]}")
 
     return console.run(compute)

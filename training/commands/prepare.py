@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 totals=not options.no_totals,
                 progress=lambda done, total: bar(options.source.name, done, total),
             )
-        console.console().print(
+        console.stderr().print(
             f"{options.output}: " + ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in facts.items())
         )
 

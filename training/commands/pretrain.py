@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from training import console
+from training.commands.corpus import build
 from training.config import strict
 from training.config.stages import PretrainConfig
-from training.data.corpus import build_corpus
 from training.data.shards import Corpus
 from training.loop.process import Process
 from training.loop.stage import run_stage
@@ -27,9 +27,7 @@ def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:
     """
 
     def prepare() -> None:
-        with console.cell_progress() as progress:
-            corpus = build_corpus(config.corpus, overwrite=overwrite, progress=progress)
-        console.show_corpus(corpus)
+        build(config.corpus, overwrite=overwrite)
 
     def make(process: Process) -> tuple[MaskedTask, Corpus, dict[str, Any]]:
         corpus = Corpus(config.corpus.path)

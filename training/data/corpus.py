@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,8 @@ from perturbscope.threads import ahead
 from training.config.stages import CorpusConfig
 from training.config.strict import plain
 from training.data.shards import FORMAT_VERSION, MANIFEST, VOCABULARY, Corpus, ShardsWriter
-from training.data.sources import chunks, identity, keep_cells, label_codes, name_of, not_raw, open_source
+from training.data.sources import Progress, chunks, identity, keep_cells, label_codes, name_of, not_raw, open_source
 from training.data.staging import Staging
-
-__all__ = ["Progress", "build_corpus", "chunks", "keep_cells", "name_of", "open_source", "read_vocabulary"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with the file, the cells read so far, and all its cells."""
 
 
 def build_corpus(

@@ -10,8 +10,8 @@ import numpy as np
 from scipy import sparse
 
 from training.config.stages import SourceConfig
-from training.data.corpus import chunks, open_source
 from training.data.shards import Corpus
+from training.data.sources import chunks, open_source
 from training.data.splits import INELIGIBLE, DataSplit
 
 

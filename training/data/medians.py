@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from perturbscope.cells.genes import GeneResolver, GeneVocabulary
 from perturbscope.errors import InvalidParameterError
 from training.config.stages import CorpusConfig, SourceConfig
-from training.data.corpus import Progress, chunks, keep_cells, name_of, open_source
+from training.data.sources import Progress, chunks, keep_cells, name_of, open_source
 
 EXACT_VALUES = 25_000_000
 """Corpora with up to this many non-zero values are computed exactly, in less than a gigabyte."""

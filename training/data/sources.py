@@ -20,6 +20,8 @@ from training.data.soma import SomaSource, soma_identity
 if TYPE_CHECKING:
     import pandas as pd
 
+Progress = Callable[[str, int, int], None]
+"""Called with the name of what is read, how much of it is done, and all of it (in cells, unless a function says)."""
 _FALSE = ("false", "0")
 
 

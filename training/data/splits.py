@@ -7,7 +7,7 @@ split by cell.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from perturbscope.errors import (
     TooFewCellsError,
 )
 from training.config.stages import DegConfig, SourceConfig, SplitConfig
-from training.data.corpus import chunks, name_of, open_source
 from training.data.shards import Corpus
+from training.data.sources import Progress, chunks, name_of, open_source
 from training.loop.provenance import write_json
 
 PARTS = ("train", "validation", "test")
@@ -34,8 +34,6 @@ _FORMAT_VERSION = 1
 _VALUES_AT_ONCE = 2**28
 """Non-zero values in memory while genes are tested; a larger data set is read in several passes."""
 _CONTROLS, _TARGETS, _DEGS = 1, 2, 3
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)

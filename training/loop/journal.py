@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from training.console import console
+from training import console
 
 _SMOOTHING = 0.95
 
@@ -75,7 +75,7 @@ def open_journal(path: Path, *, name: str, done: int, total: int, writes: bool) 
         _cut(path, done)
         file = path.open("a", encoding="utf-8")
     try:
-        with Progress(*columns, console=console()) as bars:
+        with Progress(*columns, console=console.stderr()) as bars:
             task = bars.add_task(name, total=total, completed=done, loss="-", speed="")
             yield Journal(file, bars, task)
     finally:

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 
 from perturbscope.errors import BundleError
+from training import console
 from training.checkpoint import save_checkpoint
 from training.config.stages import ContrastiveConfig, PretrainConfig
 from training.config.strict import plain
-from training.console import console
 from training.data.shards import Corpus
 from training.loop import provenance
 from training.loop.loop import Outcome, Task, start_anew, train
@@ -138,7 +138,7 @@ def _finish(
     )
     provenance.write_json(output / METRICS, {**result, **{key: facts[key] for key in facts if key != "parent"}})
     speed = outcome.tokens / max(outcome.seconds, 1e-9)
-    console().print(
+    console.stderr().print(
         f"{path}: {outcome.steps:,} steps, loss {outcome.final_loss:.4f}, {outcome.seconds:.0f} s, "
         f"{speed:,.0f} tokens/s"
     )

@@ -14,8 +14,8 @@ from perturbscope.errors import EmptyCellError, InvalidParameterError, Unreadabl
 from perturbscope.families import load_family
 from perturbscope.inference.bundle import sha256
 from training.checkpoint import Checkpoint
-from training.data.corpus import chunks
 from training.data.shards import Corpus
+from training.data.sources import chunks
 
 
 @dataclass(frozen=True, kw_only=True)

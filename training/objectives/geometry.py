@@ -25,7 +25,7 @@ from scipy import sparse
 
 from perturbscope.analysis.degs import log_normalized
 from training.config.stages import GeometryConfig, SourceConfig
-from training.data.corpus import chunks, open_source
+from training.data.sources import chunks, open_source
 
 _MIN_GENE_CELLS = 10
 """Genes seen in fewer training cells say nothing about others."""
