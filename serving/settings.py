@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
@@ -14,6 +16,13 @@ from perturbscope.inference.gpu import MAX_TOKENS
 from serving.telemetry.log import Format, Level
 
 PREFIX = "PERTURBSCOPE_"
+NOT_OF_THE_SERVER = (
+    *("API_KEY", "API_KEY_FILE", "CA", "CLIENT_CERTIFICATE", "CLIENT_KEY"),  # perturbscope.client
+    "DEBUG",  # perturbscope.cli
+    *("BROWSER", "TRIAL"),  # tests and benchmarks
+)
+"""Variables with the prefix, without it here, that other programs of this project read."""
+_SERVICE_LINK = re.compile(r"(\w+?)_(SERVICE|PORT)(_\w+)?", re.ASCII)
 _MAY_BE_ZERO = ("threads", "repository_poll", "max_model_bytes", "max_batch_tokens")
 ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds ``serving/`` and ``bundles/``: the checkout, or the image's."""
@@ -27,88 +36,88 @@ class Settings:
     Raises
     ------
     InvalidParameterError
-        A value outside its range.
+        A value is outside its range, or two contradict each other.
     """
 
     bundle: str = ""
     """Bundle directories, separated by ``:``; the first one is the default model. Empty: the bundle that comes with the
-    server, or none where there is a repository."""
+    server, or none if a repository is set."""
     repository: str = ""
-    """Directory of bundle directories, which may come, change and go while the server runs; empty: none."""
+    """Directory of bundle directories that may be added, changed and removed while the server runs; empty: none."""
     repository_poll: int = 10
-    """Seconds between two looks into the repository; 0: models come and go only on request."""
+    """Seconds between two scans of the repository; 0: models are loaded and unloaded only on request."""
     max_model_bytes: int = 0
-    """Memory that all loaded models may take, as estimated; 0: no limit."""
+    """Estimated bytes of memory that all loaded models may take; 0: no limit."""
     variant: str = "fp32"
     """Graph of the bundle: fp32, fp16, fp16-flash, int8."""
     device: str = "cpu"
-    """cpu, cuda or tensorrt; there is no fallback from one to the other."""
+    """Device of the models: cpu, cuda or tensorrt; there is no fallback from one to another."""
     engine_cache: str = ""
-    """Directory where TensorRT keeps its engines, each of which takes minutes to build; empty: nowhere."""
+    """Directory where TensorRT keeps its engines, each of which takes minutes to build; empty: they are not kept."""
     threads: int = 0
     """CPU threads of the model; 0: the cores that the process may use."""
     host: str = "127.0.0.1"
-    """Address that both servers listen on; the image sets 0.0.0.0, since a container has interfaces of its own."""
+    """Address that the HTTP and gRPC servers listen on; the container image sets 0.0.0.0."""
     keys: str = ""
-    """File of API keys, made by ``python -m serving keys``; empty: everyone may come in."""
+    """File of API keys, made by ``python -m serving keys``; empty: requests need no key."""
     tls_certificate: str = ""
-    """File with the server's certificate and those above it (PEM), for both servers; empty: no TLS."""
+    """File with the server's certificate chain (PEM), for HTTP and gRPC; empty: no TLS."""
     tls_key: str = ""
     """File with the certificate's private key (PEM)."""
     tls_client_ca: str = ""
-    """File with the authorities (PEM) one of which must have signed a client's certificate; empty: none is asked."""
+    """File with the authorities (PEM) that sign clients' certificates; empty: clients need no certificate."""
     http_port: int = 3000
     """Port of the HTTP server."""
     grpc_port: int = 3001
     """Port of the gRPC server."""
     max_cells: int = 20_000
-    """Cells of one request that are embedded."""
+    """Cells that one request may have embedded."""
     max_vectors: int = 200_000
-    """Rows of one score request that brings its own embeddings."""
+    """Rows of the embeddings that one score request may bring."""
     max_genes: int = 100_000
-    """Columns of one matrix."""
+    """Genes (columns) of one count matrix."""
     max_values: int = 200_000_000
-    """Stored counts of one matrix: bounds what a compressed upload can grow to."""
+    """Stored counts of one matrix; bounds what a compressed upload can grow to."""
     max_body_bytes: int = 256 * 2**20
-    """Bytes of one request, over HTTP and over gRPC."""
+    """Bytes of one request body, over HTTP and gRPC."""
     body_timeout: int = 300
-    """Seconds within which the body of a request must have arrived."""
+    """Seconds within which a request body must arrive."""
     head_timeout: int = 30
-    """Seconds within which an HTTP connection must have sent the head of a request, and gRPC's its greeting."""
+    """Seconds within which an HTTP client must send the head of a request, and a gRPC client finish its handshake."""
     file_timeout: int = 120
-    """Seconds within which an uploaded file must have been read; a damaged one can keep libhdf5 busy for ever."""
+    """Seconds within which an uploaded file must be read; a damaged one can keep libhdf5 busy for ever."""
     stream_chunks: int = 4
-    """Chunks of one stream in progress; the next one is read when an answer was taken."""
+    """Chunks of one stream that are in progress at a time; the next one is read when an answer has been taken."""
     max_chunk_bytes: int = 32 * 2**20
-    """Bytes of one chunk of a stream. All of a stream in progress never have more than max_body_bytes."""
+    """Bytes of one chunk of a stream. All chunks in progress of a stream together stay below max_body_bytes."""
     request_timeout: int = 3600
-    """Seconds after which BentoML answers an HTTP request with 504; over gRPC the caller's deadline holds."""
+    """Seconds after which an HTTP request is answered with 504; over gRPC the caller's deadline holds."""
     max_json_bytes: int = 32 * 2**20
-    """Bytes of one body of JSON, which takes ten times the memory and the time of the other forms."""
+    """Bytes of one JSON body; JSON takes ten times the memory and time of the other formats."""
     max_held_bytes: int = 2**30
-    """Memory that all requests in progress may hold: their bodies, and as estimated what these are decoded to, tokens,
+    """Bytes of memory that all requests in progress may hold: their bodies and, as estimated, the decoded data, tokens,
     vectors and encoded answers."""
     max_requests: int = 256
-    """Requests in progress, over both transports."""
+    """Requests in progress at a time, over HTTP and gRPC together."""
     max_queued_tokens: int = 4_194_304
-    """Tokens that wait for the model; 2,048 cells of 2,048 tokens."""
+    """Tokens that may wait for a model; 2,048 cells of 2,048 tokens."""
     max_batch_tokens: int = 0
-    """Padded tokens of one batch, which is also what a small request waits for at most twice; 0: 4,096 on a CPU, which
-    gains nothing by more, and 65,536 on an accelerator."""
+    """Padded tokens of one batch; a small request waits for two batches at most. 0: 4,096 on a CPU, where more gains
+    nothing, and 65,536 on an accelerator."""
     inference_timeout: int = 120
-    """Seconds after which a forward pass is taken to hang: callers are told, and the model is not ready."""
+    """Seconds after which a forward pass counts as hung: callers get an error, and the model is not ready."""
     max_permutations: int = 100_000
     """Permutations and null draws that one score request may ask for."""
     max_group_cells: int = 5_000
-    """Cells of a group that one score request may ask to be compared in full; memory grows with its square."""
+    """Largest max_cells, cells of one group, that a score request may ask for; memory grows with its square."""
     score_workers: int = 1
-    """Score requests that are computed at a time."""
+    """Score requests computed at a time."""
     shutdown_grace: int = 30
-    """Seconds that requests in progress are given at shutdown."""
+    """Seconds that requests in progress have to finish at shutdown."""
     log_format: str = "auto"
-    """json, text, or auto: text on a terminal, JSON elsewhere."""
+    """Form of the log: json, text, or auto (text on a terminal, JSON elsewhere)."""
     log_level: str = "info"
-    """debug, info, warning, error: the least that is logged."""
+    """Lowest level that is logged: debug, info, warning or error."""
 
     def __post_init__(self) -> None:
         if self.device not in get_args(Device):
@@ -162,35 +171,36 @@ class Settings:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes that one message of a stream may have: so few that all in progress fit into one request."""
+        """Bytes of one message of a stream: few enough that all chunks in progress fit into max_body_bytes."""
         return min(self.max_chunk_bytes, self.max_body_bytes // (self.stream_chunks + 2))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Settings of this process.
+        """Return the settings of this process. An unset or empty variable means the default.
 
         Raises
         ------
         InvalidParameterError
-            A value that is no number where one is needed, or outside its range. An unset or empty variable means the
-            default.
+            A value is no number where one is needed, or is outside its range; or a variable has the prefix and is not
+            a setting.
         """
         environ = os.environ if environ is None else environ
-        given: dict[str, str | int] = {}
+        _check_names(environ, [item.name for item in fields(cls)])
+        values: dict[str, str | int] = {}
         for item in fields(cls):
             text = environ.get(_variable(item.name), "")
             if not text:
                 continue
             if isinstance(item.default, int):
                 try:
-                    given[item.name] = int(text)
+                    values[item.name] = int(text)
                 except ValueError as error:
                     raise InvalidParameterError(
                         f"{_variable(item.name)} is {text!r}; a whole number is needed.", field=item.name
                     ) from error
             else:
-                given[item.name] = text
-        return cls(**given)  # type: ignore[arg-type]
+                values[item.name] = text
+        return cls(**values)  # type: ignore[arg-type]
 
     def to_env(self) -> dict[str, str]:
         """The environment from which :meth:`from_env` reads these settings."""
@@ -199,3 +209,32 @@ class Settings:
 
 def _variable(name: str) -> str:
     return PREFIX + name.upper()
+
+
+def _check_names(environ: Mapping[str, str], known: Iterable[str]) -> None:
+    """Refuse variables that have the prefix and that nothing of this project reads."""
+    names = {name.upper() for name in known}
+    for variable, value in environ.items():
+        name = variable.removeprefix(PREFIX)
+        if name == variable or not value or name in names or name in NOT_OF_THE_SERVER:
+            continue
+        if _is_service_link(variable, environ):
+            continue
+        near = sorted(other for other in names if name in other)[:3] or difflib.get_close_matches(name, names)
+        remedy = f"Is {' or '.join(PREFIX + other for other in near)} meant? " if near else ""
+        raise InvalidParameterError(
+            f"The environment variable {variable} is not a setting of the server. {remedy}Correct its name, or unset "
+            "it; serving/settings.py lists all settings.",
+            field=name.lower(),
+        )
+
+
+def _is_service_link(variable: str, environ: Mapping[str, str]) -> bool:
+    """Whether Kubernetes set a variable because a Service of the namespace is called ``perturbscope`` or alike.
+
+    Examples: PERTURBSCOPE_SERVICE_HOST, PERTURBSCOPE_PORT=tcp://10.0.0.1:3000, PERTURBSCOPE_PORT_3000_TCP.
+    """
+    match = _SERVICE_LINK.fullmatch(variable)
+    if match is None or f"{match[1]}_SERVICE_HOST" not in environ:
+        return False
+    return match[2] == "SERVICE" or match[3] is not None or "://" in environ[variable]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from perturbscope.cli import options
+from perturbscope.client import access
 from perturbscope.errors import InvalidParameterError
 from serving.settings import DEFAULT_BUNDLE, Settings
 
@@ -54,3 +56,48 @@ def test_an_empty_variable_is_an_unset_one() -> None:
 def test_a_wrong_value_is_named(variable: str, value: str, message: str) -> None:
     with pytest.raises(InvalidParameterError, match=message):
         Settings.from_env({f"PERTURBSCOPE_{variable}": value})
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("PORT", "PERTURBSCOPE_GRPC_PORT or PERTURBSCOPE_HTTP_PORT"),
+        ("LOGLEVEL", "PERTURBSCOPE_LOG_LEVEL"),
+        ("SERVICE_PORT", "PERTURBSCOPE_"),  # a setting of nobody without the variables beside it
+    ],
+)
+def test_an_unknown_variable_is_named_with_the_nearest_settings(variable: str, nearest: str) -> None:
+    with pytest.raises(InvalidParameterError, match=rf"PERTURBSCOPE_{variable} is not a setting.* Is {nearest}"):
+        Settings.from_env({f"PERTURBSCOPE_{variable}": "80"})
+
+
+def test_a_variable_like_no_setting_is_refused() -> None:
+    with pytest.raises(InvalidParameterError, match=r"PERTURBSCOPE_QQQ is not .* server\. Correct"):
+        Settings.from_env({"PERTURBSCOPE_QQQ": "1"})
+
+
+def test_variables_of_the_client_do_not_stop_a_server() -> None:
+    names = [access.KEY, access.KEY_FILE, access.CA, access.CERTIFICATE, access.PRIVATE_KEY]
+    names += [options.KEY_VARIABLE, options.KEY_FILE_VARIABLE, options.CA_VARIABLE, "PERTURBSCOPE_DEBUG"]
+    assert Settings.from_env(dict.fromkeys(names, "x")) == Settings()
+
+
+def test_variables_that_kubernetes_sets_for_a_service_do_not_stop_a_server() -> None:
+    """Those of a Service called perturbscope, and of one called perturbscope-gpu."""
+    environ = {
+        f"{name}_{key}": value
+        for name in ("PERTURBSCOPE", "PERTURBSCOPE_GPU")
+        for key, value in {
+            "SERVICE_HOST": "10.0.0.11",
+            "SERVICE_PORT": "3000",
+            "SERVICE_PORT_HTTP": "3000",
+            "PORT": "tcp://10.0.0.11:3000",
+            "PORT_3000_TCP": "tcp://10.0.0.11:3000",
+            "PORT_3000_TCP_PROTO": "tcp",
+            "PORT_3000_TCP_PORT": "3000",
+            "PORT_3000_TCP_ADDR": "10.0.0.11",
+        }.items()
+    }
+    assert Settings.from_env(environ) == Settings()
+    with pytest.raises(InvalidParameterError, match="PERTURBSCOPE_PORT is not a setting"):
+        Settings.from_env({**environ, "PERTURBSCOPE_PORT": "80"})
