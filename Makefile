@@ -68,7 +68,7 @@ fuzz: setup ## the wire decoders under atheris, each for half a minute (Linux)
 audit: setup ## look the pinned dependencies up among known vulnerabilities
 	scripts/audit.sh
 
-proto: setup ## write perturbscope/protocol/proto/*_pb2* from the .proto
+proto: setup ## write the *_pb2* modules from the .proto files
 	PYTHON=$(PY) scripts/generate_proto.sh
 
 lock: setup ## pin requirements/*.txt anew from requirements/*.in and pyproject.toml

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from perturbscope.protocol.proto.onnx_graph_pb2 import Attribute, Graph, Model, Node, OperatorSet, Tensor
+from perturbscope.inference.onnx_graph_pb2 import Attribute, Graph, Model, Node, OperatorSet, Tensor
 
 MIN_FLASH_LENGTH = 256
 """Shortest batch without padding whose scores are better kept in the cache."""
