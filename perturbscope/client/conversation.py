@@ -63,12 +63,15 @@ class Failure(Exception):  # noqa: N818  it carries an error, and never leaves a
         What the caller is told if there is no further attempt.
     retry
         Whether another attempt makes sense.
+    unheard
+        Whether the server may have said why, and grpc lost it.
     """
 
     def __init__(self, error: PerturbScopeError, *, retry: bool | None = None) -> None:
         super().__init__(error.message)
         self.error = error
         self.retry = isinstance(error, (OverloadedError, ServerUnreachableError)) if retry is None else retry
+        self.unheard = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,8 @@ from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened
 
 Progress = Callable[[int], None] | None
 
-_BROKEN = ("RST_STREAM", "Internal error from Core")
-"""What grpc says of a connection that broke, under a status that is not UNAVAILABLE."""
+_RESET, _WRITE_FAILED = "RST_STREAM", "Internal error from Core"
+"""Details of the status INTERNAL with which grpc reports a stream that was reset, and grpc.aio a failed write."""
 
 
 @dataclass(kw_only=True)
@@ -60,7 +60,7 @@ class StreamCall:
                     outbox.put(stream_cells_to_proto(part))
                 if call is None:
                     return
-                if flight.all_sent:
+                if flight.done:
                     outbox.put(None)
                 result = reading.take(self._next(call))
                 if result is not None:
@@ -94,8 +94,6 @@ class StreamCall:
         self, flight: Flight, source: AsyncIterator[CountMatrix], progress: Progress
     ) -> AsyncGenerator[Embeddings, None]:
         """As :meth:`results`."""
-        import grpc.aio
-
         outbox: asyncio.Queue[Any] = asyncio.Queue()
         reading = _Reading(flight, self.target, progress)
         call = None
@@ -110,19 +108,14 @@ class StreamCall:
                     if call is None:
                         outbox.put_nowait(stream_start_to_proto(flight.start()))
                         call = self.method(requests())
+                        # Before cells are written: see _failure.
+                        reading.take(await self._read(call))
                     outbox.put_nowait(stream_cells_to_proto(part))
                 if call is None:
                     return
-                if flight.all_sent:
+                if flight.done:
                     outbox.put_nowait(None)
-                try:
-                    async with asyncio.timeout(self.timeout):
-                        message = await call.read()
-                except grpc.aio.AioRpcError as error:
-                    raise self._failure(error, late=False) from error
-                except TimeoutError as error:
-                    raise Failure(_too_late(self.target), retry=False) from error
-                result = reading.take(None if message is grpc.aio.EOF else message)
+                result = reading.take(await self._read(call))
                 if result is not None:
                     yield result
         finally:
@@ -130,16 +123,31 @@ class StreamCall:
             if call is not None:
                 call.cancel()
 
+    async def _read(self, call: Any) -> Any:
+        """The next message, None at the end."""
+        import grpc.aio
+
+        try:
+            async with asyncio.timeout(self.timeout):
+                message = await call.read()
+        except grpc.aio.AioRpcError as error:
+            raise self._failure(error, late=False) from error
+        except TimeoutError as error:
+            raise Failure(_too_late(self.target), retry=False) from error
+        return None if message is grpc.aio.EOF else message
+
     def _failure(self, error: Any, *, late: bool) -> Failure:
         if late:
             return Failure(_too_late(self.target), retry=False)
-        status = error.code().name
-        # Not by this side: a server that stops cancels its calls, and grpc calls a stream that was reset INTERNAL. So
-        # does grpc.aio where it fails to write, whatever status the server has just sent; asked again, it is heard.
-        details = error.details() or ""
-        if status == "CANCELLED" or (status == "INTERNAL" and any(sign in details for sign in _BROKEN)):
+        status, details = error.code().name, error.details() or ""
+        # grpc.aio loses the status with which a server ends a stream while a message is being written (grpcio 1.85).
+        unheard = status == "INTERNAL" and _WRITE_FAILED in details
+        # A server that stops cancels its calls.
+        if unheard or status == "CANCELLED" or (status == "INTERNAL" and _RESET in details):
             status = "UNAVAILABLE"
-        return grpc_failure(status, error.details(), cast("Any", error.trailing_metadata()), self.target)
+        failure = grpc_failure(status, details, cast("Any", error.trailing_metadata()), self.target)
+        failure.unheard = unheard
+        return failure
 
 
 @dataclass

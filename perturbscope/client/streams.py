@@ -78,6 +78,7 @@ class Flight:
         self._next_row = 0
         self._maker: Maker | None = None
         self._attempt = 1
+        self._careful = False
         self.n_cells = 0
         """Cells that were answered."""
         self.ended = False
@@ -86,12 +87,7 @@ class Flight:
     @property
     def room(self) -> bool:
         """Whether one more part may be sent."""
-        return len(self._in_flight) < self._limits.at_a_time
-
-    @property
-    def all_sent(self) -> bool:
-        """Whether the caller has no more chunks, and all parts of the last are sent."""
-        return self.ended and all(chunk.sent == len(chunk.cells) for chunk in self._chunks)
+        return len(self._in_flight) < (1 if self._careful else self._limits.at_a_time)
 
     @property
     def done(self) -> bool:
@@ -158,7 +154,7 @@ class Flight:
         chunk.parts.append(found)
         chunk.answered += len(found)
         self.n_cells += len(found)
-        self._attempt = 1
+        self._attempt, self._careful = 1, False
         if chunk.answered < len(chunk.cells):
             return None
         self._chunks.popleft()
@@ -188,6 +184,10 @@ class Flight:
                 "two models cannot be compared: embed all cells again.",
                 field="model",
             ) from failure
+        if failure.unheard and not self._careful:
+            # With one part in flight nothing is being written when the server answers, so that it is heard.
+            self._careful = True
+            return Pause(0.0)
         # The server ends a stream that pauses too long, for instance while its caller works with a result.
         again = failure.retry or isinstance(error, DeadlineExceededError)
         if not again or self._attempt >= self._policy.attempts:

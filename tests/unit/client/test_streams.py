@@ -11,6 +11,8 @@ import pytest
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import ChunkLimits, RetryPolicy
+from perturbscope.client.conversation import Failure
+from perturbscope.client.streams import Flight
 from perturbscope.errors import (
     InferenceError,
     InvalidParameterError,
@@ -294,6 +296,27 @@ async def test_a_silent_server_is_given_up_asynchronously(
     async with AsyncGrpcClient(grpc_target, timeout=0.3) as client:
         with pytest.raises(ServerUnreachableError, match="in time"):
             await collect(client.embed_stream(cut(tiny_cells, 24)))
+
+
+def test_after_a_lost_status_one_part_at_a_time_is_sent(tiny_cells: CountMatrix, fake_embedder: Embedder) -> None:
+    """It costs no attempt: with nothing being written, the next status is heard."""
+    policy = RetryPolicy(attempts=1)
+    flight = Flight(model=None, limits=ChunkLimits(at_a_time=3), policy=policy, rng=np.random.default_rng(0))
+    flight.add(tiny_cells[:12])
+    flight.add(tiny_cells[12:])
+    assert flight.part() is not None
+    lost = Failure(ServerUnreachableError("Internal error from Core"))
+    lost.unheard = True
+    assert flight.retry(lost).seconds == 0.0
+    part = flight.part()
+    assert part is not None
+    assert not flight.room
+    flight.land(fake_embedder.embed(part))
+    assert flight.part() is not None
+    assert flight.room
+    assert flight.retry(lost).seconds == 0.0
+    with pytest.raises(ServerUnreachableError):
+        flight.retry(lost)
 
 
 def test_the_limits_are_checked() -> None:
