@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import pandas as pd
 
 from benchmarks._markdown import markdown
 from benchmarks._peer_tests import PERTPY, SCPERTURB, largest_family, peer_e_test
+from benchmarks._peers import ask
 from evaluation.baselines import pca
 from perturbscope.cells.readers import open_cells
 from perturbscope.scoring.control import ScoreOptions, score_perturbations
@@ -56,15 +55,6 @@ def vectors() -> tuple[np.ndarray, np.ndarray]:
         chosen.append(own if len(own) <= most else rng.choice(own, most, replace=False))
     rows = np.sort(np.concatenate(chosen))
     return pca(cells[rows]).astype(np.float64), labels[rows].astype(str)
-
-
-def ask_peers(python: Path, values: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """The peers' numbers, computed in their own environment."""
-    with tempfile.TemporaryDirectory() as folder:
-        given, found = Path(folder, "in.npz"), Path(folder, "out.json")
-        np.savez(given, values=values, labels=labels, permutations=PERMUTATIONS, wasserstein=np.array(TRANSPORTED))
-        subprocess.run([str(python), str(ROOT / "benchmarks/_peers.py"), str(given), str(found)], check=True)
-        return json.loads(found.read_text())
 
 
 def ours(values: np.ndarray, labels: np.ndarray, ground: str, estimator: str) -> dict[str, float]:
@@ -172,7 +162,9 @@ def main() -> None:
     options = parser.parse_args()
     values, labels = vectors()
     if options.peers_python:
-        peers = {"command": COMMAND, **ask_peers(options.peers_python, values, labels)}
+        parts = ("distances", "tests", "wasserstein")
+        found = ask(options.peers_python, values, labels, *parts, permutations=PERMUTATIONS, transported=TRANSPORTED)
+        peers = {"command": COMMAND, **found}
         if options.store:
             STORED.write_text(json.dumps(peers, indent=1) + "\n")
     else:

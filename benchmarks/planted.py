@@ -20,10 +20,7 @@ import os
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
 import argparse
-import json
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -35,6 +32,7 @@ import pandas as pd
 
 from benchmarks._markdown import markdown
 from benchmarks._peer_tests import PERTPY, SCPERTURB, peer_e_test
+from benchmarks._peers import ask
 from benchmarks._planted_screens import CONTROL, ControlPCA, Effect, PlantedScreen, measured, planted_screen, scatter
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.files import atomic
@@ -300,14 +298,7 @@ def pertpy_itself(background: Background, python: Path, n: int) -> str:
     pca = ControlPCA(background.cells)
     values = scatter(pca(screen.cells), screen, pca.centre)[cells]
     labels = np.asarray(screen.perturbations)[cells]
-    with tempfile.TemporaryDirectory() as folder:
-        given, found = Path(folder, "in.npz"), Path(folder, "out.json")
-        np.savez(
-            given, values=values.astype(np.float64), labels=labels, permutations=1000, wasserstein=np.empty(0, "U1")
-        )
-        worker = [str(python), str(ROOT / "benchmarks/_peers.py"), str(given), str(found), "--only", "tests"]
-        subprocess.run(worker, check=True)
-        result = json.loads(found.read_text())
+    result = ask(python, values.astype(np.float64), labels, "tests")
     version = result["versions"]["pertpy"]
     ours = peer_e_test(values, labels.tolist(), control=CONTROL, peer=PERTPY).set_index("perturbation")
     columns = {}

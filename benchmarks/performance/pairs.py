@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks._peers import ask
 from benchmarks.performance.harness import Options, Section, Watch, in_child, matmul_ceiling, table
-from benchmarks.performance.pairs_small import MOST, TRANSPORTED, against_peers, ask_peers, landmark_errors, papalexi
+from benchmarks.performance.pairs_small import MOST, TRANSPORTED, against_peers, landmark_errors, papalexi
 from benchmarks.performance.pairs_transport import transports
 from perturbscope.scoring.energy.all_pairs import TILE_CELLS
 from perturbscope.scoring.pair_map import Method, distance_map
@@ -131,7 +132,7 @@ def run(options: Options) -> Section:
     peers = None
     if options.peers:
         values, labels = papalexi(50 if options.quick else MOST)
-        peers = ask_peers(options.peers, values, labels, TRANSPORTED, options.repeats)
+        peers = ask(options.peers, values, labels, "maps", transported=TRANSPORTED, repeats=options.repeats)
     small, small_numbers = against_peers(options, peers)
     near, near_numbers = landmark_errors(options)
     moved, moved_numbers = transports(options, peers)

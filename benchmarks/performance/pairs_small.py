@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import tempfile
 import time
 from functools import cache
 from itertools import combinations_with_replacement
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,17 +53,6 @@ def with_scipy(values: NDArray[np.float32], labels: NDArray[np.str_]) -> NDArray
     return found
 
 
-def ask_peers(python: Path, values: Any, labels: Any, transported: tuple[str, ...], repeats: int) -> dict[str, Any]:
-    """Seconds and results of pertpy and scPerturb."""
-    with tempfile.TemporaryDirectory() as folder:
-        given, found = Path(folder, "in.npz"), Path(folder, "out.json")
-        np.savez(given, values=values, labels=labels, transported=np.array(transported), repeats=repeats)
-        script = Path(__file__).with_name("pairs_peer.py")
-        subprocess.run([str(python), str(script), str(given), str(found)], check=True)
-        answer: dict[str, Any] = json.loads(found.read_text())
-    return answer
-
-
 def against_peers(options: Options, peers: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
     """Table and numbers of the real screen; `peers`: their answer, if they were asked."""
     values, labels = papalexi(50 if options.quick else MOST)
@@ -86,9 +71,9 @@ def against_peers(options: Options, peers: dict[str, Any] | None) -> tuple[str, 
     if peers:
         for name, title, estimator in (("pertpy", "pertpy", "V"), ("scperturb", "scPerturb", "U")):
             title = f"{title} {peers['versions'][name]}, {estimator}"
-            theirs = np.array(peers[name]["map"])
+            theirs = np.array(peers["maps"][name]["map"])
             np.fill_diagonal(theirs, 0)
-            seconds[title] = peers[name]["seconds"]
+            seconds[title] = peers["maps"][name]["seconds"]
             differences[title] = _difference(ours[estimator].distances, theirs)
     mine = seconds["PerturbScope"]
     rows = [

@@ -70,7 +70,7 @@ def transports(options: Options, peers: dict[str, Any] | None) -> tuple[str, dic
     if peers:
         small, names = papalexi(50 if options.quick else 200)
         lines = []
-        for name, each in peers["wasserstein"].items():
+        for name, each in peers["maps"]["wasserstein"].items():
             own, controls = small[names == name].astype(np.float64), small[names == CONTROL].astype(np.float64)
             squared = transport_cost(pairwise_distances(own, controls, distance="sqeuclidean"))
             ours = transport_cost(pairwise_distances(own, controls))
@@ -83,7 +83,7 @@ def transports(options: Options, peers: dict[str, Any] | None) -> tuple[str, dic
             "cost.\n"
         )
         text.append(table(["target", "ms", "pertpy", "exact, squared cost", "exact, unsquared (ours)"], lines))
-        numbers["pertpy"] = peers["wasserstein"]
+        numbers["pertpy"] = peers["maps"]["wasserstein"]
     return "\n".join(text), numbers
 
 

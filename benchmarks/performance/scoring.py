@@ -5,8 +5,6 @@ A full run takes 10 to 15 minutes and 3 GB of temporary files.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -15,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.performance.harness import ROOT, Options, Section, in_child, race, table
+from benchmarks._peers import ask
+from benchmarks.performance.harness import Options, Section, in_child, race, table
 from benchmarks.performance.scoring_screens import (
     CONTROL,
     EFFECT,
@@ -65,9 +64,9 @@ def peers(options: Options, numbers: dict[str, Any]) -> str:
     if options.peers is None:
         rows.append(("pertpy, scPerturb", "not measured: run with --peers", "", "", ""))
     else:
-        found = ask(options.peers, values, labels)
-        numbers["peers"].update(found)
-        version = found["versions"]
+        answer = ask(options.peers, values, labels, "race", permutations=PEER_PERMUTATIONS)
+        version, found = answer["versions"], answer["race"]
+        numbers["peers"].update(versions=version, **found)
         for name, title, estimator in (
             ("pertpy", f"pertpy {version['pertpy']} DistanceTest", "V"),
             ("scperturb", f"scPerturb {version['scperturb']} etest, Euclidean, n_jobs=1", "U"),
@@ -103,17 +102,6 @@ def peers(options: Options, numbers: dict[str, Any]) -> str:
         "in any other order it gives p-values to the wrong rows (see the notes).\n"
     )
     return "\n".join([head, table(columns, rows), note])
-
-
-def ask(python: Path, values: NDArray[np.float64], labels: NDArray[np.str_]) -> dict[str, Any]:
-    """The peers' seconds and results, from their own environment."""
-    with tempfile.TemporaryDirectory() as folder:
-        given, found = Path(folder, "in.npz"), Path(folder, "out.json")
-        np.savez(given, values=values, labels=labels, permutations=PEER_PERMUTATIONS, runs=PEER_PERMUTATIONS)
-        script = str(ROOT / "benchmarks/performance/scoring_peer.py")
-        subprocess.run([str(python), script, str(given), str(found)], check=True, stderr=subprocess.DEVNULL)
-        result: dict[str, Any] = json.loads(found.read_text())
-        return result
 
 
 def distance_gap(

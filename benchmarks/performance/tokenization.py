@@ -235,7 +235,7 @@ def _disk_table(rows: list[dict[str, Any]]) -> str:
     return (
         "From disk (page cache), cells per second of the wall: opening and reading with every check, tokenizing what "
         "was read, and both in one stream, where a second core reads ahead.\n\n"
-        + table(["File", "Cells", "Cores", "Reading", "Tokenizing", "Tokenizing, a thread a core", "Both"], lines)
+        + table(["File", "Cells", "Cores", "Reading", "Tokenizing", "Both"], lines)
     )
 
 

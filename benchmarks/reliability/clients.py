@@ -199,18 +199,18 @@ class Slow:
                 connection.close()
 
 
-FROZEN = """
-import sys, grpc
-from perturbscope import wire
-from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from perturbscope.protocol import EmbedRequest
-from benchmarks.reliability.inputs import real_cells
-message = wire.embed_request_to_proto(EmbedRequest(cells=real_cells("hill", 2000)))
-with grpc.insecure_channel(sys.argv[1], options=[("grpc.max_receive_message_length", -1)]) as channel:
-    call = PerturbScopeStub(channel).Embed.future(message)
-    print("sent", flush=True)
-    call.result()
-"""
+def ask_and_say(target: str) -> None:
+    """Ask for the vectors of 2,000 cells over gRPC, and print a line once they are asked for."""
+    message = protocol.embed_request_to_proto(EmbedRequest(cells=real_cells("hill", 2000)))
+    with grpc.insecure_channel(target, options=[("grpc.max_receive_message_length", -1)]) as channel:
+        call: Any = PerturbScopeStub(channel).Embed
+        answer = call.future(message)
+        print("sent", flush=True)
+        answer.result()
+
+
+FROZEN = "import sys; from benchmarks.reliability.clients import ask_and_say; ask_and_say(sys.argv[1])"
+"""What a client runs that is stopped before its answer comes."""
 
 
 def _held_ends() -> set[int]:
