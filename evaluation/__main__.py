@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from evaluation.run import RunOptions, ScreenResult, by_target, evaluate, overvi
 from evaluation.scvi import ScviOptions
 from evaluation.tables import markdown, screen_page
 from perturbscope.analysis.gene_sets import read_gmt
-from perturbscope.cells.files import atomic
+from perturbscope.cells.files import atomic, atomic_directory
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
 
 PLACE = "<!-- results -->"
@@ -196,10 +195,8 @@ def _write(
     text = PLACE if template is None else template.read_text(encoding="utf-8")
     if PLACE not in text:
         raise InvalidParameterError(f"{template} has no line {PLACE}, where the tables go.", field="template")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     figures: dict[str, dict[str, Path]] = {}
-    try:
+    with atomic_directory(out) as staging:
         for result, settings in results:
             folder = staging / result.screen.name
             folder.mkdir()
@@ -207,11 +204,6 @@ def _write(
             _write_screen(result, settings, folder, figures[result.screen.name])
         names = [result.screen.name for result, _ in results]
         (staging / MARKER).write_text(json.dumps({"screens": names}) + "\n", encoding="utf-8")
-        staging.chmod(0o755)
-        _replace(staging, out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     if page is not None:
         _write_page(results, out, page, text)
 
@@ -270,17 +262,6 @@ def _check_out(out: Path) -> None:
         raise InvalidParameterError(
             f"{out} is there and does not hold results of an earlier run; give another folder.", field="out"
         )
-
-
-def _replace(staging: Path, out: Path) -> None:
-    """Give a finished folder its name; one of that name before is removed."""
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-        out.rename(old / out.name)
-        staging.rename(out)
-        shutil.rmtree(old)
-        return
-    staging.rename(out)
 
 
 def _pairs(items: list[str] | None, field: str, form: str) -> dict[str, str]:

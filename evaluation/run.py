@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +26,7 @@ from evaluation.separation import (
 )
 from perturbscope.analysis.degs import deg_table
 from perturbscope.analysis.umap import is_available, project
+from perturbscope.cells.files import atomic_directory
 from perturbscope.errors import PerturbScopeError
 from perturbscope.scoring.calibration import CALIBRATION_PERMUTATIONS
 from perturbscope.scoring.statistics import correlation, uniformity
@@ -295,17 +294,11 @@ def _result_key(embedded: Embedded, screen: EvaluationScreen, options: RunOption
 
 def _write(path: Path, result: ModelResult) -> None:
     """A folder of tables, complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".result-", dir=path.parent))
-    try:
+    with atomic_directory(path) as staging:
         for name, table in result.tables.items():
             table.to_parquet(staging / f"{name}.parquet", index=False)
         text = json.dumps({"facts": result.facts, "warnings": result.warnings})
         (staging / "facts.json").write_text(text, encoding="utf-8")
-        staging.rename(path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def _read(path: Path, name: str) -> ModelResult:

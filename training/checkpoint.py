@@ -13,9 +13,6 @@ complete.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -27,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from perturbscope import __version__
+from perturbscope.cells.files import atomic_directory
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import BundleError, CorruptBundleError, UnsupportedBundleError, VocabularyMismatchError
 from perturbscope.inference.bundle import VOCABULARY, sha256
@@ -127,9 +125,7 @@ def save_checkpoint(
     options = (
         asdict(model_config) if is_dataclass(model_config) and not isinstance(model_config, type) else model_config
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with atomic_directory(path) as staging:
         save_file(_stored(state), staging / WEIGHTS)
         (staging / WEIGHTS).chmod(0o644)
         (staging / VOCABULARY).write_text(vocabulary.to_tsv(), encoding="utf-8")
@@ -144,11 +140,6 @@ def save_checkpoint(
             "weights_sha256": sha256(staging / WEIGHTS),
         }
         (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        staging.chmod(0o755)
-        _put_in_place(staging, path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return path
 
 
@@ -276,18 +267,3 @@ def _read_vocabulary(path: Path) -> GeneVocabulary:
         return GeneVocabulary.read(path)
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptBundleError(f"{path} cannot be read: {error}.") from error
-
-
-def _put_in_place(staging: Path, path: Path) -> None:
-    """Rename `staging` to `path`; an older checkpoint is moved aside first, and back if that fails."""
-    if not path.exists():
-        staging.rename(path)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    os.replace(path, aside / path.name)
-    try:
-        staging.rename(path)
-    except OSError:
-        os.replace(aside / path.name, path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -1,12 +1,13 @@
-"""Results as files, each complete or absent: written under a temporary name beside its place, then renamed."""
+"""Files and directories that are complete or absent: each is written under a temporary name and then renamed."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ def check_output(path: Path, suffixes: Sequence[str], *, source: Path | None = N
     Raises
     ------
     InvalidParameterError
-        A suffix that is not understood, a directory that does not exist, or the input itself.
+        The suffix is not understood, the directory does not exist, or the output is the input.
     """
     if path.suffix.lower() not in suffixes:
         raise InvalidParameterError(f"The output {path} must end in {' or '.join(suffixes)}.", field="out")
@@ -44,7 +45,7 @@ def check_output(path: Path, suffixes: Sequence[str], *, source: Path | None = N
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; renamed to it at the end, removed after an error."""
+    """Give a temporary path beside `path`, to write one file to; rename it at the end, remove it after an error."""
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     staging = Path(name)
@@ -57,27 +58,47 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def commit(staging: Path, path: Path) -> None:
-    """Give a finished file its name, once its content is on disk, with the permissions of a new file."""
+    """Rename a finished file, once its content is on disk, and give it the permissions of a new file."""
     with staging.open("rb") as file:
         os.fsync(file.fileno())
-    mask = os.umask(0)
-    os.umask(mask)
-    staging.chmod(0o666 & ~mask)
+    _permit(staging, 0o666)
     os.replace(staging, path)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Give a temporary directory beside `path`; rename it at the end, remove it after an error.
+
+    An older `path` is moved aside before the renaming, put back if that fails, and deleted afterwards. The directory
+    that `path` lies in is made if it does not exist.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield staging
+        _permit(staging, 0o777)
+        _replace_directory(staging, path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, values: Any, *, sort_keys: bool = False) -> None:
+    """Write a JSON file with an indent of two spaces, complete or not at all."""
+    with atomic(path) as staging:
+        staging.write_text(json.dumps(values, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
 
 def write_table(path: Path, table: pd.DataFrame, provenance: Mapping[str, Any]) -> None:
     """Write a table of scores.
 
-    ``.parquet`` carries the provenance as JSON in its schema metadata, under ``perturbscope``. ``.csv`` has no place
-    for it: it goes to ``<path>.provenance.json``.
+    ``.parquet`` carries the provenance as JSON in its schema metadata, under ``perturbscope``. The provenance of a
+    ``.csv`` goes to ``<path>.provenance.json``.
     """
-    text = json.dumps(provenance, sort_keys=True)
     plain = table.copy()
     plain.attrs = {}
     if path.suffix.lower() == ".csv":
-        with atomic(path.with_name(path.name + ".provenance.json")) as staging:
-            staging.write_text(json.dumps(provenance, sort_keys=True, indent=2) + "\n", encoding="utf-8")
+        write_json(path.with_name(path.name + ".provenance.json"), provenance, sort_keys=True)
         with atomic(path) as staging:
             plain.to_csv(staging, index=False)
         return
@@ -85,6 +106,7 @@ def write_table(path: Path, table: pd.DataFrame, provenance: Mapping[str, Any]) 
     import pyarrow.parquet as pq
 
     arrow = pa.Table.from_pandas(plain, preserve_index=False)
+    text = json.dumps(provenance, sort_keys=True)
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), METADATA_KEY: text.encode()})
     with atomic(path) as staging:
         pq.write_table(arrow, staging)
@@ -97,11 +119,11 @@ def write_matrix(
     distances: NDArray[np.float32],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write distances between all groups.
+    """Write the distances between all groups, float32 [n_groups, n_groups].
 
-    ``.parquet`` and ``.csv`` as :func:`write_table`, a row and a column a group, after the column ``perturbation``
-    (``perturbation_`` if a group is called that). ``.npz`` has ``names``, ``n_cells``, ``distances`` and
-    ``provenance``, JSON; numpy reads it without pickle.
+    A ``.parquet`` or ``.csv`` is a table as of :func:`write_table`, with a row and a column for each group after the
+    column ``perturbation`` (``perturbation_`` if a group is called that). A ``.npz`` has the arrays ``names``,
+    ``n_cells``, ``distances`` and ``provenance`` (JSON), which numpy reads without pickle.
     """
     import pandas as pd
 
@@ -124,7 +146,7 @@ def read_table(path: Path, *, field: str) -> pd.DataFrame:
     Raises
     ------
     UnreadableFileError
-        Neither of the two, not there, or damaged; `field` is the caller's name for it.
+        The file is neither of the two, does not exist, or is damaged; `field` is the caller's name for it.
     """
     import pandas as pd
 
@@ -136,3 +158,26 @@ def read_table(path: Path, *, field: str) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise UnreadableFileError(f"The table {path} cannot be read: {error}.", field=field) from error
     raise UnreadableFileError(f"The table {path} must end in .parquet or .csv.", field=field)
+
+
+def _permit(path: Path, mode: int) -> None:
+    """Give a file or directory the permissions that one made without :mod:`tempfile` would have."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(mode & ~mask)
+
+
+def _replace_directory(staging: Path, path: Path) -> None:
+    if not path.exists():
+        staging.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    os.replace(path, aside / path.name)
+    try:
+        staging.rename(path)
+    except OSError:
+        with suppress(OSError):
+            os.replace(aside / path.name, path)
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

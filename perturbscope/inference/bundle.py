@@ -14,18 +14,16 @@ No file is a pickle, and nothing in a bundle is executed but the ONNX graph.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 import weakref
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from perturbscope.cells.files import atomic_directory
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import (
     BundleError,
@@ -253,23 +251,16 @@ class Bundle:
             raise BundleError(f"{strange[0]!r} is not a plain file name; a bundle has no folders.")
         if path.exists() and not overwrite:
             raise BundleError(f"{path} exists already. Give another directory, or allow overwriting.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
+        with atomic_directory(path) as staging:
             for name, content in files.items():
                 if isinstance(content, bytes):
                     (staging / name).write_bytes(content)
                 else:
                     shutil.copyfile(content, staging / name)
             digests = {name: sha256(staging / name) for name in sorted(files)}
-            complete = Manifest(**{**_shallow(manifest), "files": digests})
+            complete = replace(manifest, files=digests)
             (staging / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
-            staging.chmod(0o755)
             Bundle.open(staging)
-            _replace_directory(staging, path)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
         return Bundle.open(path)
 
 
@@ -282,10 +273,6 @@ def sha256(path: Path) -> str:
 def _is_plain(name: str) -> bool:
     """Whether a name stays inside the bundle's directory."""
     return Path(name).name == name and name not in {"", ".", ".."} and "\\" not in name
-
-
-def _shallow(manifest: Manifest) -> dict[str, Any]:
-    return {item.name: getattr(manifest, item.name) for item in fields(manifest)}
 
 
 def _verify_files(path: Path, manifest: Manifest) -> None:
@@ -303,20 +290,3 @@ def _verify_files(path: Path, manifest: Manifest) -> None:
                 f"{path / name} has the SHA-256 {found[:12]}..., the manifest says {digest[:12]}.... "
                 "The file was changed or damaged; fetch the bundle again."
             )
-
-
-def _replace_directory(new: Path, target: Path) -> None:
-    """Rename `new` to `target`; an older `target` is moved aside first and then deleted."""
-    if not target.exists():
-        new.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.replace(target, aside / target.name)
-    try:
-        new.rename(target)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.replace(aside / target.name, target)
-            aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

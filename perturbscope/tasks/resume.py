@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.files import atomic, write_json
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cells.readers import CellSource
 from perturbscope.errors import BundleError, InvalidParameterError, UnreadableFileError
@@ -114,7 +115,7 @@ class PartialRun:
         if earlier != self._identity:
             for item in [*chunks, self.path / _MODEL]:
                 item.unlink(missing_ok=True)
-            _write_json(state, self._identity)
+            write_json(state, self._identity)
 
     def embed(self, source: CellSource, backend: Backend, *, progress: StageProgress | None = None) -> Embeddings:
         """Embed all cells, taking over the chunks that are there.
@@ -173,7 +174,7 @@ class PartialRun:
         }
         earlier = _read_json(self.path / _MODEL)
         if earlier is None:
-            _write_json(self.path / _MODEL, model)
+            write_json(self.path / _MODEL, model)
         elif (was := _name_of(earlier)) != (now := _name_of(model)):
             raise BundleError(
                 f"The model changed during the run, from {was} to {now}. Run again.",
@@ -196,12 +197,8 @@ class PartialRun:
         rows = np.empty(len(found), dtype=_row_type(found.values.shape[1]))
         for name in ("values", "lengths", "n_detected", "known_share"):
             rows[name] = getattr(found, name)
-        staging = self._chunk(number).with_suffix(".tmp")
-        with staging.open("wb") as file:
-            np.save(file, rows, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, self._chunk(number))
+        with atomic(self._chunk(number)) as staging:
+            np.save(staging, rows, allow_pickle=False)
 
     def _chunk(self, number: int) -> Path:
         return self.path / f"chunk-{number:06d}.npy"
@@ -230,12 +227,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    staging = path.with_suffix(".tmp")
-    staging.write_text(json.dumps(content, sort_keys=True, indent=1), encoding="utf-8")
-    os.replace(staging, path)
 
 
 def _name_of(model: Mapping[str, Any]) -> str:

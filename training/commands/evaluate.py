@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from perturbscope.cells.files import atomic, check_output
+from perturbscope.cells.files import check_output, write_json
 from perturbscope.errors import VocabularyMismatchError
 from training import console
 from training.checkpoint import load_checkpoint
@@ -79,8 +78,7 @@ def run(
             "left_out": left_out,
             "results": [{name: _plain(value) for name, value in row.items()} for row in results],
         }
-        with atomic(out) as staging:
-            staging.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(out, facts)
     return results
 
 

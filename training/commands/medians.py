@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from perturbscope.cells.files import atomic
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
 from training import console
 from training.config import strict
@@ -35,9 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = _read_genes(options.genes) if options.genes else None
         with console.cell_progress() as progress:
             vocabulary = corpus_medians(config, min_cells=options.min_cells, genes=wanted, progress=progress)
-        staging = options.output.with_name(f".{options.output.name}")
-        staging.write_text(vocabulary.to_tsv(), encoding="utf-8")
-        os.replace(staging, options.output)
+        with atomic(options.output) as staging:
+            staging.write_text(vocabulary.to_tsv(), encoding="utf-8")
         console.stderr().print(f"{options.output}: {len(vocabulary.gene_ids):,} genes, hash {vocabulary.hash[:12]}")
 
     return console.run(compute)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from scipy import sparse
 
+from perturbscope.cells.files import atomic
 from training.config.stages import SourceConfig
 from training.data.shards import Corpus
 from training.data.sources import chunks, open_source
@@ -70,7 +70,6 @@ def write_heldout(
             "degs": {name: split.degs[name] for targets in parts.values() for name in sorted(targets)},
         }
     )
-    staging = path.with_name(f".{path.name}")
-    adata.write_h5ad(staging, compression="gzip")
-    os.replace(staging, path)
+    with atomic(path) as staging:
+        adata.write_h5ad(staging, compression="gzip")
     return {name: int((kind == name).sum()) for name in ("control", *parts)}

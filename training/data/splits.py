@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from perturbscope.analysis.degs import RankTester, count_degs, log_normalized, target_columns
+from perturbscope.cells.files import write_json
 from perturbscope.errors import (
     ControlLabelMissingError,
     CorruptBundleError,
@@ -26,7 +27,6 @@ from perturbscope.errors import (
 from training.config.stages import DegConfig, SourceConfig, SplitConfig
 from training.data.shards import Corpus
 from training.data.sources import Progress, chunks, name_of, open_source
-from training.loop.provenance import write_json
 
 PARTS = ("train", "validation", "test")
 INELIGIBLE = "ineligible"

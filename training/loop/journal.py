@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from perturbscope.cells.files import atomic
 from training import console
 
 _SMOOTHING = 0.95
@@ -128,6 +128,5 @@ def draw_curve(log: Path, picture: Path) -> bool:
 
 def _cut(path: Path, done: int) -> None:
     kept = [line for line in read_log(path) if line["step"] <= done]
-    staging = path.with_name(f".{path.name}")
-    staging.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(staging, path)
+    with atomic(path) as staging:
+        staging.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

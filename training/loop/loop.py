@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from perturbscope.cells.files import atomic
 from perturbscope.errors import InvalidParameterError
 from training.config.stages import LoopConfig, OptimizerConfig
 from training.errors import NonFiniteLossError
@@ -298,10 +299,9 @@ class _Run:
     def _keep_best(self) -> None:
         weights = self.engine.weights(self.task.model)
         if self.process.is_first:
-            staging = self.output / f".{_BEST}"
             once = {tensor.data_ptr(): name for name, tensor in reversed(weights.items())}  # tied weights once
-            save_file({name: weights[name].detach().cpu().clone() for name in once.values()}, staging)
-            staging.replace(self.output / _BEST)
+            with atomic(self.output / _BEST) as staging:
+                save_file({name: weights[name].detach().cpu().clone() for name in once.values()}, staging)
         self.process.barrier()
 
 

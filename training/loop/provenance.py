@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -47,13 +46,6 @@ def data(corpus: Corpus) -> dict[str, Any]:
         for source in manifest["sources"]
     ]
     return {**{name: manifest[name] for name in wanted}, "sources": sources, "fingerprint": manifest["fingerprint"]}
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON under a temporary name and rename it."""
-    staging = path.with_name(f".{path.name}")
-    staging.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(staging, path)
 
 
 def _versions() -> dict[str, str]:

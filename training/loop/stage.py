@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from perturbscope.cells.files import write_json
 from perturbscope.errors import BundleError
 from training import console
 from training.checkpoint import save_checkpoint
@@ -136,7 +137,7 @@ def _finish(
         provenance=made,
         overwrite=True,
     )
-    provenance.write_json(output / METRICS, {**result, **{key: facts[key] for key in facts if key != "parent"}})
+    write_json(output / METRICS, {**result, **{key: facts[key] for key in facts if key != "parent"}})
     speed = outcome.tokens / max(outcome.seconds, 1e-9)
     console.stderr().print(
         f"{path}: {outcome.steps:,} steps, loss {outcome.final_loss:.4f}, {outcome.seconds:.0f} s, "
