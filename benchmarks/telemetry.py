@@ -12,7 +12,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import generate_latest
 
-from serving.access.front import Call, Caller
+from serving.access.front import Front
+from serving.call import Call, Caller
 from serving.telemetry import log, metrics, tracing
 
 STAGES = ("receive", "decode", "tokenize", "queue", "inference", "encode")
@@ -20,7 +21,7 @@ STAGES = ("receive", "decode", "tokenize", "queue", "inference", "encode")
 
 def begin() -> Call:
     """A request as HTTP brings it."""
-    call = Call.begin("/v1/embed", "http", {"x-request-id": "benchmark"})
+    call = Front.begin("/v1/embed", "http", {"x-request-id": "benchmark"})
     call.caller, call.cells, call.tokens, call.n_bytes = Caller("pipeline"), 10, 100, 1000
     call.timings = dict.fromkeys(STAGES, 0.01)
     return call

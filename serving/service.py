@@ -29,7 +29,7 @@ from serving.engine.shutdown import Stopping
 from serving.http import slow_clients
 from serving.http.app import build_app
 from serving.http.keys_middleware import KeyMiddleware
-from serving.settings import Settings
+from serving.settings import Format, Level, Settings
 from serving.telemetry import log, tracing
 from serving.telemetry.unanswered import UnansweredMiddleware
 
@@ -41,7 +41,7 @@ slow_clients.install(head_timeout=Settings.from_env().head_timeout)
 
 def configure_log(settings: Settings) -> None:
     """The log as the settings want it; of BentoML's supervisor and of its worker."""
-    log.configure(cast("log.Format", settings.log_format), cast("log.Level", settings.log_level))
+    log.configure(cast("Format", settings.log_format), cast("Level", settings.log_level))
 
 
 @bentoml.service(

@@ -8,12 +8,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from perturbscope.errors import InvalidParameterError
 from perturbscope.inference.encoder import Device
 from perturbscope.inference.gpu import MAX_TOKENS
-from serving.telemetry.log import Format, Level
 
 PREFIX = "PERTURBSCOPE_"
 NOT_OF_THE_SERVER = (
@@ -23,6 +22,10 @@ NOT_OF_THE_SERVER = (
 )
 """Variables with the prefix, without it here, that other programs of this project read."""
 _SERVICE_LINK = re.compile(r"(\w+?)_(SERVICE|PORT)(_\w+)?", re.ASCII)
+Format = Literal["auto", "json", "text"]
+"""Forms of the log."""
+Level = Literal["debug", "info", "warning", "error"]
+"""Levels of the log."""
 _MAY_BE_ZERO = ("threads", "repository_poll", "max_model_bytes", "max_batch_tokens")
 ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds ``serving/`` and ``bundles/``: the checkout, or the image's."""

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from perturbscope.errors import InvalidParameterError, UnauthenticatedError
-from serving.access.front import Caller, Doorkeeper, OpenDoor, Right
+from serving.access.front import Doorkeeper, OpenDoor
 from serving.access.rates import FailedKeys
+from serving.call import Caller, Right
 from serving.telemetry.log import logger
 
 MESSAGE = "This server wants a valid API key. Send it as 'authorization: Bearer KEY' or as 'x-api-key: KEY'."

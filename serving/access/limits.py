@@ -14,17 +14,14 @@ from perturbscope.scoring.distances import TILE_VALUES
 from perturbscope.scoring.energy import batch_permutations, permutations
 from perturbscope.scoring.results import ScoreOptions
 from perturbscope.threads import usable_cores
+from serving.call import GROWTH
 from serving.queue.fairness import Room
 from serving.settings import PREFIX, Settings
 
-GROWTH = 2
-"""Times a binary body that is needed to decode it, beside itself; times its vectors that an answer takes encoded."""
 FEWER = "Send the cells in several requests, or as Arrow in place of JSON, which grows tenfold."
 """What a caller can do whose request needs more memory than there is."""
 LAST_WORDS = 5.0
 """Seconds that callers are given at shutdown to be told that their request was ended."""
-JSON_GROWTH = 8
-"""Times its vectors that an answer takes as JSON."""
 
 
 class Held:
@@ -59,7 +56,7 @@ class Held:
         self._admission.release(n_bytes, self._flow)
         self.n_bytes -= n_bytes
 
-    def reserve(self, n_bytes: int, remedy: str = FEWER) -> None:
+    def reserve(self, n_bytes: int, remedy: str | None = None) -> None:
         """Hold memory that the request will need, before it is used: for what a body is decoded to, or an answer.
 
         Parameters
@@ -80,7 +77,7 @@ class Held:
         if self.n_bytes + self.n_reserved + n_bytes > limit:
             raise LimitExceededError(
                 f"The request would need about {self.n_bytes + self.n_reserved + n_bytes:,} bytes of memory; this "
-                f"server gives {limit:,} to all ({PREFIX}MAX_HELD_BYTES). {remedy}",
+                f"server gives {limit:,} to all ({PREFIX}MAX_HELD_BYTES). {remedy or FEWER}",
                 field="body",
             )
         self._admission.hold(n_bytes, self._flow, mine=self.n_bytes + self.n_reserved)

@@ -10,13 +10,10 @@ import ipaddress
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from perturbscope.errors import LimitExceededError, RateLimitedError
-
-if TYPE_CHECKING:
-    from serving.access.front import Caller
+from serving.call import Caller
 
 _MINUTE = 60.0
 FAILURES_PER_MINUTE = 30

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import get_args
 
 from perturbscope.errors import InvalidParameterError
-from serving.access.front import Right
 from serving.access.keys import Key, keys_to_json, make_key, read_keys
+from serving.call import Right
 
 GRACE_HOURS = 24
 """Hours that a key stays good beside the one that replaces it."""

@@ -33,9 +33,10 @@ from perturbscope.protocol.messages import (
 )
 from perturbscope.tasks.trained_on import Fingerprint, Seen, find_seen
 from serving.access import limits
-from serving.access.front import Call, Front
+from serving.access.front import Front
 from serving.access.keys import doorkeeper
 from serving.access.limits import Admission
+from serving.call import Call
 from serving.engine.columns import Columns
 from serving.engine.reports import ReportAnswer, ReportRequest, make_report
 from serving.engine.threads import Turns, Workers

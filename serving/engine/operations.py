@@ -9,7 +9,7 @@ from typing import Any
 from perturbscope import protocol
 from perturbscope.errors import InvalidInputError, LimitExceededError, PerturbScopeError, UnknownModelError
 from perturbscope.tasks.trained_on import Seen
-from serving.access.front import Call
+from serving.call import Call
 from serving.engine.columns import Columns, columns_to_json
 from serving.engine.engine import Engine
 from serving.engine.reports import (

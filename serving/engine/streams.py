@@ -22,8 +22,8 @@ from perturbscope.errors import DeadlineExceededError, LimitExceededError, Overl
 from perturbscope.inference.embedder import Embeddings
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamOpened, StreamStart, StreamTotals
 from serving.access import limits
-from serving.access.front import Call
-from serving.access.limits import GROWTH, Held
+from serving.access.limits import Held
+from serving.call import GROWTH, Call
 from serving.engine.engine import Engine
 from serving.models.loading import ServedModel
 from serving.telemetry.metrics import STREAMS

@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 from starlette.datastructures import Headers
 
 from perturbscope.errors import OverloadedError, PerturbScopeError
-from serving.access.front import REQUEST_ID, Call, Right
+from serving.access.front import Front
 from serving.access.limits import Held
+from serving.call import REQUEST_ID, Call, Right
 from serving.engine.engine import Engine
 from serving.engine.operations import explain
 from serving.engine.status import status_of
@@ -48,15 +49,15 @@ async def answered(
     except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
         await abort(error, call, context)
     except BaseException:
-        call.finish("CANCELLED", "client_gone")
+        Front.finish(call, "CANCELLED", "client_gone")
         raise
-    call.finish("OK")
+    Front.finish(call, "OK")
     return answer
 
 
 def begin(route: str, context: Any) -> Call:
     """The call behind a context of gRPC; its id is sent back, however it ends."""
-    call = Call.begin(
+    call = Front.begin(
         route,
         "grpc",
         headers_of(context.invocation_metadata()),
@@ -76,7 +77,7 @@ async def abort(error: Exception, call: Call, context: Any) -> NoReturn:
     """End a call with the status of an error; called in an except block."""
     told = explain(error, call)
     status = status_of(told).grpc
-    call.finish(status.name, told.code)
+    Front.finish(call, status.name, told.code)
     await context.abort(status, told.message.encode()[:_MAX_MESSAGE].decode(errors="ignore"), _metadata(told, call))
     raise AssertionError("abort always raises")
 

@@ -13,7 +13,8 @@ import grpc
 from starlette.datastructures import Headers
 
 from perturbscope.errors import PerturbScopeError, UnauthenticatedError
-from serving.access.front import Call, Front
+from serving.access.front import Front
+from serving.call import Call
 
 OPEN = frozenset(
     {

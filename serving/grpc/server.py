@@ -13,8 +13,8 @@ from perturbscope.protocol.proto import open_inference_pb2_grpc as inference_ser
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as messages
 from perturbscope.protocol.proto import perturbscope_v1_pb2_grpc as services
 from serving.access import tls
-from serving.access.front import Call
-from serving.access.limits import GROWTH, LAST_WORDS, Held
+from serving.access.limits import LAST_WORDS, Held
+from serving.call import GROWTH, Call
 from serving.engine.engine import Engine
 from serving.engine.operations import COMPARE, EMBED, SCORE, RpcRoute, describe
 from serving.grpc.edge import abort, answered, begin, headers_of

@@ -18,8 +18,9 @@ from perturbscope.protocol.protobuf_streams import (
     stream_start_from_proto,
 )
 from perturbscope.protocol.streams import StreamAnswer, StreamStart
-from serving.access.front import Call
+from serving.access.front import Front
 from serving.access.limits import Held
+from serving.call import Call
 from serving.engine.engine import Engine
 from serving.engine.streams import answer_stream, check_chunk
 
@@ -78,6 +79,6 @@ async def embed_stream(
         async with asyncio.timeout(_LAST_WORDS):
             await abort(error, call, context)
     except BaseException:
-        call.finish("CANCELLED", "client_gone")
+        Front.finish(call, "CANCELLED", "client_gone")
         raise
-    call.finish("OK")
+    Front.finish(call, "OK")

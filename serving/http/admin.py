@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from perturbscope import protocol
 from perturbscope.errors import InvalidParameterError
-from serving.access.front import Call
 from serving.access.limits import Held
+from serving.call import Call
 from serving.engine.engine import Engine
 from serving.http import openapi, schemas
 from serving.http.edge import answered, while_connected

@@ -11,8 +11,9 @@ from starlette.exceptions import HTTPException
 
 from perturbscope import __version__, protocol
 from perturbscope.errors import InvalidParameterError
-from serving.access.front import REQUEST_ID, Call
-from serving.access.limits import GROWTH, JSON_GROWTH, Held
+from serving.access.front import Front
+from serving.access.limits import Held
+from serving.call import GROWTH, JSON_GROWTH, REQUEST_ID, Call
 from serving.engine.engine import Engine
 from serving.engine.operations import COLUMNS, COMPARE, EMBED, REPORT, SCORE, Route, add_seen, add_warnings, describe
 from serving.engine.reports import HTML
@@ -163,10 +164,10 @@ async def _refused(request: Request, error: Exception) -> Response:
     """What the framework itself refuses: an unknown path, a wrong method. Says what OPTIONS asks for."""
     assert isinstance(error, HTTPException)  # noqa: S101  registered for nothing else
     # The path may be anything, so the log has one name for all of them.
-    call = Call.begin(OTHER, "http", request.headers, peer=request.client.host if request.client else "")
+    call = Front.begin(OTHER, "http", request.headers, peer=request.client.host if request.client else "")
     headers = {**(error.headers or {}), REQUEST_ID: call.id}
     if error.status_code == 405 and request.method == "OPTIONS":
-        call.finish(204)
+        Front.finish(call, 204)
         return Response(status_code=204, headers=headers)
     path = request.url.path
     message = {
@@ -174,5 +175,5 @@ async def _refused(request: Request, error: Exception) -> Response:
         405: f"{request.method[:20]} is not what {path[:200]!r} takes, but {headers.get('Allow')}.",
     }.get(error.status_code, str(error.detail))
     told = InvalidParameterError(message)
-    call.finish(error.status_code, told.code)
+    Front.finish(call, error.status_code, told.code)
     return Response(error_body(told, path), error.status_code, headers, media_type=protocol.JSON)

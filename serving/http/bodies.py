@@ -18,8 +18,8 @@ from starlette.types import Message, Receive
 
 from perturbscope import protocol
 from perturbscope.errors import InvalidParameterError, LimitExceededError, OverloadedError, UnsupportedMediaTypeError
-from serving.access.front import Call
 from serving.access.limits import decoded_bytes, too_many_bytes
+from serving.call import Call
 from serving.engine.engine import Engine
 from serving.engine.operations import Route
 from serving.engine.threads import size_of

@@ -14,8 +14,9 @@ from starlette.types import Receive
 
 from perturbscope import protocol
 from perturbscope.errors import OverloadedError, PerturbScopeError, UnauthenticatedError, UnsupportedMediaTypeError
-from serving.access.front import REQUEST_ID, Call, Right
+from serving.access.front import Front
 from serving.access.limits import Held
+from serving.call import REQUEST_ID, Call, Right
 from serving.engine.engine import Engine
 from serving.engine.operations import explain
 from serving.engine.status import status_of
@@ -45,7 +46,7 @@ async def answered(request: Request, route: str, work: Work, *, right: Right = "
     """
     engine: Engine = request.app.state.engine
     peer = request.client.host if request.client else ""
-    call = Call.begin(route, "http", request.headers, peer=peer, method=request.method)
+    call = Front.begin(route, "http", request.headers, peer=peer, method=request.method)
     code = "ok"
     try:
         async with engine.front.admitted(call, right) as hold:
@@ -57,7 +58,7 @@ async def answered(request: Request, route: str, work: Work, *, right: Right = "
         explained = explain(error, call)
         code, response = explained.code, error_response(explained, request.url.path)
     response.headers[REQUEST_ID] = call.id
-    call.finish(response.status_code, code)
+    Front.finish(call, response.status_code, code)
     return response
 
 

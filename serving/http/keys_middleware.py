@@ -12,7 +12,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from perturbscope.errors import PermissionDeniedError, PerturbScopeError
-from serving.access.front import REQUEST_ID, Call, Front
+from serving.access.front import Front
+from serving.call import REQUEST_ID
 from serving.telemetry.metrics import OTHER
 
 OPEN = frozenset({"/", "/healthz", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
@@ -52,10 +53,10 @@ class KeyMiddleware:
             from serving.http.edge import error_response
 
             # The path may be anything, so the log has one name for all of them.
-            call = Call.begin(OTHER, "http", headers, peer=peer)
+            call = Front.begin(OTHER, "http", headers, peer=peer)
             response = error_response(error, scope["path"])
             response.headers[REQUEST_ID] = call.id
-            call.finish(response.status_code, error.code)
+            Front.finish(call, response.status_code, error.code)
             await response(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from perturbscope import protocol
-from serving.access.front import REQUEST_ID, SECONDS, TIMEOUT
+from serving.call import REQUEST_ID, SECONDS, TIMEOUT
 from serving.engine.operations import Route
 from serving.http import schemas
 from serving.http.bodies import MULTIPART

@@ -29,8 +29,9 @@ from perturbscope.protocol.arrow_streams import (
     metadata_length,
 )
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamStart
-from serving.access.front import REQUEST_ID, Call
+from serving.access.front import Front
 from serving.access.limits import Held
+from serving.call import REQUEST_ID, Call
 from serving.engine.engine import Engine
 from serving.engine.operations import explain
 from serving.engine.streams import answer_stream
@@ -171,7 +172,7 @@ class StreamedAnswer(Response):
         request = self._request
         engine: Engine = request.app.state.engine
         peer = request.client.host if request.client else ""
-        call = Call.begin(PATH, "http", request.headers, peer=peer, method=request.method)
+        call = Front.begin(PATH, "http", request.headers, peer=peer, method=request.method)
         status, code = 200, "ok"
         pipe: HttpPipe | None = None
         try:
@@ -194,9 +195,9 @@ class StreamedAnswer(Response):
                 status = response.status_code
                 await response(scope, receive, send)
         except BaseException:
-            call.finish(CLIENT_GONE, "client_gone")
+            Front.finish(call, CLIENT_GONE, "client_gone")
             raise
-        call.finish(status, code)
+        Front.finish(call, status, code)
 
 
 def _check_type(request: Request) -> None:

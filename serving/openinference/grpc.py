@@ -9,8 +9,9 @@ from google.protobuf.json_format import ParseDict
 
 from perturbscope.protocol.proto import open_inference_pb2 as messages
 from perturbscope.protocol.proto import open_inference_pb2_grpc as services
-from serving.access.front import Call, Right
+from serving.access.front import Front
 from serving.access.limits import Held
+from serving.call import Call, Right
 from serving.engine.engine import Engine
 from serving.engine.operations import explain
 from serving.grpc.edge import answered, begin
@@ -141,15 +142,15 @@ class InferenceServicer(services.GRPCInferenceServiceServicer):
                     answer = messages.ModelStreamInferResponse(infer_response=await self._infer(request, call, hold))
             except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
                 told = explain(error, call)
-                call.finish("OK", told.code)
+                Front.finish(call, "OK", told.code)
                 answer = messages.ModelStreamInferResponse(
                     error_message=told.message, infer_response=messages.ModelInferResponse(id=request.id)
                 )
             except BaseException:
-                call.finish("CANCELLED", "client_gone")
+                Front.finish(call, "CANCELLED", "client_gone")
                 raise
             else:
-                call.finish("OK")
+                Front.finish(call, "OK")
             yield answer
 
     async def _infer(self, request: messages.ModelInferRequest, call: Call, hold: Held) -> messages.ModelInferResponse:

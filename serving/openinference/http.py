@@ -12,8 +12,8 @@ from fastapi import FastAPI, Request, Response
 from perturbscope import protocol
 from perturbscope.errors import InvalidParameterError
 from perturbscope.protocol import checks as check
-from serving.access.front import Call, Right
 from serving.access.limits import Held, decoded_bytes
+from serving.call import Call, Right
 from serving.engine.engine import Engine
 from serving.http.bodies import LimitedBody
 from serving.http.edge import answered, while_connected

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from perturbscope.errors import PerturbScopeError
 from perturbscope.families.tokens import TokenizedCells
-from serving.access.front import Call
+from serving.call import Call
 from serving.engine.engine import Engine
 from serving.models.loading import ServedModel
 from serving.openinference.tensors import InferAnswer, InferRequest, tokens_of

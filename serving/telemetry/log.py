@@ -14,13 +14,12 @@ import sys
 import time
 import traceback
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+from serving.settings import Format, Level
 
 if TYPE_CHECKING:
-    from serving.access.front import Call
-
-Format = Literal["auto", "json", "text"]
-Level = Literal["debug", "info", "warning", "error"]
+    from serving.call import Call
 
 logger = logging.getLogger("perturbscope.serving")
 

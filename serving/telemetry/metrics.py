@@ -23,7 +23,7 @@ from perturbscope.errors import InferenceError, PerturbScopeError
 from serving.telemetry import tracing
 
 if TYPE_CHECKING:
-    from serving.access.front import Call
+    from serving.call import Call
 
 # The time at which each series began would be a series of its own: twice as much to read and keep.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -240,7 +240,10 @@ class ModelMetrics:
         self._batch_seconds.observe(seconds)
         for wait in waited:
             self._wait.observe(wait)
-        tracing.batch(tags, model=self._labels, n_cells=n_cells, n_tokens=n_tokens, n_padded=n_padded, seconds=seconds)
+        if tags:
+            tracing.batch(
+                tags, model=self._labels, n_cells=n_cells, n_tokens=n_tokens, n_padded=n_padded, seconds=seconds
+            )
 
     def failed(self, error: PerturbScopeError) -> None:
         """A forward pass failed."""

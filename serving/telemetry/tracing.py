@@ -27,11 +27,12 @@ from opentelemetry.util.types import AttributeValue
 
 from perturbscope import __version__
 from perturbscope.errors import InvalidParameterError
+from serving.call import Part
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-    from serving.access.front import Call
+    from serving.call import Call
 
 SERVICE = "perturbscope"
 """Default of ``OTEL_SERVICE_NAME``."""
@@ -46,7 +47,7 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?", re.ASCII)
 
 
-class _State:
+class State:
     """What this process exports with; one, as the environment is one."""
 
     provider: TracerProvider | None = None
@@ -100,20 +101,20 @@ def configure(environ: Mapping[str, str] | None = None, *, scheme: str = "http")
     ours = Resource.create({"service.name": SERVICE, "service.version": __version__})
     provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    _State.scheme = scheme
+    State.scheme = scheme
     use(provider)
     return True
 
 
 def use(provider: TracerProvider | None) -> None:
     """Make spans with `provider`, which is not made the global one; None: make none."""
-    _State.provider = provider
-    _State.tracer = None if provider is None else provider.get_tracer(SERVICE, __version__)
+    State.provider = provider
+    State.tracer = None if provider is None else provider.get_tracer(SERVICE, __version__)
 
 
 def close(seconds: float = 5.0) -> None:
     """Export what is left, for at most `seconds`, and stop. Blocks."""
-    provider, _State.provider, _State.tracer = _State.provider, None, None
+    provider, State.provider, State.tracer = State.provider, None, None
     if provider is None:
         return
     # A collector that does not answer must not hold up the end of the process; a daemon thread does not.
@@ -125,19 +126,19 @@ def close(seconds: float = 5.0) -> None:
 def begin(call: Call) -> None:
     """Open the span of a request, below the one that its headers name."""
     sent = call.headers.get("traceparent", "")
-    if _State.tracer is None:
+    if State.tracer is None:
         found = _TRACEPARENT.fullmatch(sent)
         call.trace_id = found[1] if found else ""
         return
     parent = _PROPAGATOR.extract(call.headers) if sent else trace.set_span_in_context(trace.INVALID_SPAN)
-    span = _State.tracer.start_span(_name(call), parent, SpanKind.SERVER, _attributes(call))
+    span = State.tracer.start_span(_name(call), parent, SpanKind.SERVER, _attributes(call))
     call.trace_id = trace.format_trace_id(span.get_span_context().trace_id)
-    call.trace = Trace(_State.tracer, span) if span.is_recording() else None
+    call.trace = Trace(State.tracer, span) if span.is_recording() else None
 
 
 def finished(call: Call, status: str | int, code: str) -> None:
     """Close the span of a request."""
-    if call.trace is None:
+    if not isinstance(call.trace, Trace):
         return
     span = call.trace.span
     span.set_attributes(
@@ -188,14 +189,6 @@ class _Moment(NamedTuple):
     def at(self, steady: float) -> int:
         """Unix nanoseconds of a reading of ``time.perf_counter``."""
         return self.unix + round((steady - self.steady) * 1e9)
-
-
-class Part(NamedTuple):
-    """A part of a request's time, in readings of ``time.perf_counter``."""
-
-    name: str
-    started: float
-    ended: float
 
 
 class Trace:
@@ -302,5 +295,5 @@ def _name(call: Call) -> str:
 def _attributes(call: Call) -> dict[str, AttributeValue]:
     found: dict[str, AttributeValue] = {"perturbscope.request_id": call.id}
     if call.transport == "http":
-        return {**found, "http.request.method": call.method, "http.route": call.route, "url.scheme": _State.scheme}
+        return {**found, "http.request.method": call.method, "http.route": call.route, "url.scheme": State.scheme}
     return {**found, "rpc.system.name": "grpc", "rpc.method": call.route}

@@ -6,7 +6,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from perturbscope.errors import InvalidParameterError
-from serving.access.front import REQUEST_ID, Call
+from serving.access.front import Front
+from serving.call import REQUEST_ID, Call
 from serving.telemetry.metrics import OTHER
 
 
@@ -35,7 +36,7 @@ class UnansweredMiddleware:
                 headers = MutableHeaders(scope=message)
                 if REQUEST_ID not in headers:  # an answer of ours has one, and was counted
                     headers[REQUEST_ID] = call.id
-                    call.finish(message["status"], InvalidParameterError.code)
+                    Front.finish(call, message["status"], InvalidParameterError.code)
             await send(message)
 
         await self._app(scope, receive, look)

@@ -13,13 +13,14 @@ from perturbscope.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
-from serving.access.front import Call, Caller, Front
+from serving.access.front import Front
 from serving.access.limits import Admission
+from serving.call import Call, Caller
 from serving.settings import Settings
 
 
 def begin(headers: Mapping[str, str], **options: float) -> Call:
-    return Call.begin("/v1/embed", "http", headers, **options)
+    return Front.begin("/v1/embed", "http", headers, **options)
 
 
 @pytest.fixture

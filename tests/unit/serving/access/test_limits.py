@@ -18,8 +18,8 @@ from perturbscope.protocol.checks import parse_json
 from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.pairs import compare_perturbations
 from perturbscope.scoring.results import ScoreOptions
-from serving.access.front import Call
 from serving.access.limits import Admission, decoded_bytes, score_bytes
+from serving.call import Call
 from serving.engine.threads import LARGE, size_of
 from serving.settings import Settings
 from tests.unit.serving.conftest import MakeEngine

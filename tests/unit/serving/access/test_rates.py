@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from perturbscope.errors import LimitExceededError, RateLimitedError
-from serving.access.front import Caller
 from serving.access.rates import FailedKeys, RateLimiter, network_of
+from serving.call import Caller
 
 
 class Clock:

@@ -23,7 +23,7 @@ from perturbscope.protocol import EmbedRequest
 from perturbscope.protocol.proto import open_inference_pb2
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-from serving.access.front import Call
+from serving.access.front import Front
 from serving.access.keys import MESSAGE, keys_to_json, make_key
 from serving.access.rates import FAILURES_PER_MINUTE
 from serving.engine.engine import Engine
@@ -266,7 +266,7 @@ async def test_a_key_is_nowhere_but_in_the_request(
         logger.removeHandler(caplog.handler)
     assert [reply.status_code for reply in replies[1:4]] == [422, 401, 404]
     assert "caller=pipeline" in caplog.text or '"pipeline"' in caplog.text
-    call = Call.begin("/v1/embed", "http", {"authorization": f"Bearer {key}", "x-request-id": key})
+    call = Front.begin("/v1/embed", "http", {"authorization": f"Bearer {key}", "x-request-id": key})
     for text in (caplog.text, repr(call), *(reply.text + repr(reply.headers) for reply in replies)):
         assert key not in text
         assert key[13:] not in text

@@ -20,7 +20,8 @@ from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest, ScoreRequest
 from perturbscope.scoring.results import ScoreOptions
-from serving.access.front import Call
+from serving.access.front import Front
+from serving.call import Call
 from serving.engine import engine as engine_module
 from serving.engine.engine import Engine
 from tests.apps import app_of
@@ -155,7 +156,7 @@ async def test_a_caller_of_grpc_that_cancels_ends_its_work(
 
 @STAGES
 async def test_a_deadline_ends_the_work(engine: Engine, stage: Stage, tiny_cells: CountMatrix) -> None:
-    call = Call.begin("/v1/score", "http", {"x-request-timeout": "0.2"})
+    call = Front.begin("/v1/score", "http", {"x-request-timeout": "0.2"})
 
     async def ask() -> None:
         async with engine.front.admitted(call):
@@ -230,7 +231,7 @@ async def test_flow_and_deadline_reach_the_queue(
         return await submit(tokens, **options)
 
     monkeypatch.setattr(dispatcher, "submit", noted)
-    call = Call.begin("/v1/embed", "grpc", {}, remaining=50.0)
+    call = Front.begin("/v1/embed", "grpc", {}, remaining=50.0)
     async with engine.front.admitted(call):
         await engine.embed(EmbedRequest(cells=tiny_cells), call)
     assert seen["flow"] == call.caller.name
@@ -241,7 +242,7 @@ async def test_an_answer_that_would_not_fit_into_memory_is_refused_before_it_is_
     make_engine: MakeEngine, tiny_cells: CountMatrix, fake_embedder: Embedder
 ) -> None:
     engine = make_engine(max_body_bytes=2000, max_held_bytes=3000)
-    call = Call.begin("/v1/embed", "http", {})
+    call = Front.begin("/v1/embed", "http", {})
 
     async def ask() -> None:
         async with engine.front.admitted(call) as hold:
@@ -259,7 +260,7 @@ async def test_a_wall_clock_that_jumps_changes_no_deadline(
 ) -> None:
     jumps = iter([1e9, -1e9] * 10_000)
     monkeypatch.setattr(time, "time", lambda: next(jumps))
-    call = Call.begin("/v1/embed", "http", {"x-request-timeout": "60"})
+    call = Front.begin("/v1/embed", "http", {"x-request-timeout": "60"})
     async with engine.front.admitted(call):
         answer = await engine.embed(EmbedRequest(cells=tiny_cells), call)
     assert len(answer) == 24
@@ -270,7 +271,7 @@ async def test_a_wall_clock_that_jumps_changes_no_deadline(
 
 
 async def admitted(engine: Engine, work: Callable[[Call], Awaitable[Any]]) -> Any:
-    call = Call.begin("/v1/embed", "http", {})
+    call = Front.begin("/v1/embed", "http", {})
     async with engine.front.admitted(call):
         return await work(call)
 

@@ -9,7 +9,7 @@ import threading
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest
-from serving.access.front import Call
+from serving.access.front import Front
 from serving.engine.engine import Engine
 from serving.engine.shutdown import Stopping
 from tests.fakes import FakeEncoder
@@ -34,7 +34,7 @@ async def test_the_signal_refuses_what_is_new_at_once_and_finishes_the_rest(
 ) -> None:
     assert isinstance(fake_embedder.encoder, FakeEncoder)
     gate = fake_embedder.encoder.gate = threading.Event()
-    recorder, call = Recorder(), Call.begin("/v1/embed", "http", {})
+    recorder, call = Recorder(), Front.begin("/v1/embed", "http", {})
 
     async def ask() -> int:
         async with engine.front.admitted(call):

@@ -20,7 +20,7 @@ from perturbscope.protocol.protobuf_streams import (
     stream_start_to_proto,
 )
 from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
-from serving.access.front import Call
+from serving.call import Call
 from serving.engine.engine import Engine
 
 MakeEngine = Callable[..., Engine]

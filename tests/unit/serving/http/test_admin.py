@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from perturbscope.inference.bundle import MANIFEST
-from serving.access.front import ANYONE, Caller
+from serving.call import ANYONE, Caller
 from serving.engine.engine import Engine
 from serving.models.registry import ModelRegistry
 from serving.settings import Settings

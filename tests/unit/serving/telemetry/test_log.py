@@ -15,8 +15,9 @@ import pytest
 
 from perturbscope.errors import InferenceError, InvalidParameterError, OverloadedError
 from perturbscope.inference.embedder import Embedder
-from serving.access.front import Call, Caller
-from serving.settings import Settings
+from serving.access.front import Front
+from serving.call import Call, Caller
+from serving.settings import Format, Settings
 from serving.telemetry import log
 from tests.fakes import FakeEncoder
 
@@ -53,7 +54,7 @@ def test_a_request_is_one_json_line(stream: io.StringIO) -> None:
     log.configure("json", stream=stream)
     call = a_call(id="mine", trace_id="f" * 32, model_id="default-2")
     call.timings = {"decode": 0.25, "queue": 0.5}
-    call.finish(200)
+    Front.finish(call, 200)
     (line,) = lines(stream)
     when = datetime.fromisoformat(line.pop("time"))
     assert when.tzinfo == UTC
@@ -81,7 +82,7 @@ def test_a_request_is_one_line_of_text(stream: io.StringIO) -> None:
     log.configure("text", stream=stream)
     call = a_call(id="mine")
     call.timings = {"decode": 0.25}
-    call.finish(200)
+    Front.finish(call, 200)
     (line,) = stream.getvalue().splitlines()
     assert " INFO request=mine route=/v1/embed caller=pipeline cells=3 status=200 code=ok tokens=9 bytes=70" in line
     assert line.endswith("decode=0.2500")
@@ -104,19 +105,19 @@ def test_a_request_is_one_line_of_text(stream: io.StringIO) -> None:
 )
 def test_the_level_says_whose_fault_it_is(stream: io.StringIO, status: str | int, code: str, level: str) -> None:
     log.configure("json", stream=stream)
-    a_call().finish(status, code)
+    Front.finish(a_call(), status, code)
     assert lines(stream)[0]["level"] == level
 
 
 def test_the_level_is_a_setting(stream: io.StringIO) -> None:
     log.configure("json", "warning", stream=stream)
-    a_call().finish(200)
-    a_call().finish(429, "overloaded")
+    Front.finish(a_call(), 200)
+    Front.finish(a_call(), 429, "overloaded")
     assert [line["code"] for line in lines(stream)] == ["overloaded"]
 
 
 @pytest.mark.parametrize("form", ["json", "text"])
-def test_no_line_can_be_forged(stream: io.StringIO, form: log.Format) -> None:
+def test_no_line_can_be_forged(stream: io.StringIO, form: Format) -> None:
     log.configure(form, stream=stream)
     forged = 'x\n{"event": "request"}\r\n2026-01-01T00:00:00Z INFO request=forged\x1b[2J\u2028\x85end'
     logging.getLogger("some.library").warning("%s", forged)
@@ -149,7 +150,7 @@ def test_no_line_can_be_forged(stream: io.StringIO, form: log.Format) -> None:
         '"X-API-Key": "abcdefgh"',
     ],
 )
-def test_keys_are_never_written(stream: io.StringIO, form: log.Format, secret: str) -> None:
+def test_keys_are_never_written(stream: io.StringIO, form: Format, secret: str) -> None:
     log.configure(form, stream=stream)
     logging.getLogger("uvicorn.error").error("headers: %s", secret)
     try:
@@ -191,7 +192,7 @@ def test_the_message_of_an_overload_is_written_but_not_that_of_bad_input() -> No
 
 
 @pytest.mark.parametrize("form", ["json", "text"])
-def test_a_bug_comes_with_its_traceback_cut_to_what_is_ours(stream: io.StringIO, form: log.Format) -> None:
+def test_a_bug_comes_with_its_traceback_cut_to_what_is_ours(stream: io.StringIO, form: Format) -> None:
     log.configure(form, stream=stream)
     try:
         fail("x" * 10_000)
@@ -235,9 +236,9 @@ class _Terminal(io.StringIO):
 def test_auto_is_text_on_a_terminal_and_json_elsewhere(stream: io.StringIO) -> None:
     terminal = _Terminal()
     log.configure("auto", stream=terminal)
-    a_call(id="mine").finish(200)
+    Front.finish(a_call(id="mine"), 200)
     log.configure("auto", stream=stream)
-    a_call(id="mine").finish(200)
+    Front.finish(a_call(id="mine"), 200)
     assert " INFO request=mine" in terminal.getvalue()
     assert lines(stream)[0]["request_id"] == "mine"
 
@@ -258,5 +259,5 @@ def test_a_log_that_cannot_be_written_fails_no_request(
 ) -> None:
     monkeypatch.setattr("sys.stderr", _FullDisk())
     log.configure("json")
-    a_call().finish(200)
+    Front.finish(a_call(), 200)
     log.event("started")

@@ -20,7 +20,8 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InferenceError
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest
-from serving.access.front import Call, Caller
+from serving.access.front import Front
+from serving.call import Call, Caller
 from serving.engine.engine import Engine
 from serving.http.metrics_page import memory, provider_of
 from serving.models.registry import ModelRegistry
@@ -233,13 +234,13 @@ def test_routes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_strangers_and_callers_above_their_rate_are_counted(since: Since) -> None:
     stranger = Call("/v1/embed", "http")
-    stranger.finish(401, "unauthenticated")
+    Front.finish(stranger, 401, "unauthenticated")
     eager = Call("/v1/embed", "http", caller=Caller("pipeline"))
-    eager.finish(429, "rate_limited")
+    Front.finish(eager, 429, "rate_limited")
     assert since("perturbscope_unauthenticated_total", transport="http") == 1
     assert since("perturbscope_rate_limited_total", caller="pipeline") == 1
     guessing = Call("/v1/embed", "http")  # an address that tried too many keys is limited before it has a name
-    guessing.finish(429, "rate_limited")
+    Front.finish(guessing, 429, "rate_limited")
     assert since("perturbscope_unauthenticated_total", transport="http") == 2
     assert since("perturbscope_rate_limited_total", caller="") == 0
 

@@ -21,7 +21,8 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InferenceError, InvalidParameterError
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest
-from serving.access.front import Call
+from serving.access.front import Front
+from serving.call import Call
 from serving.engine.engine import Engine
 from serving.models.registry import ModelRegistry
 from serving.settings import Settings
@@ -194,36 +195,36 @@ async def test_bad_input_is_named_and_no_error_of_the_server(http: httpx.AsyncCl
 
 @pytest.mark.parametrize("sent", ["", "00-zz", f"00-{'0' * 32}-{PARENT}-01", "x" * 5000, "\x00"])
 def test_a_bad_traceparent_begins_a_new_trace(spans: Spans, sent: str) -> None:
-    call = Call.begin("/v1/embed", "http", {"traceparent": sent})
-    call.finish(200)
+    call = Front.begin("/v1/embed", "http", {"traceparent": sent})
+    Front.finish(call, 200)
     assert spans.one("POST /v1/embed").parent is None
     assert len(call.trace_id) == 32
 
 
 def test_a_new_trace_is_not_put_below_a_span_of_the_process(spans: Spans) -> None:
     with trace.use_span(trace.NonRecordingSpan(trace.SpanContext(1, 2, is_remote=False))):
-        Call.begin("/v1/embed", "http", {}).finish(200)
+        Front.finish(Front.begin("/v1/embed", "http", {}), 200)
     assert spans.one("POST /v1/embed").parent is None
 
 
 def test_what_the_caller_does_not_sample_is_not_traced(spans: Spans) -> None:
-    call = Call.begin("/v1/embed", "http", {"traceparent": TRACEPARENT[:-2] + "00"})
+    call = Front.begin("/v1/embed", "http", {"traceparent": TRACEPARENT[:-2] + "00"})
     assert call.trace is None
     assert call.trace_id == TRACE
-    call.finish(200)
+    Front.finish(call, 200)
     assert spans() == []
 
 
 def test_without_an_endpoint_there_are_no_spans_but_the_log_has_the_callers_trace() -> None:
     assert not tracing.configure({})
-    call = Call.begin("/v1/embed", "http", {"traceparent": TRACEPARENT})
+    call = Front.begin("/v1/embed", "http", {"traceparent": TRACEPARENT})
     assert call.trace is None
     assert call.trace_id == TRACE
-    assert Call.begin("/v1/embed", "http", {"traceparent": "nonsense"}).trace_id == ""
+    assert Front.begin("/v1/embed", "http", {"traceparent": "nonsense"}).trace_id == ""
 
 
 def test_a_request_of_thousands_of_batches_has_a_bounded_number_of_spans(spans: Spans) -> None:
-    call = Call.begin("/v1/embed", "http", {})
+    call = Front.begin("/v1/embed", "http", {})
     assert call.trace is not None
     turn = call.trace.turn()
     with call.stage("queue", turn):
@@ -231,18 +232,18 @@ def test_a_request_of_thousands_of_batches_has_a_bounded_number_of_spans(spans: 
             tracing.batch([turn], model=("m", "1"), n_cells=1, n_tokens=1, n_padded=1, seconds=0.0)
     with call.stage("encode"):
         pass
-    call.finish(200)
+    Front.finish(call, 200)
     assert len(spans()) <= tracing.MAX_SPANS + 1
     assert dict(spans.one("POST /v1/embed").attributes or {})["perturbscope.batches"] == 1000
 
 
 def test_turns_of_one_stream_overlap_and_keep_their_own_spans(spans: Spans) -> None:
-    call = Call.begin(EMBED, "grpc", {})
+    call = Front.begin(EMBED, "grpc", {})
     assert call.trace is not None
     turns = [call.trace.turn(), call.trace.turn()]
     with call.stage("queue", turns[0]), call.stage("queue", turns[1]):
         tracing.batch(turns, model=("m", "1"), n_cells=2, n_tokens=2, n_padded=2, seconds=0.0)
-    call.finish("OK")
+    Front.finish(call, "OK")
     assert len(spans.named("inference")) == len(spans.named("queue")) == 2
 
 
@@ -300,11 +301,11 @@ def test_a_collector_that_does_not_answer_holds_up_neither_requests_nor_the_end(
     provider.add_span_processor(BatchSpanProcessor(Stuck(), schedule_delay_millis=1))
     tracing.use(provider)
     try:
-        Call.begin("/v1/embed", "http", {}).finish(200)
+        Front.finish(Front.begin("/v1/embed", "http", {}), 200)
         assert stuck.wait(30)
-        Call.begin("/v1/embed", "http", {}).finish(200)
+        Front.finish(Front.begin("/v1/embed", "http", {}), 200)
         tracing.close(0.01)
-        assert Call.begin("/v1/embed", "http", {}).trace is None
+        assert Front.begin("/v1/embed", "http", {}).trace is None
     finally:
         tracing.use(None)
         release.set()
@@ -316,7 +317,7 @@ def test_the_resource_says_what_this_is_and_the_environment_has_the_last_word(mo
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=night")
     assert tracing.configure({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}, scheme="https")
     try:
-        provider = tracing._State.provider
+        provider = tracing.State.provider
         assert provider is not None
         found = provider.resource.attributes
         assert (found["service.name"], found["service.version"]) == ("mine", __version__)
@@ -324,5 +325,5 @@ def test_the_resource_says_what_this_is_and_the_environment_has_the_last_word(mo
         with_tls = tracing._attributes(Call("/v1/embed", "http"))
         assert with_tls["url.scheme"] == "https"
     finally:
-        tracing._State.scheme = "http"
+        tracing.State.scheme = "http"
         tracing.close()
