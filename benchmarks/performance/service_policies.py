@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks.performance.service_inputs import Ask, embedder
 from perturbscope.families.tokens import TokenizedCells, concatenate
-from serving.queue import Dispatcher, NoObserver
+from serving.queue import Dispatcher, DispatchObserver
 
 MAX_BATCH_TOKENS = 16_384
 """text-embeddings-inference's default."""
@@ -120,7 +120,7 @@ class ByArrival:
         return values, time.perf_counter() - started, int(joined.lengths[rows].sum())
 
 
-class ByLength(NoObserver):
+class ByLength(DispatchObserver):
     """PerturbScope's dispatcher, with what went through its model."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The queue: who is let in, what is run when, and what callers hear of it."""
+"""The queue in front of one model: which callers are let in, and what they are answered."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from perturbscope.errors import (
 )
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.embedder import Embedder
-from serving.queue.batches import Caller, Part, next_batch
+from serving.queue.batches import BatchPart, BatchRunner, Submission, next_batch
 from serving.queue.fairness import FairShare, Room
-from serving.queue.observer import DispatchObserver, NoObserver
-from serving.queue.runner import MAX_BATCH_SECONDS, Runner
+from serving.queue.observer import DispatchObserver, Reason
 
+MAX_BATCH_SECONDS = 120.0
+"""Default of the seconds after which a forward pass counts as hung."""
 MAX_QUEUED_TOKENS = 4_194_304
 """Default queue budget: 2,048 cells of 2,048 tokens."""
 LARGEST_SHARE = 4
-"""A caller counts for at most this part of the queue's budget."""
+"""A caller counts for at most the budget of the queue divided by this."""
 MIN_RETRY, MAX_RETRY = 0.1, 60.0
 """Bounds of the retry hint, seconds."""
 
@@ -33,22 +34,27 @@ MIN_RETRY, MAX_RETRY = 0.1, 60.0
 class Dispatcher:
     """Runs the cells of concurrent callers in shared batches.
 
-    All methods run on one event loop; only the forward pass leaves it. So there are no locks. Order and bound of the
-    wait stand at the head of :mod:`serving.queue`.
+    All methods run on one event loop; only the forward pass leaves it. So there are no locks. :mod:`serving.queue`
+    describes the order of batches and the bound of the wait.
 
     Parameters
     ----------
     embedder
-        The model.
+        Embedder whose model runs.
     max_queued_tokens
         Tokens of all callers that may be accepted and not yet answered. A caller counts for at most a quarter of it,
         however large it is: fair sharing keeps others from waiting for the rest. The larger a caller, the more room it
         must leave (:class:`serving.queue.fairness.Room`), so that a bulk caller does not get small ones refused.
     max_batch_seconds
-        A forward pass that takes longer is taken to hang: all callers are told so, and new ones refused at once, until
-        it returns.
+        Seconds after which a forward pass counts as hung: all callers get an error, and new ones are refused at once,
+        until it returns.
     observer
-        Is told what happens; for metrics.
+        Observer that is told of batches, failures and dropped cells; for metrics; None: nobody is.
+
+    Raises
+    ------
+    InvalidParameterError
+        A limit is not above 0.
     """
 
     def __init__(
@@ -64,10 +70,10 @@ class Dispatcher:
                 raise InvalidParameterError(f"{name} is {value}; it must be above 0.", field=name)
         self.embedder = embedder
         self.max_queued_tokens = max_queued_tokens
-        self._observer: DispatchObserver = observer or NoObserver()
-        self._runner = Runner(embedder, max_batch_seconds, self._observer, self._fail_all)
-        self._open: set[Caller] = set()
-        self._share: FairShare[Caller] = FairShare(embedder.limits.max_tokens)
+        self._observer = observer
+        self._runner = BatchRunner(embedder, max_batch_seconds, observer, self._fail_all)
+        self._open: set[Submission] = set()
+        self._share: FairShare[Submission] = FairShare(embedder.limits.max_tokens)
         self._room = Room(max_queued_tokens)
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -75,7 +81,7 @@ class Dispatcher:
     @property
     def pending_tokens(self) -> int:
         """Tokens that were accepted and are not answered yet."""
-        return sum(caller.unanswered_tokens for caller in self._open)
+        return sum(submission.unanswered_tokens for submission in self._open)
 
     @property
     def pending_callers(self) -> int:
@@ -100,90 +106,89 @@ class Dispatcher:
         Parameters
         ----------
         tokens
-            What :meth:`Embedder.tokenize` made of the caller's cells.
+            Cells of the caller, from :meth:`Embedder.tokenize`.
         flow
-            On whose behalf (the name of an API key): callers of one flow share that flow's part of the model.
+            Flow that the caller belongs to (the name of an API key); callers of one flow share its part of the model.
         deadline
-            When nobody waits for the answer any more, in the time of ``time.monotonic``.
+            Time of ``time.monotonic`` after which nobody waits for the answer; None: never.
         tag
-            What the observer knows this caller by, in every batch that holds cells of it; None: it need not know.
+            Object that the observer is told with each batch that holds cells of this caller; None: nothing.
 
         Returns
         -------
-        The vectors, float32 [n_cells, width], in the order of `tokens`, and the timings in seconds: ``inference``,
-        the batches that held a cell of this caller, and ``queue``, all the rest of the time.
+        The vectors, float32 [n_cells, width], in the order of `tokens`, and the timings in seconds: ``inference`` of
+        the batches that held a cell of this caller, and ``queue`` for the rest of the time.
 
         Raises
         ------
         OverloadedError
-            The queue is full, or the dispatcher is closing; says when to try again.
+            The queue is full, or the dispatcher is closing; ``retry_after`` says when to try again.
         DeadlineExceededError
-            The deadline has passed, or would have when the answer is there at the present speed.
+            The deadline has passed, or would pass before the answer at the present speed.
         InferenceError
-            A forward pass with cells of this caller failed, or one does not come back.
+            A forward pass with cells of this caller failed, or one hangs.
         """
         cost = int(tokens.offsets[-1] - tokens.offsets[0])
         self.require_room(len(tokens), cost, flow, deadline)
-        caller = Caller(tokens, self.embedder.width, flow, self.embedder.limits, tag)
+        submission = Submission(tokens, self.embedder.width, flow, self.embedder.limits, tag)
         if not len(tokens):
-            return caller.values, {"queue": 0.0, "inference": 0.0}
+            return submission.values, {"queue": 0.0, "inference": 0.0}
         loop = asyncio.get_running_loop()
         counted = self._counted(cost)
-        self._observer.accepted(n_cells=len(tokens), n_tokens=cost)
         self._room.take(counted, flow)
-        self._open.add(caller)
-        self._share.join(caller, flow)
+        self._open.add(submission)
+        self._share.join(submission, flow)
         if self._task is None:
             self._task = loop.create_task(self._drain(), name="perturbscope-dispatcher")
-        timer = None if deadline is None else loop.call_later(deadline - time.monotonic(), caller.fail, _too_late())
+        timer = None if deadline is None else loop.call_later(deadline - time.monotonic(), submission.fail, _too_late())
         try:
             # Cancelling the caller's task cancels this future.
-            await caller.done
+            await submission.done
         except (asyncio.CancelledError, DeadlineExceededError):
             late = deadline is not None and time.monotonic() >= deadline
-            self._observer.dropped(n_cells=len(tokens) - caller.answered, reason="deadline" if late else "cancelled")
+            self._dropped(len(tokens) - submission.answered, "deadline" if late else "cancelled")
             raise
         finally:
             if timer is not None:
                 timer.cancel()
-            self._share.leave(caller)  # its cells are in no later batch
-            self._open.discard(caller)
+            self._share.leave(submission)  # its cells are in no later batch
+            self._open.discard(submission)
             self._room.give(counted, flow)
-        queue = time.perf_counter() - caller.started - caller.inference
-        return caller.values, {"queue": max(queue, 0.0), "inference": caller.inference}
+        queue = time.perf_counter() - submission.started - submission.inference
+        return submission.values, {"queue": max(queue, 0.0), "inference": submission.inference}
 
     def require_room(self, n_cells: int, cost: int, flow: str = "", deadline: float | None = None) -> None:
         """Raise what :meth:`submit` would raise now for `cost` tokens, and count the cells as refused.
 
-        Called before cells are tokenized, it spares the work of that.
+        A call before cells are tokenized spares that work.
 
         Raises
         ------
         OverloadedError, DeadlineExceededError, InferenceError
-            As :meth:`submit`.
+            See :meth:`submit`.
         """
         try:
             self.check_room(cost, flow)
             self._check_time(cost, flow, deadline)
         except (OverloadedError, DeadlineExceededError) as error:
             overloaded = isinstance(error, OverloadedError)
-            self._observer.dropped(n_cells=n_cells, reason="overloaded" if overloaded else "deadline")
+            self._dropped(n_cells, "overloaded" if overloaded else "deadline")
             raise
 
     def check_room(self, cost: int, flow: str = "") -> None:
-        """Whether there is room for `cost` tokens now.
+        """Raise unless there is room for `cost` tokens now.
 
         Raises
         ------
         OverloadedError
             The queue is full, or the dispatcher is closing.
         InferenceError
-            The model does not answer.
+            A forward pass hangs.
         """
         if self._closed:
             raise OverloadedError("The server is shutting down. Try again, or use another server.", retry_after=5.0)
         if self.stalled:
-            raise self._runner.stall()
+            raise self._runner.stall_error()
         missing = self._room.missing(self._counted(cost), flow)
         if missing:
             raise OverloadedError(
@@ -194,7 +199,7 @@ class Dispatcher:
             )
 
     async def close(self) -> None:
-        """Refuse new callers, finish the accepted ones, and stop the worker. May be called twice.
+        """Refuse new callers, finish the accepted ones, and stop the thread. May be called twice.
 
         A forward pass that hangs is not waited for.
         """
@@ -208,16 +213,20 @@ class Dispatcher:
             await asyncio.wait([self._task])
         self._runner.stop()
 
+    def _dropped(self, n_cells: int, reason: Reason) -> None:
+        if self._observer is not None:
+            self._observer.dropped(n_cells=n_cells, reason=reason)
+
     def _counted(self, cost: int) -> int:
         return max(1, min(cost, self.max_queued_tokens // LARGEST_SHARE))
 
     def _retry_after(self, missing: int) -> float:
-        """Seconds until `missing` of what callers count for should be free, at the speed of the last batches."""
-        whole = missing / max(self._room.used, 1) * self.pending_tokens
-        return float(np.clip(self._runner.seconds(whole) or 1.0, MIN_RETRY, MAX_RETRY))
+        """Seconds until `missing` counted tokens should be free, at the speed of the last batches."""
+        n_tokens = missing / max(self._room.used, 1) * self.pending_tokens
+        return float(np.clip(self._runner.seconds(n_tokens) or 1.0, MIN_RETRY, MAX_RETRY))
 
     def _check_time(self, cost: int, flow: str, deadline: float | None) -> None:
-        """Raise DeadlineExceededError where a fair share of the model is too little, or the deadline has passed."""
+        """Raise DeadlineExceededError if the deadline has passed, or cannot be kept with a fair share of the model."""
         if deadline is None:
             return
         remaining = deadline - time.monotonic()
@@ -230,7 +239,7 @@ class Dispatcher:
             )
 
     async def _drain(self) -> None:
-        """Batch after batch until nobody waits."""
+        """Run batch after batch until nobody waits."""
         try:
             while len(self._share):
                 parts = next_batch(self._share, self.embedder.limits)
@@ -242,53 +251,53 @@ class Dispatcher:
             self._task = None
             # Nobody is left here unless this task was cancelled or has a bug: even then every caller must hear of it.
             self._fail_all(
-                self._runner.stall() if self.stalled else InferenceError("The inference worker was stopped.")
+                self._runner.stall_error() if self.stalled else InferenceError("The inference worker was stopped.")
             )
 
-    async def _run(self, parts: list[Part]) -> None:
+    async def _run(self, parts: list[BatchPart]) -> None:
         """Run one batch and answer its callers.
 
         A batch of several callers that fails is run again caller by caller: the one whose cells the model cannot
-        take (say, an overflow in half precision) fails alone, and its batch-mates do not notice. But where the model
-        fails on a cell that it answered before, all callers are told at once.
+        take (say, an overflow in half precision) fails alone, and the others in the batch do not notice. But if the
+        model fails on a cell that it answered before, all callers are told at once.
         """
-        parts = [part for part in parts if not part.caller.done.done()]
+        parts = [part for part in parts if not part.submission.done.done()]
         if not parts:
             return
         try:
             await self._answer(parts)
         except PerturbScopeError as error:
             if len(parts) == 1:
-                parts[0].caller.fail(error)
-            if not self._open_beside(parts[0].caller if len(parts) == 1 else None):
+                parts[0].submission.fail(error)
+            if not self._others_wait(parts[0].submission if len(parts) == 1 else None):
                 return
-            if await self._runner.lost():
+            if await self._runner.fails_on_known_cell():
                 self._fail_all(error)
             elif len(parts) > 1:
                 for part in parts:
                     await self._run([part])
 
-    def _open_beside(self, caller: Caller | None) -> bool:
-        return any(other is not caller and not other.done.done() for other in self._open)
+    def _others_wait(self, submission: Submission | None) -> bool:
+        return any(other is not submission and not other.done.done() for other in self._open)
 
-    async def _answer(self, parts: list[Part]) -> None:
-        """The forward pass of a batch, and what its callers get of it. Raises what the forward pass raised."""
+    async def _answer(self, parts: list[BatchPart]) -> None:
+        """Run the forward pass of a batch, and answer its callers. Raises as :meth:`BatchRunner.run`."""
         values, seconds = await self._runner.run(parts)
         start = 0
         for part in parts:
-            caller, stop = part.caller, start + len(part.rows)
-            caller.values[part.rows] = values[start:stop]
-            caller.answered += len(part.rows)
-            caller.unanswered_tokens -= int(caller.tokens.lengths[part.rows].sum())
-            caller.inference += seconds
-            if caller.answered == len(caller.tokens) and not caller.done.done():
-                caller.done.set_result(None)
+            submission, stop = part.submission, start + len(part.rows)
+            submission.values[part.rows] = values[start:stop]
+            submission.answered += len(part.rows)
+            submission.unanswered_tokens -= int(submission.tokens.lengths[part.rows].sum())
+            submission.inference += seconds
+            if submission.answered == len(submission.tokens) and not submission.done.done():
+                submission.done.set_result(None)
             start = stop
 
     def _fail_all(self, error: PerturbScopeError) -> None:
-        for caller in self._open:
-            self._share.leave(caller)
-            caller.fail(error)
+        for submission in self._open:
+            self._share.leave(submission)
+            submission.fail(error)
 
 
 def _too_late() -> DeadlineExceededError:

@@ -1,9 +1,9 @@
-"""Sharing one thing between many: who is next, and who still has room.
+"""Fair sharing of one resource between many callers: who is served next, and who still has room.
 
-The order is weighted fair queueing (Demers, Keshav and Shenker 1989) in two levels: flows (on whose behalf) share
-equally, and so do the members of one flow. Ideal sharing would serve all at the same time at equal speed; here one is
-served after the other, in the order in which ideal sharing would finish them. A small member therefore never waits for
-the whole of a large one, and a large one never starves: what comes later finishes later, sooner or later.
+The order is weighted fair queueing (Demers, Keshav and Shenker 1989) in two levels: flows (the callers with one API
+key) share equally, and so do the members of one flow. Ideal sharing would serve all at the same time at equal speed;
+here one is served after the other, in the order in which ideal sharing would finish them. A small member therefore
+never waits for the whole of a large one, and a large one never starves: those that come later finish later in the end.
 
 All methods run on one thread, or under one lock.
 """
@@ -20,16 +20,16 @@ M = TypeVar("M")
 
 @dataclass(eq=False)
 class _Level(Generic[M]):
-    """Equal sharing between members: each has a start, the service it got since the level's clock stood at 0.
+    """Equal sharing between members. The start of a member is the service it got since the level's clock stood at 0.
 
-    The clock is what every member would have got under ideal sharing.
+    The clock is the service that every member would have got under ideal sharing.
     """
 
     turn: float
     clock: float = 0.0
     starts: dict[M, float] = field(default_factory=dict)
     ahead: float = 0.0
-    """What the clock is advanced by when the service that was charged is over."""
+    """Amount by which the clock advances when the service that was charged is over."""
 
     def join(self, member: M, *, start: float = 0.0) -> None:
         self.starts[member] = max(self.clock, start)
@@ -41,8 +41,8 @@ class _Level(Generic[M]):
     def settle(self) -> None:
         self.clock += self.ahead
         self.ahead = 0.0
-        # What a member got beyond its share was of no use to others, and what it missed was of no use to it: either is
-        # held against it, or for it, for one turn only.
+        # Service beyond a member's share was of no use to others, and service that it missed was of no use to it: both
+        # count for one turn only.
         earliest, latest = self.clock - self.turn, self.clock + self.turn
         for member, start in self.starts.items():
             self.starts[member] = min(max(start, earliest), latest)
@@ -54,8 +54,8 @@ class FairShare(Generic[M]):
     Parameters
     ----------
     turn
-        The most that a member is charged at a time. A member that was served ahead of its share, because nobody else
-        could be, is set back by at most this much, and one that could not be is set ahead by no more.
+        Most that a member is charged at a time. A member that was served ahead of its share, because nobody else could
+        be, is set back by at most this much, and one that could not be served is set ahead by no more.
     """
 
     def __init__(self, turn: float) -> None:
@@ -73,7 +73,7 @@ class FairShare(Generic[M]):
         return member in self._flow_of
 
     def rivals(self, flow: str) -> int:
-        """Into how many parts the thing is shared, seen by one more member of `flow`."""
+        """Number of parts that the resource would be shared in if one more member of `flow` joined."""
         n_flows = len(self._members) + (flow not in self._members)
         n_members = len(self._members[flow].starts) + 1 if flow in self._members else 1
         return n_flows * n_members
@@ -99,12 +99,13 @@ class FairShare(Generic[M]):
             self._left.clear()
 
     def order(self, cost: Callable[[M], float]) -> Iterator[M]:
-        """Every member once, the next one to be served first.
+        """Yield every member once, the next one to be served first.
 
         Parameters
         ----------
         cost
-            Of what the member would be served next. Charging members while the order is read changes what follows.
+            Function that returns the cost of what a member would be served next. Charging members while the order is
+            read changes what follows.
         """
         heap: list[tuple[float, int, Iterator[tuple[float, M]], float, M]] = []
 
@@ -126,13 +127,13 @@ class FairShare(Generic[M]):
             push(at, flows[at], rest)
 
     def charge(self, member: M, amount: float) -> None:
-        """The member is being served `amount`."""
+        """Count `amount` that the member is being served."""
         flow = self._flow_of[member]
         self._flows.charge(flow, amount)
         self._members[flow].charge(member, amount)
 
     def settle(self) -> None:
-        """What was charged has been served; who joins from now on comes behind it."""
+        """Advance the clocks by what was charged and has been served; members that join from now on come behind it."""
         self._flows.settle()
         for level in self._members.values():
             level.settle()
@@ -140,19 +141,19 @@ class FairShare(Generic[M]):
 
 
 class Room:
-    """A limit that several flows fill, of which the large leave something to the small.
+    """A limit that several flows fill, and of which large requests leave a part to small ones.
 
-    Nothing is taken that would leave less than a third of its own size free. What a flow holds in all keeps to the same
+    Nothing is taken that would leave less than a third of its own size free. All that a flow holds keeps to the same
     rule, so that one flow alone fills at most three quarters, two together six sevenths (a dynamic threshold, after
-    Choudhury and Hahne 1998). The nameless flow, of those who gave no key, is no single caller, and free of the second
-    rule. Who comes when nobody else holds anything needs only to keep to the limit.
+    Choudhury and Hahne 1998). The nameless flow, of callers without a key, is no single caller, and free of the second
+    rule. A request that comes when nobody else holds anything needs only to keep to the limit.
 
     Parameters
     ----------
     limit
-        What there is in all.
+        Total amount.
     by_size
-        Whether the first rule holds; not where all things are of one size.
+        Whether the first rule applies; False if all amounts are alike.
     """
 
     def __init__(self, limit: int, *, by_size: bool = True) -> None:
@@ -162,16 +163,16 @@ class Room:
         self._flows: dict[str, int] = {}
 
     def missing(self, amount: int, flow: str, *, mine: int = 0) -> int:
-        """How much would have to be given back before `amount` can be taken; 0: nothing.
+        """Amount that would have to be given back before `amount` can be taken; 0: it can be taken now.
 
         Parameters
         ----------
         amount
-            What is asked for.
+            Amount that is asked for.
         flow
-            On whose behalf.
+            Flow of the request.
         mine
-            What the same request has taken already.
+            Amount that the same request has taken already.
         """
         free = self.limit - self.used - amount
         missing = -free
@@ -188,9 +189,9 @@ class Room:
         self._flows[flow] = self._flows.get(flow, 0) + amount
 
     def give(self, amount: int, flow: str) -> None:
-        """Give back."""
+        """Give back `amount`."""
         self.used -= amount
-        # Whoever took nothing (a request without a body) gives nothing back, and may be the only one of its flow.
+        # A request that took nothing (one without a body) gives nothing back, and may be the only one of its flow.
         left = self._flows.pop(flow, 0) - amount
         if left:
             self._flows[flow] = left

@@ -1,4 +1,4 @@
-"""Who wants to know what a dispatcher does."""
+"""The interface of whoever wants to know what a dispatcher does."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from typing import Literal, Protocol
 from perturbscope.errors import PerturbScopeError
 
 Reason = Literal["cancelled", "deadline", "overloaded"]
+"""Reasons for which cells are not run."""
 
 
 class DispatchObserver(Protocol):
     """Is told what a :class:`~serving.queue.Dispatcher` does, on its event loop; for metrics.
 
-    Must be quick, and must not raise.
+    Its methods must be quick, and must not raise.
     """
-
-    def accepted(self, *, n_cells: int, n_tokens: int) -> None:
-        """A caller was taken into the queue."""
-        ...
 
     def batch(
         self,
@@ -30,52 +27,27 @@ class DispatchObserver(Protocol):
         waited: Sequence[float],
         tags: Sequence[object],
     ) -> None:
-        """A forward pass succeeded.
+        """Hear of a forward pass that succeeded.
 
         Parameters
         ----------
         n_cells, n_tokens
-            Of the batch.
+            Cells and tokens of the batch.
         n_padded
             Slots of the padded batch, cells x longest length: the padding share is ``1 - n_tokens / n_padded``.
         seconds
-            That it took.
+            Seconds that it took.
         waited
-            For each caller that had its first cells in this batch, the seconds since it was accepted.
+            Seconds since it was accepted, for each caller that had its first cells in this batch.
         tags
-            Those of the callers that had cells in it; see :meth:`Dispatcher.submit`.
+            Tags of the callers that had cells in it; see :meth:`Dispatcher.submit`.
         """
         ...
 
     def failed(self, error: PerturbScopeError) -> None:
-        """A forward pass failed, or has not come back in time."""
+        """Hear of a forward pass that failed, or has not come back in time."""
         ...
 
     def dropped(self, *, n_cells: int, reason: Reason) -> None:
-        """Cells were refused (``overloaded``), or will not be run any more because nobody waits for them."""
+        """Hear of cells that were refused, or that will not be run because nobody waits for them any more."""
         ...
-
-
-class NoObserver:
-    """Listens to nothing."""
-
-    def accepted(self, *, n_cells: int, n_tokens: int) -> None:
-        """Do nothing."""
-
-    def batch(
-        self,
-        *,
-        n_cells: int,
-        n_tokens: int,
-        n_padded: int,
-        seconds: float,
-        waited: Sequence[float],
-        tags: Sequence[object],
-    ) -> None:
-        """Do nothing."""
-
-    def failed(self, error: PerturbScopeError) -> None:
-        """Do nothing."""
-
-    def dropped(self, *, n_cells: int, reason: Reason) -> None:
-        """Do nothing."""

@@ -217,9 +217,6 @@ class ModelMetrics:
             for histogram in (QUEUE_WAIT, BATCH_CELLS, BATCH_TOKENS, BATCH_PADDING, BATCH_SECONDS)
         )
 
-    def accepted(self, *, n_cells: int, n_tokens: int) -> None:
-        """A caller was taken into the queue; its depth is read when it is asked for."""
-
     def batch(
         self,
         *,

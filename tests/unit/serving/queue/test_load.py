@@ -309,15 +309,11 @@ class Watch:
     """Remembers what a dispatcher tells."""
 
     def __init__(self) -> None:
-        self.taken: list[tuple[int, int]] = []
         self.batches: list[tuple[int, int, int]] = []
         self.waits: list[float] = []
         self.tags: list[Sequence[object]] = []
         self.errors: list[PerturbScopeError] = []
         self.drops: list[tuple[int, str]] = []
-
-    def accepted(self, *, n_cells: int, n_tokens: int) -> None:
-        self.taken.append((n_cells, n_tokens))
 
     def batch(
         self,
@@ -353,7 +349,6 @@ async def test_the_observer_is_told_of_all(make: Make) -> None:
     await settle()
     gate.set()
     await asyncio.gather(*kept)
-    assert watch.taken == [(3, 260), (1, 70), (1, 80)]
     assert watch.batches == [(2, 150, 160)]
     assert len(watch.waits) == 2
     assert watch.tags == [["two"]]
