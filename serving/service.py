@@ -8,6 +8,7 @@ items and serves HTTP alone, so it is not used; see :mod:`serving.queue`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import sys
@@ -29,12 +30,15 @@ from serving.engine.shutdown import Stopping
 from serving.http import slow_clients
 from serving.http.app import build_app
 from serving.http.keys_middleware import KeyMiddleware
+from serving.openinference.http import add_routes
+from serving.openinference.inference import TokenEngine
 from serving.settings import Format, Level, Settings
 from serving.telemetry import log, tracing
 from serving.telemetry.unanswered import UnansweredMiddleware
 
 NAME = "PerturbScope"
 app = build_app()
+add_routes(app)
 # BentoML configures uvicorn in the worker, after it has imported this.
 slow_clients.install(head_timeout=Settings.from_env().head_timeout)
 
@@ -67,7 +71,8 @@ class PerturbScope:
         tracing.configure(scheme="https" if self._settings.tls_certificate else "http")
         # A worker that raised here would be started again and again; one that serves what it can says what is wrong.
         self._engine = Engine.load(self._settings, strict=False)
-        app.state.engine = self._engine
+        self._tokens = TokenEngine(self._engine)
+        app.state.engine, app.state.tokens = self._engine, self._tokens
         self._stopping: Stopping | None = None
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
@@ -85,8 +90,14 @@ class PerturbScope:
     async def start(self) -> None:
         """Start gRPC on the event loop of HTTP."""
         from serving.grpc.server import GrpcServer
+        from serving.openinference.grpc import register
 
-        server = GrpcServer(self._engine, host=self._settings.host, port=self._settings.grpc_port)
+        server = GrpcServer(
+            self._engine,
+            host=self._settings.host,
+            port=self._settings.grpc_port,
+            register_more=[functools.partial(register, self._tokens)],
+        )
         port = await server.start()
         self._stopping = Stopping(self._engine, server)
         self._stopping.listen()

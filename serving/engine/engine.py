@@ -42,7 +42,6 @@ from serving.engine.reports import ReportAnswer, ReportRequest, make_report
 from serving.engine.threads import Turns, Workers
 from serving.models.loading import ServedModel
 from serving.models.registry import ModelRegistry
-from serving.openinference.statistics import Statistics
 from serving.settings import Settings
 
 TOKENIZED = 1024
@@ -70,8 +69,6 @@ class Engine:
         """What every request passes first."""
         self.score_jobs = 0
         """Score requests that are computed, or wait for their turn."""
-        self.token_statistics = Statistics()
-        """Requests that brought tokens."""
         self._met: PerArray[set[str]] = PerArray()
         """Models that have met a list of genes."""
         self._workers = Workers()

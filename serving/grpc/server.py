@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -9,7 +10,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from perturbscope import protocol
-from perturbscope.protocol.proto import open_inference_pb2_grpc as inference_services
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as messages
 from perturbscope.protocol.proto import perturbscope_v1_pb2_grpc as services
 from serving.access import tls
@@ -22,8 +22,6 @@ from serving.grpc.health import Health
 from serving.grpc.keys_interceptor import KeyInterceptor
 from serving.grpc.streams import embed_stream
 from serving.grpc.unreadable import MessageInterceptor
-from serving.openinference.grpc import SERVICE as INFERENCE_SERVICE
-from serving.openinference.grpc import InferenceServicer
 from serving.settings import PREFIX
 
 SERVICE: str = messages.DESCRIPTOR.services_by_name["PerturbScope"].full_name
@@ -31,6 +29,7 @@ _ENVELOPE = 64 * 2**10
 """Room for what is around the counted bytes of a message."""
 
 
+Register = Callable[[Any], str]
 KEEPALIVE = 30
 """Seconds after which a silent connection with calls is asked whether its client lives, and that it has to answer."""
 
@@ -89,10 +88,12 @@ class GrpcServer:
     engine
         Answers the requests, and has the settings.
     host, port
-        Where to listen; port 0 asks the system for a free one.
+        Address to listen on; port 0 asks the system for a free one.
+    register_more
+        Functions that each add a further service to the server, and return its name.
     """
 
-    def __init__(self, engine: Engine, *, host: str, port: int) -> None:
+    def __init__(self, engine: Engine, *, host: str, port: int, register_more: Sequence[Register] = ()) -> None:
         largest = min(engine.settings.max_body_bytes + _ENVELOPE, 2**31 - 1)
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._grace = engine.settings.shutdown_grace
@@ -110,10 +111,9 @@ class GrpcServer:
                 ("grpc.keepalive_timeout_ms", 1000 * KEEPALIVE),
             ],
         )
-        own = (SERVICE, INFERENCE_SERVICE)
-        self._health = Health(engine, own)
         services.add_PerturbScopeServicer_to_server(Servicer(engine), self._server)
-        inference_services.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(engine), self._server)
+        own = (SERVICE, *(register(self._server) for register in register_more))
+        self._health = Health(engine, own)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*own, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

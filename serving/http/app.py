@@ -22,7 +22,6 @@ from serving.http.bodies import LimitedBody, read_request
 from serving.http.edge import answered, error_body, while_connected
 from serving.http.metrics_page import metrics_page
 from serving.http.upload_page import PAGE_HEADERS, screen_page
-from serving.openinference.http import add_routes
 from serving.telemetry.metrics import OTHER
 
 
@@ -96,7 +95,6 @@ def build_app() -> FastAPI:
     app.add_api_route("/metrics", metrics_page, include_in_schema=False, response_class=Response)
     app.add_api_route("/", _screen, methods=["GET"], include_in_schema=False, response_class=Response)
     app.include_router(admin.router())
-    add_routes(app)
     app.add_exception_handler(HTTPException, _refused)
     app.router.redirect_slashes = False
     app.openapi = functools.partial(_document, app)  # type: ignore[method-assign]

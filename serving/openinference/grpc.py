@@ -12,14 +12,19 @@ from perturbscope.protocol.proto import open_inference_pb2_grpc as services
 from serving.access.front import Front
 from serving.access.limits import Held
 from serving.call import Call, Right
-from serving.engine.engine import Engine
 from serving.engine.operations import explain
 from serving.grpc.edge import answered, begin
 from serving.openinference import describe, repository
-from serving.openinference.inference import infer
+from serving.openinference.inference import TokenEngine
 from serving.openinference.proto_codec import answer_to_proto, request_from_proto
 
 SERVICE: str = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+
+
+def register(tokens: TokenEngine, server: Any) -> str:
+    """Add the protocol's service to a server of grpc.aio, and return the service's name."""
+    services.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(tokens), server)
+    return SERVICE
 
 
 class InferenceServicer(services.GRPCInferenceServiceServicer):
@@ -27,12 +32,13 @@ class InferenceServicer(services.GRPCInferenceServiceServicer):
 
     Parameters
     ----------
-    engine
-        Knows the models.
+    tokens
+        Embeds the tokens.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, tokens: TokenEngine) -> None:
+        self._tokens = tokens
+        self._engine = tokens.engine
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802  gRPC's name
         """Whether the process answers: it does."""
@@ -91,7 +97,7 @@ class InferenceServicer(services.GRPCInferenceServiceServicer):
             if request.name:
                 with self._engine.registry.lease(request.name, request.version or None) as model:
                     infos = (model.info,)
-            return ParseDict(self._engine.token_statistics.told(infos), messages.ModelStatisticsResponse())
+            return ParseDict(self._tokens.statistics.told(infos), messages.ModelStatisticsResponse())
 
         return await self._answer("ModelStatistics", work, context)
 
@@ -155,8 +161,8 @@ class InferenceServicer(services.GRPCInferenceServiceServicer):
 
     async def _infer(self, request: messages.ModelInferRequest, call: Call, hold: Held) -> messages.ModelInferResponse:
         hold(request.ByteSize())
-        answer = await infer(
-            self._engine, request.model_name, request.model_version, lambda: request_from_proto(request), call
+        answer = await self._tokens.infer(
+            request.model_name, request.model_version, lambda: request_from_proto(request), call
         )
         with call.stage("encode"):
             return await self._engine.work(answer_to_proto, answer)

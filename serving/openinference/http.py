@@ -14,19 +14,18 @@ from perturbscope.errors import InvalidParameterError
 from perturbscope.protocol import checks as check
 from serving.access.limits import Held, decoded_bytes
 from serving.call import Call, Right
-from serving.engine.engine import Engine
 from serving.http.bodies import LimitedBody
 from serving.http.edge import answered, while_connected
 from serving.openinference import describe, documents, repository
-from serving.openinference.inference import infer
+from serving.openinference.inference import TokenEngine
 from serving.openinference.json_codec import JSON_LENGTH, answer_to_body, request_from_body
 
-Endpoint = Callable[[Request, Engine, Call, Held], Awaitable[Any]]
-"""Makes an answer's object, or the answer itself."""
+Endpoint = Callable[[Request, TokenEngine, Call, Held], Awaitable[Any]]
+"""Returns the object that is answered in JSON, or the whole answer."""
 
 
 def add_routes(app: FastAPI) -> None:
-    """Add the routes of the protocol to an application whose ``state.engine`` will be set."""
+    """Add the routes of the protocol to an application whose ``state.tokens`` will be set."""
     for path, probe, answer, what in (
         ("/v2/health/live", _live, documents.Liveness, "Whether the process answers."),
         ("/v2/health/ready", _ready, documents.Readiness, "Whether every model answers."),
@@ -67,7 +66,7 @@ def _add(
 ) -> None:
     async def route(request: Request) -> Response:
         async def work(call: Call, hold: Held) -> Response:
-            found = await endpoint(request, request.app.state.engine, call, hold)
+            found = await endpoint(request, request.app.state.tokens, call, hold)
             return found if isinstance(found, Response) else _json(found)
 
         return await answered(request, path, work, right=right)
@@ -93,74 +92,74 @@ async def _live(request: Request) -> Response:
 
 async def _ready(request: Request) -> Response:
     """Whether every model answers."""
-    engine: Engine = request.app.state.engine
-    ready = await engine.ready()
+    tokens: TokenEngine = request.app.state.tokens
+    ready = await tokens.engine.ready()
     return _json({"ready": ready}, 200 if ready else 503)
 
 
-async def _server(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
+async def _server(request: Request, tokens: TokenEngine, call: Call, hold: Held) -> Any:
     return describe.server()
 
 
-async def _metadata(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
-    with engine.registry.lease(*_named(request)) as model:
-        return describe.metadata(model, engine.registry.infos())
+async def _metadata(request: Request, tokens: TokenEngine, call: Call, hold: Held) -> Any:
+    with tokens.engine.registry.lease(*_named(request)) as model:
+        return describe.metadata(model, tokens.engine.registry.infos())
 
 
-async def _model_ready(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
-    with engine.registry.lease(*_named(request)) as model:
+async def _model_ready(request: Request, tokens: TokenEngine, call: Call, hold: Held) -> Any:
+    with tokens.engine.registry.lease(*_named(request)) as model:
         return _json({"name": model.info.name, "ready": model.verified}, 200 if model.verified else 503)
 
 
-async def _configuration(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
-    with engine.registry.lease(*_named(request)) as model:
-        return describe.configuration(model, engine.settings)
+async def _configuration(request: Request, tokens: TokenEngine, call: Call, hold: Held) -> Any:
+    with tokens.engine.registry.lease(*_named(request)) as model:
+        return describe.configuration(model, tokens.engine.settings)
 
 
-async def _all_statistics(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
-    return engine.token_statistics.told(engine.registry.infos())
+async def _all_statistics(request: Request, tokens: TokenEngine, call: Call, hold: Held) -> Any:
+    return tokens.statistics.told(tokens.engine.registry.infos())
 
 
-async def _statistics(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
-    with engine.registry.lease(*_named(request)) as model:
-        return engine.token_statistics.told((model.info,))
+async def _statistics(request: Request, tokens: TokenEngine, call: Call, hold: Held) -> Any:
+    with tokens.engine.registry.lease(*_named(request)) as model:
+        return tokens.statistics.told((model.info,))
 
 
-async def _infer(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
+async def _infer(request: Request, tokens: TokenEngine, call: Call, hold: Held) -> Any:
     name, version = _named(request)
-    with engine.registry.lease(name, version):  # an unknown model should not cost the reading of a body
+    with tokens.engine.registry.lease(name, version):  # an unknown model should not cost the reading of a body
         pass
-    body = await LimitedBody(request, engine, hold, call).body()
+    body = await LimitedBody(request, tokens.engine, hold, call).body()
     json_length = request.headers.get(JSON_LENGTH)
-    call.reserve(await engine.work(decoded_bytes, protocol.JSON if json_length is None else "", body))
+    call.reserve(await tokens.engine.work(decoded_bytes, protocol.JSON if json_length is None else "", body))
     answer = await while_connected(
-        request, infer(engine, name, version or "", lambda: request_from_body(body, json_length), call)
+        request, tokens.infer(name, version or "", lambda: request_from_body(body, json_length), call)
     )
     with call.stage("encode"):
-        content, headers = await engine.work(answer_to_body, answer)
+        content, headers = await tokens.engine.work(answer_to_body, answer)
     return Response(content, headers=headers)
 
 
-async def _index(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
-    only_ready = (await _object(request, engine, hold, "ready")).get("ready", False)
+async def _index(request: Request, tokens: TokenEngine, call: Call, hold: Held) -> Any:
+    only_ready = (await _object(request, tokens, hold, "ready")).get("ready", False)
     if not isinstance(only_ready, bool):
         raise InvalidParameterError(f"ready must be true or false; got {check.shown(only_ready)}.", field="ready")
-    return repository.index(engine, only_ready=only_ready)
+    return repository.index(tokens.engine, only_ready=only_ready)
 
 
-async def _load(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
-    body = await _object(request, engine, hold, "parameters")
-    await repository.load(engine, _named(request)[0], body.get("parameters", {}))
+async def _load(request: Request, tokens: TokenEngine, call: Call, hold: Held) -> Any:
+    body = await _object(request, tokens, hold, "parameters")
+    await repository.load(tokens.engine, _named(request)[0], body.get("parameters", {}))
     return {}
 
 
-async def _unload(request: Request, engine: Engine, call: Call, hold: Held) -> Any:
-    body = await _object(request, engine, hold, "parameters")
-    await repository.unload(engine, _named(request)[0], body.get("parameters", {}))
+async def _unload(request: Request, tokens: TokenEngine, call: Call, hold: Held) -> Any:
+    body = await _object(request, tokens, hold, "parameters")
+    await repository.unload(tokens.engine, _named(request)[0], body.get("parameters", {}))
     return {}
 
 
-async def _object(request: Request, engine: Engine, hold: Held, name: str) -> dict[str, Any]:
+async def _object(request: Request, tokens: TokenEngine, hold: Held, name: str) -> dict[str, Any]:
     """The body: an object that may have the field `name`, or nothing."""
-    body = await LimitedBody(request, engine, hold).body()
+    body = await LimitedBody(request, tokens.engine, hold).body()
     return check.mapping(check.parse_json(body), "body", optional=[name]) if body else {}

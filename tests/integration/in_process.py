@@ -14,9 +14,8 @@ import uvicorn
 
 from serving.access.keys import keys_to_json, make_key
 from serving.engine.engine import Engine
-from serving.grpc.server import GrpcServer
-from serving.http.app import build_app
 from serving.settings import Settings
+from tests.apps import app_of, grpc_server_of
 from tests.bundles import write_tiny_bundle
 from tests.ports import free_ports
 
@@ -77,9 +76,8 @@ def running(folder: Path, **settings: Any) -> Iterator[Running]:
     found: list[Any] = []
 
     async def serve() -> None:
-        app = build_app()
-        app.state.engine = engine = Engine.load(chosen)
-        grpc_server = GrpcServer(engine, host="127.0.0.1", port=0)
+        engine = Engine.load(chosen)
+        app, grpc_server = app_of(engine), grpc_server_of(engine)
         http_server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", lifespan="off"))
         serving = asyncio.create_task(http_server.serve())
         found.extend([await grpc_server.start(), asyncio.get_running_loop()])

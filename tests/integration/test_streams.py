@@ -21,7 +21,7 @@ from perturbscope.errors import DeadlineExceededError, NotRawCountsError, Unauth
 from perturbscope.inference.embedder import Embedder, join
 from perturbscope.protocol.arrow_streams import stream_answers_from_arrow, stream_request_to_arrow
 from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
-from serving.grpc.server import GrpcServer
+from tests.apps import grpc_server_of
 from tests.integration.in_process import Running, running
 from tests.unit.serving.conftest import make_engine  # noqa: F401  a fixture
 
@@ -140,7 +140,7 @@ async def test_a_client_goes_on_with_a_server_that_was_restarted(
     fake_embedder: Embedder,
 ) -> None:
     """On the same port; what the first one answered is not asked again."""
-    first = GrpcServer(make_engine(shutdown_grace=1), host="127.0.0.1", port=0)
+    first = grpc_server_of(make_engine(shutdown_grace=1))
     port = await first.start()
     chunks = [tiny_cells[at : at + 4] for at in range(0, 24, 4)]
     policy = RetryPolicy(attempts=20, first=0.05, longest=0.5)
@@ -148,7 +148,7 @@ async def test_a_client_goes_on_with_a_server_that_was_restarted(
         stream = client.embed_stream(chunks)
         results = [await anext(stream), await anext(stream)]
         await first.stop()
-        second = GrpcServer(make_engine(shutdown_grace=1), host="127.0.0.1", port=port)
+        second = grpc_server_of(make_engine(shutdown_grace=1), port=port)
         await second.start()
         async for result in stream:
             results.append(result)
@@ -165,7 +165,7 @@ async def test_a_client_that_paused_too_long_goes_on(
 ) -> None:
     """The server gave the stream up while the caller worked with a result."""
     engine = make_engine(body_timeout=1)
-    server = GrpcServer(engine, host="127.0.0.1", port=0)
+    server = grpc_server_of(engine)
     port = await server.start()
     chunks = [tiny_cells[at : at + 8] for at in range(0, 24, 8)]
     policy = RetryPolicy(attempts=2, first=0.01)

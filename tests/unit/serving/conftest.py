@@ -25,7 +25,7 @@ from serving.models.loading import ServedModel
 from serving.models.registry import ModelRegistry
 from serving.queue import Dispatcher
 from serving.settings import Settings
-from tests.apps import app_of
+from tests.apps import app_of, grpc_server_of
 
 LABELS = ("control",) * 12 + ("KO",) * 12
 FAST = {"permutations": 19, "min_cells": 4, "repeats": 2}
@@ -109,7 +109,7 @@ async def stub_of() -> AsyncIterator[Callable[[Engine], Any]]:
     channels: list[grpc.aio.Channel] = []
 
     async def make(engine: Engine) -> Any:
-        server = GrpcServer(engine, host="127.0.0.1", port=0)
+        server = grpc_server_of(engine)
         port = await server.start()
         servers.append(server)
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")

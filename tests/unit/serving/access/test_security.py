@@ -28,11 +28,11 @@ from serving.access.keys import MESSAGE, keys_to_json, make_key
 from serving.access.rates import FAILURES_PER_MINUTE
 from serving.engine.engine import Engine
 from serving.grpc import keys_interceptor as grpc_guard
-from serving.grpc.server import SERVICE, GrpcServer
+from serving.grpc.server import SERVICE
 from serving.http import keys_middleware as http_guard
 from serving.http.keys_middleware import KeyMiddleware
 from serving.telemetry.log import logger
-from tests.apps import app_of
+from tests.apps import app_of, grpc_server_of
 from tests.unit.serving.conftest import MakeEngine
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -78,7 +78,7 @@ def guarded(tmp_path: Path, make_engine: MakeEngine) -> Guarded:
 
 @pytest.fixture
 async def channel(guarded: Guarded) -> Any:
-    server = GrpcServer(guarded.engine, host="127.0.0.1", port=0)
+    server = grpc_server_of(guarded.engine)
     port = await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield channel
@@ -321,7 +321,7 @@ async def test_a_compressed_body_is_refused_unread(http: httpx.AsyncClient, enco
 
 async def test_a_packed_message_over_grpc_is_bounded_unpacked(make_engine: MakeEngine) -> None:
     """A quarter of a megabyte that would be 256: gRPC stops unpacking at the limit."""
-    server = GrpcServer(make_engine(max_body_bytes=2**20), host="127.0.0.1", port=0)
+    server = grpc_server_of(make_engine(max_body_bytes=2**20))
     port = await server.start()
     async with grpc.aio.insecure_channel(
         f"127.0.0.1:{port}", options=[("grpc.max_send_message_length", -1)]

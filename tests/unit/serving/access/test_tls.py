@@ -22,9 +22,9 @@ from serving.access import tls
 from serving.access.keys import keys_to_json, make_key
 from serving.commands import safety
 from serving.commands import serve as entry
-from serving.grpc.server import GrpcServer
 from serving.settings import Settings
 from serving.telemetry.log import logger
+from tests.apps import grpc_server_of
 from tests.unit.serving.conftest import MakeEngine
 
 ONCE = RetryPolicy(attempts=1)
@@ -64,7 +64,7 @@ def certificates(tmp_path: Path) -> Certificates:
 
 @asynccontextmanager
 async def serving(make_engine: MakeEngine, settings: dict[str, str]) -> AsyncIterator[str]:
-    server = GrpcServer(make_engine(**settings), host="127.0.0.1", port=0)
+    server = grpc_server_of(make_engine(**settings))
     port = await server.start()
     try:
         yield f"grpcs://127.0.0.1:{port}"

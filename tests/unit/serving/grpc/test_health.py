@@ -17,6 +17,7 @@ from perturbscope.protocol import EmbedRequest
 from serving.engine.engine import Engine
 from serving.grpc import health as serving_health
 from serving.grpc.server import GrpcServer
+from tests.apps import grpc_server_of
 from tests.fakes import FakeEncoder
 from tests.unit.serving.grpc.test_server import failure
 
@@ -27,7 +28,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 @pytest.fixture
 async def server(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[GrpcServer, grpc.aio.Channel]]:
     monkeypatch.setattr(serving_health, "EVERY", 0.01)
-    server = GrpcServer(engine, host="127.0.0.1", port=0)
+    server = grpc_server_of(engine)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel:
         yield server, channel
     await server.stop()

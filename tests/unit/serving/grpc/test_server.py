@@ -23,7 +23,8 @@ from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.scoring.results import ScoreOptions
 from serving.engine.engine import Engine
-from serving.grpc.server import SERVICE, GrpcServer
+from serving.grpc.server import SERVICE
+from tests.apps import grpc_server_of
 from tests.fakes import FakeEncoder
 from tests.unit.serving.conftest import FAST, LABELS, Connect, MakeEngine
 
@@ -193,7 +194,7 @@ async def test_a_caller_that_gives_up_costs_no_compute(
 
 
 async def test_health_and_reflection(engine: Engine) -> None:
-    server = GrpcServer(engine, host="127.0.0.1", port=0)
+    server = grpc_server_of(engine)
     port = await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         health = health_pb2_grpc.HealthStub(channel)
@@ -215,9 +216,9 @@ async def test_health_and_reflection(engine: Engine) -> None:
 
 
 async def test_a_taken_port_is_an_error_not_a_second_listener(engine: Engine) -> None:
-    first = GrpcServer(engine, host="127.0.0.1", port=0)
+    first = grpc_server_of(engine)
     port = await first.start()
-    second = GrpcServer(engine, host="127.0.0.1", port=port)
+    second = grpc_server_of(engine, port=port)
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}.*PERTURBSCOPE_GRPC_PORT"):
         await second.start()
     await first.stop()

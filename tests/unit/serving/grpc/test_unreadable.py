@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from serving.engine.engine import Engine
-from serving.grpc.server import GrpcServer
+from tests.apps import grpc_server_of
 
 UNARY = (
     "perturbscope.v1.PerturbScope/Embed",
@@ -22,7 +22,7 @@ STREAMS = ("perturbscope.v1.PerturbScope/EmbedStream", "inference.GRPCInferenceS
 async def test_bytes_that_are_no_message_are_refused(
     engine: Engine, data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = GrpcServer(engine, host="127.0.0.1", port=0)
+    server = grpc_server_of(engine)
     port = await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         for method in UNARY:

@@ -27,6 +27,7 @@ from serving.engine.engine import Engine
 from serving.grpc.server import GrpcServer
 from serving.openinference.json_codec import JSON_LENGTH
 from serving.openinference.tensors import REFUSED
+from tests.apps import grpc_server_of
 from tests.bundles import TINY_WIDTH
 from tests.fakes import FakeEncoder
 from tests.unit.serving.conftest import Connect, MakeEngine
@@ -75,7 +76,7 @@ async def channel_of() -> AsyncIterator[Target]:
     channels: list[grpc.aio.Channel] = []
 
     async def make(engine: Engine) -> grpc.aio.Channel:
-        server = GrpcServer(engine, host="127.0.0.1", port=0)
+        server = grpc_server_of(engine)
         servers.append(server)
         channels.append(grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}"))
         return channels[-1]
