@@ -15,7 +15,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
 from perturbscope.inference.embedder import Embedder, Embeddings
 from perturbscope.inference.encoder import Device
-from perturbscope.tasks.backends import Backend, LocalBackend, StageProgress, cells_of, scorer_of
+from perturbscope.tasks.backends import Backend, LocalBackend, StageProgress, count_stage
 from perturbscope.tasks.screen import Screen, embed_source, opened
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Model:
                     "A CountMatrix has neither layers nor columns; leave layer, gene_key and total_counts_key out.",
                     field="layer",
                 )
-            result = self.backend.embed_cells(cells, progress=cells_of("embed", len(cells), progress))
+            result = self.backend.embed_cells(cells, progress=count_stage("embed", len(cells), progress))
         else:
             with opened(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
                 result = embed_source(source, self.backend, progress=progress)
@@ -164,7 +164,7 @@ class Model:
                 options=_options(metrics, seed, options),
                 progress=progress,
             )
-            result = screen.score(scorer_of(self.backend, progress))
+            result = screen.score(progress)
         return _table(result)
 
     def compare(
@@ -204,7 +204,7 @@ class Model:
                 options=_options(metrics, seed, options),
                 progress=progress,
             )
-            result = screen.compare(scorer_of(self.backend, progress), pairs)
+            result = screen.compare(pairs, progress)
         return _table(result)
 
     def close(self) -> None:

@@ -28,7 +28,6 @@ EXIT_USAGE = 2
 EXIT_FAILURE = 1
 _CALLERS_FAULT = (InvalidInputError, LimitExceededError, UnknownModelError, BundleError)
 _STAGES = {
-    "check": "Checking",
     "embed": "Embedding",
     "score": "Scoring",
     "compare": "Comparing",

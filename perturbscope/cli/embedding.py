@@ -35,7 +35,6 @@ def embed(
     from perturbscope.cells.readers import open_cells
     from perturbscope.tasks.embedded_file import provenance_of, write_embedded
     from perturbscope.tasks.resume import PartialRun, fingerprint
-    from perturbscope.tasks.screen import check_cells
     from perturbscope.tasks.trained_on import seen_by
 
     check_output(out, [".h5ad"], source=cells)
@@ -47,7 +46,6 @@ def embed(
     ):
         # A server that does not answer is found before the file is read.
         model_id = backend.model_id
-        check_cells(source, backend, progress=progress)
         seen = seen_by(backend, source)
         identity = {
             "model": model_id,

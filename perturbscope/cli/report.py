@@ -61,7 +61,6 @@ def report(
     from perturbscope.analysis.gene_sets import read_gmt
     from perturbscope.cells.files import check_output
     from perturbscope.report import build_report, write_report
-    from perturbscope.tasks.backends import scorer_of
     from perturbscope.tasks.screen import Screen
 
     page, folder = _places(out, figures)
@@ -80,7 +79,7 @@ def report(
             options=chosen,
             progress=progress,
         )
-        scores = screen.score(scorer_of(backend, progress))
+        scores = screen.score(progress)
         scores.provenance["input"] = cells.name
         made = build_report(
             screen.values,

@@ -41,7 +41,6 @@ def score(
 ) -> None:
     """Score perturbations against control: distance, z, p and q of each, in OUT and as a ranked table."""
     from perturbscope.cells.files import check_output
-    from perturbscope.tasks.backends import scorer_of
     from perturbscope.tasks.screen import Screen
 
     check_output(out, [".parquet", ".csv"], source=cells)
@@ -60,7 +59,7 @@ def score(
             options=chosen,
             progress=progress,
         )
-        result = screen.score(scorer_of(backend, progress))
+        result = screen.score(progress)
         calibration = screen.calibrate(progress) if report is not None else None
     _deliver(result, out, {"input": cells.name, **where}, title="Scores", top=top)
     if report is not None:
@@ -97,7 +96,6 @@ def compare(
 ) -> None:
     """Compare perturbations with each other, all pairs."""
     from perturbscope.cells.files import check_output
-    from perturbscope.tasks.backends import scorer_of
     from perturbscope.tasks.screen import Screen
 
     check_output(out, [".parquet", ".csv"], source=cells)
@@ -114,7 +112,7 @@ def compare(
             options=chosen,
             progress=progress,
         )
-        result = screen.compare(scorer_of(backend, progress))
+        result = screen.compare(progress=progress)
     _deliver(result, out, {"input": cells.name, **where}, title="Distances", top=top)
 
 

@@ -21,7 +21,7 @@ from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cells.readers import CellSource
 from perturbscope.errors import BundleError, InvalidParameterError, UnreadableFileError
 from perturbscope.inference.embedder import Embeddings, gather
-from perturbscope.tasks.backends import Backend, StageProgress, cells_of
+from perturbscope.tasks.backends import Backend, StageProgress, count_stage
 
 CHUNK_CELLS = 512
 """Cells of one chunk: what an interruption can lose. Wide enough to sort cells by length."""
@@ -77,7 +77,7 @@ class PartialRun:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hold the directory; left in place after an error or a kill, removed after success.
+        """Hold the directory; removed after success, left in place after an error or a kill if it holds chunks.
 
         Raises
         ------
@@ -94,16 +94,24 @@ class PartialRun:
                     f"Another process is writing to {self.path}. Wait for it, or give another output.", field="out"
                 ) from error
             self._prepare()
-            yield
+            try:
+                yield
+            except BaseException:
+                if not self._chunks():
+                    shutil.rmtree(self.path)
+                raise
             shutil.rmtree(self.path)
         finally:
             os.close(lock)
+
+    def _chunks(self) -> list[Path]:
+        return sorted(self.path.glob("chunk-*.npy"))
 
     def _prepare(self) -> None:
         """Keep the chunks of an earlier run if they belong to this one."""
         state = self.path / _STATE
         earlier = _read_json(state)
-        chunks = sorted(self.path.glob("chunk-*.npy"))
+        chunks = self._chunks()
         if chunks and earlier != self._identity:
             changed = sorted(key for key in self._identity if (earlier or {}).get(key) != self._identity[key])
             self._notice(
@@ -128,7 +136,7 @@ class PartialRun:
         BundleError
             The model is not the one that the chunks were made with: a server has changed it meanwhile.
         """
-        advance = cells_of("embed", source.n_cells, progress)
+        advance = count_stage("embed", source.n_cells, progress)
         starts = range(0, source.n_cells, source.chunk_cells)
         sizes = [self._n_cells(source, start) for start in starts]
         todo = [number for number, size in enumerate(sizes) if self._load(number, size) is None]

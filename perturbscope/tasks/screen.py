@@ -1,12 +1,13 @@
-"""A screen: cells with perturbation labels, from their source to a table of scores."""
+"""Screens: cells with perturbation labels, from their source to a table of scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from perturbscope.cells.readers import CellSource, open_cells
 from perturbscope.cells.readers.memory import AnnDataSource
 from perturbscope.errors import InvalidParameterError
 from perturbscope.inference.embedder import Embeddings, gather
-from perturbscope.tasks.backends import Backend, LocalBackend, Scorer, StageProgress, cells_of
+from perturbscope.tasks.backends import Backend, LocalBackend, Server, StageProgress, count_stage
 from perturbscope.tasks.trained_on import KEY, seen_by
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 def opened(
     cells: Any, *, layer: str | None = None, gene_key: str | None = None, total_counts_key: str | None = None
 ) -> Iterator[CellSource]:
-    """A source of cells: opened and closed here, or the caller's own."""
+    """Open a source of cells and close it again; a source that the caller has opened stays open."""
     if isinstance(cells, CellSource):
         if (layer, gene_key, total_counts_key) != (None, None, None):
             raise InvalidParameterError(
@@ -48,29 +49,15 @@ def opened(
         yield source
 
 
-def check_cells(source: CellSource, backend: Backend, *, progress: StageProgress | None = None) -> None:
-    """Read all cells once, so that a bad one is found before an hour was spent on the good ones before it.
+def embed_source(source: CellSource, backend: Backend, *, progress: StageProgress | None = None) -> Embeddings:
+    """Embed all cells of a source as they are read: memory holds a few chunks of the counts, and each vector once.
 
     Raises
     ------
     InvalidInputError
-        As reading raises; and, where the model is in this process, as :meth:`Embedder.tokenize` raises.
+        A cell cannot be read or embedded; the message names its row in the source.
     """
-    advance = cells_of("check", source.n_cells, progress)
-    for cells in source:
-        if isinstance(backend, LocalBackend):
-            backend.embedder.tokenize(cells)
-        if advance:
-            advance(len(cells))
-
-
-def embed_source(source: CellSource, backend: Backend, *, progress: StageProgress | None = None) -> Embeddings:
-    """Embed all cells of a source, chunk by chunk, after :func:`check_cells`.
-
-    Of the counts a few chunks are in memory, of the vectors all, once.
-    """
-    check_cells(source, backend, progress=progress)
-    advance = cells_of("embed", source.n_cells, progress)
+    advance = count_stage("embed", source.n_cells, progress)
     return gather(backend.embed_stream(source, progress=advance), source.n_cells)
 
 
@@ -87,11 +74,13 @@ class Screen:
     batches
         Batch of each cell, or None.
     options
-        How to score.
+        Options of scoring.
     control
         The label of control cells, if there is one.
     provenance, warnings
-        Where cells and vectors come from, and what to be careful about.
+        Source of the cells and of their vectors, and what a reader of the scores should be careful about.
+    server
+        The server that scores; None: this process does.
     """
 
     values: NDArray[np.float32]
@@ -101,6 +90,7 @@ class Screen:
     control: str | None
     provenance: dict[str, Any]
     warnings: list[str]
+    server: Server | None
 
     @classmethod
     def of(
@@ -120,19 +110,21 @@ class Screen:
         Raises
         ------
         InvalidInputError
-            Labels that do not allow a score are found before any cell is embedded.
+            The labels do not allow a score, which is found before any cell is embedded; or a cell cannot be embedded.
         """
         labels = source.labels(perturbation_key, field="perturbation_key")
         batches = None if batch_key is None else source.labels(batch_key, field="batch_key")
-        rows = np.flatnonzero(_given(labels) if batches is None else _given(labels) & _given(batches))
+        labelled = _is_labelled(labels) if batches is None else _is_labelled(labels) & _is_labelled(batches)
+        rows = np.flatnonzero(labelled)
         keys = " and ".join(f"obs[{key!r}]" for key in (perturbation_key, batch_key) if key)
         if not len(rows):
             raise InvalidParameterError(f"No cell has a value in {keys}.", field="perturbation_key")
-        there = labels[rows].tolist()
-        there_batches = None if batches is None else batches[rows].tolist()
-        _check_labels(there, there_batches, options, control)
-        values, provenance, warnings = _vectors(source, backend, use_rep, progress)
-        _check_vectors(values[rows], rows, options)
+        row_labels = labels[rows].tolist()
+        row_batches = None if batches is None else batches[rows].tolist()
+        _check_labels(row_labels, row_batches, options, control)
+        vectors, provenance, warnings = _vectors(source, backend, use_rep, progress)
+        values = vectors[rows]
+        _check_vectors(values, rows, options)
         n_left_out = len(labels) - len(rows)
         if n_left_out:
             warnings.append(f"{n_left_out} of {len(labels)} cells have no value in {keys} and were left out.")
@@ -142,20 +134,35 @@ class Screen:
             "n_cells_read": len(labels),
             "n_cells_left_out": n_left_out,
         }
-        return cls(values[rows], there, there_batches, options, control, provenance, warnings)
+        server = None if isinstance(backend, LocalBackend) else cast("Server | None", backend)
+        return cls(values, row_labels, row_batches, options, control, provenance, warnings, server)
 
-    def score(self, scorer: Scorer) -> ScoreResult:
-        """Scores against the control, which must have been named."""
+    def score(self, progress: StageProgress | None = None) -> ScoreResult:
+        """Score each perturbation against the control, on the server that embedded or in this process.
+
+        Raises
+        ------
+        InvalidParameterError
+            The screen has no control.
+        """
+        from perturbscope.scoring.control import score_perturbations
+
         if self.control is None:
             raise InvalidParameterError("Scores need the label of control cells.", field="control")
+        score = self.server.score if self.server else partial(score_perturbations, progress=progress)
         return self._complete(
-            scorer.score(self.values, self.labels, control=self.control, batches=self.batches, options=self.options)
+            score(self.values, self.labels, control=self.control, batches=self.batches, options=self.options)
         )
 
-    def compare(self, scorer: Scorer, pairs: Sequence[tuple[str, str]] | None = None) -> CompareResult:
-        """Distances between perturbations: all pairs, or `pairs`."""
+    def compare(
+        self, pairs: Sequence[tuple[str, str]] | None = None, progress: StageProgress | None = None
+    ) -> CompareResult:
+        """Compare perturbations, all pairs or `pairs`, on the server that embedded or in this process."""
+        from perturbscope.scoring.pairs import compare_perturbations
+
+        compare = self.server.compare if self.server else partial(compare_perturbations, progress=progress)
         return self._complete(
-            scorer.compare(
+            compare(
                 self.values,
                 self.labels,
                 pairs=pairs,
@@ -166,7 +173,7 @@ class Screen:
         )
 
     def calibrate(self, progress: StageProgress | None = None) -> Calibration | None:
-        """Controls against controls, in this process; None where only Wasserstein was asked for."""
+        """Score controls against controls, in this process; None if the only metric is Wasserstein."""
         from perturbscope.scoring.calibration import calibrate
 
         if self.control is None or set(self.options.metrics) == {"wasserstein"}:
@@ -191,7 +198,7 @@ class Screen:
 def _vectors(
     source: CellSource, backend: Backend | None, use_rep: str | None, progress: StageProgress | None
 ) -> tuple[NDArray[np.float32], dict[str, Any], list[str]]:
-    """Vectors of all cells, from obsm or from the model; where they come from; warnings."""
+    """Vectors of all cells from obsm or the model, with their provenance and warnings."""
     if use_rep is not None:
         return source.representation(use_rep), {"use_rep": use_rep}, []
     if backend is None:
@@ -199,19 +206,19 @@ def _vectors(
             "There is no model to embed the cells with. Give one, or name a matrix of obsm (use_rep).", field="use_rep"
         )
     seen = seen_by(backend, source)
-    found = embed_source(source, backend, progress=progress)
+    embeddings = embed_source(source, backend, progress=progress)
     origin: dict[str, Any] = {
-        "model_id": found.model_id,
-        "vocabulary_hash": found.vocabulary_hash,
-        "coverage": found.coverage.to_dict(),
+        "model_id": embeddings.model_id,
+        "vocabulary_hash": embeddings.vocabulary_hash,
+        "coverage": embeddings.coverage.to_dict(),
     }
     if seen is None:
-        return found.values, origin, found.warnings()
-    return found.values, {**origin, KEY: seen.to_dict()}, [seen.warning(), *found.warnings()]
+        return embeddings.values, origin, embeddings.warnings()
+    return embeddings.values, {**origin, KEY: seen.to_dict()}, [seen.warning(), *embeddings.warnings()]
 
 
 def _check_labels(labels: list[str], batches: list[str] | None, options: ScoreOptions, control: str | None) -> None:
-    """The checks of labels that scoring makes, on vectors of ones: before any cell is embedded."""
+    """Check labels as scoring does, on vectors of ones, so that no cell is embedded in vain."""
     from perturbscope.scoring.labels import Groups
 
     groups = Groups.of(np.ones((len(labels), 1)), labels, batches, options, control=control)
@@ -219,7 +226,7 @@ def _check_labels(labels: list[str], batches: list[str] | None, options: ScoreOp
 
 
 def _check_vectors(values: NDArray[np.float32], rows: NDArray[np.intp], options: ScoreOptions) -> None:
-    """The checks of vectors that scoring makes, here with the rows' numbers in the file."""
+    """Check vectors as scoring does; messages name the rows of the file."""
     from perturbscope.scoring.distances import check_rows, unit_rows
 
     check_rows(values, numbers=rows)
@@ -227,5 +234,5 @@ def _check_vectors(values: NDArray[np.float32], rows: NDArray[np.intp], options:
         unit_rows(values, numbers=rows)
 
 
-def _given(labels: NDArray[np.object_]) -> NDArray[np.bool_]:
+def _is_labelled(labels: NDArray[np.object_]) -> NDArray[np.bool_]:
     return np.array([label is not None and label.strip() != "" for label in labels], dtype=bool)

@@ -100,6 +100,31 @@ def test_an_interruption_from_the_keyboard_keeps_the_chunks(folder: Path) -> Non
     assert run(embed()) == 0
 
 
+def test_a_bad_cell_names_its_row_and_keeps_the_chunks_before_it(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Cells are checked as they stream; what was embedded waits for the next run, and no output is written."""
+    adata = make_screen()
+    dense = adata.X.toarray()
+    dense[100] = 0
+    adata.X = dense
+    adata.write_h5ad(folder / "in.h5ad")
+    assert run(embed()) == 2
+    assert "row 100" in capfd.readouterr().err
+    assert len(list((folder / "out.h5ad.partial").glob("chunk-*.npy"))) == 100 // CHUNK
+    assert not (folder / "out.h5ad").exists()
+    assert run(embed()) == 2
+    assert "Continuing an interrupted run: 6 chunks" in capfd.readouterr().err
+
+
+def test_a_run_that_finished_no_chunk_leaves_no_directory(folder: Path) -> None:
+    adata = make_screen()
+    adata.X = adata.X.toarray() * 0.5
+    adata.write_h5ad(folder / "in.h5ad")
+    assert run(embed()) == 2
+    assert [item.name for item in folder.iterdir()] == ["in.h5ad"]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

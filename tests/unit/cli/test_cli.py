@@ -430,7 +430,7 @@ def test_no_failure_shows_a_traceback(
     def broken(*_: Any, **__: Any) -> None:
         raise raised
 
-    monkeypatch.setattr("perturbscope.tasks.screen.check_cells", broken)
+    monkeypatch.setattr("perturbscope.tasks.resume.PartialRun.embed", broken)
     monkeypatch.setattr("perturbscope.cli.app.os.dup2", lambda *_: None)
     assert run(EMBED) == code
     err = capsys.readouterr().err
