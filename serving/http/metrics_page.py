@@ -77,7 +77,7 @@ def server_states(engine: Engine) -> Iterator[Metric]:
 def model_states(engine: Engine) -> Iterator[Metric]:
     """Gauges of what is loaded, and of what should be."""
     registry = engine.registry
-    models = registry.served()
+    models = registry.models()
     for name, text, value in (
         ("models_loaded", "Models that are loaded.", len(models)),
         ("bundles_failed", "Folders whose bundle, as it is now, could not be loaded.", registry.n_failed),

@@ -1,1 +1,4 @@
-"""The models that are served: found, loaded, proved, swapped and unloaded."""
+"""The models that are served: found in folders, loaded, checked, leased to requests, replaced and unloaded.
+
+It may import the library, the queue, the settings and telemetry; requests and transports are none of its business.
+"""

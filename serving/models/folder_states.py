@@ -1,4 +1,4 @@
-"""What is known of bundle folders besides the models that are served from them: why not, and what was asked for."""
+"""What is known of bundle folders besides their models: why one is not served, and which ones were unloaded."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ State = Literal["READY", "UNAVAILABLE"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listed:
-    """A model that is loaded, or a bundle folder that is not.
+class IndexEntry:
+    """A model that is loaded, or a bundle folder whose model is not.
 
     Attributes
     ----------
     name
-        Of the model; of the folder, where the model is not loaded.
+        Name of the model; name of the folder if the model is not loaded.
     version
-        Of the model; empty where that is not known.
+        Version of the model; empty if it is not known.
     folder
-        What :meth:`serving.models.registry.ModelRegistry.load` calls it.
+        Name by which :meth:`serving.models.registry.ModelRegistry.load` loads it.
     state
         READY for a model that answers.
     reason
-        Why it is not loaded, or why a newer form of its bundle is not; empty if all is well.
+        Reason why it is not loaded, or why a changed bundle is not; empty if all is well.
     """
 
     name: str
@@ -41,9 +41,9 @@ class Listed:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why a folder is not served, or not in its present form; and how it looked.
+    """The reason why a folder is not served, or not in its present form, and the state of its files then.
 
-    Not the error itself: its traceback would keep the graph that was tried.
+    The error itself is not kept: its traceback would keep the graph that was tried.
     """
 
     message: str
@@ -51,8 +51,8 @@ class _Failure:
     signature: object
 
 
-class Folders:
-    """Failures and requests, by folder.
+class FolderStates:
+    """Failures and requests to unload, by folder.
 
     Attributes
     ----------
@@ -67,37 +67,37 @@ class Folders:
         self.missing: set[str] = set()
         self._failures: dict[str, _Failure] = {}
         self._absent: set[str] = set()
-        """Folders with a model that were not there at the last look."""
+        """Folders with a model that were not there at the last scan."""
 
     @property
     def n_failed(self) -> int:
         """Folders whose bundle, as it is now, could not be loaded."""
         return len(self._failures)
 
-    def failed(self, folder: str, snapshot: Snapshot | None, error: PerturbScopeError) -> None:
-        """Remember why a folder is not served; told once for the same reason."""
+    def record_failure(self, folder: str, snapshot: Snapshot | None, error: PerturbScopeError) -> None:
+        """Remember why a folder is not served, and log each new reason once."""
         known = self._failures.get(folder)
         may_pass = isinstance(error, LimitExceededError)  # memory may become free
         self._failures[folder] = _Failure(error.message, may_pass, snapshot.signature if snapshot else None)
         if known is None or known.message != error.message:
             log.event("model_not_loaded", "error", folder=folder, code=error.code, reason=error.message)
 
-    def is_well(self, folder: str) -> None:
-        """The folder is served as it is, or not at all any more."""
+    def clear(self, folder: str) -> None:
+        """Forget the failure of a folder: it is served as it is, or is not to be served any more."""
         self._failures.pop(folder, None)
         self.missing.discard(folder)
 
-    def is_news(self, entry: Entry | None, folder: str, snapshot: Snapshot) -> bool:
-        """Whether a folder is to be loaded: it is not served in this form, and trying may have another end."""
+    def should_load(self, entry: Entry | None, folder: str, snapshot: Snapshot) -> bool:
+        """Whether a folder is to be loaded: it is not served in this form, and another try may end differently."""
         if folder in self.unloaded or (entry and entry.snapshot and entry.snapshot.digest == snapshot.digest):
             return False
         known = self._failures.get(folder)
         return known is None or known.may_pass or known.signature != snapshot.signature
 
-    def gone(self, served: Collection[str], found: Collection[str], named: Collection[str]) -> set[str]:
-        """Folders whose models are to go, for they were missing at this look and at the one before.
+    def disappeared(self, served: Collection[str], found: Collection[str], named: Collection[str]) -> set[str]:
+        """Return the served folders that were missing at this scan and at the one before.
 
-        What is known of folders that are not served is forgotten with them: a folder that comes back is new.
+        What is known of missing folders that are not served is forgotten: a folder that comes back is new.
         """
         absent = set(served) - set(found)
         twice = absent & self._absent
@@ -107,16 +107,18 @@ class Folders:
             self.unloaded.discard(folder)
         return twice
 
-    def index(self, entries: Iterable[Entry]) -> tuple[Listed, ...]:
-        """What is loaded, then what could be and is not."""
+    def index(self, entries: Iterable[Entry]) -> tuple[IndexEntry, ...]:
+        """List the models that are loaded, then the folders whose models are not."""
         reasons = {folder: failure.message for folder, failure in self._failures.items()}
-        listed = []
+        lines = []
         for entry in entries:
-            info, works = entry.model.info, entry.model.verified
-            reason = reasons.pop(entry.folder, "") or ("" if works else "It does not answer as it should.")
-            state: State = "READY" if works else "UNAVAILABLE"
-            listed.append(Listed(name=info.name, version=info.version, folder=entry.folder, state=state, reason=reason))
+            info, verified = entry.model.info, entry.model.verified
+            reason = reasons.pop(entry.folder, "") or ("" if verified else "It does not answer as it should.")
+            state: State = "READY" if verified else "UNAVAILABLE"
+            lines.append(
+                IndexEntry(name=info.name, version=info.version, folder=entry.folder, state=state, reason=reason)
+            )
         for folder in sorted({*reasons, *self.unloaded}):
             reason = reasons.get(folder, "It was unloaded on request.")
-            listed.append(Listed(name=folder, version="", folder=folder, state="UNAVAILABLE", reason=reason))
-        return tuple(listed)
+            lines.append(IndexEntry(name=folder, version="", folder=folder, state="UNAVAILABLE", reason=reason))
+        return tuple(lines)

@@ -1,4 +1,4 @@
-"""A model that is served: its bundle, loaded, warm and proven, and its queue."""
+"""One served model: loading its bundle, checking that it gives the right vectors, and its queue."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from serving.telemetry import log
 from serving.telemetry.metrics import ModelMetrics
 
 _FILE_COPIES = 2
-"""Bytes that a loaded graph or vocabulary takes, by bytes of its file: measured 2.1 for bundles/default."""
+"""Bytes of memory of a loaded graph or vocabulary per byte of its file: measured 2.1 for bundles/default."""
 _HEAD_WIDTH, _SCORE_BYTES, _STATE_BYTES = 32, 8, 32
-"""What a batch takes: two float32 scores for each pair of tokens and each attention head, a head being 32 wide, and
-eight float32 values a token and dimension. Measured for bundles/default: 304 MiB of the 320 that this says."""
+"""Memory of a batch: two float32 scores for each pair of tokens and each attention head, a head being 32 wide, and
+eight float32 values per token and dimension. Measured for bundles/default: 304 MiB, where this estimates 320."""
 _MAX_LENGTH = 2048
-"""Tokens of a cell where a family does not say."""
+"""Tokens of a cell if the configuration of the family does not say."""
 
 
 @dataclass(eq=False)
@@ -38,19 +38,19 @@ class ServedModel:
     Attributes
     ----------
     info
-        What a caller is told of it.
+        Description of the model for callers.
     embedder
         Tokenizer and graph.
     dispatcher
-        The queue in front of the graph.
+        Queue in front of the graph.
     probe
-        One little cell, to see whether a model without golden vectors works.
+        One small cell, to check a model without golden vectors.
     metrics
-        Counts what the dispatcher does; closed with the model.
+        Observer of the dispatcher; closed with the model.
     golden
-        Cells whose vectors are known, if the bundle has them.
+        Golden cells with their vectors, if the bundle has them.
     matched
-        Whether the model gave those vectors when it was last tried.
+        Whether the model gave those vectors when it was last checked.
     """
 
     info: ModelInfo
@@ -63,16 +63,16 @@ class ServedModel:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], settings: Settings) -> ServedModel:
-        """Open a bundle, build its session, and prove it: run its golden cells, or one little cell.
+        """Open a bundle, build its session, and check it: run its golden cells, or one small cell.
 
         Raises
         ------
         BundleError
             The bundle is damaged, unsupported, or has no such variant.
         GoldenMismatchError
-            On this provider, the model gives other vectors than its bundle records.
+            On this device, the model gives other vectors than its bundle records.
         ProviderUnavailableError
-            The device was asked for and is not there.
+            The device of the settings is not available.
         InferenceError
             The graph does not run.
         """
@@ -91,7 +91,7 @@ class ServedModel:
         )
         probe = CountMatrix.from_matrix([[1]], [bundle.vocabulary.gene_ids[0]])
         try:
-            proof = _prove(embedder, golden, probe)
+            differences = _first_check(embedder, golden, probe)
         except BaseException:
             embedder.close()
             raise
@@ -117,7 +117,7 @@ class ServedModel:
             variant=info.variant,
             provider=embedder.provider,
             golden=info.golden,
-            **proof,
+            **differences,
         )
         dispatcher = Dispatcher(
             embedder,
@@ -129,21 +129,21 @@ class ServedModel:
 
     @property
     def verified(self) -> bool:
-        """Whether the model is known to work on its provider; if not, :meth:`check` tries it."""
+        """Whether the model is known to work on its device; if not, :meth:`check` runs it."""
         if self.dispatcher.last_batch_failed:
             # A later batch that succeeds does not prove that the vectors are right again.
             self.matched = False
         return self.matched
 
     async def check(self) -> None:
-        """Prove the model again, through the queue.
+        """Check the model again, through the queue.
 
         Raises
         ------
         GoldenMismatchError
-            It gives other vectors than its bundle records.
+            The model gives other vectors than its bundle records.
         InferenceError, OverloadedError
-            As :meth:`Dispatcher.submit`.
+            See :meth:`Dispatcher.submit`.
         """
         self.matched = False
         if self.golden is None:
@@ -157,15 +157,15 @@ class ServedModel:
         self.matched = True
 
     async def close(self) -> None:
-        """Finish what was accepted, stop, and free the graph. May be called twice."""
+        """Finish the accepted requests, and free the graph. May be called twice."""
         await self.dispatcher.close()
         self.embedder.close()
         if self.metrics is not None:
             self.metrics.close()
 
 
-def _prove(embedder: Embedder, golden: Golden | None, probe: CountMatrix) -> dict[str, object]:
-    """Run a model for the first time; what came of it, for the log."""
+def _first_check(embedder: Embedder, golden: Golden | None, probe: CountMatrix) -> dict[str, object]:
+    """Run a model for the first time; return its differences from the golden vectors, for the log."""
     if golden is None:
         embedder.embed(probe)
         return {}
@@ -175,12 +175,12 @@ def _prove(embedder: Embedder, golden: Golden | None, probe: CountMatrix) -> dic
 
 
 def estimate_bytes(path: Path, settings: Settings) -> int:
-    """Memory that the model of a bundle will take, before it is loaded.
+    """Estimate the bytes of memory of a bundle's model before it is loaded.
 
-    Twice its files, and what the operators of one full batch (``batch_tokens``) need between them, which ONNX
-    Runtime keeps: see the constants above. For bundles/default and batches of 4,096 tokens this says 110 MiB where 116
-    were measured, and for batches of 16,384 tokens 350 MiB where 365 were. 0 where the bundle has not the variant:
-    loading it says so.
+    The estimate is twice the size of its files, and the working memory of one full batch (``batch_tokens``), which ONNX
+    Runtime keeps: see the constants above. For bundles/default and batches of 4,096 tokens it is 110 MiB (measured:
+    116), and for batches of 16,384 tokens 350 MiB (measured: 365). It is 0 if the bundle lacks the variant: loading
+    raises the error.
 
     Raises
     ------
@@ -197,5 +197,5 @@ def estimate_bytes(path: Path, settings: Settings) -> int:
         raise CorruptBundleError(f"{path} cannot be read: {error}. Fetch the bundle again.") from error
     length = manifest.family_config.get("max_length")
     longest = length if isinstance(length, int) else _MAX_LENGTH
-    a_token = manifest.width * (longest * _SCORE_BYTES // _HEAD_WIDTH + _STATE_BYTES)
-    return _FILE_COPIES * (graph + vocabulary) + settings.batch_tokens * a_token
+    per_token = manifest.width * (longest * _SCORE_BYTES // _HEAD_WIDTH + _STATE_BYTES)
+    return _FILE_COPIES * (graph + vocabulary) + settings.batch_tokens * per_token

@@ -1,17 +1,11 @@
-"""The models that are served: found by name and version, loaded, replaced and unloaded without a restart.
+"""Which models are served: loaded from folders, checked, replaced and unloaded without a restart.
 
-A request *leases* its model for as long as it lasts. Replacing or unloading a model only changes which model the next
-request finds; the old one answers those that hold it, and is freed when the last of them is done. So no request ever
-sees two models.
-
-All methods run on the event loop, so there are no locks around what is served; only loading leaves it, for one thread,
-one model at a time.
+Only loading leaves the event loop, for one thread, one model at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,22 +20,22 @@ from perturbscope.errors import (
     UnknownModelError,
 )
 from perturbscope.protocol.messages import ModelInfo
-from serving.models.folder_states import Folders, Listed
+from serving.models.folder_states import FolderStates, IndexEntry
 from serving.models.loading import ServedModel, estimate_bytes
 from serving.models.repository import Repository, Snapshot
-from serving.models.served import Entry, Shelf
+from serving.models.served import Entry, ServedModels
 from serving.settings import PREFIX, Settings
 from serving.telemetry import log
 
 Load = Callable[[Path, Settings], ServedModel]
-"""Opens, warms up and proves one bundle; called on a thread."""
+"""Opens, warms up and checks one bundle; called on a thread."""
 Estimate = Callable[[Path, Settings], int]
-"""Memory of a model, before it is loaded."""
+"""Estimates the bytes of memory of a model before it is loaded."""
 T = TypeVar("T")
 
 
-class ModelRegistry:
-    """What is served, in order: the first model is the default, and of one name the first listed version is.
+class ModelRegistry(ServedModels):
+    """The models that are served, and the folders that they are loaded from.
 
     A model that is loaded from a folder that is served already takes the old one's place in the order; any other is
     listed last. So a new version beside an old one gets no traffic that does not name it, until the old one is
@@ -50,11 +44,11 @@ class ModelRegistry:
     Parameters
     ----------
     settings
-        What is to be served, and the limits.
+        Settings that name the bundles, the repository and the limits.
     models
-        What is served from the start.
+        Models that are served from the start.
     load, estimate
-        How a bundle becomes a model, and what it costs.
+        Functions that make a model of a bundle, and estimate its memory.
     """
 
     def __init__(
@@ -65,34 +59,34 @@ class ModelRegistry:
         load: Load = ServedModel.load,
         estimate: Estimate = estimate_bytes,
     ) -> None:
+        super().__init__()
         self._settings, self._load, self._estimate = settings, load, estimate
         self.repository = Repository(settings.bundles, Path(settings.repository) if settings.repository else None)
-        self._shelf = Shelf()
-        self._folders = Folders()
+        self._folders = FolderStates()
         self._one_at_a_time = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="perturbscope-load")
         self._changes: set[asyncio.Task[ModelInfo]] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._closed = False
         for model in models:
-            self._shelf.put(Entry(model))
+            self.put(Entry(model))
 
     @classmethod
     def open(cls, settings: Settings, *, strict: bool = True) -> ModelRegistry:
-        """Load what the settings name and what is in the repository; blocks, so it is for before the event loop.
+        """Load the bundles that the settings name and those in the repository. Blocks: call it before the event loop.
 
         Parameters
         ----------
         settings
-            What is to be served.
+            Settings that name the bundles, the repository and the limits.
         strict
-            Raise for a bundle that the operator names and that cannot be served. Without it such a bundle is told in
-            the log, and the server is not ready. One of the repository is only ever told.
+            Raise for a bundle that the settings name and that cannot be served. Otherwise it is logged, and the server
+            is not ready. A bundle of the repository that cannot be served is only ever logged.
 
         Raises
         ------
         BundleError, ProviderUnavailableError, InferenceError, LimitExceededError
-            As :meth:`load`.
+            See :meth:`load`.
         """
         registry = cls(settings)
         repository = registry.repository
@@ -108,32 +102,19 @@ class ModelRegistry:
                 snapshot = Snapshot.of(path)
                 n_bytes = registry._estimate(path, settings)
                 registry._check_room(folder, n_bytes)
-                registry._shelf.put(registry._make(folder, snapshot, n_bytes))
+                registry.put(registry._make(folder, snapshot, n_bytes))
             except PerturbScopeError as error:
                 named = folder in repository.named
                 if named and strict:
                     raise
-                registry._folders.failed(folder, snapshot, error)
+                registry._folders.record_failure(folder, snapshot, error)
                 if named:
                     registry._folders.missing.add(folder)
         return registry
 
-    def infos(self) -> tuple[ModelInfo, ...]:
-        """What is served; the first is the default."""
-        return tuple(model.info for model in self.served())
-
-    def served(self) -> tuple[ServedModel, ...]:
-        """The models themselves, to look at; who uses one leases it."""
-        return tuple(entry.model for entry in self._shelf.entries)
-
-    def index(self) -> tuple[Listed, ...]:
-        """What is loaded, then what could be and is not; a folder that failed says why."""
-        return self._folders.index(self._shelf.entries)
-
-    @property
-    def default(self) -> ServedModel:
-        """What answers a request that names no model. Raises UnknownModelError."""
-        return self._shelf.find(None, None).model
+    def index(self) -> tuple[IndexEntry, ...]:
+        """List the models that are loaded, then the folders whose models are not, each with the reason."""
+        return self._folders.index(self.entries)
 
     @property
     def n_failed(self) -> int:
@@ -145,35 +126,11 @@ class ModelRegistry:
         """Bundles of the settings without which the server is not ready."""
         return len(self._folders.missing)
 
-    @property
-    def model_bytes(self) -> int:
-        """Memory of all models, as estimated; one that was replaced counts until its last request is done."""
-        return self._shelf.n_bytes
-
-    def lease(
-        self, name: str | None = None, version: str | None = None
-    ) -> contextlib.AbstractContextManager[ServedModel]:
-        """A model for the length of a request; it lives until it is given back, whatever is unloaded meanwhile.
-
-        Parameters
-        ----------
-        name
-            Name, ``name@version`` or id of the model; None: the default.
-        version
-            Of the model; None: the first listed of that name.
-
-        Raises
-        ------
-        UnknownModelError
-            There is no such model.
-        """
-        return self._shelf.find(name, version).held()
-
     async def ready(self) -> bool:
-        """Whether all that is to be served is, and answers. A model that failed last is proven again first."""
-        if not self._shelf.entries or self._folders.missing:
+        """Whether every model that is to be served is loaded and answers. One that failed last is checked first."""
+        if not self.entries or self._folders.missing:
             return False
-        for entry in tuple(self._shelf.entries):
+        for entry in tuple(self.entries):
             if entry.model.verified:
                 continue
             with entry.held() as model:
@@ -187,7 +144,7 @@ class ModelRegistry:
     async def load(self, folder: str) -> ModelInfo:
         """Load the bundle of a folder, or load it again if it has changed; the old model serves until the new one can.
 
-        A caller that goes away does not stop it.
+        A caller that goes away does not stop the loading.
 
         Parameters
         ----------
@@ -197,13 +154,13 @@ class ModelRegistry:
         Raises
         ------
         InvalidParameterError
-            Not a plain name, or another folder has this name and version of a model already.
+            The name is not plain, or a model of this name and version is served from another folder.
         UnknownModelError
             There is no such folder.
         BundleError
-            The bundle cannot be served here; what was served before still is.
+            The bundle cannot be served here; the model that was served before still is.
         LimitExceededError
-            There is no memory for it.
+            The loaded models leave too little of the allowed memory.
         ProviderUnavailableError, InferenceError
             The model does not run.
         OverloadedError
@@ -217,14 +174,14 @@ class ModelRegistry:
         return await asyncio.shield(task)
 
     async def unload(self, name: str, version: str | None = None) -> ModelInfo:
-        """Stop serving a model; requests in progress keep it. It is not loaded again until someone asks.
+        """Stop serving a model; requests in progress keep it. It is not loaded again without a request to.
 
         Parameters
         ----------
         name
-            Of a folder, or else of a model, ``name@version`` or its id.
+            Name of a folder, or else name, ``name@version`` or id of a model.
         version
-            Of the model; needed where several are served under the name.
+            Version of the model; needed if several are served under the name.
 
         Raises
         ------
@@ -233,51 +190,49 @@ class ModelRegistry:
         InvalidParameterError
             Several versions are served, and none was named.
         """
-        entries = self._shelf.entries
-        chosen = [entry for entry in entries if entry.folder == name and version in (None, entry.version)]
-        chosen = chosen or [entry for entry in entries if entry.is_called(name, version)]
-        if len(chosen) > 1:
-            versions = ", ".join(entry.version for entry in chosen)
+        matches = [entry for entry in self.entries if entry.folder == name and version in (None, entry.version)]
+        matches = matches or [entry for entry in self.entries if entry.is_called(name, version)]
+        if len(matches) > 1:
+            versions = ", ".join(entry.version for entry in matches)
             raise InvalidParameterError(f"The model {name!r} has the versions {versions}. Name one.", field="version")
-        entry = chosen[0] if chosen else self._shelf.find(name, version)
+        entry = matches[0] if matches else self.find(name, version)
         if entry.folder:
             self._folders.unloaded.add(entry.folder)
-        self._take_off(entry)
+        self._unload(entry)
         return entry.model.info
 
     async def poll(self) -> None:
-        """Look at the repository once: load what is new or has changed, unload what has gone.
+        """Scan the repository once: load bundles that are new or changed, unload models whose folders are gone.
 
-        A bundle that cannot be served is told in the log, once, and tried again when its files have changed: it may
-        have been half copied. A folder must be missing at two looks before its model goes, since replacing a folder
-        takes two renames. A repository that is unreadable or empty of bundles changes nothing: it may have lost its
-        disk.
+        A bundle that cannot be served is logged once, and tried again when its files have changed: it may have been
+        half copied. A folder must be missing at two scans before its model is unloaded, since replacing a folder takes
+        two renames. A repository that is unreadable or empty of bundles changes nothing: it may have lost its disk.
         """
         try:
-            found = await asyncio.to_thread(self.repository.scan)
+            folders = await asyncio.to_thread(self.repository.scan)
         except OSError as error:
             log.event("repository_unreadable", "error", reason=str(error))
             return
-        for folder, snapshot in found.items():
+        for folder, snapshot in folders.items():
             if self._closed:
                 return
-            if self._folders.is_news(self._shelf.from_folder(folder), folder, snapshot):
+            if self._folders.should_load(self.from_folder(folder), folder, snapshot):
                 try:
                     await self.load(folder)
                 except PerturbScopeError as error:
-                    self._folders.failed(folder, snapshot, error)
-        if found:
-            served = {entry.folder: entry for entry in self._shelf.entries if self._is_watched(entry)}
-            for folder in self._folders.gone(served, found, self.repository.named):
-                self._take_off(served[folder])
+                    self._folders.record_failure(folder, snapshot, error)
+        if folders:
+            served = {entry.folder: entry for entry in self.entries if self._is_watched(entry)}
+            for folder in self._folders.disappeared(served, folders, self.repository.named):
+                self._unload(served[folder])
 
     def watch(self) -> None:
-        """Look at the repository from time to time, until closed; does nothing where there is none."""
+        """Scan the repository every ``repository_poll`` seconds until closed; do nothing if there is none."""
         if self.repository.root is not None and self._settings.repository_poll:
             self._watcher = asyncio.get_running_loop().create_task(self._watch(), name="perturbscope-repository")
 
     async def close(self) -> None:
-        """Finish what was accepted, and free all models. May be called twice.
+        """Finish the accepted requests, and free all models. May be called twice.
 
         A bundle that is being loaded is waited for, but no longer than ``shutdown_grace`` seconds.
         """
@@ -287,7 +242,7 @@ class ModelRegistry:
             await asyncio.gather(self._watcher, return_exceptions=True)
         if self._changes:
             await asyncio.wait(self._changes, timeout=self._settings.shutdown_grace)
-        await self._shelf.close()
+        await super().close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     async def _watch(self) -> None:
@@ -296,18 +251,18 @@ class ModelRegistry:
             try:
                 await self.poll()
             except Exception:  # noqa: BLE001  a bug must not end the watch
-                log.logger.exception("looking at the model repository failed")
+                log.logger.exception("the scan of the model repository failed")
 
     async def _change(self, folder: str, path: Path) -> ModelInfo:
         """Load a folder and put its model in place; one at a time."""
         async with self._one_at_a_time:
             snapshot: Snapshot | None = None
             try:
-                # Taken before the files are read: a change while they are is then seen at the next look.
+                # Taken before the files are read: a change meanwhile is then noticed at the next scan.
                 snapshot = await self._off_the_loop(Snapshot.of, path)
-                old = self._shelf.from_folder(folder)
+                old = self.from_folder(folder)
                 if old and old.snapshot and old.snapshot.digest == snapshot.digest and old.model.verified:
-                    self._folders.is_well(folder)
+                    self._folders.clear(folder)
                     return old.model.info
                 n_bytes = await self._off_the_loop(self._estimate, path, self._settings)
                 self._check_room(folder, n_bytes)
@@ -317,14 +272,14 @@ class ModelRegistry:
                         raise _stopping()
                     if folder in self._folders.unloaded:
                         raise UnknownModelError(f"{folder!r} was unloaded while it was being loaded.", field="name")
-                    self._shelf.put(new)
+                    self.put(new)
                 except PerturbScopeError:
                     await new.model.close()
                     raise
             except PerturbScopeError as error:
-                self._folders.failed(folder, snapshot, error)
+                self._folders.record_failure(folder, snapshot, error)
                 raise
-            self._folders.is_well(folder)
+            self._folders.clear(folder)
             return new.model.info
 
     async def _off_the_loop(self, function: Callable[..., T], *args: object) -> T:
@@ -351,14 +306,14 @@ class ModelRegistry:
         return Entry(model, folder, snapshot, n_bytes)
 
     def _loaded(self, task: asyncio.Task[ModelInfo]) -> None:
-        """A load has ended; whoever waits for it hears of its error, and nobody may."""
+        """Forget a load that has ended. Its error is raised where it is awaited; nobody may, so it is read here."""
         self._changes.discard(task)
         if not task.cancelled():
             task.exception()
 
-    def _take_off(self, entry: Entry) -> None:
-        self._folders.is_well(entry.folder)
-        self._shelf.take_off(entry)
+    def _unload(self, entry: Entry) -> None:
+        self._folders.clear(entry.folder)
+        self.remove(entry)
 
     def _is_watched(self, entry: Entry) -> bool:
         return entry.snapshot is not None and entry.folder not in self.repository.named

@@ -1,7 +1,7 @@
-"""Where bundles come from: the folders that the operator names, and a repository of such folders.
+"""Bundle folders: those that the operator names, and those of a model repository.
 
-Callers name a bundle by the name of its folder, never by a path. Whatever is not the plain name of a folder that lies
-inside the repository, links followed, does not exist.
+Callers name a bundle by the name of its folder, never by a path. A name that is not the plain name of a folder that
+lies inside the repository, links followed, does not exist.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LONGEST_NAME = 255
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How a bundle folder looks from outside.
+    """The state of a bundle folder's files.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class Snapshot:
     digest
         SHA-256 of its manifest, which holds the checksums of all other files.
     signature
-        Name, size and time of each file: changes while files are still being copied.
+        Name, size and modification time of each file; changes while files are still being copied.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, path: Path) -> Snapshot:
-        """Look at a folder. Raises CorruptBundleError for one that cannot be read."""
+        """Take the state of a folder. Raises CorruptBundleError if it cannot be read."""
         try:
             files = sorted((entry.name, entry.stat()) for entry in path.iterdir())
             digest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
@@ -53,9 +53,9 @@ class Repository:
     Parameters
     ----------
     named
-        Folders that the operator names one by one; a second one of the same name is called ``name-2``.
+        Bundle folders that the settings name; a second one of the same name is called ``name-2``.
     root
-        A folder of bundle folders. One with the name of a named folder is left out.
+        Directory of bundle folders. One with the name of a named folder is left out.
     """
 
     def __init__(self, named: Sequence[Path], root: Path | None) -> None:
@@ -66,12 +66,12 @@ class Repository:
         self.root = root
 
     def find(self, name: str) -> Path:
-        """The folder of that name.
+        """Return the folder of that name.
 
         Raises
         ------
         InvalidParameterError
-            Not a plain name, such as ``../secret`` or ``/etc``.
+            The name is not plain, such as ``../secret`` or ``/etc``.
         UnknownModelError
             There is no such bundle folder.
         CorruptBundleError
@@ -102,24 +102,24 @@ class Repository:
         return path
 
     def scan(self) -> Mapping[str, Snapshot]:
-        """The bundle folders of the repository by name.
+        """Return the bundle folders of the repository by name.
 
-        A folder without a manifest is not one yet. Names that begin with a dot are left out: writers stage under such.
+        A folder without a manifest is no bundle yet. Names that begin with a dot are left out: writers stage so.
 
         Raises
         ------
         OSError
             The repository cannot be read now.
         """
-        found = {}
+        snapshots = {}
         for entry in sorted(self.root.iterdir()) if self.root else ():
             try:
                 plain = is_plain(entry.name) and entry.name not in self.named
                 if plain and (entry / MANIFEST).is_file() and self._lies_inside(entry):
-                    found[entry.name] = Snapshot.of(entry)
+                    snapshots[entry.name] = Snapshot.of(entry)
             except (OSError, CorruptBundleError):
-                continue  # it is being moved or written right now; the next look will tell
-        return found
+                continue  # it is being moved or written right now; the next scan will tell
+        return snapshots
 
     def _lies_inside(self, path: Path) -> bool:
         assert self.root is not None  # noqa: S101  callers have looked
@@ -132,7 +132,7 @@ class Repository:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name can be that of a bundle folder."""
+    """Whether a name can be the name of a bundle folder."""
     return (
         0 < len(name) <= _LONGEST_NAME
         and name.isprintable()

@@ -193,7 +193,7 @@ async def test_a_model_says_what_runs_it(http: httpx.AsyncClient, engine: Engine
     text = (await http.get("/metrics")).text
     (info,) = [s.labels for f in parse(text) for s in f.samples if s.name == "perturbscope_model_info"]
     assert {**MODEL, "device": "cpu", "variant": "fp32", "golden": "absent"}.items() <= info.items()
-    (model,) = engine.registry.served()
+    (model,) = engine.registry.models()
     model.embedder.encoder.provider = "CUDAExecutionProvider"  # type: ignore[attr-defined]
     assert provider_of(model) == "CUDAExecutionProvider"
 

@@ -153,7 +153,7 @@ async def test_requests_that_share_a_batch_are_linked(
     while not encoder.batches:
         await asyncio.sleep(0.001)
     others = [asyncio.ensure_future(http.post("/v1/embed", json=embed_json)) for _ in range(2)]
-    (model,) = engine.registry.served()
+    (model,) = engine.registry.models()
     while model.dispatcher.pending_callers < 3:
         await asyncio.sleep(0.001)
     encoder.gate.set()
