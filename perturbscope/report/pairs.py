@@ -102,8 +102,3 @@ def _alike(names: list[str], distances: NDArray[np.float64], hits: set[str]) -> 
     for i, code in zip(chosen, hierarchy.fcluster(tree, ALIKE, "distance"), strict=True):
         groups.setdefault(int(code), []).append(names[i])
     return [group for group in groups.values() if len(group) > 1]
-
-
-def as_frame(pairs: Pairs) -> pd.DataFrame:
-    """The matrix of distances with its names."""
-    return pd.DataFrame(pairs.distances, index=pairs.names, columns=pairs.names)

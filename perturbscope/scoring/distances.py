@@ -171,11 +171,6 @@ def e_distance(x: Floats, y: Floats, *, estimator: Literal["U", "V"] = "U", dist
     return 2 * between / (n * m) - within_x / (n * (n - own)) - within_y / (m * (m - own))
 
 
-def cosine_e_distance(x: Floats, y: Floats, *, estimator: Literal["U", "V"] = "U") -> float:
-    """Energy distance with ground distance 1 - cos. Raises as :func:`e_distance`."""
-    return e_distance(x, y, estimator=estimator, distance="cosine")
-
-
 def half_squared_sum(x: Floats, y: Floats) -> float:
     """Sum over all pairs of half the squared Euclidean distance, in time linear in the cells.
 

@@ -153,10 +153,6 @@ class Groups:
         copies = _copies(values, members, control)
         return cls(rows, members, sizes, codes, _similar(list(members)), _similar(batch_names.tolist()), copies)
 
-    def vectors(self, name: str) -> NDArray[np.float64]:
-        """Vectors of a label's cells, float64 [n, width]."""
-        return self.rows[self.members[name]]
-
     def pooled_batches(self, a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.intp] | None:
         """Batches of the cells at positions `a`, then `b`."""
         return None if self.batches is None else self.batches[np.concatenate([a, b])]

@@ -150,10 +150,6 @@ class Pool:
         rest = self.total - 2 * reach + inside
         return energy(reach - inside, inside, rest, self.a.size, self.b.size, self.estimator)
 
-    def samples(self, members: Members) -> NDArray[np.float64]:
-        """Energy distance between group a and each marked subset (equal sizes) of group b, `members` [m, R]."""
-        return self.sampled(np.nonzero(members.T)[1].reshape(members.shape[1], -1))
-
     def sampled(self, chosen: NDArray[np.intp]) -> NDArray[np.float64]:
         """Energy distance between group a and each subset of group b, given as positions [R, K]."""
         between = self.link.sums_b[chosen].sum(axis=1)

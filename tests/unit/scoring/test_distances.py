@@ -15,7 +15,6 @@ from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, So
 from perturbscope.scoring.distances import (
     assignment_cost,
     check_rows,
-    cosine_e_distance,
     e_distance,
     pairwise_distances,
     transport_cost,
@@ -94,9 +93,9 @@ def test_squared_e_distance_is_twice_the_squared_shift_of_the_mean(groups):
 def test_cosine_e_distance_is_the_squared_shift_of_the_mean_direction(groups):
     x, y = groups
     shift = ((unit_rows(x).mean(axis=0) - unit_rows(y).mean(axis=0)) ** 2).sum()
-    assert cosine_e_distance(x, y, estimator="V") == pytest.approx(shift, rel=1e-11)
+    assert e_distance(x, y, distance="cosine", estimator="V") == pytest.approx(shift, rel=1e-11)
     squared = e_distance(unit_rows(x), unit_rows(y), distance="sqeuclidean")
-    assert cosine_e_distance(x, y) == pytest.approx(squared / 2, rel=1e-11)
+    assert e_distance(x, y, distance="cosine") == pytest.approx(squared / 2, rel=1e-11)
 
 
 def test_only_the_unsquared_distance_sees_a_change_of_spread(rng):
@@ -138,7 +137,8 @@ def test_invariance_to_rotation_translation_and_scale_of_rows(groups, rng):
     for function in (e_distance, wasserstein):
         assert function(x @ turn + move, y @ turn + move) == pytest.approx(function(x, y), rel=1e-5)
     scale_x, scale_y = rng.uniform(0.1, 10, size=(40, 1)), rng.uniform(0.1, 10, size=(55, 1))
-    assert cosine_e_distance(x * scale_x, y * scale_y) == pytest.approx(cosine_e_distance(x, y), rel=1e-10)
+    scaled = e_distance(x * scale_x, y * scale_y, distance="cosine")
+    assert scaled == pytest.approx(e_distance(x, y, distance="cosine"), rel=1e-10)
 
 
 def test_order_of_cells_does_not_matter(groups, rng):
@@ -211,7 +211,7 @@ def test_bad_input_names_the_row(groups):
         e_distance(bad, y)
     bad[7] = 0
     with pytest.raises(InvalidEmbeddingError, match="Row 7 of x is all zero"):
-        cosine_e_distance(bad, y)
+        e_distance(bad, y, distance="cosine")
     with pytest.raises(InvalidEmbeddingError, match="6 dimensions"):
         wasserstein(x, y[:, :3])
     for value in ([["a"]], np.zeros(3), np.zeros((0, 3)), [[1.0], [1.0, 2.0]]):

@@ -40,10 +40,9 @@ def test_pool_gives_the_number_of_e_distance_on_every_route(rng, kind, estimator
         e_distance(both[column > 0], both[column == 0], distance=kind, estimator=estimator) for column in members.T
     ]
     np.testing.assert_allclose(pool.split(members), expected, atol=2e-6)
-    samples = np.zeros((20, 2), dtype=np.float32)
-    samples[:9, 0] = samples[5:14, 1] = 1
-    expected = [e_distance(x, y[column > 0], distance=kind, estimator=estimator) for column in samples.T]
-    np.testing.assert_allclose(pool.samples(samples), expected, atol=2e-6)
+    samples = np.array([np.arange(9), np.arange(5, 14)])
+    expected = [e_distance(x, y[sample], distance=kind, estimator=estimator) for sample in samples]
+    np.testing.assert_allclose(pool.sampled(samples), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,10 +94,8 @@ def test_null_of_averaged_distances_holds_for_fresh_cells(rng, estimator, n, m, 
     values = []
     for _ in range(1500):
         x, controls = rng.standard_t(6, size=(n, 3)), rng.standard_t(6, size=(pool, 3))
-        members = np.zeros((pool, repeats), dtype=np.float32)
-        for column in members.T:
-            column[rng.choice(pool, m, replace=False)] = 1
-        values.append(Pool(DenseGroup(x), DenseGroup(controls), estimator).samples(members).mean())
+        samples = np.array([np.sort(rng.choice(pool, m, replace=False)) for _ in range(repeats)])
+        values.append(Pool(DenseGroup(x), DenseGroup(controls), estimator).sampled(samples).mean())
     assert np.mean(values) == pytest.approx(mean, abs=4 * sd / 1500**0.5 + 0.02 * mean)
     assert np.std(values) == pytest.approx(sd, rel=0.1)
 
