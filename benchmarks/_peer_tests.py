@@ -31,7 +31,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from perturbscope.errors import ControlLabelMissingError
 from perturbscope.scoring.distances import check_rows
-from perturbscope.scoring.energy.pool import DenseGroup, Estimator, LinearGroup, Pool
+from perturbscope.scoring.energy.closed_form import LinearGroup
+from perturbscope.scoring.energy.matrix import DenseGroup
+from perturbscope.scoring.energy.pool import Pool
+from perturbscope.scoring.results import Estimator
 from perturbscope.scoring.statistics import Exchange, generator
 
 

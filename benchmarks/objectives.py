@@ -26,7 +26,8 @@ from evaluation.tables import markdown
 from perturbscope.cells.readers import open_cells
 from perturbscope.families import load_family
 from perturbscope.inference.embedder import Embedder
-from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.results import ScoreOptions
 from training.checkpoint import load_checkpoint
 from training.commands.finetune import finetune
 from training.config import strict

@@ -22,8 +22,10 @@ from benchmarks._peer_tests import PERTPY, SCPERTURB, largest_family, peer_e_tes
 from benchmarks._peers import ask
 from evaluation.baselines import pca
 from perturbscope.cells.readers import open_cells
-from perturbscope.scoring.control import ScoreOptions, score_perturbations
-from perturbscope.scoring.distances import e_distance, pairwise_distances, transport_cost, wasserstein
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.distances import e_distance, pairwise_distances
+from perturbscope.scoring.optimal_transport import transport_cost, wasserstein
+from perturbscope.scoring.results import ScoreOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "tests/golden/peers.json"

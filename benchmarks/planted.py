@@ -39,7 +39,8 @@ from perturbscope.cells.files import atomic
 from perturbscope.cells.readers import open_cells
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
-from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.results import ScoreOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 SCATTER = tuple(Effect("scatter", strength=strength) for strength in (0.1, 0.2, 0.5))

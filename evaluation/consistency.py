@@ -31,7 +31,8 @@ from numpy.typing import ArrayLike, NDArray
 from evaluation.profiles import check_labels, label_warnings
 from perturbscope.errors import InvalidParameterError, TooFewCellsError
 from perturbscope.scoring.distances import check_rows, unit_rows
-from perturbscope.scoring.energy.pool import DenseGroup, Pool
+from perturbscope.scoring.energy.matrix import DenseGroup
+from perturbscope.scoring.energy.pool import Pool
 from perturbscope.scoring.statistics import Exchange, benjamini_hochberg, empirical_p, generator
 
 Progress = Callable[[str, int, int], None]

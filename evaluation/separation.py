@@ -29,7 +29,7 @@ from perturbscope.errors import (
 )
 from perturbscope.scoring.calibration import CALIBRATION_PERMUTATIONS, Calibration, calibrate
 from perturbscope.scoring.control import score_perturbations
-from perturbscope.scoring.energy.pool import null_moments
+from perturbscope.scoring.energy.pool import moments_of, null_moments
 from perturbscope.scoring.labels import Groups
 from perturbscope.scoring.pairs import compare_perturbations
 from perturbscope.scoring.results import Metric, ScoreOptions
@@ -261,7 +261,7 @@ def _pairs(
     fixed = []
     for metric in ENERGY:
         controls = GroupMaker(metric, groups, score).make(groups.members[control])
-        mean, sd = null_moments(controls.moments(), size, size, pool=size, repeats=1, estimator="U")
+        mean, sd = null_moments(moments_of(controls), size, size, pool=size, repeats=1, estimator="U")
         rows = table[table["metric"] == metric]
         fixed.append(rows.assign(mode="paper", z=(rows["distance"] - mean) / sd if sd > 0 else np.nan))
     tables = [table.assign(mode="size_matched"), *fixed]

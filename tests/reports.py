@@ -10,7 +10,8 @@ import pandas as pd
 from perturbscope.analysis.umap import Projector
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.report import Report, build_report
-from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.results import ScoreOptions
 
 EVIL = "<script>alert('x')</script>&\"quoted\""
 """A label that a page must not run."""

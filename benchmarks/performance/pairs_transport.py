@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from benchmarks.performance.harness import Options, race, table
 from benchmarks.performance.pairs_small import CONTROL, TRANSPORTED, papalexi
-from perturbscope.scoring.distances import assignment_cost, pairwise_distances, transport_cost, unit_rows
-from perturbscope.scoring.optimal_transport import picked_costs
+from perturbscope.scoring.distances import pairwise_distances, unit_rows
+from perturbscope.scoring.optimal_transport import assignment_cost, picked_costs, transport_cost
 
 REGULARIZATION = 0.02
 """Of Sinkhorn, as a share of the mean cost."""

@@ -27,9 +27,11 @@ from benchmarks.performance.scoring_screens import (
     score_file,
     write_screen,
 )
-from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.distances import e_distance, unit_rows
-from perturbscope.scoring.energy.pool import DenseGroup, null_moments
+from perturbscope.scoring.energy.matrix import DenseGroup
+from perturbscope.scoring.energy.pool import moments_of, null_moments
+from perturbscope.scoring.results import ScoreOptions
 
 PERMUTATIONS = 1000
 PEER_PERMUTATIONS = 100
@@ -173,7 +175,7 @@ def null(options: Options, components: NDArray[np.float32], path: Path, numbers:
     lines = []
     for n in (20, 200):
         started = time.perf_counter()
-        mean, sd = null_moments(group.moments(), n, n, pool=n, repeats=1, estimator="U")
+        mean, sd = null_moments(moments_of(group), n, n, pool=n, repeats=1, estimator="U")
         closed = time.perf_counter() - started
         started = time.perf_counter()
         values = np.empty(draws)

@@ -107,7 +107,8 @@ def score_file(path: Path, shape: Shape, options: dict[str, Any]) -> dict[str, A
     ``seconds`` in all, of each metric and before the first score; ``found`` (q < 0.05, by metric: of the moved
     perturbations, and of the others).
     """
-    from perturbscope.scoring.control import ScoreOptions, score_perturbations
+    from perturbscope.scoring.control import score_perturbations
+    from perturbscope.scoring.results import ScoreOptions
 
     values = np.load(path, mmap_mode="r")
     labels, batches = labels_of(shape), batch_codes(shape)

@@ -27,7 +27,7 @@ from scipy import special
 
 from perturbscope.cells.genes import GeneResolver
 from perturbscope.errors import InvalidParameterError, MalformedMatrixError, MissingColumnError
-from perturbscope.scoring.provenance import release
+from perturbscope.scoring.results import release
 from perturbscope.scoring.statistics import generator
 
 ENRICHMENT_COLUMNS = (

@@ -50,7 +50,7 @@ def degs(
     from perturbscope.analysis.degs import DegOptions, deg_null, deg_table, target_columns
     from perturbscope.cells.files import check_output, write_table
     from perturbscope.cells.readers import open_cells
-    from perturbscope.scoring.provenance import release
+    from perturbscope.scoring.results import release
 
     check_output(out, [".parquet", ".csv"], source=cells)
     chosen = DegOptions(

@@ -1,13 +1,13 @@
-"""Whether p and z can be believed: controls scored against controls.
+"""Calibration of p and z: controls scored against controls.
 
-Nothing was done to these cells, so their p-values must be uniform and their z must have mean 0 and sd 1. Two kinds of
-split are made:
+Nothing was done to these cells, so their p-values must be uniform and their z must have mean 0 and sd 1. There are two
+kinds of split:
 
 ``cell``
-    Random cells of the controls against the others. Uniform p-values show that the test does what it says.
+    Random cells of the controls against the others. Uniform p-values show that the test holds its level.
 ``batch``
     The controls of some batches (wells, donors, runs) against those of the others. p-values that pile up at 0 show
-    that batches differ by themselves: then a perturbation confined to a few batches gets a small p for that alone.
+    that batches differ by themselves; then a perturbation confined to a few batches gets a small p for that alone.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from perturbscope.errors import InvalidParameterError
 from perturbscope.scoring.labels import MIN_CONTROLS, Groups
-from perturbscope.scoring.provenance import provenance
-from perturbscope.scoring.results import FLAGS, Metric, ScoreOptions
+from perturbscope.scoring.results import FLAGS, Metric, ScoreOptions, provenance
 from perturbscope.scoring.scorers import GroupMaker, Scored, make_scorer
 from perturbscope.scoring.statistics import Uniformity, generator, uniformity
 
 MAX_CALIBRATION_CELLS = 1000
-"""Most controls used: the splits are many, and each is scored in full."""
-_UNDOING = ("constant_embeddings", "null_sd_zero", "batch_confounded")
+"""Most controls used, since each of many splits is scored in full."""
 CALIBRATION_PERMUTATIONS = 199
-"""Permutations of a split: p in steps of 0.005, finer than a Kolmogorov-Smirnov test of 200 values resolves."""
+"""Most permutations of a split: p in steps of 0.005, finer than a Kolmogorov-Smirnov test of 200 values resolves."""
+_UNDOING = ("constant_embeddings", "null_sd_zero", "batch_confounded")
+"""Flags of a split without p or z."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class CalibrationSet:
     Attributes
     ----------
     kind, metric
-        What was split, and how it was scored.
+        Unit of the splits, and metric of their scores.
     p, z
         One value a split.
     n_cells
-        Cells of the smaller, pretended perturbation: mean over the splits.
+        Number of cells of the pretended perturbation, mean over the splits.
     uniform
         Kolmogorov-Smirnov test of `p` against the uniform distribution.
     """
@@ -69,14 +69,14 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class Calibration:
-    """All sets of splits, with what made them."""
+    """All sets of splits, with provenance and warnings."""
 
     sets: tuple[CalibrationSet, ...]
     provenance: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """Return the calibration as JSON-able values."""
         return {
             "sets": [{**asdict(item), "z_mean": item.z_mean, "z_sd": item.z_sd} for item in self.sets],
             "provenance": self.provenance,
@@ -100,20 +100,21 @@ def calibrate(
     Parameters
     ----------
     embeddings, perturbations, control, batches, options
-        As of :func:`perturbscope.score_perturbations`. Splits by cell keep the options' test, exchanges within
-        batches included; splits by batch exchange labels freely, since batch and label coincide. Wasserstein is left
-        out: each split would need its own drawn null. At most 1,000 controls and 199 permutations are used.
+        See :func:`perturbscope.score_perturbations`. Splits by cell use the options' test, exchanges within batches
+        included; splits by batch exchange labels freely, since batch and label coincide. Wasserstein is left out, since
+        each split would need its own drawn null. At most 1,000 controls and 199 permutations are used.
     splits
-        Splits of each kind; fewer where there are not so many ways to split the batches.
+        Number of splits of each kind; there are fewer if the batches cannot be split in so many ways.
     group_size
-        Cells of the pretended perturbation; default the median size of the perturbations, at most half the controls.
+        Number of cells of the pretended perturbation; default the median size of the perturbations, at most half the
+        controls.
     progress
         Called as ``progress("calibrate", done, total)``.
 
     Raises
     ------
     InvalidParameterError
-        No metric but Wasserstein, or a size out of range.
+        Wasserstein is the only metric, or a size is out of range.
     InvalidEmbeddingError, MalformedMatrixError, ControlLabelMissingError, TooFewControlsError
         As :func:`perturbscope.score_perturbations`.
     """
@@ -151,14 +152,14 @@ def calibrate(
             parts["batch"] = by_batch
     done, total = 0, len(metrics) * sum(map(len, parts.values()))
     sets = []
-    gaps: list[str] = []
+    missing: list[str] = []
     for metric in metrics:
         maker = GroupMaker(metric, groups, options)
         maker.remember(controls)
-        for kind, chosen in parts.items():
+        for kind, splits_of_kind in parts.items():
             free = replace(groups, batches=None) if kind == "batch" else groups
             scored = []
-            for i, part in enumerate(chosen):
+            for i, part in enumerate(splits_of_kind):
                 mask = np.zeros(len(controls), dtype=bool)
                 mask[part] = True
                 scorer = make_scorer(metric, free, controls[~mask], options, maker)
@@ -169,35 +170,35 @@ def calibrate(
             p = tuple(item.p for item in scored if not np.isnan(item.p))
             z = tuple(item.z for item in scored if not np.isnan(item.z))
             if len(p) > 1 and len(z) > 1:
-                n_cells = float(np.mean([len(part) for part in chosen]))
+                n_cells = float(np.mean([len(part) for part in splits_of_kind]))
                 sets.append(
                     CalibrationSet("batch" if kind == "batch" else "cell", metric, p, z, n_cells, uniformity(p))
                 )
             if len(p) < len(scored) or len(z) < len(scored):
-                gaps.append(_gap(metric, kind, len(p) > 1 and len(z) > 1, scored))
-    warnings = [*_of_controls(groups, control, options), *gaps, *_warnings(sets)]
+                missing.append(_missing(metric, kind, len(p) > 1 and len(z) > 1, scored))
+    warnings = [*_control_warnings(groups, control, options), *missing, *_warnings(sets)]
     if groups.has_copies(control):
         warnings.append(f"duplicated_vectors: {FLAGS['duplicated_vectors']} ({control}).")
     facts = {"control": control, "n_controls_used": len(controls), "splits": splits, "group_size": size}
-    return Calibration(tuple(sets), provenance("calibrate", options, groups, **facts), warnings)
+    return Calibration(tuple(sets), provenance("calibrate", options, **groups.facts, **facts), warnings)
 
 
-def _of_controls(groups: Groups, control: str, options: ScoreOptions) -> list[str]:
-    """Cautions about labels and batches, as far as they touch the controls: no other cell is used."""
+def _control_warnings(groups: Groups, control: str, options: ScoreOptions) -> list[str]:
+    """Return warnings about the controls' label and batches; no other cell is used."""
     similar = {name: other for name, other in groups.similar.items() if control in (name, other)}
-    found = replace(groups, members={}, similar=similar).warnings([], options)
+    warnings = replace(groups, members={}, similar=similar).warnings([], options)
     n_used, n_all = len(groups.members[control]), groups.sizes[control]
     if n_used < n_all:
-        found.append(f"Calibration used {n_used:,} of the {n_all:,} controls, a sample (seed {options.seed}).")
-    return found
+        warnings.append(f"Calibration used {n_used:,} of the {n_all:,} controls, a sample (seed {options.seed}).")
+    return warnings
 
 
-def _gap(metric: Metric, kind: str, kept: bool, scored: Sequence[Scored]) -> str:
-    """What became of splits without p or z."""
+def _missing(metric: Metric, kind: str, calibrated: bool, scored: Sequence[Scored]) -> str:
+    """Say that some splits have no p or no z, and why."""
     missing = [item for item in scored if np.isnan(item.p) or np.isnan(item.z)]
     flags = dict.fromkeys(flag for item in missing for flag in item.flags if flag in _UNDOING)
     why = "; ".join(f"{flag}: {FLAGS[flag]}" for flag in flags)
-    outcome = "and are left out" if kept else "so that there is no such calibration"
+    outcome = "and are left out" if calibrated else "so that there is no such calibration"
     return f"{metric}: {len(missing)} of {len(scored)} splits by {kind} have no p or no z {outcome} ({why})."
 
 
@@ -207,7 +208,7 @@ def _batch_parts(
     """Yield different unions of whole batches with about `size` cells, leaving `floor` cells or more on either side."""
     names = np.unique(batches)
     seen: set[frozenset[int]] = set()
-    # With few batches the same union comes up again and again; stop when nothing new has come for a while.
+    # With few batches the same unions come up again and again, so the number of tries is limited.
     for _ in range(20 * splits):
         if len(seen) == splits:
             return
@@ -222,18 +223,19 @@ def _batch_parts(
 
 
 def _warnings(sets: list[CalibrationSet]) -> list[str]:
-    found = []
+    """Return warnings about p-values that are not uniform."""
+    warnings = []
     for item in sets:
         small = float(np.mean(np.asarray(item.p) < 0.05))
         if item.kind == "cell" and item.uniform.p < 0.001:
-            found.append(
+            warnings.append(
                 f"{item.metric}: p-values of controls against controls are not uniform "
                 f"(Kolmogorov-Smirnov p = {item.uniform.p:.1g})."
             )
         if item.kind == "batch" and small > 0.1:
-            found.append(
+            warnings.append(
                 f"{item.metric}: controls of different batches differ: {small:.0%} of {len(item.p)} splits by batch "
                 f"have p < 0.05 (5% expected; mean z {item.z_mean:.1f}). Perturbations confined to a few batches get a "
                 "small p for that alone; give the batches, or judge z against this."
             )
-    return found
+    return warnings

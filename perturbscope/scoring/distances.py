@@ -1,4 +1,4 @@
-"""Distances between two groups of cells.
+"""Checks of vectors, and distances between two groups of cells.
 
 The energy distance of groups X (n cells) and Y (m cells), for a ground distance d::
 
@@ -15,21 +15,19 @@ one. Here both are arguments. Squared Euclidean and cosine distance need no pair
     sqeuclidean    D = 2 |mean(X) - mean(Y)|^2
     cosine         D = |mean(x / |x|) - mean(y / |y|)|^2
 
-which also shows that they see a shift of the mean and nothing else. The unsquared distance is zero only for equal
+which also shows that they detect a shift of the mean and nothing else. The unsquared distance is zero only for equal
 distributions.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-import warnings
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, SolverError, TooFewCellsError
+from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, TooFewCellsError
+from perturbscope.scoring.results import Estimator
 
 Distance = Literal["euclidean", "sqeuclidean", "cosine"]
 Floats = NDArray[np.floating[Any]]
@@ -39,18 +37,22 @@ TILE_VALUES = 4_000_000
 LARGEST_VALUE = 1e15
 """Largest magnitude of a value: sums of squared distances of thousands of cells must stay within float32."""
 CHECKED_ROWS = 65_536
-"""Rows that are looked at together."""
-MAX_TRANSPORT_CELLS = 2000
-"""Most cells of a group in an exact transport problem (time grows with about the cube)."""
-TRANSPORT_ITERATIONS = 10_000_000
-"""Iteration limit of the network simplex; more than any problem of 2,000 cells needs."""
-_POT_BACKENDS = ("PYTORCH", "JAX", "CUPY", "TENSORFLOW")
+"""Rows that are checked together."""
 
 
 def unit_rows(
     values: Floats, *, name: str = "embeddings", numbers: NDArray[np.intp] | None = None
 ) -> NDArray[np.float64]:
-    """Rows scaled to unit length, float64 [n, width]; `numbers`: what a message calls each row, if not by its place.
+    """Return rows scaled to unit length, float64 [n, width].
+
+    Parameters
+    ----------
+    values
+        Rows, [n, width].
+    name
+        Name of the argument in messages.
+    numbers
+        Number of each row in messages; default its position.
 
     Raises
     ------
@@ -74,12 +76,12 @@ def unit_rows(
 
 
 def check_rows(values: Any, *, name: str = "embeddings", numbers: NDArray[np.intp] | None = None) -> Floats:
-    """A finite matrix [n, width] with n, width >= 1, as floats; `numbers` as of :func:`unit_rows`.
+    """Return values as a finite matrix of floats [n, width], n and width >= 1; parameters as :func:`unit_rows`.
 
     Raises
     ------
     InvalidEmbeddingError
-        Not a matrix of numbers, or a row with NaN, infinite or absurdly large values.
+        The values are not a matrix of numbers, or a row has NaN, infinite or absurdly large values.
     """
     try:
         rows = np.asarray(values)
@@ -92,7 +94,7 @@ def check_rows(values: Any, *, name: str = "embeddings", numbers: NDArray[np.int
             f"{name} must be a matrix of numbers, cells x dimensions; got shape {rows.shape} of {rows.dtype}.",
             field=name,
         )
-    # In parts: a mask and a copy of millions of cells would take more than the cells.
+    # In parts, since a mask and a copy of millions of cells would take more memory than the cells.
     parts = [rows[start : start + CHECKED_ROWS] for start in range(0, len(rows), CHECKED_ROWS)]
     bad = np.flatnonzero(np.concatenate([~np.isfinite(part).all(axis=1) for part in parts]))
     if len(bad):
@@ -116,9 +118,9 @@ def _number(row: np.intp, numbers: NDArray[np.intp] | None) -> int:
 
 
 def pairwise_distances(x: Floats, y: Floats | None = None, *, distance: Distance = "euclidean") -> NDArray[np.float32]:
-    """Distances between the rows of `x` and of `y` (or of `x` itself), float32 [n, m].
+    """Return distances between the rows of `x` and of `y` (or of `x` itself), float32 [n, m].
 
-    Differences are formed in float64 a tile at a time, so equal rows are at distance 0 exactly.
+    Differences are computed in float64, a tile at a time, so equal rows are at distance 0 exactly.
     """
     out = np.empty((len(x), len(x) if y is None else len(y)), dtype=np.float32)
     for start, tile in _tiles(x, y, distance):
@@ -126,26 +128,28 @@ def pairwise_distances(x: Floats, y: Floats | None = None, *, distance: Distance
     return out
 
 
-def e_distance(x: Floats, y: Floats, *, estimator: Literal["U", "V"] = "U", distance: Distance = "euclidean") -> float:
-    """Energy distance of two groups of vectors (see the module's head for the formula).
+def e_distance(x: Floats, y: Floats, *, estimator: Estimator = "U", distance: Distance = "euclidean") -> float:
+    """Return the energy distance of two groups of vectors; the module's docstring has the formula.
 
     Parameters
     ----------
     x, y
-        Groups, [n, width] and [m, width]; used as they are (scale them first if wanted).
+        Groups, [n, width] and [m, width]; they are not scaled.
     estimator
         ``U`` (unbiased; needs two cells a group) or ``V``.
     distance
-        Ground distance. ``sqeuclidean`` and ``cosine`` take time linear in the number of cells.
+        Ground distance; with ``sqeuclidean`` and ``cosine`` the time grows linearly with the number of cells.
 
     Raises
     ------
     InvalidEmbeddingError
-        Values that are not finite, widths that differ, or a zero row with cosine distance.
+        A value is not finite, the widths differ, or a row is zero with cosine distance.
+    InvalidParameterError
+        The estimator or the distance is unknown.
     TooFewCellsError
-        One cell in a group, with the U estimator.
+        A group has one cell, with the U estimator.
     """
-    x, y = _pair(x, y)
+    x, y = check_pair(x, y)
     n, m = len(x), len(y)
     if estimator not in ("U", "V"):
         raise InvalidParameterError(f"estimator must be U or V, not {estimator!r}.", field="estimator")
@@ -172,79 +176,16 @@ def e_distance(x: Floats, y: Floats, *, estimator: Literal["U", "V"] = "U", dist
 
 
 def half_squared_sum(x: Floats, y: Floats) -> float:
-    """Sum over all pairs of half the squared Euclidean distance, in time linear in the cells.
+    """Sum half the squared Euclidean distance over all pairs, in time that grows linearly with the cells.
 
-    Equal to the sum of cosine distances where all rows have unit length.
+    For rows of unit length this is the sum of cosine distances.
     """
     half_x, half_y = 0.5 * float((x * x).sum()), 0.5 * float((y * y).sum())
     return len(y) * half_x + len(x) * half_y - float(x.sum(axis=0) @ y.sum(axis=0))
 
 
-def wasserstein(x: Floats, y: Floats, *, max_cells: int = MAX_TRANSPORT_CELLS, seed: int = 0) -> float:
-    """Wasserstein-1 distance: exact optimal transport between equal weights at unsquared Euclidean cost.
-
-    Parameters
-    ----------
-    x, y
-        Groups, [n, width] and [m, width].
-    max_cells
-        A larger group is replaced by a random sample of this many cells.
-    seed
-        Of that sample.
-
-    Raises
-    ------
-    InvalidEmbeddingError
-        Values that are not finite, or widths that differ.
-    SolverError
-        The network simplex did not reach the optimum.
-    """
-    x, y = _pair(x, y)
-    rng = np.random.default_rng(seed)
-    x, y = (group if len(group) <= max_cells else group[rng.choice(len(group), max_cells, False)] for group in (x, y))
-    return transport_cost(pairwise_distances(x, y))
-
-
-def transport_cost(cost: Floats, *, max_iterations: int = TRANSPORT_ITERATIONS) -> float:
-    """Least mean cost of moving rows onto columns, all rows and all columns weighing the same (POT's ``emd2``).
-
-    Raises
-    ------
-    SolverError
-        The solver stopped at its iteration limit, or for any other reason before the optimum.
-    """
-    ot = _import_pot()
-    n, m = cost.shape
-    with warnings.catch_warnings():
-        # POT warns and returns a number when it hits the limit; its log says so too, and is what we act on.
-        warnings.simplefilter("ignore")
-        value, log = ot.emd2(
-            np.full(n, 1 / n),
-            np.full(m, 1 / m),
-            np.ascontiguousarray(cost, dtype=np.float64),
-            numItermax=max_iterations,
-            log=True,
-        )
-    if log["warning"] is not None or not np.isfinite(value):
-        raise SolverError(
-            f"Optimal transport between {n} and {m} cells stopped before the optimum: {log['warning'] or value} "
-            f"(limit {max_iterations:,} iterations). Score fewer cells at a time, or another metric."
-        )
-    return float(value)
-
-
-def assignment_cost(cost: Floats) -> float:
-    """As :func:`transport_cost` for as many rows as columns, four times as fast.
-
-    With equal weights an optimal plan is a permutation (Birkhoff), so the linear assignment has the same cost.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    rows, columns = linear_sum_assignment(cost)
-    return float(cost[rows, columns].mean(dtype=np.float64))
-
-
-def _pair(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+def check_pair(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """Return two groups checked by :func:`check_rows`, of the same width."""
     x, y = check_rows(x, name="x"), check_rows(y, name="y")
     if x.shape[1] != y.shape[1]:
         raise InvalidEmbeddingError(f"x has {x.shape[1]} dimensions and y has {y.shape[1]}.", field="y")
@@ -265,7 +206,7 @@ def _tiles(x: Floats, y: Floats | None, distance: Distance) -> Any:
         rows = slice(start, start + step)
         sizes = squares_a[rows, None] + squares_b
         tile = sizes - 2 * (a[rows] @ b.T)
-        # What is left of equal rows is rounding noise, which the square root would blow up.
+        # The rest of equal rows is rounding noise, which the square root would magnify.
         tile[tile < 1e-14 * sizes] = 0.0
         if y is None:
             tile[np.arange(len(tile)), np.arange(start, start + len(tile))] = 0.0
@@ -274,18 +215,3 @@ def _tiles(x: Floats, y: Floats | None, distance: Distance) -> Any:
         elif distance == "cosine":
             tile *= 0.5
         yield start, tile
-
-
-def _import_pot() -> Any:
-    """POT, without the array libraries that it would import beside numpy if they are installed."""
-    names = [f"POT_BACKEND_DISABLE_{backend}" for backend in _POT_BACKENDS]
-    unset = [name for name in names if name not in os.environ]
-    os.environ.update(dict.fromkeys(unset, "1"))
-    try:
-        with warnings.catch_warnings():
-            # Python warns of escapes in its docstrings when it first compiles them.
-            warnings.simplefilter("ignore")
-            return importlib.import_module("ot")
-    finally:
-        for name in unset:
-            del os.environ[name]

@@ -1,11 +1,11 @@
-"""Labelled vectors: checked, grouped by label, sampled to a bounded size, scaled."""
+"""Vectors and labels of cells: checked, scaled, grouped by label and sampled to a bounded size."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -23,23 +23,23 @@ from perturbscope.scoring.results import ScoreOptions
 from perturbscope.scoring.statistics import generator
 
 MIN_CONTROLS = 4
-"""Cells that the null's unbiased moments need at the very least."""
+"""Fewest controls from which the null's unbiased moments can be estimated."""
 _ROWS = 65_536
-"""Vectors that are scaled at a time where all are needed."""
+"""Vectors that are scaled at a time when all are needed."""
 MAX_COPIES = 0.1
 """Share of cells with the vector of another cell above which copies are suspected. A few shallow cells are equal by
-chance; the same cells twice, from files that were joined, are not exchangeable, and their p is too small."""
+chance; cells that occur twice, in files that were joined, are not exchangeable, and their p is too small."""
 
 
 class Vectors:
-    """Vectors of cells, made float64 and scaled when they are asked for: those of millions of cells are held once.
+    """Vectors of cells that become float64, and are scaled, only when they are read: millions of them are held once.
 
     Parameters
     ----------
     values
-        float [n, width], finite; kept as they are.
+        Vectors, float [n, width] and finite; they are not copied.
     unit
-        Scale each to unit length.
+        Whether to scale each vector to unit length.
 
     Raises
     ------
@@ -60,45 +60,53 @@ class Vectors:
 
     @property
     def width(self) -> int:
-        """Dimensions of a vector."""
+        """Number of dimensions of a vector."""
         return int(self._values.shape[1])
 
     def __getitem__(self, positions: NDArray[np.intp] | slice) -> NDArray[np.float64]:
-        """The vectors at some positions, float64 [n, width]."""
+        """Return the vectors at some positions, float64 [n, width]."""
         rows = self._values[positions]
         return unit_rows(rows) if self._unit else rows.astype(np.float64)
 
     def mean(self) -> NDArray[np.float64]:
-        """Mean vector, float64 [width]."""
+        """Return the mean vector, float64 [width]."""
         total = sum(self[start : start + _ROWS].sum(axis=0) for start in range(0, len(self), _ROWS))
         mean: NDArray[np.float64] = total / len(self)
         return mean
 
     def scaled(self) -> Vectors:
-        """The same vectors at unit length. Raises as the class."""
+        """Return the same vectors at unit length; raises the same errors as the class."""
         return self if self._unit else Vectors(self._values, unit=True)
+
+
+class Facts(TypedDict):
+    """Facts of labelled vectors for :func:`perturbscope.scoring.results.provenance`."""
+
+    n_cells: int
+    width: int
+    batches: int | None
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Vectors by label.
+    """Vectors of cells, grouped by label.
 
     Attributes
     ----------
     rows
-        The vectors of all cells, of unit length if the options say so.
+        Vectors of all cells, of unit length if the options say so.
     members
         Positions in `rows` of each label's cells: all of them, or a seeded sample of `max_cells`.
     sizes
-        Cells that carry each label.
+        Number of cells with each label.
     batches
         Batch code of each row, or None.
     similar
-        Labels that differ from another only in case or white space, and that other.
+        Each label that differs from another only in case or white space -> that other label.
     similar_batches
-        The same of batches.
+        The same for batches.
     copies
-        Share of each label's cells whose vector is also that of another cell of the label, or of a control.
+        Share of each label's cells whose vector another cell of the label, or a control, has too.
     """
 
     rows: Vectors
@@ -119,16 +127,16 @@ class Groups:
         *,
         control: str | None = None,
     ) -> Groups:
-        """Check and group.
+        """Check vectors and labels, and group the cells.
 
         Raises
         ------
         InvalidEmbeddingError
-            Not a finite matrix, or a zero row where unit length is asked for.
+            The embeddings are not a finite matrix, or a row is zero and unit length is asked for.
         MalformedMatrixError
-            Labels or batches that are not as many as the rows.
+            The number of labels or batches differs from the number of rows.
         InvalidParameterError
-            A cell without a label or batch.
+            A cell has no label or batch.
         ControlLabelMissingError, TooFewControlsError
             No, or too few, cells carry the label `control` (if one is given).
         """
@@ -154,23 +162,29 @@ class Groups:
         return cls(rows, members, sizes, codes, _similar(list(members)), _similar(batch_names.tolist()), copies)
 
     def pooled_batches(self, a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.intp] | None:
-        """Batches of the cells at positions `a`, then `b`."""
+        """Return the batches of the cells at positions `a`, then `b`; None without batches."""
         return None if self.batches is None else self.batches[np.concatenate([a, b])]
 
+    @property
+    def facts(self) -> Facts:
+        """Number of cells, their width, and the number of batches."""
+        batches = None if self.batches is None else int(self.batches.max()) + 1
+        return {"n_cells": len(self.rows), "width": self.rows.width, "batches": batches}
+
     def has_copies(self, name: str) -> bool:
-        """Whether more of a label's cells share their vector with others than a few equal cells explain."""
+        """Whether more of a label's cells share their vector with other cells than chance explains."""
         return self.copies[name] > MAX_COPIES
 
     def scorable(self, names: Sequence[str], options: ScoreOptions) -> list[str]:
-        """The labels with at least `min_cells` cells.
+        """Return the labels with at least `min_cells` cells.
 
         Raises
         ------
         TooFewCellsError
-            None has.
+            No label has that many.
         """
-        found = [name for name in names if self.sizes[name] >= options.min_cells]
-        if not found:
+        large = [name for name in names if self.sizes[name] >= options.min_cells]
+        if not large:
             largest = max(names, key=lambda name: self.sizes[name], default=None)
             detail = f"the largest, {largest!r}, has {self.sizes[largest]}" if largest else "there is no label to score"
             raise TooFewCellsError(
@@ -178,10 +192,10 @@ class Groups:
                 "Give more cells, or lower min_cells and read the result with care.",
                 field="perturbations",
             )
-        return found
+        return large
 
     def label_flags(self, name: str, options: ScoreOptions) -> list[str]:
-        """Flags that hang on the label alone."""
+        """Return the flags that depend on the label alone."""
         flags = []
         if self.sizes[name] < options.min_cells:
             flags.append("too_few_cells")
@@ -194,44 +208,44 @@ class Groups:
         return flags
 
     def warnings(self, names: Sequence[str], options: ScoreOptions) -> list[str]:
-        """What a careful reader should know of the labels `names`."""
-        found = []
+        """Return warnings about the labels `names` and about batches."""
+        warnings = []
         small = [name for name in names if self.sizes[name] < options.min_cells]
         if small:
-            found.append(
+            warnings.append(
                 f"{len(small)} of {len(names)} perturbations have fewer than {options.min_cells} cells and were not "
                 f"scored: {_listing(small)}."
             )
         pairs = sorted({tuple(sorted((name, other))) for name, other in self.similar.items()})
         if pairs:
-            found.append(
+            warnings.append(
                 "Labels that differ only in case or white space are taken as different perturbations: "
                 f"{_listing([f'{a!r} and {b!r}' for a, b in pairs])}. Merge them if they are one."
             )
         if self.similar_batches:
             pairs = sorted({tuple(sorted(pair)) for pair in self.similar_batches.items()})
-            found.append(
+            warnings.append(
                 "Batches that differ only in case or white space are taken as different batches: "
                 f"{_listing([f'{a!r} and {b!r}' for a, b in pairs])}. Merge them if they are one."
             )
         large = [name for name in self.members if self.sizes[name] > options.max_cells]
         if large:
-            found.append(
+            warnings.append(
                 f"Groups above {options.max_cells} cells were sampled to that size (seed {options.seed}): "
                 f"{_listing(large)}."
             )
-        return found
+        return warnings
 
 
 def check_labels(values: Sequence[str], n: int, field: str) -> NDArray[np.str_]:
-    """One label a cell, [n]; `field` is its name in messages.
+    """Return one label a cell as strings [n]; `field` names the argument in messages.
 
     Raises
     ------
     MalformedMatrixError
-        Not as many as the cells.
+        The number of labels is not `n`.
     InvalidParameterError
-        A cell has none.
+        A cell has no label.
     """
     column = np.asarray(values, dtype=object)
     if column.shape != (n,):
@@ -247,7 +261,7 @@ def check_labels(values: Sequence[str], n: int, field: str) -> NDArray[np.str_]:
 
 
 def require_control(control: str, names: Sequence[str]) -> None:
-    """Refuse a control label that is none of `names`, with those that may have been meant.
+    """Refuse a control label that is none of `names`, and suggest similar ones.
 
     Raises
     ------
@@ -285,14 +299,14 @@ def _copies(
 ) -> dict[str, float]:
     keys = np.fromiter((hash(row.tobytes()) for row in rows), dtype=np.int64, count=len(rows))
     controls = np.empty(0, dtype=np.int64) if control is None else np.unique(keys[members[control]])
-    found = {}
+    copies = {}
     for name, cells in members.items():
         _, inverse, counts = np.unique(keys[cells], return_inverse=True, return_counts=True)
         shared = counts[inverse] > 1
         if name != control:
             shared |= np.isin(keys[cells], controls)
-        found[name] = float(shared.mean())
-    return found
+        copies[name] = float(shared.mean())
+    return copies
 
 
 def _similar(names: list[str]) -> dict[str, str]:

@@ -1,11 +1,10 @@
 """Energy distances between all pairs of perturbations, as one matrix.
 
-:func:`perturbscope.compare_perturbations` tests pairs; this measures them all. An energy distance is
+:func:`perturbscope.compare_perturbations` tests pairs; this module measures all of them. An energy distance is
 ``2 B - W_a - W_b`` with the mean distances between and within the groups. With the squared Euclidean and the cosine
 distance all B come from one product of the groups' mean vectors. With the unsquared Euclidean distance every pair of
-cells counts once (:mod:`perturbscope.scoring.energy.all_pairs`), or, where that takes too long, all are approximated
-from distances to landmarks (:mod:`perturbscope.scoring.energy.all_pairs_approximate`), with the error measured on some
-of them.
+cells is measured (:mod:`perturbscope.scoring.energy.all_pairs`); if that takes too long, distances to landmarks
+approximate all of them, with the error measured on some (:mod:`perturbscope.scoring.energy.all_pairs_approximate`).
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from numpy.typing import ArrayLike, NDArray
 from perturbscope.errors import InvalidParameterError
 from perturbscope.scoring.energy.all_pairs import energies, euclidean_sums
 from perturbscope.scoring.energy.all_pairs_approximate import landmark_energies
-from perturbscope.scoring.energy.pool import Group, LinearGroup
+from perturbscope.scoring.energy.closed_form import LinearGroup
+from perturbscope.scoring.energy.pool import Group
 from perturbscope.scoring.labels import Groups
-from perturbscope.scoring.provenance import provenance
-from perturbscope.scoring.results import Metric, ScoreOptions
+from perturbscope.scoring.results import Metric, ScoreOptions, provenance
 from perturbscope.scoring.scorers import GroupMaker
 
 Method = Literal["exact", "landmarks"]
 LANDMARKS = 2048
-"""Landmarks of the approximate map."""
+"""Default number of landmarks of the approximate map."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,18 @@ class DistanceMap:
     Attributes
     ----------
     names
-        Of the groups, sorted.
+        Labels of the groups, sorted.
     n_cells
-        Cells of each that were used.
+        Number of cells of each group that were used.
     distances
-        float32 [groups, groups], symmetric, 0 on the diagonal. Unbiased, so it may be slightly negative.
+        float32 [groups, groups], symmetric, 0 on the diagonal. The U estimator is unbiased, so values may be slightly
+        negative.
     metric
-        Which distance.
+        ``e_distance`` or ``cosine_e_distance``.
     provenance
-        What made it.
+        Options, seed, sizes and version that made the map (JSON-able).
     warnings
-        What a careful reader should know.
+        Sentences that a reader should know before trusting a number.
     """
 
     names: list[str]
@@ -60,7 +60,7 @@ class DistanceMap:
     warnings: list[str]
 
     def frame(self) -> pd.DataFrame:
-        """The matrix with its names."""
+        """Return the matrix with the names as its index and columns."""
         return pd.DataFrame(self.distances, index=self.names, columns=self.names)
 
 
@@ -73,7 +73,7 @@ def distance_map(
     landmarks: int = LANDMARKS,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> DistanceMap:
-    """Energy distance between the cells of every two labels that have `min_cells` cells.
+    """Measure the energy distance between the cells of every two labels that have `min_cells` cells.
 
     Parameters
     ----------
@@ -82,22 +82,22 @@ def distance_map(
     perturbations
         Label of each cell; controls are a group like any other.
     options
-        Of these, the first metric, `ground`, `estimator`, `normalize`, `min_cells`, `seed`, and `max_cells` count. The
-        time of the unsquared Euclidean distance grows with the square of all cells that are used, so a map of a whole
-        genome wants a smaller `max_cells` (50, say; the U estimator stays unbiased) or landmarks.
+        Options of scoring, of which the first metric, `ground`, `estimator`, `normalize`, `min_cells`, `seed` and
+        `max_cells` are used. The time of the unsquared Euclidean distance grows with the square of all cells used, so a
+        map of a whole genome needs a smaller `max_cells` (50, say; the U estimator stays unbiased) or landmarks.
     method
         ``exact``, or ``landmarks``: the unsquared Euclidean energy distance from each cell's distances to some cells,
-        in time that grows with the cells. Its error is measured against exact distances of some groups; the map's
-        warnings and its provenance (``landmarks``) say it.
+        in time that grows linearly with the cells. Its error is measured against exact distances of some groups, and
+        reported in the map's warnings and provenance (``landmarks``).
     landmarks
-        How many: more are slower and nearer to exact.
+        Number of landmarks: more are slower and nearer to exact.
     progress
         Called as ``progress("map", done, total)``.
 
     Raises
     ------
     InvalidParameterError
-        The metric is Wasserstein, or landmarks are asked for where the exact map is as fast.
+        The metric is Wasserstein, or landmarks are asked for with a distance whose exact map is as fast.
     InvalidEmbeddingError, MalformedMatrixError, TooFewCellsError
         As :func:`perturbscope.score_perturbations`.
     """
@@ -130,11 +130,11 @@ def distance_map(
         else:
             sums = _linear_sums(maker.make(cells) for cells in members)
         distances = energies(sums, sizes, options.estimator)
-    return DistanceMap(names, sizes, distances, metric, provenance("map", options, groups, **facts), warnings)
+    return DistanceMap(names, sizes, distances, metric, provenance("map", options, **groups.facts, **facts), warnings)
 
 
 def check_map(options: ScoreOptions, method: object, landmarks: int) -> None:
-    """Refuse what :func:`distance_map` would refuse, before there are embeddings.
+    """Refuse options that :func:`distance_map` would refuse, before there are embeddings.
 
     Raises
     ------
@@ -165,12 +165,12 @@ def check_map(options: ScoreOptions, method: object, landmarks: int) -> None:
 
 
 def _linear_sums(groups: Iterable[Group]) -> NDArray[np.float64]:
-    """Sums of distances from sums of vectors; see :class:`perturbscope.scoring.energy.pool.LinearGroup`."""
-    found = [
+    """Return sums of distances from sums of vectors (:class:`perturbscope.scoring.energy.closed_form.LinearGroup`)."""
+    parts = [
         (group.size, group.half.sum(), group.rows.sum(axis=0)) for group in groups if isinstance(group, LinearGroup)
     ]
-    sizes, half = (np.array([float(each[i]) for each in found]) for i in (0, 1))
-    totals = np.stack([total for *_, total in found])
+    sizes, half = (np.array([float(part[i]) for part in parts]) for i in (0, 1))
+    totals = np.stack([total for *_, total in parts])
     sums: NDArray[np.float64] = totals @ totals.T
     np.negative(sums, out=sums)
     sums += np.multiply.outer(half, sizes)

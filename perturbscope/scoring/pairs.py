@@ -1,4 +1,4 @@
-"""Distances between perturbations, pair by pair."""
+"""Distances between perturbations, pair by pair, with z, p and q."""
 
 from __future__ import annotations
 
@@ -10,19 +10,30 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from perturbscope.errors import InvalidParameterError
-from perturbscope.scoring.distances import MAX_TRANSPORT_CELLS, assignment_cost, pairwise_distances, transport_cost
+from perturbscope.scoring.distances import pairwise_distances
 from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Moments, Pool, null_moments
 from perturbscope.scoring.labels import Groups
-from perturbscope.scoring.optimal_transport import picked_costs
-from perturbscope.scoring.provenance import (
+from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS, assignment_cost, picked_costs, transport_cost
+from perturbscope.scoring.results import (
+    COMPARE_COLUMNS,
+    CompareResult,
+    Metric,
+    ScoreOptions,
     flag_warnings,
     permutations_by_metric,
     provenance,
     resolution_warnings,
     with_q,
 )
-from perturbscope.scoring.results import COMPARE_COLUMNS, CompareResult, Metric, ScoreOptions
-from perturbscope.scoring.scorers import CONSTANT, GroupMaker, Scored, control_moments, exchange_flags, is_constant
+from perturbscope.scoring.scorers import (
+    CONSTANT,
+    NOT_SCORED,
+    GroupMaker,
+    Scored,
+    control_moments,
+    exchange_flags,
+    is_constant,
+)
 from perturbscope.scoring.statistics import Exchange, empirical_p, generator
 
 
@@ -36,48 +47,48 @@ def compare_perturbations(
     options: ScoreOptions | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CompareResult:
-    """Distance between the cells of two perturbations, for each pair.
+    """Measure the distance between the cells of two perturbations, for each pair.
 
-    p comes from exchanging the labels of the two groups (within batches where they are given). z has one of two nulls:
-    with `control`, and for the energy distances, two disjoint groups of controls of the same two sizes, in closed form
-    (:mod:`perturbscope.scoring.energy.pool`); otherwise the exchanged labels themselves, whose spread grows with the
-    difference, so that z levels off. All cells of a perturbation are used, up to the options' `max_cells`.
+    p comes from exchanges of the labels of the two groups (within batches if they are given). z has one of two nulls.
+    For the energy distances and with `control`, the null is two disjoint groups of controls of the same two sizes, in
+    closed form (:mod:`perturbscope.scoring.energy.pool`). Otherwise it is the exchanged labels themselves, whose spread
+    grows with the difference, so that z levels off. All cells of a perturbation are used, up to `max_cells`.
 
     Parameters
     ----------
     embeddings, perturbations, batches, options
-        As of :func:`perturbscope.score_perturbations`; `repeats` and `null` are not used.
+        See :func:`perturbscope.score_perturbations`; `repeats` and `null` are not used.
     pairs
-        Pairs of labels; all pairs of perturbations (each once) if not given.
+        Pairs of labels; default all pairs of perturbations, each once.
     control
-        Label of control cells for z; left out of the default pairs.
+        Label of the control cells behind z, which the default pairs leave out.
     progress
         Called as ``progress("compare", done, total)``.
 
     Returns
     -------
-    One row a pair and metric, in the order of the pairs.
+    A table with one row a pair and metric, in the order of the pairs.
 
     Raises
     ------
     InvalidParameterError
-        A pair that names an unknown label, or one label twice.
+        A pair names an unknown label, or one label twice.
     InvalidEmbeddingError, MalformedMatrixError, ControlLabelMissingError, TooFewControlsError, TooFewCellsError
         As :func:`perturbscope.score_perturbations`.
     """
     options = options or ScoreOptions()
     groups = Groups.of(embeddings, perturbations, batches, options, control=control)
-    copied = ["duplicated_vectors"] if control is not None and groups.has_copies(control) else []
-    chosen = _pairs(pairs, groups, control)
-    names = list(dict.fromkeys(name for pair in chosen for name in pair))
+    control_flags = ["duplicated_vectors"] if control is not None and groups.has_copies(control) else []
+    to_compare = _pairs(pairs, groups, control)
+    names = list(dict.fromkeys(name for pair in to_compare for name in pair))
     scorable = set(groups.scorable(names, options))
     rows = []
-    done, total = 0, len(chosen) * len(options.metrics)
+    done, total = 0, len(to_compare) * len(options.metrics)
     for metric in options.metrics:
         comparer = _Comparer(metric, groups, control, options)
-        for a, b in chosen:
-            flags = list(dict.fromkeys(groups.label_flags(a, options) + groups.label_flags(b, options) + copied))
-            scored = Scored(float("nan"), float("nan"), float("nan"), float("nan"), ())
+        for a, b in to_compare:
+            flags = list(dict.fromkeys(groups.label_flags(a, options) + groups.label_flags(b, options) + control_flags))
+            scored = NOT_SCORED
             if a in scorable and b in scorable:
                 scored = comparer.compare(a, b)
             rows.append(
@@ -87,12 +98,7 @@ def compare_perturbations(
                     "n_a": groups.sizes[a],
                     "n_b": groups.sizes[b],
                     "metric": metric,
-                    "distance": scored.distance,
-                    "null_mean": scored.null_mean,
-                    "null_sd": scored.null_sd,
-                    "z": scored.z,
-                    "p": scored.p,
-                    "q": float("nan"),
+                    **scored.columns(),
                     "flags": ";".join([*flags, *scored.flags]),
                 }
             )
@@ -101,10 +107,10 @@ def compare_perturbations(
                 progress("compare", done, total)
     table = with_q(pd.DataFrame(rows, columns=list(COMPARE_COLUMNS)), options)
     warnings = groups.warnings(names, options) + flag_warnings(table, table["a"] + " - " + table["b"])
-    warnings += resolution_warnings(len(chosen), options)
+    warnings += resolution_warnings(len(to_compare), options)
     facts = {
         "control": control,
-        "n_pairs": len(chosen),
+        "n_pairs": len(to_compare),
         "null": {
             metric: "exchanged labels"
             if control is None or metric == "wasserstein"
@@ -113,16 +119,16 @@ def compare_perturbations(
         },
         "permutations": permutations_by_metric(options),
     }
-    return CompareResult(table, provenance("compare", options, groups, **facts), warnings)
+    return CompareResult(table, provenance("compare", options, **groups.facts, **facts), warnings)
 
 
 class _Comparer:
-    """Compares pairs by one metric; what concerns one group alone is computed once."""
+    """Compares pairs by one metric; sums over one group alone are computed once."""
 
     def __init__(self, metric: Metric, groups: Groups, control: str | None, options: ScoreOptions) -> None:
         self.metric, self.groups, self.options = metric, groups, options
         self.maker = GroupMaker(metric, groups, options)
-        self.made: dict[str, Group] = {}
+        self.groups_made: dict[str, Group] = {}
         self.moments: Moments | None = None
         self.n_controls = 0
         if control is not None and metric != "wasserstein":
@@ -131,9 +137,9 @@ class _Comparer:
             self.moments = control_moments(self.maker.make(controls), self.maker.rows[controls])
 
     def group(self, name: str) -> Group:
-        if name not in self.made:
-            self.made[name] = self.maker.make(self.groups.members[name])
-        return self.made[name]
+        if name not in self.groups_made:
+            self.groups_made[name] = self.maker.make(self.groups.members[name])
+        return self.groups_made[name]
 
     def compare(self, a: str, b: str) -> Scored:
         cells_a, cells_b = self.groups.members[a], self.groups.members[b]
@@ -184,7 +190,7 @@ def _optimal(cost: NDArray[np.float32]) -> float:
 
 
 def _spread(null: NDArray[np.float64], noise: float) -> tuple[float, float]:
-    """Mean and sd of a drawn null; an sd within rounding is 0."""
+    """Return mean and sd of a drawn null; an sd within rounding is 0."""
     if len(null) < 2:
         return float("nan"), float("nan")
     sd = float(null.std())
@@ -200,12 +206,12 @@ def _scored(
 
 def _pairs(pairs: Sequence[tuple[str, str]] | None, groups: Groups, control: str | None) -> list[tuple[str, str]]:
     if pairs is None:
-        found = list(combinations([name for name in groups.members if name != control], 2))
-        if not found:
+        every_pair = list(combinations([name for name in groups.members if name != control], 2))
+        if not every_pair:
             raise InvalidParameterError(
                 "There are no two perturbations to compare; give at least two labels.", field="perturbations"
             )
-        return found
+        return every_pair
     if not len(pairs):
         raise InvalidParameterError("pairs is empty; leave it out to compare all pairs.", field="pairs")
     for pair in pairs:

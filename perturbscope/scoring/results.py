@@ -1,14 +1,16 @@
-"""What scoring takes and gives: options, and the tables with what made them."""
+"""Options of scoring, and its results: tables with their provenance and warnings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 
 import pandas as pd
 
 from perturbscope.errors import InvalidParameterError
+from perturbscope.scoring.statistics import benjamini_hochberg, bonferroni
 
 Metric = Literal["e_distance", "cosine_e_distance", "wasserstein"]
 Estimator = Literal["U", "V"]
@@ -29,9 +31,9 @@ SCORE_COLUMNS = (
     "q",
     "flags",
 )
-"""Columns of a table of scores, in their order."""
+"""Columns of a table of scores, in order."""
 COMPARE_COLUMNS = ("a", "b", "n_a", "n_b", "metric", "distance", "null_mean", "null_sd", "z", "p", "q", "flags")
-"""Columns of a table of pairs, in their order."""
+"""Columns of a table of pairs, in order."""
 
 FLAGS: dict[str, str] = {
     "too_few_cells": "fewer cells than the floor (min_cells); not scored",
@@ -49,33 +51,44 @@ FLAGS: dict[str, str] = {
     "few_exchanges": "fewer distinct exchanges of labels than permutations; p cannot be small",
     "transport_subsampled": "groups above 2,000 cells were sampled for the transport problem",
 }
-"""Every flag of a result's row, and what it says."""
+"""Every flag of a result's row, and its meaning."""
+_TOLD = (
+    "constant_embeddings",
+    "duplicated_vectors",
+    "batch_confounded",
+    "batch_partly_confounded",
+    "few_exchanges",
+    "null_sd_zero",
+    "null_capped",
+    "null_extrapolated",
+)
+"""Flags that undo a number or cast doubt on it, which a result's warnings explain too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """How perturbations are scored.
+    """Options of scoring.
 
     Parameters
     ----------
     metrics
-        Distances to report. ``e_distance``: energy distance with the `ground` distance; ``cosine_e_distance``: the same
-        with cosine distance; ``wasserstein``: exact optimal transport at Euclidean cost.
+        Distances to report. ``e_distance``: energy distance with the `ground` distance; ``cosine_e_distance``: energy
+        distance with cosine distance; ``wasserstein``: exact optimal transport at Euclidean cost.
     ground
         Ground distance of ``e_distance``: ``euclidean`` (unsquared; Zhao et al. 2025, pertpy) or ``sqeuclidean`` (the
-        default of scPerturb, Peidli et al. 2024), which sees a shift of the mean and nothing else.
+        default of scPerturb, Peidli et al. 2024), which detects a shift of the mean and nothing else.
     estimator
         ``U`` leaves out a cell's distance to itself: unbiased, and may be negative. ``V`` keeps it: never negative,
         and larger the fewer cells there are.
     null
         Control-against-control distribution behind z. ``size_matched``: groups as large as the perturbation's.
-        ``fixed``: groups of `null_size` for all (Zhao et al. 2025); biased by size unless every perturbation has that
-        many cells.
+        ``fixed``: groups of `null_size` cells for all (Zhao et al. 2025), which is biased by size unless every
+        perturbation has that many cells.
     null_size
-        Cells in a group of the fixed null; twice as many controls are needed.
+        Cells in each group of the fixed null, which needs twice as many controls.
     null_draws
-        Random control groups behind the null of ``wasserstein``. The energy distances need none: their null's mean and
-        sd over all draws have a closed form.
+        Random control groups behind the null of ``wasserstein``. The energy distances need none, since the mean and sd
+        of their null over all draws have a closed form.
     permutations
         Exchanges of labels behind p of the energy distances.
     wasserstein_permutations
@@ -83,16 +96,16 @@ class ScoreOptions:
     correction
         ``bh`` (Benjamini-Hochberg) or ``bonferroni`` over the perturbations of one metric.
     min_cells
-        Fewest cells of a group; smaller ones are listed with the flag ``too_few_cells``.
+        Fewest cells of a group; smaller groups are listed with the flag ``too_few_cells``.
     max_cells
-        Most cells of a group; larger ones are sampled and flagged. Bounds memory: three matrices of at most
+        Most cells of a group; larger groups are sampled and flagged. This bounds memory: three matrices of at most
         `max_cells` squared float32 values are held.
     repeats
         Size-matched control samples over which the distance is averaged (Zhao et al. 2025 use one).
     normalize
         Scale every vector to unit length first.
     seed
-        Of all random draws.
+        Seed of all random draws.
 
     Raises
     ------
@@ -116,10 +129,10 @@ class ScoreOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        given: object = self.metrics  # from the wire it may be anything
-        if not isinstance(given, list | tuple) or not given:
+        metrics: object = self.metrics  # a request may hold anything here
+        if not isinstance(metrics, list | tuple) or not metrics:
             raise InvalidParameterError(
-                f"metrics must be a list with at least one of {', '.join(get_args(Metric))}, not {given!r}.",
+                f"metrics must be a list with at least one of {', '.join(get_args(Metric))}, not {metrics!r}.",
                 field="metrics",
             )
         object.__setattr__(self, "metrics", tuple(dict.fromkeys(self.metrics)))
@@ -149,12 +162,12 @@ class ScoreOptions:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; the inverse of :meth:`from_dict`."""
+        """Return the options as JSON-able values; the inverse of :meth:`from_dict`."""
         return {**asdict(self), "metrics": list(self.metrics)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ScoreOptions:
-        """Options from a mapping of their names; what is left out keeps its default.
+        """Return options from a mapping of their names; those left out keep their defaults.
 
         Raises
         ------
@@ -178,11 +191,11 @@ class ScoreResult:
     ----------
     table
         One row a perturbation and metric, strongest first; columns :data:`SCORE_COLUMNS`. ``flags`` holds names of
-        :data:`FLAGS` joined by ``;``. A number that could not be had is NaN and carries a flag.
+        :data:`FLAGS` joined by ``;``. A number that could not be computed is NaN, and its row carries a flag.
     provenance
-        What made the numbers (JSON-able): options, seed, estimator, null, sizes, version.
+        Options, seed, estimator, null, sizes and version that made the numbers (JSON-able).
     warnings
-        What a careful reader should know, in words.
+        Sentences that a reader should know before trusting a number.
     """
 
     table: pd.DataFrame
@@ -190,7 +203,7 @@ class ScoreResult:
     warnings: list[str] = field(default_factory=list)
 
     def summary(self) -> pd.DataFrame:
-        """Number, median, quartiles and skewness of the perturbations' z, by metric, and how many have q < 0.05.
+        """Return number, median, quartiles and skewness of the perturbations' z by metric, and how many have q < 0.05.
 
         Returns
         -------
@@ -199,21 +212,8 @@ class ScoreResult:
         rows = []
         for metric, part in self.table.groupby("metric", sort=False):
             z = part["z"].dropna()
-            low, middle, high = z.quantile([0.25, 0.5, 0.75])
-            centred = z - z.mean()
-            spread = float((centred**2).mean()) ** 0.5
-            rows.append(
-                {
-                    "metric": metric,
-                    "n": len(z),
-                    "median_z": middle,
-                    "q25_z": low,
-                    "q75_z": high,
-                    "iqr_z": high - low,
-                    "skewness_z": float((centred**3).mean()) / spread**3 if spread > 0 else float("nan"),
-                    "n_significant": int((part["q"] < 0.05).sum()),
-                }
-            )
+            shape = {f"{name}_z": value for name, value in distribution(z).items()}
+            rows.append({"metric": metric, "n": len(z), **shape, "n_significant": int((part["q"] < 0.05).sum())})
         return pd.DataFrame(rows)
 
 
@@ -226,12 +226,90 @@ class CompareResult:
     table
         One row a pair (a before b) and metric; columns :data:`COMPARE_COLUMNS`.
     provenance, warnings
-        As of :class:`ScoreResult`.
+        See :class:`ScoreResult`.
     """
 
     table: pd.DataFrame
     provenance: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+
+
+def distribution(values: pd.Series[float]) -> dict[str, float]:
+    """Return ``median``, ``q25``, ``q75``, ``iqr`` and ``skewness`` of numbers without NaN."""
+    low, middle, high = (float(values.quantile(share)) for share in (0.25, 0.5, 0.75))
+    centred = values - values.mean()
+    spread = float((centred**2).mean()) ** 0.5
+    skewness = float((centred**3).mean()) / spread**3 if spread > 0 else float("nan")
+    return {"median": middle, "q25": low, "q75": high, "iqr": high - low, "skewness": skewness}
+
+
+def with_q(table: pd.DataFrame, options: ScoreOptions) -> pd.DataFrame:
+    """Fill the column q of a table: p corrected over the rows of each metric."""
+    adjust = benjamini_hochberg if options.correction == "bh" else bonferroni
+    table["q"] = table.groupby("metric")["p"].transform(adjust)
+    return table
+
+
+def release() -> str:
+    """Return the version of the installed package."""
+    try:
+        return version("perturbscope")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"
+
+
+def provenance(
+    kind: str, options: ScoreOptions, *, n_cells: int, width: int, batches: int | None, **facts: Any
+) -> dict[str, Any]:
+    """Return a JSON-able record of what made the numbers; `batches` is the number of batches, if there are any."""
+    return {
+        "kind": kind,
+        "version": release(),
+        "metrics": list(options.metrics),
+        "ground": options.ground,
+        "estimator": options.estimator,
+        "seed": options.seed,
+        "n_cells": n_cells,
+        "width": width,
+        "unit_length": options.normalize,
+        "batches": batches,
+        "correction": options.correction,
+        "options": options.to_dict(),
+        **facts,
+    }
+
+
+def flag_warnings(table: pd.DataFrame, names: pd.Series) -> list[str]:
+    """Return warnings for the flags that undo a number or cast doubt on it; `names` are readable names of the rows."""
+    warnings = []
+    for flag in _TOLD:
+        hit = table["flags"].str.split(";").map(lambda flags, flag=flag: flag in flags)
+        if hit.any():
+            listed = list(dict.fromkeys(names[hit]))
+            more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+            warnings.append(f"{flag}: {FLAGS[flag]} ({', '.join(listed[:5])}{more}).")
+    return warnings
+
+
+def permutations_by_metric(options: ScoreOptions) -> dict[str, int]:
+    """Return the number of exchanges of labels behind p, by metric."""
+    return {
+        metric: options.wasserstein_permutations if metric == "wasserstein" else options.permutations
+        for metric in options.metrics
+    }
+
+
+def resolution_warnings(n_tests: int, options: ScoreOptions) -> list[str]:
+    """Return warnings for metrics whose smallest possible p could not reach q < 0.05 on its own."""
+    by_count: dict[int, list[str]] = {}
+    for metric, count in permutations_by_metric(options).items():
+        by_count.setdefault(count, []).append(metric)
+    return [
+        f"{', '.join(metrics)}: {count} permutations over {n_tests} tests; the smallest p is {1 / (1 + count):.2g}, so "
+        f"a single hit cannot reach q < 0.05. Use {20 * n_tests:,} permutations or more if hits are few."
+        for count, metrics in by_count.items()
+        if n_tests / (1 + count) > 0.05
+    ]
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

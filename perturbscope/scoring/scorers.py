@@ -1,14 +1,15 @@
-"""One perturbation against control by one metric: its distance, the null behind z, and p.
+"""Score of one perturbation against control by one metric: its distance, the null behind z, and p.
 
 Distance: the mean over `repeats` control samples as large as the perturbation's group (Zhao et al. 2025 use one).
 
 z: ``(distance - null_mean) / null_sd``, where the null is THIS statistic on controls: a group of as many controls
 against the mean over as many size-matched samples of other controls. For the energy distances its mean and sd are exact
 (:func:`perturbscope.scoring.energy.pool.null_moments`); for Wasserstein they are estimated from `null_draws` random
-draws. A null of single draws beside an averaged distance, or of another size, would not have sd 1.
+draws. Against a null of single draws, or of groups of another size, z of an averaged distance would not have sd 1.
 
-p: the E-test. Labels "perturbed" and "control" are exchanged over the pooled cells, within batches where they are
-given. For the energy distances its statistic is the distance to all controls, the limit of the mean over many samples.
+p: the E-test, a permutation test. The labels "perturbed" and "control" are exchanged over the pooled cells, within
+batches if they are given. For the energy distances its statistic is the distance to all controls, the limit of the mean
+over many samples.
 """
 
 from __future__ import annotations
@@ -22,32 +23,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.errors import TooFewControlsError
-from perturbscope.scoring.distances import MAX_TRANSPORT_CELLS, assignment_cost, pairwise_distances
-from perturbscope.scoring.energy.batch_permutations import StratifiedShuffles
-from perturbscope.scoring.energy.kernels import HOST, Compute
-from perturbscope.scoring.energy.permutations import Shuffles
-from perturbscope.scoring.energy.pool import (
-    RELATIVE_NOISE,
-    DenseGroup,
-    DensePart,
-    Group,
-    LinearGroup,
-    Moments,
-    Pool,
-    null_moments,
-)
+from perturbscope.scoring.distances import pairwise_distances
+from perturbscope.scoring.energy.batch_permutations import BatchPermutations
+from perturbscope.scoring.energy.closed_form import LinearGroup
+from perturbscope.scoring.energy.matrix import HOST, Compute, DenseGroup, DensePart
+from perturbscope.scoring.energy.permutations import Permutations
+from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Moments, Pool, moments_of, null_moments
 from perturbscope.scoring.labels import Groups
-from perturbscope.scoring.optimal_transport import picked_costs
+from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS, assignment_cost, picked_costs
 from perturbscope.scoring.results import Metric, ScoreOptions
 from perturbscope.scoring.statistics import Exchange, empirical_p, generator, random_subsets
 
 NULL_REPEATS = 4
-"""Most control samples beside one group in a drawn null; fewer leave the sd of an averaged distance uncertain."""
+"""Most control samples drawn with one group of a drawn null; with fewer the sd of an averaged distance is uncertain."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Numbers of one perturbation and metric; NaN where a flag says why."""
+    """Numbers of one perturbation and metric; one that could not be computed is NaN, and a flag says why."""
 
     distance: float
     null_mean: float
@@ -57,24 +50,38 @@ class Scored:
 
     @property
     def z(self) -> float:
-        """Distance in null standard deviations above the null mean."""
+        """Distance above the null mean in standard deviations of the null; NaN without spread."""
         return (self.distance - self.null_mean) / self.null_sd if self.null_sd > 0 else float("nan")
+
+    def columns(self) -> dict[str, float]:
+        """Return the numbers as columns of a table; q is filled in when all rows are known."""
+        return {
+            "distance": self.distance,
+            "null_mean": self.null_mean,
+            "null_sd": self.null_sd,
+            "z": self.z,
+            "p": self.p,
+            "q": float("nan"),
+        }
 
 
 CONSTANT = Scored(0.0, 0.0, 0.0, float("nan"), ("constant_embeddings", "null_sd_zero"))
-"""Two groups that are one and the same point. No exchange of labels changes that, so there is nothing to test: p = 1
-would read as "no effect", where the embedding says nothing at all."""
+"""Score of two groups whose cells all have the same vector. No exchange of labels changes that, so there is nothing to
+test: p = 1 would read as "no effect", although the embedding says nothing at all."""
+
+NOT_SCORED = Scored(float("nan"), float("nan"), float("nan"), float("nan"), ())
+"""Score of a group that is too small."""
 
 
-class Scorer(Protocol):
-    """Scores groups of cells against one control group; several threads may do so at once."""
+class DistanceScorer(Protocol):
+    """Scores groups of cells against one control group; several threads may call it at once."""
 
     @property
     def at_a_time(self) -> int | None:
-        """Groups that may be prepared together; None: any number."""
+        """Number of groups that may be prepared together; None for any number."""
 
     def prepare(self, groups: Sequence[NDArray[np.intp]]) -> None:
-        """Compute at once what is cheaper so, for groups that will be scored; forgets what was prepared before."""
+        """Compute what is cheaper for many groups at once; results of an earlier call are forgotten."""
 
     def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
         """Score the cells at positions `cells`; `name` seeds its random draws."""
@@ -86,8 +93,8 @@ def make_scorer(
     controls: NDArray[np.intp],
     options: ScoreOptions,
     maker: GroupMaker | None = None,
-) -> Scorer:
-    """The scorer of a metric; a `maker` may be shared by scorers of the same metric with other controls.
+) -> DistanceScorer:
+    """Return the scorer of a metric; scorers of one metric with different controls may share a `maker`.
 
     Raises
     ------
@@ -106,7 +113,7 @@ def make_scorer(
 
 
 class GroupMaker:
-    """Groups of a metric's ground distance over the same cells."""
+    """Makes groups of the same cells for a metric's ground distance."""
 
     def __init__(self, metric: Metric, groups: Groups, options: ScoreOptions, compute: Compute = HOST) -> None:
         self.metric, self.ground, self.compute = metric, options.ground, compute
@@ -118,7 +125,7 @@ class GroupMaker:
         self.places = np.empty(0, dtype=np.intp)
 
     def remember(self, cells: NDArray[np.intp]) -> None:
-        """Compute the distances among these cells once, for all groups that will be made of some of them."""
+        """Compute the distances among these cells once, for all groups that are made of some of them later."""
         whole = self.make(cells)
         if isinstance(whole, DenseGroup):
             self.whole = whole
@@ -126,7 +133,7 @@ class GroupMaker:
             self.places[cells] = np.arange(len(cells))
 
     def make(self, cells: NDArray[np.intp], rows: NDArray[np.float64] | None = None) -> Group:
-        """The group of the cells at these positions; `rows` are their vectors, if they have been read already."""
+        """Return the group of the cells at these positions; `rows` are their vectors, if they were read already."""
         if self.whole is not None and (self.places[cells] >= 0).all():
             return DensePart(self.whole, self.places[cells])
         rows = self.rows[cells] if rows is None else rows
@@ -138,15 +145,15 @@ class GroupMaker:
 
 
 def control_moments(controls: Group, rows: NDArray[np.float64]) -> Moments:
-    """Moments of the distances between controls, whose vectors are `rows`; all 0 where these are one vector.
+    """Return moments of the distances between controls with the vectors `rows`; all are 0 if these are one vector.
 
-    The distances that come from sums of vectors leave rounding there, and a null sd of 1e-17 a z of a billion.
+    Distances from sums of vectors would leave rounding there: a null sd of 1e-17, and so a z of a billion.
     """
-    return Moments(0.0, 0.0, 0.0) if is_constant(rows) else controls.moments()
+    return Moments(0.0, 0.0, 0.0) if is_constant(rows) else moments_of(controls)
 
 
 class EnergyScorer:
-    """Energy distances; what concerns controls alone is computed once and shared by all perturbations."""
+    """Scores energy distances; sums over controls alone are computed once and shared by all perturbations."""
 
     def __init__(self, groups: Groups, controls: NDArray[np.intp], options: ScoreOptions, maker: GroupMaker) -> None:
         self.groups, self.controls, self.options, self.maker = groups, controls, options, maker
@@ -154,26 +161,26 @@ class EnergyScorer:
         self.control_rows = self.maker.rows[controls]
         self.moments = control_moments(self.reference, self.control_rows)
         self.nulls: dict[tuple[int, int], tuple[float, float]] = {}
-        self.shuffles = Shuffles(self.reference, options.permutations, options.seed)
-        self.strata = None
+        self.permutations = Permutations(self.reference, options.permutations, options.seed)
+        self.within_batches = None
         if groups.batches is not None:
-            self.strata = StratifiedShuffles(
+            self.within_batches = BatchPermutations(
                 self.reference, groups.batches[controls], options.permutations, options.seed
             )
 
     @property
     def at_a_time(self) -> int | None:
-        """See :class:`Scorer`."""
-        return None if self.strata is None else self.strata.at_a_time
+        """See :class:`DistanceScorer`."""
+        return None if self.within_batches is None else self.within_batches.at_a_time
 
     def prepare(self, groups: Sequence[NDArray[np.intp]]) -> None:
-        """See :class:`Scorer`."""
+        """See :class:`DistanceScorer`."""
         batches = self.groups.batches
-        if self.strata is not None and batches is not None:
-            self.strata.prepare([batches[cells] for cells in groups])
+        if self.within_batches is not None and batches is not None:
+            self.within_batches.prepare([batches[cells] for cells in groups])
 
     def null(self, n: int, m: int) -> tuple[float, float]:
-        """Mean and sd of the statistic of n controls against samples of m controls (cached)."""
+        """Return mean and sd of the statistic of n controls against samples of m controls (cached)."""
         if (n, m) not in self.nulls:
             self.nulls[n, m] = null_moments(
                 self.moments,
@@ -186,7 +193,7 @@ class EnergyScorer:
         return self.nulls[n, m]
 
     def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
-        """See :class:`Scorer`."""
+        """See :class:`DistanceScorer`."""
         options, n, n_controls = self.options, len(cells), len(self.controls)
         rows = self.maker.rows[cells]
         if is_constant(rows, self.control_rows):
@@ -195,8 +202,8 @@ class EnergyScorer:
         m = min(n, n_controls)
         distance = pool.observed
         if m < n_controls:
-            chosen = random_subsets(n_controls, m, options.repeats, generator(options.seed, "repeats", name))
-            distance = float(pool.sampled(chosen).mean())
+            samples = random_subsets(n_controls, m, options.repeats, generator(options.seed, "repeats", name))
+            distance = float(pool.sampled(samples).mean())
         fixed = options.null == "fixed"
         mean, sd = self.null(options.null_size, options.null_size) if fixed else self.null(n, m)
         flags = size_flags(n, n_controls, fixed=fixed, beyond="null_extrapolated")
@@ -206,22 +213,22 @@ class EnergyScorer:
         flags += exchange_flags(exchange, options.permutations)
         p = float("nan")
         if exchange.blocks:
-            labels = (
-                self.shuffles.labels(n)
-                if self.strata is None or self.groups.batches is None
-                else self.strata.labels(self.groups.batches[cells])
+            chunks = (
+                self.permutations.labels(n)
+                if self.within_batches is None or self.groups.batches is None
+                else self.within_batches.labels(self.groups.batches[cells])
             )
-            null = np.concatenate([pool.exchanged(some) for some in labels])
+            null = np.concatenate([pool.exchanged(labels) for labels in chunks])
             p = empirical_p(pool.observed, null, noise=pool.noise)
         return Scored(distance, mean, sd, p, tuple(flags))
 
 
 class TransportScorer:
-    """Wasserstein distance between samples of equal size, so that every problem is a linear assignment.
+    """Scores Wasserstein distances between samples of equal size, so that every problem is a linear assignment.
 
-    The value falls with the number of cells, so a null of another size would be of no use. Null groups have the size of
-    the perturbation's, to within 1.25 % (sizes share a null so that it can be cached); and a perturbation with more
-    cells than half of the controls is sampled to that many, for there is no null of a larger size (`null_capped`).
+    The distance falls as cells get more, so a null of another size would be of no use. Null groups have the size of the
+    perturbation's group, to within 1.25 % (sizes share a null so that it can be cached). A perturbation with more cells
+    than half of the controls is sampled to that many, since no larger null can be drawn (`null_capped`).
     """
 
     def __init__(self, groups: Groups, controls: NDArray[np.intp], options: ScoreOptions) -> None:
@@ -232,14 +239,14 @@ class TransportScorer:
 
     @property
     def at_a_time(self) -> int | None:
-        """See :class:`Scorer`."""
+        """See :class:`DistanceScorer`."""
         return None
 
     def prepare(self, groups: Sequence[NDArray[np.intp]]) -> None:
-        """See :class:`Scorer`."""
+        """See :class:`DistanceScorer`."""
 
     def null(self, size: int) -> tuple[float, float]:
-        """Mean and sd of the statistic between groups of `size` controls (cached).
+        """Return mean and sd of the statistic between groups of `size` controls (cached).
 
         Each draw takes one group X and a few groups Y of other controls; the variance between and within draws then
         gives the sd of the mean over any number of repeats.
@@ -262,7 +269,7 @@ class TransportScorer:
         return mean, sd if sd > RELATIVE_NOISE * mean else 0.0
 
     def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
-        """See :class:`Scorer`."""
+        """See :class:`DistanceScorer`."""
         options, n, n_controls = self.options, len(cells), len(self.controls)
         rows = self.groups.rows
         of_controls = rows[self.controls]
@@ -299,20 +306,20 @@ class TransportScorer:
 def transport_splits(
     pooled: NDArray[np.float32], exchange: Exchange, options: ScoreOptions, name: str
 ) -> Iterator[float]:
-    """Wasserstein distances of groups of equal size after exchanges of labels; `pooled` holds all distances."""
+    """Yield Wasserstein distances of groups of equal size after exchanges of labels; `pooled` holds all distances."""
     rng = generator(options.seed, "exchange", name)
     draws = exchange.draw(options.wasserstein_permutations, rng)
     return picked_costs(pooled, ((np.flatnonzero(a), np.flatnonzero(~a)) for members in draws for a in members.T > 0))
 
 
 def shared_size(size: int) -> int:
-    """Size whose null stands for this one: at most 1.25 % away, and the same up to 40 cells."""
+    """Return the size whose null is used for this one: at most 1.25 % away, and the same up to 40 cells."""
     step = max(1, size // 40)
     return round(size / step) * step
 
 
 def size_flags(n: int, n_controls: int, *, fixed: bool, beyond: str) -> list[str]:
-    """Flags of a group's size against the number of controls; `beyond`: the flag of a null that cannot be drawn."""
+    """Return flags of a group's size beside the number of controls; `beyond` is that of a null that cannot be drawn."""
     flags = []
     if n > n_controls:
         flags.append("fewer_controls_than_cells")
@@ -322,7 +329,7 @@ def size_flags(n: int, n_controls: int, *, fixed: bool, beyond: str) -> list[str
 
 
 def exchange_flags(exchange: Exchange, permutations: int) -> list[str]:
-    """Flags of batches that leave few or no exchanges of labels."""
+    """Return flags of batches that leave few or no exchanges of labels."""
     if not exchange.blocks:
         return ["batch_confounded"]
     flags = ["batch_partly_confounded"] if len(exchange.fixed) else []
@@ -332,7 +339,7 @@ def exchange_flags(exchange: Exchange, permutations: int) -> list[str]:
 def is_constant(*groups: NDArray[np.float64]) -> bool:
     """Whether all rows of all groups are the same vector, up to the rounding of a model in float32.
 
-    Copies of a cell come out of a model a few units in the last place apart, according to the batch they were in.
+    A model's vectors of copies of a cell differ by a few units in the last place, depending on the batch they were in.
     """
     first = groups[0][0]
     tolerance = 16 * np.finfo(np.float32).eps * float(np.abs(first).max())

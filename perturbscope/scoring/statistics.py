@@ -1,4 +1,4 @@
-"""Small statistics: exchanged labels, p-values with ties, corrections, uniformity, correlation."""
+"""Small statistics: exchanges of labels, p-values with ties, corrections for many tests, uniformity, correlation."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ CHUNK = 256
 
 
 def generator(seed: int, *names: object) -> np.random.Generator:
-    """A generator for one named purpose: what one perturbation draws does not depend on which others are scored."""
+    """Return a generator for one named purpose, so that a perturbation's draws do not depend on the others scored."""
     digest = hashlib.sha256("\x1f".join(map(str, names)).encode()).digest()
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
 
 
 def empirical_p(observed: float, null: ArrayLike, *, noise: float = 0.0) -> float:
-    """Share of draws at least as large as what was observed, itself counted: (1 + #{null >= observed}) / (1 + draws).
+    """Return the permutation p-value ``(1 + #{null >= observed}) / (1 + draws)``, which counts the observation itself.
 
-    Never 0, and valid with ties; `noise` is the difference up to which two values are equal.
+    It is never 0, and valid with ties; `noise` is the difference up to which two values are equal.
     """
     values = np.asarray(null, dtype=np.float64)
     return float((1 + np.count_nonzero(values >= observed - noise)) / (1 + values.size))
 
 
 def benjamini_hochberg(p: ArrayLike) -> NDArray[np.float64]:
-    """Adjusted p-values (q) by Benjamini and Hochberg (1995); NaN stays NaN and is not counted."""
+    """Return p-values adjusted by Benjamini and Hochberg (1995), q; NaN stays NaN and is not counted."""
     values = np.asarray(p, dtype=np.float64)
     q = np.full(values.shape, np.nan)
     known = np.flatnonzero(~np.isnan(values))
@@ -42,7 +42,7 @@ def benjamini_hochberg(p: ArrayLike) -> NDArray[np.float64]:
 
 
 def bonferroni(p: ArrayLike) -> NDArray[np.float64]:
-    """p-values times their number, at most 1; NaN stays NaN and is not counted."""
+    """Return p-values times their number, at most 1; NaN stays NaN and is not counted."""
     values = np.asarray(p, dtype=np.float64)
     adjusted: NDArray[np.float64] = np.minimum(values * np.count_nonzero(~np.isnan(values)), 1.0)
     return adjusted
@@ -50,14 +50,14 @@ def bonferroni(p: ArrayLike) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Exchange:
-    """How labels of two groups, pooled as [a, b], may be exchanged.
+    """The exchanges of labels that are allowed between two groups, pooled as [a, b].
 
     Attributes
     ----------
     size
-        Cells of the pool.
+        Number of cells of the pool.
     blocks
-        For each batch with cells of both groups: positions in the pool, and how many of them are a's.
+        Positions in the pool, and number of a's cells, of each batch with cells of both groups.
     fixed
         Positions of a's cells that are never exchanged.
     """
@@ -68,7 +68,7 @@ class Exchange:
 
     @classmethod
     def of(cls, n: int, m: int, batches: Sequence[Any] | NDArray[Any] | None = None) -> Exchange:
-        """Exchange between n cells of a and m of b, within `batches` of the pooled cells if they are given."""
+        """Return the exchange between n cells of a and m of b, within `batches` of the pooled cells if given."""
         if batches is None:
             return cls(n + m, ((np.arange(n + m), n),), np.empty(0, dtype=np.intp))
         _, codes = np.unique(np.asarray(batches), return_inverse=True)
@@ -90,7 +90,7 @@ class Exchange:
         )
 
     def draw(self, draws: int, rng: np.random.Generator) -> Iterator[NDArray[np.float32]]:
-        """Yield chunks of exchanged labels, float32 [size, R]: 1 where a cell is called a's."""
+        """Yield chunks of exchanged labels, float32 [size, R]: 1 for a cell that is called a's."""
         for start in range(0, draws, CHUNK):
             count = min(CHUNK, draws - start)
             members = np.zeros((count, self.size), dtype=np.float32)
@@ -101,10 +101,10 @@ class Exchange:
 
 
 def random_subsets(size: int, chosen: int, count: int, rng: np.random.Generator) -> NDArray[np.intp]:
-    """`count` random subsets of `chosen` out of `size`, each without replacement, [count, chosen]."""
+    """Draw `count` random subsets of `chosen` out of `size`, each without replacement: positions [count, chosen]."""
     if chosen == size:
         return np.tile(np.arange(size), (count, 1))
-    # The smallest of random keys: every subset is equally likely. 64-bit keys, so that ties do not matter.
+    # Taking the smallest random keys makes every subset equally likely. 64-bit keys, so that ties do not matter.
     return np.argpartition(rng.random((count, size)), chosen, axis=1)[:, :chosen]
 
 
@@ -128,7 +128,7 @@ def uniformity(p: ArrayLike) -> Uniformity:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Agreement of two columns, over the `n` rows that have both."""
+    """Correlation of two columns over the `n` rows that have both."""
 
     n: int
     pearson: float
@@ -136,9 +136,9 @@ class Correlation:
 
 
 def correlation(a: ArrayLike, b: ArrayLike) -> Correlation:
-    """Pearson's and Spearman's correlation, for example of distances with numbers of differential genes.
+    """Return Pearson's and Spearman's correlation, for example of distances with numbers of differential genes.
 
-    Rows with NaN in either are left out; NaN where fewer than three remain, or a column is constant.
+    Rows with NaN in either column are left out. Both are NaN if fewer than three rows remain or a column is constant.
     """
     from scipy.stats import rankdata
 

@@ -80,7 +80,7 @@ def test_pot_brings_no_learning() -> None:
     """POT imports every array library that it finds, unless it is told not to."""
     code = """
 import numpy as np
-from perturbscope.scoring.distances import wasserstein
+from perturbscope.scoring.optimal_transport import wasserstein
 rng = np.random.default_rng(0)
 wasserstein(rng.normal(size=(7, 4)).astype(np.float32), rng.normal(size=(5, 4)).astype(np.float32))
 """

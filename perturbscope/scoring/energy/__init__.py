@@ -1,1 +1,1 @@
-"""Fast sums of distances between groups of cells, and their nulls; imports scoring.distances and scoring.statistics."""
+"""Fast sums of distances between groups of cells, and their nulls; imports scoring.labels, results and statistics."""

@@ -1,8 +1,8 @@
 """Sums of unsquared Euclidean distances between many groups of cells, in tiles that fit the cache.
 
-A tile's squared distances come out of one float32 matrix product, of vectors that carry their squared lengths with
-them; then roots, then sums by group. Products take most of the time: at width 256 a distance is 512 floating-point
-operations, a root and an addition.
+One float32 matrix product of vectors that carry their squared lengths gives a tile's squared distances; then come
+roots, then sums by group. Products take most of the time: at width 256 a distance is 512 floating-point operations, a
+root and an addition.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.scoring.energy.pool import Estimator
 from perturbscope.scoring.labels import Vectors
+from perturbscope.scoring.results import Estimator
 from perturbscope.threads import in_order
 
 TILE_CELLS = 600
@@ -30,18 +30,22 @@ def euclidean_sums(
     members: Sequence[NDArray[np.intp]],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> NDArray[np.float64]:
-    """Sums of the distances between the cells of every two groups, float64 [groups, groups]; on all cores.
+    """Sum the distances between the cells of every two groups, on all cores.
 
     Parameters
     ----------
     rows
         Vectors of cells.
     origin
-        Any point near them.
+        Any point near the cells, float64 [width]; it only reduces rounding.
     members
         Positions in `rows` of each group's cells.
     progress
-        Called as ``progress("map", done, total)``, by tile.
+        Called as ``progress("map", done, total)``, once a strip.
+
+    Returns
+    -------
+    float64 [groups, groups], symmetric; the diagonal holds the sums over ordered pairs within each group.
     """
     sizes = [len(cells) for cells in members]
     offsets = np.concatenate([[0], np.cumsum(sizes)])
@@ -50,7 +54,7 @@ def euclidean_sums(
     sums = np.zeros((len(members), len(members)))
 
     def strip(number: int) -> int:
-        """The distances of a strip's cells to those of this strip and of all after it."""
+        """Add the distances from a strip's cells to those of this strip and of all later ones."""
         own, pieces = strips[number]
         tile = np.empty(TILE_CELLS**2, dtype=np.float32)
         for a in pieces:
@@ -74,12 +78,12 @@ def euclidean_sums(
 
 
 def energies(sums: NDArray[np.float64], sizes: NDArray[np.int64], estimator: Estimator) -> NDArray[np.float32]:
-    """Energy distances from the sums of distances between all groups; the diagonal has those within.
+    """Return energy distances from the sums of distances between all groups.
 
     Parameters
     ----------
     sums
-        As :func:`euclidean_sums` returns them.
+        Sums as :func:`euclidean_sums` returns them.
     sizes
         Cells of each group.
     estimator
@@ -90,19 +94,19 @@ def energies(sums: NDArray[np.float64], sizes: NDArray[np.int64], estimator: Est
     float32 [groups, groups], 0 on the diagonal.
     """
     within = np.diag(sums) / (sizes * (sizes - (estimator == "U")))
-    found = np.empty(sums.shape, dtype=np.float32)
+    distances = np.empty(sums.shape, dtype=np.float32)
     for i, row in enumerate(sums):
         # One row at a time stays in the cache; the matrix of a genome is 800 MB.
-        found[i] = row * (2 / (sizes[i] * sizes)) - (within[i] + within)
-    np.fill_diagonal(found, 0.0)
-    return found
+        distances[i] = row * (2 / (sizes[i] * sizes)) - (within[i] + within)
+    np.fill_diagonal(distances, 0.0)
+    return distances
 
 
 def _columns(rows: Vectors, origin: NDArray[np.float64], members: Sequence[NDArray[np.intp]]) -> NDArray[np.float32]:
-    """Vectors of all groups' cells, each followed by its squared length and by ones.
+    """Return the vectors of all groups' cells, each followed by its squared length and by ones.
 
-    With what :func:`_rows` makes of them, one product gives squared distances: ``|x|^2 + |y|^2 - 2 x.y``. A squared
-    length is two float32 numbers, what the first loses being in the second.
+    Their product with the result of :func:`_rows` gives squared distances, ``|x|^2 + |y|^2 - 2 x.y``. A squared length
+    is two float32 numbers, the second of which holds what the first loses.
     """
     width = rows.width
     right = np.empty((sum(map(len, members)), width + 4), dtype=np.float32)
@@ -120,7 +124,7 @@ def _columns(rows: Vectors, origin: NDArray[np.float64], members: Sequence[NDArr
 
 
 def _rows(right: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The other factor of squared distances, see :func:`_columns`."""
+    """Return the other factor of squared distances; see :func:`_columns`."""
     left = right * np.float32(-2)
     left[:, -4:-2] = 1
     left[:, -2:] = right[:, -4:-2]
@@ -130,14 +134,14 @@ def _rows(right: NDArray[np.float32]) -> NDArray[np.float32]:
 def _sums(
     left: NDArray[np.float32], right: NDArray[np.float32], squares: NDArray[np.float32], a: _Piece, b: _Piece
 ) -> NDArray[np.float64]:
-    """Sums of the distances between the groups of two pieces; `squares`: room for a matrix of them."""
+    """Sum the distances between the groups of two pieces; `squares` is scratch space for a matrix of them."""
     np.matmul(left, right.T, out=squares)
     if a is b:
         np.fill_diagonal(squares, 0)
     with np.errstate(invalid="ignore"):
         sums = _sums_of_roots(squares, a, b)
     if np.isnan(sums).any():
-        # Rounding has left less than nothing of the squared distance of two cells that are nearly equal.
+        # Rounding has made the squared distance of two nearly equal cells negative.
         np.matmul(left, right.T, out=squares)
         np.maximum(squares, 0, out=squares)
         if a is b:
@@ -147,7 +151,7 @@ def _sums(
 
 
 def _sums_of_roots(squares: NDArray[np.float32], a: _Piece, b: _Piece) -> NDArray[np.float64]:
-    """Sums of the roots (formed in place) of a matrix, by the groups of its rows and columns."""
+    """Sum the roots (formed in place) of a matrix by the groups of its rows and columns."""
     np.sqrt(squares, out=squares)
     # Ones times a few rows sum these five times as fast as reduceat does.
     across = np.stack([_ONES[: j - i] @ squares[i:j] for i, j in a.runs])
@@ -157,7 +161,7 @@ def _sums_of_roots(squares: NDArray[np.float32], a: _Piece, b: _Piece) -> NDArra
 
 
 def _strips(sizes: Sequence[int]) -> Iterator[slice]:
-    """Runs of groups with at most `TILE_CELLS` cells; a larger group is a run of its own."""
+    """Yield runs of groups with at most `TILE_CELLS` cells; a larger group is a run of its own."""
     start = held = 0
     for i, size in enumerate(sizes):
         if i > start and held + size > TILE_CELLS:
@@ -173,13 +177,13 @@ class _Piece:
     Attributes
     ----------
     cells, size
-        Which cells, and how many.
+        Slice of the cells, and their number.
     starts
-        Where the strip's groups start among them.
+        Position among them at which each of the strip's groups starts.
     runs
-        At most `SUMMED` cells of one group at a time: first, and first of the next.
+        Start and end of stretches of at most `SUMMED` cells of one group.
     first
-        The first run of each group.
+        First run of each group.
     """
 
     def __init__(self, start: int, stop: int, starts: NDArray[np.intp]) -> None:
@@ -190,7 +194,7 @@ class _Piece:
 
 
 def _pieces(groups: slice, offsets: NDArray[np.intp]) -> list[_Piece]:
-    """A strip's cells: one piece, or several of one large group."""
+    """Return a strip's cells as one piece, or as several of one large group."""
     first, last = int(offsets[groups.start]), int(offsets[groups.stop])
     count = -(-(last - first) // TILE_CELLS)
     edges = [first + (last - first) * i // count for i in range(count + 1)]

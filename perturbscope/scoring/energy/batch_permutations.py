@@ -1,14 +1,13 @@
-"""Exchanged labels within batches that many perturbations share.
+"""Exchanges of labels within batches that many perturbations share.
 
-Within a batch of n_s perturbed cells and m_s controls an exchange is what
-:mod:`perturbscope.scoring.energy.permutations` describes: a hypergeometric number k_s of controls is marked, the first
-k_s in a uniform random order of the batch's controls, and independently a uniform subset of n_s - k_s perturbed cells.
-Batches are independent of each other. So orders are drawn once a batch, and numbers and subsets once for each n_s that
-occurs in it; a perturbation puts its exchanges together from those of its batches, and each of its p-values is as valid
-as with draws of its own. Draws of different perturbations are dependent, as they are anyway.
+Within a batch of n_s perturbed cells and m_s controls an exchange is as :mod:`perturbscope.scoring.energy.permutations`
+describes: a hypergeometric number k_s of controls is marked, the first k_s in a uniform random order of the batch's
+controls, and independently a uniform subset of n_s - k_s perturbed cells. Batches are independent of each other. So
+orders are drawn once a batch, and numbers and subsets once for each n_s that occurs in it; the exchanges of a
+perturbation are put together from those of its batches, and its p-value is as valid as with draws of its own.
 
-The sum of the distances among the marked controls then hangs on all k_s at once. For one draw, let T be the matrix of
-distances between controls in their orders, batch after batch, summed up along both axes within each batch. The sum is
+The sum of the distances among the marked controls then depends on all k_s at once. For one draw, let T be the matrix of
+distances between controls in their orders, batch after batch, cumulated along both axes within each batch. The sum is
 that of the entries of T at the rows and columns k_s of all batches: for P perturbations in S batches a product of a
 sparse matrix, P S ones, with T. So perturbations are prepared together, draw by draw.
 """
@@ -22,45 +21,42 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.scoring.energy.kernels import Subsets, to_numpy
-from perturbscope.scoring.energy.matrix import DenseGroup
+from perturbscope.scoring.energy.matrix import DenseGroup, Subsets, to_numpy
 from perturbscope.scoring.energy.permutations import CHUNK
 from perturbscope.scoring.energy.pool import Group, Labels
 from perturbscope.scoring.statistics import generator
 from perturbscope.threads import in_order
 
 TABLE = 2**24
-"""Sums among controls that are kept: 128 MiB."""
+"""Most sums among controls that are kept: 128 MiB."""
 KEPT = 2**27
-"""Bytes of drawn labels that are kept."""
+"""Most bytes of drawn labels that are kept."""
 _ROWS = 1024
-"""Perturbations of one product: their sums stay in the cache."""
-
-
+"""Perturbations of one product, whose sums stay in the cache."""
 _Sizes = tuple[tuple[int, int], ...]
-"""Batches of a group, and its cells in each."""
+"""Batch codes of a group, and its number of cells in each."""
 
 
 class _Drawn(NamedTuple):
-    """Exchanges of one batch: how many controls are marked, [R], and which perturbed cells stay marked, [R, n]."""
+    """Exchanges of one batch: number of marked controls [R], and mask of perturbed cells that stay marked [R, n]."""
 
     taken: NDArray[np.int32]
     kept: NDArray[np.bool_]
 
 
-class StratifiedShuffles:
+class BatchPermutations:
     """Exchanges of labels between groups and the controls, within batches.
 
     Parameters
     ----------
     controls
-        The controls.
+        The group of all controls.
     batches
         Batch of each control.
     draws
         Number of exchanges.
     seed
-        Of the draws. They depend on the numbers of cells in each batch, and not on which other perturbations are
+        Seed of the draws, which depend on the numbers of cells in each batch and not on which other perturbations are
         scored.
     """
 
@@ -78,7 +74,7 @@ class StratifiedShuffles:
 
     @property
     def at_a_time(self) -> int:
-        """Groups that may be prepared together."""
+        """Number of groups that may be prepared together."""
         return max(1, TABLE // self._draws)
 
     def labels(self, batches: NDArray[np.intp]) -> Iterator[Labels]:
@@ -86,46 +82,47 @@ class StratifiedShuffles:
         sizes = self._sizes(batches)
         sums = self._sums.get(tuple(sizes.items()))
         for number, draws in self._chunks():
-            own = np.ones((draws, len(batches)), dtype=bool)
+            stays = np.ones((draws, len(batches)), dtype=bool)
             places = [np.empty((draws, 0), dtype=np.int32)]
             marks = [np.empty((draws, 0), dtype=bool)]
             for code, n in sizes.items():
                 drawn = self._draw(code, n, number, draws)
-                own[:, np.flatnonzero(batches == code)] = drawn.kept
+                stays[:, np.flatnonzero(batches == code)] = drawn.kept
                 orders = self._order(code, number, draws, n)[:, :n]
                 places.append(orders)
                 marks.append(np.arange(orders.shape[1]) < drawn.taken[:, None])
             marked = np.concatenate(marks, axis=1)
-            others = Subsets(np.concatenate(places, axis=1)[marked], marked.sum(axis=1), self._controls.size)
-            of_controls = self._controls.mark(others)
+            of_controls = Subsets(np.concatenate(places, axis=1)[marked], marked.sum(axis=1), self._controls.size)
+            marked_controls = self._controls.mark(of_controls)
             start = number * CHUNK
-            within = self._controls.within(of_controls) if sums is None else sums[start : start + draws]
-            mine = Subsets(np.nonzero(own)[1], own.sum(axis=1), len(batches))
-            yield Labels(mine, others, of_controls, within, others.sums(self._controls.row_sums))
+            within = self._controls.within(marked_controls) if sums is None else sums[start : start + draws]
+            of_group = Subsets(np.nonzero(stays)[1], stays.sum(axis=1), len(batches))
+            row_sums = of_controls.sums(self._controls.row_sums)
+            yield Labels(of_group, of_controls, marked_controls, within, row_sums)
 
     def prepare(self, groups: Sequence[NDArray[np.intp]]) -> None:
-        """Sum up the distances among marked controls for many groups, if that is cheaper than one after the other.
+        """Sum the distances among marked controls for many groups at once, if that is cheaper than one after the other.
 
         Parameters
         ----------
         groups
-            Batches of each one's cells. Sums prepared before are forgotten.
+            Batches of each group's cells. Sums of an earlier call are forgotten.
         """
         self._sums = {}
-        found = {tuple(sizes.items()): sizes for sizes in map(self._sizes, groups)}
-        for sizes in found.values():
+        by_key = {tuple(sizes.items()): sizes for sizes in map(self._sizes, groups)}
+        for sizes in by_key.values():
             for code, n in sizes.items():
                 self._depths[code] = max(self._depths[code], min(n, len(self._cells[code])))
-        if not isinstance(self._controls, DenseGroup) or not self._pays(list(found.values())):
+        if not isinstance(self._controls, DenseGroup) or not self._pays(list(by_key.values())):
             return
-        keys = [key for key in found if key]
+        keys = [key for key in by_key if key]
         table = np.empty((len(keys), self._draws))
         for number, draws in self._chunks():
             self._sum_up(keys, number, draws, table[:, number * CHUNK : number * CHUNK + draws])
         self._sums = dict(zip(keys, table, strict=True))
 
     def _pays(self, groups: list[dict[int, int]]) -> bool:
-        """Whether a table for each draw is cheaper than sums for each group, in picoseconds of a core (measured)."""
+        """Whether a table for each draw costs less than sums for each group, in picoseconds of a core (measured)."""
         m, depth = self._controls.size, sum(self._depths.values())
         table = 9000 * depth**2 + 160 * depth * sum(map(len, groups))
         return table < sum(min(160 * sum(sizes.values()) * m, 26 * m * m) for sizes in groups)
@@ -133,7 +130,7 @@ class StratifiedShuffles:
     def _sum_up(
         self, keys: list[tuple[tuple[int, int], ...]], number: int, draws: int, out: NDArray[np.float64]
     ) -> None:
-        """Sums among marked controls, [groups, draws], of one chunk of draws."""
+        """Write sums among marked controls, [groups, draws], of one chunk of draws into `out`."""
         used = sorted({code for key in keys for code, _ in key})
         orders = [self._order(code, number, draws, self._depths[code])[:, : self._depths[code]] for code in used]
         joined, ends = np.concatenate(orders, axis=1), np.cumsum([part.shape[1] for part in orders])
@@ -155,19 +152,19 @@ class StratifiedShuffles:
             for block in blocks:
                 np.cumsum(table[:, block], axis=1, out=table[:, block])
             k = taken[which, draw]
-            some = k > 0
-            places, owners = (offsets + k - 1)[some], group[some]
+            taking = k > 0
+            places, owners = (offsets + k - 1)[taking], group[taking]
             lengths = np.bincount(owners, minlength=len(keys))
             edges = np.concatenate([[0], np.cumsum(lengths)])
-            found = np.empty(len(keys))
+            totals = np.empty(len(keys))
             for first in range(0, len(keys), _ROWS):
                 last = min(first + _ROWS, len(keys))
                 subsets = Subsets(places[edges[first] : edges[last]], lengths[first:last], len(order))
-                found[first:last] = subsets.dots(subsets.sums(table))
-            return found
+                totals[first:last] = subsets.dots(subsets.sums(table))
+            return totals
 
-        for draw, found in enumerate(in_order(one, range(draws))):
-            out[:, draw] = found
+        for draw, totals in enumerate(in_order(one, range(draws))):
+            out[:, draw] = totals
 
     def _part(self, order: NDArray[np.intp]) -> Any:
         assert isinstance(self._controls, DenseGroup)  # noqa: S101  prepare() has looked
@@ -177,35 +174,35 @@ class StratifiedShuffles:
         return ((i, min(CHUNK, self._draws - i * CHUNK)) for i in range(-(-self._draws // CHUNK)))
 
     def _sizes(self, batches: NDArray[np.intp]) -> dict[int, int]:
-        """Cells in each batch that has controls as well."""
+        """Return the number of cells in each batch that has controls as well."""
         names, counts = np.unique(batches, return_counts=True)
         return {int(code): int(n) for code, n in zip(names, counts, strict=True) if int(code) in self._cells}
 
     def _draw(self, code: int, n: int, number: int, draws: int) -> _Drawn:
-        """Exchanges of a batch with n perturbed cells, of one chunk."""
+        """Return the exchanges of a batch with n perturbed cells, of one chunk."""
         with self._lock:
-            found = self._drawn.get((code, n, number))
-        if found is not None:
-            return found
+            drawn = self._drawn.get((code, n, number))
+        if drawn is not None:
+            return drawn
         rng = generator(self._seed, "exchange", "batch", self._numbers[code], n, number)
         taken = rng.hypergeometric(len(self._cells[code]), n, n, size=draws).astype(np.int32)
-        # The smallest n - k of random keys: every subset is equally likely.
+        # Taking the n - k smallest random keys makes every subset equally likely.
         rank = np.argsort(np.argsort(rng.random((draws, n)), axis=1), axis=1)
-        found = _Drawn(taken, rank < (n - taken)[:, None])
+        drawn = _Drawn(taken, rank < (n - taken)[:, None])
         with self._lock:
             if self._held < KEPT and (code, n, number) not in self._drawn:
-                self._drawn[code, n, number] = found
-                self._held += found.taken.nbytes + found.kept.nbytes
-        return found
+                self._drawn[code, n, number] = drawn
+                self._held += drawn.taken.nbytes + drawn.kept.nbytes
+        return drawn
 
     def _order(self, code: int, number: int, draws: int, depth: int) -> NDArray[np.int32]:
-        """The first controls of each order of a batch, [draws, depth or more, or all]; the same whatever the depth."""
+        """Return the first controls of each order of a batch, [draws, depth or more or all]; the same for any depth."""
         cells = self._cells[code]
         depth = min(len(cells), max(depth, self._depths[code]))
         with self._lock:
-            found = self._orders.get((code, number))
-            if found is not None and found.shape[1] >= depth:
-                return found
+            order = self._orders.get((code, number))
+            if order is not None and order.shape[1] >= depth:
+                return order
             keys = generator(self._seed, "orders", "batch", self._numbers[code], number).random((draws, len(cells)))
             if depth < len(cells):
                 first = np.argpartition(keys, depth - 1, axis=1)[:, :depth]

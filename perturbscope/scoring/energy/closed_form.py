@@ -1,4 +1,4 @@
-"""Groups of cells whose distances follow from sums of vectors and are never formed: squared Euclidean, and cosine."""
+"""Groups of cells whose distances follow from sums of vectors and are never formed: squared Euclidean and cosine."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.scoring.energy.kernels import Subsets
-from perturbscope.scoring.energy.null import Moments, moments_of
+from perturbscope.scoring.energy.matrix import Subsets
 
 
 class LinearMarks(NamedTuple):
-    """Marked subsets of a linear group: cells, sum of half squared lengths, sum of vectors; [R], [R], [R, width]."""
+    """Marked subsets of a linear group: cells [R], sums of half squared lengths [R], sums of vectors [R, width]."""
 
     n: NDArray[np.float64]
     half: NDArray[np.float64]
@@ -20,9 +19,9 @@ class LinearMarks(NamedTuple):
 
 
 class LinearGroup:
-    """Group with the distance ``factor / 2 * |u - v|^2``: cosine on unit rows (factor 1), squared Euclidean (2).
+    """A group with the distance ``factor / 2 * |u - v|^2``: cosine on unit rows (factor 1), squared Euclidean (2).
 
-    `origin` is any point near the cells, the same for all groups that meet; it only reduces rounding.
+    `origin` is any point near the cells, the same for all groups that are compared; it only reduces rounding.
     """
 
     def __init__(self, rows: NDArray[np.float64], factor: float, origin: NDArray[np.float64]) -> None:
@@ -58,18 +57,17 @@ class LinearGroup:
             row[1:] = _within(n, np.cumsum(self.half[order]), np.cumsum(self.rows[order], axis=0))
         return sums
 
-    def moments(self) -> Moments:
+    def squares(self) -> float:
         """See :class:`perturbscope.scoring.energy.pool.Group`."""
         # sum_ij (h_i + h_j - u_i.u_j)^2, multiplied out; (u_i.u_j)^2 sums to the squared norm of the Gram matrix.
         h, u = self.half, self.rows
         gram = u.T @ u
-        squares = (
+        return (
             2 * self.size * float(h @ h)
             + 2 * float(h.sum()) ** 2
             + float((gram * gram).sum())
             - 4 * float((h @ u) @ self.total)
         )
-        return moments_of(self.row_sums, squares)
 
     def link(self, other: LinearGroup) -> LinearLink:
         """See :class:`perturbscope.scoring.energy.pool.Group`."""
@@ -87,12 +85,12 @@ class LinearLink:
         """See :class:`perturbscope.scoring.energy.pool.Link`."""
         a, b = marked_a, marked_b
         some: NDArray[np.float64] = b.n * a.half + a.n * b.half - np.einsum("rw,rw->r", a.total, b.total)
-        own = self.a
-        every: NDArray[np.float64] = b.n * own.half.sum() + own.size * b.half - b.total @ own.total
+        whole = self.a
+        every: NDArray[np.float64] = b.n * whole.half.sum() + whole.size * b.half - b.total @ whole.total
         return some, every
 
 
 def _within(n: NDArray[Any], half: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums of distances within groups of n cells, from sums of half squared lengths and of vectors."""
+    """Return sums of distances within groups of n cells, from sums of half squared lengths and of vectors."""
     sums: NDArray[np.float64] = 2 * n * half - np.einsum("rw,rw->r", total, total)
     return sums

@@ -1,11 +1,10 @@
-"""Exchanged labels that many perturbations share.
+"""Exchanges of labels that many perturbations share.
 
 A permutation test of n perturbed cells against m controls marks n of the n + m cells at random. Of these, a
-hypergeometric number k are controls, and they are a uniform random subset of k controls: as good as the first k in a
-uniform random order of all controls. So the orders are drawn once for all perturbations, and what concerns controls
-alone (the distances among the first k of each order, for all k) is summed up once. Each p-value is as valid as with
-draws of its own. The draws of different perturbations are dependent, which they are anyway, since they share the
-controls themselves.
+hypergeometric number k are controls, and they are a uniform random subset of k controls, like the first k in a uniform
+random order of all controls. So the orders are drawn once for all perturbations, and the distances among the first k of
+each order, for all k, are summed once. Each p-value is as valid as with draws of its own. The draws of different
+perturbations are dependent, as their p-values are anyway: they share the controls themselves.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.scoring.energy.kernels import Subsets
-from perturbscope.scoring.energy.pool import DenseGroup, Group, Labels
+from perturbscope.scoring.energy.matrix import DenseGroup, Subsets
+from perturbscope.scoring.energy.pool import Group, Labels
 from perturbscope.scoring.statistics import generator
 
 CHUNK = 1000
@@ -25,20 +24,20 @@ CHUNK = 1000
 KEPT = 4
 """Sizes of groups whose exchanges are kept: threads work on neighbouring sizes."""
 MAX_DEPTH = 1024
-"""Cells up to which sums over growing subsets are kept; they take the square of it in time, once."""
+"""Most cells of a growing subset whose sums are kept; the time for them grows with its square, and is spent once."""
 
 
-class Shuffles:
+class Permutations:
     """Exchanges of labels between a group and the controls, without batches.
 
     Parameters
     ----------
     controls
-        The controls.
+        The group of all controls.
     draws
         Number of exchanges.
     seed
-        Of the draws. They depend on the numbers of cells, and not on which other perturbations are scored.
+        Seed of the draws, which depend on the numbers of cells and not on which other perturbations are scored.
     """
 
     def __init__(self, controls: Group, draws: int, seed: int) -> None:
@@ -50,9 +49,9 @@ class Shuffles:
         self._within = self._rows = np.empty((0, 0))
 
     def labels(self, n: int) -> Iterator[Labels]:
-        """Yield the exchanges with a group of n cells, in chunks. Those of the last few n are kept, so ask by size."""
+        """Yield the exchanges with a group of n cells, in chunks; call it by size, since those of a few n are kept."""
         if self._draws > CHUNK:
-            # Rare, and too large to keep: drawn anew each time.
+            # Rare, and too large to keep, so drawn again each time.
             for number in range(-(-self._draws // CHUNK)):
                 with self._lock:
                     labels = self._make(n, number, min(CHUNK, self._draws - number * CHUNK))
@@ -70,25 +69,26 @@ class Shuffles:
         m = self._controls.size
         rng = generator(self._seed, "exchange", n, number)
         taken = rng.hypergeometric(m, n, n, size=draws)
-        # The smallest n - k of random keys: every subset is equally likely.
+        # Taking the n - k smallest random keys makes every subset equally likely.
         keys = rng.random((draws, n))
         cut = np.sort(keys, axis=1)[np.arange(draws), np.minimum(n - taken, n - 1)]
-        kept, cells = np.nonzero((taken == 0)[:, None] | (keys < cut[:, None]))
-        own = Subsets(cells, np.bincount(kept, minlength=draws), n)
+        rows, cells = np.nonzero((taken == 0)[:, None] | (keys < cut[:, None]))
+        of_group = Subsets(cells, np.bincount(rows, minlength=draws), n)
         depth = int(taken.max(initial=0))
         orders = self._first(depth, number, draws)
-        others = Subsets(orders[:, :depth][np.arange(depth) < taken[:, None]], taken, m)
-        marked = self._controls.mark(others)
+        of_controls = Subsets(orders[:, :depth][np.arange(depth) < taken[:, None]], taken, m)
+        marked = self._controls.mark(of_controls)
         if depth > MAX_DEPTH or self._draws > CHUNK or not self._grows(n, depth):
-            return Labels(own, others, marked, self._controls.within(marked), others.sums(self._controls.row_sums))
+            row_sums = of_controls.sums(self._controls.row_sums)
+            return Labels(of_group, of_controls, marked, self._controls.within(marked), row_sums)
         self._sum_up(depth)
-        within, rows = (table[np.arange(draws), taken] for table in (self._within, self._rows))
-        return Labels(own, others, marked, within, rows)
+        within, row_sums = (table[np.arange(draws), taken] for table in (self._within, self._rows))
+        return Labels(of_group, of_controls, marked, within, row_sums)
 
     def _grows(self, n: int, depth: int) -> bool:
-        """Whether sums over growing subsets are had, or would have cost less than those over the subsets so far.
+        """Whether sums over growing subsets are kept already, or cost less than the sums over subsets so far did.
 
-        In picoseconds of a core for each draw, measured; where distances are sums of vectors there is nothing to save.
+        Costs are picoseconds of a core for each draw, measured. Distances from sums of vectors leave nothing to save.
         """
         m = self._controls.size
         if self._within.shape[1] > depth:
@@ -97,7 +97,7 @@ class Shuffles:
         return isinstance(self._controls, DenseGroup) and self._spent > 9000 * (2 * depth) ** 2
 
     def _first(self, depth: int, number: int, draws: int) -> NDArray[np.intp]:
-        """The first controls of each order, [draws, depth or more]; the same whatever the depth."""
+        """Return the first controls of each order, [draws, depth or more]; the same for any depth."""
         if number == 0 and self._orders.shape[0] == draws and self._orders.shape[1] >= depth:
             return self._orders
         m = self._controls.size
@@ -110,7 +110,7 @@ class Shuffles:
         return first
 
     def _sum_up(self, depth: int) -> None:
-        """Have the sums over growing subsets up to `depth` cells."""
+        """Compute and keep the sums over growing subsets up to `depth` cells."""
         if self._within.shape[1] > depth:
             return
         orders = self._orders[:, : min(self._orders.shape[1], MAX_DEPTH)]

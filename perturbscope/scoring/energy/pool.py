@@ -1,11 +1,22 @@
-"""Energy distances of many groupings of the same cells.
+"""The energy distance of two groups of cells: observed, after exchanges of labels, and among controls.
 
 The distances between cells are computed once; every grouping is then a column of zeros and ones, z, and the sum of
 distances within the group it marks is the quadratic form ``z' K z``. So a thousand exchanges of labels are one matrix
 product. With unsquared Euclidean distance K is held (float32; :mod:`perturbscope.scoring.energy.matrix`); with cosine
 and squared Euclidean distance the same numbers come from sums of vectors, and K is never formed
-(:mod:`perturbscope.scoring.energy.closed_form`). The null of the statistic has a closed form:
-:mod:`perturbscope.scoring.energy.null`.
+(:mod:`perturbscope.scoring.energy.closed_form`).
+
+The null, the distance between groups of controls, has a mean and a variance in closed form. Write a distance between
+two control cells as ``d(i, j) = mean + g_i + g_j + k_ij`` (Hoeffding's decomposition), with uncorrelated parts of
+variance ``var_g`` and ``var_k``. An energy distance is a weighted sum of distances, ``sum_ij A_ij d(i, j)``, hence over
+random control groups::
+
+    mean = mean distance * sum_ij A_ij        (0 for the U estimator)
+    variance = 4 var_g sum_i (sum_j A_ij)^2 + 2 var_k sum_ij A_ij^2
+
+For the U estimator every row of A sums to zero and only ``var_k`` counts; its unbiased estimate from the controls is
+the U-centred distance variance of Szekely and Rizzo (2014). For one pair of disjoint control groups this is exactly
+the mean and variance over ALL such pairs, which a finite number of random draws only approaches.
 """
 
 from __future__ import annotations
@@ -16,53 +27,46 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from perturbscope.scoring.energy.closed_form import LinearGroup
-from perturbscope.scoring.energy.kernels import Subsets
-from perturbscope.scoring.energy.matrix import DenseGroup, DensePart
-from perturbscope.scoring.energy.null import RELATIVE_NOISE, Estimator, Moments, null_moments
-
-__all__ = [
-    "RELATIVE_NOISE",
-    "DenseGroup",
-    "DensePart",
-    "Estimator",
-    "Group",
-    "Labels",
-    "LinearGroup",
-    "Link",
-    "Members",
-    "Moments",
-    "Pool",
-    "energy",
-    "null_moments",
-]
+from perturbscope.scoring.energy.matrix import Subsets
+from perturbscope.scoring.results import Estimator
 
 Members = NDArray[np.float32]
+"""Subsets of cells as the columns of a matrix [cells, R] of 0 and 1."""
+RELATIVE_NOISE = 1e-6
+"""Statistics closer than this share of the mean distance are equal: rounding of float32 sums must not break ties."""
 
 
 class Group(Protocol):
-    """The cells of one group, and the distances among them."""
+    """The cells of one group and sums of the distances among them.
+
+    Attributes
+    ----------
+    size
+        Number of cells, n.
+    row_sums
+        Sum of each cell's distances to all cells of the group, float64 [n].
+    """
 
     size: int
     row_sums: NDArray[np.float64]
 
     def mark(self, members: Members | Subsets) -> Any:
-        """Subsets of the cells, or `members` [size, R] of 0 and 1, in the form that sums of distances are made from."""
+        """Return subsets of the cells, or `members` [n, R], in the form that sums of distances are made from."""
 
     def within(self, marked: Any) -> NDArray[np.float64]:
-        """Sum of all distances within each marked subset, [R]."""
+        """Sum all distances within each marked subset, [R]."""
 
     def inside(self, chosen: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Sum of all distances within each of a few subsets, given as positions [R, K] -> [R]."""
+        """Sum all distances within each of a few subsets, given as positions [R, K] -> [R]."""
 
     def growing(self, orders: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Sum of all distances within the first 0, 1, ..., K cells of each order, `orders` [R, K] -> [R, K + 1]."""
+        """Sum all distances within the first 0, 1, ..., K cells of each order, `orders` [R, K] -> [R, K + 1]."""
 
-    def moments(self) -> Moments:
-        """Moments of the distances between two different cells (needs four cells)."""
+    def squares(self) -> float:
+        """Sum the squared distances over all ordered pairs of cells."""
 
     def link(self, other: Any) -> Link:
-        """The distances to the cells of another group of the same kind."""
+        """Return the distances to the cells of another group of the same kind."""
 
 
 class Link(Protocol):
@@ -78,49 +82,47 @@ class Link(Protocol):
     sums_b: NDArray[np.float64]
 
     def between(self, marked_a: Any, marked_b: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Sums of distances from marked cells of one group, and from all of its cells, to marked cells of the other."""
+        """Sum distances from marked cells of one group, and from all of its cells, to marked cells of the other."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Exchanged labels of a pool: which cells of a and of b are called a's, R times.
+    """Exchanged labels of a pool: the cells of a and of b that are called a's, R times.
 
     Attributes
     ----------
-    own, others
-        Of the cells of a, and of b.
+    a, b
+        Cells of a, and cells of b, that are called a's.
     marked
-        Those of b, as :meth:`Group.mark` makes it.
+        Those of b, as :meth:`Group.mark` returns them.
     within_b, rows_b
-        Sums of the distances among b's marked cells, and of those from them to all cells of b, [R].
+        Sums of the distances among b's marked cells, and from them to all cells of b, [R].
     """
 
-    own: Subsets
-    others: Subsets
+    a: Subsets
+    b: Subsets
     marked: Any
     within_b: NDArray[np.float64]
     rows_b: NDArray[np.float64]
 
     @classmethod
     def of(cls, a: Members, b: Members, group_b: Group) -> Labels:
-        """Labels of a's cells [n, R] and of b's cells [m, R]."""
-        others = Subsets.of(b)
-        marked = group_b.mark(others)
-        return cls(Subsets.of(a), others, marked, group_b.within(marked), others.sums(group_b.row_sums))
-
-    @property
-    def a(self) -> Members:
-        """Labels of a's cells, float32 [n, R] of 0 and 1."""
-        return self.own.members
-
-    @property
-    def b(self) -> Members:
-        """Labels of b's cells, float32 [m, R] of 0 and 1."""
-        return self.others.members
+        """Return the labels that mark a's cells [n, R] and b's cells [m, R]."""
+        subsets = Subsets.of(b)
+        marked = group_b.mark(subsets)
+        return cls(Subsets.of(a), subsets, marked, group_b.within(marked), subsets.sums(group_b.row_sums))
 
 
 class Pool:
-    """Two groups seen as one pool of cells, to be split again by exchanged labels."""
+    """Two groups seen as one pool of cells, to be split again by exchanged labels.
+
+    Attributes
+    ----------
+    total
+        Sum of the distances over all ordered pairs of the pool.
+    noise
+        Difference up to which two statistics of the pool are equal (:data:`RELATIVE_NOISE`).
+    """
 
     def __init__(self, a: Group, b: Group, estimator: Estimator) -> None:
         self.a, self.b, self.estimator = a, b, estimator
@@ -138,20 +140,20 @@ class Pool:
         return float(energy(between, within_a, within_b, self.a.size, self.b.size, self.estimator))
 
     def split(self, members: Members) -> NDArray[np.float64]:
-        """Energy distance between the marked cells and the rest, for each column of `members` [n + m, R]."""
+        """Return the energy distance between marked cells and the rest, for each column of `members` [n + m, R]."""
         return self.exchanged(Labels.of(members[: self.a.size], members[self.a.size :], self.b))
 
     def exchanged(self, labels: Labels) -> NDArray[np.float64]:
-        """Energy distance between the cells that are called a's and the rest, [R]."""
-        marked = self.a.mark(labels.own)
+        """Return the energy distance between the cells that are called a's and the rest, [R]."""
+        marked = self.a.mark(labels.a)
         between, reach_b = self.link.between(marked, labels.marked)
         inside = self.a.within(marked) + labels.within_b + 2 * between
-        reach = labels.own.sums(self.row_sums[: self.a.size]) + reach_b + labels.rows_b
+        reach = labels.a.sums(self.row_sums[: self.a.size]) + reach_b + labels.rows_b
         rest = self.total - 2 * reach + inside
         return energy(reach - inside, inside, rest, self.a.size, self.b.size, self.estimator)
 
     def sampled(self, chosen: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Energy distance between group a and each subset of group b, given as positions [R, K]."""
+        """Return the energy distance between group a and each subset of group b, given as positions [R, K]: [R]."""
         between = self.link.sums_b[chosen].sum(axis=1)
         within_a, within_b = float(self.a.row_sums.sum()), self.b.inside(chosen)
         return energy(between, within_a, within_b, self.a.size, chosen.shape[1], self.estimator)
@@ -160,8 +162,73 @@ class Pool:
 def energy(
     between: ArrayLike, within_a: ArrayLike, within_b: ArrayLike, n: int, m: int, estimator: Estimator
 ) -> NDArray[np.float64]:
-    """Energy distance from sums of distances: between the groups, and over ordered pairs within each."""
+    """Return energy distances from sums of distances: between the groups, and over ordered pairs within each."""
     own = 1 if estimator == "U" else 0
     across, a, b = (np.asarray(sums, dtype=np.float64) for sums in (between, within_a, within_b))
     value: NDArray[np.float64] = 2 * across / (n * m) - a / (n * (n - own)) - b / (m * (m - own))
     return value
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of the distances between controls, from which the null follows.
+
+    Attributes
+    ----------
+    mean
+        Mean distance between two different cells.
+    var_g
+        Variance of a cell's mean distance to the others.
+    var_k
+        Variance of the part of a distance that its two cells' means do not explain.
+    """
+
+    mean: float
+    var_g: float
+    var_k: float
+
+
+def moments_of(group: Group) -> Moments:
+    """Return moments of the distances between two different cells of a group (needs four cells).
+
+    Each is an unbiased U-statistic: of means over pairs, over pairs of pairs that share a cell, and over those that
+    share none.
+    """
+    row_sums, n = group.row_sums, group.size
+    pairs = n * (n - 1)
+    mean = float(row_sums.sum()) / pairs
+    rows = row_sums - (n - 1) * mean
+    same = max(group.squares() - pairs * mean**2, 0.0)
+    sharing = float(rows @ rows) - same
+    apart = -4 * float(rows @ rows) + 2 * same
+    e_same = same / pairs
+    e_sharing = sharing / (pairs * (n - 2))
+    e_apart = apart / (pairs * (n - 2) * (n - 3))
+    var_g, var_k = max(e_sharing - e_apart, 0.0), max(e_same - 2 * e_sharing + e_apart, 0.0)
+    # Below this, what varies is the rounding of the distances.
+    floor = (RELATIVE_NOISE * mean) ** 2
+    return Moments(mean, var_g if var_g > floor else 0.0, var_k if var_k > floor else 0.0)
+
+
+def null_moments(
+    moments: Moments, n: int, m: int, *, pool: int, repeats: int, estimator: Estimator
+) -> tuple[float, float]:
+    """Return mean and sd of the energy distance between a group of n controls and other controls.
+
+    The statistic is the mean of D(X, Y_r) over `repeats` groups Y_r of m cells, each drawn from the same `pool` cells;
+    with ``repeats=1`` it is D of two disjoint groups. Averaging narrows the null, since only Y varies between repeats:
+    comparing an averaged distance with single draws would make z too small by up to a half.
+    """
+    own = 1 if estimator == "U" else 0
+    # Expected squares of the share of the repeats that a cell of the pool, and a pair of them, is drawn in.
+    one, two = m / pool, m * (m - 1) / (pool * max(pool - 1, 1))
+    cell = one / repeats + (1 - 1 / repeats) * one**2
+    pair = two / repeats + (1 - 1 / repeats) * two**2
+    squares = (
+        (n - 1) / (n * (n - own) ** 2) + 2 * pool * cell / (n * m**2) + pool * (pool - 1) * pair / (m * (m - own)) ** 2
+    )
+    variance = 2 * moments.var_k * squares
+    if estimator == "U":
+        return 0.0, float(np.sqrt(variance))
+    variance += 4 * moments.var_g * (1 / n**3 + pool * cell / m**4)
+    return moments.mean * (1 / n + 1 / m), float(np.sqrt(variance))

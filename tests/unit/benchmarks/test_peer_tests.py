@@ -10,8 +10,10 @@ import pytest
 from benchmarks._peer_tests import PERTPY, SCPERTURB, holm_sidak, largest_family, peer_e_test
 from benchmarks.peers import CONTROL, DEFINITIONS, PERMUTATIONS, STORED, misplaced, vectors
 from perturbscope.errors import ControlLabelMissingError
-from perturbscope.scoring.control import ScoreOptions, score_perturbations
-from perturbscope.scoring.distances import e_distance, pairwise_distances, transport_cost, wasserstein
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.distances import e_distance, pairwise_distances
+from perturbscope.scoring.optimal_transport import transport_cost, wasserstein
+from perturbscope.scoring.results import ScoreOptions
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from benchmarks._planted_screens import ControlPCA, Effect, measured, plant, pla
 from evaluation.baselines import pca
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import EmptyCellError, InvalidParameterError, TooFewCellsError, TooFewControlsError
-from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.results import ScoreOptions
 
 BLOCKS = (20, 50, 100)
 MODULE = np.array([3, 7, 11, 20])

@@ -5,7 +5,8 @@ import pytest
 
 from evaluation.power import cells_needed, power
 from perturbscope.errors import ControlLabelMissingError, InvalidParameterError, TooFewCellsError
-from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.results import ScoreOptions
 
 QUICK = ScoreOptions(permutations=59, repeats=1)
 

@@ -16,9 +16,10 @@ from evaluation.separation import (
 )
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import TooFewControlsError
-from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.energy.pool import Moments, null_moments
 from perturbscope.scoring.pairs import compare_perturbations
+from perturbscope.scoring.results import ScoreOptions
 
 OPTIONS = SeparationOptions(permutations=99, splits=30, transport_cells=20, transport_draws=10, seed=1)
 

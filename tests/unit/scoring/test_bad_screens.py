@@ -26,7 +26,8 @@ from perturbscope.errors import (
     TooFewCellsError,
     TooFewControlsError,
 )
-from perturbscope.scoring.control import calibrate, score_perturbations
+from perturbscope.scoring.calibration import calibrate
+from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.pairs import compare_perturbations
 from perturbscope.scoring.results import FLAGS, ScoreOptions
 from tests.screens import make_screen

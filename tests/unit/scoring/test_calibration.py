@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from perturbscope.errors import InvalidParameterError
-from perturbscope.scoring.control import ScoreOptions, calibrate
+from perturbscope.scoring.calibration import calibrate
+from perturbscope.scoring.results import ScoreOptions
 
 BOTH = ScoreOptions(metrics=("e_distance", "cosine_e_distance"))
 

@@ -16,9 +16,9 @@ from perturbscope.errors import (
     TooFewCellsError,
     TooFewControlsError,
 )
-from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.distances import e_distance, unit_rows
-from perturbscope.scoring.results import FLAGS, SCORE_COLUMNS
+from perturbscope.scoring.results import FLAGS, SCORE_COLUMNS, ScoreOptions
 from perturbscope.scoring.statistics import benjamini_hochberg
 
 FAST = ScoreOptions(permutations=99)

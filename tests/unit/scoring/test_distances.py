@@ -12,15 +12,8 @@ from scipy.spatial.distance import cdist
 from scipy.stats import ortho_group, wasserstein_distance
 
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, SolverError, TooFewCellsError
-from perturbscope.scoring.distances import (
-    assignment_cost,
-    check_rows,
-    e_distance,
-    pairwise_distances,
-    transport_cost,
-    unit_rows,
-    wasserstein,
-)
+from perturbscope.scoring.distances import check_rows, e_distance, pairwise_distances, unit_rows
+from perturbscope.scoring.optimal_transport import assignment_cost, transport_cost, wasserstein
 
 DISTANCES = ["euclidean", "sqeuclidean", "cosine"]
 
@@ -195,7 +188,7 @@ def test_solver_that_stops_early_raises_instead_of_giving_a_number(rng):
 def test_transport_imports_no_array_library_and_leaves_the_environment_alone():
     code = (
         "import os, sys, numpy as np; before = dict(os.environ); "
-        "from perturbscope.scoring.distances import wasserstein; "
+        "from perturbscope.scoring.optimal_transport import wasserstein; "
         "assert 'ot' not in sys.modules; wasserstein(np.eye(3), np.eye(3)); assert dict(os.environ) == before; "
         "print([m for m in ('torch', 'jax', 'tensorflow', 'cupy') if m in sys.modules])"
     )

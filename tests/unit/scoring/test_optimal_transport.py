@@ -9,8 +9,8 @@ import pytest
 
 from perturbscope import threads
 from perturbscope.errors import SolverError
-from perturbscope.scoring.distances import assignment_cost, pairwise_distances, transport_cost
-from perturbscope.scoring.optimal_transport import BATCH, SMALL, Pick, picked_costs
+from perturbscope.scoring.distances import pairwise_distances
+from perturbscope.scoring.optimal_transport import BATCH, SMALL, Pick, assignment_cost, picked_costs, transport_cost
 
 
 @pytest.fixture(scope="module")

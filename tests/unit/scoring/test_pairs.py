@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from perturbscope.errors import InvalidParameterError, TooFewCellsError
-from perturbscope.scoring.control import ScoreOptions
-from perturbscope.scoring.distances import e_distance, unit_rows, wasserstein
+from perturbscope.scoring.distances import e_distance, unit_rows
+from perturbscope.scoring.optimal_transport import wasserstein
 from perturbscope.scoring.pairs import compare_perturbations
-from perturbscope.scoring.results import COMPARE_COLUMNS
+from perturbscope.scoring.results import COMPARE_COLUMNS, ScoreOptions
 
 FAST = ScoreOptions(permutations=99)
 

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare, ks_2samp
 
-from perturbscope.scoring.control import ScoreOptions, score_perturbations
+from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.energy import batch_permutations
-from perturbscope.scoring.energy.batch_permutations import StratifiedShuffles
-from perturbscope.scoring.energy.pool import DenseGroup, Group, LinearGroup, Pool
+from perturbscope.scoring.energy.batch_permutations import BatchPermutations
+from perturbscope.scoring.energy.closed_form import LinearGroup
+from perturbscope.scoring.energy.matrix import DenseGroup
+from perturbscope.scoring.energy.pool import Group, Pool
+from perturbscope.scoring.results import ScoreOptions
 from perturbscope.scoring.statistics import Exchange
 
 KINDS = pytest.mark.parametrize("kind", ["dense", "linear"])
@@ -30,10 +33,10 @@ def test_every_exchange_within_batches_is_equally_likely_and_no_other_occurs() -
     both = [combinations([1, 4, 5, 6, 9], 2), combinations([0, 2, 7, 8], 2)]
     chosen = {tuple(sorted([3, *first, *second])): 0 for first, second in product(*both)}
     assert len(chosen) == 60
-    for labels in StratifiedShuffles(controls, of_controls, 6000, 3).labels(of_cells):
-        members = np.concatenate([labels.a, labels.b])
-        np.testing.assert_allclose(labels.rows_b, controls.row_sums @ labels.b, rtol=1e-6)
-        np.testing.assert_allclose(labels.within_b, controls.within(controls.mark(labels.b)), rtol=1e-6)
+    for labels in BatchPermutations(controls, of_controls, 6000, 3).labels(of_cells):
+        members = np.concatenate([labels.a.members, labels.b.members])
+        np.testing.assert_allclose(labels.rows_b, controls.row_sums @ labels.b.members, rtol=1e-6)
+        np.testing.assert_allclose(labels.within_b, controls.within(controls.mark(labels.b.members)), rtol=1e-6)
         for column in members.T:
             chosen[tuple(np.flatnonzero(column).tolist())] += 1
     assert sum(chosen.values()) == 6000
@@ -47,7 +50,7 @@ def test_the_null_is_that_of_independent_exchanges(kind: str) -> None:
     pool = Pool(group(kind, 30, 0, shift=0.5), group(kind, 80, 1), "U")
     exchange = Exchange.of(30, 80, np.concatenate([cells, controls]))
     own = np.concatenate([pool.split(members) for members in exchange.draw(2500, rng)])
-    found = StratifiedShuffles(pool.b, controls, 2500, 0).labels(cells)
+    found = BatchPermutations(pool.b, controls, 2500, 0).labels(cells)
     shared = np.concatenate([pool.exchanged(labels) for labels in found])
     assert len(shared) == 2500
     assert ks_2samp(own, shared).pvalue > 0.01
@@ -59,20 +62,20 @@ def test_sums_prepared_for_many_groups_equal_direct_sums(monkeypatch: pytest.Mon
     groups = [rng.integers(6, size=n) for n in (5, 9, 14, 40)] + [np.full(3, 9), np.full(60, 1)]
     monkeypatch.setattr(batch_permutations, "CHUNK", 40)
     monkeypatch.setattr(batch_permutations, "_ROWS", 2)
-    monkeypatch.setattr(StratifiedShuffles, "_pays", lambda *_: True)
-    prepared, direct = (StratifiedShuffles(controls, batches, 100, 3) for _ in range(2))
+    monkeypatch.setattr(BatchPermutations, "_pays", lambda *_: True)
+    prepared, direct = (BatchPermutations(controls, batches, 100, 3) for _ in range(2))
     prepared.prepare(groups)
     for cells in groups:
         for one, other in zip(prepared.labels(cells), direct.labels(cells), strict=True):
-            np.testing.assert_array_equal(one.a, other.a)
-            np.testing.assert_array_equal(one.b, other.b)
+            np.testing.assert_array_equal(one.a.members, other.a.members)
+            np.testing.assert_array_equal(one.b.members, other.b.members)
             np.testing.assert_allclose(one.within_b, other.within_b, rtol=1e-6, atol=1e-9)
 
 
 def test_a_table_pays_for_many_groups_only() -> None:
     rng = np.random.default_rng(5)
     batches = rng.integers(3, size=600)
-    shuffles = StratifiedShuffles(group("dense", 600, 1), batches, 5, 3)
+    shuffles = BatchPermutations(group("dense", 600, 1), batches, 5, 3)
     groups = [rng.integers(3, size=30) for _ in range(40)]
     shuffles.prepare(groups[:1])
     assert not shuffles._sums

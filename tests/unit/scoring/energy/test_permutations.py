@@ -10,8 +10,10 @@ import pytest
 from scipy.stats import chisquare, ks_2samp
 
 from perturbscope.scoring.energy import permutations
-from perturbscope.scoring.energy.permutations import Shuffles
-from perturbscope.scoring.energy.pool import DenseGroup, Group, LinearGroup, Pool
+from perturbscope.scoring.energy.closed_form import LinearGroup
+from perturbscope.scoring.energy.matrix import DenseGroup
+from perturbscope.scoring.energy.permutations import Permutations
+from perturbscope.scoring.energy.pool import Group, Pool
 from perturbscope.scoring.statistics import Exchange
 
 
@@ -23,7 +25,7 @@ def group(kind: str, n: int, seed: int, shift: float = 0.0) -> Group:
 KINDS = pytest.mark.parametrize("kind", ["dense", "linear"])
 
 
-def null_of(shuffled: Shuffles, pool: Pool) -> np.ndarray:
+def null_of(shuffled: Permutations, pool: Pool) -> np.ndarray:
     return np.concatenate([pool.exchanged(labels) for labels in shuffled.labels(pool.a.size)])
 
 
@@ -32,7 +34,7 @@ def test_the_null_is_that_of_independent_exchanges(kind: str) -> None:
     pool = Pool(group(kind, 30, 0, shift=0.5), group(kind, 80, 1), "U")
     rng = np.random.default_rng(2)
     own = np.concatenate([pool.split(members) for members in Exchange.of(30, 80).draw(3000, rng)])
-    shared = null_of(Shuffles(pool.b, 3000, 0), pool)
+    shared = null_of(Permutations(pool.b, 3000, 0), pool)
     assert ks_2samp(own, shared).pvalue > 0.01
     assert shared.std() > 0
 
@@ -41,7 +43,7 @@ def test_the_null_is_that_of_independent_exchanges(kind: str) -> None:
 def test_sums_over_growing_subsets_equal_direct_sums(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     controls = group(kind, 60, 1)
     pools = [Pool(group(kind, n, n, shift=0.3), controls, "V") for n in (7, 20, 59, 90)]
-    grown, direct = Shuffles(controls, 50, 3), Shuffles(controls, 50, 3)
+    grown, direct = Permutations(controls, 50, 3), Permutations(controls, 50, 3)
     first = [null_of(grown, pool) for pool in pools]
     monkeypatch.setattr(permutations, "MAX_DEPTH", 0)
     for pool, expected in zip(reversed(pools), reversed(first), strict=True):
@@ -50,7 +52,7 @@ def test_sums_over_growing_subsets_equal_direct_sums(kind: str, monkeypatch: pyt
 
 def test_sums_over_growing_subsets_come_when_they_have_paid(monkeypatch: pytest.MonkeyPatch) -> None:
     controls = group("dense", 600, 1)
-    shuffled, direct = Shuffles(controls, 20, 3), Shuffles(controls, 20, 3)
+    shuffled, direct = Permutations(controls, 20, 3), Permutations(controls, 20, 3)
     monkeypatch.setattr(direct, "_grows", lambda *_: False)
     for n in range(3, 40):
         (one,), (other,) = shuffled.labels(n), direct.labels(n)
@@ -64,11 +66,11 @@ def test_sums_over_growing_subsets_come_when_they_have_paid(monkeypatch: pytest.
 def test_labels_are_exchanges_of_the_pool_each_equally_likely() -> None:
     controls = group("dense", 4, 1)
     chosen = dict.fromkeys(combinations(range(7), 3), 0)
-    for labels in Shuffles(controls, 7000, 5).labels(3):
-        members = np.concatenate([labels.a, labels.b])
+    for labels in Permutations(controls, 7000, 5).labels(3):
+        members = np.concatenate([labels.a.members, labels.b.members])
         assert (members.sum(axis=0) == 3).all()
-        np.testing.assert_allclose(labels.rows_b, controls.row_sums @ labels.b, rtol=1e-6)
-        np.testing.assert_allclose(labels.within_b, controls.within(controls.mark(labels.b)), rtol=1e-6)
+        np.testing.assert_allclose(labels.rows_b, controls.row_sums @ labels.b.members, rtol=1e-6)
+        np.testing.assert_allclose(labels.within_b, controls.within(controls.mark(labels.b.members)), rtol=1e-6)
         for column in members.T:
             chosen[tuple(np.flatnonzero(column).tolist())] += 1
     assert sum(chosen.values()) == 7000
@@ -77,11 +79,11 @@ def test_labels_are_exchanges_of_the_pool_each_equally_likely() -> None:
 
 def test_draws_depend_on_the_size_and_the_seed_alone() -> None:
     controls = group("dense", 40, 1)
-    once, after_others = Shuffles(controls, 20, 0), Shuffles(controls, 20, 0)
+    once, after_others = Permutations(controls, 20, 0), Permutations(controls, 20, 0)
     for n in (30, 3, 12):
         list(after_others.labels(n))
     (a,), (b,) = once.labels(12), after_others.labels(12)
-    np.testing.assert_array_equal(a.a, b.a)
-    np.testing.assert_array_equal(a.b, b.b)
-    (other,) = Shuffles(controls, 20, 1).labels(12)
-    assert (other.b != a.b).any()
+    np.testing.assert_array_equal(a.a.members, b.a.members)
+    np.testing.assert_array_equal(a.b.members, b.b.members)
+    (other,) = Permutations(controls, 20, 1).labels(12)
+    assert (other.b.members != a.b.members).any()

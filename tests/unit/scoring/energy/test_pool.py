@@ -9,7 +9,9 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from perturbscope.scoring.distances import e_distance, unit_rows
-from perturbscope.scoring.energy.pool import DenseGroup, LinearGroup, Pool, null_moments
+from perturbscope.scoring.energy.closed_form import LinearGroup
+from perturbscope.scoring.energy.matrix import DenseGroup
+from perturbscope.scoring.energy.pool import Pool, moments_of, null_moments
 
 KINDS = ["euclidean", "sqeuclidean", "cosine"]
 
@@ -50,7 +52,7 @@ def test_row_sums_and_moments_of_both_kinds_of_group(rng, kind):
     rows = rng.normal(size=(15, 4)) + 2
     group, d = make(rows, kind, rng.normal(size=4)), matrix(rows, kind)
     np.testing.assert_allclose(group.row_sums, d.sum(axis=1), rtol=1e-5)
-    found = group.moments()
+    found = moments_of(group)
     # Unbiased moments by enumeration of different cells.
     n = len(d)
     same = np.mean([d[i, j] ** 2 for i in range(n) for j in range(n) if i != j])
@@ -79,7 +81,7 @@ def test_u_null_is_exactly_that_of_all_pairs_of_disjoint_groups(rng, kind, n, m)
         for x in combinations(range(8), n)
         for y in combinations(sorted(set(range(8)) - set(x)), m)
     ]
-    mean, sd = null_moments(make(controls, kind).moments(), n, m, pool=m, repeats=1, estimator="U")
+    mean, sd = null_moments(moments_of(make(controls, kind)), n, m, pool=m, repeats=1, estimator="U")
     assert np.mean(values) == pytest.approx(mean, abs=1e-7)
     assert np.std(values) == pytest.approx(sd, rel=1e-4)
 
@@ -89,7 +91,7 @@ def test_u_null_is_exactly_that_of_all_pairs_of_disjoint_groups(rng, kind, n, m)
     ("n", "m", "pool", "repeats"), [(20, 20, 60, 1), (20, 20, 60, 10), (30, 20, 20, 5), (9, 9, 200, 4)]
 )
 def test_null_of_averaged_distances_holds_for_fresh_cells(rng, estimator, n, m, pool, repeats):
-    moments = DenseGroup(rng.standard_t(6, size=(1500, 3))).moments()
+    moments = moments_of(DenseGroup(rng.standard_t(6, size=(1500, 3))))
     mean, sd = null_moments(moments, n, m, pool=pool, repeats=repeats, estimator=estimator)
     values = []
     for _ in range(1500):
@@ -101,7 +103,7 @@ def test_null_of_averaged_distances_holds_for_fresh_cells(rng, estimator, n, m, 
 
 
 def test_a_single_draw_null_would_be_too_wide_for_an_averaged_distance(rng):
-    moments = DenseGroup(rng.normal(size=(200, 5))).moments()
+    moments = moments_of(DenseGroup(rng.normal(size=(200, 5))))
     one, many = (null_moments(moments, 30, 30, pool=1000, repeats=r, estimator="U")[1] for r in (1, 1000))
     assert one / many == pytest.approx(2, rel=0.05)
 
@@ -109,5 +111,5 @@ def test_a_single_draw_null_would_be_too_wide_for_an_averaged_distance(rng):
 def test_constant_controls_have_no_spread():
     rows = np.full((30, 4), 0.3, dtype=np.float32).astype(float)
     for kind in KINDS:
-        moments = make(rows, kind).moments()
+        moments = moments_of(make(rows, kind))
         assert null_moments(moments, 5, 5, pool=25, repeats=3, estimator="U") == (0.0, 0.0)

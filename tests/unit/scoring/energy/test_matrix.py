@@ -7,17 +7,18 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from perturbscope.scoring.control import ScoreOptions, score_perturbations
-from perturbscope.scoring.energy import kernels
-from perturbscope.scoring.energy.kernels import Compute, Points, Subsets, distances, sums, to_numpy
-from perturbscope.scoring.energy.pool import DenseGroup, Labels, Pool
+from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.energy import matrix as module
+from perturbscope.scoring.energy.matrix import Compute, DenseGroup, Points, Subsets, distances, sums, to_numpy
+from perturbscope.scoring.energy.pool import Labels, Pool, moments_of
+from perturbscope.scoring.results import ScoreOptions
 
 RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("tile", [1, 100, 2**18])
 def test_distances_are_those_of_scipy(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "TILE", tile)
+    monkeypatch.setattr(module, "TILE", tile)
     x, y = RNG.normal(size=(30, 7)), RNG.normal(size=(17, 7))
     np.testing.assert_allclose(distances(Points(x), Points(y)), cdist(x, y), rtol=1e-5)
     among = distances(Points(x))
@@ -41,7 +42,7 @@ def test_near_and_equal_cells_keep_their_digits() -> None:
 def test_sums_over_subsets(share: float) -> None:
     members = (RNG.random((50, 12)) < share).astype(np.float32)
     subsets, matrix = Subsets.of(members), RNG.random((50, 9)).astype(np.float32)
-    assert subsets.sparse == (members.mean() < kernels.DENSE)
+    assert subsets.sparse == (members.mean() < module.DENSE)
     np.testing.assert_array_equal(subsets.members, members)
     np.testing.assert_allclose(subsets.sums(matrix), members.T @ matrix, rtol=1e-5)
     rows = RNG.random((12, 50)).astype(np.float32)
@@ -64,7 +65,7 @@ def test_another_array_library_gives_the_same_numbers() -> None:
             *pool.exchanged(labels),
             *controls.inside(chosen),
             *controls.growing(chosen[:, :4]).ravel(),
-            controls.moments().var_k,
+            moments_of(controls).var_k,
         ]
         assert isinstance(own.matrix, torch.Tensor if name == "torch" else np.ndarray)
     np.testing.assert_allclose(found["torch"], found["numpy"], rtol=1e-5, atol=1e-6)
