@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from benchmarks.performance.embedding_models import Weights, tokens
+from benchmarks.performance.embedding_models import Weights, equal_cells, tokens
 from benchmarks.performance.harness import Options, matmul_ceiling, table
-from perturbscope.cells.genes import GeneCoverage
 from perturbscope.families.tokens import TokenizedCells, pad
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.cpu_graph import DISABLED_OPTIMIZERS, cpu_graph
@@ -38,7 +37,7 @@ def floors(models: Sequence[Weights], options: Options) -> tuple[str, dict[str, 
         embedder = Embedder.from_bundle(bundle)
         size, layers = shape(bundle)
         sets = {
-            f"{length} tokens": equal_cells(bundle, length, max(1, 8192 // length))
+            f"{length} tokens": equal_cells(bundle.vocabulary, length, max(1, 8192 // length))
             for length in LENGTHS
             if length <= embedder.family.max_length
         }
@@ -105,7 +104,7 @@ def profile(bundle: Bundle, length: int, *, turns: int) -> dict[str, float]:
             providers=["CPUExecutionProvider"],
             disabled_optimizers=[*DISABLED_OPTIMIZERS],
         )
-        cells = equal_cells(bundle, length, max(1, 1024 // length))
+        cells = equal_cells(bundle.vocabulary, length, max(1, 1024 // length))
         inputs = pad(cells, np.arange(len(cells)), bundle.family().inputs)
         for _ in range(turns):
             session.run(None, inputs)
@@ -144,16 +143,3 @@ def shape(bundle: Bundle) -> tuple[ModelSize, int]:
         vocabulary=len(bundle.vocabulary),
     )
     return size, bundle.manifest.parity["blocks_in_graph"]
-
-
-def equal_cells(bundle: Bundle, length: int, n_cells: int) -> TokenizedCells:
-    """Cells of one length, genes at random."""
-    rng = np.random.default_rng(0)
-    genes = bundle.vocabulary.tokens
-    return TokenizedCells(
-        arrays={"input_ids": np.concatenate([rng.choice(genes, length, replace=False) for _ in range(n_cells)])},
-        offsets=np.arange(n_cells + 1, dtype=np.int64) * length,
-        known_share=np.ones(n_cells, dtype=np.float32),
-        n_detected=np.full(n_cells, length, dtype=np.int32),
-        coverage=GeneCoverage(n_genes=1, n_matched=1),
-    )

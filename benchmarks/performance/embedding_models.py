@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 
 from benchmarks.performance.harness import DATA, ROOT
 from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
 from perturbscope.cells.readers import open_cells
 from perturbscope.families.tokens import TokenizedCells, concatenate
 from perturbscope.inference.bundle import Bundle
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
+
+    from training.families.rank.model import RankModelConfig
 
 FILES = {
     "Kang": "kang2018_ifnb_pbmc",
@@ -66,15 +69,22 @@ def default_weights() -> Weights:
 
 def paper_weights() -> Weights:
     """A model of the paper's shape with random weights, made by the project's own export the first time."""
+    from training.families.rank.model import RankModelConfig
+
+    checkpoint, bundle = BUILT / "paper-shape-checkpoint", BUILT / "paper-shape"
+    random_bundle(RankModelConfig(), checkpoint, bundle, variants=("int8",))
+    return Weights(title="paper, 6 x 256, 2,048 tokens", bundle=bundle, checkpoint=checkpoint)
+
+
+def random_bundle(config: RankModelConfig, checkpoint: Path, bundle: Path, **export: Any) -> None:
+    """Write a checkpoint with random weights and its bundle, unless they are there."""
     import torch
 
     from export.pipeline import export_checkpoint
     from training.checkpoint import save_checkpoint
-    from training.families.rank.model import RankModelConfig, build_model
+    from training.families.rank.model import build_model
 
-    checkpoint, bundle = BUILT / "paper-shape-checkpoint", BUILT / "paper-shape"
     vocabulary = Bundle.open(DEFAULT).vocabulary
-    config = RankModelConfig()
     if not checkpoint.exists():
         torch.manual_seed(0)
         save_checkpoint(
@@ -87,8 +97,7 @@ def paper_weights() -> Weights:
             provenance={"weights": "random, for benchmarks"},
         )
     if not bundle.exists():
-        export_checkpoint(checkpoint, bundle, name="paper-shape", version="0", variants=("int8",))
-    return Weights(title="paper, 6 x 256, 2,048 tokens", bundle=bundle, checkpoint=checkpoint)
+        export_checkpoint(checkpoint, bundle, name=bundle.name, version="0", **export)
 
 
 def from_bundle(path: Path) -> BertForMaskedLM:
@@ -149,6 +158,23 @@ def tokens(bundle: Path, source: str, n_cells: int) -> TokenizedCells:
     each = n_cells // len(FILES)
     joined = concatenate([family.tokenize(counts(name, each)) for name in FILES])
     return pick(joined, np.random.default_rng(0).permutation(len(joined)))
+
+
+def equal_cells(vocabulary: GeneVocabulary, length: int, n_cells: int, *, repeat: bool = False) -> TokenizedCells:
+    """Cells of one length with genes at random; with `repeat` a gene may be in a cell twice, which is faster."""
+    rng = np.random.default_rng(0)
+    genes = vocabulary.tokens
+    if repeat:
+        ids = rng.choice(genes, n_cells * length)
+    else:
+        ids = np.concatenate([rng.choice(genes, length, replace=False) for _ in range(n_cells)])
+    return TokenizedCells(
+        arrays={"input_ids": ids},
+        offsets=np.arange(n_cells + 1, dtype=np.int64) * length,
+        known_share=np.ones(n_cells, dtype=np.float32),
+        n_detected=np.full(n_cells, length, dtype=np.int32),
+        coverage=GeneCoverage(n_genes=1, n_matched=1),
+    )
 
 
 def pick(cells: TokenizedCells, rows: NDArray[np.integer[Any]]) -> TokenizedCells:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.performance.gpu_forms import forms, projection
+from benchmarks.performance.gpu_measure import cuda_here, kernels, last_line, measure, waiting
 from benchmarks.performance.gpu_overlap import overlap
-from benchmarks.performance.gpu_routes import cuda_here, kernels, last_line, measure, waiting
 from benchmarks.performance.gpu_shapes import buckets
 from benchmarks.performance.harness import Options, Section
 

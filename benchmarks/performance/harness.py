@@ -269,8 +269,8 @@ def commit() -> str:
         return "no checkout"
 
 
-def padding_share(lengths: Sequence[int] | NDArray[np.integer], batches: Sequence[NDArray[np.intp]]) -> float:
-    """Share of padded slots that hold no token, in [0, 1)."""
+def padding_share(lengths: Sequence[int] | NDArray[np.integer], batches: Sequence[NDArray[np.integer]]) -> float:
+    """Share of the slots that hold no token, in [0, 1), if each batch is padded to its longest cell."""
     lengths = np.asarray(lengths)
     slots = sum(int(lengths[batch].max()) * len(batch) for batch in batches)
-    return 1.0 - float(lengths.sum()) / slots if slots else 0.0
+    return 1.0 - sum(int(lengths[batch].sum()) for batch in batches) / slots if slots else 0.0

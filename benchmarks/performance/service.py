@@ -23,9 +23,21 @@ from numpy.typing import NDArray
 
 from benchmarks.performance import service_policies as policies
 from benchmarks.performance.harness import ROOT, Options, Section, table
-from benchmarks.performance.service_inputs import Ask, Plan, embedder, mix, right, tokens_of
+from benchmarks.performance.service_inputs import (
+    STREAMS,
+    UNARY,
+    Ask,
+    Job,
+    Outcome,
+    Plan,
+    Way,
+    embedder,
+    mix,
+    right,
+    tokens_of,
+)
 from benchmarks.performance.service_latency import curve, idle, job
-from benchmarks.performance.service_load import CALLERS, STREAMS, UNARY, Callers, Job, Outcome, Way
+from benchmarks.performance.service_load import CALLERS, Callers
 from perturbscope.threads import usable_cores
 from serving.settings import DEFAULT_BUNDLE
 from tests.integration.server import RunningServer, environment

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,10 @@ POOL = 1500
 SIZES = {1: 24, 2: 12, 4: 8, 8: 6, 16: 4, 32: 2, 64: 2, 128: 1, 256: 1, 512: 1}
 """Cells of a request, and how many requests of that size the mix has."""
 QUICK_SIZES = {1: 6, 4: 2, 16: 2, 64: 1}
+Way = Literal["HTTP JSON", "HTTP Arrow", "gRPC", "gRPC stream", "HTTP Arrow stream", "BentoML batchable"]
+UNARY: tuple[Way, ...] = ("HTTP JSON", "HTTP Arrow", "gRPC")
+STREAMS: tuple[Way, ...] = ("gRPC stream", "HTTP Arrow stream")
+RPC = "/perturbscope.v1.PerturbScope/"
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,63 @@ class Ask:
     def cells(self) -> CountMatrix:
         """The cells."""
         return pool(self.source)[np.array(self.rows)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to send, and when.
+
+    Attributes
+    ----------
+    way
+        Over which interface.
+    address
+        ``host:port``.
+    asks
+        The requests.
+    callers
+        As many requests are in progress, a new one as soon as one is answered, until all were sent once; 0: see `rate`.
+    rate
+        Requests a second, at random times (a Poisson process), whatever is answered; sent for `seconds`.
+    seconds
+        Of sending at a rate; requests are taken from the beginning again when all were sent.
+    pause
+        Seconds that a caller rests between an answer and its next request.
+    """
+
+    way: Way
+    address: str
+    asks: list[Ask]
+    callers: int = 0
+    rate: float = 0.0
+    seconds: float = 0.0
+    pause: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """What came of a job.
+
+    Attributes
+    ----------
+    wall, cpu
+        Seconds from the first request to the last answer, and of this process's processors in them.
+    latency
+        Of each request (of each chunk in a stream: none), seconds; from when it was due, if sent at a rate.
+    sizes
+        Cells of each of these requests.
+    n_cells
+        That were answered.
+    vectors
+        Of each request in the order of ``Job.asks``; only where all were sent once.
+    """
+
+    wall: float = 0.0
+    cpu: float = 0.0
+    latency: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    n_cells: int = 0
+    vectors: list[NDArray[np.float32]] = field(default_factory=list)
 
 
 @functools.cache

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.performance.harness import table
-from benchmarks.performance.service_inputs import FILES, Ask, Plan, embedder, pool, uniform
-from benchmarks.performance.service_load import CALLERS, UNARY, Callers, Job, Way
+from benchmarks.performance.service_inputs import FILES, UNARY, Ask, Job, Plan, Way, embedder, pool, uniform
+from benchmarks.performance.service_load import CALLERS, Callers
 from tests.integration.server import RunningServer
 
 if TYPE_CHECKING:

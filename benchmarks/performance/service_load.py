@@ -8,34 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import multiprocessing
-import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.performance.service_inputs import Ask, embedder, pool
+from benchmarks.performance.service_inputs import RPC, STREAMS, Ask, Job, Outcome, Way, embedder
+from benchmarks.performance.service_streams import Streams
 from perturbscope import protocol
-from perturbscope.protocol.arrow_streams import stream_answers_from_arrow, stream_request_to_arrow
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
-from perturbscope.protocol.protobuf_streams import (
-    stream_answer_from_proto,
-    stream_cells_to_proto,
-    stream_start_to_proto,
-)
-from perturbscope.protocol.streams import StreamChunk, StreamOpened, StreamStart
 
-Way = Literal["HTTP JSON", "HTTP Arrow", "gRPC", "gRPC stream", "HTTP Arrow stream", "BentoML batchable"]
-UNARY: tuple[Way, ...] = ("HTTP JSON", "HTTP Arrow", "gRPC")
-STREAMS: tuple[Way, ...] = ("gRPC stream", "HTTP Arrow stream")
-RPC = "/perturbscope.v1.PerturbScope/"
 _HTTP: dict[Way, tuple[str, str]] = {
     "HTTP JSON": ("/v1/embed", protocol.JSON),
     "HTTP Arrow": ("/v1/embed", protocol.ARROW),
@@ -45,63 +31,6 @@ CALLERS = 16
 """Requests in progress at saturation."""
 PIECE = 100
 """Most cells of one request to the BentoML endpoint: its max_batch_size, beyond which it refuses."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to send, and when.
-
-    Attributes
-    ----------
-    way
-        Over which interface.
-    address
-        ``host:port``.
-    asks
-        The requests.
-    callers
-        As many requests are in progress, a new one as soon as one is answered, until all were sent once; 0: see `rate`.
-    rate
-        Requests a second, at random times (a Poisson process), whatever is answered; sent for `seconds`.
-    seconds
-        Of sending at a rate; requests are taken from the beginning again when all were sent.
-    pause
-        Seconds that a caller rests between an answer and its next request.
-    """
-
-    way: Way
-    address: str
-    asks: list[Ask]
-    callers: int = 0
-    rate: float = 0.0
-    seconds: float = 0.0
-    pause: float = 0.0
-
-
-@dataclass
-class Outcome:
-    """What came of a job.
-
-    Attributes
-    ----------
-    wall, cpu
-        Seconds from the first request to the last answer, and of this process's processors in them.
-    latency
-        Of each request (of each chunk in a stream: none), seconds; from when it was due, if sent at a rate.
-    sizes
-        Cells of each of these requests.
-    n_cells
-        That were answered.
-    vectors
-        Of each request in the order of ``Job.asks``; only where all were sent once.
-    """
-
-    wall: float = 0.0
-    cpu: float = 0.0
-    latency: list[float] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    n_cells: int = 0
-    vectors: list[NDArray[np.float32]] = field(default_factory=list)
 
 
 class Callers:
@@ -143,7 +72,7 @@ def _serve(pipe: Any) -> None:
 
 def _run(job: Job) -> Outcome:
     if job.way in STREAMS:
-        return _Streams(job).run()
+        return Streams(job).run()
     return asyncio.run(_unary(job, [encoded(job.way, ask) for ask in job.asks]))
 
 
@@ -294,93 +223,3 @@ class _Connection:
 
     def close(self) -> None:
         self._writer.close()
-
-
-class _Streams:
-    """One stream a file, at the same time; a request of the job is a chunk."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._of = {source: [at for at, ask in enumerate(job.asks) if ask.source == source] for source in _names(job)}
-        self._sent = {source: list(self._encoded(source)) for source in self._of}
-        self._found: dict[str, list[Any]] = {}
-
-    def _encoded(self, source: str) -> Iterator[bytes]:
-        start = StreamStart(gene_ids=pool(source).gene_ids)
-        chunks = [self._job.asks[at].cells() for at in self._of[source]]
-        if self._job.way == "HTTP Arrow stream":
-            for piece in stream_request_to_arrow(start, iter(chunks)):
-                yield b"%x\r\n" % len(piece) + piece + b"\r\n"
-            yield b"0\r\n\r\n"
-        else:
-            yield stream_start_to_proto(start).SerializeToString()
-            for cells in chunks:
-                yield stream_cells_to_proto(cells).SerializeToString()
-
-    def run(self) -> Outcome:
-        outcome = Outcome()
-        started, cpu = time.perf_counter(), time.process_time()
-        if self._job.way == "gRPC stream":
-            asyncio.run(self._grpc())
-        else:
-            threads = [threading.Thread(target=self._http, args=(source,)) for source in self._of]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        outcome.wall, outcome.cpu = time.perf_counter() - started, time.process_time() - cpu
-        vectors: dict[int, NDArray[np.float32]] = {}
-        for source, numbers in self._of.items():
-            vectors.update(zip(numbers, self._decoded(source), strict=True))
-        outcome.vectors = [vectors[at] for at in sorted(vectors)]
-        outcome.n_cells = sum(map(len, outcome.vectors))
-        return outcome
-
-    async def _grpc(self) -> None:
-        import grpc
-
-        options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-        async with grpc.aio.insecure_channel(self._job.address, options) as channel:
-            method: Any = channel.stream_stream(RPC + "EmbedStream")
-
-            async def sent(source: str) -> AsyncIterator[bytes]:
-                for message in self._sent[source]:
-                    yield message
-
-            async def one(source: str) -> None:
-                self._found[source] = [message async for message in method(sent(source))]
-
-            await asyncio.gather(*map(one, self._of))
-
-    def _http(self, source: str) -> None:
-        connection = http.client.HTTPConnection(self._job.address, timeout=600)
-        connection.putrequest("POST", "/v1/embed/stream")
-        connection.putheader("content-type", protocol.ARROW)
-        connection.putheader("transfer-encoding", "chunked")
-        connection.endheaders()
-
-        def send() -> None:
-            for piece in self._sent[source]:
-                connection.send(piece)
-
-        sender = threading.Thread(target=send)
-        sender.start()
-        with contextlib.closing(connection), connection.getresponse() as response:
-            self._found[source] = list(stream_answers_from_arrow(response))
-        sender.join()
-
-    def _decoded(self, source: str) -> list[NDArray[np.float32]]:
-        answers = self._found[source]
-        if self._job.way == "gRPC stream":
-            opened: StreamOpened | None = None
-            read = []
-            for message in answers:
-                answer = stream_answer_from_proto(pb.EmbedStreamAnswer.FromString(message), opened)
-                opened = answer if isinstance(answer, StreamOpened) else opened
-                read.append(answer)
-            answers = read
-        return [answer.embeddings.values for answer in answers if isinstance(answer, StreamChunk)]
-
-
-def _names(job: Job) -> list[str]:
-    return sorted({ask.source for ask in job.asks})

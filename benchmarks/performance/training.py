@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.performance.harness import ROOT, Options, Section, table
+from benchmarks.performance.harness import ROOT, Options, Section, padding_share, table
 from benchmarks.performance.training_extras import deepspeed, loader, projected
 from benchmarks.performance.training_routes import Job, Route, choose, ours, trainer, trainer_order
 from perturbscope.threads import usable_cores
@@ -185,23 +185,17 @@ def needed(shape: Shape, lengths: NDArray[np.integer[Any]], vocabulary: int) -> 
     return cell_cost(ModelSize(**sizes, vocabulary=vocabulary), lengths, masked_share=MASKED).training
 
 
-def padding_of(lengths: NDArray[np.integer[Any]], batches: list[NDArray[np.int64]]) -> float:
-    """Share of the computed tokens that are padding, if each batch is padded to its longest cell."""
-    computed = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
-    return 1 - sum(int(lengths[batch].sum()) for batch in batches) / computed
-
-
 def trainer_padding(lengths: NDArray[np.integer[Any]], batch: int) -> float:
     """Of an epoch of the whole corpus in transformers' LengthGroupedSampler's order."""
     order = trainer_order(lengths, batch=batch)
-    return padding_of(lengths, [order[start : start + batch] for start in range(0, len(order), batch)])
+    return padding_share(lengths, [order[start : start + batch] for start in range(0, len(order), batch)])
 
 
 def our_padding(lengths: NDArray[np.integer[Any]], batch: int) -> float:
     """Of an epoch of the whole corpus in this project's order."""
     from training.data.length_sampler import LengthGroupedSampler
 
-    return padding_of(lengths, LengthGroupedSampler(lengths, batch=batch).batches(0))
+    return padding_share(lengths, LengthGroupedSampler(lengths, batch=batch).batches(0))
 
 
 def ceiling(precision: str, seconds: float = 0.5) -> float:

@@ -57,3 +57,7 @@ def test_the_page_has_results_notes_and_where_they_are_from(tmp_path: Path, monk
         text,
     )
     assert text.count("Not measured yet.") == len(program.PARTS) - 1
+
+
+def test_the_page_is_made_of_the_results_and_notes_beside_it() -> None:
+    assert program.PAGE.read_text() == program.page()
