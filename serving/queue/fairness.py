@@ -69,9 +69,6 @@ class FairShare(Generic[M]):
     def __len__(self) -> int:
         return len(self._flow_of)
 
-    def __contains__(self, member: object) -> bool:
-        return member in self._flow_of
-
     def rivals(self, flow: str) -> int:
         """Number of parts that the resource would be shared in if one more member of `flow` joined."""
         n_flows = len(self._members) + (flow not in self._members)

@@ -1,7 +1,7 @@
 """``python -m serving.uploads.child``: reads the files that its parent names, each in a fork of its own.
 
-A line of JSON comes in, a frame (:mod:`serving.uploads.pipe`) goes out. A fork that a file ends (the alarm, a
-crash, the kernel for want of memory) ends this process too, with 128 + the signal: the parent starts another.
+It reads lines of JSON and writes frames (:mod:`serving.uploads.pipe`). If a fork is ended by a signal (the alarm, a
+crash, the kernel for want of memory), this process ends too, with 128 + the signal, and the parent starts another.
 """
 
 from __future__ import annotations
@@ -22,17 +22,12 @@ from serving.uploads.pipe import error_to_frame, frame, upload_to_frame
 from serving.uploads.requests import read_upload
 
 _BYTES_A_VALUE, _BASE = 32, 2**30
-"""Memory that a file may take to be read: for each stored count that is allowed, and besides."""
+"""Bytes of memory that reading a file may take: for each stored count that is allowed, and in addition."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> int:
-    """Read files until the parent closes the pipe.
-
-    Returns
-    -------
-    0, or what the last fork ended with.
-    """
+    """Read files until the parent closes the pipe. Returns 0, or the status that the last fork ended with."""
     for line in sys.stdin.buffer:
         child = os.fork()
         if not child:
@@ -44,7 +39,7 @@ def main() -> int:
 
 
 def _read(line: bytes) -> None:
-    """One file, in a process that ends with it."""
+    """Read one file, and end the process."""
     question = json.loads(line)
     settings = Settings(**question["settings"])
     # The default action of SIGALRM ends the process, wherever it is: no handler of Python would run inside of libhdf5.
@@ -74,7 +69,7 @@ def _read(line: bytes) -> None:
 
 
 def _bound(more: int, *, largest_file: int) -> None:
-    """Allow so many bytes of memory beyond what is mapped now, files of that size, and no core dumps."""
+    """Limit the memory to `more` bytes beyond what is mapped now, and the size of files; allow no core dumps."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE
     resource.setrlimit(resource.RLIMIT_AS, (mapped + more, mapped + more))
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))

@@ -1,13 +1,13 @@
-"""What an uploaded HDF5 file may hold; looked at before anything of it is read.
+"""Checks of an uploaded HDF5 file before any of its data is read.
 
 HDF5 is a file system in a file. It may point to other files, claim 2^60 numbers in a kilobyte, pack gigabytes of zeros
-into one chunk, let a million entries of a column share one long text, and name filters for which a library would be
-loaded. All of that shows in the file's descriptions, which are read here; of the data itself, chunks that could be
-bombs are unpacked piece by piece and thrown away. What remains (damage that sends libhdf5 astray) is met by reading
-files in a process of their own, see :mod:`serving.uploads.readers`.
+into one chunk, let a million entries of a column share one long string, and name filters for which a library would be
+loaded. All of that shows in the file's metadata, which is read here; of the data itself, chunks that could be bombs are
+unpacked piece by piece and thrown away. Damage that sends libhdf5 astray cannot be found here: files are therefore read
+in a process of their own, see :mod:`serving.uploads.readers`.
 
-The sizes of DEFLATE (1032 : 1 at most) are from RFC 1951; those of LZF and of a stored text from the HDF5 file format
-specification, version 3.0.
+The largest ratio of DEFLATE (1032 : 1) follows from RFC 1951; the sizes of LZF and of a stored string are from the HDF5
+file format specification, version 3.0.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from numpy.typing import NDArray
 from perturbscope.errors import LimitExceededError, UnreadableFileError
 from serving.settings import Settings
 
-# Read when HDF5 is first loaded, and its word for "none": no library is ever loaded to unpack a file.
+# HDF5 reads this when it is first loaded; "::" means none: no library is ever loaded to unpack a file.
 os.environ["HDF5_PLUGIN_PRELOAD"] = "::"
 
 MAX_OBJECTS = 20_000
-"""Links of a file. An AnnData file has a few for each column."""
+"""Links in a file. An AnnData file has a few for each column."""
 MAX_DEPTH = 32
 MAX_ATTRIBUTES = 1000
-"""Of one object."""
+"""Attributes of one group or dataset."""
 MAX_ATTRIBUTE_BYTES = 2**20
 MAX_CHUNK_BYTES = 64 * 2**20
-"""Of one chunk, unpacked: libhdf5 holds a few of them."""
+"""Bytes of one unpacked chunk: libhdf5 holds a few of them."""
 MAX_CHUNKS = 1_000_000
-"""Of all datasets."""
+"""Chunks of all datasets together."""
 _DEFLATE, _SHUFFLE, _FLETCHER, _LZF = 1, 2, 3, 32000
 _FILTERS = {_DEFLATE: "gzip", _SHUFFLE: "shuffle", _FLETCHER: "fletcher32", _LZF: "lzf"}
 _MAX_LZF_CHUNK = 4 * 2**20
 _HARMLESS_BYTES = 256 * 2**20
-"""What one chunk may grow to at most without being looked into."""
+"""Bytes to which one chunk may grow at most without being unpacked here."""
 _BEST_DEFLATE = 1032
 _SMALL = 64 * 2**20
 _TEXT_MORE = 8
-"""Bytes that a text's entry takes in a file (4 for its length, 8 + 4 for where it lies) beyond those of a pointer."""
+"""Bytes of a stored string's entry (4 for its length, 8 + 4 for its place) beyond those of a pointer in memory."""
 _TABLES = ("/obs", "/var", "/obsm", "/varm", "/raw/var")
-"""Whose rows are read whole, as against matrices, which are read in pieces."""
+"""Groups whose rows are read whole; matrices are read in pieces."""
 
 
 def check_file(path: Path, settings: Settings) -> None:
@@ -57,9 +57,9 @@ def check_file(path: Path, settings: Settings) -> None:
     Raises
     ------
     UnreadableFileError
-        It is not HDF5, or points elsewhere, or uses a filter that is not built in.
+        The file is not HDF5, points to other files, or uses a filter that is not built in.
     LimitExceededError
-        It has too many parts, or a part that is too large, or a bomb.
+        The file has too many parts, a part that is too large, or a compression bomb.
     """
     import h5py
 
@@ -97,7 +97,7 @@ class _Check:
         self._rows = max(settings.max_cells, settings.max_vectors, settings.max_genes)
 
     def items(self, root: Any) -> Iterator[tuple[str, Any]]:
-        """All groups and datasets, each object once (hard links may form rings); soft links lead to no new one."""
+        """Yield all groups and datasets, each once (hard links may form rings); soft links lead to no new one."""
         links = self._h5py.h5l
         pending, seen, n_objects = [("", root)], {self._h5py.h5o.get_info(root.id).addr}, 0
         while pending:
@@ -133,7 +133,7 @@ class _Check:
                     yield where, item
 
     def attributes(self, where: str, identifier: Any) -> None:
-        """Few and small, which all that anndata writes are."""
+        """Refuse many or large attributes; anndata writes few and small ones."""
         h5a = self._h5py.h5a
         n = h5a.get_num_attrs(identifier)
         if n > MAX_ATTRIBUTES:
@@ -145,7 +145,7 @@ class _Check:
                 raise _too_large(f"An attribute of {where} has {size:,} bytes", f"{MAX_ATTRIBUTE_BYTES:,}")
 
     def sparse(self, where: str, group: Any) -> None:
-        """A sparse matrix of a table is made dense: what it says of its shape must be within bounds."""
+        """Refuse a sparse matrix of a table, which is made dense, if its shape is out of bounds."""
         if not where.startswith(_TABLES) or "shape" not in group.attrs:
             return
         shape = np.asarray(group.attrs["shape"])
@@ -153,7 +153,7 @@ class _Check:
             raise _too_large(f"{where} is of shape {shape.tolist()}", f"{self._settings.max_values:,} values")
 
     def dataset(self, where: str, dataset: Any) -> None:
-        """Its place, its size, its filters, its chunks, its texts."""
+        """Check the place of a dataset, its size, filters, chunks and strings."""
         identifier = dataset.id
         plist = identifier.get_create_plist()
         if dataset.is_virtual or plist.get_external_count():
@@ -184,7 +184,7 @@ class _Check:
             self._texts(where, [self._read(identifier.get_offset(), n_values * item_bytes)], texts, item_bytes)
 
     def _places_of_texts(self, where: str, stored_type: Any) -> list[int]:
-        """Where a stored item has texts of any length: at its start, or as fields of a table of anndata < 0.7."""
+        """Offsets of variable-length strings in an item: 0, or those of the fields of a table of anndata < 0.7."""
         h5t = self._h5py.h5t
         if stored_type.get_class() != h5t.COMPOUND:
             return [0] if stored_type.get_class() == h5t.STRING and stored_type.is_variable_str() else []
@@ -212,7 +212,7 @@ class _Check:
             raise _too_large(f"{where} claims {n_bytes:,} bytes and has {stored:,}", "what no compression exceeds")
 
     def _filters(self, where: str, plist: Any) -> dict[int, tuple[int, ...]]:
-        """Ids of the filters, in the order of writing, with their parameters."""
+        """Return the ids of the filters, in the order of writing, with their parameters."""
         found = [plist.get_filter(index) for index in range(plist.get_nfilters())]
         codes = [int(code) for code, *_ in found]
         for code, _, values, name in found:
@@ -267,7 +267,7 @@ class _Check:
                     unpacked(info, keep=False)
 
     def _unpacked(self, where: str, info: Any, filters: dict[int, tuple[int, ...]], whole: int, *, keep: bool) -> bytes:
-        """A chunk as it was before it was packed, which must not be more than `whole`; empty unless to `keep`."""
+        """Unpack a chunk, which must not grow beyond `whole` bytes; the result may be empty unless `keep` is set."""
         data = self._read(info.byte_offset, info.size)
         for code in reversed(filters):
             if code == _FLETCHER:
@@ -283,9 +283,9 @@ class _Check:
         return data
 
     def _texts(self, where: str, parts: Iterable[bytes], places: list[int], item_bytes: int) -> None:
-        """Texts may share their letters: all together, once read, must not be larger than a body may be.
+        """Refuse strings that, once read, together exceed a request body: entries may share one stored string.
 
-        An item has a text's length in four bytes, and then where it lies.
+        An item holds the length of a string in four bytes, and then its place.
         """
         total = 0
         for part in parts:
@@ -302,10 +302,10 @@ class _Check:
 
 
 def _inflated(data: bytes, limit: int, *, keep: bool) -> bytes:
-    """Unpack in pieces, and stop beyond `limit`; only its first byte too many is kept then."""
+    """Unpack DEFLATE in pieces; beyond `limit` bytes, stop and return `limit` + 1 zeros."""
     unpacker, parts, size = zlib.decompressobj(), [], 0
     pending = data
-    with suppress(zlib.error):  # damage is for the reader to find, whose words for it are better
+    with suppress(zlib.error):  # damage is for the reader to find, whose message for it is better
         while pending and size <= limit and not unpacker.eof:
             part = unpacker.decompress(pending, 2**20)
             size += len(part)
@@ -316,7 +316,7 @@ def _inflated(data: bytes, limit: int, *, keep: bool) -> bytes:
 
 
 def _from_lzf(data: bytes, limit: int) -> bytes:
-    """Unpack LZF: runs of letters, and references to what came before."""
+    """Unpack LZF: runs of bytes, and references to bytes before."""
     out, at = bytearray(), 0
     with suppress(IndexError):
         while at < len(data) and len(out) <= limit:
@@ -340,7 +340,7 @@ def _from_lzf(data: bytes, limit: int) -> bytes:
 
 
 def _unshuffled(data: bytes, item_bytes: int) -> bytes:
-    """Undo HDF5's shuffle: first bytes of all items, then second bytes, ...; a rest stays at the end."""
+    """Undo HDF5's shuffle: first bytes of all items, then second bytes, and so on; a rest stays at the end."""
     n = len(data) // max(1, item_bytes)
     if n == 0:
         return data

@@ -1,4 +1,4 @@
-"""What was read of a file, as bytes between two of our processes: a JSON head, and matrices as Arrow."""
+"""Frames between the server and its readers of files: a JSON head, and matrices as Arrow."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from serving.engine.reports import ReportRequest
 from serving.uploads.requests import Upload
 
 LENGTH = struct.Struct("<Q")
-"""Before the head: its bytes."""
+"""Length of the head in bytes; precedes it."""
 
 
 def frame(head: Mapping[str, Any], parts: Sequence[bytes] = ()) -> list[bytes]:
-    """What is written, one after the other."""
+    """Return the pieces of a frame, to be written one after the other."""
     text = json.dumps({**head, "parts": [len(part) for part in parts]}).encode()
     return [LENGTH.pack(len(text)), text, *parts]
 
 
 def error_to_frame(error: PerturbScopeError) -> list[bytes]:
-    """An error that the caller is told."""
+    """Return the frame of an error for the caller."""
     return frame({"error": error.to_dict()})
 
 
 def upload_to_frame(upload: Upload) -> list[bytes]:
-    """What a file and its parameters asked for."""
+    """Return the frame of the request that a file made."""
     head: dict[str, Any] = {
         "warnings": upload.warnings,
         "file": None if upload.file is None else asdict(upload.file),
@@ -57,14 +57,14 @@ def upload_to_frame(upload: Upload) -> list[bytes]:
 
 
 def upload_from_parts(head: Mapping[str, Any], parts: Sequence[bytes]) -> Upload:
-    """Read what :func:`upload_to_frame` wrote.
+    """Return the request of a frame.
 
     Raises
     ------
     PerturbScopeError
-        The error that the reader found.
+        The reader refused the file.
     RuntimeError
-        A bug of ours, with the reader's traceback.
+        The reader has a bug; the message holds its traceback.
     """
     if "error" in head:
         raise from_code(**head["error"])
@@ -83,15 +83,15 @@ def _request(head: Mapping[str, Any], parts: Sequence[bytes]) -> Any:
         case "compare":
             return protocol.compare_request_from_arrow(parts[0])
         case "report":
-            given = {"score": protocol.score_request_from_arrow(parts[0]), "title": head["title"]}
+            fields = {"score": protocol.score_request_from_arrow(parts[0]), "title": head["title"]}
             if len(parts) > 1:
-                return ReportRequest(**given, counts=protocol.embed_request_from_arrow(parts[1]).cells)
-            return ReportRequest(**given, counts=Absent(**head["absent"]))
+                return ReportRequest(**fields, counts=protocol.embed_request_from_arrow(parts[1]).cells)
+            return ReportRequest(**fields, counts=Absent(**head["absent"]))
         case _:
-            found = dict(head["columns"])
+            fields = dict(head["columns"])
             columns = [
                 Column(**{**column, "labels": tuple((str(label), int(n)) for label, n in column["labels"])})
-                for column in found.pop("columns")
+                for column in fields.pop("columns")
             ]
-            representations = tuple(found.pop("representations"))
-            return Columns(**found, columns=tuple(columns), representations=representations)
+            representations = tuple(fields.pop("representations"))
+            return Columns(**fields, columns=tuple(columns), representations=representations)

@@ -1,11 +1,11 @@
-"""Uploaded files are read in processes of their own.
+"""Processes that read uploaded files.
 
-A damaged HDF5 file can send libhdf5 into a loop that never ends, or make it crash, and no check of ours comes before
-it: the loop holds Python's global lock, so a thread would freeze the whole server. So each file is read in a process
-that may take a bounded time and memory, and whose end, however it comes, is one caller's error.
+A damaged HDF5 file can send libhdf5 into an endless loop, or crash it, before any check of ours can notice; and the
+loop holds Python's global lock, so that a thread would freeze the whole server. So each file is read in a process with
+bounded time and memory. If it ends, however that comes, one caller gets an error.
 
-A reader (:mod:`serving.uploads.child`) waits with everything imported, and forks for each file. What it read comes
-back in the codecs of the wire, which check it as they check callers: nothing is unpickled.
+A reader (:mod:`serving.uploads.child`) waits with everything imported, and forks for each file. The request that it
+read comes back in the codecs of the protocol, which check it as they check callers: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from serving.settings import ROOT, Settings
 from serving.uploads.pipe import LENGTH, upload_from_parts
 from serving.uploads.requests import Upload
 
-MOST_READERS = max(2, min(4, usable_cores()))
-"""Files that are read at a time; so many processes (of 150 MiB each) wait for the next ones, once they were needed."""
+MAX_READERS = max(2, min(4, usable_cores()))
+"""Files that are read at a time. A process (of 150 MiB) is started when it is needed, and then waits for more files."""
 
 
 class _Reader:
@@ -57,7 +57,7 @@ class _Reader:
         )
 
     def ask(self, question: bytes) -> tuple[dict[str, object], list[bytes]]:
-        """The answer to one line: its head and its parts. Raises EOFError if the process ended instead."""
+        """Send one line, and return the head and parts of the answer. Raises EOFError if the process ended instead."""
         source, target = self._process.stdout, self._process.stdin
         assert source is not None and target is not None  # noqa: S101, PT018  both are pipes
         try:
@@ -69,12 +69,12 @@ class _Reader:
         return head, [_exactly(source, int(length)) for length in head["parts"]]
 
     def kill(self) -> None:
-        """End it and what it started; may be called from any thread, and twice."""
+        """Kill the process and its forks; may be called from any thread, and twice."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def bury(self) -> int:
-        """Kill it, and wait for its end. Returns its exit status, of which 128 and more are signals."""
+    def end(self) -> int:
+        """Kill the process, wait for its end, and return its exit status, of which 128 and more are signals."""
         assert self._process.stdin is not None and self._process.stdout is not None  # noqa: S101, PT018
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
@@ -87,14 +87,14 @@ class _Reader:
 
 
 class _Reading:
-    """One file that is read; `cancel` may come at any time, from another thread."""
+    """The reading of one file; `cancel` may be called at any time, from another thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._reader: _Reader | None = None
         self.cancelled = False
 
-    def by(self, reader: _Reader) -> None:
+    def begin(self, reader: _Reader) -> None:
         with self._lock:
             self._reader = reader
             if self.cancelled:
@@ -108,28 +108,28 @@ class _Reading:
 
 
 class FileReaders:
-    """Reads files, some at a time.
+    """Reads files in processes, a few at a time.
 
     Parameters
     ----------
-    most
-        How many at a time; further ones wait.
+    max_readers
+        Number of files that are read at a time; further ones wait.
     """
 
-    def __init__(self, most: int = MOST_READERS) -> None:
-        self._threads = ThreadPoolExecutor(most, thread_name_prefix="perturbscope-reader")
+    def __init__(self, max_readers: int = MAX_READERS) -> None:
+        self._threads = ThreadPoolExecutor(max_readers, thread_name_prefix="perturbscope-reader")
         self._lock = threading.Lock()
         self._idle: list[_Reader] = []
 
     async def read(self, route: str, path: Path, parameters: Mapping[str, str], settings: Settings) -> Upload:
-        """The request that an uploaded file and its parameters make; when cancelled, its reading ends at once.
+        """Return the request that an uploaded file and its parameters make; cancelling ends the reading at once.
 
         Raises
         ------
         UnreadableFileError
             The file took too long to read, or its reader did not survive it.
         PerturbScopeError
-            As :func:`serving.uploads.requests.read_upload`.
+            See :func:`serving.uploads.requests.read_upload`.
         """
         reading = _Reading()
         try:
@@ -146,13 +146,7 @@ class FileReaders:
             idle, self._idle = self._idle, []
         for reader in idle:
             reader.kill()
-            reader.bury()
-
-    def warm(self) -> None:
-        """Start a reader before the first file comes."""
-        with self._lock:
-            if not self._idle:
-                self._idle.append(_Reader())
+            reader.end()
 
     def _read(
         self, reading: _Reading, route: str, path: Path, parameters: Mapping[str, str], settings: Settings
@@ -163,14 +157,14 @@ class FileReaders:
             reader = self._idle.pop() if self._idle else None
         reader = reader or _Reader()
         question = {"route": route, "path": str(path), "parameters": parameters, "settings": asdict(settings)}
-        reading.by(reader)
+        reading.begin(reader)
         try:
             head, parts = reader.ask(json.dumps(question).encode())
         except EOFError:
-            raise _unreadable(reader.bury(), settings) from None
+            raise _unreadable(reader.end(), settings) from None
         except BaseException:
             reader.kill()
-            reader.bury()
+            reader.end()
             raise
         with self._lock:
             self._idle.append(reader)
@@ -179,7 +173,7 @@ class FileReaders:
 
 @functools.cache
 def file_readers() -> FileReaders:
-    """Those of this process: they keep nothing of a file, so that all engines share them."""
+    """Return the readers of this process, which all engines share: they keep nothing of a file."""
     readers = FileReaders()
     atexit.register(readers.close)
     return readers
@@ -197,7 +191,7 @@ def _unreadable(status: int, settings: Settings) -> UnreadableFileError:
 
 
 def _exactly(source: IO[bytes], length: int) -> bytes:
-    found = source.read(length)
-    if len(found) < length:
+    data = source.read(length)
+    if len(data) < length:
         raise EOFError
-    return found
+    return data

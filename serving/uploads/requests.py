@@ -1,8 +1,8 @@
-"""Uploaded .h5ad files.
+"""The request that an uploaded .h5ad file and its parameters make.
 
-An upload lies in a temporary directory of its own while it is read, and is always deleted. What a file may hold is
-checked first (:mod:`serving.uploads.hdf5_checks`); then only what a request asks for is read: the counts, the names of
-the genes, the columns and the embedding that it names. Nothing of uns is, and nothing is ever unpickled.
+An upload lies in a temporary directory of its own while it is read, and is always deleted. The file is checked first
+(:mod:`serving.uploads.hdf5_checks`); then only the parts that a request asks for are read: the counts, the gene
+identifiers, and the columns of obs and the embedding that it names. uns is not read, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -56,31 +56,31 @@ PARAMETERS: dict[str, dict[str, str]] = {
     "columns": {},
     "compare": CELLS_PARAMETERS | LABEL_PARAMETERS | {"pairs": "Pairs to compare, a JSON list of lists of two."},
 }
-"""Query parameters, or form fields, of each route that go with an uploaded file."""
+"""Query parameters (or form fields) that each route takes beside an uploaded file, with their descriptions."""
 _CHUNK_VALUES = 2**25
 
 
 @dataclass(frozen=True)
 class Upload:
-    """The request that a file made, and what its sender should know."""
+    """The request that a file makes, and warnings for its sender."""
 
     request: EmbedRequest | ScoreRequest | CompareRequest | ReportRequest | Columns
     warnings: list[str] = field(default_factory=list)
     file: Fingerprint | None = None
-    """Of a file whose cells a model embeds to score them."""
+    """Fingerprint of a file whose cells are embedded to be scored."""
 
 
 def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings: Settings) -> Upload:
-    """The request that an uploaded file and its parameters make. Blocks; for a worker thread.
+    """Return the request that an uploaded file and its parameters make. Blocks; for a reading process.
 
     Raises
     ------
     InvalidParameterError
-        A parameter that the route does not have, or lacks.
+        A parameter is unknown to the route, missing, or wrong.
     InvalidInputError
-        Whatever is wrong with the file; see :func:`perturbscope.open_cells`.
+        The file cannot be read; see :func:`perturbscope.open_cells`.
     LimitExceededError
-        More than the server takes.
+        The file has more cells, genes or counts than the server takes.
     """
     unknown = sorted(set(parameters) - set(PARAMETERS[route]))
     if unknown:
@@ -109,7 +109,7 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings:
 
 
 def _labelled(route: str, source: CellSource, parameters: Mapping[str, str], settings: Settings) -> Upload:
-    """A request to score or compare the cells that carry a label; the others are left out, with a warning."""
+    """Return a request to score or compare the cells that have a label; the others are left out, with a warning."""
     for name in ["perturbation_key"] if route == "compare" else ["perturbation_key", "control"]:
         if not parameters.get(name):
             raise InvalidParameterError(
@@ -150,7 +150,7 @@ def _labelled(route: str, source: CellSource, parameters: Mapping[str, str], set
 
 
 def _counts(source: CellSource, rows: NDArray[np.intp], settings: Settings) -> CountMatrix | Absent:
-    """Raw counts beside an embedding of the file; where there are none, the page says so."""
+    """Read the raw counts beside an embedding of the file; if there are none, the page gives the reason."""
     try:
         return _read_cells(source, settings)[rows]
     except (InvalidInputError, LimitExceededError) as error:
@@ -159,7 +159,7 @@ def _counts(source: CellSource, rows: NDArray[np.intp], settings: Settings) -> C
 
 
 def _read_cells(source: CellSource, settings: Settings) -> CountMatrix:
-    """All cells, read in pieces of bounded size so that a compressed bomb is noticed while it is small."""
+    """Read all cells, in pieces of bounded size so that a compressed bomb is noticed while it is small."""
     n_genes = len(source.gene_ids)
     check_shape(settings, source.n_cells, n_genes, 0)
     parts: list[CountMatrix] = []
@@ -182,13 +182,13 @@ def _read_cells(source: CellSource, settings: Settings) -> CountMatrix:
 def _json(parameters: Mapping[str, str], name: str, kind: type[Any]) -> Any:
     if not parameters.get(name):
         return None
-    what = "an object" if kind is dict else "a list"
+    expected = "an object" if kind is dict else "a list"
     try:
         value = json.loads(parameters[name])
     except ValueError as error:
-        raise InvalidParameterError(f"{name} is not JSON ({error}); give {what}.", field=name) from error
+        raise InvalidParameterError(f"{name} is not JSON ({error}); give {expected}.", field=name) from error
     if not isinstance(value, kind):
-        raise InvalidParameterError(f"{name} is JSON, but not {what}.", field=name)
+        raise InvalidParameterError(f"{name} is JSON, but not {expected}.", field=name)
     return value
 
 

@@ -111,7 +111,7 @@ async def test_a_caller_that_leaves_ends_the_reading(loop: Path) -> None:
 
 
 async def test_a_reader_that_dies_is_replaced(readers: FileReaders, path: Path) -> None:
-    readers.warm()
+    await readers.read("embed", path, {}, Settings())
     for reader in readers._idle:
         os.kill(reader._process.pid, signal.SIGKILL)
         reader._process.wait()
