@@ -9,21 +9,14 @@ import typer
 
 from perturbscope import __version__
 from perturbscope.cli import console, options
-from perturbscope.cli.session import open_backend
 
 
+@options.grouped
 def embed(
     cells: options.In,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .h5ad file to write.")],
-    layer: options.Layer = None,
-    gene_key: options.GeneKey = None,
-    total_counts_key: options.TotalCountsKey = None,
-    bundle: options.BundleDir = None,
-    server: options.Server = None,
-    grpc: options.Grpc = None,
-    model: options.ModelName = None,
-    device: options.DeviceName = "cpu",
-    variant: options.VariantName = "fp32",
+    counts_in: options.CountsIn,
+    model_from: options.ModelFrom,
     seed: Annotated[int, typer.Option(min=0, help="Taken by all commands; embedding draws nothing at random.")] = 0,
     chunk_cells: Annotated[int, typer.Option(min=1, help="Cells of a chunk: what an interruption can lose.")] = 512,
 ) -> None:
@@ -38,10 +31,10 @@ def embed(
     from perturbscope.tasks.trained_on import seen_by
 
     check_output(out, [".h5ad"], source=cells)
-    where = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
+    where = vars(counts_in)
     with (
-        open_cells(cells, chunk_cells=chunk_cells, **where) as source,  # type: ignore[arg-type]
-        open_backend(bundle, server, grpc, model, device, variant) as backend,
+        open_cells(cells, chunk_cells=chunk_cells, **where) as source,
+        model_from.open() as backend,
         console.progress_bars() as progress,
     ):
         # A server that does not answer is found before the file is read.
@@ -50,7 +43,12 @@ def embed(
         identity = {
             "model": model_id,
             "input": fingerprint(cells),
-            "options": {**where, "chunk_cells": chunk_cells, "device": device, "variant": variant},
+            "options": {
+                **where,
+                "chunk_cells": chunk_cells,
+                "device": model_from.device,
+                "variant": model_from.variant,
+            },
             "version": __version__,
         }
         partial = PartialRun(out.with_name(f"{out.name}.partial"), identity, console.warn)

@@ -16,11 +16,13 @@ _CHANCE = 0.25
 what a q of 0.05 promises."""
 
 
+@options.grouped
 def degs(
     cells: options.In,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .parquet or .csv file to write.")],
+    out: options.OutTable,
     perturbation_key: options.PerturbationKey,
-    control: Annotated[str, typer.Option(metavar="LABEL", help="The label of control cells.")],
+    control: options.Control,
+    counts_in: options.CountsIn,
     alpha: Annotated[
         float, typer.Option(help="A gene counts if its q is below this.", rich_help_panel=_TESTING)
     ] = 0.05,
@@ -37,9 +39,6 @@ def degs(
         bool, typer.Option(help="Leave out the perturbed gene itself.", rich_help_panel=_TESTING)
     ] = True,
     top: Annotated[int, typer.Option(min=0, help="Rows of the table on stdout; 0 for none.")] = 20,
-    layer: options.Layer = None,
-    gene_key: options.GeneKey = None,
-    total_counts_key: options.TotalCountsKey = None,
     seed: options.Seed = 0,
 ) -> None:
     """Count each perturbation's differentially expressed genes (Mann-Whitney U against controls). Reads all counts."""
@@ -60,11 +59,7 @@ def degs(
         exclude_target=exclude_target,
         max_controls=max_controls,
     )
-    where = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
-    with (
-        open_cells(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source,
-        console.progress_bars() as progress,
-    ):
+    with open_cells(cells, **vars(counts_in)) as source, console.progress_bars() as progress:
         labels = source.labels(perturbation_key, field="perturbation_key")
         rows = np.flatnonzero([label is not None and label.strip() != "" for label in labels])
         if not len(rows):
@@ -96,7 +91,7 @@ def degs(
         )
     facts = {"kind": "degs", "version": release(), "options": asdict(chosen), "control": control, "seed": seed}
     facts["null"] = null.to_dict("records")
-    facts |= {"perturbation_key": perturbation_key, "input": cells.name, **where, "warnings": warnings}
+    facts |= {"perturbation_key": perturbation_key, "input": cells.name, **vars(counts_in), "warnings": warnings}
     write_table(out, table, facts)
     for warning in warnings:
         console.warn(warning)
@@ -107,7 +102,7 @@ def degs(
 
 def enrich(
     scores: Annotated[Path, typer.Argument(metavar="SCORES", help="What perturbscope score wrote: .parquet or .csv.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .parquet or .csv file to write.")],
+    out: options.OutTable,
     gene_sets: Annotated[Path, typer.Option(metavar="SETS.gmt", help="Gene sets: .gmt, plain or gzipped.")],
     degs: Annotated[
         Path | None, typer.Option(metavar="DEGS", help="What perturbscope degs wrote: rank only the weak ones.")

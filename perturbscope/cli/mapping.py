@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from perturbscope.cli import console, options
-from perturbscope.cli.session import open_work
 
 if TYPE_CHECKING:
     from perturbscope.scoring.pair_map import DistanceMap
@@ -16,11 +15,11 @@ if TYPE_CHECKING:
 SUFFIXES = (".parquet", ".csv", ".npz")
 
 
+@options.grouped
 def map_pairs(
     cells: options.In,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .parquet, .csv or .npz file to write.")],
-    perturbation_key: options.PerturbationKey,
-    use_rep: options.UseRep = None,
+    screen: options.ScreenIn,
     metric: Annotated[
         Literal["e_distance", "cosine_e_distance"], typer.Option(help="The distance.", rich_help_panel="Scoring")
     ] = "e_distance",
@@ -35,52 +34,36 @@ def map_pairs(
     landmarks: Annotated[
         int, typer.Option(help="Cells that distances are measured to.", rich_help_panel="Scoring")
     ] = 2048,
-    min_cells: options.MinCells = 20,
-    setting: options.Settings = None,
     figure: Annotated[
         Path | None, typer.Option(metavar="OUT.svg", help="Also draw the map, of at most 60 perturbations.")
     ] = None,
-    layer: options.Layer = None,
-    gene_key: options.GeneKey = None,
-    total_counts_key: options.TotalCountsKey = None,
-    bundle: options.BundleDir = None,
-    server: options.Server = None,
-    grpc: options.Grpc = None,
-    model: options.ModelName = None,
-    device: options.DeviceName = "cpu",
-    variant: options.VariantName = "fp32",
-    seed: options.Seed = 0,
 ) -> None:
     """Map all pairs of perturbations: their distances as one matrix. Cells may be embedded by a server."""
     from perturbscope.cells.files import check_output, write_matrix
     from perturbscope.scoring.pair_map import check_map, distance_map
-    from perturbscope.tasks.screen import Screen
 
     check_output(out, SUFFIXES, source=cells)
     if figure is not None:
         check_output(figure, [".svg"], source=cells)
-    chosen = options.score_options([metric], seed, min_cells, 1, setting)
+    chosen = screen.options(metrics=[metric], permutations=1)
     check_map(chosen, method, landmarks)
-    where = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
-    with open_work(cells, where, use_rep, bundle, server, grpc, model, device, variant) as (source, backend, progress):
-        screen = Screen.of(
-            source,
-            backend,
-            perturbation_key=perturbation_key,
-            use_rep=use_rep,
-            options=chosen,
-            progress=progress,
-        )
+    with screen.open(cells, chosen) as (opened, _, progress):
         found = distance_map(
-            screen.values,
-            screen.labels,
+            opened.values,
+            opened.labels,
             options=chosen,
             method=method,
             landmarks=landmarks,
             progress=lambda _, done, total: progress("pairs", done, total),
         )
-    warnings = [*screen.warnings, *found.warnings]
-    provenance = {**found.provenance, **screen.provenance, "input": cells.name, **where, "warnings": warnings}
+    warnings = [*opened.warnings, *found.warnings]
+    provenance = {
+        **found.provenance,
+        **opened.provenance,
+        "input": cells.name,
+        **vars(screen.counts),
+        "warnings": warnings,
+    }
     write_matrix(out, found.names, found.n_cells, found.distances, provenance)
     if figure is not None:
         warnings += _draw(figure, found)

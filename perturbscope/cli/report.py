@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from perturbscope.cli import console, options
-from perturbscope.cli.session import open_work
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,15 +22,15 @@ PAGE = "report.html"
 """Name of the page where OUT is a folder."""
 
 
+@options.grouped
 def report(
     cells: options.In,
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="The .html file to write, or a folder for page and files.")
     ],
-    perturbation_key: options.PerturbationKey,
-    control: Annotated[str, typer.Option(metavar="LABEL", help="The label of control cells.")],
-    use_rep: options.UseRep = None,
-    batch_key: options.BatchKey = None,
+    screen: options.ScreenIn,
+    control: options.Control,
+    testing: options.Testing,
     gene_sets: Annotated[
         Path | None, typer.Option(metavar="FILE.gmt", help="Gene sets to look for among the strongest perturbations.")
     ] = None,
@@ -39,20 +38,6 @@ def report(
         Path | None, typer.Option(metavar="DIR", help="Also write tables (CSV, parquet) and figures (SVG, PNG) there.")
     ] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page; default: the name of the file.")] = None,
-    metric: options.Metrics = ["e_distance"],  # noqa: B006  typer copies it
-    min_cells: options.MinCells = 20,
-    permutations: options.Permutations = 1000,
-    setting: options.Settings = None,
-    layer: options.Layer = None,
-    gene_key: options.GeneKey = None,
-    total_counts_key: options.TotalCountsKey = None,
-    bundle: options.BundleDir = None,
-    server: options.Server = None,
-    grpc: options.Grpc = None,
-    model: options.ModelName = None,
-    device: options.DeviceName = "cpu",
-    variant: options.VariantName = "fp32",
-    seed: options.Seed = 0,
 ) -> None:
     """Score a screen and show it: one page to open in a browser, offline too.
 
@@ -61,35 +46,23 @@ def report(
     from perturbscope.analysis.gene_sets import read_gmt
     from perturbscope.cells.files import check_output
     from perturbscope.report import build_report, write_report
-    from perturbscope.tasks.screen import Screen
 
     page, folder = _places(out, figures)
     check_output(page, [".html"], source=cells)
     sets = None if gene_sets is None else read_gmt(gene_sets)
-    chosen = options.score_options(metric, seed, min_cells, permutations, setting)
-    where = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
-    with open_work(cells, where, use_rep, bundle, server, grpc, model, device, variant) as (source, backend, progress):
-        screen = Screen.of(
-            source,
-            backend,
-            perturbation_key=perturbation_key,
-            control=control,
-            use_rep=use_rep,
-            batch_key=batch_key,
-            options=chosen,
-            progress=progress,
-        )
-        scores = screen.score(progress)
+    chosen = screen.options(metrics=testing.metric, permutations=testing.permutations)
+    with screen.open(cells, chosen, control=control, batch_key=testing.batch_key) as (opened, source, progress):
+        scores = opened.score(progress)
         scores.provenance["input"] = cells.name
         made = build_report(
-            screen.values,
-            screen.labels,
+            opened.values,
+            opened.labels,
             scores,
             title=title or f"Perturbations of {cells.stem}",
             options=chosen,
-            batches=screen.batches,
-            cells=_counts(source, perturbation_key, batch_key),
-            enrichment=_enrichment(sets, scores, seed, progress),
+            batches=opened.batches,
+            cells=_counts(source, screen.perturbation_key, testing.batch_key),
+            enrichment=_enrichment(sets, scores, screen.seed, progress),
             progress=progress,
         )
     write_report(page, made)
