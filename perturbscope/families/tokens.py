@@ -1,4 +1,7 @@
-"""Tokens of cells: ragged arrays whose first axis is length, and the padded arrays that a graph takes."""
+"""What tokenizers of all families share: counts by gene of a vocabulary before them, tokens and padded batches after.
+
+Tokens are ragged arrays whose first axis is length; a graph takes them padded.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,103 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
-from perturbscope.cells.genes import GeneCoverage
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.genes import GeneCoverage, GeneResolver, GeneVocabulary
+from perturbscope.errors import EmptyCellError, UnknownGenesError
 
 TokenizedCell = Mapping[str, NDArray[Any]]
 """Arrays of one cell by input name; the FIRST axis of each is the cell's length."""
+
+
+class VocabularyCounts:
+    """Raw counts with the gene of each column; columns of one gene are added up.
+
+    Parameters
+    ----------
+    cells
+        Raw counts of cells.
+    vocabulary
+        Genes that the model knows.
+    resolver
+        Way from the caller's identifiers to Ensembl ids.
+
+    Attributes
+    ----------
+    counts
+        CSR matrix, [n_cells, n_columns], with at most one column for each gene of the vocabulary.
+    genes
+        Row of the vocabulary for each column, or `n_genes` for a gene that is not in it; intp [n_columns].
+    n_genes
+        Number of genes of the vocabulary.
+    n_detected
+        Genes of the vocabulary that each cell expresses, int64 [n_cells]; right for the rows given to :meth:`tally`.
+    known_share
+        Share of each cell's counts in genes of the vocabulary, float32 [n_cells]; likewise.
+    coverage
+        Report on how the columns were matched to the vocabulary.
+
+    Raises
+    ------
+    UnknownGenesError
+        No column is a gene of the vocabulary.
+    """
+
+    def __init__(self, cells: CountMatrix, vocabulary: GeneVocabulary, resolver: GeneResolver) -> None:
+        mapping = resolver.map(cells.gene_ids, vocabulary)
+        self.coverage = mapping.coverage
+        if self.coverage.n_matched == 0:
+            raise UnknownGenesError(
+                f"None of the {cells.n_genes} genes is in the model's vocabulary (first: "
+                f"{', '.join(self.coverage.unmatched[:3])}). Give human Ensembl ids or symbols, "
+                "and name the column that holds them (gene_key) if they are not the index.",
+                field="gene_ids",
+            )
+        self.n_genes = len(vocabulary.gene_ids)
+        self.counts = cells.counts
+        self.genes = np.where(mapping.rows >= 0, mapping.rows, self.n_genes).astype(np.intp)
+        if self.coverage.n_merged:
+            self.counts = sparse.csr_matrix(
+                (self.counts.data.astype(np.int64), self.genes[self.counts.indices], self.counts.indptr),
+                shape=(len(cells), self.n_genes + 1),
+            )
+            self.counts.sum_duplicates()
+            self.genes = np.arange(self.n_genes + 1)
+        self.n_detected = np.diff(self.counts.indptr).astype(np.int64, copy=False)
+        self.known_share = np.ones(len(cells), dtype=np.float32)
+        self._first_row = cells.first_row
+
+    def tally(self, rows: slice, known: NDArray[np.bool_]) -> None:
+        """Set `n_detected` and `known_share` of a run of rows.
+
+        Parameters
+        ----------
+        rows
+            Run of rows.
+        known
+            Whether each of their stored values is of a gene of the vocabulary, bool [number of values].
+
+        Raises
+        ------
+        EmptyCellError
+            A cell expresses no gene of the vocabulary.
+        """
+        if known.all():
+            return
+        indptr = self.counts.indptr
+        values = self.counts.data[indptr[rows.start] : indptr[rows.stop]]
+        starts = indptr[rows] - indptr[rows.start]
+        self.n_detected[rows] = np.add.reduceat(known, starts, dtype=np.int64)
+        empty = np.flatnonzero(self.n_detected[rows] == 0)
+        if len(empty):
+            raise EmptyCellError(
+                f"The cell in row {self._first_row + rows.start + int(empty[0])} expresses no gene of the model's "
+                "vocabulary. Remove such cells, or give more genes.",
+                field="counts",
+            )
+        known_counts = np.add.reduceat(values * known, starts, dtype=np.int64)
+        self.known_share[rows] = known_counts / np.add.reduceat(values, starts, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -26,11 +121,11 @@ class InputSpec:
     dtype
         Element type that the graph takes.
     pad_value
-        What fills the slots behind a cell's last token.
+        Value of the slots behind a cell's last token.
     trailing
         Shape behind the length axis; () for a plain token sequence.
     n_values
-        Number of different ids, 0 to ``n_values - 1``, where the input is ids; None where it is real numbers.
+        Number of different ids, 0 to ``n_values - 1``, of an input of ids; None for real numbers.
     """
 
     name: str
@@ -47,15 +142,15 @@ class TokenizedCells:
     Attributes
     ----------
     arrays
-        By input name, the cells' arrays joined along the first axis, [sum of lengths, ...].
+        Arrays of all cells by input name, joined along the first axis, [sum of lengths, ...].
     offsets
-        Cell i owns rows ``offsets[i]:offsets[i + 1]``; int64 [n_cells + 1].
+        Bounds of the cells, int64 [n_cells + 1]: cell i owns rows ``offsets[i]:offsets[i + 1]``.
     known_share
-        Share of each cell's own counts (those in the matrix) that lie in genes of the vocabulary, float32 [n_cells].
+        Share of each cell's own counts (those in the matrix) in genes of the vocabulary, float32 [n_cells].
     n_detected
         Genes of the vocabulary that each cell expresses, before truncation, int32 [n_cells].
     coverage
-        How the columns met the vocabulary.
+        Report on how the columns were matched to the vocabulary.
     """
 
     arrays: Mapping[str, NDArray[Any]]
@@ -81,7 +176,7 @@ class TokenizedCells:
 
 
 def concatenate(parts: Sequence[TokenizedCells]) -> TokenizedCells:
-    """Join the cells of several callers; coverage is that of the first."""
+    """Join the cells of several callers; the coverage is that of the first."""
     if len(parts) == 1:
         return parts[0]
     lengths = np.concatenate([part.lengths for part in parts])
@@ -101,22 +196,22 @@ def pad(
     *,
     length: int | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """The graph inputs of one batch.
+    """Return the graph inputs of one batch.
 
     Parameters
     ----------
     cells
-        Where the tokens are.
+        Tokens of all cells.
     rows
-        Which cells, in the order of the batch, [batch].
+        Numbers of the batch's cells, in order, [batch].
     inputs
         The family's inputs.
     length
-        What to pad to, at least the longest cell; None: the longest cell.
+        Length to pad to, at least that of the longest cell; None: that of the longest cell.
 
     Returns
     -------
-    Each input [batch, longest, ...] and ``attention_mask``, int64 [batch, longest], 1 on tokens.
+    Each input [batch, length, ...] and ``attention_mask``, int64 [batch, length], 1 on tokens.
     """
     starts, lengths = cells.offsets[rows], cells.lengths[rows]
     longest = int(lengths.max()) if length is None else length

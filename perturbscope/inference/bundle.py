@@ -6,7 +6,6 @@
     model.onnx       graph: tokens -> cell embedding; variants beside it (model.fp16.onnx, ...)
     vocabulary.tsv   genes, tokens, medians
     MODEL_CARD.md    data, licence, cost, numbers
-    controls.npz     embedded reference control cells (optional)
     golden.json      a few cells and their vectors, to prove a server with (optional; see perturbscope.inference.golden)
 
 No file is a pickle, and nothing in a bundle is executed but the ONNX graph.
@@ -37,7 +36,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.tsv"
 MODEL_CARD = "MODEL_CARD.md"
-CONTROLS = "controls.npz"
 GOLDEN = "golden.json"
 _VOCABULARIES: weakref.WeakValueDictionary[tuple[str, str], GeneVocabulary] = weakref.WeakValueDictionary()
 """Those in use: bundles of one vocabulary share it, and what is remembered of it."""

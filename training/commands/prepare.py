@@ -39,9 +39,9 @@ from scipy import sparse
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.files import atomic, check_output
-from perturbscope.cells.readers.annotated import find_matrix, open_matrix, shape_of
+from perturbscope.cells.readers.annotated import Frame, find_matrix, open_matrix, shape_of
 from perturbscope.cells.readers.source import missing_column, name_genes
-from perturbscope.cells.readers.store import Frame, child, is_group, optional, reading
+from perturbscope.cells.readers.store import child, is_group, optional, reading
 from perturbscope.errors import ControlLabelMissingError, InvalidParameterError, MalformedMatrixError
 from training import console
 

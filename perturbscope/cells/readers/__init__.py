@@ -1,4 +1,4 @@
-"""Readers: any common single-cell file as chunks of validated raw counts.
+"""Readers turn any common single-cell file into chunks of validated raw counts; they import :mod:`perturbscope.cells`.
 
 ================================  ==============================================================
 file                              how it is read
@@ -6,8 +6,8 @@ file                              how it is read
 ``.h5ad``                         streamed from disk; X, a layer or raw; dense, CSR or CSC
 10x Cell Ranger ``.h5``           streamed from disk; versions 2 and later
 10x directory with matrix.mtx     into memory; plain or gzipped, features.tsv or genes.tsv
-zarr directory of an AnnData      streamed from disk, where the zarr package is installed
-AnnData in memory                 read only, never changed
+zarr directory of an AnnData      streamed from disk, if the zarr package is installed
+AnnData in memory                 read and never changed
 ================================  ==============================================================
 """
 
@@ -19,10 +19,10 @@ from typing import Any
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import tenx
-from perturbscope.cells.readers.annotated import AnnotatedSource, is_zarr, open_zarr
+from perturbscope.cells.readers.annotated import AnnotatedSource
 from perturbscope.cells.readers.memory import AnnDataSource
 from perturbscope.cells.readers.source import CHUNK_CELLS, CellSource
-from perturbscope.cells.readers.store import has, reading
+from perturbscope.cells.readers.store import has, is_zarr, open_zarr, reading
 from perturbscope.errors import UnreadableFileError
 
 __all__ = ["CHUNK_CELLS", "CellSource", "cells_from_anndata", "open_cells"]
@@ -46,12 +46,12 @@ def open_cells(
     path
         File or directory; its format is found by looking inside.
     layer
-        Where the raw counts are: ``X`` (default), the name of a layer, or ``raw``.
+        Place of the raw counts: ``X`` (default), the name of a layer, or ``raw``.
     gene_key
         Column of var with the gene identifiers; the index by default. For 10x files ``gene_ids`` (default) or
         ``gene_symbols``.
     total_counts_key
-        Column of obs with each cell's total counts over all measured genes, where the file holds only some of them.
+        Column of obs with each cell's total counts over all measured genes, if the file holds only some of them.
     chunk_cells
         Cells that are in memory at a time.
     max_cells
@@ -60,13 +60,13 @@ def open_cells(
     Raises
     ------
     UnreadableFileError
-        Missing, empty, truncated, damaged, or of a format that no reader knows.
+        The file is missing, empty, truncated or damaged, or no reader knows its format.
     MissingColumnError
         There is no such layer or column; the message names those that exist, and the closest.
     MalformedMatrixError
         The parts of the file contradict each other.
     LimitExceededError
-        More than `max_cells` cells.
+        The file has more than `max_cells` cells.
     """
     path = Path(path)
     if not path.exists():
@@ -77,20 +77,26 @@ def open_cells(
         "chunk_cells": chunk_cells,
         "max_cells": max_cells,
     }
-    if path.is_dir() and is_zarr(path):
+    start = b""
+    if not path.is_dir():
+        with reading(path), path.open("rb") as file:
+            start = file.read(len(_HDF5_MAGIC))
+    elif is_zarr(path):
         with reading(path):
             return AnnotatedSource(open_zarr(path), path, layer=layer, **options)
+    if start == _HDF5_MAGIC:
+        return _open_hdf5(path, layer, options)
     matrix = tenx.mtx_file(path)
     if matrix is not None:
         _no_layer(layer, path)
         return tenx.from_mtx(matrix, **options)
     if path.is_dir():
-        raise UnreadableFileError(
-            f"{path} is a directory without matrix.mtx[.gz] and is not a zarr store. Give an .h5ad file, a 10x .h5 "
-            "file, a 10x directory or a zarr store.",
-            field="file",
-        )
-    return _open_hdf5(path, layer, options)
+        what = "is a directory without matrix.mtx[.gz] and is not a zarr store"
+    else:
+        what = "is not an HDF5 file" if start else "is empty"
+    raise UnreadableFileError(
+        f"{path} {what}. Give an .h5ad file, a 10x .h5 file, a 10x directory or a zarr store.", field="file"
+    )
 
 
 def cells_from_anndata(
@@ -100,20 +106,13 @@ def cells_from_anndata(
     gene_key: str | None = None,
     total_counts_key: str | None = None,
 ) -> CountMatrix:
-    """Raw counts of an AnnData object, which is not changed. Parameters and errors as :func:`open_cells`."""
+    """Return the raw counts of an AnnData object, which is not changed. Parameters and errors as :func:`open_cells`."""
     return AnnDataSource(adata, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key).read()
 
 
 def _open_hdf5(path: Path, layer: str | None, options: dict[str, Any]) -> CellSource:
     import h5py
 
-    with reading(path), path.open("rb") as file:
-        start = file.read(len(_HDF5_MAGIC))
-    if start != _HDF5_MAGIC:
-        what = "is empty" if not start else "is not an HDF5 file"
-        raise UnreadableFileError(
-            f"{path} {what}. Give an .h5ad file, a 10x .h5 file, a 10x directory or a zarr store.", field="file"
-        )
     with ExitStack() as on_error, reading(path):
         root = on_error.enter_context(h5py.File(path, "r"))
         source = _recognise(root, path, layer, options)

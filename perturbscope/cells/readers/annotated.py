@@ -1,8 +1,7 @@
-"""AnnData on disk: .h5ad and zarr, streamed."""
+"""AnnData files, .h5ad and zarr, streamed from disk."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,24 +9,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.readers.matrices import CsrRows, DenseRows, Rows, csc_rows
-from perturbscope.cells.readers.source import CHUNK_CELLS, CellSource, check_totals, missing_column, name_genes
-from perturbscope.cells.readers.store import Frame, attribute, child, children, is_group, optional, reading, values
-from perturbscope.cells.readers.stored import StoredArray
-from perturbscope.errors import LimitExceededError, MalformedMatrixError, UnreadableFileError
+from perturbscope.cells.readers.source import (
+    CHUNK_CELLS,
+    CellSource,
+    check_limit,
+    check_totals,
+    missing_column,
+    name_genes,
+)
+from perturbscope.cells.readers.store import (
+    StoredArray,
+    attribute,
+    child,
+    children,
+    has,
+    is_group,
+    name_of,
+    optional,
+    reading,
+    values,
+)
+from perturbscope.errors import MalformedMatrixError, UnreadableFileError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 class AnnotatedSource(CellSource):
-    """An AnnData file, open; the matrix stays on disk.
+    """The cells of an open AnnData file; the matrix stays on disk.
 
     Parameters
     ----------
     root
         The open HDF5 file or zarr group; closed with the source.
     path
-        Where it lies.
+        Path of the file, for messages.
     layer, gene_key, total_counts_key, chunk_cells, max_cells
         See :func:`perturbscope.open_cells`.
     """
@@ -100,7 +116,7 @@ class AnnotatedSource(CellSource):
                 return np.column_stack([frame.column(column).to_numpy() for column in frame.columns()])
             matrix = open_matrix(node)
             if matrix.shape[0] != self.n_cells:
-                # Before it is made dense: what a damaged file says of a shape can be anything.
+                # Before it is made dense: the shape that a damaged file declares can be anything.
                 raise MalformedMatrixError(
                     f"obsm[{name!r}] is of shape {matrix.shape} for {self.n_cells} cells; one row a cell is needed.",
                     field="use_rep",
@@ -116,10 +132,106 @@ class AnnotatedSource(CellSource):
             return super().rows(start, stop)
 
 
-def find_matrix(root: Any, layer: str | None) -> tuple[Any, Any]:
-    """The node that holds the counts, and the var that goes with it.
+class Frame:
+    """The obs or var of a file, read one column at a time.
 
-    ``None`` and ``"X"`` mean X; any other name a layer; ``"raw"`` means raw.X where no layer is called so.
+    Parameters
+    ----------
+    node
+        Group of the columns, or the compound dataset that anndata < 0.7 wrote.
+    uns
+        The file's uns, in which anndata < 0.7 kept the categories of columns.
+    """
+
+    def __init__(self, node: Any, uns: Any = None) -> None:
+        self._node = node
+        self._uns = uns
+        self._compound = not is_group(node)
+        names = list(node.dtype.names or ()) if self._compound else children(node)
+        wanted = None if self._compound else attribute(node, "_index")
+        self._index = wanted or next((name for name in ("_index", "index") if name in names), None)
+        if self._index not in names:
+            raise UnreadableFileError(f"{name_of(node)} has no index; the file is not an AnnData file.", field="file")
+        inside = [name for name in names if name not in {self._index, "__categories"}]
+        order = [] if self._compound else [str(name) for name in attribute(node, "column-order", ())]
+        self._columns = [name for name in order if name in inside] + [name for name in inside if name not in order]
+
+    def __len__(self) -> int:
+        node = self._node if self._compound else child(self._node, str(self._index))
+        # A nullable string array is a group; zarr's arrays have no len().
+        return int((child(node, "values") if is_group(node) else node).shape[0])
+
+    def index(self) -> NDArray[np.str_]:
+        """Read the names of the rows."""
+        return self._read(str(self._index)).astype(str).to_numpy().astype(np.str_)
+
+    def columns(self) -> list[str]:
+        """Return the names of the columns that hold text, categories or numbers."""
+        return [name for name in self._columns if self._is_readable(name)]
+
+    def column(self, name: str) -> pd.Series[Any]:
+        """Read one column. Raises UnreadableFileError if its length is not that of the index."""
+        column = self._read(name)
+        if len(column) != len(self):
+            raise UnreadableFileError(
+                f"{name_of(self._node)}/{name} has {len(column)} entries for {len(self)} rows.", field="file"
+            )
+        return column
+
+    def _is_readable(self, name: str) -> bool:
+        if self._compound:
+            return self._node.dtype[name].kind in "iufbSO"
+        node = child(self._node, name)
+        if is_group(node):
+            return {"codes", "categories"} <= set(node) or {"values", "mask"} <= set(node)
+        return len(node.shape) == 1 and not getattr(node.dtype, "names", None)
+
+    def _read(self, name: str) -> pd.Series[Any]:
+        import pandas as pd
+
+        if self._compound:
+            return self._read_field(name)
+        node = child(self._node, name)
+        if not is_group(node):
+            old = optional(self._node, "__categories")
+            if old is not None and has(old, name):
+                return _categorical(values(node), values(child(old, name)))
+            return pd.Series(values(node))
+        if "categories" in node:
+            return _categorical(values(child(node, "codes")), values(child(node, "categories")))
+        column = pd.Series(values(child(node, "values")))
+        mask = values(child(node, "mask")).astype(bool)
+        return column.astype(object).mask(mask, None) if mask.any() else column
+
+    def _read_field(self, name: str) -> pd.Series[Any]:
+        import pandas as pd
+
+        field = self._node[name]
+        if field.dtype.kind in "SO":
+            return pd.Series([item.decode() if isinstance(item, bytes) else str(item) for item in field], dtype=object)
+        categories = f"{name}_categories"
+        if self._uns is not None and has(self._uns, categories):
+            return _categorical(field, values(child(self._uns, categories)))
+        return pd.Series(field)
+
+
+def _categorical(codes: NDArray[Any], categories: NDArray[Any]) -> pd.Series[Any]:
+    import pandas as pd
+
+    return pd.Series(pd.Categorical.from_codes(codes.astype(np.int64), categories=pd.Index(categories)))
+
+
+def find_matrix(root: Any, layer: str | None) -> tuple[Any, Any]:
+    """Return the node that holds the counts, and the var that belongs to it.
+
+    ``None`` and ``"X"`` mean X, and any other name a layer; ``"raw"`` means raw.X if no layer has that name.
+
+    Raises
+    ------
+    UnreadableFileError
+        X was asked for, and the file has none.
+    MissingColumnError
+        There is no such layer.
     """
     var = child(root, "var")
     if layer in (None, "X"):
@@ -146,7 +258,7 @@ def _layers(root: Any) -> list[str]:
 
 
 def shape_of(node: Any) -> tuple[int, int]:
-    """Cells and genes of a stored matrix."""
+    """Return the numbers of cells and genes of a stored matrix."""
     shape = attribute(node, "shape", attribute(node, "h5sparse_shape")) if is_group(node) else node.shape
     if shape is None or len(shape) != 2:
         raise UnreadableFileError(f"{node.name} is not a matrix of cells x genes.", field="counts")
@@ -154,7 +266,7 @@ def shape_of(node: Any) -> tuple[int, int]:
 
 
 def open_matrix(node: Any) -> Rows:
-    """Rows of a stored matrix: dense, CSR or CSC, as anndata has written them since 0.6."""
+    """Open a stored matrix: dense, CSR or CSC, as anndata has written them since 0.6."""
     if not is_group(node):
         return DenseRows(_array(node))
     old = attribute(node, "h5sparse_format")
@@ -176,39 +288,9 @@ def _array(node: Any) -> Any:
 
 
 def read_genes(var: Frame, gene_key: str | None) -> NDArray[np.str_]:
-    """Gene identifiers: the index of var, or one of its columns."""
+    """Read the gene identifiers: the index of var, or one of its columns."""
     if gene_key is None:
         return name_genes(var.index())
     if gene_key not in var.columns():
         raise missing_column("column of var", gene_key, var.columns(), field="gene_key")
     return name_genes(var.column(gene_key).to_numpy())
-
-
-def check_limit(n_cells: int, max_cells: int | None, path: Path) -> None:
-    """Raise :class:`LimitExceededError` before anything of the size of the cells is read."""
-    if max_cells is not None and n_cells > max_cells:
-        raise LimitExceededError(
-            f"{path.name} has {n_cells} cells; at most {max_cells} are allowed. Send it in parts.", field="cells"
-        )
-
-
-def open_zarr(path: Path) -> Any:
-    """The root group of a zarr store."""
-    try:
-        import zarr
-    except ImportError as error:
-        raise UnreadableFileError(
-            f"{path} is a zarr store; reading it needs the zarr package (pip install zarr).", field="file"
-        ) from error
-    with reading(path):
-        return zarr.open_group(path, mode="r")
-
-
-def is_zarr(path: Path) -> bool:
-    """Whether a directory is a zarr group of version 2 or 3."""
-    try:
-        if (path / "zarr.json").is_file():
-            return bool(json.loads((path / "zarr.json").read_text(encoding="utf-8"))["node_type"] == "group")
-        return (path / ".zgroup").is_file()
-    except (OSError, ValueError, LookupError, TypeError):
-        return False

@@ -1,4 +1,4 @@
-"""Rows of a cells x genes matrix, wherever and however it is stored."""
+"""Rows of a cells x genes matrix: dense, CSR or CSC, in memory or in a file."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from scipy import sparse
 from perturbscope.errors import MalformedMatrixError, UnreadableFileError
 
 CsrArrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-"""data, indices, indptr; indptr starts with 0."""
+"""The arrays data, indices and indptr; indptr starts with 0."""
 _DENSE_BYTES = 64 * 2**20
-"""Dense values in memory at a time."""
+"""Bytes of dense values that are in memory at a time."""
 _SPARSE_VALUES = 4 * 2**20
-"""Values of a CSC matrix in memory at a time."""
+"""Values of a CSC matrix that are in memory at a time."""
 
 
 class Rows(Protocol):
-    """A matrix that gives any run of rows; values are checked by who takes them."""
+    """A matrix that gives any run of rows; the receiver checks the values."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Cells, genes."""
+        """Numbers of cells and genes."""
         ...
 
     def rows(self, start: int, stop: int) -> CsrArrays:
-        """Rows `start` to `stop` as CSR arrays."""
+        """Return rows `start` to `stop` as CSR arrays."""
         ...
 
 
@@ -56,14 +56,14 @@ class DenseRows:
 
 
 class CsrRows:
-    """The three arrays of a CSR matrix, in memory or in a file; only `indptr` is held.
+    """The three arrays of a CSR matrix, in memory or in a file; only `indptr` is held in memory.
 
     Parameters
     ----------
     data, indices, indptr
         Arrays, or anything that gives arrays when sliced.
     shape
-        Cells, genes.
+        Numbers of cells and genes.
     keep
         Columns to keep, bool [n_genes]; all by default.
 
@@ -104,7 +104,7 @@ class CsrRows:
 
 
 def from_scipy(matrix: Any) -> Rows:
-    """Rows of a scipy sparse matrix or array of any format; a numpy array is taken as dense."""
+    """Return the rows of a scipy sparse matrix or array of any format, or of a dense array."""
     if not hasattr(matrix, "tocsr"):
         return DenseRows(np.asarray(matrix))
     csr = matrix.tocsr(copy=False)
@@ -112,9 +112,9 @@ def from_scipy(matrix: Any) -> Rows:
 
 
 def csc_rows(data: Any, indices: Any, indptr: Any, shape: tuple[int, int]) -> CsrRows:
-    """Rows of a CSC matrix in a file.
+    """Return the rows of a CSC matrix in a file.
 
-    The matrix is turned into CSR once, in an unnamed temporary file, with two passes over the values and bounded
+    The matrix is converted to CSR once, in an unnamed temporary file, with two passes over the values and bounded
     memory; reading rows from columns directly would pass over the whole matrix for each chunk.
 
     Raises
@@ -151,7 +151,7 @@ def csc_rows(data: Any, indices: Any, indptr: Any, shape: tuple[int, int]) -> Cs
 
 
 def _scratch(length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An array in an unnamed temporary file, whose space returns when the array goes."""
+    """Return an array in an unnamed temporary file, whose space is freed with the array."""
     if length == 0:
         return np.zeros(0, dtype=dtype)
     with tempfile.TemporaryFile(prefix="perturbscope-") as file:
@@ -168,7 +168,7 @@ def _scratch(length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def require_numeric(dtype: Any) -> None:
-    """Raise :class:`MalformedMatrixError` unless counts of this dtype can be numbers."""
+    """Raise :class:`MalformedMatrixError` unless `dtype` is one of numbers or booleans."""
     if getattr(dtype, "kind", "O") not in "iufb":
         raise MalformedMatrixError(f"Counts have dtype {dtype}; integers or floats are needed.", field="counts")
 
@@ -183,7 +183,10 @@ def check_indices(indices: NDArray[Any], bound: int) -> None:
 
 
 def check_indptr(indptr: Any, n_data: int, n_indices: int, shape: tuple[int, int], axis: str) -> NDArray[np.int64]:
-    """`indptr` as int64 [shape[0] + 1], if it describes `shape` and both other arrays; `axis` names its entries."""
+    """Return `indptr` as int64 [shape[0] + 1], checked against `shape` and the lengths of both other arrays.
+
+    `axis` is ``row`` or ``column``: what an entry of `indptr` stands for.
+    """
     lines, width = shape
     if len(indptr) != lines + 1:
         raise MalformedMatrixError(

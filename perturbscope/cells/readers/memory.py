@@ -1,4 +1,4 @@
-"""AnnData in memory."""
+"""AnnData objects in memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class AnnDataSource(CellSource):
-    """Cells of an AnnData object, which is only read.
+    """The cells of an AnnData object, which is not changed.
 
     Parameters
     ----------
     adata
-        The object; a backed one is read through its file.
+        The AnnData object; a backed one is read through its file.
     layer, gene_key, total_counts_key, chunk_cells
         See :func:`perturbscope.open_cells`.
     """
@@ -65,7 +65,7 @@ class AnnDataSource(CellSource):
 
     @property
     def columns(self) -> list[str]:
-        """Columns of obs."""
+        """Names of the columns of obs."""
         return list(map(str, self._adata.obs.columns))
 
     def _column(self, name: str) -> pd.Series[Any]:
@@ -74,7 +74,7 @@ class AnnDataSource(CellSource):
 
     @property
     def representations(self) -> list[str]:
-        """Matrices of obsm."""
+        """Names of the matrices in obsm."""
         return list(self._adata.obsm.keys())
 
     def _representation(self, name: str) -> NDArray[Any]:
@@ -98,7 +98,7 @@ def _matrix(adata: Any, layer: str | None) -> tuple[Any, Any]:
             f"{', '.join(adata.layers.keys()) or 'none'}.",
             field="layer",
         )
-    # Backed: a sparse dataset or an HDF5 dataset that stands for the matrix.
+    # Backed: a sparse dataset or an HDF5 dataset in place of the matrix.
     if hasattr(matrix, "to_memory"):
         matrix = matrix.to_memory()
     elif not hasattr(matrix, "tocsr") and not isinstance(matrix, np.ndarray):

@@ -1,4 +1,4 @@
-"""What every reader gives: cells in chunks, with their labels."""
+"""The source of cells that every reader returns: chunks of counts, and labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers.matrices import Rows
-from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, MalformedMatrixError, MissingColumnError
+from perturbscope.errors import (
+    InvalidEmbeddingError,
+    InvalidParameterError,
+    LimitExceededError,
+    MalformedMatrixError,
+    MissingColumnError,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,19 +32,19 @@ _SHOWN = 20
 
 
 class CellSource(ABC):
-    """Cells of one file or object, read chunk by chunk.
+    """The cells of one file or object, read chunk by chunk.
 
-    Iterating gives :class:`CountMatrix` chunks of `chunk_cells` cells in the order of the file; it can be done again.
+    Iterating yields :class:`CountMatrix` chunks of `chunk_cells` cells in the order of the file, as often as you like.
     Use it as a context manager, or :meth:`close` it.
 
     Attributes
     ----------
     path
-        The file; None for an object in memory.
+        Path of the file; None for an object in memory.
     n_cells
         Number of cells.
     gene_ids
-        Identifier of each gene, as the caller's `gene_key` selects it.
+        Identifier of each gene, as selected by the caller's `gene_key`.
     chunk_cells
         Cells of one chunk.
     """
@@ -86,7 +92,7 @@ class CellSource(ABC):
 
     @abstractmethod
     def _column(self, name: str) -> pd.Series[Any]:
-        """A column of obs that exists."""
+        """Read a column of obs that exists."""
 
     @property
     @abstractmethod
@@ -95,7 +101,7 @@ class CellSource(ABC):
 
     @abstractmethod
     def _representation(self, name: str) -> NDArray[Any]:
-        """A matrix of obsm that exists."""
+        """Read a matrix of obsm that exists."""
 
     @cached_property
     def obs(self) -> pd.DataFrame:
@@ -106,19 +112,19 @@ class CellSource(ABC):
         return pd.DataFrame(columns, index=pd.Index(self.cell_ids.astype(object)))
 
     def column(self, name: str, *, field: str = "obs") -> pd.Series[Any]:
-        """One column of obs, [n_cells]; `field` is the caller's name for the choice, for messages.
+        """Read one column of obs, [n_cells]; errors name `field` as the caller's parameter.
 
         Raises
         ------
         MissingColumnError
-            There is none of that name; the message names the columns that exist and the closest.
+            There is no such column; the message names the columns that exist and the closest.
         """
         if name not in self.columns:
             raise missing_column("column of obs", name, self.columns, field=field)
         return self._column(name)
 
     def labels(self, name: str, *, field: str = "obs") -> NDArray[np.object_]:
-        """One column of obs as strings, None where the label is missing. Raises as :meth:`column`."""
+        """Read one column of obs as strings, None for a missing label. Raises as :meth:`column`."""
         import pandas as pd
 
         column = self.column(name, field=field)
@@ -134,12 +140,12 @@ class CellSource(ABC):
         return labels
 
     def representation(self, name: str) -> NDArray[np.float32]:
-        """A matrix of obsm, float32 [n_cells, width].
+        """Read a matrix of obsm, float32 [n_cells, width].
 
         Raises
         ------
         MissingColumnError
-            There is none of that name.
+            There is no such matrix.
         InvalidEmbeddingError
             It is not a numeric matrix with one row a cell.
         """
@@ -155,7 +161,7 @@ class CellSource(ABC):
         return values.astype(np.float32)
 
     def rows(self, start: int, stop: int) -> CountMatrix:
-        """Cells `start` to `stop` of the file, validated. Raises as :meth:`CountMatrix.from_csr`."""
+        """Read and validate the cells `start` to `stop`. Raises as :meth:`CountMatrix.from_csr`."""
         stop = min(stop, self.n_cells)
         data, indices, indptr = self._matrix.rows(start, stop)
         totals = None if self._totals is None else self._totals[start:stop]
@@ -172,11 +178,11 @@ class CellSource(ABC):
         return self.n_cells
 
     def read(self) -> CountMatrix:
-        """All cells at once."""
+        """Read all cells at once."""
         return self.rows(0, self.n_cells)
 
     def close(self) -> None:
-        """Close the file, if there is one."""
+        """Close the file, if there is one. May be called twice."""
         close = getattr(self._root, "close", None)
         if close:
             close()
@@ -191,7 +197,7 @@ class CellSource(ABC):
 
 
 def missing_column(what: str, name: str, available: Sequence[str], *, field: str) -> MissingColumnError:
-    """The error that says what there is in place of `name`, and what was probably meant."""
+    """Return the error for a `name` that does not exist; it lists what does exist, and the closest name."""
     folded = {item.casefold(): item for item in available}
     close = difflib.get_close_matches(name.casefold(), folded, n=1)
     shown = ", ".join(map(repr, available[:_SHOWN])) + (", ..." if len(available) > _SHOWN else "")
@@ -200,7 +206,7 @@ def missing_column(what: str, name: str, available: Sequence[str], *, field: str
 
 
 def check_totals(totals: NDArray[Any], name: str, n_cells: int) -> NDArray[np.float64]:
-    """A column of total counts, float64 [n_cells]; what the numbers must satisfy is checked with the counts."""
+    """Return a column of total counts as float64 [n_cells]. Its values are checked later, against the counts."""
     if totals.dtype.kind not in "iuf" or totals.shape != (n_cells,):
         raise MalformedMatrixError(
             f"The column {name!r} has dtype {totals.dtype}; total counts are numbers, one a cell.",
@@ -210,9 +216,17 @@ def check_totals(totals: NDArray[Any], name: str, n_cells: int) -> NDArray[np.fl
 
 
 def name_genes(identifiers: NDArray[Any]) -> NDArray[np.str_]:
-    """Gene identifiers as strings; columns without one get a name that no vocabulary knows."""
+    """Return gene identifiers as strings; a column without one gets a name that is in no vocabulary."""
     names = identifiers.astype(object)
     for column, name in enumerate(names):
         if name is None or name != name or name == "":
             names[column] = f"unnamed-{column}"
     return names.astype(np.str_)
+
+
+def check_limit(n_cells: int, max_cells: int | None, path: Path) -> None:
+    """Raise :class:`LimitExceededError` for too many cells, before any array with one entry a cell is read."""
+    if max_cells is not None and n_cells > max_cells:
+        raise LimitExceededError(
+            f"{path.name} has {n_cells} cells; at most {max_cells} are allowed. Send it in parts.", field="cells"
+        )

@@ -1,28 +1,42 @@
-"""The parts of HDF5 and zarr that annotated matrices are made of: strings, columns, frames.
+"""The nodes of HDF5 and zarr files: groups, attributes and arrays.
 
-Both libraries give groups and arrays with the same manners, so one code reads both. Nothing here unpickles: columns are
-strings, categories or numbers, and anything else is refused. A file cannot point outside itself: external links,
-external storage and virtual datasets are refused too, since a server reads files that strangers send.
+The groups and arrays of h5py and zarr look alike, so one code reads both. Nothing here unpickles: arrays hold text or
+numbers, and anything else is refused. A file cannot point outside itself: external links, external storage and virtual
+datasets are refused too, since a server reads files that strangers send.
+
+Nearly all the time of reading counts goes into unpacking deflate, which libhdf5 does with zlib and under its lock.
+:class:`StoredArray` therefore takes a chunk's bytes as they are stored and unpacks them with zlib-ng (twice the speed
+of zlib), for the layout that nearly every file has: one dimension, plain numbers, deflate, shuffled or not. libhdf5
+reads anything else, and decides about any chunk that does not unpack as it should.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import math
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng import zlib_ng
 
 from perturbscope.errors import PerturbScopeError, UnreadableFileError
 
-if TYPE_CHECKING:
-    import pandas as pd
-
+_DEFLATE, _SHUFFLE = 1, 2
+"""Numbers of these filters in HDF5."""
+_CHUNK_VALUES = range(4096, 2**22 + 1)
+"""Values of chunks that are unpacked here: smaller ones take longer to fetch than to unpack, larger ones take much
+memory."""
+# zlib-ng's types say that its error is an instance.
+_UNREADABLE: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, TypeError, zlib_ng.error)  # type: ignore[assignment]
+_PACKED_MORE = 1024
+"""Bytes by which deflate can make a chunk larger, and more."""
 _BROKEN_FILE = (
     *(OSError, EOFError, MemoryError, RuntimeError, ArithmeticError),
     *(LookupError, ValueError, TypeError, AttributeError),
@@ -47,22 +61,44 @@ def reading(path: Path | str) -> Iterator[None]:
         ) from error
 
 
+def open_zarr(path: Path) -> Any:
+    """Open the root group of a zarr store for reading."""
+    try:
+        import zarr
+    except ImportError as error:
+        raise UnreadableFileError(
+            f"{path} is a zarr store; reading it needs the zarr package (pip install zarr).", field="file"
+        ) from error
+    with reading(path):
+        return zarr.open_group(path, mode="r")
+
+
+def is_zarr(path: Path) -> bool:
+    """Return whether a directory is a zarr group of version 2 or 3."""
+    try:
+        if (path / "zarr.json").is_file():
+            return bool(json.loads((path / "zarr.json").read_text(encoding="utf-8"))["node_type"] == "group")
+        return (path / ".zgroup").is_file()
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def is_group(node: Any) -> bool:
-    """Whether a node of a file is a group."""
+    """Return whether a node of a file is a group."""
     return hasattr(node, "keys")
 
 
 def child(group: Any, name: str) -> Any:
-    """A node of a group.
+    """Return a node of a group.
 
     Raises
     ------
     UnreadableFileError
-        It does not exist, points outside the file, or would have to be unpickled.
+        The node does not exist, points outside the file, or would have to be unpickled.
     """
     if not has(group, name):
         raise UnreadableFileError(
-            f"The file has no {_name(group)}/{name}; it is not complete, or of another layout.", field="file"
+            f"The file has no {name_of(group)}/{name}; it is not complete, or of another layout.", field="file"
         )
     node = group[name]
     if hasattr(node, "id"):
@@ -74,7 +110,7 @@ def child(group: Any, name: str) -> Any:
         coding = json.dumps([described.get(key) for key in ("filters", "compressor", "codecs")], default=str)
         if "pickle" in coding:
             raise UnreadableFileError(
-                f"{_name(group)}/{name} is stored as pickled objects, which are never loaded. "
+                f"{name_of(group)}/{name} is stored as pickled objects, which are never loaded. "
                 "Write the file again with a current anndata.",
                 field="file",
             )
@@ -82,7 +118,7 @@ def child(group: Any, name: str) -> Any:
 
 
 def has(group: Any, name: str) -> bool:
-    """Whether a group has a node of that name; a link to elsewhere is refused without being followed."""
+    """Return whether a group has a node of that name; a link out of the file is refused without being followed."""
     if not hasattr(group, "id"):
         return name in group
     import h5py
@@ -96,23 +132,23 @@ def has(group: Any, name: str) -> bool:
 
 
 def children(group: Any) -> list[str]:
-    """Names of a group's nodes; none where there is no group."""
+    """Return the names of a group's nodes; an empty list if `group` is not a group."""
     return list(group.keys()) if is_group(group) else []
 
 
 def optional(group: Any, name: str) -> Any | None:
-    """A node of a group, or None."""
+    """Return a node of a group, or None if it does not exist."""
     return child(group, name) if has(group, name) else None
 
 
 def attribute(node: Any, name: str, default: Any = None) -> Any:
-    """An attribute, text as str."""
+    """Return an attribute of a node; bytes are decoded."""
     value = node.attrs.get(name, default)
     return value.decode() if isinstance(value, bytes) else value
 
 
 def values(array: Any) -> NDArray[Any]:
-    """All values of an array; text as str objects.
+    """Read all values of an array; text as an object array of str.
 
     Raises
     ------
@@ -129,112 +165,103 @@ def values(array: Any) -> NDArray[Any]:
         import h5py
 
         if h5py.check_string_dtype(dtype) is None:
-            raise UnreadableFileError(f"{_name(array)} holds neither numbers nor text ({dtype}).", field="file")
+            raise UnreadableFileError(f"{name_of(array)} holds neither numbers nor text ({dtype}).", field="file")
         return np.asarray(array.asstr()[...], dtype=object)
     found = np.asarray(array[...])
     if found.dtype.kind == "S":
         return np.char.decode(found, "utf-8").astype(object)
     found = found.astype(object)
     if not all(isinstance(item, str) or item is None for item in found.ravel()):
-        raise UnreadableFileError(f"{_name(array)} holds neither numbers nor text ({dtype}).", field="file")
+        raise UnreadableFileError(f"{name_of(array)} holds neither numbers nor text ({dtype}).", field="file")
     return found
 
 
-class Frame:
-    """obs or var of a file, read one column at a time.
-
-    Parameters
-    ----------
-    node
-        The group, or the compound dataset that anndata < 0.7 wrote.
-    uns
-        The file's uns, where anndata < 0.7 kept the categories of its columns.
-    """
-
-    def __init__(self, node: Any, uns: Any = None) -> None:
-        self._node = node
-        self._uns = uns
-        self._compound = not is_group(node)
-        names = list(node.dtype.names or ()) if self._compound else children(node)
-        wanted = None if self._compound else attribute(node, "_index")
-        self._index = wanted or next((name for name in ("_index", "index") if name in names), None)
-        if self._index not in names:
-            raise UnreadableFileError(f"{_name(node)} has no index; the file is not an AnnData file.", field="file")
-        inside = [name for name in names if name not in {self._index, "__categories"}]
-        order = [] if self._compound else [str(name) for name in attribute(node, "column-order", ())]
-        self._columns = [name for name in order if name in inside] + [name for name in inside if name not in order]
-
-    def __len__(self) -> int:
-        node = self._node if self._compound else child(self._node, str(self._index))
-        # A nullable string array is a group; zarr's arrays have no len().
-        return int((child(node, "values") if is_group(node) else node).shape[0])
-
-    def index(self) -> NDArray[np.str_]:
-        """The names of the rows."""
-        return self._read(str(self._index)).astype(str).to_numpy().astype(np.str_)
-
-    def columns(self) -> list[str]:
-        """Columns that hold text, categories or numbers."""
-        return [name for name in self._columns if self._is_readable(name)]
-
-    def column(self, name: str) -> pd.Series[Any]:
-        """One column."""
-        column = self._read(name)
-        if len(column) != len(self):
-            raise UnreadableFileError(
-                f"{_name(self._node)}/{name} has {len(column)} entries for {len(self)} rows.", field="file"
-            )
-        return column
-
-    def _is_readable(self, name: str) -> bool:
-        if self._compound:
-            return self._node.dtype[name].kind in "iufbSO"
-        node = child(self._node, name)
-        if is_group(node):
-            return {"codes", "categories"} <= set(node) or {"values", "mask"} <= set(node)
-        return len(node.shape) == 1 and not getattr(node.dtype, "names", None)
-
-    def _read(self, name: str) -> pd.Series[Any]:
-        import pandas as pd
-
-        if self._compound:
-            return self._read_field(name)
-        node = child(self._node, name)
-        if not is_group(node):
-            old = optional(self._node, "__categories")
-            if old is not None and has(old, name):
-                return _categorical(values(node), values(child(old, name)))
-            return pd.Series(values(node))
-        if "categories" in node:
-            return _categorical(values(child(node, "codes")), values(child(node, "categories")))
-        column = pd.Series(values(child(node, "values")))
-        mask = values(child(node, "mask")).astype(bool)
-        return column.astype(object).mask(mask, None) if mask.any() else column
-
-    def _read_field(self, name: str) -> pd.Series[Any]:
-        import pandas as pd
-
-        field = self._node[name]
-        if field.dtype.kind in "SO":
-            return pd.Series([item.decode() if isinstance(item, bytes) else str(item) for item in field], dtype=object)
-        categories = f"{name}_categories"
-        if self._uns is not None and has(self._uns, categories):
-            return _categorical(field, values(child(self._uns, categories)))
-        return pd.Series(field)
-
-
-def _categorical(codes: NDArray[Any], categories: NDArray[Any]) -> pd.Series[Any]:
-    import pandas as pd
-
-    return pd.Series(pd.Categorical.from_codes(codes.astype(np.int64), categories=pd.Index(categories)))
-
-
-def _name(node: Any) -> str:
+def name_of(node: Any) -> str:
+    """Return the path of a node inside its file, for messages."""
     return str(node.name or "").rstrip("/")
 
 
 def _outside(group: Any, name: str) -> UnreadableFileError:
     return UnreadableFileError(
-        f"{_name(group)}/{name} points outside the file, which is not allowed. Copy the data into the file.",
+        f"{name_of(group)}/{name} points outside the file, which is not allowed. Copy the data into the file.",
         field="file",
     )
+
+
+class StoredArray:
+    """An array of a file, read in slices of rows.
+
+    Parameters
+    ----------
+    array
+        Dataset of h5py, or array of zarr (which lacks ``len()``).
+    """
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self.shape: tuple[int, ...] = tuple(array.shape)
+        self.dtype = array.dtype
+        self._unpacked: tuple[int, NDArray[Any]] = (-1, np.zeros(0, self.dtype))
+        self._chunk = _chunk_values(array)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        start, stop, step = rows.indices(len(self))
+        if not self._chunk or step != 1 or stop <= start:
+            return np.asarray(self._array[rows])
+        values = np.empty(stop - start, dtype=self.dtype)
+        for number in range(start // self._chunk, math.ceil(stop / self._chunk)):
+            at = number * self._chunk
+            unpacked = self._read_chunk(at)
+            if unpacked is None:
+                return np.asarray(self._array[rows])
+            first, last = max(at, start), min(at + self._chunk, stop)
+            values[first - start : last - start] = unpacked[first - at : last - at]
+            if last == stop:
+                # The next slice usually begins in the chunk where this one ends.
+                self._unpacked = (at, unpacked)
+        return values
+
+    def _read_chunk(self, at: int) -> NDArray[Any] | None:
+        """Unpack the chunk that begins with row `at`; None if libhdf5 must read it."""
+        kept, unpacked = self._unpacked
+        if kept == at:
+            return unpacked
+        size = self._chunk * self.dtype.itemsize
+        try:
+            stored = self._array.id.get_chunk_info_by_coord((at,))
+            if stored.byte_offset is None or stored.filter_mask or stored.size > size + size // 8 + _PACKED_MORE:
+                return None
+            unpacker = zlib_ng.decompressobj()
+            data = unpacker.decompress(self._array.id.read_direct_chunk((at,))[1], size + 1)
+        except _UNREADABLE:
+            return None
+        if len(data) != size or not unpacker.eof:
+            return None
+        return _unshuffled(data, self.dtype) if self._array.shuffle else np.frombuffer(data, self.dtype)
+
+
+def _chunk_values(array: Any) -> int:
+    """Return the number of values of a chunk if the array has the layout that is unpacked here; otherwise 0."""
+    if not hasattr(array, "id") or len(array.shape) != 1 or not array.chunks or array.dtype.kind not in "iuf":
+        return 0
+    if array.chunks[0] not in _CHUNK_VALUES or array.dtype.str[0] == ">" or sys.byteorder != "little":
+        return 0
+    plist = array.id.get_create_plist()
+    filters = [plist.get_filter(number)[0] for number in range(plist.get_nfilters())]
+    return int(array.chunks[0]) if filters in ([_DEFLATE], [_SHUFFLE, _DEFLATE]) else 0
+
+
+def _unshuffled(data: bytes, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Undo HDF5's shuffle filter, which stores the first bytes of all numbers, then all second bytes, and so on."""
+    size = dtype.itemsize
+    planes = np.frombuffer(data, np.uint8).reshape(size, -1)
+    values = planes[0].astype(f"u{size}")
+    for place in range(1, size):
+        # Counts and columns are small: their upper bytes are nearly all zero.
+        if planes[place].any():
+            values |= planes[place].astype(values.dtype) << values.dtype.type(8 * place)
+    numbers: NDArray[Any] = values.view(dtype)
+    return numbers

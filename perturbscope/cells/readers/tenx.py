@@ -1,4 +1,4 @@
-"""10x Genomics: Cell Ranger's .h5, and the directory with matrix.mtx."""
+"""Files of 10x Genomics: Cell Ranger's .h5, and directories with matrix.mtx."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.cells.readers.annotated import check_limit
 from perturbscope.cells.readers.matrices import CsrRows, Rows
-from perturbscope.cells.readers.source import CHUNK_CELLS, CellSource, missing_column, name_genes
-from perturbscope.cells.readers.store import child, children, has, is_group, reading, values
-from perturbscope.cells.readers.stored import StoredArray
+from perturbscope.cells.readers.source import CHUNK_CELLS, CellSource, check_limit, missing_column, name_genes
+from perturbscope.cells.readers.store import StoredArray, child, children, has, is_group, reading, values
 from perturbscope.errors import MalformedMatrixError, UnreadableFileError
 
 if TYPE_CHECKING:
@@ -22,11 +20,11 @@ if TYPE_CHECKING:
 
 _EXPRESSION = "Gene Expression"
 _GENE_COLUMNS = {"gene_ids": "gene_ids", "id": "gene_ids", "gene_symbols": "gene_symbols", "name": "gene_symbols"}
-"""What `gene_key` may be: scanpy's names of the two columns, and Cell Ranger's."""
+"""Values of `gene_key`: scanpy's and Cell Ranger's names of the two columns."""
 
 
 class TenxSource(CellSource):
-    """Cells of a 10x file: barcodes, and no labels.
+    """The cells of a 10x file, which have barcodes and no labels.
 
     Antibodies, guides and other features that are not gene expression are left out.
 
@@ -65,17 +63,17 @@ class TenxSource(CellSource):
 
     @property
     def cell_ids(self) -> NDArray[np.str_]:
-        """Barcodes."""
+        """Barcode of each cell, [n_cells]."""
         return self._barcodes
 
     @property
     def columns(self) -> list[str]:
-        """None: 10x files carry no labels."""
+        """An empty list: 10x files carry no labels."""
         return []
 
     @property
     def representations(self) -> list[str]:
-        """None."""
+        """An empty list: 10x files carry no matrices beside the counts."""
         return []
 
     def _column(self, name: str) -> pd.Series[Any]:
@@ -91,7 +89,13 @@ class TenxSource(CellSource):
 
 
 def matrix_group(root: Any) -> Any | None:
-    """Cell Ranger's group in an HDF5 file: ``matrix`` since version 3, one a genome before."""
+    """Return Cell Ranger's group in an HDF5 file, or None: ``matrix`` since version 3, one group a genome before.
+
+    Raises
+    ------
+    UnreadableFileError
+        The file holds several genomes.
+    """
     needed = {"barcodes", "data", "indices", "indptr", "shape"}
     groups = [name for name in children(root) if has(root, name) and is_group(child(root, name))]
     found = [name for name in groups if needed <= set(children(child(root, name)))]
@@ -114,7 +118,7 @@ def from_h5(
     chunk_cells: int,
     max_cells: int | None,
 ) -> TenxSource:
-    """Cells of Cell Ranger's .h5; the counts stay on disk. Genes x cells in CSC is cells x genes in CSR."""
+    """Open Cell Ranger's .h5; the counts stay on disk, since genes x cells in CSC is cells x genes in CSR."""
     n_genes, n_cells = (int(size) for size in values(child(group, "shape")))
     check_limit(n_cells, max_cells, path)
     if has(group, "features"):
@@ -144,7 +148,7 @@ def from_h5(
 
 
 def mtx_file(path: Path) -> Path | None:
-    """The matrix of a 10x directory, or the file itself."""
+    """Return the matrix of a 10x directory, or `path` if it is such a matrix; otherwise None."""
     if path.is_dir():
         return next((path / name for name in ("matrix.mtx", "matrix.mtx.gz") if (path / name).is_file()), None)
     return path if path.name.endswith(("matrix.mtx", "matrix.mtx.gz")) else None
@@ -158,10 +162,10 @@ def from_mtx(
     chunk_cells: int,
     max_cells: int | None,
 ) -> TenxSource:
-    """Cells of matrix.mtx, with barcodes.tsv and features.tsv or genes.tsv beside it, each plain or gzipped.
+    """Read matrix.mtx with barcodes.tsv and features.tsv or genes.tsv beside it, each plain or gzipped.
 
-    A text matrix has no rows to seek, so it is read into memory. A prefix (``GSM1_matrix.mtx.gz``) is looked for on
-    the other files too.
+    The rows of a text matrix cannot be read one by one, so it is read into memory. If its name has a prefix
+    (``GSM1_matrix.mtx.gz``), the other files must have it too.
     """
     from scipy import io, sparse
 
@@ -193,7 +197,7 @@ def from_mtx(
 
 
 def _expression(kinds: NDArray[Any] | None, n_genes: int, path: Path) -> NDArray[np.bool_] | None:
-    """Which features are genes; None where all are."""
+    """Return which features are genes, bool [n_genes]; None if all are."""
     if kinds is None:
         return None
     if len(kinds) != n_genes:
@@ -208,7 +212,7 @@ def _expression(kinds: NDArray[Any] | None, n_genes: int, path: Path) -> NDArray
 
 
 def _table(folder: Path, prefix: str, names: list[str]) -> list[list[str]]:
-    """The rows of the first of these files that is there."""
+    """Read the rows of the first of these files that exists."""
     found = [folder / f"{prefix}{name}{end}" for name in names for end in ("", ".gz")]
     path = next((item for item in found if item.is_file()), None)
     if path is None:

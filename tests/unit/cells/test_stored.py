@@ -8,8 +8,8 @@ import h5py
 import numpy as np
 import pytest
 
-from perturbscope.cells.readers import stored
-from perturbscope.cells.readers.stored import StoredArray
+from perturbscope.cells.readers import store
+from perturbscope.cells.readers.store import StoredArray
 
 CHUNK = 5000
 
@@ -86,7 +86,7 @@ def test_a_chunk_stored_without_its_filter_is_read_by_libhdf5(tmp_path):
         np.testing.assert_array_equal(array[CHUNK:], plain)
 
 
-@pytest.mark.parametrize("packed", [b"nothing that unpacks", stored.zlib_ng.compress(bytes(4 * CHUNK - 1))])
+@pytest.mark.parametrize("packed", [b"nothing that unpacks", store.zlib_ng.compress(bytes(4 * CHUNK - 1))])
 def test_a_damaged_chunk_gives_the_error_of_libhdf5(tmp_path, packed):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         made = file.create_dataset("values", data=numbers("i4"), chunks=(CHUNK,), compression="gzip", shuffle=True)
@@ -107,7 +107,7 @@ def test_a_damaged_chunk_gives_the_error_of_libhdf5(tmp_path, packed):
 def test_a_chunk_that_unpacks_to_more_than_it_may_is_never_unpacked_whole(tmp_path, monkeypatch):
     """A thousand times as much: what is asked for at a time is one byte more than there should be."""
     asked = []
-    unpacker = stored.zlib_ng.decompressobj
+    unpacker = store.zlib_ng.decompressobj
 
     class Watched:
         def __init__(self) -> None:
@@ -123,8 +123,8 @@ def test_a_chunk_that_unpacks_to_more_than_it_may_is_never_unpacked_whole(tmp_pa
 
     with h5py.File(tmp_path / "a.h5", "w") as file:
         made = file.create_dataset("values", data=np.zeros(CHUNK, "i4"), chunks=(CHUNK,), compression="gzip")
-        made.id.write_direct_chunk((0,), stored.zlib_ng.compress(bytes(4000 * CHUNK)))
-        monkeypatch.setattr(stored.zlib_ng, "decompressobj", Watched)
+        made.id.write_direct_chunk((0,), store.zlib_ng.compress(bytes(4000 * CHUNK)))
+        monkeypatch.setattr(store.zlib_ng, "decompressobj", Watched)
         array = StoredArray(made)
         assert array._read_chunk(0) is None
     assert asked == [4 * CHUNK + 1]
