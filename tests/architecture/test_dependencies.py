@@ -23,7 +23,7 @@ FORBIDDEN = {
     "perturbscope": (OURS - {"perturbscope"}) | LEARNING | SERVER | {"onnx", "onnxscript", "sklearn", "matplotlib"},
     "serving": (OURS - {"perturbscope", "serving"}) | LEARNING | {"onnx", "onnxscript", "sklearn", "matplotlib"},
     "evaluation": (OURS - {"perturbscope", "evaluation"}) | LEARNING | SERVER,
-    "training": {"export", "serving", "evaluation"} | SERVER,
+    "training": {"export", "serving", "evaluation"} | (SERVER - {"pydantic"}),
     "export": {"serving", "evaluation"} | SERVER,
 }
 # The baseline that is itself a neural network.

@@ -1,1 +1,1 @@
-"""Configurations of the stages, and how they are read from YAML."""
+"""Configurations of the stages, and how they are read from YAML; imports nothing else of training."""

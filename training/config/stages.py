@@ -1,4 +1,4 @@
-"""Configurations of the training stages: frozen dataclasses, one field a line, filled from strict YAML.
+"""Configurations of the training stages, one field a line.
 
 Paths are relative to the current directory; the shipped files are written to be run from the top of the checkout.
 """
@@ -7,13 +7,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
 
 from perturbscope.analysis.degs import DegOptions
 from perturbscope.errors import InvalidParameterError
+from training.config.strict import SectionError, configuration, within
+
+
+def _add_up_to_one(shares: tuple[float, float, float]) -> tuple[float, float, float]:
+    if abs(sum(shares) - 1) > 1e-9 or min(shares) < 0:
+        raise ValueError("three shares that add up to 1 are needed")
+    return shares
+
+
+def _ascending_shares(shares: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < shares[0] <= shares[1] <= 1:
+        raise ValueError("two shares above 0 and up to 1 are needed, the smaller first")
+    return shares
+
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Natural = Annotated[int, within(0)]
+Positive = Annotated[int, within(1)]
+Weight = Annotated[float, within(0, 1e6)]
+Shares = Annotated[tuple[float, float, float], AfterValidator(_add_up_to_one)]
+ShareRange = Annotated[tuple[float, float], AfterValidator(_ascending_shares)]
 
 CANCER_TERMS = (
     "cancer", "carcinoma", "tumor", "tumour", "neoplasm", "leukemia", "leukaemia", "lymphoma", "melanoma", "myeloma",
@@ -22,28 +43,28 @@ CANCER_TERMS = (
 """A disease label that holds one of these, in any case, marks a cell as cancer."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class SomaConfig:
-    """Where the cells are in a SOMA store; the defaults are those of a release of the CELLxGENE census, human cells."""
+    """Place of the cells in a SOMA store; the defaults are the human cells of a CELLxGENE census release."""
 
     experiment: str = "census_data/homo_sapiens"
-    """Names from the store down to the experiment, with slashes; empty where `path` is the experiment."""
+    """Path from the store to the experiment, with slashes; empty if the store is the experiment itself."""
     measurement: str = "RNA"
-    """Measurement of the experiment; the source's layer is one of its matrices, raw by default."""
+    """Measurement of the experiment; `layer` of the source names one of its matrices, ``raw`` by default."""
     region: str | None = "us-west-2"
-    """Region of an s3:// store; None leaves it to the environment."""
+    """Region of an s3:// store; null leaves it to the environment."""
     anonymous: bool = True
-    """Read an s3:// store without credentials, as public ones allow."""
+    """Read an s3:// store without credentials, as public stores allow."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class SourceConfig:
     """One file of raw counts, or one SOMA store."""
 
     path: str
-    """The file; or the directory or s3:// address of the store."""
+    """Path of the file; or directory or s3:// address of the store."""
     soma: SomaConfig | None = None
-    """Given (``soma: {}`` will do), `path` is a SOMA store."""
+    """Makes `path` a SOMA store; ``soma: {}`` takes the defaults."""
     name: str | None = None
     """Name of the data set; the file's name without its ending by default."""
     layer: str | None = None
@@ -52,350 +73,295 @@ class SourceConfig:
     """Column of var with the gene identifiers, if the index does not hold them."""
     total_counts_key: str | None = None
     """Column of obs with each cell's total over all measured genes, where the file holds a part of them."""
-    min_genes: int | None = None
-    """Replaces the corpus' min_genes for this file, e.g. for a panel."""
+    min_genes: Natural | None = None
+    """Replaces min_genes of the corpus for this file, for example for a gene panel."""
     select: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Column of obs to the labels that are kept; all cells by default."""
-    max_cells: int | None = None
-    """At most this many cells: a seeded random choice among those that are left."""
+    """Columns of obs, each with the labels to keep; all cells by default."""
+    max_cells: Positive | None = None
+    """Most cells to take: a seeded random choice of those that pass the other filters."""
     perturbation_key: str = "perturbation"
     """Fine-tuning: column of obs with the perturbed gene."""
     control: str = "control"
-    """Fine-tuning: label of unperturbed cells in that column."""
+    """Fine-tuning: label of the control cells in that column."""
     context_key: str | None = None
     """Fine-tuning on mixed batches: column of obs within which cells are compared (a stimulation, a cell type)."""
-    control_fractions: tuple[float, float, float] | None = None
+    control_fractions: Shares | None = None
     """Fine-tuning: replaces the split's control_fractions for this file."""
     unlabelled: bool = False
-    """Fine-tuning on mixed batches: no perturbations here; only the expression geometry is learnt from all cells."""
-
-    def __post_init__(self) -> None:
-        _at_least("max_cells", self.max_cells, 1)
-        _at_least("min_genes", self.min_genes, 0)
-        if self.control_fractions is not None:
-            _shares("control_fractions", self.control_fractions)
+    """Fine-tuning on mixed batches: the cells have no perturbations and teach the expression geometry only."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class CorpusConfig:
-    """Cells to tokenize, and how."""
+    """Cells to tokenize, and how to tokenize them."""
 
     path: str
     """Directory of the corpus."""
     sources: tuple[SourceConfig, ...]
-    """Files, read in this order."""
+    """Files and stores, read in this order."""
     family: str = "rank"
-    """Model family, which makes the tokens."""
+    """Model family, whose tokenizer is used."""
     vocabulary: str = "geneformer_gc30m"
-    """The published medians (Theodoris et al. 2023), or a TSV file that training.data.medians wrote."""
-    max_length: int = 2048
-    """Tokens kept of a cell."""
-    min_genes: int = 500
-    """Cells with fewer expressed genes are dropped (Theodoris et al. 2023)."""
+    """``geneformer_gc30m``: the medians of Theodoris et al. 2023; or a TSV file written by ``training medians``."""
+    max_length: Positive = 2048
+    """Most tokens of a cell."""
+    min_genes: Natural = 500
+    """Fewest expressed genes of a cell that is kept (Theodoris et al. 2023)."""
     exclude_cancer: bool = True
-    """Drop cells whose disease label names a cancer; nothing happens where a file has no such column."""
+    """Drop cells whose disease label names a cancer; has no effect on a file without such a column."""
     disease_key: str = "disease"
     """Column of obs with the disease."""
     cancer_terms: tuple[str, ...] = CANCER_TERMS
-    """What a cancer's label contains."""
+    """Parts of a disease label that mark a cancer, in any case."""
     primary_key: str = "is_primary_data"
-    """Column of obs (as in CELLxGENE) that is false for the second copy of a cell; used where it exists."""
+    """Column of obs that is false for a second copy of a cell, as in CELLxGENE; ignored if a file lacks it."""
     labels: tuple[str, ...] = ("perturbation", "cell_type", "batch", "dataset")
-    """Columns of obs that are kept with the cells, where a file has them."""
-    chunk_cells: int = 4096
+    """Columns of obs to keep with the cells, if a file has them."""
+    chunk_cells: Positive = 4096
     """Cells in memory at a time."""
-    shard_tokens: int = 2**28
-    """Tokens after which a new shard is begun: 512 MiB at two bytes a token."""
-    seed: int = 0
-    """Of the random choice of max_cells."""
+    shard_tokens: Positive = 2**28
+    """Tokens after which a new shard begins: 512 MiB at two bytes a token."""
+    seed: Natural = 0
+    """Seed of the random choice of max_cells."""
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise InvalidParameterError("A corpus needs at least one file under sources.", field="sources")
-        for name, low in {"max_length": 1, "min_genes": 0, "chunk_cells": 1, "shard_tokens": 1, "seed": 0}.items():
-            _at_least(name, getattr(self, name), low)
+            raise SectionError("A corpus needs at least one file under sources.", field="sources")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class SamplerConfig:
-    """How cells of similar length are grouped into batches."""
+    """Grouping of cells of similar length into batches."""
 
-    megabatch: int = 50
-    """Global batches that are sorted by length together; 1000 pads less and mixes less."""
-    pad_multiple: int = 1
-    """Padded length is a multiple of this; 8 suits tensor cores."""
-
-    def __post_init__(self) -> None:
-        _at_least("megabatch", self.megabatch, 1)
-        _at_least("pad_multiple", self.pad_multiple, 1)
+    megabatch: Positive = 50
+    """Global batches sorted by length together; 1000 would pad less and mix less."""
+    pad_multiple: Positive = 1
+    """Divisor of the padded length; 8 suits tensor cores."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class PanelConfig:
-    """Genes hidden from some batches, so that panels and shallow cells are in distribution."""
+    """Genes hidden from some batches, so that the model also learns gene panels and shallow cells."""
 
-    share: float = 0.0
+    share: Annotated[float, within(0, 1)] = 0.0
     """Share of the batches from which genes are hidden."""
-    genes: tuple[float, float] = (0.02, 1.0)
+    genes: ShareRange = (0.02, 1.0)
     """Share of the vocabulary that a panel measures, the same genes for the whole batch: log-uniform in this range."""
-    depth: tuple[float, float] = (0.3, 1.0)
+    depth: ShareRange = (0.3, 1.0)
     """Share of the panel's expressed genes that a cell still shows: uniform in this range, drawn for each cell."""
 
-    def __post_init__(self) -> None:
-        _between("share", self.share, 0.0, 1.0)
-        for name in ("genes", "depth"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise InvalidParameterError(
-                    f"panel.{name} is {[low, high]}; two shares above 0 and up to 1 are needed, the smaller first.",
-                    field=f"panel.{name}",
-                )
 
-
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class OptimizerConfig:
     """AdamW and its learning rate."""
 
-    base_lr: float
-    """Peak learning rate, of one process if lr_scale_by_world_size."""
+    base_lr: Annotated[float, within(0, 10)]
+    """Peak learning rate; for one process if lr_scale_by_world_size is set."""
     lr_scale_by_world_size: bool = False
     """Multiply base_lr by the number of processes."""
     schedule: Literal["linear", "constant"] = "linear"
-    """After the warm-up: down to zero at the last step, or level."""
-    warmup_steps: int = 0
+    """Learning rate after the warm-up: falling to zero at the last step, or constant."""
+    warmup_steps: Natural = 0
     """Optimiser steps over which the rate rises linearly from zero."""
-    weight_decay: float = 0.001
-    """Decoupled; not applied to biases and layer normalisation."""
-    beta1: float = 0.9
-    """Decay of the mean gradient."""
-    beta2: float = 0.999
-    """Decay of the mean squared gradient."""
-    eps: float = 1e-8
-    """Added to the root of the mean squared gradient."""
-    clip: float = 1.0
-    """Largest norm of the gradient of all weights together; 0 does not clip."""
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("base_lr", 0.0, 10.0),
-            ("weight_decay", 0.0, 10.0),
-            ("beta1", 0.0, 0.999999),
-            ("beta2", 0.0, 0.999999999),
-            ("eps", 0.0, 1.0),
-            ("clip", 0.0, float("inf")),
-        ):
-            _between(name, getattr(self, name), low, high)
-        _at_least("warmup_steps", self.warmup_steps, 0)
+    weight_decay: Annotated[float, within(0, 10)] = 0.001
+    """Decoupled weight decay; not applied to biases and layer normalisation."""
+    beta1: Annotated[float, within(0, 0.999999)] = 0.9
+    """Decay rate of the mean gradient."""
+    beta2: Annotated[float, within(0, 0.999999999)] = 0.999
+    """Decay rate of the mean squared gradient."""
+    eps: Annotated[float, within(0, 1)] = 1e-8
+    """Constant added to the root of the mean squared gradient."""
+    clip: Annotated[float, within(0)] = 1.0
+    """Largest norm of the gradient over all weights; 0 turns clipping off."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class LoopConfig:
-    """How long, on what, and how often something is written down."""
+    """Length of the run, its device, and how often states and measures are written."""
 
-    epochs: int
+    epochs: Positive
     """Passes over the data."""
-    max_steps: int | None = None
-    """Stop after this many optimiser steps, whatever the epochs; the schedule ends there too."""
-    micro_batch: int
-    """Cells (pre-training) or pairs (fine-tuning) of one process at a time."""
-    accumulation: int = 1
-    """Micro-batches whose gradients make one optimiser step."""
+    max_steps: Positive | None = None
+    """Most optimiser steps, whatever the epochs; the schedule ends there too."""
+    micro_batch: Positive
+    """Cells (pre-training, mixed batches) or pairs (fine-tuning) in a batch of one process."""
+    accumulation: Positive = 1
+    """Micro-batches whose gradients are summed up for one optimiser step."""
     precision: Precision = "fp32"
-    """bf16 from Ampere on, fp16 with dynamic loss scaling before; fp32 on a CPU."""
+    """Type of the arithmetic: bf16 from Ampere on, fp16 (with dynamic loss scaling) before; fp32 on a CPU."""
     device: str = "auto"
-    """cpu, cuda, or auto: CUDA if there is any."""
+    """cpu, cuda, cuda:N, or auto, which takes CUDA if there is a device."""
     deepspeed: str | None = None
-    """A DeepSpeed JSON file; without one, plain torch on one process."""
-    threads: int | None = None
-    """CPU threads of torch; torch's own choice by default."""
-    seed: int = 0
-    """Of weights, order, masks and dropout."""
-    checkpoint_every: int = 1000
+    """DeepSpeed JSON file; without one, plain torch runs on one process."""
+    threads: Positive | None = None
+    """CPU threads of torch; torch chooses by default."""
+    seed: Natural = 0
+    """Seed of weights, order, masks and dropout."""
+    checkpoint_every: Positive = 1000
     """Optimiser steps between two states from which an interrupted run resumes."""
-    keep_states: int = 2
-    """States kept while the run lasts; all but the last are removed when it ends."""
-    validate_every: int | None = None
-    """Optimiser steps between two validations; once an epoch by default."""
+    keep_states: Positive = 2
+    """States kept during the run; all but the last are removed when it ends."""
+    validate_every: Positive | None = None
+    """Optimiser steps between two validations; an epoch by default."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_steps", "micro_batch", "accumulation", "threads", "checkpoint_every",
-                     "keep_states", "validate_every"):  # fmt: skip
-            _at_least(name, getattr(self, name), 1)
-        _at_least("seed", self.seed, 0)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise InvalidParameterError(f"device is {self.device!r}; it must be auto, cpu or cuda.", field="device")
+            raise SectionError(f"device is {self.device!r}; it must be auto, cpu or cuda.", field="device")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class PretrainConfig:
     """Masked-language pre-training of a model on a corpus of cells."""
 
     output: str
     """Directory of the run: checkpoint, metrics, log, states."""
     corpus: CorpusConfig
-    """What to train on; built if it is not there."""
+    """Corpus to train on; built if it does not exist."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the family's network; max_length is the corpus' by default."""
-    mask_probability: float = 0.15
-    """Share of tokens to restore."""
-    validation_share: float = 0.02
-    """Share of the cells held out, drawn by the seed, to measure perplexity."""
-    validation_cells: int = 2000
-    """At most this many of them."""
+    """Options of the family's network; max_length is that of the corpus by default."""
+    mask_probability: Annotated[float, within(1e-6, 1)] = 0.15
+    """Share of the tokens that are masked."""
+    validation_share: Annotated[float, within(0, 0.5)] = 0.02
+    """Share of the cells, a seeded choice, that is held out to measure perplexity."""
+    validation_cells: Positive = 2000
+    """Most cells that are held out."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Order of the cells."""
     panel: PanelConfig = field(default_factory=PanelConfig)
     """Genes hidden from some training batches."""
     optimizer: OptimizerConfig
-    """Learning rate and the rest."""
+    """AdamW and its learning rate."""
     loop: LoopConfig
-    """Length, device, checkpoints."""
-
-    def __post_init__(self) -> None:
-        _between("mask_probability", self.mask_probability, 1e-6, 1.0)
-        _between("validation_share", self.validation_share, 0.0, 0.5)
-        _at_least("validation_cells", self.validation_cells, 1)
+    """Length of the run, device, states."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class DegConfig(DegOptions):
-    """When a gene counts as differentially expressed, and a target as strong enough to learn from."""
+    """Thresholds for a differentially expressed gene, and for a target that is strong enough to train on."""
 
-    min_degs: int = 20
-    """Targets with at least this many are trained on (Zhao et al. 2025)."""
+    min_degs: Natural = 20
+    """Fewest differentially expressed genes of a target that is trained on (Zhao et al. 2025)."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least("min_degs", self.min_degs, 0)
+        try:
+            super().__post_init__()
+        except InvalidParameterError as error:
+            raise SectionError(error.message, field=error.field or "") from error
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class SplitConfig:
-    """Which targets and controls are trained on, and which are held out."""
+    """Division of targets and controls into training, validation and test."""
 
-    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    """Of the eligible targets: training, validation, test."""
-    control_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    """Of the control cells of each data set."""
+    fractions: Shares = (0.8, 0.1, 0.1)
+    """Shares of the eligible targets: training, validation, test."""
+    control_fractions: Shares = (0.8, 0.1, 0.1)
+    """Shares of the control cells of each data set: training, validation, test."""
     validation: tuple[str, ...] | None = None
-    """Targets to validate on, instead of a random choice; in every data set that has them."""
+    """Targets to validate on, in every data set that has them, instead of a random choice."""
     test: tuple[str, ...] | None = None
     """Targets to hold out, instead of a random choice."""
     score_ineligible: bool = True
-    """Put targets with too few differentially expressed genes into heldout.h5ad too: no cell of them is trained on."""
-    seed: int = 0
-    """Of the random choices."""
+    """Put the targets that are too weak to train on into heldout.h5ad too; no cell of them is trained on."""
+    seed: Natural = 0
+    """Seed of the random choices."""
 
     def __post_init__(self) -> None:
         for name in ("fractions", "control_fractions"):
             values = getattr(self, name)
-            _shares(name, values)
             if values[0] <= 0:
-                raise InvalidParameterError(f"{name} is {list(values)}; the first must be above 0.", field=name)
+                raise SectionError(f"{name} is {list(values)}; the first must be above 0.", field=name)
         if (self.validation is None) != (self.test is None):
-            raise InvalidParameterError(
+            raise SectionError(
                 "Give both validation and test targets, or neither; an empty list is allowed.", field="validation"
             )
         both = set(self.validation or ()) & set(self.test or ())
         if both:
-            raise InvalidParameterError(f"The target {min(both)!r} is in validation and in test.", field="test")
-        _at_least("seed", self.seed, 0)
+            raise SectionError(f"The target {min(both)!r} is in validation and in test.", field="test")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class LossConfig:
     """The margin contrastive loss (Hadsell et al. 2006; Zhao et al. 2025)."""
 
-    margin: float = 20.0
-    """Dissimilar cells are pushed apart up to this distance, in units of the embedding."""
+    margin: Annotated[float, within(1e-9, 1e9)] = 20.0
+    """Distance up to which dissimilar cells are pushed apart, in units of the embedding."""
     half: bool = False
-    """A factor 1/2 on both terms, as Hadsell et al. have it."""
+    """Halve both terms, as Hadsell et al. do."""
     squared_hinge: bool = True
     """Square the hinge of dissimilar pairs."""
     normalize: bool = False
-    """Scale embeddings to unit length first; distances are then at most 2, and so should be the margin."""
+    """Scale embeddings to unit length first; distances, and so the margin, are then at most 2."""
 
     def __post_init__(self) -> None:
-        _between("margin", self.margin, 1e-9, 1e9)
         if self.normalize and self.margin > 2:
-            raise InvalidParameterError(
+            raise SectionError(
                 f"margin is {self.margin}, but unit vectors are at most 2 apart. Choose a margin up to 2.",
                 field="margin",
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class PairConfig:
-    """How cells are paired."""
+    """Pairing of cells."""
 
     redraw: bool = False
     """Draw the size-matched controls of each target anew every epoch."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class GeometryConfig:
     """The expression geometry that mixed batches can keep; see training/objectives/geometry.py."""
 
-    components: int = 50
-    """Principal components."""
-    power: float = 0.5
+    components: Positive = 50
+    """Number of principal components."""
+    power: Annotated[float, within(0, 2)] = 0.5
     """Exponent of a component's variance: 1 keeps principal components, 0 whitens them."""
-    stretch: float = 3.0
-    """How much axes between training perturbations are stretched; 0 does not use the labels."""
-
-    def __post_init__(self) -> None:
-        _at_least("components", self.components, 1)
-        _between("power", self.power, 0.0, 2.0)
-        _between("stretch", self.stretch, 0.0, 1e6)
+    stretch: Annotated[float, within(0, 1e6)] = 3.0
+    """Stretch of the axes between training perturbations; 0 does not use the labels."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class MixedConfig:
-    """Batches that mix the perturbations of a data set, and the weights of the terms of their loss."""
+    """Batches that mix the perturbations of a data set, and the weights of their loss terms."""
 
-    geometry: float = 0.0
-    """Keep the expression geometry."""
-    margin_contrastive: float = 0.0
-    """Margin contrastive loss over all pairs of a batch, of unit vectors around the mean cell."""
-    supervised_contrastive: float = 0.0
-    """Cells of one perturbation together, others apart (Khosla et al. 2020)."""
-    info_nce: float = 0.0
-    """Two views of one cell together, other cells apart (Oord et al. 2018); needs panel.share above 0."""
-    cross_entropy: float = 0.0
-    """Name the perturbation with a linear head."""
-    margin: float = 1.0
-    """Of the margin contrastive term, up to 2."""
-    temperature: float = 0.1
-    """Of the supervised contrastive and the InfoNCE term."""
+    geometry: Weight = 0.0
+    """Weight of the term that keeps the expression geometry."""
+    margin_contrastive: Weight = 0.0
+    """Weight of the margin contrastive loss over all pairs of a batch, of unit vectors around the mean cell."""
+    supervised_contrastive: Weight = 0.0
+    """Weight of the supervised contrastive loss: cells of one perturbation together (Khosla et al. 2020)."""
+    info_nce: Weight = 0.0
+    """Weight of InfoNCE: two views of a cell together (Oord et al. 2018); needs panel.share above 0."""
+    cross_entropy: Weight = 0.0
+    """Weight of the cross-entropy of a linear head that names the perturbation."""
+    margin: Annotated[float, within(1e-9, 2)] = 1.0
+    """Margin of the margin contrastive term, up to 2."""
+    temperature: Annotated[float, within(1e-4, 1e3)] = 0.1
+    """Temperature of the supervised contrastive and the InfoNCE term."""
     expression: GeometryConfig = field(default_factory=GeometryConfig)
-    """The geometry to keep."""
+    """Expression geometry to keep."""
     expressions: dict[str, GeometryConfig] = field(default_factory=dict)
-    """By data set, replaces `expression`."""
+    """Expression geometries that replace `expression`, by data set."""
     panel: PanelConfig = field(default_factory=PanelConfig)
     """Genes hidden from some batches; the geometry stays that of the whole cell."""
     panels: dict[str, PanelConfig] = field(default_factory=dict)
-    """By data set, replaces `panel`."""
-    weights: dict[str, float] = field(default_factory=dict)
-    """By data set, how often its cells are used in an epoch, on average; 1 by default."""
+    """Panels that replace `panel`, by data set."""
+    weights: dict[str, Annotated[float, within(1e-6, 1e6)]] = field(default_factory=dict)
+    """Mean number of times that a cell is used in an epoch, by data set; 1 by default."""
 
     def __post_init__(self) -> None:
         terms = ("geometry", "margin_contrastive", "supervised_contrastive", "info_nce", "cross_entropy")
-        for name in terms:
-            _between(name, getattr(self, name), 0.0, 1e6)
         if not any(getattr(self, name) for name in terms):
-            raise InvalidParameterError(f"No term has a weight; give one of {', '.join(terms)}.", field="mixed")
-        _between("margin", self.margin, 1e-9, 2.0)
-        _between("temperature", self.temperature, 1e-4, 1e3)
-        for name, weight in self.weights.items():
-            _between(f"weights.{name}", weight, 1e-6, 1e6)
+            raise SectionError(f"No term has a weight; give one of {', '.join(terms)}.", field="")
         if self.info_nce and not self.panel.share:
-            raise InvalidParameterError(
+            raise SectionError(
                 "info_nce compares two views of a cell, but panel.share is 0, so both would be equal. Raise it.",
-                field="mixed.panel.share",
+                field="panel.share",
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class ContrastiveConfig:
     """Contrastive fine-tuning of a pre-trained checkpoint on perturbed and control cells."""
 
@@ -404,45 +370,30 @@ class ContrastiveConfig:
     checkpoint: str
     """Pre-trained checkpoint to start from."""
     corpus: CorpusConfig
-    """The perturbation data sets; pairs never cross them. Tokens are made with the checkpoint's medians."""
+    """Perturbation data sets, between which no pairs are made; tokens are made with the checkpoint's medians."""
     degs: DegConfig = field(default_factory=DegConfig)
-    """Differential expression."""
+    """Thresholds of differential expression."""
     split: SplitConfig = field(default_factory=SplitConfig)
-    """What is held out."""
+    """Targets and controls to hold out."""
     pairs: PairConfig = field(default_factory=PairConfig)
-    """Pairing."""
+    """Pairing of cells."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Loss of pairs."""
     mixed: MixedConfig | None = None
     """Train on mixed batches with this loss instead of alternating pairs."""
     select: Literal["last", "best"] = "last"
-    """Which weights become the checkpoint: those of the last step, or of the lowest validation loss."""
+    """Weights that become the checkpoint: those of the last step, or of the lowest validation loss."""
     validation_z: bool = True
-    """Measure the median z of the validation targets' E-distance from control, too."""
+    """Measure also the median z of the validation targets' E-distance from control."""
     optimizer: OptimizerConfig
-    """Learning rate and the rest."""
+    """AdamW and its learning rate."""
     loop: LoopConfig
-    """Length, device, checkpoints."""
+    """Length of the run, device, states."""
 
     def __post_init__(self) -> None:
         if self.loop.micro_batch < 3:
-            raise InvalidParameterError(
-                f"micro_batch is {self.loop.micro_batch} pairs; at least 3 are needed, so that what is left of a "
+            raise SectionError(
+                f"loop.micro_batch is {self.loop.micro_batch} pairs; at least 3 are needed, so that what is left of a "
                 "target can always form a batch of 2.",
                 field="loop.micro_batch",
             )
-
-
-def _shares(name: str, values: tuple[float, float, float]) -> None:
-    if abs(sum(values) - 1) > 1e-9 or min(values) < 0:
-        raise InvalidParameterError(f"{name} is {list(values)}; three shares that add up to 1 are needed.", field=name)
-
-
-def _at_least(name: str, value: int | None, low: int) -> None:
-    if value is not None and value < low:
-        raise InvalidParameterError(f"{name} is {value}; it must be at least {low}.", field=name)
-
-
-def _between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise InvalidParameterError(f"{name} is {value}; it must be from {low:g} to {high:g}.", field=name)

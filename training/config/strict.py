@@ -1,33 +1,99 @@
-"""YAML into frozen dataclasses, strictly: every key must exist, every value must have its type.
+"""Configurations: frozen dataclasses whose values are checked, read from strict YAML. It imports nothing of training.
 
-A misspelt key that is silently ignored costs a training run; here it is an error that names the closest key.
+A misspelt key that is silently ignored costs a training run; here it is an error that names the closest key. pydantic
+checks the types; this module reads the files and says what is wrong, where, and what is needed instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
-from collections.abc import Mapping, Sequence
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, dataclass_transform, get_args, get_type_hints
 
+import pydantic
 import yaml
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
 
 T = TypeVar("T")
+_NEEDED = {
+    "int_type": "a whole number is needed",
+    "int_from_float": "a whole number is needed",
+    "float_type": "a number is needed",
+    "bool_type": "true or false is needed",
+    "string_type": "text is needed",
+    "tuple_type": "a list is needed",
+    "dict_type": "keys and values are needed",
+    "mapping_type": "keys and values are needed",
+    "dataclass_type": "keys and values are needed",
+}
+"""pydantic's kinds of errors, in the words of this module."""
+
+
+class SectionError(ValueError):
+    """Values of one section do not go together; what ``__post_init__`` raises.
+
+    Parameters
+    ----------
+    message
+        What was found, the limit and the remedy. The path of the section is put before a `field` at its beginning.
+    field
+        Key at fault, relative to the section; empty for the section as a whole.
+    """
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
+def configuration(cls: type[T]) -> type[T]:
+    """Make a frozen, keyword-only dataclass that refuses values of another type and unknown names.
+
+    Its objects raise :class:`InvalidParameterError` when they are made, as :func:`parse` does.
+    """
+    rules = pydantic.ConfigDict(strict=True, extra="forbid")
+    made: Any = checked_dataclass(cls, frozen=True, kw_only=True, config=rules)
+    checked: Callable[..., None] = made.__init__
+
+    @functools.wraps(checked)
+    def initialise(self: Any, **values: Any) -> None:
+        try:
+            checked(self, **values)
+        except pydantic.ValidationError as error:
+            raise _explained(error, made, "") from None
+
+    made.__init__ = initialise
+    return cast("type[T]", made)
+
+
+def within(low: float, high: float = float("inf")) -> pydantic.AfterValidator:
+    """Return a check, for ``Annotated``, that a number lies from `low` to `high`, both included."""
+
+    def check(value: float) -> float:
+        if not low <= value <= high:
+            limits = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+            raise ValueError(f"it must be {limits}")
+        return value
+
+    return pydantic.AfterValidator(check)
 
 
 def read(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file into the dataclass `cls`.
+    """Read a YAML file into the configuration `cls`.
 
     Parameters
     ----------
     cls
-        A frozen dataclass; its fields' types say what the file may hold.
+        A class made by :func:`configuration`; the types of its fields say what the file may hold.
     path
-        The file.
+        The YAML file.
     overrides
         ``key=value`` pairs that replace values of the file, the value as YAML; a dot goes one level down
         (``loop.max_steps=10``).
@@ -37,7 +103,8 @@ def read(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     UnreadableFileError
         The file is missing, or is not YAML.
     InvalidParameterError
-        An unknown key (with the closest known one), a missing one, a value of another type or out of its range.
+        A key is unknown (the message names the closest known one) or missing, or a value has another type or is out of
+        its range.
     """
     return parse(cls, _load(path, overrides))
 
@@ -51,8 +118,28 @@ def section(cls: type[T], path: str | Path, name: str, overrides: Sequence[str] 
 
 
 def has_key(path: str | Path, name: str, overrides: Sequence[str] = ()) -> bool:
-    """Whether a YAML file has a top-level key. Raises as :func:`read`."""
+    """Return whether a YAML file has a top-level key. Raises as :func:`read`."""
     return name in _load(path, overrides)
+
+
+def parse(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
+    """Build the configuration `cls` from plain values; `where` is the path of keys to them. Raises as :func:`read`."""
+    # As JSON, in which a list may become a tuple and keys and values a dataclass, and nothing else is converted.
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(json.dumps(values, default=_refuse))
+    except pydantic.ValidationError as error:
+        raise _explained(error, cls, where) from None
+
+
+def plain(value: Any) -> Any:
+    """Return a configuration as values that JSON and YAML hold; the inverse of :func:`parse`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 def _load(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -68,37 +155,6 @@ def _load(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     return loaded
 
 
-def parse(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
-    """Build the dataclass `cls` from plain values; `where` is the path of keys to them. Raises as :func:`read`."""
-    hints = get_type_hints(cls)
-    known = {item.name: item for item in dataclasses.fields(cast("Any", cls))}
-    for key in values:
-        if key not in known:
-            raise InvalidParameterError(
-                f"{_at(where)} has no key {key!r}; it has {', '.join(sorted(known))}.{_closest(str(key), list(known))}",
-                field=_join(where, str(key)),
-            )
-    needed = [
-        name
-        for name, item in known.items()
-        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING and name not in values
-    ]
-    if needed:
-        raise InvalidParameterError(f"{_at(where)} needs the key {needed[0]!r}.", field=_join(where, needed[0]))
-    return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in values.items()})
-
-
-def plain(value: Any) -> Any:
-    """A configuration as values that JSON and YAML hold; the inverse of :func:`parse`."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
-
-
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key that stands twice."""
 
@@ -108,6 +164,14 @@ class _Loader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# PyYAML follows YAML 1.1, where 1e-3 (without a dot) is text; and a date is text here.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -129,76 +193,55 @@ def _override(values: dict[str, Any], override: str) -> None:
         ) from error
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin = get_origin(hint)
-    if origin in {types.UnionType, Union}:
-        options = get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        return _convert(next(option for option in options if option is not type(None)), value, where)
-    if hint is Any:
-        return value
-    if origin is Literal:
-        allowed = get_args(hint)
-        if value not in allowed:
-            raise InvalidParameterError(
-                f"{where} is {value!r}; it must be one of {', '.join(map(str, allowed))}."
-                f"{_closest(str(value), list(map(str, allowed)))}",
-                field=where,
-            )
-        return value
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise _wrong(where, value, "keys and values")
-        return parse(cast("type[Any]", hint), value, where=where)
-    if origin is tuple:
-        return _tuple(hint, value, where)
-    if origin in {dict, Mapping}:
-        if not isinstance(value, Mapping):
-            raise _wrong(where, value, "keys and values")
-        inner = get_args(hint)[1]
-        return {str(key): _convert(inner, item, _join(where, str(key))) for key, item in value.items()}
-    return _scalar(hint, value, where)
+def _refuse(value: Any) -> Any:
+    raise InvalidParameterError(f"The configuration holds the {type(value).__name__} {value!r}; write it as text.")
 
 
-def _tuple(hint: Any, value: Any, where: str) -> tuple[Any, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise _wrong(where, value, "a list")
-    inner = get_args(hint)
-    kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
-    if len(kinds) != len(value):
-        raise InvalidParameterError(f"{where} has {len(value)} entries; {len(kinds)} are needed.", field=where)
-    return tuple(
-        _convert(kind, item, f"{where}[{at}]") for at, (kind, item) in enumerate(zip(kinds, value, strict=True))
-    )
+def _explained(error: pydantic.ValidationError, cls: Any, where: str) -> InvalidParameterError:
+    """Return the first problem: an unknown key before a missing one, and both before a value."""
+    order = ("unexpected_keyword_argument", "missing")
+    problems = sorted(error.errors(), key=lambda item: order.index(item["type"]) if item["type"] in order else 2)
+    kind, location, value = (problems[0][key] for key in ("type", "loc", "input"))
+    name = _dotted(where, location)
+    if kind == "unexpected_keyword_argument":
+        known = _keys(cls, location[:-1])
+        close = _closest(str(location[-1]), known)
+        text = f"has no key {location[-1]!r}; it has {', '.join(sorted(known))}.{close}"
+        return InvalidParameterError(f"{_titled(_dotted(where, location[:-1]))} {text}", field=name)
+    if kind == "missing" and isinstance(location[-1], str):
+        title = _titled(_dotted(where, location[:-1]))
+        return InvalidParameterError(f"{title} needs the key {location[-1]!r}.", field=name)
+    context = problems[0].get("ctx", {})
+    reason = context.get("error")
+    if isinstance(reason, SectionError):
+        name = _dotted(where, (*location, reason.field) if reason.field else location)
+        text = str(reason)
+        if text.startswith(f"{reason.field} "):
+            text = name + text.removeprefix(reason.field)
+        return InvalidParameterError(text, field=name)
+    if kind in {"missing", "too_long"}:  # entries of a tuple
+        at = location[:-1] if kind == "missing" else location
+        needed = context.get("max_length") or 1 + max(item["loc"][-1] for item in problems if item["loc"][:-1] == at)
+        name = _dotted(where, at)
+        return InvalidParameterError(f"{name} has {len(value)} entries; {needed} are needed.", field=name)
+    needed = _NEEDED.get(kind) or str(reason or problems[0]["msg"])
+    close = ""
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", context["expected"])
+        needed, close = f"it must be one of {', '.join(allowed)}", _closest(str(value), allowed)
+    return InvalidParameterError(f"{name} is {value!r}; {needed}.{close}", field=name)
 
 
-def _scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        raise _wrong(where, value, "true or false")
-    if hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        raise _wrong(where, value, "a whole number")
-    if hint is float:
-        # PyYAML follows YAML 1.1, where 1e-3 (without a dot) is text.
-        if isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError as error:
-                raise _wrong(where, value, "a number") from error
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        raise _wrong(where, value, "a number")
-    if hint is str and isinstance(value, str):
-        return value
-    raise _wrong(where, value, "text")
-
-
-def _wrong(where: str, value: Any, needed: str) -> InvalidParameterError:
-    return InvalidParameterError(f"{where} is {value!r}; {needed} is needed.", field=where)
+def _keys(hint: Any, location: Sequence[int | str]) -> list[str]:
+    """Return the keys of the section at `location` of the configuration class `hint`."""
+    for part in location:
+        if dataclasses.is_dataclass(hint):
+            hint = get_type_hints(hint)[str(part)]
+        else:  # an entry of a tuple or dict
+            hint = next(option for option in get_args(hint) if dataclasses.is_dataclass(option))
+        if type(None) in get_args(hint):
+            hint = get_args(hint)[0]
+    return [item.name for item in dataclasses.fields(hint)]
 
 
 def _closest(name: str, known: list[str]) -> str:
@@ -206,9 +249,12 @@ def _closest(name: str, known: list[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _at(where: str) -> str:
+def _titled(where: str) -> str:
     return f"The section {where!r} of the configuration" if where else "The configuration"
 
 
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
+def _dotted(where: str, location: Sequence[int | str]) -> str:
+    path = where
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".")

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.genes import GeneResolver
 from perturbscope.cells.readers import open_cells
-from perturbscope.errors import EmptyCellError, InvalidParameterError, UnreadableFileError
+from perturbscope.errors import EmptyCellError, UnreadableFileError
 from perturbscope.families import load_family
 from perturbscope.inference.bundle import sha256
 from training.checkpoint import Checkpoint
+from training.config.stages import Natural, Positive
+from training.config.strict import configuration, within
 from training.data.shards import Corpus
 from training.data.sources import chunks
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class EvaluateOptions:
     """How cells are chosen and scored.
 
@@ -42,27 +45,16 @@ class EvaluateOptions:
         Of the sample and of the masks. What is masked in a cell does not depend on the other cells.
     """
 
-    cells: int = 10_000
-    min_genes: int = 10
-    max_length: int = 2000
-    batch: int = 16
-    mask_probability: float = 0.15
+    cells: Positive = 10_000
+    min_genes: Positive = 10
+    max_length: Positive = 2000
+    batch: Positive = 16
+    mask_probability: Annotated[float, within(1e-6, 1 - 1e-6)] = 0.15
     layer: str | None = None
     gene_key: str | None = None
     total_counts_key: str | None = None
-    device: str = "cpu"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("cells", "min_genes", "max_length", "batch"):
-            if getattr(self, name) < 1:
-                raise InvalidParameterError(f"{name} must be 1 or more, not {getattr(self, name)}.", field=name)
-        if not 0 < self.mask_probability < 1:
-            raise InvalidParameterError(
-                f"mask_probability must be between 0 and 1, not {self.mask_probability}.", field="mask_probability"
-            )
-        if self.device not in ("cpu", "cuda"):
-            raise InvalidParameterError(f"device must be cpu or cuda, not {self.device!r}.", field="device")
+    device: Literal["cpu", "cuda"] = "cpu"
+    seed: Natural = 0
 
 
 @dataclass(frozen=True, eq=False)

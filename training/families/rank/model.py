@@ -10,15 +10,14 @@ Shapes: B cells in the batch, L tokens, H hidden, M masked tokens of the batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 from perturbscope.cells.genes import GeneVocabulary
-from perturbscope.errors import InvalidParameterError
+from training.config.strict import SectionError, configuration, parse, within
 from training.families.rank.head import summed_cross_entropy
 from training.families.rank.packed import Layout, can_pack, states
 
@@ -28,7 +27,7 @@ _MASKED, _RANDOM = 0.8, 0.1
 """Of the selected tokens, the share that becomes <mask>, and the share that becomes another gene."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class RankModelConfig:
     """Size and behaviour of the network; the defaults are Geneformer's 6-layer model of 10 M parameters.
 
@@ -38,82 +37,48 @@ class RankModelConfig:
         A value is outside its range.
     """
 
-    layers: int = 6
+    layers: Annotated[int, within(2, 1000)] = 6
     """Transformer blocks; the last one serves pre-training only."""
-    hidden: int = 256
+    hidden: Annotated[int, within(1, 2**16)] = 256
     """Width of a token and of a cell embedding."""
-    heads: int = 4
+    heads: Annotated[int, within(1, 2**10)] = 4
     """Attention heads; divides `hidden`."""
-    feed_forward: int = 512
+    feed_forward: Annotated[int, within(1, 2**18)] = 512
     """Width of the layer between a block's two dense layers."""
     activation: Literal["relu", "gelu"] = "relu"
     """Non-linearity of the dense layers."""
-    dropout: float = 0.02
+    dropout: Annotated[float, within(0, 0.99)] = 0.02
     """Of embeddings and dense layers."""
-    attention_dropout: float = 0.02
+    attention_dropout: Annotated[float, within(0, 0.99)] = 0.02
     """Of attention weights."""
-    init_sd: float = 0.02
+    init_sd: Annotated[float, within(1e-9, 10)] = 0.02
     """Standard deviation of the initial weights."""
-    layer_norm_eps: float = 1e-12
+    layer_norm_eps: Annotated[float, within(0, 1)] = 1e-12
     """Added to the variance in each layer normalisation."""
-    max_length: int = 2048
+    max_length: Annotated[int, within(1, 2**16)] = 2048
     """Learned positions: the longest cell in tokens."""
-    token_types: int = 2
+    token_types: Annotated[int, within(1, 2**10)] = 2
     """Rows of the token-type table. Only row 0 is used; 2 keeps the shape of published BERT weights."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation: torch's fused kernel, or plain matrix products."""
 
     def __post_init__(self) -> None:
-        limits: dict[str, tuple[float, float]] = {
-            "layers": (2, 1000),
-            "hidden": (1, 2**16),
-            "heads": (1, 2**10),
-            "feed_forward": (1, 2**18),
-            "max_length": (1, 2**16),
-            "token_types": (1, 2**10),
-            "dropout": (0.0, 0.99),
-            "attention_dropout": (0.0, 0.99),
-            "init_sd": (1e-9, 10),
-            "layer_norm_eps": (0.0, 1),
-        }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            integral = isinstance(low, int)
-            if isinstance(value, bool) or not isinstance(value, int if integral else int | float):
-                kind = "a whole number" if integral else "a number"
-                raise InvalidParameterError(f"{name} of the rank model is {value!r}; {kind} is needed.", field=name)
-            if not low <= value <= high:
-                raise InvalidParameterError(
-                    f"{name} of the rank model is {value}; it must be from {low} to {high}.", field=name
-                )
         if self.hidden % self.heads:
-            raise InvalidParameterError(
+            raise SectionError(
                 f"hidden is {self.hidden}, which {self.heads} heads do not divide. Choose a multiple of heads.",
                 field="hidden",
             )
-        for name, known in {"activation": ("relu", "gelu"), "attention": ("sdpa", "eager")}.items():
-            if getattr(self, name) not in known:
-                raise InvalidParameterError(
-                    f"{name} of the rank model is {getattr(self, name)!r}; it must be one of {', '.join(known)}.",
-                    field=name,
-                )
 
 
 def parse_config(options: Mapping[str, Any]) -> RankModelConfig:
-    """The configuration from plain values.
+    """Return the configuration from plain values.
 
     Raises
     ------
     InvalidParameterError
-        An option is unknown or out of range.
+        An option is unknown, has another type or is out of its range.
     """
-    known = {item.name for item in fields(RankModelConfig)}
-    unknown = set(options) - known
-    if unknown:
-        raise InvalidParameterError(
-            f"The rank model has no option {min(unknown)!r}; it has {', '.join(sorted(known))}.", field=min(unknown)
-        )
-    return RankModelConfig(**options)
+    return parse(RankModelConfig, options, where="model")
 
 
 def build_model(config: RankModelConfig, vocabulary: GeneVocabulary) -> BertForMaskedLM:

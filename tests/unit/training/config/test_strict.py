@@ -85,20 +85,31 @@ def test_missing_keys_are_named(minimal: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("loop.epochs=many", "a whole number is needed"),
+        ("loop.epochs=many", "loop.epochs is 'many'; a whole number is needed"),
+        ("loop.epochs='2048'", "loop.epochs is '2048'; a whole number is needed"),
         ("loop.epochs=true", "a whole number is needed"),
         ("loop.epochs=1.5", "a whole number is needed"),
+        ("loop.epochs=1.0", "a whole number is needed"),
         ("optimizer.base_lr=fast", "a number is needed"),
+        ("optimizer.base_lr='1e-3'", "a number is needed"),
         ("optimizer.base_lr=[1]", "a number is needed"),
+        ("optimizer.base_lr=.nan", "optimizer.base_lr is nan; it must be from 0 to 10"),
         ("optimizer.schedule=lineal", "Did you mean 'linear'"),
         ("corpus.exclude_cancer=1", "true or false is needed"),
         ("corpus.sources=a.h5ad", "a list is needed"),
-        ("corpus=a.h5ad", "keys and values is needed"),
+        ("corpus.sources=[{path: a, nam: b}]", r"'corpus.sources\[0\]' .* has no key 'nam'.* Did you mean 'name'"),
+        ("corpus.sources=[{path: a, soma: {anonym: true}}]", "Did you mean 'anonymous'"),
+        ("corpus.labels=[1]", r"corpus.labels\[0\] is 1; text is needed"),
+        ("corpus=a.h5ad", "keys and values are needed"),
         ("output=3", "text is needed"),
         ("loop.precision=fp64", "must be one of"),
-        ("loop.device=tpu", "must be auto, cpu or cuda"),
-        ("loop.epochs=0", "at least 1"),
+        ("loop.device=tpu", "loop.device is 'tpu'; it must be auto, cpu or cuda"),
+        ("loop.epochs=0", "loop.epochs is 0; it must be at least 1"),
         ("mask_probability=2", "from 1e-06 to 1"),
+        ("panel.genes=[0.5]", "panel.genes has 1 entries; 2 are needed"),
+        ("panel.genes=[0.1, 0.2, 0.3]", "panel.genes has 3 entries; 2 are needed"),
+        ("panel.genes=[0.5, 0.1]", "two shares above 0 and up to 1 are needed, the smaller first"),
+        ("model=!!set {a}", "holds the set"),
         ("loop.epochs.more=1", "which has no keys"),
         ("loop.epochs", "not of the form key=value"),
         ("loop.epochs=[", "is not YAML"),
@@ -108,6 +119,22 @@ def test_missing_keys_are_named(minimal: Path) -> None:
 def test_bad_values_are_refused(minimal: Path, override: str, message: str) -> None:
     with pytest.raises(InvalidParameterError, match=message):
         strict.read(PretrainConfig, minimal, [override])
+
+
+def test_errors_of_entries_and_of_whole_sections_have_their_path(minimal: Path) -> None:
+    fine = {"checkpoint": "c", "optimizer": {"base_lr": 1e-3}, **strict.plain(strict.read(PretrainConfig, minimal))}
+    values = {name: fine[name] for name in ("output", "checkpoint", "corpus", "optimizer", "loop")}
+    for change, field in (
+        ({"mixed": {}}, "mixed"),
+        ({"mixed": {"info_nce": 1.0}}, "mixed.panel.share"),
+        ({"mixed": {"geometry": 1, "weights": {"kang": 0}}}, "mixed.weights.kang"),
+        ({"mixed": {"geometry": 1, "expressions": {"power": {"pow": 1}}}}, "mixed.expressions.power.pow"),
+        ({"degs": {"alpha": 2.0}}, "degs.alpha"),
+        ({"loop": {**values["loop"], "micro_batch": 2}}, "loop.micro_batch"),
+    ):
+        with pytest.raises(InvalidParameterError) as caught:
+            strict.parse(ContrastiveConfig, values | change)
+        assert caught.value.field == field
 
 
 def test_overrides_replace_and_add_values(minimal: Path) -> None:

@@ -57,7 +57,7 @@ class TestModel:
     def test_a_bad_option_is_named(self, option: str, value: object) -> None:
         with pytest.raises(InvalidParameterError) as caught:
             parse_config({option: value})
-        assert caught.value.field == option
+        assert caught.value.field == f"model.{option}"
 
     def test_families_bear_the_names_of_the_tokenizers(self) -> None:
         assert set(families.FAMILIES) <= set(FAMILIES)
