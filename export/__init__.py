@@ -1,15 +1,26 @@
-"""Export: from a checkpoint to a bundle, proven against torch before it is written."""
+"""Export: a checkpoint becomes a bundle that is proven against torch before it is written.
+
+It may import training and perturbscope. Its errors belong to the tree of :mod:`perturbscope.errors`.
+"""
 
 from __future__ import annotations
 
+from perturbscope.errors import PerturbScopeError
 
-class ExportError(Exception):
+
+class ExportError(PerturbScopeError):
     """A checkpoint cannot become a bundle; nothing was written."""
+
+    code = "export_failed"
 
 
 class GraphError(ExportError):
-    """The graph is not what it should be: not fused, or with parts that a cell embedding does not need."""
+    """The graph is not fused, or holds parts that a cell embedding does not need."""
+
+    code = "wrong_graph"
 
 
 class ParityError(ExportError):
-    """A graph's embeddings are further from the model's than the tolerance allows."""
+    """The embeddings of a graph differ from those of the model by more than the tolerance."""
+
+    code = "parity_missed"

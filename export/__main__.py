@@ -12,8 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from export import ExportError
-from perturbscope.errors import InvalidInputError, PerturbScopeError
+from training import console
 
 if TYPE_CHECKING:
     from perturbscope.cells.counts import CountMatrix
@@ -23,7 +22,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class VariantOption(StrEnum):
-    """Smaller graphs."""
+    """Names of the smaller graphs."""
 
     FP16 = "fp16"
     FP16_FLASH = "fp16-flash"
@@ -51,14 +50,12 @@ def main(
 ) -> None:
     """Export a checkpoint as a bundle; a bundle that misses its tolerance is not written.
 
-    Exit code 0 if written, 2 for bad usage or input, 1 for the rest.
+    Exit code 0 if written, 2 for bad usage or input, 1 for the rest, 130 if interrupted.
     """
-    errors = Console(stderr=True, highlight=False)
-    bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=errors
-    )
-    try:
-        with bars:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+
+    def body() -> None:
+        with Progress(*columns, console=console.stderr()) as bars:
             task = bars.add_task("loading", total=None)
             # Imports of torch and transformers take seconds; --help should not.
             from export.pipeline import export_checkpoint
@@ -78,10 +75,9 @@ def main(
                 overwrite=overwrite,
                 progress=lambda stage, done, total: bars.update(task, description=stage, completed=done, total=total),
             )
-    except (ExportError, PerturbScopeError) as error:
-        errors.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2 if isinstance(error, InvalidInputError) else 1) from error
-    _summary(bundle)
+        _summary(bundle)
+
+    raise typer.Exit(console.run(body, resumes=False))
 
 
 def _read_card(path: Path | None) -> str | None:
@@ -94,7 +90,7 @@ def _read_card(path: Path | None) -> str | None:
 
 
 def _read_cells(path: Path | None) -> CountMatrix | None:
-    """The file's first chunk; a comparison needs no more."""
+    """Return the file's first chunk; a comparison needs no more."""
     if path is None:
         return None
     from perturbscope.cells.readers import open_cells
@@ -104,7 +100,7 @@ def _read_cells(path: Path | None) -> CountMatrix | None:
 
 
 def _summary(bundle: Bundle) -> None:
-    """The written bundle as a table on standard output."""
+    """Print the written bundle as a table on standard output."""
     manifest = bundle.manifest
     table = Table(title=escape(f"{bundle.model_id} in {bundle.path}"), title_justify="left")
     for heading in ("graph", "MB", "largest difference", "lowest cosine", "mean cosine"):

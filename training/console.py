@@ -1,4 +1,4 @@
-"""What the training commands share: arguments, errors as messages, progress bars."""
+"""Arguments, error messages and progress bars of the commands; imports nothing of training."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from perturbscope.errors import InvalidInputError, PerturbScopeError
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Arguments that every stage takes."""
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("config", metavar="CONFIG", help="YAML file; see training/configs/")
-    made.add_argument(
+    """Return a parser with the arguments that every stage takes."""
+    stage = argparse.ArgumentParser(description=description)
+    stage.add_argument("config", metavar="CONFIG", help="YAML file; see training/configs/")
+    stage.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="replace a value of CONFIG; a dot goes one level down: --set loop.max_steps=10",
     )
-    made.add_argument("--overwrite", action="store_true", help="replace results of an earlier run")
+    stage.add_argument("--overwrite", action="store_true", help="replace results of an earlier run")
     # The deepspeed launcher adds it; the environment says the same.
-    made.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    return made
+    stage.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    return stage
 
 
 def is_first_process() -> bool:
-    """Whether this process prints, builds and writes; true without a launcher."""
+    """Return whether this process is the one that prints, builds and writes; true without a launcher."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -41,22 +41,34 @@ def stderr() -> Console:
     return Console(stderr=True, quiet=not is_first_process())
 
 
-def run(body: Callable[[], None]) -> int:
-    """Run a command; the exit status is 0, 2 for bad input or configuration, 1 for the rest."""
+def run(body: Callable[[], None], *, resumes: bool = True) -> int:
+    """Run a command, with its errors as messages on standard error.
+
+    Parameters
+    ----------
+    body
+        The command.
+    resumes
+        Whether the command, given again, goes on where it was interrupted.
+
+    Returns
+    -------
+    Exit code: 0; 2 for bad input or configuration, 130 for an interruption, 1 for all other errors.
+    """
     try:
         body()
     except PerturbScopeError as error:
         print(f"error [{error.code}]: {error.message}", file=sys.stderr)  # noqa: T201
         return 2 if isinstance(error, InvalidInputError) else 1
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)  # noqa: T201
+        print(f"interrupted; run the same command again{' to resume' * resumes}", file=sys.stderr)  # noqa: T201
         return 130
     return 0
 
 
 @contextmanager
 def cell_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each file, in cells."""
+    """Show a progress bar, in cells, for each name that the given function is called with."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("cells"), TimeElapsedColumn(),
         TimeRemainingColumn(),

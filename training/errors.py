@@ -1,4 +1,4 @@
-"""What can go wrong in training alone; everything else is in :mod:`perturbscope.errors`."""
+"""Errors of training alone, in the tree of :mod:`perturbscope.errors`, which has all others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from perturbscope.errors import PerturbScopeError
 
 
 class NonFiniteLossError(PerturbScopeError):
-    """The loss became NaN or infinite; the run stops before the weights are lost."""
+    """The loss became NaN or infinite; the run stopped before the weights were lost."""
 
     code: ClassVar[str] = "non_finite_loss"
 
