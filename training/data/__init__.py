@@ -1,1 +1,1 @@
-"""Files of counts to token shards, splits and batches."""
+"""From files of counts to token shards, splits and batches; of training it may import config only."""

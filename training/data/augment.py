@@ -1,9 +1,9 @@
-"""Panels and shallow cells made from whole ones: genes are hidden from a batch before the model sees it.
+"""Gene panels and shallow cells made from whole cells: genes are hidden from a batch before the model sees it.
 
 A targeted panel measures some hundred genes, and a shallow cell detects a part of what it expresses. A model trained on
-whole cells alone has never met such short sequences. Hiding genes works on tokens: what is left of a cell keeps its
-order, just as if the other genes had not been measured. (Binomial thinning of counts would hide weak genes more often
-than strong ones and change the order of those that stay; it needs the counts, which a corpus of tokens has not.)
+whole cells alone has never met such short sequences. Genes are hidden as tokens: the rest of a cell keeps its order,
+just as if the other genes had not been measured. (Binomial thinning of counts would hide weak genes more often than
+strong ones and change the order of the others; it needs counts, which a corpus of tokens does not have.)
 
 Shapes: B cells, L tokens.
 """
@@ -22,18 +22,18 @@ _PANEL = 31
 def hide_genes(
     input_ids: Tensor, attention_mask: Tensor, config: PanelConfig, *, n_tokens: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """A batch as a panel would show it, or as it is; cells keep their order of genes and at least one gene.
+    """Return a batch as a panel would show it, or unchanged; a cell keeps the order of its genes and at least one gene.
 
     Parameters
     ----------
     input_ids, attention_mask
         A padded batch, int64 [B, L]; not modified.
     config
-        How often, and how much.
+        Share of the batches to change, and ranges of the shares of genes to keep.
     n_tokens
         Size of the vocabulary, special tokens included.
     seed
-        Decides everything.
+        Seed of all random choices.
 
     Returns
     -------

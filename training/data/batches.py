@@ -17,20 +17,20 @@ from training.data.shards import Corpus
 
 
 def padded(corpus: Corpus, numbers: NDArray[np.integer[Any]], *, multiple: int = 1) -> dict[str, Tensor]:
-    """The inputs of some cells, padded to the longest of them.
+    """Return the inputs of some cells, padded to the longest of them.
 
     Parameters
     ----------
     corpus
-        Where the tokens are.
+        Corpus that holds the cells.
     numbers
-        Which cells, in the order of the batch, [B].
+        Numbers of the cells in the corpus, in the order of the batch, [B].
     multiple
-        The padded length is a multiple of this, but not longer than the family's longest sequence.
+        Divisor of the padded length, which never exceeds the family's longest sequence.
 
     Returns
     -------
-    Each input of the family [B, L, ...] and ``attention_mask`` int64 [B, L].
+    Inputs of the family by name, [B, L, ...] each, and ``attention_mask``, int64 [B, L].
     """
     family = corpus.family
     arrays = pad(corpus.cells(numbers), np.arange(len(numbers)), family.inputs)
@@ -47,7 +47,7 @@ def padded(corpus: Corpus, numbers: NDArray[np.integer[Any]], *, multiple: int =
 
 
 def by_length(corpus: Corpus, numbers: NDArray[np.integer[Any]], batch: int) -> list[NDArray[np.int64]]:
-    """Cells cut into batches of similar length, longest first: what validation uses."""
+    """Cut cells into batches of similar length, longest first, as validation uses them."""
     order: NDArray[np.int64] = numbers.astype(np.int64)[
         np.argsort(-corpus.lengths[numbers].astype(np.int64), kind="stable")
     ]

@@ -1,9 +1,8 @@
-"""Build a corpus: raw counts in ``.h5ad`` files or a SOMA store -> rank tokens in memory-mapped shards.
+"""Build a corpus: from raw counts in ``.h5ad`` files or a SOMA store to tokens in memory-mapped shards.
 
-``python -m training corpus CONFIG``, where CONFIG is the configuration of a training stage. Cells are read, filtered
-and tokenized chunk by chunk, so memory does not grow with the counts (labels and filters take some tens of bytes a
-cell); the directory appears under its name only when it is complete. A run that was interrupted goes on after its last
-finished shard, and gives the same bytes.
+Cells are read, filtered and tokenized chunk by chunk, so memory does not grow with the counts (labels and filters take
+some tens of bytes a cell). The directory appears under its name only when it is complete. A run that was interrupted
+goes on after its last finished shard, and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ def build_corpus(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Corpus:
-    """Build the corpus that `config` describes, or open it if it is there already.
+    """Build the corpus that `config` describes, or open it if it exists.
 
     Parameters
     ----------
     config
-        What to read, filter and keep.
+        Sources, filters and labels.
     vocabulary
-        Genes, tokens and medians; those that `config` names by default.
+        Genes, tokens and medians; by default, those that `config` names.
     overwrite
         Replace a corpus that was built from another configuration.
     progress
@@ -56,10 +55,10 @@ def build_corpus(
     Raises
     ------
     InvalidParameterError
-        `config.path` holds something else, or a corpus of another configuration, and `overwrite` is false; or no cell
+        `config.path` holds something else, or a corpus of another configuration and `overwrite` is false; or no cell
         passes the filters.
     InvalidInputError
-        A file is unreadable, or holds no raw counts, or none of the model's genes; the message names it.
+        A file is unreadable, holds no raw counts, or holds none of the model's genes; the message names it.
     """
     path = Path(config.path)
     vocabulary = vocabulary or read_vocabulary(config.vocabulary)
@@ -95,7 +94,7 @@ def build_corpus(
 
 
 def read_vocabulary(name: str) -> GeneVocabulary:
-    """The vocabulary that a configuration names.
+    """Return the vocabulary that a configuration names.
 
     Raises
     ------
@@ -114,20 +113,22 @@ def read_vocabulary(name: str) -> GeneVocabulary:
 
 @dataclass
 class _Position:
-    """How far the work is; what :meth:`Staging.save` keeps."""
+    """Progress of the work, as :meth:`Staging.save` keeps it."""
 
     shards: list[dict[str, Any]] = field(default_factory=list)
     """Finished shards."""
     sources: list[dict[str, Any]] = field(default_factory=list)
-    """What the manifest says of the finished sources."""
+    """Entries of the finished sources in the manifest."""
     labels: dict[str, list[str]] = field(default_factory=dict)
+    """Values of each label, in the order of their codes."""
     lengths: dict[int, int] = field(default_factory=dict)
-    """Cells of each length."""
+    """Number of cells of each length."""
     row: int = 0
     """Rows of the current source that are done."""
     dropped: dict[str, int] = field(default_factory=dict)
+    """Dropped cells of the current source, by reason."""
     kept: dict[str, int] = field(default_factory=dict)
-    """Of the current source."""
+    """Cells and tokens kept of the current source."""
 
 
 def _write(
@@ -139,7 +140,7 @@ def _write(
     digests: Sequence[str],
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Write all shards, or those that `saved` lacks; the manifest's values."""
+    """Write all shards, or those that `saved` lacks. Returns the values of the manifest."""
     narrow = "uint16" if len(vocabulary) <= 2**16 else "int32"
     inputs = {spec.name: (narrow if spec.name == "input_ids" else spec.dtype, spec.trailing) for spec in family.inputs}
     at = _Position(**saved or {})
@@ -217,9 +218,9 @@ def _tokenize(
     *,
     first: int = 0,
 ) -> Iterator[tuple[int, NDArray[np.int64], TokenizedCells]]:
-    """Cells of one source that pass all filters, from row `first` on; the others are counted in `dropped`.
+    """Tokenize the cells of one source that pass all filters, from row `first` on; count the others in `dropped`.
 
-    Gives the row up to which all cells are kept or counted, the rows of the kept ones, and their tokens.
+    Yields the row up to which all cells are kept or counted, the rows of the kept cells, and their tokens.
     """
     source = config.sources[number]
     min_genes = config.min_genes if source.min_genes is None else source.min_genes
@@ -249,7 +250,7 @@ def _tokenize(
 
 
 def _fingerprint(config: CorpusConfig, vocabulary: GeneVocabulary, digests: Sequence[str]) -> str:
-    """Equal for configurations that give the same corpus; where it is written and how it is cut do not count."""
+    """Return a digest that is equal for configurations of the same corpus; place and shard size do not count."""
     values = plain(config)
     for name in ("path", "vocabulary", "chunk_cells", "shard_tokens"):
         del values[name]

@@ -1,4 +1,4 @@
-"""The cells that fine-tuning never saw, as a file ready to be scored."""
+"""Cells that fine-tuning never saw, as a file ready to be scored."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def write_heldout(
     Parameters
     ----------
     path
-        The ``.h5ad`` file. ``obs`` has the source's columns and ``split`` (test, control or ineligible); ``uns`` says
-        where it comes from.
+        The ``.h5ad`` file to write. ``obs`` has the columns of the source and ``split`` (test, control or ineligible);
+        ``uns["heldout"]`` tells its origin, as JSON.
     corpus
-        The tokenized cells; only these take part.
+        Tokenized cells; no others are written.
     number
         Number of the data set in the corpus.
     source, split
-        The data set and its split.
+        Configuration and split of the data set.
     score_ineligible
-        Add the targets with too few differentially expressed genes.
+        Whether to add the targets with too few differentially expressed genes.
 
     Returns
     -------
-    Cells of each value of ``split``.
+    Number of cells of each value of ``split``.
     """
     import anndata
 

@@ -1,9 +1,9 @@
-"""The order of cells in pre-training: batches of similar length, in an order that does not tell length.
+"""Order of the cells in pre-training: batches of similar length, in random order.
 
 Sorting cells by length saves padding, but a sorted epoch runs from long to short cells, so successive gradients come
-from one kind of cell; Zhao et al. 2025 measured a far worse perplexity. Shuffling the sorted batches mends it, if the
-blocks that are shuffled are those of ALL processes together: shuffling blocks of one process' size and dealing them out
-by rank gives processes of one step cells of different length, and they wait for the longest.
+from one kind of cell; Zhao et al. 2025 measured a far worse perplexity. Shuffling the sorted batches mends this, if the
+shuffled blocks are those of ALL processes together: if blocks for one process were shuffled and dealt out by rank, the
+processes of one step would get cells of different length, and wait for the longest.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class LengthGroupedSampler:
     lengths
         Tokens of each cell, [n_cells].
     batch
-        Cells of one process at a time.
+        Cells in a batch of one process.
     world_size
         Number of processes.
     megabatch
-        Blocks that are sorted by length together.
+        Number of blocks that are sorted by length together.
     seed
-        With the epoch, decides the order: the same on every process and every machine.
+        Seed, which with the epoch decides the order, equally on every process and machine.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class LengthGroupedSampler:
         self._seed = seed
 
     def __len__(self) -> int:
-        """Blocks of an epoch."""
+        """Number of blocks in an epoch."""
         return -(-len(self._lengths) // self._block)
 
     def blocks(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The cells of each global block of an epoch, in order.
+        """Return the cells of each global block of an epoch, in order.
 
         1. one random permutation of the cells; 2. cut into runs of `megabatch` blocks; 3. each run sorted by length,
         longest first; 4. cut into blocks, and the full blocks of a run shuffled (an incomplete one stays last, filled
@@ -82,6 +82,6 @@ class LengthGroupedSampler:
             blocks.insert(0, blocks.pop(longest))
         return blocks
 
-    def batches(self, epoch: int, *, rank: int = 0, start: int = 0) -> list[NDArray[np.int64]]:
-        """The cells of each micro-batch of one process, from block `start` on."""
-        return [block[rank :: self._world_size] for block in self.blocks(epoch)[start:]]
+    def batches(self, epoch: int, *, rank: int = 0) -> list[NDArray[np.int64]]:
+        """Return the cells of each micro-batch of one process in an epoch."""
+        return [block[rank :: self._world_size] for block in self.blocks(epoch)]

@@ -1,10 +1,8 @@
-"""Non-zero medians of genes over a corpus, which make a vocabulary of one's own.
+"""Non-zero medians of genes over a corpus, which make a new vocabulary.
 
-``python -m training medians CONFIG OUT.tsv``, where CONFIG has a ``corpus`` section: its files and filters are used.
-
-The median of a gene is that of its counts per 10,000 in the cells that express it (Theodoris et al. 2023). It is exact
-for a small corpus; for a large one it comes from a sketch of logarithmic buckets (Masson et al. 2019, DDSketch), whose
-quantiles have a bounded relative error, and which can be merged by adding.
+The median of a gene is taken over its counts per 10,000 in the cells that express it (Theodoris et al. 2023). It is
+exact for a small corpus; for a large one it comes from a sketch of logarithmic buckets (Masson et al. 2019, DDSketch),
+whose quantiles have a bounded relative error.
 """
 
 from __future__ import annotations
@@ -21,22 +19,22 @@ from training.config.stages import CorpusConfig, SourceConfig
 from training.data.sources import Progress, chunks, keep_cells, name_of, open_source
 
 EXACT_VALUES = 25_000_000
-"""Corpora with up to this many non-zero values are computed exactly, in less than a gigabyte."""
+"""Most non-zero values of a corpus whose medians are computed exactly, in less than a gigabyte."""
 _LOW, _HIGH = 1e-4, 1e4
-"""Counts per 10,000 lie in this range for cells with up to 100 million counts."""
+"""Range of counts per 10,000 in cells of up to 100 million counts."""
 
 
 class MedianSketch:
-    """Counts of values in logarithmic buckets, one row of buckets a gene.
+    """Counts of values in logarithmic buckets, one row of buckets for each gene.
 
-    Every value of a bucket is within `accuracy`, relative, of the bucket's representative; so is the median.
+    The relative error of every value in a bucket, and so of a median, is at most `accuracy`.
 
     Parameters
     ----------
     n_genes
-        Rows.
+        Number of genes.
     accuracy
-        Relative error of a median.
+        Largest relative error of a median.
     """
 
     def __init__(self, n_genes: int, *, accuracy: float = 0.005) -> None:
@@ -47,24 +45,19 @@ class MedianSketch:
         self._counts = np.zeros((n_genes, self._n_buckets), dtype=np.uint32)
 
     def add(self, genes: NDArray[np.integer], values: NDArray[np.floating]) -> None:
-        """Count values, [n], of genes, [n]."""
+        """Count `values` [n], each of one of the `genes` [n]."""
         buckets = np.ceil(np.log(np.clip(values, _LOW, _HIGH) / _LOW) / math.log(self._gamma)).astype(np.int64)
         places, counts = np.unique(genes.astype(np.int64) * self._n_buckets + buckets, return_counts=True)
         self._counts.reshape(-1)[places] += counts.astype(np.uint32)
 
-    def merge(self, other: MedianSketch) -> None:
-        """Add what another sketch of the same shape has counted."""
-        assert self._counts.shape == other._counts.shape, "sketches of different shape"  # noqa: S101, our bug
-        self._counts += other._counts
-
     @property
     def n_values(self) -> NDArray[np.int64]:
-        """Values counted of each gene."""
+        """Number of values counted for each gene."""
         counted: NDArray[np.int64] = self._counts.sum(axis=1, dtype=np.int64)
         return counted
 
     def medians(self) -> NDArray[np.float64]:
-        """Median of each gene; NaN where there are no values."""
+        """Return the median of each gene, [n_genes]; NaN for a gene without values."""
         totals = self.n_values
         representatives = _LOW * self._gamma ** np.arange(self._n_buckets) * 2 / (1 + self._gamma)
         found = np.full(len(totals), np.nan)
@@ -76,7 +69,7 @@ class MedianSketch:
 
 
 def exact_medians(genes: NDArray[np.integer], values: NDArray[np.floating], n_genes: int) -> NDArray[np.float64]:
-    """Median of each gene's values, [n_genes]; NaN where there are none."""
+    """Return the median of each gene's values, [n_genes]; NaN for a gene without values."""
     order = np.lexsort((values, genes))
     ordered = values[order].astype(np.float64)
     counts = np.bincount(genes, minlength=n_genes)
@@ -96,18 +89,18 @@ def corpus_medians(
     exact: bool | None = None,
     progress: Progress | None = None,
 ) -> GeneVocabulary:
-    """A vocabulary of the genes that a corpus expresses.
+    """Compute a vocabulary of the genes that a corpus expresses.
 
     Parameters
     ----------
     config
-        Files and filters; its vocabulary is not used.
+        Files and filters of the corpus; its vocabulary is not used.
     min_cells
-        A gene that fewer cells express is left out.
+        Fewest cells that express a gene of the vocabulary.
     genes
-        Ensembl ids to choose from, e.g. protein-coding and miRNA genes; all Ensembl ids of the files by default.
+        Ensembl ids to choose from, such as protein-coding and miRNA genes; all Ensembl ids of the files by default.
     exact
-        Whether to keep all values, or a sketch; by the size of the corpus if not given.
+        Whether to keep all values (True) or a sketch (False); by default, the size of the corpus decides.
     progress
         Called after every chunk.
 
@@ -158,7 +151,7 @@ def corpus_medians(
 
 
 def _universe(sources: Sequence[SourceConfig], wanted: Sequence[str] | None) -> list[str]:
-    """Ensembl ids of all files, without versions, sorted."""
+    """Return the Ensembl ids of all files, without versions, sorted."""
     resolver = GeneResolver.default()
     found: set[str] = set()
     for source in sources:
@@ -171,7 +164,7 @@ def _universe(sources: Sequence[SourceConfig], wanted: Sequence[str] | None) -> 
 def _values(
     config: CorpusConfig, index: dict[str, int], progress: Progress | None
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
-    """Gene and counts per 10,000 of every non-zero count; columns of one gene in a cell are added up."""
+    """Yield gene and counts per 10,000 of every non-zero count; columns of one gene in a cell are added up."""
     resolver = GeneResolver.default()
     for number, source in enumerate(config.sources):
         with open_source(source, chunk_cells=config.chunk_cells) as cells:

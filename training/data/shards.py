@@ -2,16 +2,16 @@
 
 A corpus is a directory::
 
-    manifest.json                what is in it, from which files, made how
+    manifest.json                contents, sources and configuration of the corpus
     shard-00000/<input>.npy      tokens of its cells, end to end; uint16 where the vocabulary fits
-    shard-00000/offsets.npy      cell i owns tokens offsets[i]:offsets[i + 1]; int64
-    shard-00000/source.npy       which file each cell is from, int32
-    shard-00000/row.npy          which row of it, int64
+    shard-00000/offsets.npy      cell i has the tokens offsets[i]:offsets[i + 1]; int64
+    shard-00000/source.npy       number of each cell's source, int32
+    shard-00000/row.npy          each cell's row in its source, int64
     shard-00000/n_detected.npy   genes of the vocabulary that the cell expresses, int32
     shard-00000/known_share.npy  share of its counts that they hold, float32
     shard-00000/label-<name>.npy the cell's label as a code, int32; -1 where it has none
 
-A token costs two bytes, so 30 million cells of 1,500 tokens are 90 GB, of which a batch reads what it needs.
+A token costs two bytes, so 30 million cells of 1,500 tokens are 90 GB, of which a batch reads only its own cells.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.tsv"
 FORMAT_VERSION = 1
 PER_CELL: dict[str, str] = {"source": "int32", "row": "int64", "n_detected": "int32", "known_share": "float32"}
-"""What is kept of every cell, and its type."""
+"""Facts that are kept for every cell, with their types."""
 
 
 class ArrayWriter:
     """A ``.npy`` file that grows along its first axis.
 
-    The header of a .npy file leaves room for the length to grow, so it is written again, in place, at the end.
+    The header of a .npy file leaves room for a longer length, so it is written again, in place, at the end.
     """
 
     def __init__(self, path: Path, dtype: Any, trailing: tuple[int, ...] = ()) -> None:
@@ -53,7 +53,7 @@ class ArrayWriter:
         self.length = 0
 
     def append(self, values: NDArray[Any]) -> None:
-        """Write more rows."""
+        """Write more rows, [n, *trailing]."""
         self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
         self.length += len(values)
 
@@ -74,14 +74,14 @@ class ArrayWriter:
 
 
 class ShardWriter:
-    """Writes one shard.
+    """Writer of one shard.
 
     Parameters
     ----------
     path
         Directory to create.
     inputs
-        Name to type and trailing shape of each of the family's inputs.
+        Type and trailing shape of each input of the family, by name.
     labels
         Names of the labels.
     """
@@ -98,13 +98,13 @@ class ShardWriter:
         self.n_cells = 0
 
     def append(self, tokens: TokenizedCells, per_cell: Mapping[str, NDArray[Any]]) -> None:
-        """Add cells with what is kept of each: ``source``, ``row`` and ``label-<name>``."""
+        """Add cells; `per_cell` has their ``source``, ``row`` and ``label-<name>``, [n] each."""
         for name, writer in self._inputs.items():
             writer.append(tokens.arrays[name])
         self._offsets.append(tokens.offsets[1:] + self.n_tokens)
-        own = {"n_detected": tokens.n_detected, "known_share": tokens.known_share}
+        facts = {"n_detected": tokens.n_detected, "known_share": tokens.known_share}
         for name, writer in self._cells.items():
-            writer.append({**own, **per_cell}[name])
+            writer.append({**facts, **per_cell}[name])
         self.n_tokens += int(tokens.offsets[-1])
         self.n_cells += len(tokens)
 
@@ -115,7 +115,7 @@ class ShardWriter:
 
 
 class ShardsWriter:
-    """Writes one shard after another; a context manager, which closes the last one.
+    """Writer of one shard after another; a context manager, which closes the last one.
 
     Parameters
     ----------
@@ -124,9 +124,9 @@ class ShardsWriter:
     inputs, labels
         See :class:`ShardWriter`.
     max_tokens
-        Tokens after which a new shard is begun.
+        Tokens after which a new shard begins.
     written
-        Shards that an earlier run has finished; any other shard in `path` is removed.
+        Entries of the shards that an earlier run has finished; any other shard in `path` is removed.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class ShardsWriter:
 
     @property
     def is_full(self) -> bool:
-        """Whether the current shard has as many tokens as it may; the next cells would begin another."""
+        """Whether the current shard is full, so that the next cells begin another."""
         return self._open is not None and self._open.n_tokens >= self._max_tokens
 
     def append(self, tokens: TokenizedCells, per_cell: Mapping[str, NDArray[Any]]) -> None:
@@ -183,12 +183,12 @@ class Corpus:
     Parameters
     ----------
     path
-        The directory that ``training.data.corpus`` wrote.
+        Directory that :func:`training.data.corpus.build_corpus` wrote.
 
     Raises
     ------
     CorruptBundleError
-        Not a corpus, or a file is missing or does not fit the manifest.
+        `path` is not a corpus, or a file is missing or does not fit the manifest.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -218,11 +218,11 @@ class Corpus:
         return np.concatenate([np.diff(offsets).astype(np.int32) for offsets in self._offsets])
 
     def per_cell(self, name: str) -> NDArray[Any]:
-        """One of :data:`PER_CELL`, [n_cells]."""
+        """Return one of :data:`PER_CELL`, [n_cells]."""
         return np.concatenate([np.asarray(self._map(at, name)) for at in range(len(self._shards))])
 
     def labels(self, name: str) -> NDArray[np.object_]:
-        """A label of each cell, None where it has none, [n_cells].
+        """Return a label of each cell, None where it has none, [n_cells].
 
         Raises
         ------
@@ -239,7 +239,7 @@ class Corpus:
         return found
 
     def cells(self, numbers: NDArray[np.integer[Any]]) -> TokenizedCells:
-        """The tokens of some cells, in the order given."""
+        """Return the tokens of some cells, in the order given."""
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         places = numbers - self._starts[shards]
         bounds = [

@@ -1,11 +1,8 @@
 """Cells of a SOMA store, such as a release of the CELLxGENE census, streamed.
 
 A store is a tree of TileDB arrays, on disk or in an object store: ``obs`` and ``var`` are tables, the counts a sparse
-array of (cell, gene) coordinates. Cells come in the order of their join id, so a corpus is the same whenever it is
+array of (cell, gene) coordinates. Cells come in the order of their join ids, so a corpus is the same whenever it is
 built. tiledbsoma is imported when a store is opened; it is in requirements/census.txt.
-
-``python -m training census CONFIG`` lists what the filters of a configuration would keep of its stores: look at it
-before days of work, above all at the diseases.
 """
 
 from __future__ import annotations
@@ -39,7 +36,7 @@ _ID = "soma_joinid"
 _GENES = "feature_id"
 _LAYER = "raw"
 _BUFFER_BYTES = 2**27
-"""Memory of TileDB for each column that it reads; its own default is a gigabyte."""
+"""Memory that TileDB uses for each column that it reads; its own default is a gigabyte."""
 
 
 class SomaRows:
@@ -48,7 +45,7 @@ class SomaRows:
     Parameters
     ----------
     array
-        The open ``SparseNDArray``.
+        Open ``SparseNDArray`` of the counts.
     cells, genes
         Join ids of rows and columns, ascending.
     """
@@ -61,15 +58,15 @@ class SomaRows:
 
     @property
     def n_values(self) -> int:
-        """Stored values."""
+        """Number of stored values."""
         return int(self._array.nnz)
 
     def rows(self, start: int, stop: int) -> CsrArrays:
-        """Rows `start` to `stop`."""
+        """Return rows `start` to `stop`."""
         return self.some(np.arange(start, stop))
 
     def some(self, rows: NDArray[np.int64]) -> CsrArrays:
-        """Chosen rows, ascending."""
+        """Return the given rows, which ascend."""
         ids = self._cells[rows]
         is_run = len(ids) > 0 and ids[-1] - ids[0] == len(ids) - 1
         wanted: Any = slice(int(ids[0]), int(ids[-1])) if is_run else ids
@@ -91,7 +88,7 @@ class SomaSource(CellSource):
     Parameters
     ----------
     source
-        A source with ``soma``. `layer` defaults to raw, `gene_key` to feature_id.
+        Configuration with ``soma``. `layer` defaults to ``raw``, `gene_key` to ``feature_id``.
     chunk_cells
         Cells in memory at a time.
 
@@ -100,7 +97,7 @@ class SomaSource(CellSource):
     InvalidParameterError
         tiledbsoma is not installed.
     UnreadableFileError
-        The store, or something in it, is not there.
+        The store, the experiment or the measurement does not exist.
     MissingColumnError
         There is no such layer or column.
     """
@@ -150,7 +147,7 @@ class SomaSource(CellSource):
 
     @property
     def representations(self) -> list[str]:
-        """None: a store's embeddings are not read."""
+        """Empty: embeddings of a store are not read."""
         return []
 
     def _representation(self, name: str) -> NDArray[Any]:
@@ -162,10 +159,10 @@ class SomaSource(CellSource):
             return super().rows(start, stop)
 
     def usable(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], CountMatrix]]:
-        """Chosen rows, ascending, without those that have no counts or whose counts are not raw; at most one batch.
+        """Yield the given rows, which ascend, without those that have no counts or counts that are not raw.
 
-        A store that collects thousands of data sets has both, and one of them must not end a build of days; see
-        :meth:`n_not_raw`.
+        They come as one batch, or as none if no row is left. A store that collects thousands of data sets has both
+        kinds of rows, and one of them must not end a build of days; see :meth:`n_not_raw`.
         """
         with _reading(self._uri):
             data, indices, indptr = self._soma_rows.some(rows)
@@ -185,21 +182,22 @@ class SomaSource(CellSource):
         yield rows[chosen], CountMatrix.from_csr(data[kept], indices[kept], starts, self.gene_ids, totals=totals)
 
     def facts(self) -> dict[str, Any]:
-        """Number of stored values, and the store's metadata as text."""
+        """Return the number of stored values, and the metadata of the store as text."""
         with _reading(self._uri):
             metadata = {str(key): str(value) for key, value in dict(self._root.metadata).items()}
             return {"values": int(self._soma_rows.n_values), "metadata": metadata}
 
     def n_not_raw(self, start: int, stop: int) -> int:
-        """Cells among rows `start` to `stop` that :meth:`usable` left out because their counts are not raw."""
+        """Return how many of rows `start` to `stop` :meth:`usable` left out because their counts are not raw."""
         return sum(int(((rows >= start) & (rows < stop)).sum()) for rows in self._not_raw)
 
 
 def soma_identity(source: SourceConfig) -> str:
-    """A digest of a store.
+    """Return a digest of a store.
 
-    Of a store on disk: how many cells and values, which genes, the store's own metadata. Of an s3:// store: its address
-    alone, since releases there do not change, and training from a finished corpus should not need the network.
+    For a store on disk it covers the numbers of cells and values, the genes and the store's metadata. For a store on S3
+    it covers the address alone: a release does not change, and training from a finished corpus should not need the
+    network.
 
     Raises
     ------
@@ -214,7 +212,7 @@ def soma_identity(source: SourceConfig) -> str:
 
 
 def _open(uri: str, where: SomaConfig) -> tuple[Any, Any]:
-    """A store, to be closed, and the experiment in it."""
+    """Open a store. Returns the store, which the caller closes, and the experiment in it."""
     try:
         import tiledbsoma
     except ImportError as error:
@@ -247,13 +245,13 @@ def _inside(node: Any, name: str, uri: str) -> Any:
     try:
         return node[name]
     except KeyError as error:
-        there = ", ".join(sorted(node)) if hasattr(node, "keys") else "nothing"
-        raise UnreadableFileError(f"{uri} has no {name!r} there; it has {there}.", field="soma") from error
+        names = ", ".join(sorted(node)) if hasattr(node, "keys") else "nothing"
+        raise UnreadableFileError(f"{uri} has no {name!r} there; it has {names}.", field="soma") from error
 
 
 @contextmanager
 def _reading(uri: str) -> Iterator[None]:
-    """What TileDB raises, as an error of ours. A remote store is taken to be out of reach, not wrong."""
+    """Turn errors of TileDB into ours. A remote store is taken to be out of reach, not wrong."""
     import tiledbsoma
 
     try:
@@ -275,13 +273,13 @@ def _reason(error: Exception) -> str:
 
 
 def _numbers(table: Any, name: str) -> NDArray[Any]:
-    """A column of numbers, in the order of the join ids."""
+    """Return a column of numbers, in the order of the join ids."""
     parts = table.read(column_names=[name], result_order="row-major")
     return np.concatenate([part[name].to_numpy() for part in parts])
 
 
 def _column(table: Any, name: str) -> pd.Series[Any]:
-    """A column in the order of the join ids; text as categories, so that it takes four bytes a cell."""
+    """Return a column in the order of the join ids; text as categories, so that it takes four bytes a cell."""
     import pandas as pd
     import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""The cells of a configuration's sources, chunk by chunk: which are kept, their labels, their counts."""
+"""Cells of a configuration's sources: which of them are kept, their labels, and their counts, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
+from perturbscope.analysis.degs import log_normalized
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import CellSource, open_cells
 from perturbscope.errors import EmptyCellError, UnreadableFileError
@@ -26,12 +28,12 @@ _FALSE = ("false", "0")
 
 
 def name_of(source: SourceConfig) -> str:
-    """Name of a data set."""
+    """Return the name of a data set: the configured one, or the file's name without its ending."""
     return source.name or Path(source.path).stem
 
 
 def open_source(source: SourceConfig, *, chunk_cells: int = 4096) -> CellSource:
-    """The cells of one source. Raises as :func:`perturbscope.open_cells` and :class:`SomaSource`."""
+    """Open the cells of one source. Raises as :func:`perturbscope.open_cells` and :class:`SomaSource`."""
     if source.soma is not None:
         return SomaSource(source, chunk_cells=chunk_cells)
     return open_cells(
@@ -44,7 +46,7 @@ def open_source(source: SourceConfig, *, chunk_cells: int = 4096) -> CellSource:
 
 
 def identity(source: SourceConfig) -> str:
-    """A digest of a source: SHA-256 of the file; what a SOMA store says of itself.
+    """Return a digest of a source: SHA-256 of the file, or :func:`soma_identity` of a store.
 
     Raises
     ------
@@ -60,7 +62,7 @@ def identity(source: SourceConfig) -> str:
 
 
 def chunks(cells: CellSource, keep: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], CountMatrix]]:
-    """The cells to keep, chunk by chunk: their rows and their counts. Cells without any count are left out.
+    """Yield rows and counts of the cells to keep, chunk by chunk, without the cells that have no counts.
 
     Chunks without a cell to keep are not read.
     """
@@ -77,8 +79,18 @@ def chunks(cells: CellSource, keep: NDArray[np.bool_]) -> Iterator[tuple[NDArray
                 yield rows[chosen], counts[chosen]
 
 
+def expression_of(cells: CellSource, rows: NDArray[np.int64]) -> sparse.csr_matrix:
+    """Return the log-normalised expression of some rows, which all have counts, in their order, [n, n_genes]."""
+    keep = np.zeros(cells.n_cells, dtype=bool)
+    keep[rows] = True
+    parts = [(found, log_normalized(counts)) for found, counts in chunks(cells, keep)]
+    order = np.searchsorted(np.concatenate([found for found, _ in parts]), rows)
+    values = sparse.csr_matrix(sparse.vstack([part for _, part in parts], format="csr"))
+    return values if np.array_equal(order, np.arange(values.shape[0])) else values[order]
+
+
 def _rows(cells: CellSource, start: int, stop: int) -> Iterator[tuple[NDArray[np.int64], CountMatrix]]:
-    """Rows `start` to `stop`; where a row has no counts it is searched for by halving, and left out."""
+    """Yield rows `start` to `stop` with their counts; a row without counts is found by halving, and left out."""
     try:
         counts = cells.rows(start, stop)
     except EmptyCellError:
@@ -92,9 +104,9 @@ def _rows(cells: CellSource, start: int, stop: int) -> Iterator[tuple[NDArray[np
 
 
 def not_raw(cells: CellSource, start: int, stop: int) -> int:
-    """Cells among rows `start` to `stop` that were read and left out because their counts are not raw.
+    """Return how many of rows `start` to `stop` were read and left out because their counts are not raw.
 
-    Only a SOMA store leaves any out; in a file they are an error.
+    Only a SOMA store leaves cells out; in a file, such counts are an error.
     """
     return cells.n_not_raw(start, stop) if isinstance(cells, SomaSource) else 0
 
@@ -102,7 +114,7 @@ def not_raw(cells: CellSource, start: int, stop: int) -> int:
 def keep_cells(
     cells: CellSource, config: CorpusConfig, number: int, dropped: Counter[str] | None = None
 ) -> NDArray[np.bool_]:
-    """Which cells of source `number` pass the filters that need no counts; the others are counted in `dropped`."""
+    """Return which cells of source `number` pass the filters that need no counts; `dropped` counts the others."""
     source = config.sources[number]
     dropped = Counter() if dropped is None else dropped
     keep = np.ones(cells.n_cells, dtype=bool)
@@ -132,15 +144,15 @@ def keep_cells(
 
 
 def _where(column: pd.Series[Any], test: Callable[[str], bool]) -> NDArray[np.bool_]:
-    """Which cells have a label that passes a test, [n_cells]; each distinct label is looked at once."""
+    """Return which cells have a label that passes a test, [n_cells]; each distinct label is tested once."""
     names, codes = coded(column)
     return np.array([*(test(name) for name in names), False], dtype=bool)[codes]
 
 
 def coded(column: pd.Series[Any]) -> tuple[list[str], NDArray[np.int32]]:
-    """Distinct labels of a column, and the number of each cell's label, -1 where it has none.
+    """Return the distinct labels of a column, and the number of each cell's label, -1 where it has none.
 
-    A column of tens of millions of labels stays small: nothing of the size of the cells is made but the numbers.
+    The numbers are the only array of the size of the cells, so a column of tens of millions of labels stays small.
     """
     import pandas as pd
 
@@ -150,7 +162,7 @@ def coded(column: pd.Series[Any]) -> tuple[list[str], NDArray[np.int32]]:
 
 
 def label_codes(cells: CellSource, known: Mapping[str, dict[str, int]]) -> dict[str, NDArray[np.int32]]:
-    """Each label of each cell as a code, -1 where it has none; new names get the next code in `known`."""
+    """Return each label of each cell as a code, -1 where it has none; new names get the next code in `known`."""
     codes: dict[str, NDArray[np.int32]] = {}
     for column, names in known.items():
         if column not in cells.columns:

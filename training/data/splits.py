@@ -1,7 +1,7 @@
-"""Which perturbed genes and controls are trained on, validated on, and held out; kept in ``splits.json``.
+"""Division of perturbed genes and controls into training, validation and test, kept in ``splits.json``.
 
-A split is by perturbed gene: all cells of a gene, whatever the guide and the data set, are on one side. Controls are
-split by cell.
+The division is by perturbed gene: all cells of a gene, whatever the guide and the data set, are in one part. Controls
+are divided by cell.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
-from perturbscope.analysis.degs import RankTester, count_degs, log_normalized, target_columns
+from perturbscope.analysis.degs import RankTester, count_degs, target_columns
 from perturbscope.cells.files import write_json
 from perturbscope.errors import (
     ControlLabelMissingError,
@@ -26,13 +25,13 @@ from perturbscope.errors import (
 )
 from training.config.stages import DegConfig, SourceConfig, SplitConfig
 from training.data.shards import Corpus
-from training.data.sources import Progress, chunks, name_of, open_source
+from training.data.sources import Progress, expression_of, name_of, open_source
 
 PARTS = ("train", "validation", "test")
 INELIGIBLE = "ineligible"
 _FORMAT_VERSION = 1
 _VALUES_AT_ONCE = 2**28
-"""Non-zero values in memory while genes are tested; a larger data set is read in several passes."""
+"""Most non-zero values in memory while genes are tested; a larger data set is read in several passes."""
 _CONTROLS, _TARGETS, _DEGS = 1, 2, 3
 
 
@@ -45,11 +44,11 @@ class DataSplit:
     name
         Name of the data set.
     degs
-        Differentially expressed genes of each perturbation.
+        Number of differentially expressed genes of each perturbation.
     targets
-        Perturbations of each part: train, validation, test; and ``ineligible`` ones, which have too few of them.
+        Perturbations of each part: train, validation, test; and ``ineligible``, which have too few such genes.
     controls
-        Rows in the file of each part's controls.
+        Rows, in the file, of the controls of each part.
     """
 
     name: str
@@ -71,20 +70,20 @@ def make_splits(
     Parameters
     ----------
     corpus
-        The tokenized cells; only these take part.
+        Tokenized cells; no others take part.
     sources
-        Their files, in the corpus' order.
+        Data sets of the corpus, in its order.
     degs, config
         Thresholds and shares.
     progress
-        Called with a data set, the perturbations done, and all of them.
+        Called with a data set, and its perturbations: those done, and all.
 
     Raises
     ------
     ControlLabelMissingError
         A data set has no cell with the control label.
     InvalidParameterError
-        A listed target does not exist, or one to validate on is not eligible.
+        A listed target does not exist, or a target to validate on is not eligible.
     TooFewCellsError
         No target is left to train on.
     """
@@ -124,12 +123,12 @@ def make_splits(
 
 
 def divide(eligible: Sequence[str], known: set[str], config: SplitConfig) -> dict[str, set[str]]:
-    """Targets of each part: as listed, or a seeded random choice with at least one in each part that has a share.
+    """Return the targets of each part: as listed, or a seeded choice with at least one in each part that has a share.
 
     Raises
     ------
     InvalidParameterError
-        A listed target does not exist, or one to validate on is not eligible.
+        A listed target does not exist, or a target to validate on is not eligible.
     """
     if config.test is not None and config.validation is not None:
         for name in (*config.test, *config.validation):
@@ -156,7 +155,7 @@ def divide(eligible: Sequence[str], known: set[str], config: SplitConfig) -> dic
 def count_source(
     corpus: Corpus, number: int, source: SourceConfig, config: DegConfig, *, progress: Progress | None = None
 ) -> dict[str, int]:
-    """Differentially expressed genes of every perturbation of one data set.
+    """Count the differentially expressed genes of every perturbation of one data set.
 
     Raises
     ------
@@ -173,16 +172,15 @@ def count_source(
         control_rows = np.sort(rng.choice(control_rows, config.max_controls, replace=False))
     found: dict[str, int] = {}
     with open_source(source) as cells:
-        values, _ = _read(cells, control_rows)
-        tester = RankTester(values)
+        tester = RankTester(expression_of(cells, control_rows))
         columns = target_columns(cells.gene_ids, names)
         cells_of = {name: np.flatnonzero(inside & (labels == name)) for name in names}
         for group in _passes(names, {name: int(weights[cells_of[name]].sum()) for name in names}):
             wanted = np.sort(np.concatenate([rows[cells_of[name]] for name in group]))
-            values, at = _read(cells, wanted)
+            values = expression_of(cells, wanted)
             for name in group:
-                chosen = values[np.searchsorted(at, np.sort(rows[cells_of[name]]))]
-                found[name] = count_degs(tester, chosen, config, target=columns.get(name)).n_degs
+                perturbed = values[np.searchsorted(wanted, np.sort(rows[cells_of[name]]))]
+                found[name] = count_degs(tester, perturbed, config, target=columns.get(name)).n_degs
                 if progress:
                     progress(f"{name_of(source)}: genes", len(found), len(names))
     return found
@@ -199,7 +197,7 @@ def save_splits(path: Path, splits: Sequence[DataSplit], *, fingerprint: str) ->
 
 
 def load_splits(path: Path, *, fingerprint: str) -> list[DataSplit] | None:
-    """Read ``splits.json``; None if it is not there, or was made from something else.
+    """Read ``splits.json``; None if it does not exist, or has another fingerprint.
 
     Raises
     ------
@@ -218,7 +216,7 @@ def load_splits(path: Path, *, fingerprint: str) -> list[DataSplit] | None:
 
 
 def _controls(corpus: Corpus, number: int, source: SourceConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Controls of a data set: their numbers in the corpus and their rows in the file."""
+    """Return the controls of a data set: their numbers in the corpus and their rows in the file."""
     inside = corpus.per_cell("source") == number
     found = np.flatnonzero(inside & (corpus.labels(source.perturbation_key) == source.control))
     if not len(found):
@@ -231,7 +229,7 @@ def _controls(corpus: Corpus, number: int, source: SourceConfig) -> tuple[NDArra
 
 
 def _passes(names: Sequence[str], values: dict[str, int]) -> list[list[str]]:
-    """Perturbations in groups whose non-zero values fit into memory together."""
+    """Group perturbations so that the non-zero values of a group fit into memory together."""
     groups: list[list[str]] = []
     held = _VALUES_AT_ONCE
     for name in names:
@@ -241,12 +239,3 @@ def _passes(names: Sequence[str], values: dict[str, int]) -> list[list[str]]:
         groups[-1].append(name)
         held += values[name]
     return groups
-
-
-def _read(cells: Any, rows: NDArray[np.int64]) -> tuple[sparse.csr_matrix, NDArray[np.int64]]:
-    """Log-normalised values of some rows of a file, in its order; and the rows."""
-    keep = np.zeros(cells.n_cells, dtype=bool)
-    keep[rows] = True
-    parts = [(found, log_normalized(counts)) for found, counts in chunks(cells, keep)]
-    values = sparse.csr_matrix(sparse.vstack([part for _, part in parts], format="csr"))
-    return values, np.concatenate([found for found, _ in parts])

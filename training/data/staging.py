@@ -1,4 +1,4 @@
-"""A directory in the making, which an interruption does not cost: it is finished where it stopped."""
+"""A directory that is built under another name and survives an interruption, so that the work can go on."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Staging:
     Parameters
     ----------
     path
-        The directory to make.
+        Directory to make.
     fingerprint
-        Names what is being made; what an earlier run left for another fingerprint is removed.
+        Digest of the configuration and its data; what an earlier run left for another digest is removed.
     """
 
     def __init__(self, path: Path, *, fingerprint: str) -> None:
@@ -34,9 +34,9 @@ class Staging:
 
     @contextmanager
     def open(self) -> Iterator[dict[str, Any] | None]:
-        """Hold the directory, and give what :meth:`save` saved last (None at a fresh start); rename it at the end.
+        """Lock the directory, yield what :meth:`save` saved last (None at a fresh start), and rename it at the end.
 
-        After bad input nothing is left. After anything else (a signal, a lost connection, a full disk) the directory
+        After bad input the directory is removed. After any other error (a signal, a lost connection, a full disk) it
         stays if a state was saved in it.
 
         Raises
@@ -73,7 +73,7 @@ class Staging:
             os.close(lock)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Remember how far the work is; everything that `state` speaks of must be in closed files."""
+        """Save the progress of the work; everything that `state` refers to must be in closed files."""
         fresh = self.path / f"{_STATE}.new"
         with fresh.open("w", encoding="utf-8") as file:
             json.dump({"fingerprint": self._fingerprint, "state": state}, file)
