@@ -1,1 +1,1 @@
-"""What a model is trained for: batches, losses and validation."""
+"""The objectives: batches, losses and validation of each stage; may import config, data, families and loop."""

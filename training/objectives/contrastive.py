@@ -1,14 +1,9 @@
-"""Contrastive fine-tuning: perturbed cells apart from controls, controls together (Zhao et al. 2025).
-
-``python -m training finetune CONFIG`` on one process;
-``torchrun --nproc-per-node 4 -m training finetune CONFIG`` or
-``deepspeed --num_gpus 4 --module training finetune CONFIG`` on several, with ``loop.deepspeed`` set.
-"""
+"""Contrastive fine-tuning on pairs: perturbed cells apart from controls, controls together (Zhao et al. 2025)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,33 +18,17 @@ from training.data.splits import DataSplit
 from training.families.rank.pooling import PooledEncoder
 from training.loop.loop import Evaluate, derive_seed
 from training.loop.process import Process
-from training.objectives.groups import groups_of, median_z
+from training.objectives.groups import FinetuningTask, groups_of
 from training.objectives.losses import ContrastiveModule, squared_distances
 from training.objectives.pair_sampler import PairBatch, PairSampler
 
 _PAIRS, _VALIDATION = 21, 22
 _LOGGED_BATCHES = 20
-"""Batches whose distances are measured before training."""
+"""Batches of each kind whose distances are measured before training."""
 
 
-class ContrastiveTask:
-    """The contrastive objective on perturbation data sets. See :class:`training.loop.loop.Task`.
-
-    Parameters
-    ----------
-    config
-        The stage's configuration.
-    corpus
-        The tokenized cells.
-    splits
-        Their split.
-    checkpoint
-        The pre-trained model.
-    process
-        This process.
-    """
-
-    name = "fine-tuning"
+class ContrastiveTask(FinetuningTask):
+    """The contrastive objective on pairs of cells of perturbation data sets. See :class:`FinetuningTask`."""
 
     def __init__(
         self,
@@ -59,16 +38,10 @@ class ContrastiveTask:
         checkpoint: Checkpoint,
         process: Process,
     ) -> None:
-        self._config = config
-        self._corpus = corpus
-        self._process = process
-        self.family_config: dict[str, Any] = checkpoint.family_config
-        self.model_config: Any = checkpoint.model_config
-        self.model: nn.Module = checkpoint.model().train()
+        super().__init__(config, corpus, splits, checkpoint, process)
         self.module: nn.Module = ContrastiveModule(PooledEncoder(cast("BertForMaskedLM", self.model)), config.loss)
-        self._groups = {part: groups_of(config, corpus, splits, part) for part in ("train", "validation")}
         self._train = PairSampler(
-            self._groups["train"],
+            groups_of(config, corpus, splits, "train"),
             batch=config.loop.micro_batch,
             world_size=process.world_size,
             redraw=config.pairs.redraw,
@@ -76,11 +49,11 @@ class ContrastiveTask:
         )
         self._validation = (
             PairSampler(
-                self._groups["validation"],
+                self._validation_groups,
                 batch=config.loop.micro_batch,
                 seed=derive_seed(config.loop.seed, _VALIDATION),
             )
-            if self._groups["validation"]
+            if self._validation_groups
             else None
         )
         self._epoch = -1
@@ -92,21 +65,21 @@ class ContrastiveTask:
         return len(self._train)
 
     def batch(self, epoch: int, index: int, seed: int) -> dict[str, Tensor]:
-        """Pairs: inputs of 2P cells, first those of each pair and then its second, and ``similar`` [P]."""
+        """Return P pairs: the inputs of 2P cells, the first of each pair before the second of each; ``similar`` [P]."""
         if epoch != self._epoch:
             self._order = self._train.batches(epoch, rank=self._process.rank)
             self._epoch = epoch
         return self._tensors(self._order[index])
 
     def kind(self, epoch: int, index: int) -> str:
-        """Batches alternate, and an epoch has as many of one kind as of the other."""
+        """Return "similar" or "dissimilar": batches alternate, and an epoch has as many of one kind as of the other."""
         return "similar" if index % 2 else "dissimilar"
 
     def begin(self, evaluate: Evaluate) -> dict[str, float]:
-        """Quantiles of the distances within pairs, and the validation, before any training.
+        """Measure quantiles of the distances within pairs, and the validation, before any training.
 
-        They tell whether the margin suits the model: a margin far above the distances of dissimilar pairs pushes
-        everything apart, one far below pushes nothing.
+        They show whether the margin suits the model: a margin far above the distances of dissimilar pairs pushes
+        everything apart, and a margin far below pushes nothing.
         """
         found: dict[str, list[Tensor]] = {"similar": [], "dissimilar": []}
         norms = []
@@ -125,7 +98,7 @@ class ContrastiveTask:
         return {**measured, **self.validate(evaluate)}
 
     def validate(self, evaluate: Evaluate) -> dict[str, float]:
-        """Mean loss over pairs of the validation targets and controls, the same pairs each time; and the median z."""
+        """Measure the mean loss over validation pairs, the same each time, and the median z of the targets."""
         if self._validation is None:
             return {}
         sums = {"similar": 0.0, "dissimilar": 0.0}
@@ -141,15 +114,7 @@ class ContrastiveTask:
             "validation_loss_similar": totals[0] / totals[2],
             "validation_loss_dissimilar": totals[1] / totals[3],
         }
-        if self._config.validation_z:
-            measured["validation_median_z"] = median_z(
-                self._groups["validation"],
-                self._corpus,
-                evaluate,
-                micro_batch=self._config.loop.micro_batch,
-                seed=self._config.loop.seed,
-            )
-        return measured
+        return measured | self._validation_z(evaluate)
 
     def _tensors(self, pairs: PairBatch) -> dict[str, Tensor]:
         batch = padded(self._corpus, np.concatenate([pairs.first, pairs.second]))

@@ -1,15 +1,15 @@
-"""The expression geometry: where each cell lies among the others of its data set, by its counts.
+"""The expression geometry: the position of each cell among the others of its data set, by its counts.
 
-A loss that only pulls and pushes labelled groups keeps what separates these groups and forgets everything else: an
-effect of a kind that it never saw disappears. The geometry is what should be kept. Log-normalised expression is
+A loss that only pulls and pushes labelled groups keeps the differences between these groups and forgets all others: an
+effect of a kind that it never saw disappears. The geometry is to be kept. Log-normalised expression is
 reduced to principal components, fitted on the cells that are trained on, and every cell is scaled to unit length around
 the mean cell, as scores scale their vectors. Two numbers shape it:
 
 ``power``
-    Component j has variance s_j^power, s_j its own: 1 leaves principal components as they are, 0 whitens them. Below 1,
-    cell cycle and other large variation that no perturbation causes stop drowning small effects.
+    Exponent of the variance of a component: 1 leaves principal components as they are, 0 whitens them. Below 1, cell
+    cycle and other large variation that no perturbation causes no longer drown small effects.
 ``stretch``
-    Axes along which training perturbations differ are stretched. With b_j the eigenvalues of the between-perturbation
+    Stretch of the axes along which training perturbations differ. With b_j the eigenvalues of the between-perturbation
     covariance (less what sampling noise alone would give), axis j is scaled by sqrt(1 + stretch * b_j / max b).
 
 The geometry of cells in a data set without perturbations is not stretched.
@@ -23,23 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from perturbscope.analysis.degs import log_normalized
-from training.config.stages import GeometryConfig, SourceConfig
-from training.data.sources import chunks, open_source
+from training.config.stages import GeometryConfig
 
 _MIN_GENE_CELLS = 10
-"""Genes seen in fewer training cells say nothing about others."""
-
-
-def expression_of(source: SourceConfig, rows: NDArray[np.int64]) -> sparse.csr_matrix:
-    """Log-normalised expression of some rows of a file, float32 [n, n_genes]."""
-    with open_source(source) as cells:
-        keep = np.zeros(cells.n_cells, dtype=bool)
-        keep[rows] = True
-        parts = [(found, log_normalized(counts)) for found, counts in chunks(cells, keep)]
-    found = np.concatenate([part for part, _ in parts])
-    values = sparse.csr_matrix(sparse.vstack([part for _, part in parts], format="csr"))
-    return values[np.searchsorted(found, rows)]
+"""Fewest training cells that express a gene; a rarer one says nothing about other cells."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +36,11 @@ class Geometry:
     Attributes
     ----------
     genes
-        Columns that take part, [g].
+        Columns of the genes that take part, [g].
     mean
-        Their mean, [g].
+        Mean expression of these genes, [g].
     axes
-        Expression to geometry, [g, K].
+        Matrix from expression to geometry, [g, K].
     """
 
     genes: NDArray[np.intp]
@@ -61,9 +48,9 @@ class Geometry:
     axes: NDArray[np.float64]
 
     def apply(self, expression: sparse.csr_matrix) -> NDArray[np.float32]:
-        """Coordinates of cells, unit vectors around the mean of the training cells, float32 [n, K]."""
-        chosen = expression[:, self.genes]
-        coordinates = np.asarray(chosen @ self.axes - self.mean @ self.axes, dtype=np.float32)
+        """Return the coordinates of cells: unit vectors around the mean of the training cells, float32 [n, K]."""
+        measured = expression[:, self.genes]
+        coordinates = np.asarray(measured @ self.axes - self.mean @ self.axes, dtype=np.float32)
         norms = np.linalg.norm(coordinates, axis=1, keepdims=True)
         unit: NDArray[np.float32] = coordinates / np.maximum(norms, np.float32(1e-12))
         return unit
@@ -77,13 +64,13 @@ def fit_geometry(
     Parameters
     ----------
     expression
-        Of the training cells, from :func:`expression_of`, [n, n_genes].
+        Expression of the training cells, from :func:`training.data.sources.expression_of`, [n, n_genes].
     classes
-        Perturbation in its context of each cell, [n]; None where there are no perturbations.
+        Class of each cell (its perturbation in its context), [n]; None for a data set without perturbations.
     config
-        Components, power, stretch.
+        Components, power and stretch.
     seed
-        Of the start vector of the decomposition.
+        Seed of the start vector of the decomposition.
     """
     from sklearn.decomposition import PCA
 
@@ -100,7 +87,7 @@ def fit_geometry(
 
 
 def _stretch(scores: NDArray[np.floating], classes: NDArray[np.int64], stretch: float) -> NDArray[np.float64]:
-    """Rotation to the axes between perturbations, scaled, [K, K]."""
+    """Return the rotation to the axes between perturbations, scaled, [K, K]."""
     names, sizes = np.unique(classes, return_counts=True)
     groups = [scores[classes == name].astype(np.float64) for name in names]
     means = np.stack([group.mean(axis=0) for group in groups])

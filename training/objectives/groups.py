@@ -1,4 +1,4 @@
-"""What the objectives of fine-tuning have in common: groups of cells, and the z of the validation targets."""
+"""The common half of the objectives of fine-tuning: groups of cells, and the z of the validation targets."""
 
 from __future__ import annotations
 
@@ -7,22 +7,69 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.results import ScoreOptions
+from training.checkpoint import Checkpoint
 from training.config.stages import ContrastiveConfig
 from training.data.batches import by_length, padded
 from training.data.shards import Corpus
 from training.data.splits import DataSplit
 from training.loop.loop import Evaluate
+from training.loop.process import Process
 from training.objectives.pair_sampler import Group
 
 _SCORED_CELLS = 300
-"""Cells of a target, and controls, that are embedded to measure the validation z."""
+"""Most cells of a target, and most controls, that are embedded to measure the validation z."""
+
+
+class FinetuningTask:
+    """Base of the objectives on perturbation data sets. See :class:`training.loop.loop.Task`.
+
+    Parameters
+    ----------
+    config
+        Configuration of the stage.
+    corpus
+        Tokenized cells.
+    splits
+        Split of each data set of the corpus.
+    checkpoint
+        Pre-trained model.
+    process
+        This process.
+    """
+
+    name = "fine-tuning"
+
+    def __init__(
+        self,
+        config: ContrastiveConfig,
+        corpus: Corpus,
+        splits: Sequence[DataSplit],
+        checkpoint: Checkpoint,
+        process: Process,
+    ) -> None:
+        self._config = config
+        self._corpus = corpus
+        self._process = process
+        self.family_config: dict[str, Any] = checkpoint.family_config
+        self.model_config: Any = checkpoint.model_config
+        self.model: nn.Module = checkpoint.model().train()
+        self._validation_groups = groups_of(config, corpus, splits, "validation")
+
+    def _validation_z(self, evaluate: Evaluate) -> dict[str, float]:
+        """Measure :func:`median_z` of the validation targets, if the configuration asks for it and there are any."""
+        if not self._config.validation_z or not self._validation_groups:
+            return {}
+        loop = self._config.loop
+        z = median_z(self._validation_groups, self._corpus, evaluate, micro_batch=loop.micro_batch, seed=loop.seed)
+        return {"validation_median_z": z}
 
 
 def groups_of(config: ContrastiveConfig, corpus: Corpus, splits: Sequence[DataSplit], part: str) -> list[Group]:
-    """Perturbed cells of one part of the split, and the controls of that part, by data set and target."""
+    """Return the perturbed cells of one part of the split, with the controls of that part, by data set and target."""
     groups = []
     of_source, rows = corpus.per_cell("source"), corpus.per_cell("row")
     for number, (source, split) in enumerate(zip(config.corpus.sources, splits, strict=True)):
@@ -39,21 +86,21 @@ def groups_of(config: ContrastiveConfig, corpus: Corpus, splits: Sequence[DataSp
 
 
 def median_z(groups: Sequence[Group], corpus: Corpus, evaluate: Evaluate, *, micro_batch: int, seed: int) -> float:
-    """Median over targets of the z of their E-distance from the controls; NaN where there are no controls."""
+    """Return the median over targets of the z of their E-distance from the controls; NaN if no group can be scored."""
     scores: list[float] = []
     for data_set in dict.fromkeys(_data_set(group) for group in groups):
-        found = [group for group in groups if _data_set(group) == data_set]
-        controls = found[0].controls
+        members = [group for group in groups if _data_set(group) == data_set]
+        controls = members[0].controls
         if len(controls) < 2:
             continue
-        # A file often runs through its batches one after the other; cells are taken from all of it.
+        # A file often has one batch after the other; cells are drawn from all of it.
         rng = np.random.default_rng(seed)
         chosen = [
             np.sort(rng.choice(cells, min(len(cells), _SCORED_CELLS), replace=False))
-            for cells in (controls, *[group.cells for group in found])
+            for cells in (controls, *[group.cells for group in members])
         ]
-        # A group's name holds the data set, so no target can be called as the controls are here.
-        labels = ["control", *[group.name for group in found]]
+        # The name of a group holds the data set, so no target can have the name of the controls.
+        labels = ["control", *[group.name for group in members]]
         vectors = embed(np.concatenate(chosen), corpus, evaluate, micro_batch=micro_batch)
         table = score_perturbations(
             vectors,
@@ -68,7 +115,7 @@ def median_z(groups: Sequence[Group], corpus: Corpus, evaluate: Evaluate, *, mic
 def embed(
     numbers: NDArray[np.integer[Any]], corpus: Corpus, evaluate: Evaluate, *, micro_batch: int
 ) -> NDArray[np.float32]:
-    """Embeddings of cells, float32 [n, H]."""
+    """Embed cells; float32 [n, H]."""
     vectors: dict[int, NDArray[np.float32]] = {}
     for cells in by_length(corpus, np.unique(numbers), 2 * micro_batch):
         embedded = evaluate(padded(corpus, cells)).float().cpu().numpy()

@@ -15,14 +15,14 @@ _UNDER_ROOT = 1e-12
 
 
 def squared_distances(first: Tensor, second: Tensor, *, normalize: bool = False) -> Tensor:
-    """Squared Euclidean distance of each pair; float32 [P] from two [P, H].
+    """Return the squared Euclidean distance of each pair, float32 [P].
 
     Parameters
     ----------
     first, second
-        Cell embeddings.
+        Cell embeddings, [P, H] each.
     normalize
-        Scale them to unit length first.
+        Whether to scale them to unit length first.
     """
     first_PH, second_PH = first.float(), second.float()
     if normalize:
@@ -41,8 +41,8 @@ def contrastive_loss(
     """Pull similar pairs together, push dissimilar ones apart up to a margin.
 
     ``mean over pairs of  y d^2 + (1 - y) max(0, margin - d)^2``, with d the Euclidean distance and y = 1 for similar
-    pairs (Hadsell et al. 2006, eq. 4; Zhao et al. 2025, eq. 1). The square of similar pairs is used as it is and the
-    root of dissimilar ones has a tiny addend, so the gradient is finite at d = 0.
+    pairs (Hadsell et al. 2006, eq. 4; Zhao et al. 2025, eq. 1). Similar pairs use the square itself, and dissimilar
+    pairs the root of (square + a tiny number), so the gradient is finite at d = 0.
 
     Parameters
     ----------
@@ -53,13 +53,13 @@ def contrastive_loss(
     margin
         Distance beyond which dissimilar pairs cost nothing.
     half
-        A factor 1/2 on both terms, as in Hadsell et al.; under AdamW it only changes what clipping sees.
+        Whether to halve both terms, as Hadsell et al. do; under AdamW this only changes the norm that is clipped.
     squared_hinge
-        Square the hinge.
+        Whether to square the hinge.
 
     Returns
     -------
-    Scalar.
+    Loss, a scalar.
     """
     hinge_P = torch.clamp(margin - torch.sqrt(squared + _UNDER_ROOT), min=0)
     apart_P = hinge_P.square() if squared_hinge else hinge_P
@@ -74,9 +74,9 @@ class ContrastiveModule(nn.Module):
     Parameters
     ----------
     encoder
-        (input ids, attention mask) -> embeddings.
+        Module from input ids and attention mask to embeddings.
     config
-        Margin and variants.
+        Margin and variants of the loss.
     """
 
     def __init__(self, encoder: nn.Module, config: LossConfig) -> None:
@@ -85,14 +85,14 @@ class ContrastiveModule(nn.Module):
         self._config = config
 
     def forward(self, similar: Tensor | None = None, **inputs: Tensor) -> Tensor:
-        """Mean loss of a batch of pairs; without `similar`, the embeddings.
+        """Return the mean loss of a batch of pairs; without `similar`, the embeddings.
 
         Parameters
         ----------
         similar
             1 for similar pairs, 0 for dissimilar ones, [P].
         **inputs
-            The encoder's inputs for 2P cells: the first of each pair, then the second of each.
+            Inputs of the encoder for 2P cells: the first cell of each pair, then the second of each.
         """
         config = self._config
         embeddings: Tensor = self.encoder(**inputs)

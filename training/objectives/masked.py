@@ -1,9 +1,4 @@
-"""Pre-training: restore hidden genes of a cell from the others (Devlin et al. 2019; Theodoris et al. 2023).
-
-``python -m training pretrain CONFIG`` on one process;
-``torchrun --nproc-per-node 4 -m training pretrain CONFIG`` or
-``deepspeed --num_gpus 4 --module training pretrain CONFIG`` on several, with ``loop.deepspeed`` set.
-"""
+"""Pre-training: restore masked genes of a cell from the others (Devlin et al. 2019; Theodoris et al. 2023)."""
 
 from __future__ import annotations
 
@@ -34,9 +29,9 @@ class MaskedTask:
     Parameters
     ----------
     config
-        The stage's configuration.
+        Configuration of the stage.
     corpus
-        The cells.
+        Tokenized cells.
     process
         This process.
     """
@@ -77,22 +72,22 @@ class MaskedTask:
         return len(self._sampler)
 
     def batch(self, epoch: int, index: int, seed: int) -> dict[str, Tensor]:
-        """Masked cells, int64 [B, L]: ``input_ids``, ``attention_mask``, ``labels``."""
+        """Return masked cells, int64 [B, L]: ``input_ids``, ``attention_mask``, ``labels``."""
         if epoch != self._epoch:
             self._order = self._sampler.batches(epoch, rank=self._process.rank)
             self._epoch = epoch
         return self._masked(self.train_cells[self._order[index]], seed, training=True)
 
     def kind(self, epoch: int, index: int) -> str:
-        """There is one kind."""
+        """Return "": there is one kind of batch."""
         return ""
 
     def begin(self, evaluate: Evaluate) -> dict[str, float]:
-        """Nothing is measured before the first step."""
+        """Return {}: nothing is measured before the first step."""
         return {}
 
     def validate(self, evaluate: Evaluate) -> dict[str, float]:
-        """Mean cross-entropy over masked tokens of held-out cells, with the same masks each time; its exponential."""
+        """Measure cross-entropy and perplexity over masked tokens of held-out cells, with the same masks each time."""
         total, n_masked = 0.0, 0
         batches = by_length(self._corpus, self.validation_cells, self._config.loop.micro_batch)
         for number in range(self._process.rank, len(batches), self._process.world_size):
@@ -128,12 +123,12 @@ class MaskedTask:
 
 
 def split_cells(n_cells: int, config: PretrainConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cells to train on and cells to validate on, both ascending.
+    """Return the cells to train on and the cells to validate on, both ascending.
 
     Raises
     ------
     InvalidParameterError
-        No cell is left to train on.
+        The corpus has too few cells to hold any out.
     """
     n_validation = min(round(n_cells * config.validation_share), config.validation_cells)
     if n_validation >= n_cells:

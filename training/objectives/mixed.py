@@ -1,10 +1,10 @@
-"""Fine-tuning on mixed batches: the expression geometry is kept while perturbations are pulled apart."""
+"""Fine-tuning on mixed batches: the expression geometry is kept while perturbations are pushed apart."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,36 +18,21 @@ from training.config.stages import ContrastiveConfig, MixedConfig, PanelConfig
 from training.data.augment import hide_genes
 from training.data.batches import padded
 from training.data.shards import Corpus
+from training.data.sources import expression_of, open_source
 from training.data.splits import DataSplit
 from training.families.rank.pooling import PooledEncoder
 from training.loop.loop import Evaluate, derive_seed
 from training.loop.process import Process
-from training.objectives.geometry import expression_of, fit_geometry
-from training.objectives.groups import groups_of, median_z
+from training.objectives.geometry import fit_geometry
+from training.objectives.groups import FinetuningTask
 from training.objectives.mixed_sampler import UNLABELLED, MixedSampler, Pool
 from training.objectives.mixed_terms import MixedModule
 
 _BATCHES, _VALIDATION, _HEAD, _VIEW = 51, 52, 53, 54
 
 
-class MixedTask:
-    """The objective of mixed batches on perturbation data sets. See :class:`training.loop.loop.Task`.
-
-    Parameters
-    ----------
-    config
-        The stage's configuration, with ``mixed``.
-    corpus
-        The tokenized cells.
-    splits
-        Their split.
-    checkpoint
-        The pre-trained model.
-    process
-        This process.
-    """
-
-    name = "fine-tuning"
+class MixedTask(FinetuningTask):
+    """The objective of mixed batches on perturbation data sets. See :class:`FinetuningTask`; needs ``config.mixed``."""
 
     def __init__(
         self,
@@ -59,7 +44,6 @@ class MixedTask:
     ) -> None:
         if config.mixed is None:
             raise InvalidParameterError("Mixed batches need the section 'mixed'.", field="mixed")
-        self._config = config
         self._mixed: MixedConfig = config.mixed
         for key in ("weights", "expressions", "panels"):
             unknown = set(getattr(self._mixed, key)) - {split.name for split in splits}
@@ -68,12 +52,8 @@ class MixedTask:
                 raise InvalidParameterError(
                     f"mixed.{key} names {min(unknown)!r}; the data sets are {names}.", field=f"mixed.{key}"
                 )
-        self._corpus = corpus
-        self.family_config: dict[str, Any] = checkpoint.family_config
-        self.model_config: Any = checkpoint.model_config
-        self.model: nn.Module = checkpoint.model().train()
+        super().__init__(config, corpus, splits, checkpoint, process)
         self._pools = make_pools(config, corpus, splits)
-        self._groups = groups_of(config, corpus, splits, "validation")
         batch = config.loop.micro_batch
         self._train = MixedSampler(
             [train for train, _ in self._pools],
@@ -96,22 +76,22 @@ class MixedTask:
         return len(self._train)
 
     def batch(self, epoch: int, index: int, seed: int) -> dict[str, Tensor]:
-        """Cells of one data set; see :meth:`training.objectives.mixed_terms.MixedModule.forward`."""
+        """Return cells of one data set; see :meth:`training.objectives.mixed_terms.MixedModule.forward`."""
         number, places = self._order(epoch)[index]
         return self._tensors(self._pools[number][0], places, seed)
 
     def kind(self, epoch: int, index: int) -> str:
-        """The data set of the batch."""
+        """Return the name of the batch's data set."""
         return self._pools[self._order(epoch)[index][0]][0].name
 
     def begin(self, evaluate: Evaluate) -> dict[str, float]:
-        """The validation before any training."""
+        """Measure the validation before any training."""
         return self.validate(evaluate)
 
     def validate(self, evaluate: Evaluate) -> dict[str, float]:
-        """Mean loss over validation cells, the same batches each time, whole cells; and the median z of the targets.
+        """Measure the mean loss over validation cells, in the same batches of whole cells each time, and the median z.
 
-        Classes of validation cells are unknown to the model, so terms that need known classes are left out.
+        The classes of validation cells are unknown to the model, so terms that need known classes are left out.
         """
         losses: dict[str, float] = {}
         for _, pool in self._pools:
@@ -126,18 +106,10 @@ class MixedTask:
             return {}
         measured = {f"validation_loss_{name}": value for name, value in losses.items()}
         measured["validation_loss"] = float(np.mean(list(losses.values())))
-        if self._config.validation_z and self._groups:
-            measured["validation_median_z"] = median_z(
-                self._groups,
-                self._corpus,
-                evaluate,
-                micro_batch=self._config.loop.micro_batch,
-                seed=self._config.loop.seed,
-            )
-        return measured
+        return measured | self._validation_z(evaluate)
 
     def _tensors(self, pool: Pool, places: NDArray[np.int64], seed: int | None) -> dict[str, Tensor]:
-        """A batch; without a seed it is of whole cells, and its classes are unknown."""
+        """Make a batch; without a seed, of whole cells of unknown classes."""
         batch = padded(self._corpus, pool.cells[places])
         views: list[int | None] = [seed]
         if self._mixed.info_nce:
@@ -161,7 +133,10 @@ class MixedTask:
 def make_pools(
     config: ContrastiveConfig, corpus: Corpus, splits: Sequence[DataSplit]
 ) -> list[tuple[Pool, Pool | None]]:
-    """Training and validation cells of each data set, with the geometry that the training cells define."""
+    """Return training and validation cells of each data set, with the geometry that the training cells define.
+
+    The validation cells are None if a data set has fewer than two.
+    """
     if config.mixed is None:
         raise InvalidParameterError("Mixed batches need the section 'mixed'.", field="mixed")
     of_source, rows = corpus.per_cell("source"), corpus.per_cell("row")
@@ -187,22 +162,25 @@ def make_pools(
             named = np.char.add(np.char.add(labels[train], "\t"), contexts[train].astype(str))
             classes[train] = n_classes + np.unique(named, return_inverse=True)[1]
             n_classes = 1 + int(classes.max())
-        expression = expression_of(source, rows[train])
-        labelled = None if source.unlabelled else classes[train]
-        shape = config.mixed.expressions.get(split.name, config.mixed.expression)
-        geometry = fit_geometry(expression, labelled, shape, seed=config.loop.seed)
-
-        def pool(cells: NDArray[np.int64], coordinates: NDArray[np.float32], name: str = split.name) -> Pool:
-            return Pool(name, cells, classes[cells], contexts[cells], is_control[cells], coordinates)  # noqa: B023
-
-        held = parts["validation"]
-        validation = pool(held, geometry.apply(expression_of(source, rows[held]))) if len(held) > 1 else None
-        pools.append((pool(train, geometry.apply(expression)), validation))
+        coordinates: list[NDArray[np.float32]] = []
+        with open_source(source) as opened:
+            expression = expression_of(opened, rows[train])
+            shape = config.mixed.expressions.get(split.name, config.mixed.expression)
+            labelled = None if source.unlabelled else classes[train]
+            geometry = fit_geometry(expression, labelled, shape, seed=config.loop.seed)
+            coordinates.append(geometry.apply(expression))
+            if len(parts["validation"]) > 1:
+                coordinates.append(geometry.apply(expression_of(opened, rows[parts["validation"]])))
+        found = [
+            Pool(split.name, cells, classes[cells], contexts[cells], is_control[cells], of_cells)
+            for cells, of_cells in zip(parts.values(), coordinates, strict=False)
+        ]
+        pools.append((found[0], found[1] if len(found) > 1 else None))
     return pools
 
 
 def _stacked(views: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Views of the same cells as one batch, padded to the longest."""
+    """Stack views of the same cells to one batch, padded to the longest."""
     longest = max(ids.shape[1] for ids, _ in views)
     padded_views = [[nn.functional.pad(tensor, (0, longest - tensor.shape[1])) for tensor in view] for view in views]
     ids, masks = zip(*padded_views, strict=True)

@@ -1,8 +1,8 @@
 """Mixed batches: random cells of one data set, many perturbations side by side.
 
 The alternating pairs of Zhao et al. 2025 hold one perturbed gene and its controls at a time. Objectives that the paper
-names as future work compare more than two groups at once. Cells are only ever compared within a context (a
-stimulation, a cell type), so that a pair differs by its perturbation.
+names as future work compare more than two groups at once. Cells are compared only within a context (a stimulation, a
+cell type), so that a pair differs by its perturbation.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ UNLABELLED = -1
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Training cells of one data set.
+    """Cells of one data set, to train or to validate on.
 
     Attributes
     ----------
     name
-        The data set.
+        Name of the data set.
     cells
-        Their numbers in the corpus, [n].
+        Numbers of the cells in the corpus, [n].
     classes
-        Perturbation in its context, [n]; :data:`UNLABELLED` in a data set without perturbations.
+        Class of each cell (its perturbation in its context), [n]; :data:`UNLABELLED` without perturbations.
     contexts
-        Context, [n].
+        Context of each cell, [n].
     is_control
-        Whether a cell is a control, [n].
+        Whether each cell is a control, [n].
     geometry
         Expression geometry, float32 [n, K]; see :mod:`training.objectives.geometry`.
     """
@@ -49,25 +49,25 @@ class Pool:
 
 
 class MixedSampler:
-    """Batches of one data set each; every cell once an epoch, times its data set's weight.
+    """Batches of one data set each, with every cell once an epoch, times the weight of its data set.
 
     Parameters
     ----------
     pools
-        The data sets.
+        Cells of each data set.
     batch
-        Cells of one process at a time.
+        Cells in a batch of one process.
     weights
-        By data set, how often its cells are used in an epoch, on average; 1 where none is given.
+        Mean number of times that a cell is used in an epoch, by data set; 1 by default.
     world_size
         Number of processes.
     seed
-        With the epoch, decides everything, equally on every process.
+        Seed, which with the epoch decides everything, equally on every process.
 
     Raises
     ------
     TooFewCellsError
-        A data set has fewer training cells than a batch of all processes.
+        A data set has fewer training cells than a batch over all processes.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class MixedSampler:
         ]
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches in an epoch."""
         return sum(self._blocks)
 
     def batches(self, epoch: int, *, rank: int = 0) -> list[tuple[int, NDArray[np.int64]]]:
-        """One process' batches of an epoch: number of the pool, and places in it."""
+        """Return the batches of one process in an epoch, each as the number of a pool and places of cells in it."""
         blocks: list[tuple[int, NDArray[np.int64]]] = []
         for number, (n_blocks, n) in enumerate(zip(self._blocks, self._sizes, strict=True)):
             rng = np.random.default_rng([self._seed, _CHOICE, number, epoch])

@@ -1,4 +1,4 @@
-"""The terms of the loss of a mixed batch.
+"""Terms of the loss of a mixed batch.
 
 Shapes: B cells, H hidden, K axes of the expression geometry, P pairs.
 """
@@ -14,13 +14,13 @@ from training.objectives.losses import contrastive_loss
 from training.objectives.mixed_sampler import UNLABELLED
 
 _SELF = -1e9
-"""Similarity of a cell with itself, or with one of another context: neither counts."""
+"""Similarity of a cell with itself, or with a cell of another context; neither counts."""
 
 
 def margin_term(unit: Tensor, batch: dict[str, Tensor], margin: float) -> Tensor | None:
-    """The margin contrastive loss over all pairs of the batch: half for perturbed with control, half for two controls.
+    """Return the margin contrastive loss over all pairs of a batch; both kinds of pairs have the same weight.
 
-    None where the batch has no pair of either kind.
+    None if the batch has no pair of either kind.
     """
     is_control, contexts = batch["is_control"], batch["contexts"]
     first, second = torch.triu_indices(len(unit), len(unit), offset=1, device=unit.device)
@@ -28,15 +28,15 @@ def margin_term(unit: Tensor, batch: dict[str, Tensor], margin: float) -> Tensor
     similar = same & is_control[first] & is_control[second]
     dissimilar = same & (is_control[first] != is_control[second])
     terms = []
-    for chosen, y in ((similar, 1.0), (dissimilar, 0.0)):
-        if chosen.any():
-            squared = (unit[first[chosen]] - unit[second[chosen]]).square().sum(dim=1)
+    for pairs, y in ((similar, 1.0), (dissimilar, 0.0)):
+        if pairs.any():
+            squared = (unit[first[pairs]] - unit[second[pairs]]).square().sum(dim=1)
             terms.append(contrastive_loss(squared, torch.full_like(squared, y), margin=margin))
     return torch.stack(terms).mean() if terms else None
 
 
 def supervised_contrastive_term(unit: Tensor, batch: dict[str, Tensor], temperature: float) -> Tensor | None:
-    """Cells of one perturbation together, all others of the context apart (Khosla et al. 2020, L_out)."""
+    """Return the supervised contrastive loss (Khosla et al. 2020, L_out) of a batch; None if no class has a pair."""
     classes, contexts = batch["classes"], batch["contexts"]
     itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
     similarity_BB = (unit @ unit.T / temperature).masked_fill(itself, _SELF)
@@ -51,17 +51,17 @@ def supervised_contrastive_term(unit: Tensor, batch: dict[str, Tensor], temperat
 
 
 def info_nce_term(unit: Tensor, other: Tensor, temperature: float) -> Tensor:
-    """Two views of a cell, each with other genes hidden, together; views of other cells apart (Oord et al. 2018)."""
+    """Return InfoNCE (Oord et al. 2018) between two views of each cell, which hide different genes."""
     logits_BB = unit @ other.T / temperature
     truth = torch.arange(len(logits_BB), device=logits_BB.device)
     return (functional.cross_entropy(logits_BB, truth) + functional.cross_entropy(logits_BB.T, truth)) / 2
 
 
 def geometry_term(centred: Tensor, geometry: Tensor) -> Tensor:
-    """Mean squared difference between the cells' inner products in the embedding and in the expression geometry.
+    """Return the relative squared difference of the cells' inner products in embedding and expression geometry.
 
-    Both are centred and scaled to a mean squared norm of 1, so only the shape of the cloud of cells counts; the term is
-    1 when the embedding says nothing of it and 0 when it is a rotation of it.
+    Both are centred and scaled to a mean squared norm of 1, so only the shape of the cloud of cells counts. The term is
+    1 if the embedding carries no information on it and 0 if the embedding is a rotation of it.
     """
     truth_BK = geometry - geometry.mean(dim=0)
     truth_BK = truth_BK / truth_BK.square().sum(dim=1).mean().clamp_min(1e-12).sqrt()
@@ -71,16 +71,18 @@ def geometry_term(centred: Tensor, geometry: Tensor) -> Tensor:
 
 
 class MixedModule(nn.Module):
-    """The weighted sum of the terms, over an encoder of cells.
+    """The weighted sum of the terms over an encoder of cells.
 
     Parameters
     ----------
     encoder
-        (input ids, attention mask) -> embeddings.
+        Module from input ids and attention mask to embeddings.
     config
         Weights of the terms.
-    width, n_classes
-        Of the embedding, and of the classification head, which is thrown away after training.
+    width
+        Width of the embedding.
+    n_classes
+        Classes of the classification head, which is thrown away after training.
     """
 
     def __init__(self, encoder: nn.Module, config: MixedConfig, *, width: int, n_classes: int) -> None:
@@ -90,12 +92,12 @@ class MixedModule(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_classes)) if config.cross_entropy else None
 
     def forward(self, **batch: Tensor) -> Tensor:
-        """The loss of a mixed batch; without ``classes`` in it, the embeddings.
+        """Return the loss of a mixed batch; without ``classes`` in it, the embeddings.
 
         Parameters
         ----------
         **batch
-            ``input_ids`` and ``attention_mask`` [B, L] (twice B where two views are asked for), ``classes``,
+            ``input_ids`` and ``attention_mask`` [B, L] (2B for two views), ``classes``,
             ``contexts``, ``is_control`` [B], ``geometry`` [B, K].
         """
         embeddings: Tensor = self.encoder(batch["input_ids"], batch["attention_mask"])

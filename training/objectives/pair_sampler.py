@@ -1,7 +1,7 @@
-"""Pairs of cells for contrastive fine-tuning, and the batches that they come in (Zhao et al. 2025).
+"""Pairs of cells for contrastive fine-tuning, in batches (Zhao et al. 2025).
 
-For each perturbed gene with n cells, n control cells of the same data set are drawn. Dissimilar pairs are a perturbed
-cell and one of these controls; similar pairs are two different ones of these controls. Batches alternate strictly
+For each perturbed gene with n cells, n control cells of the same data set are drawn. A dissimilar pair is a perturbed
+cell and one of these controls; a similar pair is two different ones of these controls. Batches alternate strictly
 between the two kinds, and a dissimilar batch holds cells of one perturbed gene only.
 """
 
@@ -18,7 +18,7 @@ from perturbscope.errors import InvalidParameterError, TooFewCellsError, TooFewC
 
 _POOL, _EPOCH, _ORDER = 1, 2, 3
 MIN_CONTROLS = 3
-"""With three, two different ones can always be paired, even where controls are used several times."""
+"""Fewest controls of a group; two different ones can then be paired even if controls are used several times."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Group:
     Attributes
     ----------
     name
-        Data set and gene.
+        Data set and gene, joined by a slash.
     cells
         Perturbed cells, [n].
     controls
@@ -47,11 +47,11 @@ class PairBatch:
     Attributes
     ----------
     similar
-        Whether they are two controls.
+        Whether both cells of a pair are controls.
     first, second
-        The cells, [n_pairs] each; in a dissimilar batch `first` is perturbed.
+        Numbers of the cells, [n_pairs] each; in a dissimilar batch `first` is perturbed.
     name
-        The group that they are from.
+        Name of the group that the cells belong to.
     """
 
     similar: bool
@@ -66,22 +66,22 @@ class PairSampler:
     Parameters
     ----------
     groups
-        What to pair.
+        Groups to make pairs of.
     batch
-        Pairs of one process at a time; at least 3.
+        Pairs in a batch of one process; at least 3.
     world_size
         Number of processes.
     redraw
-        Draw each group's controls anew every epoch; by default once.
+        Whether to draw the controls of each group anew every epoch, or once.
     seed
-        With the epoch, decides everything, equally on every process.
+        Seed, which with the epoch decides everything, equally on every process.
 
     Raises
     ------
     TooFewCellsError
-        No group, or one with fewer than 2 cells.
+        There is no group, or a group has fewer than 2 cells.
     TooFewControlsError
-        A group with fewer than 3 controls.
+        A group has fewer than 3 controls.
     """
 
     def __init__(
@@ -110,16 +110,16 @@ class PairSampler:
         self._bounds = [batch_bounds(len(group.cells), self._size) for group in groups]
 
     def __len__(self) -> int:
-        """Batches of an epoch, of both kinds."""
+        """Number of batches in an epoch, of both kinds."""
         return 2 * sum(len(bounds) - 1 for bounds in self._bounds)
 
     def batches(self, epoch: int, *, rank: int = 0) -> list[PairBatch]:
-        """One process' batches of an epoch: dissimilar, similar, dissimilar, ...
+        """Return the batches of one process in an epoch: dissimilar, similar, dissimilar, ...
 
-        Each perturbed cell is in one dissimilar pair of an epoch, and there are as many similar pairs. Which control it
-        meets, and which controls meet each other, changes every epoch; the order of all batches too. The similar batch
-        comes from the same group as the dissimilar one before it. A batch is filled up with pairs of its own to a
-        multiple of `world_size`, so that each process has the same number.
+        Each perturbed cell is in one dissimilar pair of an epoch, and there are as many similar pairs. The control in
+        its pair, the pairs of controls and the order of all batches change every epoch. The similar batch comes from
+        the same group as the dissimilar batch before it. A batch repeats pairs of its own up to a multiple of
+        `world_size`, so that each process gets the same number.
         """
         pairs = [self._pairs(number, epoch) for number in range(len(self._groups))]
         places = [(number, at) for number, bounds in enumerate(self._bounds) for at in range(len(bounds) - 1)]
@@ -136,7 +136,7 @@ class PairSampler:
         return batches
 
     def pool(self, number: int, epoch: int) -> NDArray[np.int64]:
-        """The controls drawn for group `number`: as many as it has perturbed cells, each once if there are enough."""
+        """Return the controls drawn for group `number`: as many as its perturbed cells, each once if possible."""
         group = self._groups[number]
         rng = np.random.default_rng([self._seed, _POOL, number, epoch if self._redraw else 0])
         n, m = len(group.cells), len(group.controls)
@@ -144,7 +144,7 @@ class PairSampler:
         return np.concatenate(rounds)[:n]
 
     def _pairs(self, number: int, epoch: int) -> tuple[tuple[NDArray[Any], NDArray[Any]], ...]:
-        """Dissimilar, then similar pairs of a group in this epoch."""
+        """Return the dissimilar pairs of a group in this epoch, then the similar ones."""
         rng = np.random.default_rng([self._seed, _EPOCH, number, epoch])
         pool = self.pool(number, epoch)
         dissimilar = (rng.permutation(self._groups[number].cells), rng.permutation(pool))
@@ -157,7 +157,7 @@ class PairSampler:
 
 
 def batch_bounds(n: int, size: int) -> list[int]:
-    """Where to cut `n` pairs into batches of `size`: the remainder is a batch of its own, but never a single pair."""
+    """Return the bounds of batches of `size` among `n` pairs; the last one is smaller, but never a single pair."""
     bounds = [*range(0, n, size), n]
     if n - bounds[-2] == 1 and n > 1:
         bounds[-2] -= 1

@@ -10,7 +10,8 @@ from scipy import sparse
 
 from tests.training_screens import screen, write_screen
 from training.config.stages import GeometryConfig, SourceConfig
-from training.objectives.geometry import expression_of, fit_geometry
+from training.data.sources import expression_of, open_source
+from training.objectives.geometry import fit_geometry
 
 
 def cloud(n: int = 400, seed: int = 0) -> tuple[sparse.csr_matrix, NDArray[np.int64]]:
@@ -71,6 +72,7 @@ def test_expression_is_read_in_the_order_asked_for(tmp_path: Path) -> None:
     path = write_screen(tmp_path / "screen.h5ad")
     counts = screen().X.toarray().astype(float)
     rows = np.array([5, 2, 90])
-    found = expression_of(SourceConfig(path=str(path)), rows).toarray()
+    with open_source(SourceConfig(path=str(path))) as cells:
+        found = expression_of(cells, rows).toarray()
     expected = np.log1p(counts[rows] / counts[rows].sum(axis=1, keepdims=True) * 1e4)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
