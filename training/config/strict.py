@@ -200,7 +200,8 @@ def _refuse(value: Any) -> Any:
 def _explained(error: pydantic.ValidationError, cls: Any, where: str) -> InvalidParameterError:
     """Return the first problem: an unknown key before a missing one, and both before a value."""
     order = ("unexpected_keyword_argument", "missing")
-    problems = sorted(error.errors(), key=lambda item: order.index(item["type"]) if item["type"] in order else 2)
+    problems: list[Any] = list(error.errors())
+    problems.sort(key=lambda item: order.index(item["type"]) if item["type"] in order else len(order))
     kind, location, value = (problems[0][key] for key in ("type", "loc", "input"))
     name = _dotted(where, location)
     if kind == "unexpected_keyword_argument":
@@ -221,9 +222,9 @@ def _explained(error: pydantic.ValidationError, cls: Any, where: str) -> Invalid
         return InvalidParameterError(text, field=name)
     if kind in {"missing", "too_long"}:  # entries of a tuple
         at = location[:-1] if kind == "missing" else location
-        needed = context.get("max_length") or 1 + max(item["loc"][-1] for item in problems if item["loc"][:-1] == at)
+        length = context.get("max_length") or 1 + max(item["loc"][-1] for item in problems if item["loc"][:-1] == at)
         name = _dotted(where, at)
-        return InvalidParameterError(f"{name} has {len(value)} entries; {needed} are needed.", field=name)
+        return InvalidParameterError(f"{name} has {len(value)} entries; {length} are needed.", field=name)
     needed = _NEEDED.get(kind) or str(reason or problems[0]["msg"])
     close = ""
     if kind == "literal_error":
