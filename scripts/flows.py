@@ -78,9 +78,8 @@ def embed(bundle: Path = BUNDLE) -> list[str]:
     from serving.engine.engine import Engine
     from serving.http import slow_clients
     from serving.http.app import build_app
-    from serving.http.keys_middleware import KeyMiddleware
+    from serving.http.edge import EdgeMiddleware
     from serving.settings import Settings
-    from serving.telemetry.unanswered import UnansweredMiddleware
 
     body = {"cells": {"gene_ids": ["STAT1", "JAK2"], "indptr": [0, 2], "indices": [0, 1], "data": [3, 1]}}
     ready: list[int] = []
@@ -90,9 +89,8 @@ def embed(bundle: Path = BUNDLE) -> list[str]:
         engine = Engine.load(Settings(bundle=str(bundle), threads=1))
         app: Any = build_app()
         app.state.engine = engine
-        # As serving.service puts them around the application.
-        app.add_middleware(UnansweredMiddleware)
-        app.add_middleware(KeyMiddleware, front=lambda: engine.front)
+        # As serving.service puts it around the application.
+        app.add_middleware(EdgeMiddleware, front=lambda: engine.front)
         slow_clients.install(head_timeout=10)
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]  the main thread's
@@ -113,7 +111,7 @@ def embed(bundle: Path = BUNDLE) -> list[str]:
         with urllib.request.urlopen(request) as answer:
             assert json.load(answer)["embeddings"]
 
-    whole = Engine.embed_with
+    whole = Engine.embed_cells
 
     async def until_the_vector(*given: Any) -> Any:
         try:
@@ -121,7 +119,7 @@ def embed(bundle: Path = BUNDLE) -> list[str]:
         finally:
             recorder.on = False
 
-    with recording() as recorder, mock.patch.object(Engine, "embed_with", until_the_vector):
+    with recording() as recorder, mock.patch.object(Engine, "embed_cells", until_the_vector):
         thread = threading.Thread(target=lambda: asyncio.run(serve()))
         thread.start()
         try:

@@ -29,12 +29,11 @@ from serving.commands import safety
 from serving.engine.shutdown import Stopping
 from serving.http import slow_clients
 from serving.http.app import build_app
-from serving.http.keys_middleware import KeyMiddleware
+from serving.http.edge import EdgeMiddleware
 from serving.openinference.http import add_routes
 from serving.openinference.inference import TokenEngine
 from serving.settings import Format, Level, Settings
 from serving.telemetry import log, tracing
-from serving.telemetry.unanswered import UnansweredMiddleware
 
 NAME = "PerturbScope"
 app = build_app()
@@ -128,8 +127,7 @@ class PerturbScope:
         return await self._engine.ready()
 
 
-cast("Any", PerturbScope).add_asgi_middleware(KeyMiddleware, front=lambda: app.state.engine.front)
-cast("Any", PerturbScope).add_asgi_middleware(UnansweredMiddleware)
+cast("Any", PerturbScope).add_asgi_middleware(EdgeMiddleware, front=lambda: app.state.engine.front)
 
 
 def _http_address(settings: Settings) -> str:

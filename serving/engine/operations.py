@@ -1,14 +1,12 @@
-"""What the server can be asked, once for both transports."""
+"""The table of the server's operations, for both transports: which method answers, in which forms."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from perturbscope import protocol
-from perturbscope.errors import InvalidInputError, LimitExceededError, PerturbScopeError, UnknownModelError
-from perturbscope.tasks.trained_on import Seen
 from serving.call import Call
 from serving.engine.columns import Columns, columns_to_json
 from serving.engine.engine import Engine
@@ -20,12 +18,10 @@ from serving.engine.reports import (
     report_request_from_arrow,
     report_request_from_json,
 )
-from serving.engine.status import internal
-from serving.telemetry import log
 
 
 @dataclass(frozen=True)
-class Route:
+class Operation:
     """One kind of request.
 
     Attributes
@@ -33,9 +29,9 @@ class Route:
     name
         ``embed``: the last part of the HTTP path.
     call
-        What answers it.
+        Answers a decoded request.
     decode, encode
-        By media type; the first of `encode` is the default.
+        Functions by media type; the first of `encode` is the default.
     """
 
     name: str
@@ -50,20 +46,38 @@ class Route:
 
 
 @dataclass(frozen=True)
-class RpcRoute(Route):
-    """One that gRPC answers too.
+class RpcOperation(Operation):
+    """An operation that gRPC offers too.
 
     Attributes
     ----------
     from_proto, to_proto
-        Its messages, decoded and encoded.
+        Decode its request message, and encode its answer.
     """
 
     from_proto: Callable[[Any], Any]
     to_proto: Callable[[Any], Any]
 
 
-EMBED = RpcRoute(
+async def _score(engine: Engine, request: protocol.ScoreRequest, call: Call) -> protocol.ScoreAnswer:
+    return await engine.scores.score(request, call)
+
+
+async def _compare(engine: Engine, request: protocol.CompareRequest, call: Call) -> protocol.CompareAnswer:
+    return await engine.scores.compare(request, call)
+
+
+async def _report(engine: Engine, request: ReportRequest, call: Call) -> ReportAnswer:
+    return await engine.scores.report(request, call)
+
+
+async def _columns(engine: Engine, columns: Columns, call: Call) -> Columns:
+    """Everything is known once the file is read."""
+    call.cells = columns.n_cells
+    return columns
+
+
+EMBED = RpcOperation(
     "embed",
     Engine.embed,
     {protocol.JSON: protocol.embed_request_from_json, protocol.ARROW: protocol.embed_request_from_arrow},
@@ -71,82 +85,26 @@ EMBED = RpcRoute(
     protocol.embed_request_from_proto,
     protocol.embed_answer_to_proto,
 )
-SCORE = RpcRoute(
+SCORE = RpcOperation(
     "score",
-    Engine.score,
+    _score,
     {protocol.JSON: protocol.score_request_from_json, protocol.ARROW: protocol.score_request_from_arrow},
     {protocol.JSON: protocol.score_answer_to_json, protocol.ARROW: protocol.score_answer_to_arrow},
     protocol.score_request_from_proto,
     protocol.score_answer_to_proto,
 )
-COMPARE = RpcRoute(
+COMPARE = RpcOperation(
     "compare",
-    Engine.compare,
+    _compare,
     {protocol.JSON: protocol.compare_request_from_json, protocol.ARROW: protocol.compare_request_from_arrow},
     {protocol.JSON: protocol.compare_answer_to_json, protocol.ARROW: protocol.compare_answer_to_arrow},
     protocol.compare_request_from_proto,
     protocol.compare_answer_to_proto,
 )
-REPORT = Route(
+REPORT = Operation(
     "report",
-    Engine.report,
+    _report,
     {protocol.JSON: report_request_from_json, protocol.ARROW: report_request_from_arrow},
     {HTML: report_answer_to_html},
 )
-COLUMNS = Route("columns", Engine.columns, {}, {protocol.JSON: columns_to_json})
-
-
-def add_warnings(answer: Any, warnings: list[str]) -> Any:
-    """An answer with more warnings."""
-    if not warnings:
-        return answer
-    if isinstance(answer, ReportAnswer):
-        scores = answer.report.scores
-        scores = replace(scores, warnings=scores.warnings + warnings)
-        return replace(answer, report=replace(answer.report, scores=scores))
-    return replace(answer, result=replace(answer.result, warnings=answer.result.warnings + warnings))
-
-
-def add_seen(answer: Any, seen: Seen | None) -> Any:
-    """An answer that says first that its model was trained on the cells."""
-    if seen is None:
-        return answer
-    if isinstance(answer, ReportAnswer):
-        return replace(answer, report=replace(answer.report, scores=seen.add_to(answer.report.scores)))
-    return replace(answer, result=seen.add_to(answer.result))
-
-
-def describe(call: Call, message: Any) -> None:
-    """Note the size of a request, and take it from the caller's share.
-
-    Raises
-    ------
-    RateLimitedError, LimitExceededError
-        The request has more cells than the caller's share.
-    """
-    match message:
-        case protocol.EmbedRequest():
-            call.take(len(message.cells))
-        case protocol.ScoreRequest() | protocol.CompareRequest():
-            call.take(len(message.perturbations))
-        case ReportRequest():
-            call.take(len(message.score.perturbations))
-        case Columns():
-            call.cells = message.n_cells
-        case _:
-            pass
-
-
-def explain(error: Exception, call: Call) -> PerturbScopeError:
-    """What a caller is told of `error`; called in an except block.
-
-    An error of the tree speaks for itself. Anything else is a bug of ours: its traceback goes to the log, and the
-    caller gets the number under which it stands there.
-    """
-    if isinstance(error, PerturbScopeError):
-        # Other messages quote what the caller sent, which is none of the log's business.
-        if not isinstance(error, (InvalidInputError, LimitExceededError, UnknownModelError)):
-            call.message = error.message
-        return error
-    log.bug(call)
-    return internal(call.id)
+COLUMNS = Operation("columns", _columns, {}, {protocol.JSON: columns_to_json})

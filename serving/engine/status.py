@@ -1,4 +1,4 @@
-"""What a caller is told when a request fails: the one table of HTTP statuses and gRPC codes.
+"""The answer to a request that fails: the one table of HTTP statuses and gRPC codes, and what of a bug is told.
 
 A class that is not listed takes the row of its nearest listed base. Bad input is 422 on every route, whether it was the
 JSON, the matrix or a parameter. A request that is too large is ``INVALID_ARGUMENT`` over gRPC, so that
@@ -25,10 +25,12 @@ from perturbscope.errors import (
     UnknownModelError,
     UnsupportedMediaTypeError,
 )
+from serving.call import Call
+from serving.telemetry import log
 
 
 class Status(NamedTuple):
-    """How one kind of error travels."""
+    """The HTTP status and gRPC code of one kind of error."""
 
     http: int
     grpc: grpc.StatusCode
@@ -51,12 +53,22 @@ STATUS: dict[type[PerturbScopeError], Status] = {
 
 
 def status_of(error: PerturbScopeError) -> Status:
-    """The row of an error."""
+    """Return the row of an error's nearest listed class."""
     return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
 
 
-def internal(request_id: str) -> PerturbScopeError:
-    """What a caller is told of a bug of ours: where the operator finds it, and nothing of its inside."""
+def explain(error: Exception, call: Call) -> PerturbScopeError:
+    """Return the error that the caller is told; called in an except block.
+
+    A :class:`PerturbScopeError` is told as it is. Anything else is a bug of ours: its traceback goes to the log, and
+    the caller gets the id under which it stands there, and nothing else.
+    """
+    if isinstance(error, PerturbScopeError):
+        # Other messages quote what the caller sent, which is none of the log's business.
+        if not isinstance(error, (InvalidInputError, LimitExceededError, UnknownModelError)):
+            call.message = error.message
+        return error
+    log.bug(call)
     return PerturbScopeError(
-        f"The server failed on this request. Its log has the reason under the request id {request_id}."
+        f"The server failed on this request. Its log has the reason under the request id {call.id}."
     )

@@ -1,4 +1,4 @@
-"""Threads for what would block the event loop, so shared that the small does not wait for the large.
+"""Threads for work that would block the event loop, shared so that small work does not wait for large.
 
 Decoding, tokenizing and encoding of large bodies have threads of their own. Scores, which take from milliseconds to
 minutes, take turns: see :class:`Turns`.
@@ -18,10 +18,6 @@ from perturbscope.threads import usable_cores
 from serving.queue.fairness import FairShare
 
 T = TypeVar("T")
-LARGE = 2**20
-"""Bytes from which on work is large: about ten milliseconds of decoding."""
-SMALL = 2**13
-"""Bytes up to which work is done at once: half a millisecond at most, about what two threads take to hand it on."""
 _SLICE = 0.1
 """Seconds that a score computes at least before it gives its turn to another."""
 
@@ -34,15 +30,8 @@ class Workers:
         self._small = ThreadPoolExecutor(max(2, cores), thread_name_prefix="perturbscope-worker")
         self._large = ThreadPoolExecutor(max(1, cores - 1), thread_name_prefix="perturbscope-large")
 
-    async def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Run a function on a thread, or at once; what has not begun when the caller goes is never run.
-
-        What takes time must be among `args`, for it is their size that decides.
-        """
-        size = sum(map(size_of, args))
-        if 0 < size <= SMALL:
-            return function(*args)
-        large = size >= LARGE
+    async def run(self, large: bool, function: Callable[..., T], *args: Any) -> T:
+        """Run a function on a thread; one that has not begun when the caller goes is never run."""
         return await asyncio.get_running_loop().run_in_executor(self._large if large else self._small, function, *args)
 
     def close(self) -> None:
@@ -51,38 +40,24 @@ class Workers:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def size_of(value: Any) -> int:
-    """About how many bytes a body, a message or an answer has; 0 for what is small anyway."""
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return len(value)
-    if callable(size := getattr(value, "ByteSize", None)):  # a message of protobuf
-        return int(size())
-    for name in ("cells", "score", "counts", "values", "embeddings", "data"):
-        inner = getattr(value, name, None)
-        if inner is not None:
-            nbytes = getattr(inner, "nbytes", None)
-            return int(nbytes) if isinstance(nbytes, int) else size_of(inner)
-    return 0
-
-
 class Job:
     """A score that is computed turn by turn."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self.began = 0.0
-        """When its turn began, in the time of ``time.monotonic``; 0 between turns."""
+        """Time at which its turn began, on ``time.monotonic``; 0 between turns."""
         self.seconds = 0.0
-        """Of its turns that are over."""
+        """Seconds of its finished turns."""
         self.gone = False
-        """Set when nobody waits for it any more."""
+        """Whether nobody waits for it any more."""
 
     def computed(self) -> float:
         """Seconds that it has computed."""
         return self.seconds + (time.monotonic() - self.began if self.began else 0.0)
 
     def step(self) -> None:
-        """Between two steps of the computation: let others compute that had less. Raises :class:`GoneError`."""
+        """Let others compute that had less; called between two steps of the computation. Raises :class:`GoneError`."""
         if self.gone:
             raise GoneError
         if time.monotonic() - self.began >= _SLICE:
@@ -94,16 +69,16 @@ class GoneError(Exception):
 
 
 class Turns:
-    """So many scores compute at a time; all others wait, each on a thread of its own.
+    """A fixed number of scores compute at a time; all others wait, each on a thread of its own.
 
-    After each step (one perturbation by one metric) a score hands its turn to whoever had least: flows share equally,
-    and so do the scores of one flow (:mod:`serving.queue.fairness`). So a short score waits for one step of a long one,
-    not for its minutes.
+    After each step (one perturbation by one metric) a score hands its turn to the one that had least: flows share
+    equally, and so do the scores of one flow (:mod:`serving.queue.fairness`). So a short score waits for one step of a
+    long one, not for its minutes.
 
     Parameters
     ----------
     at_a_time
-        Scores that compute.
+        Number of scores that compute at a time.
     """
 
     def __init__(self, at_a_time: int) -> None:
@@ -131,7 +106,7 @@ class Turns:
                 self._leave(job)
 
     def new(self) -> Job:
-        """A job; it joins with :meth:`turn`."""
+        """Return a new job; it joins with :meth:`turn`."""
         return Job(self)
 
     def cancel(self, job: Job) -> None:

@@ -12,40 +12,36 @@ from perturbscope.errors import OverloadedError, PerturbScopeError
 from serving.access.front import Front
 from serving.access.limits import Held
 from serving.call import REQUEST_ID, Call, Right
-from serving.engine.engine import Engine
-from serving.engine.operations import explain
-from serving.engine.status import status_of
+from serving.engine.status import explain, status_of
 
 _MAX_MESSAGE, _MAX_FIELD = 2000, 200
 """Bytes of an error that are sent. Clients refuse more than 8 KiB of trailing metadata, where a byte may take three."""
+Work = Callable[[Any, Call, Held], Awaitable[Any]]
+"""Answers a request message; it calls the last argument with the number of bytes that it was sent."""
 
 
-async def answered(
-    engine: Engine,
-    route: str,
-    work: Callable[[Call, Held], Awaitable[Any]],
-    context: Any,
-    right: Right = "infer",
-) -> Any:
+async def answered(front: Front, route: str, work: Work, request: Any, context: Any, right: Right = "infer") -> Any:
     """Let a caller in, work, answer; grpc.aio cancels this when the caller does, or its deadline passes.
 
     Parameters
     ----------
-    engine
-        Has the front door.
+    front
+        The front door.
     route
         Service and method.
     work
-        Makes the answer; it tells its second argument of the bytes that it was sent.
+        Makes the answer.
+    request
+        The request message.
     context
-        Of grpc.aio.
+        The call's context of grpc.aio.
     right
-        That the caller needs.
+        Right that the caller needs.
     """
     call = begin(route, context)
     try:
-        async with engine.front.admitted(call, right) as hold:
-            answer = await work(call, hold)
+        async with front.admitted(call, right) as held:
+            answer = await work(request, call, held)
     except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
         await abort(error, call, context)
     except BaseException:
@@ -56,7 +52,7 @@ async def answered(
 
 
 def begin(route: str, context: Any) -> Call:
-    """The call behind a context of gRPC; its id is sent back, however it ends."""
+    """Begin the call of a context of gRPC; its id is sent back, however the call ends."""
     call = Front.begin(
         route,
         "grpc",
@@ -69,7 +65,7 @@ def begin(route: str, context: Any) -> Call:
 
 
 def headers_of(metadata: Any) -> Headers:
-    """Metadata as headers are: a name that is given twice stays twice."""
+    """Return metadata as headers; a name that is given twice stays twice."""
     return Headers(raw=[(key.encode(), value.encode()) for key, value in metadata or () if isinstance(value, str)])
 
 

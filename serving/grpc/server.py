@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -16,68 +17,65 @@ from serving.access import tls
 from serving.access.limits import LAST_WORDS, Held
 from serving.call import GROWTH, Call
 from serving.engine.engine import Engine
-from serving.engine.operations import COMPARE, EMBED, SCORE, RpcRoute, describe
-from serving.grpc.edge import abort, answered, begin, headers_of
+from serving.engine.operations import COMPARE, EMBED, SCORE, RpcOperation
+from serving.grpc.edge import answered, begin
 from serving.grpc.health import Health
-from serving.grpc.keys_interceptor import KeyInterceptor
+from serving.grpc.interceptors import KeyInterceptor, MessageInterceptor
 from serving.grpc.streams import embed_stream
-from serving.grpc.unreadable import MessageInterceptor
 from serving.settings import PREFIX
 
 SERVICE: str = messages.DESCRIPTOR.services_by_name["PerturbScope"].full_name
 _ENVELOPE = 64 * 2**10
-"""Room for what is around the counted bytes of a message."""
-
+"""Bytes of room for what is around the counted bytes of a message."""
 
 Register = Callable[[Any], str]
+"""Adds a service to a server of grpc.aio, and returns the service's full name."""
 KEEPALIVE = 30
 """Seconds after which a silent connection with calls is asked whether its client lives, and that it has to answer."""
 
 
 class Servicer(services.PerturbScopeServicer):
-    """``perturbscope.v1.PerturbScope``."""
+    """The service ``perturbscope.v1.PerturbScope``."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     async def Embed(self, request: Any, context: Any) -> Any:  # noqa: N802  gRPC's name
-        """Vectors of cells."""
-        return await self._answer(EMBED, request, context)
+        """Embed cells."""
+        return await self._answered(EMBED, request, context)
 
     async def Score(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Every perturbation against the controls."""
-        return await self._answer(SCORE, request, context)
+        """Score every perturbation against the controls."""
+        return await self._answered(SCORE, request, context)
 
     async def Compare(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Perturbations against each other."""
-        return await self._answer(COMPARE, request, context)
+        """Compare perturbations with each other."""
+        return await self._answered(COMPARE, request, context)
 
     async def Models(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """What is served."""
-
-        async def work(call: Call, hold: Held) -> Any:
-            return protocol.models_answer_to_proto(self._engine.models())
-
-        return await answered(self._engine, f"{SERVICE}/Models", work, context)
+        """List the models that are served."""
+        return await answered(self._engine.front, f"{SERVICE}/Models", self._models, request, context)
 
     async def EmbedStream(self, requests: Any, context: Any) -> Any:  # type: ignore[override]  # noqa: N802
-        """Vectors of any number of cells."""
-        await embed_stream(self._engine, begin(f"{SERVICE}/EmbedStream", context), context, abort)
+        """Embed any number of cells, while they are sent."""
+        await embed_stream(self._engine, begin(f"{SERVICE}/EmbedStream", context), context)
 
-    async def _answer(self, route: RpcRoute, request: Any, context: Any) -> Any:
+    async def _answered(self, operation: RpcOperation, request: Any, context: Any) -> Any:
+        route = f"{SERVICE}/{operation.name.capitalize()}"
+        return await answered(self._engine.front, route, partial(self._operate, operation), request, context)
+
+    async def _operate(self, operation: RpcOperation, request: Any, call: Call, held: Held) -> Any:
         """Decode, call, encode."""
+        held(n_bytes := request.ByteSize())
+        held.reserve(GROWTH * n_bytes)
+        with call.stage("decode"):
+            decoded = await self._engine.work(operation.from_proto, request)
+        answer = await operation.call(self._engine, decoded, call)
+        with call.stage("encode"):
+            return await self._engine.work(operation.to_proto, answer)
 
-        async def work(call: Call, hold: Held) -> Any:
-            hold(n_bytes := request.ByteSize())
-            hold.reserve(GROWTH * n_bytes)
-            with call.stage("decode"):
-                message = await self._engine.work(route.from_proto, request)
-            describe(call, message)
-            answer = await route.call(self._engine, message, call)
-            with call.stage("encode"):
-                return await self._engine.work(route.to_proto, answer)
-
-        return await answered(self._engine, f"{SERVICE}/{route.name.capitalize()}", work, context)
+    async def _models(self, request: Any, call: Call, held: Held) -> Any:
+        return protocol.models_answer_to_proto(self._engine.models())
 
 
 class GrpcServer:
@@ -86,7 +84,7 @@ class GrpcServer:
     Parameters
     ----------
     engine
-        Answers the requests, and has the settings.
+        The engine that answers, and its settings.
     host, port
         Address to listen on; port 0 asks the system for a free one.
     register_more
@@ -99,7 +97,7 @@ class GrpcServer:
         self._grace = engine.settings.shutdown_grace
         self._credentials = tls.grpc_credentials(engine.settings)
         self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(engine.front, headers_of, begin, abort), MessageInterceptor()],
+            interceptors=[KeyInterceptor(engine.front), MessageInterceptor()],
             options=[
                 ("grpc.max_receive_message_length", largest),
                 ("grpc.max_send_message_length", -1),
@@ -123,7 +121,8 @@ class GrpcServer:
 
         Returns
         -------
-        The port.
+        int
+            The port.
 
         Raises
         ------

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import numpy as np
@@ -23,9 +22,10 @@ from serving.access.limits import Held
 from serving.call import Call
 from serving.engine.engine import Engine
 from serving.engine.streams import answer_stream, check_chunk
+from serving.grpc.edge import abort
 
 _LAST_WORDS = 5.0
-"""Seconds in which a status must have left; one behind answers that nobody reads never does."""
+"""Seconds within which a status must be sent; one behind answers that nobody reads never is."""
 
 
 class GrpcPipe:
@@ -68,10 +68,8 @@ class GrpcPipe:
         await self._context.write(message)
 
 
-async def embed_stream(
-    engine: Engine, call: Call, context: Any, abort: Callable[[Exception, Call, Any], Awaitable[NoReturn]]
-) -> None:
-    """Answer one call; grpc.aio cancels this when the caller does, or its deadline passes."""
+async def embed_stream(engine: Engine, call: Call, context: Any) -> None:
+    """Answer one stream; grpc.aio cancels this when the caller does, or its deadline passes."""
     try:
         async with engine.front.admitted(call) as held:
             await answer_stream(engine, call, held, GrpcPipe(context, held, engine.settings.chunk_bytes))

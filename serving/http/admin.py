@@ -19,7 +19,7 @@ from serving.access.limits import Held
 from serving.call import Call
 from serving.engine.engine import Engine
 from serving.http import openapi, schemas
-from serving.http.edge import answered, while_connected
+from serving.http.edge import Endpoint, while_connected
 
 Change = Callable[[Engine, Request], Awaitable[Any]]
 _STATUSES = (401, 403, 404, 413, 422, 429, 500, 504)
@@ -58,7 +58,7 @@ def router() -> APIRouter:
     ):
         routes.add_api_route(
             path,
-            _endpoint(path, change),
+            Endpoint(path, _Change(change), "admin").answer,
             methods=[method],
             summary=what,
             name=path.rsplit("/", 1)[-1],
@@ -80,15 +80,15 @@ def _parameters(path: str) -> list[dict[str, Any]]:
     return found
 
 
-def _endpoint(path: str, change: Change) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
-        async def work(call: Call, hold: Held) -> Response:
-            answer = await while_connected(request, change(request.app.state.engine, request))
-            return Response(json.dumps(answer), media_type=protocol.JSON)
+class _Change:
+    """The work of one route: a change of the registry, or a look into it, answered in JSON."""
 
-        return await answered(request, path, work, right="admin")
+    def __init__(self, change: Change) -> None:
+        self._change = change
 
-    return endpoint
+    async def __call__(self, request: Request, call: Call, held: Held) -> Response:
+        answer = await while_connected(request, self._change(request.app.state.engine, request))
+        return Response(json.dumps(answer), media_type=protocol.JSON)
 
 
 async def _load(engine: Engine, request: Request) -> Any:

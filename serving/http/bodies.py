@@ -1,4 +1,4 @@
-"""What an HTTP request brings: its body read within the limits, whatever its type."""
+"""Bodies of HTTP requests: read within the limits, whatever their type."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import errno
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,25 +20,36 @@ from perturbscope import protocol
 from perturbscope.errors import InvalidParameterError, LimitExceededError, OverloadedError, UnsupportedMediaTypeError
 from serving.access.limits import decoded_bytes, too_many_bytes
 from serving.call import Call
-from serving.engine.engine import Engine
-from serving.engine.operations import Route
-from serving.engine.threads import size_of
+from serving.engine.engine import Engine, size_of
+from serving.engine.operations import Operation
 from serving.uploads.readers import file_readers
 from serving.uploads.requests import FILE_NAME, Upload
 
 T = TypeVar("T")
 MULTIPART = "multipart/form-data"
 HDF5_TYPES = (protocol.HDF5, "application/octet-stream")
-"""An .h5ad file as the raw body; curl --data-binary is often told the second."""
+"""Media types of an .h5ad file as the raw body; curl --data-binary is often told the second."""
 _MAX_FIELD_BYTES = 2**20
 _WRITTEN_AT_ONCE = 2**20
-"""Bytes."""
+"""Bytes that are written to disk at a time."""
 
 
 class LimitedBody:
-    """A request whose body is counted, and timed, while it arrives."""
+    """A request whose body is counted, and timed, while it arrives.
 
-    def __init__(self, request: Request, engine: Engine, hold: Callable[[int], None], call: Call | None = None) -> None:
+    Parameters
+    ----------
+    request
+        The request, whose body is not read yet.
+    engine
+        Has the limits.
+    held
+        Called with the number of bytes as they arrive.
+    call
+        The call that is timed.
+    """
+
+    def __init__(self, request: Request, engine: Engine, held: Callable[[int], None], call: Call | None = None) -> None:
         self.call = call or Call(request.url.path, "http")
         self.headers = request.headers
         self.content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -46,41 +57,43 @@ class LimitedBody:
         json = self.content_type == protocol.JSON
         self._limit = min(engine.settings.max_json_bytes if json else 2**63, engine.settings.max_body_bytes)
         self._timeout = engine.settings.body_timeout
-        self._hold = hold
+        self._held = held
         self._received = 0
-        self._request = Request(request.scope, self._counted(request.receive))
+        self._receive: Receive = request.receive
+        self._request = Request(request.scope, self._counted)
 
-    def _counted(self, receive: Receive) -> Receive:
-        async def counted() -> Message:
-            message = await receive()
-            n_bytes = len(message.get("body", b""))
-            self._received += n_bytes
-            if self._received > self._limit:
-                raise too_many_bytes(self._limit, self.content_type)
-            self._hold(n_bytes)
-            return message
+    async def _counted(self) -> Message:
+        """Receive the next message of the body, and count it."""
+        message = await self._receive()
+        n_bytes = len(message.get("body", b""))
+        self._received += n_bytes
+        if self._received > self._limit:
+            raise too_many_bytes(self._limit, self.content_type)
+        self._held(n_bytes)
+        return message
 
-        return counted
-
-    async def _timed(self, read: Callable[[], Awaitable[T]]) -> T:
+    @contextlib.asynccontextmanager
+    async def _timed(self) -> AsyncIterator[None]:
+        """Time the arrival of the body, and end it when it takes too long."""
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self._limit:
             raise too_many_bytes(self._limit, self.content_type)
         try:
             with self.call.stage("receive"):
                 async with asyncio.timeout(self._timeout):
-                    return await read()
+                    yield
         except TimeoutError as error:
             raise LimitExceededError(
                 f"The body did not arrive within {self._timeout} seconds. Send less at a time.", field="body"
             ) from error
 
     async def body(self) -> bytes:
-        """The whole body."""
-        return await self._timed(self._request.body)
+        """Read the whole body."""
+        async with self._timed():
+            return await self._request.body()
 
     async def decoded(self, engine: Engine, decode: Callable[[bytes], T], body: bytes) -> T:
-        """What a body says. The memory for decoding it is held before, and that of the outcome until the call ends."""
+        """Decode a body. The memory for decoding is held before, and that of the outcome until the call ends."""
         with self.call.stage("decode"):
             needed = await engine.work(decoded_bytes, self.content_type, body)
             self.call.reserve(needed)
@@ -92,9 +105,8 @@ class LimitedBody:
 
     async def save(self, path: Path) -> None:
         """Write the body to a file as it arrives."""
-
-        async def save() -> None:
-            pending = bytearray()
+        pending = bytearray()
+        async with self._timed():
             with path.open("wb") as file:
                 async for part in self._request.stream():
                     pending += part
@@ -104,12 +116,9 @@ class LimitedBody:
                         pending = bytearray()
                 await asyncio.to_thread(file.write, pending)
 
-        await self._timed(save)
-
     async def form(self, path: Path) -> dict[str, str]:
         """Write the form's `file` to `path`; return its other fields."""
-
-        async def read() -> dict[str, str]:
+        async with self._timed():
             try:
                 form = await self._request.form(max_files=1, max_fields=20, max_part_size=_MAX_FIELD_BYTES)
             except HTTPException as error:
@@ -127,8 +136,6 @@ class LimitedBody:
             finally:
                 await form.close()
 
-        return await self._timed(read)
-
 
 def _copy(upload: UploadFile, path: Path) -> None:
     with path.open("wb") as file:
@@ -137,7 +144,7 @@ def _copy(upload: UploadFile, path: Path) -> None:
 
 @contextlib.contextmanager
 def room_on_disk() -> Iterator[None]:
-    """Say in the tree of errors that the disk is full; whatever was written there is its caller's to remove."""
+    """Raise OverloadedError when the disk is full; the caller removes what was written."""
     try:
         yield
     except OSError as error:
@@ -151,20 +158,21 @@ def room_on_disk() -> Iterator[None]:
         ) from error
 
 
-async def read_request(request: LimitedBody, route: Route, engine: Engine) -> Upload:
-    """The request in the body, whatever its type."""
+async def read_request(request: LimitedBody, operation: Operation, engine: Engine) -> Upload:
+    """Read the request in a body of JSON or Arrow, or in an uploaded .h5ad file."""
     kind = request.content_type
-    if kind in route.decode:
+    if kind in operation.decode:
         if request.query:
             raise InvalidParameterError(
                 f"The query parameter {next(iter(request.query))!r} has no effect here; put it into the body.",
                 field=next(iter(request.query)),
             )
         body = await request.body()
-        return Upload(await request.decoded(engine, route.decode[kind], body))
+        return Upload(await request.decoded(engine, operation.decode[kind], body))
     if kind not in (*HDF5_TYPES, MULTIPART):
         raise UnsupportedMediaTypeError(
-            f"The content type {kind or '(none)'!r} is not understood. Send {''.join(f'{t}, ' for t in route.decode)}"
+            f"The content type {kind or '(none)'!r} is not understood. Send "
+            f"{''.join(f'{media_type}, ' for media_type in operation.decode)}"
             f"an .h5ad file as {protocol.HDF5}, or a form ({MULTIPART}) with the .h5ad file in the field 'file'.",
             field="content-type",
         )
@@ -176,6 +184,6 @@ async def read_request(request: LimitedBody, route: Route, engine: Engine) -> Up
         else:
             await request.save(path)
         with request.call.stage("decode"):
-            upload = await file_readers().read(route.name, path, parameters, engine.settings)
+            upload = await file_readers().read(operation.name, path, parameters, engine.settings)
         request.call.reserve(size_of(upload.request))
         return upload

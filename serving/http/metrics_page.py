@@ -59,7 +59,7 @@ def server_states(engine: Engine) -> Iterator[Metric]:
         ("requests_in_progress_limit", "Requests above this number are refused.", settings.max_requests),
         ("held_bytes", "Bytes of requests in progress.", admission.held_bytes),
         ("held_bytes_limit", "Bytes above this number are refused.", settings.max_held_bytes),
-        ("score_jobs_in_progress", "Scores that are computed or wait for their turn.", engine.score_jobs),
+        ("score_jobs_in_progress", "Scores that are computed or wait for their turn.", engine.scores.n_jobs),
         ("score_workers", "Scores that are computed at a time.", settings.score_workers),
         ("shutting_down", "1 from the signal to stop to the end, else 0.", int(admission.closed)),
         (

@@ -10,10 +10,10 @@ from fastapi.openapi.utils import get_openapi
 
 from perturbscope import protocol
 from serving.call import REQUEST_ID, SECONDS, TIMEOUT
-from serving.engine.operations import Route
+from serving.engine.operations import Operation
 from serving.http import schemas
 from serving.http.bodies import MULTIPART
-from serving.http.keys_middleware import OPEN
+from serving.http.edge import OPEN
 from serving.uploads.requests import PARAMETERS
 
 BINARY = {"type": "string", "format": "binary"}
@@ -102,9 +102,9 @@ def refusals(
     return {status: {"model": model, "description": _TEXTS[status]} for status in sorted(statuses)}
 
 
-def request_body(route: Route, body: type[Any] | None) -> dict[str, Any]:
+def request_body(operation: Operation, body: type[Any] | None) -> dict[str, Any]:
     """What a route takes."""
-    parameters = PARAMETERS[route.name]
+    parameters = PARAMETERS[operation.name]
     form = {"file": {**BINARY, "description": "An .h5ad file."}} | {
         name: {"type": "string", "description": text} for name, text in parameters.items()
     }

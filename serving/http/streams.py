@@ -33,9 +33,9 @@ from serving.access.front import Front
 from serving.access.limits import Held
 from serving.call import REQUEST_ID, Call
 from serving.engine.engine import Engine
-from serving.engine.operations import explain
+from serving.engine.status import explain
 from serving.engine.streams import answer_stream
-from serving.http.edge import CLIENT_GONE, error_response, refuse_encoded
+from serving.http.edge import CLIENT_GONE, error_response, peer_of, refuse_encoded
 
 PATH = "/v1/embed/stream"
 _LAST_WORDS = 30
@@ -171,8 +171,7 @@ class StreamedAnswer(Response):
         """Serve the request. Every one gets an answer and a line in the log."""
         request = self._request
         engine: Engine = request.app.state.engine
-        peer = request.client.host if request.client else ""
-        call = Front.begin(PATH, "http", request.headers, peer=peer, method=request.method)
+        call = Front.begin(PATH, "http", request.headers, peer=peer_of(scope), method=request.method)
         status, code = 200, "ok"
         pipe: HttpPipe | None = None
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from google.protobuf.json_format import ParseDict
@@ -12,8 +12,8 @@ from perturbscope.protocol.proto import open_inference_pb2_grpc as services
 from serving.access.front import Front
 from serving.access.limits import Held
 from serving.call import Call, Right
-from serving.engine.operations import explain
-from serving.grpc.edge import answered, begin
+from serving.engine.status import explain
+from serving.grpc.edge import Work, answered, begin
 from serving.openinference import describe, repository
 from serving.openinference.inference import TokenEngine
 from serving.openinference.proto_codec import answer_to_proto, request_from_proto
@@ -41,111 +41,59 @@ class InferenceServicer(services.GRPCInferenceServiceServicer):
         self._engine = tokens.engine
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802  gRPC's name
-        """Whether the process answers: it does."""
+        """Tell that the process answers."""
         return messages.ServerLiveResponse(live=True)
 
     async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Whether every model answers."""
+        """Tell whether every model answers."""
         return messages.ServerReadyResponse(ready=await self._engine.ready())
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Whether one model is loaded and answers."""
-
-        async def work(call: Call, hold: Held) -> Any:
-            infos = self._engine.registry.infos()
-            version = request.version or None
-            if not any(request.name == info.name and version in (None, info.version) for info in infos):
-                return messages.ModelReadyResponse(ready=False)
-            with self._engine.registry.lease(request.name, version) as model:
-                return messages.ModelReadyResponse(ready=model.verified)
-
-        return await self._answer("ModelReady", work, context)
+        """Tell whether one model is loaded and answers."""
+        return await self._answered("ModelReady", self._model_ready, request, context)
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """What server this is."""
-
-        async def work(call: Call, hold: Held) -> Any:
-            return ParseDict(describe.server(), messages.ServerMetadataResponse())
-
-        return await self._answer("ServerMetadata", work, context)
+        """Describe the server."""
+        return await self._answered("ServerMetadata", self._server_metadata, request, context)
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """What a model takes and gives."""
-
-        async def work(call: Call, hold: Held) -> Any:
-            with self._engine.registry.lease(request.name, request.version or None) as model:
-                found = describe.metadata(model, self._engine.registry.infos())
-            return ParseDict(found, messages.ModelMetadataResponse())
-
-        return await self._answer("ModelMetadata", work, context)
+        """Describe the tensors that a model takes and returns."""
+        return await self._answered("ModelMetadata", self._model_metadata, request, context)
 
     async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """The same, in Triton's terms."""
-
-        async def work(call: Call, hold: Held) -> Any:
-            with self._engine.registry.lease(request.name, request.version or None) as model:
-                found = describe.configuration(model, self._engine.settings)
-            return ParseDict({"config": found}, messages.ModelConfigResponse())
-
-        return await self._answer("ModelConfig", work, context)
+        """Describe the tensors of a model in Triton's terms."""
+        return await self._answered("ModelConfig", self._model_config, request, context)
 
     async def ModelStatistics(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """What was asked of the models over this protocol."""
-
-        async def work(call: Call, hold: Held) -> Any:
-            infos = self._engine.registry.infos()
-            if request.name:
-                with self._engine.registry.lease(request.name, request.version or None) as model:
-                    infos = (model.info,)
-            return ParseDict(self._tokens.statistics.told(infos), messages.ModelStatisticsResponse())
-
-        return await self._answer("ModelStatistics", work, context)
+        """Return counters of the requests over this protocol, by model."""
+        return await self._answered("ModelStatistics", self._model_statistics, request, context)
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """The models that are loaded."""
-
-        async def work(call: Call, hold: Held) -> Any:
-            found = repository.index(self._engine, only_ready=request.ready)
-            return ParseDict({"models": found}, messages.RepositoryIndexResponse())
-
-        return await self._answer("RepositoryIndex", work, context)
+        """List the models that are loaded, and the bundle folders that are not."""
+        return await self._answered("RepositoryIndex", self._repository_index, request, context)
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Load a model by the name of its folder."""
-
-        async def work(call: Call, hold: Held) -> Any:
-            await repository.load(self._engine, request.model_name, request.parameters)
-            return messages.RepositoryModelLoadResponse()
-
-        return await self._answer("RepositoryModelLoad", work, context, "admin")
+        return await self._answered("RepositoryModelLoad", self._load, request, context, "admin")
 
     async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Unload a model."""
-
-        async def work(call: Call, hold: Held) -> Any:
-            await repository.unload(self._engine, request.model_name, request.parameters)
-            return messages.RepositoryModelUnloadResponse()
-
-        return await self._answer("RepositoryModelUnload", work, context, "admin")
+        return await self._answered("RepositoryModelUnload", self._unload, request, context, "admin")
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Vectors of cells that are tokens already."""
-
-        async def work(call: Call, hold: Held) -> Any:
-            return await self._infer(request, call, hold)
-
-        return await self._answer("ModelInfer", work, context)
+        """Return the vectors of tokenized cells."""
+        return await self._answered("ModelInfer", self._infer, request, context)
 
     async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """An answer, or the message of an error, for each request of a stream, in their order.
+        """Answer each request of a stream, in their order, with vectors or the message of an error.
 
-        Each request is a call of its own: it is let in, counted and logged as if it had come alone.
+        Each request is a call of its own: admitted, counted and logged as if it had come alone.
         """
         async for request in requests:
             call = begin(f"{SERVICE}/ModelStreamInfer", context)
             try:
-                async with self._engine.front.admitted(call) as hold:
-                    answer = messages.ModelStreamInferResponse(infer_response=await self._infer(request, call, hold))
+                async with self._engine.front.admitted(call) as held:
+                    answer = messages.ModelStreamInferResponse(infer_response=await self._infer(request, call, held))
             except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
                 told = explain(error, call)
                 Front.finish(call, "OK", told.code)
@@ -159,15 +107,53 @@ class InferenceServicer(services.GRPCInferenceServiceServicer):
                 Front.finish(call, "OK")
             yield answer
 
-    async def _infer(self, request: messages.ModelInferRequest, call: Call, hold: Held) -> messages.ModelInferResponse:
-        hold(request.ByteSize())
+    async def _answered(self, method: str, work: Work, request: Any, context: Any, right: Right = "infer") -> Any:
+        return await answered(self._engine.front, f"{SERVICE}/{method}", work, request, context, right)
+
+    async def _infer(self, request: messages.ModelInferRequest, call: Call, held: Held) -> messages.ModelInferResponse:
+        held(request.ByteSize())
         answer = await self._tokens.infer(
             request.model_name, request.model_version, lambda: request_from_proto(request), call
         )
         with call.stage("encode"):
             return await self._engine.work(answer_to_proto, answer)
 
-    async def _answer(
-        self, method: str, work: Callable[[Call, Held], Awaitable[Any]], context: Any, right: Right = "infer"
-    ) -> Any:
-        return await answered(self._engine, f"{SERVICE}/{method}", work, context, right)
+    async def _model_ready(self, request: Any, call: Call, held: Held) -> Any:
+        infos = self._engine.registry.infos()
+        version = request.version or None
+        if not any(request.name == info.name and version in (None, info.version) for info in infos):
+            return messages.ModelReadyResponse(ready=False)
+        with self._engine.registry.lease(request.name, version) as model:
+            return messages.ModelReadyResponse(ready=model.verified)
+
+    async def _server_metadata(self, request: Any, call: Call, held: Held) -> Any:
+        return ParseDict(describe.server(), messages.ServerMetadataResponse())
+
+    async def _model_metadata(self, request: Any, call: Call, held: Held) -> Any:
+        with self._engine.registry.lease(request.name, request.version or None) as model:
+            described = describe.metadata(model, self._engine.registry.infos())
+        return ParseDict(described, messages.ModelMetadataResponse())
+
+    async def _model_config(self, request: Any, call: Call, held: Held) -> Any:
+        with self._engine.registry.lease(request.name, request.version or None) as model:
+            described = describe.configuration(model, self._engine.settings)
+        return ParseDict({"config": described}, messages.ModelConfigResponse())
+
+    async def _model_statistics(self, request: Any, call: Call, held: Held) -> Any:
+        infos = self._engine.registry.infos()
+        if request.name:
+            with self._engine.registry.lease(request.name, request.version or None) as model:
+                infos = (model.info,)
+        return ParseDict(self._tokens.statistics.told(infos), messages.ModelStatisticsResponse())
+
+    async def _repository_index(self, request: Any, call: Call, held: Held) -> Any:
+        listed = repository.index(self._engine, only_ready=request.ready)
+        return ParseDict({"models": listed}, messages.RepositoryIndexResponse())
+
+    async def _load(self, request: Any, call: Call, held: Held) -> Any:
+        await repository.load(self._engine, request.model_name, request.parameters)
+        return messages.RepositoryModelLoadResponse()
+
+    async def _unload(self, request: Any, call: Call, held: Held) -> Any:
+        await repository.unload(self._engine, request.model_name, request.parameters)
+        return messages.RepositoryModelUnloadResponse()

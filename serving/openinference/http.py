@@ -15,12 +15,12 @@ from perturbscope.protocol import checks as check
 from serving.access.limits import Held, decoded_bytes
 from serving.call import Call, Right
 from serving.http.bodies import LimitedBody
-from serving.http.edge import answered, while_connected
+from serving.http.edge import Endpoint, while_connected
 from serving.openinference import describe, documents, repository
 from serving.openinference.inference import TokenEngine
 from serving.openinference.json_codec import JSON_LENGTH, answer_to_body, request_from_body
 
-Endpoint = Callable[[Request, TokenEngine, Call, Held], Awaitable[Any]]
+Answering = Callable[[Request, TokenEngine, Call, Held], Awaitable[Any]]
 """Returns the object that is answered in JSON, or the whole answer."""
 
 
@@ -57,22 +57,27 @@ def _add(
     app: FastAPI,
     method: str,
     path: str,
-    endpoint: Endpoint,
+    answering: Answering,
     summary: str,
     answer: Any,
     *,
     body: dict[str, Any] | None = None,
     right: Right = "infer",
 ) -> None:
-    async def route(request: Request) -> Response:
-        async def work(call: Call, hold: Held) -> Response:
-            found = await endpoint(request, request.app.state.tokens, call, hold)
-            return found if isinstance(found, Response) else _json(found)
-
-        return await answered(request, path, work, right=right)
-
     described = documents.operation(path, summary, answer, body=body)
-    app.add_api_route(path, route, methods=[method], name=path, response_class=Response, **described)
+    route = Endpoint(path, _Work(answering), right)
+    app.add_api_route(path, route.answer, methods=[method], name=path, response_class=Response, **described)
+
+
+class _Work:
+    """The work of one route."""
+
+    def __init__(self, answering: Answering) -> None:
+        self._answering = answering
+
+    async def __call__(self, request: Request, call: Call, held: Held) -> Response:
+        answer = await self._answering(request, request.app.state.tokens, call, held)
+        return answer if isinstance(answer, Response) else _json(answer)
 
 
 def _json(value: Any, status: int = 200) -> Response:

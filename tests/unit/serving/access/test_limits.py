@@ -20,7 +20,7 @@ from perturbscope.scoring.pairs import compare_perturbations
 from perturbscope.scoring.results import ScoreOptions
 from serving.access.limits import Admission, decoded_bytes, score_bytes
 from serving.call import Call
-from serving.engine.threads import LARGE, size_of
+from serving.engine.engine import LARGE, size_of
 from serving.settings import Settings
 from tests.unit.serving.conftest import MakeEngine
 
@@ -206,7 +206,7 @@ async def test_scores_that_wait_hold_their_memory(make_engine: MakeEngine) -> No
     async def score() -> None:
         call = Call("/v1/score", "http")
         async with engine.front.admitted(call):
-            await engine.score(request, call)
+            await engine.scores.score(request, call)
 
     answers = await asyncio.gather(score(), score(), return_exceptions=True)
     assert sorted(type(answer).__name__ for answer in answers) == ["NoneType", "OverloadedError"]

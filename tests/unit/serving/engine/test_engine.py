@@ -52,7 +52,7 @@ async def test_an_answer_says_what_made_it(engine: Engine, tiny_cells: CountMatr
 
 async def test_scores_of_cells_carry_the_model_and_its_warnings(engine: Engine, tiny_cells: CountMatrix) -> None:
     request = ScoreRequest(cells=tiny_cells, perturbations=LABELS, control="control", options=OPTIONS)
-    answer = await engine.score(request)
+    answer = await engine.scores.score(request)
     assert answer.result.table["perturbation"].tolist() == ["KO"]
     assert answer.result.provenance["options"]["seed"] == 0
     assert answer.meta.model_id is not None
@@ -66,7 +66,7 @@ async def test_scores_of_embeddings_need_no_model(
 ) -> None:
     vectors = rng.standard_normal((24, 3)).astype(np.float32)
     request = ScoreRequest(embeddings=vectors, perturbations=LABELS, control="control", options=OPTIONS)
-    answer = await engine.score(request)
+    answer = await engine.scores.score(request)
     assert answer.meta.model_id is None
     assert answer.meta.coverage is None
     assert set(answer.meta.timings) == {"score"}
@@ -75,11 +75,11 @@ async def test_scores_of_embeddings_need_no_model(
 
 async def test_compare_takes_pairs(engine: Engine, tiny_cells: CountMatrix) -> None:
     labels = ("control",) * 8 + ("A",) * 8 + ("B",) * 8
-    every = await engine.compare(
+    every = await engine.scores.compare(
         CompareRequest(cells=tiny_cells, perturbations=labels, control="control", options=OPTIONS)
     )
     assert every.result.table[["a", "b"]].to_numpy().tolist() == [["A", "B"]]
-    chosen = await engine.compare(
+    chosen = await engine.scores.compare(
         CompareRequest(cells=tiny_cells, perturbations=labels, pairs=(("control", "A"),), options=OPTIONS)
     )
     assert chosen.result.table[["a", "b"]].to_numpy().tolist() == [["control", "A"]]
@@ -87,7 +87,7 @@ async def test_compare_takes_pairs(engine: Engine, tiny_cells: CountMatrix) -> N
 
 async def test_wrong_labels_cost_no_embedding(engine: Engine, tiny_cells: CountMatrix, fake_embedder: Embedder) -> None:
     with pytest.raises(ControlLabelMissingError, match="ctrl"):
-        await engine.score(ScoreRequest(cells=tiny_cells, perturbations=LABELS, control="ctrl", options=OPTIONS))
+        await engine.scores.score(ScoreRequest(cells=tiny_cells, perturbations=LABELS, control="ctrl", options=OPTIONS))
     assert encoder_of(fake_embedder).batches == []
 
 
@@ -136,13 +136,13 @@ async def test_too_costly_a_score_names_the_limit(
         embeddings=vectors, perturbations=LABELS, control="control", options=ScoreOptions(**{**FAST, **options})
     )
     with pytest.raises(LimitExceededError, match=message):
-        await make_engine(**{"max_permutations": 100_000, **limits}).score(request)
+        await make_engine(**{"max_permutations": 100_000, **limits}).scores.score(request)
 
 
 async def test_too_many_vectors_are_refused(make_engine: MakeEngine) -> None:
     request = ScoreRequest(embeddings=np.ones((24, 2), dtype=np.float32), perturbations=LABELS, control="control")
     with pytest.raises(LimitExceededError, match="24 vectors; this server takes 23"):
-        await make_engine(max_vectors=23).score(request)
+        await make_engine(max_vectors=23).scores.score(request)
 
 
 async def test_a_full_queue_is_noticed_before_tokenizing(
@@ -210,7 +210,7 @@ async def test_a_scoring_caller_that_goes_away_stops_the_computation(
 
     monkeypatch.setattr("perturbscope.scoring.control.score_perturbations", slow)
     request = ScoreRequest(embeddings=np.ones((24, 2), dtype=np.float32), perturbations=LABELS, control="control")
-    task = asyncio.create_task(make_engine().score(request))
+    task = asyncio.create_task(make_engine().scores.score(request))
     await asyncio.to_thread(reached.wait, 10)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

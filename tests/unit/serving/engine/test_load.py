@@ -103,9 +103,9 @@ async def assert_ended(engine: Engine, stage: Stage) -> None:
     """The step that was running was the last."""
     await until(lambda: engine.admission.in_progress == 0)
     stage.gate.set()
-    await until(lambda: engine.score_jobs == 0 and engine.registry.default.dispatcher.pending_callers == 0)
+    await until(lambda: engine.scores.n_jobs == 0 and engine.registry.default.dispatcher.pending_callers == 0)
     await engine.registry.default.dispatcher.close()  # waits for the batch that runs
-    await asyncio.to_thread(engine._scorers.shutdown)
+    await asyncio.to_thread(engine.scores._threads.shutdown)
     assert stage.steps == 1
     assert engine.admission.held_bytes == 0
 
@@ -160,7 +160,7 @@ async def test_a_deadline_ends_the_work(engine: Engine, stage: Stage, tiny_cells
 
     async def ask() -> None:
         async with engine.front.admitted(call):
-            await engine.score(request_of(tiny_cells), call)
+            await engine.scores.score(request_of(tiny_cells), call)
 
     with pytest.raises(DeadlineExceededError):
         await ask()
@@ -307,7 +307,7 @@ async def test_a_score_that_was_let_in_is_finished_at_shutdown(engine: Engine, m
     request = ScoreRequest(
         embeddings=np.ones((24, 2), dtype=np.float32), perturbations=LABELS, control="control", options=OPTIONS
     )
-    accepted = asyncio.ensure_future(admitted(engine, lambda call: engine.score(request, call)))
+    accepted = asyncio.ensure_future(admitted(engine, lambda call: engine.scores.score(request, call)))
     await until(reached.is_set)
     closing = asyncio.ensure_future(engine.close())
     await asyncio.sleep(0)

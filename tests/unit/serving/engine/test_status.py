@@ -18,7 +18,8 @@ from perturbscope.errors import (
     UnsupportedMediaTypeError,
     error_classes,
 )
-from serving.engine.status import STATUS, internal, status_of
+from serving.call import Call
+from serving.engine.status import STATUS, explain, status_of
 
 CLASSES = sorted(error_classes().values(), key=lambda cls: cls.__name__)
 
@@ -53,7 +54,7 @@ def test_the_table_names_classes_of_the_tree_only() -> None:
 
 
 def test_an_internal_error_says_where_to_look_and_nothing_else() -> None:
-    error = internal("abc123")
+    error = explain(ValueError("a secret of ours"), Call("/v1/embed", "http", id="abc123"))
     assert status_of(error) == (500, grpc.StatusCode.INTERNAL)
     assert error.to_dict() == {
         "code": "internal",

@@ -10,31 +10,31 @@ from collections.abc import Callable
 import pytest
 
 from serving.engine import threads
-from serving.engine.threads import LARGE, SMALL, GoneError, Job, Turns, Workers
+from serving.engine.engine import LARGE, SMALL, Engine
+from serving.engine.threads import GoneError, Job, Turns
 
 
-async def test_large_work_leaves_threads_to_small() -> None:
-    pool, gate = Workers(), threading.Event()
+async def test_large_work_leaves_threads_to_small(engine: Engine) -> None:
+    gate = threading.Event()
 
     def wait(_: bytes) -> bool:
         return gate.wait(30)
 
-    large = [asyncio.ensure_future(pool.run(wait, bytes(LARGE))) for _ in range(50)]
+    large = [asyncio.ensure_future(engine.work(wait, bytes(LARGE))) for _ in range(50)]
     async with asyncio.timeout(60):
-        assert await pool.run(len, b"123") == 3
+        assert await engine.work(len, b"123") == 3
     for task in large[1:]:
         task.cancel()
     gate.set()
     assert await large[0]
     await asyncio.gather(*large[1:], return_exceptions=True)
-    pool.close()
 
 
-async def test_work_that_nobody_waits_for_any_more_is_never_begun() -> None:
-    pool, gate = Workers(), threading.Event()
+async def test_work_that_nobody_waits_for_any_more_is_never_begun(engine: Engine) -> None:
+    gate = threading.Event()
     ran: list[int] = []
-    blocking = [asyncio.ensure_future(pool.run(gate.wait, 30)) for _ in range(100)]
-    gone = asyncio.ensure_future(pool.run(ran.append, 1))
+    blocking = [asyncio.ensure_future(engine.work(gate.wait, 30)) for _ in range(100)]
+    gone = asyncio.ensure_future(engine.work(ran.append, 1))
     await asyncio.sleep(0)
     gone.cancel()
     # The thread pool hears of it one turn of the loop later.
@@ -43,7 +43,6 @@ async def test_work_that_nobody_waits_for_any_more_is_never_begun() -> None:
     gate.set()
     await asyncio.gather(*blocking)
     assert ran == []
-    pool.close()
 
 
 @pytest.fixture
@@ -157,14 +156,12 @@ def test_no_more_compute_than_are_allowed() -> None:
     assert all(score.job.computed() > 0 for score in scores)
 
 
-async def test_small_work_is_done_at_once_and_other_work_on_threads() -> None:
-    pool = Workers()
+async def test_small_work_is_done_at_once_and_other_work_on_threads(engine: Engine) -> None:
     here = threading.current_thread()
 
     def where(*_: object) -> threading.Thread:
         return threading.current_thread()
 
-    assert await pool.run(where, b"x" * SMALL) is here
-    assert await pool.run(where, b"x" * (SMALL + 1)) is not here
-    assert await pool.run(where) is not here, "nothing tells how long it takes"
-    pool.close()
+    assert await engine.work(where, b"x" * SMALL) is here
+    assert await engine.work(where, b"x" * (SMALL + 1)) is not here
+    assert await engine.work(where) is not here, "nothing tells how long it takes"

@@ -182,7 +182,7 @@ async def test_a_failed_request_names_the_code_and_no_data(
 
 
 def test_the_message_of_an_overload_is_written_but_not_that_of_bad_input() -> None:
-    from serving.engine.operations import explain
+    from serving.engine.status import explain
 
     call = a_call()
     explain(InvalidParameterError("'PATIENT-17' is no gene."), call)

@@ -1,0 +1,202 @@
+"""Scores, comparisons and result pages, for both transports: who computes when, and what they may cost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.inference.embedder import Embeddings
+from perturbscope.protocol.messages import CompareAnswer, CompareRequest, Meta, ScoreAnswer, ScoreRequest
+from perturbscope.tasks.trained_on import Fingerprint, Seen, find_seen
+from serving.access import limits
+from serving.call import Call
+from serving.engine.reports import ReportAnswer, ReportRequest, make_report
+from serving.engine.threads import Job, Turns
+from serving.models.registry import ModelRegistry
+from serving.settings import Settings
+
+Scored = TypeVar("Scored")
+
+
+class Scores:
+    """Scores and compares cells, embedding them first if the caller brings counts.
+
+    Parameters
+    ----------
+    settings
+        Limits of requests.
+    registry
+        The models that are served.
+    embed
+        Embeds cells, as :meth:`Engine.embed_cells`.
+    work
+        Runs what would block, as :meth:`Engine.work`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        registry: ModelRegistry,
+        embed: Callable[[str | None, CountMatrix, Call], Awaitable[Embeddings]],
+        work: Callable[..., Awaitable[Any]],
+    ) -> None:
+        self._settings, self._registry, self._embed, self._work = settings, registry, embed, work
+        self.n_jobs = 0
+        """Score requests that are computed, or wait for their turn."""
+        # A thread for each score that may be in progress; no more than score_workers of them compute.
+        self._threads = ThreadPoolExecutor(settings.max_requests, thread_name_prefix="perturbscope-score")
+        self._turns = Turns(settings.score_workers)
+
+    async def score(self, request: ScoreRequest, call: Call | None = None) -> ScoreAnswer:
+        """Score every perturbation against the controls. Raises as :meth:`Engine.embed` and `score_perturbations`."""
+        from perturbscope.scoring.control import score_perturbations
+
+        call, embeddings, meta, warnings = await self._begin(request, call)
+        score = partial(
+            score_perturbations,
+            embeddings,
+            request.perturbations,
+            control=request.control,
+            batches=request.batches,
+            options=request.options,
+        )
+        result, seconds = await self._scored(score, call)
+        result = replace(result, warnings=[*warnings, *result.warnings])
+        return ScoreAnswer(result=result, meta=_timed(meta, seconds))
+
+    async def compare(self, request: CompareRequest, call: Call | None = None) -> CompareAnswer:
+        """Compare perturbations with each other. Raises as :meth:`Engine.embed` and `compare_perturbations`."""
+        from perturbscope.scoring.pairs import compare_perturbations
+
+        call, embeddings, meta, warnings = await self._begin(request, call)
+        compare = partial(
+            compare_perturbations,
+            embeddings,
+            request.perturbations,
+            pairs=request.pairs,
+            control=request.control,
+            batches=request.batches,
+            options=request.options,
+        )
+        result, seconds = await self._scored(compare, call)
+        result = replace(result, warnings=[*warnings, *result.warnings])
+        return CompareAnswer(result=result, meta=_timed(meta, seconds))
+
+    async def report(self, request: ReportRequest, call: Call | None = None) -> ReportAnswer:
+        """Make the result page of a score. Raises as :meth:`score`."""
+        call, embeddings, meta, warnings = await self._begin(request.score, call)
+        report, seconds = await self._scored(partial(make_report, request, embeddings, meta, warnings), call)
+        return ReportAnswer(report=report, meta=_timed(meta, seconds))
+
+    def seen(self, request: Any, file: Fingerprint | None, call: Call | None = None) -> Seen | None:
+        """Return which cells of an uploaded file the answering model was trained on; None without a file."""
+        if file is None:
+            return None
+        if call is not None and call.model is not None:
+            return find_seen(call.model.training, file)
+        asked = request.score if isinstance(request, ReportRequest) else request
+        with self._registry.lease(asked.model) as model:
+            return find_seen(model.embedder.training, file)
+
+    def close(self) -> None:
+        """Begin no more scores."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _begin(
+        self, request: ScoreRequest | CompareRequest, call: Call | None
+    ) -> tuple[Call, NDArray[np.float32], Meta, list[str]]:
+        """Count and check a request, embed its cells, and hold the memory of its score.
+
+        The memory is held before the score begins: scores that wait for their turn keep what they have computed.
+        """
+        call = call or Call("", "http")
+        call.take(len(request.perturbations))
+        limits.check_options(self._settings, request.options)
+        embeddings, meta, warnings = await self._embeddings(request, call)
+        needed = await self._work(_score_bytes, request, embeddings.shape[1])
+        call.reserve(needed, "Ask for smaller groups (max_cells), or compare fewer perturbations at a time.")
+        return call, embeddings, meta, warnings
+
+    async def _embeddings(
+        self, request: ScoreRequest | CompareRequest, call: Call
+    ) -> tuple[NDArray[np.float32], Meta, list[str]]:
+        """Return the vectors to be scored: the caller's own, or those of the cells."""
+        if request.cells is None:
+            vectors = cast("NDArray[np.float32]", request.embeddings)
+            limits.check_vectors(self._settings, len(vectors))
+            return vectors, Meta(), []
+        # A missing control label should not cost the embedding of all cells.
+        await self._work(_check_labels, request)
+        embedded = await self._embed(request.model, request.cells, call)
+        meta = Meta(
+            model_id=embedded.model_id,
+            vocabulary_hash=embedded.vocabulary_hash,
+            coverage=embedded.coverage,
+            timings=embedded.timings,
+            variant=embedded.variant,
+        )
+        return embedded.values, meta, embedded.warnings()
+
+    async def _scored(self, score: Callable[..., Scored], call: Call) -> tuple[Scored, float]:
+        """Score on a thread of its own, when it is its turn. When the caller goes, it ends at its next progress."""
+        job = self._turns.new()
+        self.n_jobs += 1
+        try:
+            with call.stage("score_queue") as stage:
+                scored, seconds = await asyncio.get_running_loop().run_in_executor(
+                    self._threads, _in_turn, self._turns, job, call.caller.name, score
+                )
+                stage.ended_with("score", seconds)
+        except asyncio.CancelledError:
+            self._turns.cancel(job)
+            raise
+        finally:
+            self.n_jobs -= 1
+        return scored, seconds
+
+
+def annotated(answer: Any, warnings: list[str], seen: Seen | None) -> Any:
+    """Return the answer to an uploaded file with its warnings, which begin with the cells the model has seen."""
+    if isinstance(answer, ReportAnswer):
+        scores = answer.report.scores
+        scores = replace(scores, warnings=scores.warnings + warnings)
+        return replace(answer, report=replace(answer.report, scores=seen.add_to(scores) if seen else scores))
+    result = replace(answer.result, warnings=answer.result.warnings + warnings)
+    return replace(answer, result=seen.add_to(result) if seen else result)
+
+
+def _in_turn(turns: Turns, job: Job, flow: str, score: Callable[..., Scored]) -> tuple[Scored, float]:
+    with turns.turn(job, flow):
+        return score(progress=lambda stage, done, total: job.step()), job.computed()
+
+
+def _score_bytes(request: ScoreRequest | CompareRequest, width: int) -> int:
+    return limits.score_bytes(
+        request.perturbations,
+        request.control,
+        request.options,
+        pairs=isinstance(request, CompareRequest),
+        width=width,
+        batches=request.batches is not None,
+    )
+
+
+def _check_labels(request: ScoreRequest | CompareRequest) -> None:
+    """Make the checks of labels that scoring makes, on vectors of ones."""
+    from perturbscope.scoring.labels import Groups
+
+    ones = np.ones((len(request.perturbations), 1))
+    groups = Groups.of(ones, request.perturbations, request.batches, request.options, control=request.control)
+    groups.scorable([name for name in groups.sizes if name != request.control], request.options)
+
+
+def _timed(meta: Meta, seconds: float) -> Meta:
+    return replace(meta, timings={**meta.timings, "score": seconds})
