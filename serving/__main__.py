@@ -1,4 +1,4 @@
-"""``python -m serving`` serves; ``python -m serving keys`` and ``... healthcheck`` are the commands beside it."""
+"""``python -m serving`` starts the server; ``python -m serving keys`` and ``python -m serving healthcheck`` help it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names; without one, serve. Returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     # Each command is imported when it is asked for: a container runs the health check every few seconds.
-    match given[:1]:
+    match words[:1]:
         case ["healthcheck"]:
             from serving.commands import healthcheck
 
@@ -18,11 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case ["keys"]:
             from serving.commands import keys
 
-            return keys.main(given[1:])
+            return keys.main(words[1:])
         case _:
             from serving.commands import serve
 
-            return serve.main(given)
+            return serve.main(words)
 
 
 if __name__ == "__main__":

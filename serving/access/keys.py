@@ -1,8 +1,8 @@
 """API keys: a file of hashes, read again whenever it changes.
 
-A key is ``psk_<id>_<secret>``. Its secret is 256 random bits, so one SHA-256 is enough: slow hashes protect what people
-choose and others can guess, and here they would only let strangers make the server compute. The id is no secret; it
-finds the entry, and the hash is compared in constant time.
+A key is ``psk_<id>_<secret>``. Its secret is 256 random bits, so one SHA-256 is enough: slow hashes protect passwords,
+which can be guessed, and here they would only let strangers make the server compute. The id is no secret; it finds the
+entry, and the hash is compared in constant time.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from serving.call import Caller, Right
 from serving.telemetry.log import logger
 
 MESSAGE = "This server wants a valid API key. Send it as 'authorization: Bearer KEY' or as 'x-api-key: KEY'."
-"""What everyone is told who has none, whatever is wrong with what they sent."""
+"""The one message to callers without a good key, whatever is wrong with the key that they sent."""
 CLOCK_TOLERANCE = 300.0
 """Seconds that a wall clock may be set back before a key that has expired is noticed by the monotonic clock."""
 _KEY = re.compile(r"psk_([0-9a-f]{8})_[A-Za-z0-9_-]{43}", re.ASCII)
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _MAX_FILE_BYTES = 2**20
 _NOBODY = hashlib.sha256(secrets.token_bytes(32)).hexdigest()
-"""Compared with where no entry has the id: the answer then takes as long."""
+"""Hash that a key is compared with if no entry has its id, so that the answer takes as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,17 @@ class Key:
     id
         Eight hexadecimal digits; part of the key.
     name
-        Of the caller; goes to the log and to metrics. Several keys may have one name, while one replaces the other.
+        Name of the caller, for the log and metrics. Several keys may have one name, while one replaces the other.
     sha256
-        Of the whole key.
+        Hash of the whole key.
     rights
-        What it may do.
+        Kinds of requests that the key allows.
     expires
-        From when on it is refused, ISO 8601 with a time zone; None: never.
+        Time from which on the key is refused, ISO 8601 with a time zone; None: never.
     requests_per_minute, cells_per_minute
-        Its share; None: no limit.
+        Limits of the key's use; None: no limit.
     disabled
-        Refused at once.
+        Whether the key is refused now.
     """
 
     id: str
@@ -87,7 +87,7 @@ class Key:
 
     @property
     def expires_at(self) -> float:
-        """Seconds since 1970; infinite: never."""
+        """Time from which on the key is refused, in seconds since 1970; infinite: never."""
         if self.expires is None:
             return float("inf")
         try:
@@ -100,12 +100,12 @@ class Key:
 
     @property
     def caller(self) -> Caller:
-        """Who asks with it."""
+        """The caller that sends this key."""
         return Caller(self.name, frozenset(self.rights), self.requests_per_minute, self.cells_per_minute)
 
 
 def make_key(name: str, **options: Any) -> tuple[Key, str]:
-    """A new entry, and the key itself, which is kept nowhere."""
+    """Make a new entry, and the key itself, which is stored nowhere."""
     identifier = secrets.token_hex(4)
     text = f"psk_{identifier}_{secrets.token_urlsafe(32)}"
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -118,7 +118,7 @@ def digest(text: str) -> str:
 
 
 def keys_from_json(data: bytes) -> tuple[Key, ...]:
-    """The entries of a file. Raises InvalidParameterError; a field that nobody knows is an error, never overlooked."""
+    """Parse the entries of a file. Raises InvalidParameterError, also for a field that is not known."""
     try:
         content = json.loads(data)
     except ValueError as error:
@@ -145,12 +145,12 @@ def keys_from_json(data: bytes) -> tuple[Key, ...]:
 
 
 def keys_to_json(keys: tuple[Key, ...]) -> bytes:
-    """The content of the file."""
+    """Return the content of a file of keys."""
     return json.dumps({"keys": [asdict(key) for key in keys]}, indent=1).encode() + b"\n"
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """The entries of a file. Raises InvalidParameterError where it is missing, too large or bad."""
+    """Read the entries of a file. Raises InvalidParameterError if it is missing, too large or bad."""
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_FILE_BYTES + 1)
@@ -162,26 +162,26 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 
 class KeyFile:
-    """The keys of a file, for as long as the file says.
+    """The doorkeeper of a server with a file of keys.
 
     A changed file counts from the next request on. If the new one is bad or gone, the keys of the last good one stay
     and the log says so: a slip of the hand neither locks everyone out nor lets anyone in.
 
     A key expires by the wall clock. The time at which the process began, carried on by the monotonic clock, counts too,
-    with five minutes of tolerance: a wall clock that is set back does not revive a key that has expired. A wall clock
-    that is set forward by mistake refuses keys until it is right again.
+    with five minutes of tolerance: setting the wall clock back does not revive a key that has expired. While the wall
+    clock is wrongly set forward, keys that it takes for expired are refused.
 
     Parameters
     ----------
     path
-        The file.
+        File of keys.
     wall, monotonic
-        The clocks, in seconds.
+        Functions that return the time of the two clocks, in seconds.
 
     Raises
     ------
     InvalidParameterError
-        The file is missing or bad; a server does not start without it.
+        The file is missing or bad; the server does not start.
     """
 
     def __init__(
@@ -194,22 +194,28 @@ class KeyFile:
         self._path, self._wall, self._monotonic = path, wall, monotonic
         self._started = wall() - monotonic()
         self._failed = FailedKeys(clock=monotonic)
-        self._signature = self._look()
-        self._keys = self._take(read_keys(path))
-
-    def __len__(self) -> int:
-        return len(self._keys)
+        self._signature = self._file_state()
+        self._keys = self._by_id(read_keys(path))
 
     def caller(self, headers: Mapping[str, str], peer: str = "") -> Caller:
-        """Who sent these headers. Raises UnauthenticatedError, and RateLimitedError after many bad keys of a peer."""
+        """Return the caller that sent these headers from the address `peer`.
+
+        Raises
+        ------
+        UnauthenticatedError
+            There is no key, more than one, or one that is unknown, disabled or expired.
+        RateLimitedError
+            The address has sent many bad keys.
+        """
         self._reload()
-        given = _credentials(headers)
-        text = given[0] if len(given) == 1 else ""
+        credentials = _credentials(headers)
+        text = credentials[0] if len(credentials) == 1 else ""
         match = _KEY.fullmatch(text)
         key = self._keys.get(match[1]) if match else None
         fits = hmac.compare_digest(digest(text), key.sha256 if key else _NOBODY)
         if not fits or key is None:
-            self._refuse(peer, "none" if not given else "several" if len(given) > 1 else "unknown", None)
+            why = "none" if not credentials else "several" if len(credentials) > 1 else "unknown"
+            self._refuse(peer, why, None)
         if key.disabled:
             self._refuse(peer, "disabled", key)
         if self._is_over(key.expires_at):
@@ -222,49 +228,49 @@ class KeyFile:
     def _refuse(self, peer: str, why: str, key: Key | None) -> NoReturn:
         if peer:
             self._failed.count(peer)
-            # What was sent is not logged: it may be a good key with one letter too many.
+            # The text that was sent is not logged: it may be a good key with one letter too many.
             logger.warning("key refused: %s key=%s peer=%s", why, f"{key.name}/{key.id}" if key else "-", peer[:64])
         raise UnauthenticatedError(MESSAGE)
 
-    def _look(self) -> tuple[int, ...] | None:
+    def _file_state(self) -> tuple[int, ...] | None:
         try:
-            found = self._path.stat()
+            stat = self._path.stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+        return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
     def _reload(self) -> None:
-        signature = self._look()
+        signature = self._file_state()
         if signature == self._signature:
             return
         self._signature = signature
         try:
-            self._keys = self._take(read_keys(self._path))
+            self._keys = self._by_id(read_keys(self._path))
         except InvalidParameterError as error:
             logger.error("the file of keys is not usable, the %d keys before stay: %s", len(self._keys), error.message)
         else:
             logger.info("the file of keys was read again: %d keys", len(self._keys))
 
-    def _take(self, keys: tuple[Key, ...]) -> dict[str, Key]:
+    def _by_id(self, keys: tuple[Key, ...]) -> dict[str, Key]:
         if not keys:
             logger.warning("the file of keys has no keys: nobody can get in")
         return {key.id: key for key in keys}
 
 
 def doorkeeper(path: str) -> Doorkeeper:
-    """That of a server: its file of keys; where none is set, everyone may come in."""
+    """Return the doorkeeper of a server: that of its file of keys or, if none is set, one that lets everyone in."""
     return KeyFile(Path(path)) if path else OpenDoor()
 
 
 def _credentials(headers: Mapping[str, str]) -> list[str]:
-    """What is presented as a key; more than one is as good as none."""
+    """Return the keys that the headers hold; a request must have exactly one."""
     every = getattr(headers, "getlist", None) or (lambda name: [headers[name]] if name in headers else [])
-    found = list(every("x-api-key"))
+    credentials = list(every("x-api-key"))
     for value in every("authorization"):
         scheme, _, text = value.partition(" ")
         if scheme.lower() == "bearer":
-            found.append(text.strip())
-    return found
+            credentials.append(text.strip())
+    return credentials
 
 
 def _bad(what: str) -> NoReturn:

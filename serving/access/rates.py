@@ -1,4 +1,4 @@
-"""How much one caller may ask for: token buckets on requests and on cells, and on failed keys of one address.
+"""Rates: token buckets for the requests and cells of each caller, and for the bad keys of each address.
 
 A bucket holds one minute's allowance, fills evenly, and is counted on the monotonic clock, so that setting the wall
 clock neither empties nor fills it. The keys of one name share their buckets: rotating a key doubles nothing.
@@ -17,20 +17,20 @@ from serving.call import Caller
 
 _MINUTE = 60.0
 FAILURES_PER_MINUTE = 30
-"""Bad keys of one address that are answered and logged as such."""
+"""Bad keys of one address that are answered and logged as bad keys."""
 _PEERS = 4096
-"""Addresses that are remembered; the longest silent is forgotten first."""
+"""Addresses that are remembered; the one that was silent for longest is forgotten first."""
 
 
 class Bucket:
-    """An allowance a minute that fills evenly; full at first.
+    """An allowance per minute that fills evenly; full at first.
 
     Parameters
     ----------
     per_minute
-        The allowance, and the most that is saved up.
+        Allowance per minute, and the most that is saved up.
     now
-        The monotonic time, in seconds.
+        Time of the monotonic clock, in seconds.
     """
 
     __slots__ = ("_at", "level", "per_minute")
@@ -39,19 +39,19 @@ class Bucket:
         self.per_minute, self.level, self._at = per_minute, float(per_minute), now
 
     def wait(self, n: int, now: float) -> float:
-        """Seconds until `n` are there; 0 if they are now."""
+        """Seconds until the bucket holds `n`; 0 if it does now."""
         self.level = min(self.per_minute, self.level + max(0.0, now - self._at) * self.per_minute / _MINUTE)
         self._at = now
         return max(0.0, (n - self.level) * _MINUTE / self.per_minute)
 
 
 class RateLimiter:
-    """Counts what each caller asks for. One event loop uses it.
+    """Counts the requests and cells of each caller; for one event loop.
 
     Parameters
     ----------
     clock
-        Monotonic seconds.
+        Function that returns monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -59,14 +59,14 @@ class RateLimiter:
         self._buckets: dict[tuple[str, str], Bucket] = {}
 
     def take(self, caller: Caller, cells: int = 0, *, requests: int = 0) -> None:
-        """Take from the caller's share; one that is refused takes nothing.
+        """Take from the caller's allowance; a request that is refused takes nothing.
 
         Raises
         ------
         RateLimitedError
-            The share is used up; ``retry_after`` is when there is room for this.
+            The allowance is used up; ``retry_after`` is the time until it suffices.
         LimitExceededError
-            More cells than the caller may have in a whole minute: waiting would not help.
+            The request has more cells than the caller may have in a whole minute: waiting would not help.
         """
         for what, n, per_minute in (
             ("requests", requests, caller.requests_per_minute),
@@ -83,7 +83,7 @@ class RateLimiter:
             now = self._clock()
             bucket = self._buckets.get((caller.name, what))
             if bucket is None or bucket.per_minute != per_minute:
-                # The file of keys has changed: what was used up stays used up.
+                # The file of keys has changed: the allowance that was used up stays used up.
                 used = 0.0 if bucket is None else max(0.0, bucket.per_minute - bucket.level)
                 bucket = self._buckets[caller.name, what] = Bucket(per_minute, now)
                 bucket.level -= used
@@ -99,27 +99,24 @@ class RateLimiter:
 
 
 class FailedKeys:
-    """Counts bad keys by the address that sent them. A good key is never refused for what its neighbours sent.
+    """Counts bad keys by the address that sent them. A good key is never refused because of its neighbours.
 
-    A secret has 256 bits, so that guessing is hopeless at any speed; this bounds what guessing costs us, and the log.
+    A secret has 256 bits, so that guessing is hopeless at any speed; this bounds the cost of guesses, and the log.
 
     Parameters
     ----------
     per_minute
-        How many are answered as bad keys.
+        Bad keys per minute and address that are answered as bad keys.
     clock
-        Monotonic seconds.
+        Function that returns monotonic seconds.
     """
 
     def __init__(self, per_minute: int = FAILURES_PER_MINUTE, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_minute, self._clock = per_minute, clock
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._buckets)
-
     def count(self, peer: str) -> None:
-        """One more from this address. Raises RateLimitedError where there were too many."""
+        """Count one more bad key of an address. Raises RateLimitedError if there were too many."""
         now, network = self._clock(), network_of(peer)
         bucket = self._buckets.pop(network, None) or Bucket(self._per_minute, now)
         self._buckets[network] = bucket
@@ -132,7 +129,7 @@ class FailedKeys:
 
 
 def network_of(peer: str) -> str:
-    """What is counted together: an IPv4 address, or the /64 of an IPv6 address, which one household or host has.
+    """Return the network that an address is counted by: an IPv4 address, or the /64 of an IPv6 address.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""TLS for both servers, and mutual TLS: a client without a certificate of the right authority does not get in.
+"""TLS of both servers, and mutual TLS, which refuses clients without a certificate of the right authority.
 
-gRPC looks at the files at each handshake, so that a renewed certificate counts at once; connections that exist keep the
-old one. HTTP reads them when it starts.
+gRPC checks the files at each handshake, so that a renewed certificate counts at once; existing connections keep the old
+one. HTTP reads them when it starts.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _Files = tuple[bytes, bytes, bytes | None]
 
 
 def check(settings: Settings) -> None:
-    """Refuse files that a server could not serve with; callable before there is one.
+    """Refuse certificates and keys that cannot be used, before the server starts.
 
     Raises
     ------
     InvalidParameterError
-        One is missing, or is no certificate or key, or the two do not belong together.
+        A file is missing, or is no certificate or key, or the two do not belong together.
     """
     if not settings.tls_certificate:
         return
@@ -45,7 +45,7 @@ def check(settings: Settings) -> None:
 
 
 def bentoml_options(settings: Settings) -> list[str]:
-    """What ``bentoml serve`` is told for HTTP."""
+    """Return the options of ``bentoml serve`` for TLS over HTTP."""
     if not settings.tls_certificate:
         return []
     options = ["--ssl-certfile", settings.tls_certificate, "--ssl-keyfile", settings.tls_key]
@@ -55,13 +55,13 @@ def bentoml_options(settings: Settings) -> list[str]:
 
 
 def grpc_credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """Of the gRPC server, which follow their files; None where no certificate is set. Raises as :func:`check`."""
+    """Return credentials of the gRPC server that follow their files; None without TLS. Raises as :func:`check`."""
     if not settings.tls_certificate:
         return None
     check(settings)
     return grpc.dynamic_ssl_server_credentials(
         _configuration(_read(settings)),
-        cast("Any", _Renewed(settings)),  # None means no change, which the stubs do not know
+        cast("Any", _Renewed(settings)),  # None means no change, which gRPC's type stubs do not know
         require_client_authentication=bool(settings.tls_client_ca),
     )
 
@@ -71,14 +71,14 @@ class _Renewed:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._seen = self._look()
+        self._state = self._file_states()
 
     def __call__(self) -> grpc.ServerCertificateConfiguration | None:
-        """The new files, or None: the old ones stay. Never raises."""
-        seen = self._look()
-        if seen == self._seen:
+        """Return the new files, or None: the old ones stay. Never raises."""
+        state = self._file_states()
+        if state == self._state:
             return None
-        self._seen = seen
+        self._state = state
         try:
             check(self._settings)
             configuration = _configuration(_read(self._settings))
@@ -88,21 +88,20 @@ class _Renewed:
         logger.info("gRPC took the new certificate")
         return configuration
 
-    def _look(self) -> list[tuple[int, int, int] | None]:
-        return [_signature(path) for path in _paths(self._settings)]
+    def _file_states(self) -> list[tuple[int, int, int] | None]:
+        return [_file_state(path) for path in _paths(self._settings)]
 
 
 def _paths(settings: Settings) -> list[str]:
-    given = [settings.tls_key, settings.tls_certificate, settings.tls_client_ca]
-    return [path for path in given if path]
+    return [path for path in (settings.tls_key, settings.tls_certificate, settings.tls_client_ca) if path]
 
 
-def _signature(path: str) -> tuple[int, int, int] | None:
+def _file_state(path: str) -> tuple[int, int, int] | None:
     try:
-        found = Path(path).stat()
+        stat = Path(path).stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def _read(settings: Settings) -> _Files:

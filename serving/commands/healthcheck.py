@@ -1,8 +1,8 @@
 """``python -m serving healthcheck``: exit 0 if the server of this machine is ready; for containers.
 
-It asks over HTTP, or HTTPS where TLS is set. It does not ask who answers: it is this machine. Where clients must show a
-certificate it shows the server's own, which the clients' authority must then have signed; where it has not, ask
-otherwise (a TCP probe, or gRPC's health service with a certificate of the prober).
+It asks over HTTP, or HTTPS if TLS is set. It does not check the server's certificate: the server is this machine. If
+clients must show a certificate, it shows the server's own, which the clients' authority must then have signed; if that
+is not so, use another probe (TCP, or gRPC's health service with a certificate of its own).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ TIMEOUT = 4.0
 
 
 def main(environ: Mapping[str, str] | None = None) -> int:
-    """Ask once. Returns 0 or 1; says on stderr why not."""
-    found = {name: value for name, value in (os.environ if environ is None else environ).items() if value}
-    host = found.get("PERTURBSCOPE_HOST", "127.0.0.1")
+    """Ask once. Returns 0, or 1 and writes the reason to stderr."""
+    variables = {name: value for name, value in (os.environ if environ is None else environ).items() if value}
+    host = variables.get("PERTURBSCOPE_HOST", "127.0.0.1")
     try:
         address = ipaddress.ip_address(host)
         if address.is_unspecified:
@@ -30,13 +30,13 @@ def main(environ: Mapping[str, str] | None = None) -> int:
         host = f"[{address}]" if address.version == 6 else str(address)
     except ValueError:
         pass  # a name
-    certificate, context = found.get("PERTURBSCOPE_TLS_CERTIFICATE"), None
+    certificate, context = variables.get("PERTURBSCOPE_TLS_CERTIFICATE"), None
     try:
         if certificate:
             context = ssl._create_unverified_context()  # noqa: S323  see above
-            if found.get("PERTURBSCOPE_TLS_CLIENT_CA"):
-                context.load_cert_chain(certificate, found.get("PERTURBSCOPE_TLS_KEY"))
-        url = f"{'https' if certificate else 'http'}://{host}:{found.get('PERTURBSCOPE_HTTP_PORT', '3000')}/readyz"
+            if variables.get("PERTURBSCOPE_TLS_CLIENT_CA"):
+                context.load_cert_chain(certificate, variables.get("PERTURBSCOPE_TLS_KEY"))
+        url = f"{'https' if certificate else 'http'}://{host}:{variables.get('PERTURBSCOPE_HTTP_PORT', '3000')}/readyz"
         # Without a proxy, whatever the environment says.
         handlers = [urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)]
         with urllib.request.build_opener(*handlers).open(url, timeout=TIMEOUT):

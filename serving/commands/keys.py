@@ -1,4 +1,4 @@
-"""``python -m serving keys``: make, list, replace and end API keys. The server notices by itself."""
+"""``python -m serving keys``: make, list, rotate and revoke API keys. A running server notices by itself."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from serving.access.keys import Key, keys_to_json, make_key, read_keys
 from serving.call import Right
 
 GRACE_HOURS = 24
-"""Hours that a key stays good beside the one that replaces it."""
+"""Default of the hours that a key stays good beside the one that replaces it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 2 for a bad option or file."""
+    """Run a command. Returns 0, or 2 for a bad option or file."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -48,7 +48,7 @@ def add(options: argparse.Namespace) -> None:
 
 
 def list_keys(options: argparse.Namespace) -> None:
-    """Print what is known of each key, which is not the key."""
+    """Print the entry of each key; the key itself is not known."""
     now = datetime.now(UTC).timestamp()
     for key in read_keys(options.file):
         state = "revoked" if key.disabled else "expired" if key.expires_at <= now else "good"
@@ -59,25 +59,25 @@ def list_keys(options: argparse.Namespace) -> None:
 
 
 def revoke(options: argparse.Namespace) -> None:
-    """End a key by its id, or all keys of a name."""
+    """Revoke a key by its id, or all keys of a name."""
     with edited(options.file) as keys:
-        found = [i for i, key in enumerate(keys) if options.key in (key.id, key.name)]
-        if not found:
+        matches = [i for i, key in enumerate(keys) if options.key in (key.id, key.name)]
+        if not matches:
             raise InvalidParameterError(f"{options.file} has no key with the id or name {options.key!r}.")
-        for i in found:
+        for i in matches:
             keys[i] = replace(keys[i], disabled=True)
-    sys.stdout.write("".join(f"revoked {keys[i].id} ({keys[i].name})\n" for i in found))
+    sys.stdout.write("".join(f"revoked {keys[i].id} ({keys[i].name})\n" for i in matches))
 
 
 def rotate(options: argparse.Namespace) -> None:
-    """Make a successor with the same name, rights and share; the old one ends after the grace."""
+    """Make a successor with the same name, rights and limits; the old key expires after the grace."""
     with edited(options.file) as keys:
-        found = [i for i, key in enumerate(keys) if options.key in (key.id, key.name) and not key.disabled]
-        if not found:
+        matches = [i for i, key in enumerate(keys) if options.key in (key.id, key.name) and not key.disabled]
+        if not matches:
             raise InvalidParameterError(f"{options.file} has no good key with the id or name {options.key!r}.")
-        old = keys[found[-1]]
+        old = keys[matches[-1]]
         end = datetime.now(UTC) + timedelta(hours=options.grace_hours)
-        for i in found:
+        for i in matches:
             if keys[i].expires_at > end.timestamp():
                 keys[i] = replace(keys[i], expires=end.isoformat(timespec="seconds"))
         key, text = make_key(
@@ -94,7 +94,7 @@ def rotate(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def edited(path: Path, *, create: bool = False) -> Iterator[list[Key]]:
-    """The keys of a file, written back whole: a reader sees the old file or the new one, and two editors wait."""
+    """Edit the keys of a file, which is then replaced whole: readers see the old file or the new one; editors queue."""
     folder = os.open(path.parent, os.O_RDONLY) if path.parent.is_dir() else None
     if folder is None:
         raise InvalidParameterError(f"{path.parent} is no directory.", field="file")
@@ -124,7 +124,7 @@ def _print_once(key: Key, text: str) -> None:
 
 
 def _time(text: str | None) -> str | None:
-    """A date means its end, in UTC."""
+    """Parse a time, or a date, which means the end of that day in UTC."""
     if text is None:
         return None
     try:
@@ -141,25 +141,25 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text)
-        made.add_argument("--file", type=Path, required=True, help="file of keys (PERTURBSCOPE_KEYS of the server)")
-        made.set_defaults(run=run)
-        return made
+        options = commands.add_parser(name, help=text, description=text)
+        options.add_argument("--file", type=Path, required=True, help="file of keys (PERTURBSCOPE_KEYS of the server)")
+        options.set_defaults(run=run)
+        return options
 
-    made = command("add", add, "Make a key; it is printed once.")
-    made.add_argument("--name", required=True, help="of the caller; goes to the log")
-    made.add_argument("--right", action="append", choices=get_args(Right), help="repeatable; default infer")
-    made.add_argument("--expires", metavar="DATE", help="last day, such as 2027-01-31, or a time with zone")
-    made.add_argument("--requests-per-minute", type=int, metavar="N")
-    made.add_argument("--cells-per-minute", type=int, metavar="N")
+    options = command("add", add, "Make a key; it is printed once.")
+    options.add_argument("--name", required=True, help="name of the caller, for the log")
+    options.add_argument("--right", action="append", choices=get_args(Right), help="repeatable; default infer")
+    options.add_argument("--expires", metavar="DATE", help="last day, such as 2027-01-31, or a time with zone")
+    options.add_argument("--requests-per-minute", type=int, metavar="N")
+    options.add_argument("--cells-per-minute", type=int, metavar="N")
     command("list", list_keys, "Show the keys' ids, names, rights and ends.")
     for name, run, text in (
         ("revoke", revoke, "End a key at once."),
         ("rotate", rotate, "Make a successor of a key; the old one stays good for a while."),
     ):
-        made = command(name, run, text)
-        made.add_argument("key", metavar="ID_OR_NAME")
+        options = command(name, run, text)
+        options.add_argument("key", metavar="ID_OR_NAME")
         if name == "rotate":
-            made.add_argument("--grace-hours", type=float, default=GRACE_HOURS, help="default %(default)s")
-            made.add_argument("--expires", metavar="DATE", help="of the new key")
+            options.add_argument("--grace-hours", type=float, default=GRACE_HOURS, help="default %(default)s")
+            options.add_argument("--expires", metavar="DATE", help="last day of the new key")
     return parser

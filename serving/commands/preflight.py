@@ -1,4 +1,4 @@
-"""What can be known before the server starts: a server that cannot serve says why, and does not start.
+"""Checks before the server starts: one that cannot serve says why, and does not start.
 
 A worker that fails at start would be restarted again and again by its supervisor; so everything is tried once before
 there are workers.
@@ -21,24 +21,24 @@ from serving.telemetry import tracing
 
 
 def check(settings: Settings, *, http: bool = False) -> None:
-    """Check bundles, device and ports.
+    """Check bundles, repository, keys, certificates, device and ports.
 
     Parameters
     ----------
     settings
-        What is to be served, and where.
+        Settings of the server.
     http
-        Also check that the HTTP port is free; false where its socket is already ours.
+        Whether to check that the HTTP port is free too; False if this server holds its socket already.
 
     Raises
     ------
     BundleError
-        A bundle is missing, damaged, unsupported, or has not the variant.
+        A bundle is missing, damaged, unsupported, or lacks the variant.
     ProviderUnavailableError
-        The device was asked for and cannot be used.
+        The device of the settings cannot be used.
     InvalidParameterError
         The repository is no directory, a port is taken, a file of keys or certificates cannot be used, or traces are to
-        go over another protocol than gRPC.
+        be sent over another protocol than gRPC.
     """
     for path in settings.bundles:
         Bundle.open(path).graph(settings.variant)
@@ -56,7 +56,7 @@ def check(settings: Settings, *, http: bool = False) -> None:
 
 
 def check_device(settings: Settings) -> None:
-    """Raise ProviderUnavailableError unless the device truly runs the default model."""
+    """Run the default model on the device. Raises ProviderUnavailableError if that fails."""
     if settings.device == "cpu":
         return
     import onnxruntime as ort
@@ -65,12 +65,12 @@ def check_device(settings: Settings) -> None:
         # A listed provider can still fail to load. Try it in a process of its own, so that its memory on the device is
         # given back.
         command = [sys.executable, "-m", "serving.commands.preflight"]
-        tried = subprocess.run(  # noqa: S603  our own module, no shell
+        trial = subprocess.run(  # noqa: S603  our own module, no shell
             command, env=_environment(settings), cwd=ROOT, capture_output=True, text=True, check=False
         )
-        if tried.returncode == 0:
+        if trial.returncode == 0:
             return
-        lines = tried.stderr.strip().splitlines()
+        lines = trial.stderr.strip().splitlines()
         raise ProviderUnavailableError(lines[-1] if lines else "The device could not be tried.", field="device")
     raise ProviderUnavailableError(
         f"The device {settings.device!r} was asked for ({PREFIX}DEVICE), but this onnxruntime offers only "
@@ -81,7 +81,7 @@ def check_device(settings: Settings) -> None:
 
 
 def check_port(host: str, port: int, variable: str) -> None:
-    """Raise InvalidParameterError if nothing can listen on the port."""
+    """Raise InvalidParameterError if the server cannot listen on the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

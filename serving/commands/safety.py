@@ -1,4 +1,4 @@
-"""What is looked at before a server starts: are its keys and certificates usable, and is anything left open."""
+"""Checks of keys and certificates before the server starts, and warnings of what it leaves open."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from serving.settings import PREFIX, Settings
 
 
 def check(settings: Settings) -> None:
-    """Refuse keys and certificates that cannot be used. Raises InvalidParameterError."""
+    """Raise InvalidParameterError for keys and certificates that cannot be used."""
     if settings.keys:
         read_keys(Path(settings.keys))
     tls.check(settings)
 
 
 def check_http(settings: Settings, command_line: Sequence[str]) -> None:
-    """Refuse ``bentoml serve`` that would answer HTTP in clear text beside gRPC with TLS.
+    """Refuse a ``bentoml serve`` that would answer HTTP in clear text beside gRPC with TLS.
 
-    ``python -m serving`` tells BentoML of the certificate; whoever starts BentoML alone must do so too.
+    ``python -m serving`` gives BentoML the certificate; an operator who starts BentoML alone must do so too.
 
     Raises
     ------
     InvalidParameterError
-        A certificate is set, and the command line of BentoML has none.
+        A certificate is set, and the command line of BentoML names none.
     """
     if settings.tls_certificate and not any(part.startswith("--ssl-certfile") for part in command_line):
         raise InvalidParameterError(
@@ -40,22 +40,22 @@ def check_http(settings: Settings, command_line: Sequence[str]) -> None:
 
 
 def warnings(settings: Settings) -> list[str]:
-    """What an operator should know, and probably did not mean."""
-    found = []
+    """Return warnings of what the settings leave open, which the operator probably did not mean."""
+    messages = []
     if not settings.keys and not _is_loopback(settings.host):
-        found.append(
+        messages.append(
             f"Everyone who reaches {settings.host} may use this server: no API keys are set. Make some with python -m "
             f"serving keys add, and set {PREFIX}KEYS; or set {PREFIX}HOST=127.0.0.1."
         )
     if settings.keys and not settings.tls_certificate and not _is_loopback(settings.host):
-        found.append(
+        messages.append(
             f"API keys travel unencrypted to {settings.host}: set {PREFIX}TLS_CERTIFICATE and {PREFIX}TLS_KEY, or let "
             "a proxy on this machine end TLS."
         )
     for name, path in (("KEYS", settings.keys), ("TLS_KEY", settings.tls_key)):
         if path and _mode(path) & (stat.S_IWGRP | stat.S_IWOTH | (stat.S_IROTH if name == "TLS_KEY" else 0)):
-            found.append(f"Others may change or read {path} ({PREFIX}{name}): chmod 600 {path}.")
-    return found
+            messages.append(f"Others may change or read {path} ({PREFIX}{name}): chmod 600 {path}.")
+    return messages
 
 
 def _is_loopback(host: str) -> bool:

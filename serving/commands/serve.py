@@ -24,7 +24,7 @@ OPTIONS = {
     "keys": "file of API keys, see python -m serving keys",
     "tls_certificate": "file with the server's certificate",
     "tls_key": "file with its private key",
-    "tls_client_ca": "file with the authorities of clients' certificates; without one of these no client gets in",
+    "tls_client_ca": "file with the authorities of clients' certificates; clients without one are refused",
     "http_port": "port of the HTTP server",
     "grpc_port": "port of the gRPC server",
 }
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns
     -------
-    2 for a bad option, 1 where the server cannot start. Otherwise this process becomes BentoML's.
+    2 for a bad option or setting, 1 if the server cannot start. Otherwise this process becomes BentoML's.
     """
     try:
         settings = _settings(arguments)
@@ -52,19 +52,23 @@ def _become_bentoml(settings: Settings) -> NoReturn:
     command += tls.bentoml_options(settings)
     # An uploaded file may ask HDF5 for a plugin: no library is ever loaded for one.
     closed = {"HDF5_PLUGIN_PRELOAD": "::"}
-    # glibc gives each of the many threads a heap of its own, up to eight a core, and each keeps what it once held.
+    # glibc gives each of the many threads a heap of its own, up to eight per core, and each keeps its largest size.
     environment = {"BENTOML_DO_NOT_TRACK": "True", "MALLOC_ARENA_MAX": "2", **os.environ, **settings.to_env(), **closed}
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # noqa: S606  no shell is wanted
 
 
 def _settings(arguments: Sequence[str] | None) -> Settings:
-    """The environment, overridden by options; paths made absolute, for BentoML changes the directory."""
-    parser = argparse.ArgumentParser(prog="python -m serving", description="Serve a PerturbScope bundle.")
+    """Return the settings of the environment and the options; paths are absolute, as BentoML changes the directory."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serving",
+        description="Serve PerturbScope bundles.",
+        epilog="Other commands: python -m serving keys, python -m serving healthcheck.",
+    )
     for name, text in OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (or {PREFIX}{name.upper()})")
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    environ = {**os.environ, **{PREFIX + name.upper(): value for name, value in given.items()}}
+    options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    environ = {**os.environ, **{PREFIX + name.upper(): value for name, value in options.items()}}
     settings = Settings.from_env(environ)
     values = {item.name: getattr(settings, item.name) for item in fields(settings)}
     values["bundle"] = os.pathsep.join(str(path.absolute()) for path in settings.bundles)

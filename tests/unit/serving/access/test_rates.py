@@ -75,7 +75,7 @@ def test_the_memory_of_addresses_is_bounded() -> None:
     failed = FailedKeys(2, Clock())
     for number in range(5000):
         failed.count(f"10.{number // 65536}.{number // 256 % 256}.{number % 256}")
-    assert len(failed) == 4096
+    assert len(failed._buckets) == 4096
 
 
 @pytest.mark.parametrize(
