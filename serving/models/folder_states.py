@@ -1,4 +1,4 @@
-"""What is known of bundle folders besides their models: why one is not served, and which ones were unloaded."""
+"""States of bundle folders: why one is not served, which were unloaded on request, which have disappeared."""
 
 from __future__ import annotations
 
@@ -94,15 +94,15 @@ class FolderStates:
         known = self._failures.get(folder)
         return known is None or known.may_pass or known.signature != snapshot.signature
 
-    def disappeared(self, served: Collection[str], found: Collection[str], named: Collection[str]) -> set[str]:
+    def disappeared(self, served: Collection[str], present: Collection[str], named: Collection[str]) -> set[str]:
         """Return the served folders that were missing at this scan and at the one before.
 
-        What is known of missing folders that are not served is forgotten: a folder that comes back is new.
+        The states of missing folders that are not served are forgotten: a folder that comes back is new.
         """
-        absent = set(served) - set(found)
+        absent = set(served) - set(present)
         twice = absent & self._absent
         self._absent = absent - twice
-        for folder in (self._failures.keys() | self.unloaded) - set(found) - set(named) - absent:
+        for folder in (self._failures.keys() | self.unloaded) - set(present) - set(named) - absent:
             self._failures.pop(folder, None)
             self.unloaded.discard(folder)
         return twice

@@ -133,7 +133,7 @@ class ModelRegistry(ServedModels):
         for entry in tuple(self.entries):
             if entry.model.verified:
                 continue
-            with entry.held() as model:
+            with entry.lease() as model:
                 try:
                     await model.check()
                 except PerturbScopeError as error:

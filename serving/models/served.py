@@ -54,7 +54,7 @@ class Entry:
         return self.model.info.version
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[ServedModel]:
+    def lease(self) -> Iterator[ServedModel]:
         """Lease the model: it is not freed before the context ends."""
         self.leases += 1
         try:
@@ -109,7 +109,7 @@ class ServedModels:
         UnknownModelError
             There is no such model.
         """
-        return self.find(name, version).held()
+        return self.find(name, version).lease()
 
     def infos(self) -> tuple[ModelInfo, ...]:
         """Descriptions of the models; the first is the default."""

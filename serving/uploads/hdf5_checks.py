@@ -194,8 +194,8 @@ class _Check:
         ]
         if any(member.get_class() in (h5t.COMPOUND, h5t.ARRAY, h5t.VLEN) for _, member in members):
             raise UnreadableFileError(f"{where} is a table with tables inside; write the file anew.", field="file")
-        found = sorted(at for at, member in members if member.get_class() == h5t.STRING and member.is_variable_str())
-        return [at + _TEXT_MORE * number for number, at in enumerate(found)]
+        offsets = sorted(at for at, member in members if member.get_class() == h5t.STRING and member.is_variable_str())
+        return [at + _TEXT_MORE * number for number, at in enumerate(offsets)]
 
     def _size(self, where: str, shape: tuple[int, ...], n_values: int, item_bytes: int, stored: int) -> None:
         settings = self._settings
@@ -213,9 +213,9 @@ class _Check:
 
     def _filters(self, where: str, plist: Any) -> dict[int, tuple[int, ...]]:
         """Return the ids of the filters, in the order of writing, with their parameters."""
-        found = [plist.get_filter(index) for index in range(plist.get_nfilters())]
-        codes = [int(code) for code, *_ in found]
-        for code, _, values, name in found:
+        filters = [plist.get_filter(index) for index in range(plist.get_nfilters())]
+        codes = [int(code) for code, *_ in filters]
+        for code, _, values, name in filters:
             if code not in _FILTERS:
                 shown = name.decode("ascii", "replace")[:40] or "without a name"
                 raise UnreadableFileError(
@@ -227,7 +227,7 @@ class _Check:
                 raise _too_large(f"A chunk of {where} has {values[2]:,} bytes", f"{_MAX_LZF_CHUNK:,} with lzf")
         if len(set(codes)) != len(codes) or {_DEFLATE, _LZF} <= set(codes):
             raise UnreadableFileError(f"{where} is compressed more than once; write it anew.", field="file")
-        return {int(code): tuple(values) for code, _, values, _ in found}
+        return {int(code): tuple(values) for code, _, values, _ in filters}
 
     def _check_chunks(
         self,
