@@ -16,7 +16,7 @@ export BENTOML_DO_NOT_TRACK := True
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve setup test lint demo bundle quality bench planted objectives reliability fuzz audit proto lock image image-test clean
+.PHONY: help serve setup test lint demo bundle quality bench planted peers objectives reliability fuzz audit proto lock image image-test clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -27,8 +27,9 @@ serve: $(VENV)/.serving ## install the serving set (no torch) and serve bundles/
 
 setup: $(VENV)/.everything ## install everything: serving, training, export, checks
 
-# A test file runs in one worker, so that what it shares (a running service, say) is made once; slow ones come first.
-test: lint ## set-up, then ruff, strict mypy and all tests (WORKERS=2 processes)
+# A test file runs in one worker, so that what its tests share (a running service, say) is made once; folders run in order
+# of their names, the slow ones of tests/integration before tests/unit.
+test: lint ## setup, then ruff, strict mypy and all tests (WORKERS=2 processes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
 
 lint: setup ## ruff and strict mypy
@@ -39,7 +40,7 @@ lint: setup ## ruff and strict mypy
 demo: setup ## the whole pipeline on the real data in data/, from counts to a scored screen
 	$(PY) scripts/demo.py
 
-bundle: setup ## make bundles/default anew from the data in data/: about an hour on two cores
+bundle: setup ## make bundles/default again from the data in data/: about an hour on two cores
 	$(PY) -m training pretrain training/configs/default-pretrain.yaml --overwrite
 	$(PY) -m training finetune training/configs/default-contrastive.yaml --overwrite
 	$(PY) -m export runs/default/contrastive/checkpoint bundles/default --name default --version 2 --variant int8 \
@@ -53,8 +54,11 @@ quality: setup ## benchmarks/quality.md: bundles/default beside PCA, HVG and scV
 bench: setup ## benchmarks/performance.md: every part beside its peers (PARTS="tokenization scoring", BENCH=more options)
 	$(PY) -m benchmarks.performance $(PARTS) $(BENCH)
 
-planted: setup ## benchmarks/planted.md: which effects of known size are seen (a quarter of an hour)
+planted: setup ## runs/planted: the tables of benchmarks/planted.md, on effects of known size (a quarter of an hour)
 	$(PY) -m benchmarks.planted
+
+peers: setup ## print the tables of benchmarks/peers.md: the numbers of pertpy and scPerturb beside ours
+	$(PY) -m benchmarks.peers
 
 objectives: setup ## runs/objectives/objectives.md: a model for each objective of fine-tuning (an hour)
 	$(PY) -m benchmarks.objectives
@@ -62,16 +66,16 @@ objectives: setup ## runs/objectives/objectives.md: a model for each objective o
 reliability: setup ## benchmarks/reliability.md: faults against the real service (forty minutes; root and faketime for some)
 	$(PY) -m benchmarks.reliability $(RELIABILITY)
 
-fuzz: setup ## the wire decoders under atheris, each for half a minute (Linux)
+fuzz: setup ## fuzz the wire decoders with atheris, each for half a minute (Linux)
 	$(PY) -m benchmarks.reliability --only decoders
 
-audit: setup ## look the pinned dependencies up among known vulnerabilities
+audit: setup ## check the pinned dependencies for known vulnerabilities
 	scripts/audit.sh
 
 proto: setup ## write the *_pb2* modules from the .proto files
 	PYTHON=$(PY) scripts/generate_proto.sh
 
-lock: setup ## pin requirements/*.txt anew from requirements/*.in and pyproject.toml
+lock: setup ## pin requirements/*.txt again from requirements/*.in and pyproject.toml
 	UV=$(VENV)/bin/uv scripts/lock.sh
 
 image: ## build the CPU image with docker or buildah (TARGET=gpu: the GPU image)

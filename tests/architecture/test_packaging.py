@@ -67,12 +67,12 @@ def test_the_wheel_holds_the_library_alone(tmp_path: Path) -> None:
         "perturbscope",
         f"perturbscope-{PROJECT['version']}.dist-info",
     }
-    for needed in (
-        "perturbscope/py.typed",
-        "perturbscope/cells/data/geneformer_gc30m.tsv.gz",
-        "perturbscope/families/rank.py",
-    ):
-        assert needed in names
+    library = {
+        path.relative_to(ROOT).as_posix() for path in source_files() if path.is_relative_to(ROOT / "perturbscope")
+    }
+    data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "perturbscope").rglob("*.tsv.gz")}
+    assert data
+    assert names >= library | data
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any("__pycache__" in name for name in names)
 

@@ -15,7 +15,7 @@ import pytest
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.report import Report, write_report
 from serving.access.keys import keys_to_json, make_key
-from tests.browser import MISSING, Browser, find_browser
+from tests.integration.browser import MISSING, Browser, find_browser
 from tests.integration.server import ROOT, environment
 from tests.ports import free_ports
 from tests.reports import EVIL, make_report
