@@ -1,1 +1,1 @@
-"""Answers that need no model: differential genes, gene sets, maps of cells; imports cells and scoring."""
+"""Analyses that need no model: differential genes, gene sets and maps of cells; imports cells and scoring."""

@@ -4,11 +4,11 @@ Two-sided, asymptotic, with tie and continuity correction, as ``scipy.stats.mann
 screen has thousands of perturbations against the same controls, so the controls' non-zero values are sorted once; a
 perturbation then costs a binary search for each of its own non-zero values. Zeros, most of the data, are only counted.
 
-A count is no measure of effect on its own. It grows with the number of cells, so :func:`deg_table` gives these beside
-it; and in small groups of shallow cells it is wrong: the approximation fails where a gene is seen in one or two cells
-of a group, and "expressed in 5 % of either group" picks just those genes. :func:`deg_null` counts such genes between
-controls and controls, where there are none, and so shows from which size on a count means something. With
-:func:`correlate_degs` counts are compared with distances.
+A count is no measure of effect on its own. It grows with the number of cells, so :func:`deg_table` lists that number
+too; and in small groups of shallow cells it is wrong: the approximation fails for a gene that is seen in one or two
+cells of a group, and "expressed in 5 % of either group" picks just those genes. :func:`deg_null` counts such genes
+between controls and controls, which do not differ, and so shows from which size on a count can be trusted.
+:func:`correlate_degs` compares counts with distances.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from perturbscope.scoring.labels import check_labels, require_control
 from perturbscope.scoring.statistics import benjamini_hochberg, correlation, generator
 
 DEG_COLUMNS = ("perturbation", "n_cells", "n_degs", "n_tested")
-"""Columns of a table of counts, in their order."""
+"""Columns of a table of counts, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DegOptions:
-    """When a gene counts as differentially expressed.
+    """Thresholds for calling a gene differentially expressed.
 
     Raises
     ------
@@ -43,15 +43,15 @@ class DegOptions:
     """
 
     alpha: float = 0.05
-    """A gene is one if its Benjamini-Hochberg q, within the perturbation, is below this."""
+    """Benjamini-Hochberg q, within the perturbation, below which a gene is differentially expressed."""
     min_expressed: float = 0.05
-    """Genes expressed in at least this share of either group are tested."""
+    """Smallest share of cells of either group that must express a gene for it to be tested."""
     min_log2_fold_change: float = 0.0
     """Smallest absolute log2 fold change of the mean counts per 10,000."""
     exclude_target: bool = True
-    """Do not count the perturbed gene itself."""
+    """Whether to leave the perturbed gene itself out."""
     max_controls: int = 5000
-    """Controls to compare with: a seeded choice of this many."""
+    """Most controls to compare with; of more, a seeded sample is used."""
 
     def __post_init__(self) -> None:
         for name, value, low, high in (
@@ -66,14 +66,14 @@ class DegOptions:
 
 
 class DegCount(NamedTuple):
-    """Differentially expressed genes of one perturbation, and the genes that were tested."""
+    """Number of differentially expressed genes of one perturbation, and number of tested genes."""
 
     n_degs: int
     n_tested: int
 
 
 def log_normalized(cells: CountMatrix) -> sparse.csr_matrix:
-    """log(1 + counts per 10,000 of the cell's total), float32 [n_cells, n_genes]."""
+    """Return log(1 + counts per 10,000 of the cell's total), float32 [n_cells, n_genes]."""
     scale = np.repeat(10_000.0 / cells.totals, np.diff(cells.counts.indptr))
     return sparse.csr_matrix(
         (np.log1p(cells.counts.data * scale).astype(np.float32), cells.counts.indices, cells.counts.indptr),
@@ -83,18 +83,18 @@ def log_normalized(cells: CountMatrix) -> sparse.csr_matrix:
 
 @dataclass(frozen=True)
 class RankTest:
-    """Mann-Whitney U of one group against the controls.
+    """Mann-Whitney U test of one group against the controls.
 
     Attributes
     ----------
     u
         U of the group, [n_genes].
     p
-        Two-sided p, [n_genes]; 1 where all values are equal.
+        Two-sided p, [n_genes]; 1 if all values are equal.
     expressed
-        Larger share of cells, of the two groups, in which the gene is expressed, [n_genes].
+        Share of cells that express the gene, the larger of the two groups, [n_genes].
     log2_fold_change
-        Of the mean counts per 10,000 (plus 1e-9), group over controls, [n_genes].
+        log2 ratio of the mean counts per 10,000 (plus 1e-9), group over controls, [n_genes].
     """
 
     u: NDArray[np.float64]
@@ -169,12 +169,12 @@ class RankTester:
 def count_degs(
     tester: RankTester, group: sparse.csr_matrix, options: DegOptions, *, target: int | None = None
 ) -> DegCount:
-    """Differentially expressed genes of one perturbation.
+    """Count differentially expressed genes of one perturbation.
 
     Parameters
     ----------
     tester
-        Holds the controls.
+        Tester that holds the controls.
     group
         Values of the perturbed cells, [n_cells, n_genes].
     options
@@ -203,7 +203,7 @@ def deg_table(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> pd.DataFrame:
-    """Differentially expressed genes of every perturbation.
+    """Count differentially expressed genes of every perturbation.
 
     Parameters
     ----------
@@ -212,25 +212,25 @@ def deg_table(
     perturbations
         Label of each cell.
     control
-        The label of control cells.
+        Label of the control cells.
     targets
-        Column of the gene that each perturbation hits, where one is measured; by default a label that is a gene's name
+        Column of the gene that each perturbation targets, if it is measured; by default a label that is a gene's name
         stands for that gene (:func:`target_columns`).
     options
         Thresholds; default :class:`DegOptions`.
     seed
-        Of the choice of controls, where there are more than `max_controls`.
+        Seed of the sample of controls, if there are more than `max_controls`.
     progress
         Called as ``progress("degs", done, total)``.
 
     Returns
     -------
-    One row a perturbation, by name; columns :data:`DEG_COLUMNS`.
+    A table with one row a perturbation, by name; columns :data:`DEG_COLUMNS`.
 
     Raises
     ------
     MalformedMatrixError, InvalidParameterError
-        Not one label a cell, or a target's column that does not exist.
+        The number of labels differs from the number of cells, or a target's column does not exist.
     ControlLabelMissingError
         No cell has the control label.
     """
@@ -253,14 +253,14 @@ def deg_table(
     members = np.argsort(labels, kind="stable")
     starts = dict(zip(names.tolist(), (np.cumsum(sizes) - sizes).tolist(), strict=True))
     size_of = dict(zip(names.tolist(), sizes.tolist(), strict=True))
-    found = []
+    counts = []
     for name in others:
-        chosen = members[starts[name] : starts[name] + size_of[name]]
-        count = count_degs(tester, log_normalized(cells[chosen]), options, target=columns.get(name))
-        found.append((name, size_of[name], *count))
+        group = members[starts[name] : starts[name] + size_of[name]]
+        count = count_degs(tester, log_normalized(cells[group]), options, target=columns.get(name))
+        counts.append((name, size_of[name], *count))
         if progress:
-            progress("degs", len(found), len(others))
-    return pd.DataFrame(found, columns=list(DEG_COLUMNS))
+            progress("degs", len(counts), len(others))
+    return pd.DataFrame(counts, columns=list(DEG_COLUMNS))
 
 
 def deg_null(
@@ -273,21 +273,21 @@ def deg_null(
     options: DegOptions | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Genes called differentially expressed between random controls and the other controls.
+    """Count genes that are called differentially expressed between random controls and the other controls.
 
     Parameters
     ----------
     cells, perturbations, control, options, seed
-        As of :func:`deg_table`.
+        See :func:`deg_table`.
     sizes
-        Cells of the pretended perturbation; by default the smallest, the lower quartile and the median of the
+        Numbers of cells of the pretended perturbation; default the smallest, the lower quartile and the median of the
         perturbations' sizes. Sizes above half of the controls are left out.
     splits
-        Random choices of each size.
+        Number of random splits for each size.
 
     Returns
     -------
-    ``n_cells, median_degs, max_degs, share_with_degs``, one row a size.
+    A table with one row a size: ``n_cells, median_degs, max_degs, share_with_degs``.
 
     Raises
     ------
@@ -308,47 +308,48 @@ def deg_null(
     if len(rows) > options.max_controls:
         rows = rng.choice(rows, options.max_controls, replace=False)
     values = log_normalized(cells[rows])
-    found = []
+    rows_by_size = []
     for size in sorted({int(size) for size in sizes if 1 <= size <= len(rows) // 2}):
         degs = np.empty(splits)
         for split in range(splits):
             order = rng.permutation(len(rows))
             degs[split] = count_degs(RankTester(values[order[size:]]), values[order[:size]], options).n_degs
-        found.append((size, float(np.median(degs)), int(degs.max()), float((degs > 0).mean())))
-    return pd.DataFrame(found, columns=["n_cells", "median_degs", "max_degs", "share_with_degs"])
+        rows_by_size.append((size, float(np.median(degs)), int(degs.max()), float((degs > 0).mean())))
+    return pd.DataFrame(rows_by_size, columns=["n_cells", "median_degs", "max_degs", "share_with_degs"])
 
 
 def target_columns(gene_ids: Sequence[str] | NDArray[np.str_], perturbations: Sequence[str]) -> dict[str, int]:
-    """Column of each perturbation's own gene, where its label names a gene that is measured.
+    """Return the column of each perturbation's own gene, for labels that name a measured gene.
 
-    Symbols, aliases and Ensembl ids of one gene are the same (:class:`perturbscope.cells.genes.GeneResolver`); what no
-    table knows must be spelled alike.
+    Symbols, aliases and Ensembl ids of one gene are equivalent (:class:`perturbscope.cells.genes.GeneResolver`); other
+    names must be spelled alike.
     """
     resolver = GeneResolver.default()
     by_id = {resolver.resolve(gene)[0] or gene: column for column, gene in enumerate(map(str, gene_ids))}
-    found = {name: by_id.get(resolver.resolve(name)[0] or name) for name in perturbations}
-    return {name: column for name, column in found.items() if column is not None}
+    columns = {name: by_id.get(resolver.resolve(name)[0] or name) for name in perturbations}
+    return {name: column for name, column in columns.items() if column is not None}
 
 
 def correlate_degs(scores: pd.DataFrame, degs: pd.DataFrame) -> pd.DataFrame:
-    """Correlation of the number of differentially expressed genes with distance and z, by metric.
+    """Correlate the number of differentially expressed genes with distance and z, by metric.
 
     Parameters
     ----------
     scores
-        ``perturbation, metric, distance, z``, as :class:`perturbscope.ScoreResult` holds it.
+        Table with ``perturbation, metric, distance, z``, as in :class:`perturbscope.ScoreResult`.
     degs
-        ``perturbation, n_degs``, as :func:`deg_table` gives it.
+        Table with ``perturbation, n_degs``, as :func:`deg_table` returns it.
 
     Returns
     -------
-    ``metric, against, n, pearson, spearman``: `n` perturbations have both numbers; NaN where fewer than three have, or
-    all have the same. Zhao et al. 2025 print Pearson 0.54 for the E-distance of principal components in K562.
+    A table ``metric, against, n, pearson, spearman``: `n` perturbations have both numbers; the correlations are NaN if
+    fewer than three have, or all have the same. Zhao et al. 2025 report Pearson 0.54 for the E-distance of principal
+    components in K562.
 
     Raises
     ------
     MissingColumnError
-        A column is not there.
+        A column is missing.
     """
     for what, table, needed in (
         ("scores", scores, ("perturbation", "metric", "distance", "z")),
@@ -362,25 +363,25 @@ def correlate_degs(scores: pd.DataFrame, degs: pd.DataFrame) -> pd.DataFrame:
     for metric, part in scores.groupby("metric", sort=False):
         n_degs = part["perturbation"].map(counts).to_numpy(dtype=np.float64)
         for against in ("distance", "z"):
-            found = correlation(part[against].to_numpy(dtype=np.float64), n_degs)
-            rows.append((metric, against, found.n, found.pearson, found.spearman))
+            result = correlation(part[against].to_numpy(dtype=np.float64), n_degs)
+            rows.append((metric, against, result.n, result.pearson, result.spearman))
     return pd.DataFrame(rows, columns=["metric", "against", "n", "pearson", "spearman"])
 
 
 def _keys(values: sparse.csr_matrix) -> NDArray[np.int64]:
-    """Each stored value as an integer that sorts by gene, then value: bits of positive floats sort as the floats do."""
+    """Return stored values as integers that sort by gene, then value: bits of positive floats sort as the floats."""
     data = np.ascontiguousarray(values.data, dtype=np.float32)
     keys: NDArray[np.int64] = (values.indices.astype(np.int64) << 32) | data.view(np.int32).astype(np.int64)
     return keys[data > 0]
 
 
 def _tie(counts: NDArray[np.number]) -> NDArray[np.float64]:
-    """t^3 - t."""
+    """Return t^3 - t, the tie correction of groups of t equal values."""
     t = counts.astype(np.float64)
     return t**3 - t
 
 
 def _mean_counts(values: sparse.csr_matrix) -> NDArray[np.float64]:
-    """Mean counts per 10,000 of log-normalised values."""
+    """Return mean counts per 10,000 of log-normalised values, [n_genes]."""
     totals = np.bincount(values.indices, weights=np.expm1(values.data.astype(np.float64)), minlength=values.shape[1])
     return totals / values.shape[0]

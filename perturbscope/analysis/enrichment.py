@@ -1,17 +1,17 @@
-"""Whether a set of genes gathers at the top of a ranking of perturbations.
+"""Enrichment of gene sets at the top of a ranking of perturbations.
 
-For the top n of N ranked perturbations the statistic is k, the members of the set among them (Zhao et al. 2025). Two
-nulls are reported side by side:
+For the top n of N ranked perturbations the statistic is k, the number of members of the set among them (Zhao et al.
+2025). Two nulls are reported side by side:
 
 plain
-    Any n of the N perturbations. 10,000 random draws give ``p``, which cannot be below 1 / 10,001; the same
-    probability is known exactly, the tail of the hypergeometric distribution, and is ``p_exact``.
+    Any n of the N perturbations. 10,000 random draws give ``p``, which cannot be below 1 / 10,001; ``p_exact`` is the
+    same probability computed exactly, the tail of the hypergeometric distribution.
 stratified
     As many perturbations from each stratum as the top n holds. With deciles of the number of cells as strata this
-    removes what numbers of cells alone explain: perturbations with more cells are measured better, and essential genes
-    have fewer. ``p_stratified`` is by draws, ``p_stratified_exact`` by convolution of the strata's distributions.
+    removes an effect of the number of cells: perturbations with more cells are measured better, and essential genes
+    have fewer. ``p_stratified`` comes from draws, ``p_stratified_exact`` from convolving the strata's distributions.
 
-What is drawn is a random order of the ranked perturbations, and one order serves all values of n.
+A draw is a random order of the ranked perturbations, and one order serves all values of n.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ENRICHMENT_COLUMNS = (
     "gene_set", "n_genes", "n_members", "n", "k", "expected", "p", "p_exact", "p_adjusted", "p_exact_adjusted",
     "expected_stratified", "p_stratified", "p_stratified_exact", "p_stratified_adjusted", "p_stratified_exact_adjusted",
 )  # fmt: skip
-"""Columns of a table of enrichment, in their order."""
+"""Columns of a table of enrichment, in order."""
 _STEP = 100
 _FEW_MEMBERS = 5
 _UNKNOWN = (float("nan"), float("nan"), float("nan"))
@@ -47,13 +47,13 @@ class EnrichmentResult:
     Attributes
     ----------
     table
-        One row a set and n, columns :data:`ENRICHMENT_COLUMNS`. `n_genes`: genes of the set; `n_members`: those that
-        were ranked; `k` and `expected`: members among the top n, found and by chance. The adjusted p-values are
-        Bonferroni's over all rows. The stratified columns are NaN without strata.
+        One row a set and n, columns :data:`ENRICHMENT_COLUMNS`. `n_genes`: genes of the set; `n_members`: genes of the
+        set that were ranked; `k` and `expected`: members among the top n, observed and by chance. The adjusted p-values
+        are Bonferroni's over all rows. The stratified columns are NaN without strata.
     provenance
-        What made the numbers (JSON-able).
+        Options, seed and version that made the numbers (JSON-able).
     warnings
-        What a careful reader should know, in words.
+        Sentences that a reader should know before trusting a number.
     """
 
     table: pd.DataFrame
@@ -61,7 +61,7 @@ class EnrichmentResult:
     warnings: list[str] = field(default_factory=list)
 
     def best(self) -> pd.DataFrame:
-        """The row of each set with the smallest exact p, the smallest of them first."""
+        """Return the row of each set with the smallest exact p, sorted by that p."""
         order = self.table.sort_values(["p_exact", "n"], kind="stable")
         return order.drop_duplicates("gene_set").reset_index(drop=True)
 
@@ -76,31 +76,32 @@ def enrich(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> EnrichmentResult:
-    """Count members of gene sets in the top of a ranking, against random rankings.
+    """Count members of gene sets at the top of a ranking, and compare with random rankings.
 
     Parameters
     ----------
     ranking
-        Perturbed genes, strongest first, each once. Only they can be drawn: leave out what is not of interest.
+        Perturbed genes, strongest first, each once. Draws are made from these only, so leave out perturbations of no
+        interest.
     gene_sets
         Genes of each set. A gene matches by its name, or by any symbol or Ensembl id of the same gene.
     grid
-        The values of n; :func:`default_grid` if not given.
+        Values of n; default :func:`default_grid`.
     draws
-        Random draws behind `p` and `p_stratified`.
+        Number of random draws behind `p` and `p_stratified`.
     strata
         Stratum of each ranked perturbation, for the second null (:func:`count_strata`).
     seed
-        Of the draws.
+        Seed of the draws.
     progress
         Called as ``progress("enrich", done, total)``, by set.
 
     Raises
     ------
     InvalidParameterError
-        A perturbation that is ranked twice, no set, or a grid or number of draws out of range.
+        A perturbation is ranked twice, there is no set, or the grid or the number of draws is out of range.
     MalformedMatrixError
-        Not one stratum a perturbation.
+        The number of strata differs from the number of perturbations.
     """
     names = [str(name) for name in ranking]
     n_ranked = len(names)
@@ -111,12 +112,12 @@ def enrich(
         raise InvalidParameterError(f"draws is {draws}; it must be 1 or more.", field="draws")
     tops = default_grid(n_ranked) if grid is None else _check_grid(grid, n_ranked)
     codes = None if strata is None else _codes(strata, n_ranked)
-    found = {name: members_of(names, genes) for name, genes in gene_sets.items()}
-    tested = [name for name, members in found.items() if members.any()]
+    members_by_set = {name: members_of(names, genes) for name, genes in gene_sets.items()}
+    tested = [name for name, members in members_by_set.items() if members.any()]
     n_tests = len(tested) * len(tops)
     rows = []
     for done, name in enumerate(tested, start=1):
-        members = found[name]
+        members = members_by_set[name]
         rng = generator(seed, "enrich", name)
         plain = _null(members, np.zeros(n_ranked, dtype=np.intp), tops, draws, rng)
         within = [_UNKNOWN] * len(tops) if codes is None else _null(members, codes, tops, draws, rng)
@@ -144,7 +145,7 @@ def enrich(
         "gene_sets_without_members": [name for name in gene_sets if name not in tested],
     }
     table = pd.DataFrame(rows, columns=list(ENRICHMENT_COLUMNS))
-    return EnrichmentResult(table, facts, _warnings(found, tested, codes, draws, n_tests))
+    return EnrichmentResult(table, facts, _warnings(members_by_set, tested, codes, draws, n_tests))
 
 
 def enrich_scores(
@@ -160,29 +161,28 @@ def enrich_scores(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> EnrichmentResult:
-    """:func:`enrich` on a table of scores, with deciles of the number of cells as strata.
+    """Run :func:`enrich` on a table of scores, with deciles of the number of cells as strata.
 
     Parameters
     ----------
     scores
-        As :class:`perturbscope.ScoreResult` holds it.
+        Table of scores, as in :class:`perturbscope.ScoreResult`.
     metric
-        Metric to rank by; may be left out where the table has one.
+        Metric to rank by; it may be left out if the table has only one.
     rank_by
         Column to rank by, largest first; perturbations without a number in it are left out.
     degs
-        Numbers of differentially expressed genes, as :func:`perturbscope.analysis.degs.deg_table` gives them. Only
-        perturbations with at most `max_degs` are then ranked: with 0, those whose effect the usual analysis does not
-        see.
+        Numbers of differentially expressed genes, as :func:`perturbscope.analysis.degs.deg_table` returns them. Only
+        perturbations with at most `max_degs` are then ranked: with 0, those whose effect a test gene by gene misses.
     gene_sets, grid, draws, seed, progress
-        As of :func:`enrich`.
+        See :func:`enrich`.
 
     Raises
     ------
     MissingColumnError
-        A column is not there.
+        A column is missing.
     InvalidParameterError
-        A metric that the table does not have, or as :func:`enrich`.
+        The table does not have the metric, or :func:`enrich` refuses an argument.
     """
     _require_columns(scores, "scores", "perturbation", "metric", "n_cells", rank_by)
     if degs is not None:
@@ -193,11 +193,11 @@ def enrich_scores(
     if metric not in metrics:
         raise InvalidParameterError(f"Choose one metric of the table: {', '.join(map(str, metrics))}.", field="metric")
     table = scores[scores["metric"] == metric]
-    n_given = len(table)
+    n_scored = len(table)
     table = table[table[rank_by].notna()]
     warnings = []
-    if len(table) < n_given:
-        warnings.append(f"{n_given - len(table)} of {n_given} perturbations have no {rank_by} and are not ranked.")
+    if len(table) < n_scored:
+        warnings.append(f"{n_scored - len(table)} of {n_scored} perturbations have no {rank_by} and are not ranked.")
     if degs is not None:
         counts = table["perturbation"].map(degs.drop_duplicates("perturbation").set_index("perturbation")["n_degs"])
         if counts.isna().any():
@@ -207,9 +207,9 @@ def enrich_scores(
                 f"ranked: {', '.join(map(str, unknown[:5]))}{', ...' if len(unknown) > 5 else ''}."
             )
         table = table[counts <= max_degs]
-    # A number of cells breaks no tie: equal scores are ranked by name, which is arbitrary but the same every time.
+    # The number of cells must not break ties: equal scores are ranked by name, arbitrary but the same every time.
     table = table.sort_values([rank_by, "perturbation"], ascending=[False, True])
-    found = enrich(
+    result = enrich(
         table["perturbation"].tolist(),
         gene_sets,
         grid=grid,
@@ -219,17 +219,17 @@ def enrich_scores(
         progress=progress,
     )
     facts = {"metric": metric, "rank_by": rank_by, "max_degs": None if degs is None else max_degs}
-    return EnrichmentResult(found.table, {**found.provenance, **facts}, [*warnings, *found.warnings])
+    return EnrichmentResult(result.table, {**result.provenance, **facts}, [*warnings, *result.warnings])
 
 
 def default_grid(n_ranked: int) -> tuple[int, ...]:
-    """Every 100 perturbations below the last; with fewer than 1,000 about ten values of equal distance."""
+    """Return every 100th number below `n_ranked`; with fewer than 1,000 about ten evenly spaced values."""
     step = _STEP if n_ranked >= 10 * _STEP else max(1, round(n_ranked / 10))
     return tuple(range(step, n_ranked, step))
 
 
 def count_strata(n_cells: ArrayLike, *, parts: int = 10) -> NDArray[np.intp]:
-    """Stratum of each perturbation by its number of cells: deciles, with equal numbers never in two of them."""
+    """Return the stratum of each perturbation by its number of cells: deciles; equal numbers share a stratum."""
     counts = np.asarray(n_cells, dtype=np.float64)
     if counts.ndim != 1 or not np.isfinite(counts).all():
         raise MalformedMatrixError("Numbers of cells must be a list of finite numbers.", field="n_cells")
@@ -240,7 +240,7 @@ def count_strata(n_cells: ArrayLike, *, parts: int = 10) -> NDArray[np.intp]:
 
 
 def members_of(ranking: Sequence[str], genes: Collection[str]) -> NDArray[np.bool_]:
-    """Which ranked names are in a set: by the name itself, or as another unambiguous name of the same gene."""
+    """Return a mask of the ranked names in a set, by the name itself or another unambiguous name of the same gene."""
     wanted = {str(gene) for gene in genes}
     ids = {gene_id for gene in wanted if (gene_id := _ensembl(gene)) is not None}
     return np.asarray([name in wanted or _ensembl(name) in ids for name in ranking], dtype=bool)
@@ -254,40 +254,40 @@ def _ensembl(name: str) -> str | None:
 def _null(
     members: NDArray[np.bool_], codes: NDArray[np.intp], tops: Sequence[int], draws: int, rng: np.random.Generator
 ) -> list[tuple[float, float, float]]:
-    """Expected members among the top n, p by draws, and exact p of as many as were found, for each n of `tops`."""
+    """Return expected members among the top n, p by draws, and exact p of the observed number, for each n of `tops`."""
     bounds = np.array([0, *tops, len(members)])
     n_strata = int(codes.max()) + 1
     of_stratum = codes == np.arange(n_strata)[:, None]
     reach = np.concatenate([np.zeros((n_strata, 1), dtype=np.int64), of_stratum.cumsum(axis=1)], axis=1)[:, bounds]
     sizes, marked = of_stratum.sum(axis=1), (of_stratum & members).sum(axis=1)
-    # The places of a stratum's members in a random order of it, counted by the stretch of the ranking they fall into.
+    # Positions of a stratum's members in a random order of it, counted by stretches of the ranking.
     drawn = np.zeros((draws, len(bounds) - 1), dtype=np.int64)
     for stretch, m in zip(np.diff(reach, axis=1), marked, strict=True):
         if m:
             drawn += rng.multivariate_hypergeometric(stretch, m, size=draws, method="count")
     counts, observed = drawn.cumsum(axis=1), np.cumsum(members)
-    found = []
+    expectations = []
     for at, n in enumerate(tops):
         k, taken = int(observed[n - 1]), reach[:, at + 1]
         p = float((1 + np.count_nonzero(counts[:, at] >= k)) / (1 + draws))
-        found.append((float((marked * taken / sizes).sum()), p, _tail(sizes, marked, taken, k)))
-    return found
+        expectations.append((float((marked * taken / sizes).sum()), p, _tail(sizes, marked, taken, k)))
+    return expectations
 
 
 def _tail(sizes: NDArray[np.int64], marked: NDArray[np.int64], taken: NDArray[np.int64], k: int) -> float:
-    """Probability of k members or more, when `taken` of the `sizes` perturbations of each stratum are drawn."""
+    """Return the probability of k members or more if `taken` of the `sizes` perturbations of each stratum are drawn."""
     mass = np.ones(1)
-    for size, members, chosen in zip(sizes, marked, taken, strict=True):
-        few, many = max(0, chosen + members - size), min(members, chosen)
+    for size, members, drawn in zip(sizes, marked, taken, strict=True):
+        few, many = max(0, drawn + members - size), min(members, drawn)
         inside = np.arange(few, many + 1)
-        log = _choose(members, inside) + _choose(size - members, chosen - inside) - _choose(size, chosen)
+        log = _choose(members, inside) + _choose(size - members, drawn - inside) - _choose(size, drawn)
         mass = np.convolve(mass, np.concatenate([np.zeros(few), np.exp(log)]))
-    # Summed from the small end, where the digits are; a convolution leaves zeros below 0 by rounding.
+    # Summed from the small end to keep digits; rounding of a convolution may leave zeros below 0.
     return float(np.clip(mass[k:][::-1].sum(), 0.0, 1.0))
 
 
 def _choose(n: ArrayLike, k: ArrayLike) -> NDArray[np.float64]:
-    """Logarithm of the binomial coefficient."""
+    """Return the logarithm of the binomial coefficient."""
     n, k = np.asarray(n, dtype=np.float64), np.asarray(k, dtype=np.float64)
     value: NDArray[np.float64] = special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
     return value
@@ -334,16 +334,20 @@ def _codes(strata: ArrayLike, n_ranked: int) -> NDArray[np.intp]:
 
 
 def _warnings(
-    found: Mapping[str, NDArray[np.bool_]], tested: list[str], codes: NDArray[np.intp] | None, draws: int, n_tests: int
+    members: Mapping[str, NDArray[np.bool_]],
+    tested: list[str],
+    codes: NDArray[np.intp] | None,
+    draws: int,
+    n_tests: int,
 ) -> list[str]:
     warnings = []
-    absent = [name for name in found if name not in tested]
+    absent = [name for name in members if name not in tested]
     if absent:
         warnings.append(
-            f"{len(absent)} of {len(found)} gene sets {'have' if len(absent) > 1 else 'has'} no gene in the ranking, "
+            f"{len(absent)} of {len(members)} gene sets {'have' if len(absent) > 1 else 'has'} no gene in the ranking, "
             f"not tested: {', '.join(absent)}. Check that perturbations are named by their gene."
         )
-    few = [name for name in tested if found[name].sum() < _FEW_MEMBERS]
+    few = [name for name in tested if members[name].sum() < _FEW_MEMBERS]
     if few:
         warnings.append(
             f"{len(few)} {'gene sets have' if len(few) > 1 else 'gene set has'} fewer than {_FEW_MEMBERS} genes in the "

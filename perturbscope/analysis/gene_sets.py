@@ -1,4 +1,4 @@
-"""Gene sets in the GMT format: a line a set, its name, a description and its genes, separated by tabs."""
+"""Gene sets in the GMT format: one set a line, its name, a description and its genes separated by tabs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _GZIP = b"\x1f\x8b"
 
 
 def read_gmt(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Gene sets of a ``.gmt`` file, plain or gzipped, as MSigDB and Enrichr give them.
+    """Read the gene sets of a ``.gmt`` file, plain or gzipped, as MSigDB and Enrichr provide them.
 
     Returns
     -------
-    Genes of each set, in their order and each once. Empty lines and empty fields at the end of a line are passed over.
+    Name of each set -> its genes, in order and each once. Empty lines, and empty fields at a line's end, are ignored.
 
     Raises
     ------
     UnreadableFileError
-        No such file, not text, no set in it, or a line that is not a name, a description and at least one gene; the
-        message names the line.
+        The file does not exist, is not text or holds no set, or a line is not a name, a description and at least one
+        gene; the message names the line.
     """
     path = Path(path)
     try:
@@ -29,7 +29,7 @@ def read_gmt(path: str | Path) -> dict[str, tuple[str, ...]]:
         text = (gzip.decompress(content) if content.startswith(_GZIP) else content).decode("utf-8-sig")
     except (OSError, EOFError, ValueError) as error:
         raise UnreadableFileError(f"The gene sets {path} cannot be read: {error}.", field="gene_sets") from error
-    found: dict[str, tuple[str, ...]] = {}
+    sets: dict[str, tuple[str, ...]] = {}
     lines: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
@@ -42,12 +42,12 @@ def read_gmt(path: str | Path) -> dict[str, tuple[str, ...]]:
                 f"gene, separated by tabs; found {len(rest) + 1} field(s), {name[:40]!r} first.",
                 field="gene_sets",
             )
-        if name in found:
+        if name in sets:
             raise UnreadableFileError(
                 f"{path}, line {number}: the set {name!r} stands in line {lines[name]} too; give each its own name.",
                 field="gene_sets",
             )
-        found[name], lines[name] = genes, number
-    if not found:
+        sets[name], lines[name] = genes, number
+    if not sets:
         raise UnreadableFileError(f"The file {path} holds no gene set.", field="gene_sets")
-    return found
+    return sets

@@ -1,8 +1,8 @@
 """A map of the cells: their vectors in two dimensions, by UMAP (McInnes et al. 2018).
 
-UMAP shows neighbourhoods. Distances between far clusters, and their sizes, mean little: a map is for looking, the
-scores are for concluding. umap-learn does the work and is imported only here, when it is used: it compiles itself for
-ten seconds or more, and is no dependency of scoring. It comes with ``perturbscope[report]``.
+UMAP shows neighbourhoods. Sizes of clusters and distances between far clusters mean little: a map is for looking, the
+scores are for conclusions. umap-learn computes it and is imported only when a map is made: it compiles itself for ten
+seconds or more, and scoring does not depend on it. It comes with ``perturbscope[report]``.
 
 ``python -m perturbscope.analysis.umap`` reads vectors from stdin and writes coordinates to stdout (both ``.npy``), for
 servers: compiling holds the interpreter's lock, which would stop their other requests.
@@ -38,16 +38,16 @@ from perturbscope.scoring.statistics import generator
 
 NEIGHBORS, MIN_DIST, MAX_CELLS = 15, 0.1, 5000
 _ROWS = 1024
-"""Rows of the distance matrix in memory at a time."""
+"""Rows of the distance matrix that are in memory at a time."""
 
 
 class Projector(Protocol):
-    """Coordinates of vectors; :func:`umap_coordinates`, or the same in another process."""
+    """Computes coordinates of vectors: :func:`umap_coordinates`, or the same in another process."""
 
     def __call__(
         self, embeddings: ArrayLike, /, *, n_neighbors: int, min_dist: float, seed: int
     ) -> NDArray[np.float32]:
-        """float32 [n, 2]."""
+        """Return coordinates, float32 [n, 2]."""
         ...
 
 
@@ -58,13 +58,13 @@ class Projection:
     Attributes
     ----------
     coordinates
-        float32 [m, 2].
+        Coordinates of the m cells shown, float32 [m, 2].
     labels
         Perturbation of each of the m cells.
     rows
-        Which of the cells given they are, ascending.
+        Positions of the m cells among all cells, ascending.
     provenance
-        Method, parameters, seed, and how many of how many cells are shown.
+        Method, parameters, seed, and number of cells shown and of all cells.
     """
 
     coordinates: NDArray[np.float32]
@@ -73,7 +73,7 @@ class Projection:
     provenance: dict[str, Any]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a cell: ``row, perturbation, umap1, umap2``."""
+        """Return a table with one row a cell: ``row, perturbation, umap1, umap2``."""
         return pd.DataFrame(
             {
                 "row": self.rows,
@@ -100,7 +100,7 @@ def project(
     seed: int = 0,
     projector: Projector | None = None,
 ) -> Projection:
-    """A map of cells, or of a stratified sample of them.
+    """Make a map of cells, or of a stratified sample of them.
 
     Parameters
     ----------
@@ -111,30 +111,30 @@ def project(
     max_cells
         Most cells on the map; see :func:`stratified_sample`.
     n_neighbors, min_dist
-        Of UMAP: how local its view is, and how tightly it packs points.
+        Parameters of UMAP: how local its view is, and how tightly it packs points.
     normalize
-        Scale vectors to unit length first, as scoring does.
+        Whether to scale vectors to unit length first, as scoring does.
     seed
-        Of the sample and of UMAP.
+        Seed of the sample and of UMAP.
     projector
-        What computes the coordinates; default :func:`umap_coordinates`.
+        Function that computes the coordinates; default :func:`umap_coordinates`.
 
     Raises
     ------
     ProviderUnavailableError
         umap-learn is not installed.
     TooFewCellsError
-        Not more cells than neighbours.
+        There are not more cells than neighbours.
     InvalidEmbeddingError, MalformedMatrixError, InvalidParameterError
-        Vectors that are not finite, labels that are not one a cell, or an option outside its range.
+        A vector is not finite, the number of labels differs from that of cells, or an option is out of range.
     """
     values = check_rows(embeddings)
     if len(labels) != len(values):
         raise MalformedMatrixError(f"{len(values)} cells, but {len(labels)} labels; give one a cell.", field="labels")
     rows = stratified_sample(labels, max_cells, seed=seed)
-    chosen = unit_rows(values[rows]) if normalize else values[rows]
+    shown = unit_rows(values[rows]) if normalize else values[rows]
     coordinates = (projector or umap_coordinates)(
-        chosen.astype(np.float32), n_neighbors=n_neighbors, min_dist=min_dist, seed=seed
+        shown.astype(np.float32), n_neighbors=n_neighbors, min_dist=min_dist, seed=seed
     )
     facts = {
         "method": "UMAP (umap-learn)",
@@ -151,23 +151,23 @@ def project(
 def umap_coordinates(
     embeddings: ArrayLike, /, *, n_neighbors: int = NEIGHBORS, min_dist: float = MIN_DIST, seed: int = 0
 ) -> NDArray[np.float32]:
-    """UMAP of vectors by Euclidean distance, from their exact nearest neighbours.
+    """Compute UMAP of vectors by Euclidean distance, from their exact nearest neighbours.
 
     Parameters
     ----------
     embeddings
-        [n, width]; n above `n_neighbors`.
+        Vectors, [n, width]; n must be above `n_neighbors`.
     n_neighbors, min_dist, seed
-        As of :func:`project`. The same seed gives the same map on the same machine and versions.
+        See :func:`project`. The same seed gives the same map on the same machine and versions.
 
     Returns
     -------
-    float32 [n, 2]
+    Coordinates, float32 [n, 2].
 
     Raises
     ------
     ProviderUnavailableError, TooFewCellsError, InvalidEmbeddingError, InvalidParameterError
-        As :func:`project`.
+        See :func:`project`.
     """
     values = check_rows(embeddings).astype(np.float32)
     if n_neighbors < 2:
@@ -185,11 +185,11 @@ def umap_coordinates(
             field="projection",
         )
     with warnings.catch_warnings():
-        # About an optional import, and about what exact neighbours and a seed cost: nothing that a reader could use.
+        # It warns of an optional import, and of the cost of exact neighbours and a seed: of no use to a reader.
         warnings.simplefilter("ignore")
         from umap import UMAP
 
-        made = UMAP(
+        reducer = UMAP(
             n_neighbors=n_neighbors,
             min_dist=min_dist,
             random_state=int(generator(seed, "umap").integers(2**31)),
@@ -197,7 +197,7 @@ def umap_coordinates(
             precomputed_knn=nearest(values, n_neighbors),
             force_approximation_algorithm=True,
         )
-        return np.ascontiguousarray(made.fit_transform(values), dtype=np.float32)
+        return np.ascontiguousarray(reducer.fit_transform(values), dtype=np.float32)
 
 
 def umap_in_process(
@@ -209,22 +209,22 @@ def umap_in_process(
     seed: int = 0,
     check: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float32]:
-    """As :func:`umap_coordinates`, in a process of its own.
+    """Run :func:`umap_coordinates` in a process of its own.
 
     Parameters
     ----------
     embeddings, n_neighbors, min_dist, seed
-        As of :func:`umap_coordinates`.
+        See :func:`umap_coordinates`.
     check
-        Called a few times a second; what it raises ends the process, and is raised here.
+        Called a few times a second; an error that it raises ends the process and is raised here.
     """
     options = json.dumps({"n_neighbors": n_neighbors, "min_dist": min_dist, "seed": seed})
     command = [sys.executable, "-m", "perturbscope.analysis.umap", options]
     # Files and not pipes: a pipe that nobody reads while the other side waits would stop both.
-    with tempfile.TemporaryFile() as sent, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as told:
+    with tempfile.TemporaryFile() as sent, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as errors:
         np.save(sent, check_rows(embeddings).astype(np.float32), allow_pickle=False)
         sent.seek(0)
-        process = subprocess.Popen(command, stdin=sent, stdout=answer, stderr=told)  # noqa: S603  ours, no shell
+        process = subprocess.Popen(command, stdin=sent, stdout=answer, stderr=errors)  # noqa: S603  ours, no shell
         try:
             while process.poll() is None:
                 check()
@@ -234,8 +234,8 @@ def umap_in_process(
             process.kill()
             process.wait()
         if process.returncode:
-            told.seek(0)
-            lines = told.read().decode(errors="replace").strip().splitlines()
+            errors.seek(0)
+            lines = errors.read().decode(errors="replace").strip().splitlines()
             why = lines[-1] if lines else f"exit code {process.returncode}"
             raise ProviderUnavailableError(f"The map could not be made: {why}", field="projection")
         answer.seek(0)
@@ -243,9 +243,9 @@ def umap_in_process(
 
 
 def nearest(values: NDArray[np.float32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Each row's `k` nearest rows, itself first: their positions and Euclidean distances, both [n, k], ascending."""
+    """Return positions and Euclidean distances of each row's `k` nearest rows, itself first, both [n, k], ascending."""
     squares = np.einsum("ij,ij->i", values, values)
-    found, distances = [], []
+    neighbours, distances = [], []
     for start in range(0, len(values), _ROWS):
         part = values[start : start + _ROWS]
         squared = squares[start : start + _ROWS, None] + squares[None] - 2 * (part @ values.T)
@@ -254,15 +254,15 @@ def nearest(values: NDArray[np.float32], k: int) -> tuple[NDArray[np.int32], NDA
         near = np.argpartition(squared, k - 1, axis=1)[:, :k]
         order = np.argsort(np.take_along_axis(squared, near, axis=1), axis=1, kind="stable")
         near = np.take_along_axis(near, order, axis=1)
-        found.append(near.astype(np.int32))
+        neighbours.append(near.astype(np.int32))
         distances.append(np.sqrt(np.maximum(np.take_along_axis(squared, near, axis=1), 0)).astype(np.float32))
-    return np.concatenate(found), np.concatenate(distances)
+    return np.concatenate(neighbours), np.concatenate(distances)
 
 
 def stratified_sample(labels: Sequence[str], max_cells: int, *, seed: int = 0) -> NDArray[np.intp]:
-    """Positions of at most `max_cells` cells, ascending, in which small groups stay visible.
+    """Sample positions of at most `max_cells` cells, ascending, such that small groups stay visible.
 
-    Half of the places are shared out evenly over the groups, the rest by the number of cells that are left.
+    Half of the places are shared evenly among the groups, the rest in proportion to the cells that are left.
     """
     if max_cells < 1:
         raise InvalidParameterError(f"max_cells is {max_cells}; it must be 1 or more.", field="max_cells")
@@ -272,22 +272,22 @@ def stratified_sample(labels: Sequence[str], max_cells: int, *, seed: int = 0) -
     quota = np.minimum(sizes, max_cells // (2 * len(names)))
     left = sizes - quota
     quota = quota + (left * (max_cells - quota.sum()) / left.sum()).astype(int)
-    chosen = [
+    samples = [
         generator(seed, "map", name).choice(np.flatnonzero(codes == code), quota[code], replace=False)
         for code, name in enumerate(names)
     ]
-    return np.sort(np.concatenate(chosen))
+    return np.sort(np.concatenate(samples))
 
 
 def main() -> int:
-    """Coordinates of the vectors on stdin; options as JSON in the first argument."""
+    """Write coordinates of the vectors on stdin to stdout; the first argument holds the options as JSON."""
     values = np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False)
     try:
-        found = umap_coordinates(values, **json.loads(sys.argv[1]))
+        coordinates = umap_coordinates(values, **json.loads(sys.argv[1]))
     except PerturbScopeError as error:
         sys.stderr.write(error.message.replace("\n", " ") + "\n")
         return 1
-    np.save(sys.stdout.buffer, found, allow_pickle=False)
+    np.save(sys.stdout.buffer, coordinates, allow_pickle=False)
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Labels and vectors in, scores of perturbations out; imports errors and threads, and knows no model."""
+"""Scores of perturbations from labels and vectors of cells; imports errors and threads, and knows no model."""
