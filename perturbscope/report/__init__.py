@@ -1,6 +1,6 @@
-"""A report of a scored screen: one self-contained HTML page, and its tables and figures as files.
+"""A report of a scored screen: one self-contained HTML page, with its tables and figures as files.
 
-The page opens offline, in light and dark, on a phone.
+The page opens offline, in light and dark mode and on a phone. Imports analysis, cells, scoring and tasks.trained_on.
 """
 
 from perturbscope.report.build import build_report

@@ -1,4 +1,4 @@
-"""From scores to a whole report: the parts that need the cells."""
+"""Building a whole report from scores and the scored cells."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def build_report(
     projector: Projector | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """A report with every part that these cells allow.
+    """Build a report with every section that these cells allow.
 
     Parameters
     ----------
     embeddings, labels, batches, options
-        The cells as they were scored.
+        Cells and options as they were scored.
     scores
-        What came of it.
+        Scores of these cells.
     title
         Heading of the page.
     cells
@@ -49,14 +49,14 @@ def build_report(
     enrichment
         Table of gene sets.
     projector
-        What computes the map; default umap-learn in this process.
+        Function that computes the map; default umap-learn in this process.
     progress
         Called as ``progress(stage, done, total)``, with the stages ``degs``, ``compare``, ``map`` and ``calibrate``.
 
     Raises
     ------
     InvalidInputError
-        Embeddings or labels that cannot be scored; a part that cannot be had for any other reason says so on the page.
+        The embeddings or labels cannot be scored. A section that is missing for another reason says so on the page.
     """
     control = str(scores.provenance["control"])
     return Report(
@@ -91,12 +91,12 @@ def _projection(
     if progress:
         progress("map", 0, 1)
     try:
-        found = project(embeddings, labels, normalize=options.normalize, seed=options.seed, projector=projector)
+        projection = project(embeddings, labels, normalize=options.normalize, seed=options.seed, projector=projector)
     except (InvalidInputError, ProviderUnavailableError) as error:
         return Absent(error.message)
     if progress:
         progress("map", 1, 1)
-    return found
+    return projection
 
 
 def _calibration(

@@ -1,4 +1,4 @@
-"""What a report is made of. A part that is not there says why."""
+"""The contents of a report. A section that is missing says why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from perturbscope.scoring.results import ScoreResult
 
 @dataclass(frozen=True)
 class Absent:
-    """A part that is missing, and why, in a sentence for the reader."""
+    """A missing section, and the reason in a sentence for the reader."""
 
     reason: str
 
@@ -25,26 +25,27 @@ NO_GENE_SETS = Absent("No gene sets were given.")
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """How far perturbations lie from each other.
+    """Distances of perturbations from each other.
 
     Attributes
     ----------
     names
-        Of rows and columns; the control among them.
+        Names of rows and columns, the control among them.
     distances
         E-distances, [n, n], symmetric; below 0 (noise of the unbiased estimator) set to 0.
     tree
-        Average linkage of `distances`, as scipy's, leaves in optimal order.
+        Average linkage of `distances` in scipy's format, leaves in optimal order.
     alike
         Groups of perturbations that differ from control and lie closer to each other than to control.
     noise
-        Standard deviation of the distance between groups of controls, about: differences of this size mean nothing.
+        Approximate standard deviation of the distance between groups of controls; differences of this size mean
+        nothing.
     n_hits
-        Perturbations shown that differ from control at q < 0.05.
+        Number of the perturbations shown that differ from control at q < 0.05.
     n_all
-        Perturbations that could have been compared; more than there are names where only the strongest were.
+        Number of perturbations that could be compared; above the number of names if only the strongest were.
     table
-        ``a, b, n_a, n_b, distance``, one row a pair.
+        One row a pair: ``a, b, n_a, n_b, distance``.
     """
 
     names: list[str]
@@ -59,24 +60,24 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Report:
-    """All that the page shows; only the scores must be there.
+    """The contents of the page, of which only the title and the scores are required.
 
     Attributes
     ----------
     title
         Heading of the page, such as the name of the screen.
     scores
-        Every perturbation against control.
+        Scores of every perturbation against control.
     calibration
-        Controls against controls.
+        Scores of controls against controls.
     degs
-        ``perturbation, n_cells, n_degs, n_tested``, as :func:`perturbscope.analysis.degs.deg_table` gives it.
+        Numbers of differentially expressed genes, as :func:`perturbscope.analysis.degs.deg_table` returns them.
     projection
-        A map of the cells.
+        Map of the cells.
     pairs
-        Perturbations against each other.
+        Distances of perturbations from each other.
     enrichment
-        Gene sets, one row a set, best first; shown as it is.
+        Table of gene sets, one row a set, best first, which is shown unchanged.
     """
 
     title: str

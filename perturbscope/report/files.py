@@ -1,4 +1,4 @@
-"""The report as files for other programs: tables as CSV and parquet, figures as SVG and PNG."""
+"""The report's tables as CSV and parquet files, and its figures as SVG and PNG files."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ _ZOOM = 3
 
 
 def tables(report: Report) -> dict[str, pd.DataFrame]:
-    """The tables that the report rests on, by the name of their file."""
-    found = {"scores": report.scores.table}
+    """Return the tables behind the report, by the name of their file."""
+    named = {"scores": report.scores.table}
     if isinstance(report.degs, pd.DataFrame):
-        found["genes"] = report.degs
+        named["genes"] = report.degs
     if isinstance(report.pairs, Pairs):
-        found["pairs"] = report.pairs.table
+        named["pairs"] = report.pairs.table
     if isinstance(report.projection, Projection):
-        found["umap"] = report.projection.to_frame()
+        named["umap"] = report.projection.to_frame()
     if isinstance(report.enrichment, pd.DataFrame):
-        found["enrichment"] = report.enrichment
+        named["enrichment"] = report.enrichment
     if isinstance(report.calibration, Calibration):
         rows = [(i.kind, i.metric, p, z) for i in report.calibration.sets for p, z in zip(i.p, i.z, strict=False)]
-        found["calibration"] = pd.DataFrame(rows, columns=["kind", "metric", "p", "z"])
-    return found
+        named["calibration"] = pd.DataFrame(rows, columns=["kind", "metric", "p", "z"])
+    return named
 
 
 def write_tables(folder: Path, report: Report) -> list[Path]:
-    """Write every table as ``.csv`` and ``.parquet`` into an existing folder; the files' paths."""
+    """Write every table as ``.csv`` and ``.parquet`` into an existing folder, and return the files' paths."""
     written = []
     facts: dict[str, Any] = {**report.scores.provenance, "warnings": report.scores.warnings}
     for name, table in tables(report).items():
@@ -59,7 +59,7 @@ def write_tables(folder: Path, report: Report) -> list[Path]:
 
 
 def figures(report: Report) -> dict[str, str]:
-    """The charts as SVG documents of their own, by the name of their file."""
+    """Return the charts as SVG documents, by the name of their file."""
     metrics = report.scores.provenance["metrics"]
     pages = {
         **{f"effect-{m}": sections.effects(report).partition(f'id="effect-{m}"')[2] for m in metrics},
@@ -68,20 +68,20 @@ def figures(report: Report) -> dict[str, str]:
         "pairs": sections.alike(report),
         "calibration": sections.calibration(report),
     }
-    found = {}
+    documents = {}
     for name, text in pages.items():
         chart = _CHART.search(text)
         if chart:
-            found[name] = _document(chart)
-    return found
+            documents[name] = _document(chart)
+    return documents
 
 
 def write_figures(folder: Path, report: Report) -> tuple[list[Path], str]:
-    """Write every chart as ``.svg``, and as ``.png`` where that is possible, into an existing folder.
+    """Write every chart as ``.svg``, and as ``.png`` if that is possible, into an existing folder.
 
     Returns
     -------
-    The files' paths, and why there is no PNG (empty where there is).
+    The files' paths, and why there is no PNG (empty if there is).
     """
     written, why = [], no_png()
     for name, text in figures(report).items():
@@ -97,27 +97,27 @@ def write_figures(folder: Path, report: Report) -> tuple[list[Path], str]:
 
 
 def heat_map_file(names: Sequence[str], distances: NDArray[np.floating[Any]]) -> str:
-    """A map of a few groups as an SVG document of its own, clustered (average linkage).
+    """Return a clustered heat map of a few groups as an SVG document (average linkage).
 
     Parameters
     ----------
     names, distances
-        As of :class:`perturbscope.scoring.pair_map.DistanceMap`; negative distances are drawn as 0.
+        Names and matrix of a :class:`perturbscope.scoring.pair_map.DistanceMap`; negative distances are drawn as 0.
     """
-    known = np.maximum(distances.astype(np.float64), 0.0)
-    tree = hierarchy.linkage(squareform(known, checks=False), "average", optimal_ordering=True)
-    chart = _CHART.search(heat_map(names, known, tree, control=""))
+    values = np.maximum(distances.astype(np.float64), 0.0)
+    tree = hierarchy.linkage(squareform(values, checks=False), "average", optimal_ordering=True)
+    chart = _CHART.search(heat_map(names, values, tree, control=""))
     return "" if chart is None else _document(chart)
 
 
 def no_png() -> str:
-    """Why figures cannot be written as PNG here; empty if they can."""
+    """Return why figures cannot be written as PNG here; empty if they can."""
     try:
-        import resvg_py  # noqa: F401  to see whether it is there
+        import resvg_py  # noqa: F401  to see whether it is installed
     except ImportError:
         return "Figures are SVG only: PNG needs resvg-py, pip install 'perturbscope[report]'."
     box = '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40">{}</svg>'
-    # Without any font, text is left out without a word.
+    # Without any font, resvg leaves text out silently.
     if _png(box.format('<text x="2" y="30" font-size="30" font-family="sans-serif">M</text>')) == _png(box.format("")):
         return "Figures are SVG only: this system has no fonts for PNG; install one, such as fonts-dejavu-core."
     return ""

@@ -1,4 +1,4 @@
-"""The page: words, table and charts of one scored screen."""
+"""The HTML page of one scored screen: sentences, table and charts."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _LINKS = (
 
 
 def write_report(path: str | os.PathLike[str], report: Report) -> None:
-    """Write one HTML file that needs no other file and no network; an existing file is replaced at once, or not at all.
+    """Write one HTML file that needs no other file and no network; an existing file is replaced at once or not at all.
 
     Parameters
     ----------
     path
-        The file to write.
+        File to write.
     report
-        What to show.
+        Contents of the page.
     """
     text = render_report(report)
     with atomic(Path(path)) as staging:
@@ -42,7 +42,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> None:
 
 
 def render_report(report: Report) -> str:
-    """The page as text. All that comes from the data is escaped."""
+    """Return the page as HTML. All text that comes from the data is escaped."""
     facts = report.scores.provenance
     subtitle = (
         f"{facts['n_perturbations']:,} perturbations in {facts['n_cells']:,} cells, compared with the "
@@ -70,18 +70,18 @@ def render_report(report: Report) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(report.title)}</title>\n<style>\n{stylesheet()}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
+        + "\n".join(section for section in body if section)
         + f"\n</main>\n<script>\n{_file('page.js')}</script>\n</body>\n</html>\n"
     )
 
 
 def stylesheet() -> str:
-    """The page's styles: those of charts, of which figures have a copy, and the rest."""
+    """Return the styles of the page and of its charts."""
     return _file("style.css") + _file("charts.css")
 
 
 def chart_style() -> str:
-    """The styles of the charts for a file of their own: light colours in place of variables."""
+    """Return the styles of the charts for figures in their own files: light colours in place of variables."""
     light = dict(re.findall(r"(--[a-z0-9-]+):\s*([^;]+);", _file("style.css").partition("@media")[0]))
     return re.sub(r"var\((--[a-z0-9-]+)\)", lambda match: light[match[1]], _file("charts.css").partition("@media")[0])
 
@@ -92,16 +92,16 @@ def _file(name: str) -> str:
 
 def _facts(report: Report) -> str:
     facts, first = report.scores.provenance, report.scores.provenance["metrics"][0]
-    part, undone = report.scores.table[report.scores.table["metric"] == first], doubt(report)
+    rows, undone = report.scores.table[report.scores.table["metric"] == first], doubt(report)
     doubtful = " doubtful" if undone else ""
     items = [
         (
-            f"{int((part['q'] < 0.05).sum()):,}",
+            f"{int((rows['q'] < 0.05).sum()):,}",
             f"differ from control (q < 0.05){f', {undone}' if undone else ''}",
             doubtful,
         ),
         (f"{facts['n_scored']:,}", "perturbations scored", ""),
-        (number(float(part["z"].median())), "median effect z", doubtful),
+        (number(float(rows["z"].median())), "median effect z", doubtful),
         (f"{facts['n_controls']:,}", "control cells", ""),
     ]
     cards = "".join(

@@ -1,4 +1,4 @@
-"""Perturbations against each other: distances, their clustering, and who acts alike."""
+"""Distances of perturbations from each other, their clustering, and the perturbations that act alike."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from perturbscope.scoring.pair_map import distance_map
 from perturbscope.scoring.results import ScoreOptions, ScoreResult
 
 MAX_NAMES = 60
-"""Most perturbations of the heat map: more names cannot be read."""
+"""Most perturbations of the heat map; more names could not be read."""
 PAIR_CELLS = 300
-"""Most cells of a group: there are many pairs, and a colour needs no third digit."""
+"""Most cells of a group, since there are many pairs and a colour needs no third digit."""
 CLEAR = 5.0
 """z from which a perturbation is far enough from control for its direction to be known."""
 ALIKE = 0.5
-"""Perturbations are alike if their distance is below this share of the smaller of their distances to control."""
+"""Share of the smaller of two perturbations' distances to control below which their own distance means alike."""
 
 
 def make_pairs(
@@ -34,14 +34,14 @@ def make_pairs(
     options: ScoreOptions,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Pairs | Absent:
-    """Distances between the strongest perturbations, and to control.
+    """Measure distances between the strongest perturbations, and to control.
 
     Parameters
     ----------
     embeddings, labels, options
-        As they were scored.
+        Cells and options as they were scored.
     scores
-        What came of it; by its first metric perturbations are chosen and called different from control.
+        Their scores, whose first metric says which perturbations are strongest and differ from control.
     progress
         Called as ``progress("compare", done, total)``.
     """
@@ -60,16 +60,16 @@ def make_pairs(
     )
     everything = np.asarray(labels, dtype=object)
     rows = np.flatnonzero(np.isin(everything, names))
-    made = distance_map(
+    pair_map = distance_map(
         np.asarray(embeddings)[rows],
         everything[rows].tolist(),
         options=cheap,
         progress=None if progress is None else lambda _, done, total: progress("compare", done, total),
     )
-    places = [made.names.index(name) for name in names]
-    measured = made.distances[np.ix_(places, places)].astype(np.float64)
+    places = [pair_map.names.index(name) for name in names]
+    measured = pair_map.distances[np.ix_(places, places)].astype(np.float64)
     sizes = [int((everything == name).sum()) for name in names]
-    found = pd.DataFrame(
+    pairs = pd.DataFrame(
         [(names[i], names[j], sizes[i], sizes[j], measured[i, j]) for i, j in combinations(range(len(names)), 2)],
         columns=["a", "b", "n_a", "n_b", "distance"],
     )
@@ -85,20 +85,20 @@ def make_pairs(
         noise=0.0 if metric != options.metrics[0] else float(scored["null_sd"].fillna(0.0).median()),
         n_hits=int((scored["q"].head(MAX_NAMES) < 0.05).sum()),
         n_all=len(scored),
-        table=found,
+        table=pairs,
     )
 
 
 def _alike(names: list[str], distances: NDArray[np.float64], hits: set[str]) -> list[list[str]]:
-    """Groups, strongest first, in which every two perturbations are alike (:data:`ALIKE`); row 0 is the control."""
-    chosen = [i for i, name in enumerate(names) if name in hits and distances[0, i] > 0]
-    if len(chosen) < 2:
+    """Return groups, strongest first, of perturbations that are all alike (:data:`ALIKE`); row 0 is the control."""
+    hit_rows = [i for i, name in enumerate(names) if name in hits and distances[0, i] > 0]
+    if len(hit_rows) < 2:
         return []
-    to_control = distances[0, chosen]
-    ratio = distances[np.ix_(chosen, chosen)] / np.minimum.outer(to_control, to_control)
+    to_control = distances[0, hit_rows]
+    ratio = distances[np.ix_(hit_rows, hit_rows)] / np.minimum.outer(to_control, to_control)
     np.fill_diagonal(ratio, 0.0)
     tree = hierarchy.linkage(squareform(ratio, checks=False), "complete")
     groups: dict[int, list[str]] = {}
-    for i, code in zip(chosen, hierarchy.fcluster(tree, ALIKE, "distance"), strict=True):
+    for i, code in zip(hit_rows, hierarchy.fcluster(tree, ALIKE, "distance"), strict=True):
         groups.setdefault(int(code), []).append(names[i])
     return [group for group in groups.values() if len(group) > 1]

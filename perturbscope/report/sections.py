@@ -1,4 +1,4 @@
-"""The cards of the page: each a heading that asks what a reader asks, a picture, and how to read it."""
+"""The cards of the page: each has a heading, a picture and how to read it."""
 
 from __future__ import annotations
 
@@ -41,34 +41,34 @@ _SET_COLUMNS = {
     "p_exact_adjusted": "p adjusted",
     "p_stratified_exact_adjusted": "p adjusted, similar cells",
 }
-"""What is shown of a table of enrichment."""
+"""Columns of a table of enrichment that are shown, and their headings."""
 
 
 def card(heading: str, body: str, *, anchor: str = "", kind: str = "", metric: str = "") -> str:
-    """A titled box; `anchor` is its address on the page."""
+    """Return a titled box; `anchor` is its address on the page."""
     attributes = "".join(f' {name}="{value}"' for name, value in (("id", anchor), ("data-metric", metric)) if value)
     return f'<section class="card {kind}"{attributes}><h2>{heading}</h2>{body}</section>'
 
 
-def absent(part: Absent) -> str:
-    """Why a part is not there."""
-    return f'<p class="muted absent">{escape(part.reason)}</p>'
+def absent(section: Absent) -> str:
+    """Return the reason why a section is missing."""
+    return f'<p class="muted absent">{escape(section.reason)}</p>'
 
 
 def bullets(lines: list[str]) -> str:
-    """Sentences, one a point."""
+    """Return sentences as a list, one a point."""
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
 
 
 def both(draw: Callable[[Frame], str]) -> str:
-    """A chart twice: laid out for a laptop and for a phone; the style sheet shows the one that fits."""
+    """Draw a chart twice, for a laptop and for a phone; the style sheet shows the one that fits."""
     return f'<div class="for-wide">{draw(WIDE)}</div><div class="for-narrow">{draw(NARROW)}</div>'
 
 
 def effects(report: Report) -> str:
-    """Effect against evidence, and against changed genes; one pair of charts a metric."""
+    """Return two cards a metric: effect against evidence, and effect against changed genes."""
     result = report.scores
-    parts = []
+    cards = []
     for metric in result.provenance["metrics"]:
         rows = result.table[result.table["metric"] == metric]
         name = METRIC_NAMES[metric]
@@ -82,9 +82,9 @@ def effects(report: Report) -> str:
             "controls lie from each other. Above the dashed line: beyond chance, after correction for the number of "
             "perturbations.</p>"
         )
-        parts.append(card(f"Effect and evidence ({name})", chart + note, metric=metric, anchor=f"effect-{metric}"))
-        parts.append(_degs(report, points, metric, name))
-    return "".join(parts)
+        cards.append(card(f"Effect and evidence ({name})", chart + note, metric=metric, anchor=f"effect-{metric}"))
+        cards.append(_degs(report, points, metric, name))
+    return "".join(cards)
 
 
 def _degs(report: Report, points: list[Point], metric: str, name: str) -> str:
@@ -97,8 +97,8 @@ def _degs(report: Report, points: list[Point], metric: str, name: str) -> str:
         for point in points
         if point.name in counts.index
     ]
-    found = correlate_degs(report.scores.table, report.degs)
-    row = found[(found["metric"] == metric) & (found["against"] == "z")].iloc[0].to_dict()
+    correlations = correlate_degs(report.scores.table, report.degs)
+    row = correlations[(correlations["metric"] == metric) & (correlations["against"] == "z")].iloc[0].to_dict()
     chart = both(lambda frame: deg_chart(with_counts, metric=name, frame=frame))
     note = (
         '<p class="muted">Up: a larger effect on the whole cell. Right: more genes that change by themselves. High on '
@@ -110,20 +110,20 @@ def _degs(report: Report, points: list[Point], metric: str, name: str) -> str:
 
 
 def map_of_cells(report: Report, *, alone: bool = False) -> str:
-    """UMAP of the cells; `alone`: for a figure, with the names inside the chart."""
+    """Return the card of the UMAP; `alone` puts the names inside the chart, for a figure in its own file."""
     heading = "Map of the cells"
-    part = report.projection
-    if not isinstance(part, Projection):
-        return card(heading, absent(part), anchor="map")
+    projection = report.projection
+    if not isinstance(projection, Projection):
+        return card(heading, absent(projection), anchor="map")
     control = str(report.scores.provenance["control"])
     first = report.scores.table[report.scores.table["metric"] == report.scores.provenance["metrics"][0]]
-    there = set(part.labels)
-    ranked = [str(name) for name in first["perturbation"] if str(name) in there]
+    shown = set(projection.labels)
+    ranked = [str(name) for name in first["perturbation"] if str(name) in shown]
     options = "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in ranked)
     legend = "".join(
         f'<span class="key"><i class="c{i}"></i>{escape(name)}</span>' for i, name in enumerate(ranked[:COLOURS])
     )
-    facts = part.provenance
+    facts = projection.provenance
     few = facts["n_shown"] < facts["n_cells"]
     sample = f"{facts['n_shown']:,} of {facts['n_cells']:,} cells" if few else f"{facts['n_cells']:,} cells"
     others = '<span class="key"><i class="others"></i>other perturbations</span>' if len(ranked) > COLOURS else ""
@@ -131,7 +131,7 @@ def map_of_cells(report: Report, *, alone: bool = False) -> str:
         '<div class="tools" hidden><label for="focus">Colour</label>'
         f'<select id="focus"><option value="">the strongest {min(COLOURS, len(ranked))}</option>{options}</select>'
         '<span class="muted">against control</span></div>'
-        f"{cell_map(part.coordinates, part.labels, control=control, ranked=ranked, legend=alone)}"
+        f"{cell_map(projection.coordinates, projection.labels, control=control, ranked=ranked, legend=alone)}"
         f'<p class="legend" id="keys"><span class="key"><i class="control"></i>{escape(control)}</span>{legend}{others}'
         "</p>"
         f'<p class="muted">One dot a cell ({sample}); cells with similar profiles lie close together. A map bends '
@@ -142,19 +142,19 @@ def map_of_cells(report: Report, *, alone: bool = False) -> str:
 
 
 def alike(report: Report) -> str:
-    """Heat map of the distances between perturbations."""
+    """Return the card of the distances between perturbations, a heat map."""
     heading = "Which perturbations act alike?"
-    part = report.pairs
-    if not isinstance(part, Pairs):
-        return card(heading, absent(part), anchor="alike")
+    pairs = report.pairs
+    if not isinstance(pairs, Pairs):
+        return card(heading, absent(pairs), anchor="alike")
     control = str(report.scores.provenance["control"])
-    shown = len(part.names) - 1
-    which = f"The {shown} strongest of {part.n_all} perturbations" if shown < part.n_all else f"{shown} perturbations"
-    chart = heat_map(part.names, part.distances, part.tree, control=control, noise=part.noise)
+    shown = len(pairs.names) - 1
+    which = f"The {shown} strongest of {pairs.n_all} perturbations" if shown < pairs.n_all else f"{shown} perturbations"
+    chart = heat_map(pairs.names, pairs.distances, pairs.tree, control=control, noise=pairs.noise)
     nothing = (
         '<p class="muted"><b>None of these perturbations was shown to differ from control, so the differences between '
         "them may be chance alone.</b></p>"
-        if not part.n_hits
+        if not pairs.n_hits
         else ""
     )
     body = (
@@ -170,14 +170,14 @@ def alike(report: Report) -> str:
 
 
 def gene_sets(report: Report) -> str:
-    """Enrichment of the ranking."""
+    """Return the card of gene sets among the strongest perturbations."""
     heading = "Gene sets among the strongest"
-    part = report.enrichment
-    if isinstance(part, Absent):
-        return card(heading, absent(part), anchor="sets")
-    if not len(part):
+    table = report.enrichment
+    if isinstance(table, Absent):
+        return card(heading, absent(table), anchor="sets")
+    if not len(table):
         return card(heading, '<p class="muted">No gene set holds enough of these perturbations.</p>', anchor="sets")
-    shown = part[[name for name in _SET_COLUMNS if name in part.columns] or list(part.columns)]
+    shown = table[[name for name in _SET_COLUMNS if name in table.columns] or list(table.columns)]
     note = (
         '<p class="muted">For each set, how many of the strongest perturbations hit its genes, and how many would by '
         "chance. The last column compares perturbations with similar numbers of cells only, since those with more "
@@ -187,14 +187,14 @@ def gene_sets(report: Report) -> str:
 
 
 def calibration(report: Report) -> str:
-    """Controls against controls."""
+    """Return the card of controls scored against controls."""
     heading = "Can the p-values be trusted?"
-    part = report.calibration
-    if isinstance(part, Absent):
-        return card(heading, absent(part), anchor="calibration")
-    if not part.sets:
+    calibrated = report.calibration
+    if isinstance(calibrated, Absent):
+        return card(heading, absent(calibrated), anchor="calibration")
+    if not calibrated.sets:
         return card(heading, '<p class="muted">There were too few controls to split.</p>', anchor="calibration")
-    curves = [(f"split by {item.kind}, {METRIC_NAMES[item.metric]}", item.p) for item in part.sets]
+    curves = [(f"split by {item.kind}, {METRIC_NAMES[item.metric]}", item.p) for item in calibrated.sets]
     note = (
         '<p class="muted">Controls were scored against controls, to which nothing was done. On the dashed line, '
         "p-values are what they say. Above it they are too small: those cells differ all the same.</p>"
@@ -203,7 +203,7 @@ def calibration(report: Report) -> str:
 
 
 def provenance(report: Report) -> str:
-    """What made the numbers."""
+    """Return the card of provenance."""
     facts = report.scores.provenance
     keys = ["model_id", "use_rep", "input", "perturbation_key", "batch_key", "metrics", "ground", "estimator", "null"]
     keys += ["repeats", "permutations", "correction", "seed", "unit_length", "control", "n_controls_used", "batches"]

@@ -1,4 +1,4 @@
-"""The report's sentences: conclusions and cautions in plain words, and how to read the numbers."""
+"""The report's sentences: conclusions, cautions, and how to read the numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from perturbscope.report.contents import Absent, Pairs, Report
+from perturbscope.report.contents import Pairs, Report
 from perturbscope.scoring.calibration import Calibration, CalibrationSet
 from perturbscope.scoring.results import FLAGS
 from perturbscope.tasks.trained_on import KEY
@@ -27,11 +27,11 @@ _SEEN = {
     ),
     "pretrained_on_this_file": ("Trained on this file, without its labels", ""),
 }
-"""Names of :mod:`perturbscope.tasks.trained_on` in words, and what they make of the count of differences."""
+"""What :mod:`perturbscope.tasks.trained_on` found -> its heading, and the doubt that it casts on all numbers."""
 FEW_CELLS = 50
-"""Below this many cells only large effects can be seen."""
+"""Number of cells below which only large effects can be detected."""
 FEW_GENES = 1000
-"""Below this many known genes, what the model sees of a cell is a small part of what it was trained on."""
+"""Number of known genes below which the model sees only a small part of a cell's transcriptome."""
 
 READING = [
     "Distance: how far a perturbation's cells lie from control cells, less how far cells lie from each other within "
@@ -48,7 +48,7 @@ READING = [
 
 
 def number(value: float) -> str:
-    """Three significant digits; a dash for a missing number."""
+    """Format a number with three significant digits; a missing one is a dash."""
     if math.isnan(value):
         return "\N{EN DASH}"
     if value == 0:
@@ -59,109 +59,109 @@ def number(value: float) -> str:
 
 
 def p_value(value: float) -> str:
-    """A probability: three decimals, or a power of ten below 0.001."""
+    """Format a probability with three decimals, or as a power of ten below 0.001."""
     if math.isnan(value):
         return "\N{EN DASH}"
     return f"{value:.3f}" if value >= 0.00095 else f"{value:.1e}".replace("-", "\N{MINUS SIGN}")
 
 
 def listing(names: list[str], limit: int = 8) -> str:
-    """Names in a sentence; the rest as a number."""
+    """Join names in a sentence; names above the limit are counted."""
     if len(names) > limit:
         return f"{', '.join(names[:limit])} and {len(names) - limit} more"
     return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)
 
 
 def doubt(report: Report) -> str:
-    """Why no number of the page is to be believed; empty where none is undone."""
+    """Return why the numbers of the page are not to be believed; empty if nothing speaks against them."""
     seen = report.scores.provenance.get(KEY) or {}
     return _SEEN.get(str(seen.get("how")), ("", ""))[1]
 
 
 def conclusions(report: Report) -> list[str]:
-    """What the report says, in sentences; the most important first."""
+    """Return the report's conclusions as sentences, the most important first."""
     result, undone = report.scores, doubt(report)
-    found = []
+    sentences = []
     for metric in result.provenance["metrics"]:
-        part = result.table[result.table["metric"] == metric]
-        scored = part[part["p"].notna()]
+        rows = result.table[result.table["metric"] == metric]
+        scored = rows[rows["p"].notna()]
         hits = scored[scored["q"] < 0.05]
         name = METRIC_NAMES[metric]
         said = f"{len(hits)} of {len(scored)} perturbations differ from control at q < 0.05 ({name})"
-        found.append(f"{undone[0].upper()}{undone[1:]}: {said}." if undone else f"{said}.")
+        sentences.append(f"{undone[0].upper()}{undone[1:]}: {said}." if undone else f"{said}.")
         if len(hits):
             listed = [f"{row.perturbation} (z {number(float(row.z))})" for row in hits.head(5).itertuples(index=False)]
-            found.append(f"Strongest by {name}: {', '.join(listed)}.")
+            sentences.append(f"Strongest by {name}: {', '.join(listed)}.")
     first = result.table[result.table["metric"] == result.provenance["metrics"][0]]
     hits = first[first["q"] < 0.05]
     if isinstance(report.degs, pd.DataFrame):
-        found += _degs(list(hits["perturbation"].astype(str)), report.degs)
+        sentences += _degs(list(hits["perturbation"].astype(str)), report.degs)
     if isinstance(report.pairs, Pairs):
-        found += [
+        sentences += [
             f"These act alike, nearer to each other than to control: {listing(g)}." for g in report.pairs.alike[:3]
         ]
     none = list(first["perturbation"][first["q"] >= 0.05].astype(str))
     if none:
-        found.append(
+        sentences.append(
             f"No difference was shown for {listing(none)}. "
             "That is not proof of no effect: small groups show only large effects."
         )
     skipped = list(first["perturbation"][first["flags"].str.split(";").map(lambda flags: "too_few_cells" in flags)])
     if skipped:
-        found.append(f"Not scored, too few cells: {listing(skipped)}.")
+        sentences.append(f"Not scored, too few cells: {listing(skipped)}.")
     if isinstance(report.calibration, Calibration):
-        found += [_calibration(item) for item in report.calibration.sets]
-    return found
+        sentences += [_calibration(item) for item in report.calibration.sets]
+    return sentences
 
 
 def cautions(report: Report) -> list[str]:
-    """What a careful reader should know before believing a number."""
+    """Return what a reader should know before trusting a number, as sentences."""
     result = report.scores
-    found = list(result.warnings)
+    warnings = list(result.warnings)
     if isinstance(report.calibration, Calibration):
-        found += report.calibration.warnings
-    found = list(dict.fromkeys(found))
+        warnings += report.calibration.warnings
+    warnings = list(dict.fromkeys(warnings))
     first = result.table[result.table["metric"] == result.provenance["metrics"][0]]
     few = first[first["p"].notna() & (first["n_cells"] < FEW_CELLS)]
     if len(few):
-        found.append(
+        warnings.append(
             f"Few cells: {listing(list(few['perturbation'].astype(str)), 5)} {'have' if len(few) > 1 else 'has'} fewer "
             f"than {FEW_CELLS}; only large effects can be seen in so few."
         )
     if result.provenance.get("batches") is None:
-        found.append(
+        warnings.append(
             "No batches were named, so labels were exchanged freely. If perturbations are spread unevenly over wells, "
             "lanes or donors, part of what is seen here may be the batch."
         )
-    return [*map(_in_words, found), *_coverage(result.provenance.get("coverage"))]
+    return [*map(_readable, warnings), *_coverage(result.provenance.get("coverage"))]
 
 
-def _in_words(warning: str) -> str:
-    """A warning whose first word is the name of a flag or metric, with that in words."""
+def _readable(warning: str) -> str:
+    """Replace the name of a flag or metric at the start of a warning with readable text."""
     name, colon, rest = warning.partition(": ")
     if colon and (name in FLAGS or name in METRIC_NAMES or name in _SEEN):
-        words = METRIC_NAMES.get(name) or (_SEEN[name][0] if name in _SEEN else name.replace("_", " ").capitalize())
-        return f"{words}: {rest}"
+        text = METRIC_NAMES.get(name) or (_SEEN[name][0] if name in _SEEN else name.replace("_", " ").capitalize())
+        return f"{text}: {rest}"
     return warning
 
 
 def _coverage(coverage: dict[str, object] | None) -> list[str]:
-    """Low gene coverage, where the model embedded the cells in this run."""
+    """Return a warning of low gene coverage, if the model embedded the cells in this run."""
     if not coverage:
         return []
     n_genes, n_matched = int(str(coverage["n_genes"])), int(str(coverage["n_matched"]))
-    found = []
+    warnings = []
     if n_matched < 0.5 * n_genes:
-        found.append(
+        warnings.append(
             f"Low gene coverage: the model knows {n_matched:,} of the file's {n_genes:,} genes. Check that the gene "
             "identifiers are Ensembl ids or symbols of human genes."
         )
     elif n_matched < FEW_GENES:
-        found.append(
+        warnings.append(
             f"Low gene coverage: the file holds {n_matched:,} genes that the model knows, a small part of the "
             "transcriptome. Effects on other genes cannot be seen."
         )
-    return found
+    return warnings
 
 
 def _degs(hits: list[str], degs: pd.DataFrame) -> list[str]:
@@ -184,8 +184,3 @@ def _calibration(item: CalibrationSet) -> str:
         return f"{splits} gave p-values that are {verdict} ({test}; {values}; {name})."
     small = sum(p < 0.05 for p in item.p) / len(item.p)
     return f"{splits} gave p < 0.05 in {small:.0%} of cases, where 5% are expected by chance ({values}; {name})."
-
-
-def why(part: object) -> str:
-    """Why a part is missing; empty where it is there."""
-    return part.reason if isinstance(part, Absent) else ""

@@ -28,7 +28,7 @@ _HEADS = {
 
 
 def score_table(report: Report) -> str:
-    """Every perturbation and metric, strongest first, with what the flags mean."""
+    """Return the table of every perturbation and metric, strongest first, with an explanation of its flags."""
     result = report.scores
     degs = report.degs.set_index("perturbation")["n_degs"] if isinstance(report.degs, pd.DataFrame) else None
     heads = [name for name in _HEADS if name != "genes" or degs is not None]
@@ -50,7 +50,7 @@ def score_table(report: Report) -> str:
 
 
 def plain_table(table: pd.DataFrame, *, limit: int = 25) -> str:
-    """The first rows of any table."""
+    """Return the first `limit` rows of any table as HTML."""
     shown = table.head(limit)
     is_text = [not pd.api.types.is_numeric_dtype(shown[name]) for name in shown.columns]
     head = "".join(
@@ -73,7 +73,7 @@ def plain_table(table: pd.DataFrame, *, limit: int = 25) -> str:
 
 
 def _flag_notes(table: pd.DataFrame) -> str:
-    """What the flags in the table mean, for readers without a pointer to hover with."""
+    """Return what the flags in the table mean, for readers who cannot hover with a pointer."""
     used = list(dict.fromkeys(flag for flags in table["flags"] for flag in str(flags).split(";") if flag))
     return "".join(f'<p class="note">{_flag(flag)} {escape(FLAGS.get(flag, ""))}.</p>' for flag in used)
 

@@ -1,4 +1,4 @@
-"""Charts of the report as inline SVG: no library, no image, colours from the page's style sheet."""
+"""Charts of the report as inline SVG, drawn without a library, with colours from the page's style sheet."""
 
 from perturbscope.report.charts.cells import cell_map
 from perturbscope.report.charts.frame import NARROW, WIDE, Frame

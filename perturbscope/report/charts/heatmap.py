@@ -1,4 +1,4 @@
-"""Distances between perturbations as colours, in the order of a hierarchical clustering, with its tree."""
+"""Heat map of distances between perturbations, in the order of a hierarchical clustering, with its tree."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def heat_map(
     control: str,
     noise: float = 0.0,
 ) -> str:
-    """A square a pair; close pairs are dark.
+    """Draw one square a pair; close pairs are dark.
 
     Parameters
     ----------
     names
-        Of rows and columns.
+        Names of rows and columns.
     distances
-        [n, n], symmetric, not negative.
+        Distances, [n, n], symmetric and not negative.
     tree
-        Linkage of the n rows, as scipy's; its order of leaves is that of the chart.
+        Linkage of the n rows in scipy's format, whose order of leaves is that of the chart.
     control
-        Which name is set in italics.
+        Name that is set in italics.
     noise
-        Standard deviation of distances where nothing was done: the scale of colours spans 20 of them or more, so that
-        chance does not look like structure.
+        Standard deviation of distances between groups of controls; the colours span at least 20 of them, so that chance
+        does not look like structure.
     """
     order = [int(i) for i in hierarchy.leaves_list(tree)]
     names = [names[i] for i in order]
@@ -55,41 +55,41 @@ def heat_map(
         bottom=round(margin),
         labels=n,
     )
-    # The square root spreads the small distances, where the groups are.
+    # The square root spreads the small distances, which show the groups.
     root = np.sqrt(shown)
     top = max(float(root.max()), (20 * noise) ** 0.5)
     steps = (root / top * LEVELS).astype(int) if top > 0 else np.full((n, n), LEVELS - 1)
     level = LEVELS - 1 - np.minimum(steps, LEVELS - 1)
-    parts = [_branches(tree, frame)]
+    elements = [_branches(tree, frame)]
     for step in range(LEVELS):
         squares = "".join(
             f"M{frame.left + column * _CELL} {_TREE + row * _CELL}h{_CELL}v{_CELL}h-{_CELL}z"
             for row, column in np.argwhere(level == step)
         )
         if squares:
-            parts.append(f'<path class="h{step}" d="{squares}"/>')
+            elements.append(f'<path class="h{step}" d="{squares}"/>')
     for i, name in enumerate(names):
         text = escape(name if len(name) <= 18 else name[:17] + "…")
         kind = ' class="control-name"' if name == control else ""
         at = _TREE + i * _CELL + 13
-        parts.append(f'<text{kind} x="{frame.left - 6}" y="{at}" text-anchor="end">{text}</text>')
-        parts.append(
+        elements.append(f'<text{kind} x="{frame.left - 6}" y="{at}" text-anchor="end">{text}</text>')
+        elements.append(
             f'<text{kind} transform="translate({frame.left + i * _CELL + 13} {frame.y0 + 6}) rotate(-90)" '
             f'text-anchor="end">{text}</text>'
         )
     numbers = json.dumps([[float(f"{value:.3g}") for value in row] for row in shown])
-    parts.append(
+    elements.append(
         f'<rect class="pick" x="{frame.left}" y="{_TREE}" width="{n * _CELL}" height="{n * _CELL}" '
         f'data-names="{escape(json.dumps(names))}" data-values="{numbers}"/>'
     )
-    chart = svg(frame, parts, f"Distances between {n} groups of cells, clustered", kind="heat")
-    # Small enough to be seen whole, large enough to be read; on a phone it is scrolled.
+    chart = svg(frame, elements, f"Distances between {n} groups of cells, clustered", kind="heat")
+    # Small enough to be seen as a whole, large enough to be read; on a phone it is scrolled.
     room = f"min-width:{round(0.72 * frame.width)}px;max-width:{round(1.5 * frame.width)}px"
     return chart.replace("<svg ", f'<svg style="{room}" ', 1)
 
 
 def scale() -> str:
-    """The colours from near to far, for the legend."""
+    """Draw the colours from near to far, for the legend."""
     width = 14
     squares = "".join(
         f'<path class="h{LEVELS - 1 - i}" d="M{i * width} 0h{width}v{width}h-{width}z"/>' for i in range(LEVELS)

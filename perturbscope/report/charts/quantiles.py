@@ -1,4 +1,4 @@
-"""Observed against expected p-values."""
+"""Quantile plot of observed against expected p-values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from perturbscope.report.charts.frame import WIDE, Axis, Frame, axes, svg
 
 
 def qq_chart(sets: Sequence[tuple[str, Sequence[float]]], *, frame: Frame = WIDE) -> str:
-    """Observed against expected p-values of control-against-control splits, on a -log10 scale, one colour a set."""
+    """Draw observed against expected p-values of control-against-control splits on a -log10 scale, one colour a set."""
     curves = []
     top = 1.0
     for _, values in sets:
@@ -21,7 +21,7 @@ def qq_chart(sets: Sequence[tuple[str, Sequence[float]]], *, frame: Frame = WIDE
         top = max(top, *expected, *observed)
     x = Axis(0.0, top * 1.05, frame.x0, frame.x1)
     y = Axis(0.0, top * 1.05, frame.y0, frame.y1)
-    parts = [
+    elements = [
         axes(frame, x, y, "expected \N{MINUS SIGN}log₁₀ p", "observed \N{MINUS SIGN}log₁₀ p"),
         f'<line class="threshold" x1="{x(0):.1f}" y1="{y(0):.1f}" x2="{x(top):.1f}" y2="{y(top):.1f}"/>',
     ]
@@ -29,10 +29,10 @@ def qq_chart(sets: Sequence[tuple[str, Sequence[float]]], *, frame: Frame = WIDE
         dots = "".join(
             f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3"/>' for a, b in zip(expected, observed, strict=True)
         )
-        parts.append(f'<g class="c{i % 7}">{dots}</g>')
+        elements.append(f'<g class="c{i % 7}">{dots}</g>')
         at = frame.y0 - 14 - 22 * (len(sets) - 1 - i)
-        parts.append(
+        elements.append(
             f'<g class="c{i % 7}"><circle cx="{frame.x1 - 8}" cy="{at - 4}" r="5"/></g>'
             f'<text x="{frame.x1 - 20}" y="{at}" text-anchor="end">{escape(name)}</text>'
         )
-    return svg(frame, parts, "Quantiles of control-against-control p-values against the uniform distribution")
+    return svg(frame, elements, "Quantiles of control-against-control p-values against the uniform distribution")

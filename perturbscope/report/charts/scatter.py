@@ -1,4 +1,4 @@
-"""One point a perturbation: effect against evidence, and effect against changed genes."""
+"""Charts with one point a perturbation: effect against evidence, and effect against changed genes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class DegPoint(Point):
 
 
 def effect_chart(points: Sequence[Point], *, metric: str, frame: Frame = WIDE) -> str:
-    """Effect size (z) against the evidence for it (-log10 q)."""
+    """Draw the effect size (z) against the evidence for it (-log10 q)."""
     shown = [point for point in points if math.isfinite(point.z) and math.isfinite(point.q)]
     if not shown:
         return '<p class="muted">No perturbation has both z and q.</p>'
@@ -43,25 +43,27 @@ def effect_chart(points: Sequence[Point], *, metric: str, frame: Frame = WIDE) -
     y = Axis(0.0, top, frame.y0, frame.y1)
     threshold = y(-math.log10(0.05))
     note = (frame.x1 - 70, threshold - 18, frame.x1, threshold)
-    parts = [
+    elements = [
         axes(frame, x, y, _EFFECT, "\N{MINUS SIGN}log₁₀ q"),
         f'<line class="threshold" x1="{frame.x0}" x2="{frame.x1}" y1="{threshold:.1f}" y2="{threshold:.1f}"/>',
         f'<text class="note" x="{frame.x1}" y="{threshold - 5:.1f}" text-anchor="end">q = 0.05</text>',
     ]
     ranked = sorted(shown, key=lambda point: -point.z)
     where = [(x(point.z), y(-math.log10(point.q))) for point in ranked]
-    parts += [_dot(point, at, f"z {point.z:.3g}, q {point.q:.2g}") for point, at in zip(ranked, where, strict=True)]
+    elements += [_dot(point, at, f"z {point.z:.3g}, q {point.q:.2g}") for point, at in zip(ranked, where, strict=True)]
     names = Names(frame, [note, *map(_around, where)])
-    parts += [
+    elements += [
         names.place(point.name, *at)
         for i, (point, at) in enumerate(zip(ranked[: frame.labels], where, strict=False))
         if point.significant or i < 3
     ]
-    return svg(frame, parts, f"Effect size against significance of {len(shown)} perturbations, {metric}", kind="points")
+    return svg(
+        frame, elements, f"Effect size against significance of {len(shown)} perturbations, {metric}", kind="points"
+    )
 
 
 def deg_chart(points: Sequence[DegPoint], *, metric: str, frame: Frame = WIDE) -> str:
-    """Number of differentially expressed genes against effect size (z)."""
+    """Draw the number of differentially expressed genes against the effect size (z)."""
     shown = [point for point in points if math.isfinite(point.z)]
     if not shown:
         return '<p class="muted">No perturbation has z.</p>'
@@ -70,19 +72,19 @@ def deg_chart(points: Sequence[DegPoint], *, metric: str, frame: Frame = WIDE) -
     y = _effect_axis([point.z for point in shown], frame.y0, frame.y1)
     ranked = sorted(shown, key=lambda point: -point.z)
     where = [(x(point.n_degs), y(point.z)) for point in ranked]
-    parts = [axes(frame, x, y, "differentially expressed genes", _EFFECT)]
-    parts += [
+    elements = [axes(frame, x, y, "differentially expressed genes", _EFFECT)]
+    elements += [
         _dot(point, at, f"z {point.z:.3g}, {point.n_degs} differentially expressed genes")
         for point, at in zip(ranked, where, strict=True)
     ]
     names = Names(frame, [_around(at) for at in where])
-    # The strongest, and then what a count of genes would miss.
+    # The strongest, and then those that a count of genes would miss.
     silent = [i for i, point in enumerate(ranked) if point.significant and not point.n_degs]
     order = list(dict.fromkeys([*range(min(len(ranked), frame.labels // 2)), *silent]))
-    parts += [names.place(ranked[i].name, *where[i]) for i in order[: frame.labels]]
+    elements += [names.place(ranked[i].name, *where[i]) for i in order[: frame.labels]]
     return svg(
         frame,
-        parts,
+        elements,
         f"Differentially expressed genes against effect size of {len(shown)} perturbations, {metric}",
         kind="points",
     )
