@@ -134,8 +134,8 @@ def map_of_cells(report: Report, *, alone: bool = False) -> str:
         f"{cell_map(projection.coordinates, projection.labels, control=control, ranked=ranked, legend=alone)}"
         f'<p class="legend" id="keys"><span class="key"><i class="control"></i>{escape(control)}</span>{legend}{others}'
         "</p>"
-        f'<p class="muted">One dot a cell ({sample}); cells with similar profiles lie close together. A map bends '
-        "distances, and sizes of and gaps between clouds mean little: look here, and judge by the scores. "
+        f'<p class="muted">One dot a cell ({sample}); cells with similar profiles lie close together. A map distorts '
+        "distances; sizes of clouds and gaps between them mean little, so look here but judge by the scores. "
         f"UMAP, {facts['n_neighbors']} neighbours, minimum distance {facts['min_dist']}, seed {facts['seed']}.</p>"
     )
     return card(heading, body, anchor="map")
@@ -197,7 +197,7 @@ def calibration(report: Report) -> str:
     curves = [(f"split by {item.kind}, {METRIC_NAMES[item.metric]}", item.p) for item in calibrated.sets]
     note = (
         '<p class="muted">Controls were scored against controls, to which nothing was done. On the dashed line, '
-        "p-values are what they say. Above it they are too small: those cells differ all the same.</p>"
+        "p-values hold. Above it they are too small: these cells differ although nothing was done to them.</p>"
     )
     return card(heading, both(lambda frame: qq_chart(curves, frame=frame)) + note, anchor="calibration")
 

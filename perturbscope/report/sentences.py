@@ -35,7 +35,7 @@ FEW_GENES = 1000
 
 READING = [
     "Distance: how far a perturbation's cells lie from control cells, less how far cells lie from each other within "
-    "each group. With the U estimator it is 0 on average where nothing happened, and may be negative.",
+    "each group. With the U estimator it is 0 on average if nothing happened, and may be negative.",
     "z: the distance in standard deviations of what groups of controls of the same size show against other controls. "
     "It measures the size of an effect relative to noise, and grows with the number of cells.",
     "p: the share of random exchanges of the labels 'perturbed' and 'control' that give a distance at least as large. "
