@@ -268,11 +268,6 @@ class BoundSession:
         self._lock = threading.RLock()
 
     @property
-    def pinned(self) -> bool:
-        """Whether all host buffers in use are page-locked."""
-        return all(buffer.locked for buffer in self._host.values())
-
-    @property
     def captured(self) -> int:
         """Graphs that were captured."""
         return self._captured

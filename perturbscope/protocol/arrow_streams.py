@@ -23,10 +23,8 @@ failed. To go on, send a new stream with the cells from ``row`` on, that number 
 
 from __future__ import annotations
 
-import io
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,17 +33,14 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import (
-    InvalidParameterError,
     LimitExceededError,
     MalformedMatrixError,
     PerturbScopeError,
-    ServerError,
     UnreadableFileError,
-    from_code,
 )
 from perturbscope.inference.embedder import Embeddings
 from perturbscope.protocol import checks as check
-from perturbscope.protocol.arrow import COUNTS, count_columns, counts_from, expect_columns, plain, vectors, vectors_from
+from perturbscope.protocol.arrow import COUNTS, counts_from, expect_columns, vectors
 from perturbscope.protocol.arrow_ipc import (
     END,
     FAILURES,
@@ -58,7 +53,6 @@ from perturbscope.protocol.arrow_ipc import (
     refuse_compressed,
 )
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamEnd, StreamOpened, StreamStart, stream_start
-from perturbscope.protocol.tables import embeddings_of
 
 PREFIX_BYTES = 8
 """Of every message: a mark, and the length of its metadata."""
@@ -244,87 +238,3 @@ class _Nothing:
 
 
 _nothing = _Nothing
-
-
-def stream_request_to_arrow(start: StreamStart, chunks: Iterable[CountMatrix]) -> Iterator[bytes]:
-    """The bytes of a request, one piece a chunk; what a client sends that is not one of this package."""
-    writer = _Writer()
-    meta = {"gene_ids": start.gene_ids.tolist(), "model": start.model, "first_row": start.first_row}
-    opened = False
-    for cells in chunks:
-        columns = count_columns(cells)  # of few enough values that their offsets have 32 bits in every chunk
-        if not opened:
-            yield writer.open({name: column.type for name, column in columns.items()}, meta)
-            opened = True
-        yield writer.batch(columns)
-    yield END
-
-
-def stream_answers_from_arrow(source: io.IOBase) -> Iterator[StreamAnswer]:
-    """Read an answer while it arrives, up to and with its end.
-
-    Parameters
-    ----------
-    source
-        Has a ``read`` that waits for bytes, for instance an ``http.client.HTTPResponse``.
-
-    Raises
-    ------
-    PerturbScopeError
-        What the server says of why the stream broke off; after all chunks that were answered.
-    ServerError
-        The answer was cut off, or is none.
-    """
-    try:
-        reader = pa.ipc.open_stream(pa.PythonFile(source, mode="r"))
-        opened = _opened_from(reader.schema.metadata or {})
-        yield opened
-        while True:
-            batch, metadata = reader.read_next_batch_with_custom_metadata()
-            said = _said(metadata)
-            if batch.num_rows:
-                yield _chunk_from(batch, said, opened)
-            elif "end" in said:
-                meta, warnings, _ = check.meta_from_dict(said["end"])
-                n_cells = check.integer(said["end"].get("n_cells"), "n_cells")
-                yield StreamEnd(n_cells=n_cells, warnings=warnings, meta=meta)
-                return
-            elif "error" in said:
-                error = said["error"]
-                raise from_code(str(error.get("code")), str(error.get("message")), field=error.get("field"))
-    except StopIteration:
-        raise ServerError("The answer of the stream was cut off before its end.") from None
-    except FAILURES as error:
-        raise ServerError(f"The answer of the stream cannot be read, or was cut off: {str(error)[:200]}") from error
-
-
-def _said(metadata: Any) -> dict[str, Any]:
-    said = check.parse_json(dict(metadata or {}).get(KEY, b"{}"), "metadata")
-    if not isinstance(said, dict):
-        raise InvalidParameterError("The metadata of the answer is no JSON object.", field="metadata")
-    return said
-
-
-def _opened_from(metadata: Any) -> StreamOpened:
-    said = _said(metadata)
-    meta, _, _ = check.meta_from_dict(said)
-    if meta.model_id is None or meta.vocabulary_hash is None or meta.coverage is None:
-        raise InvalidParameterError("The answer names no model, or no gene coverage.", field="meta")
-    return StreamOpened(
-        model_id=meta.model_id,
-        vocabulary_hash=meta.vocabulary_hash,
-        coverage=meta.coverage,
-        variant=meta.variant,
-        **{name: check.integer(said.get(name), name) for name in _LIMITS},
-    )
-
-
-def _chunk_from(batch: pa.RecordBatch, said: Mapping[str, Any], opened: StreamOpened) -> StreamChunk:
-    table = pa.Table.from_batches([batch])
-    meta, _, _ = check.meta_from_dict({"timings": said.get("timings")})
-    found = embeddings_of(
-        replace(opened.meta, timings=meta.timings),
-        vectors_from(table).copy(),
-        *(plain(table, name) for name in ("length", "n_detected", "known_share")),
-    )
-    return StreamChunk(first_row=int(plain(table, "row")[0]), embeddings=found)

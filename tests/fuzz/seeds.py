@@ -28,13 +28,13 @@ from perturbscope.protocol import (
     ScoreAnswer,
     ScoreRequest,
 )
-from perturbscope.protocol.arrow_streams import stream_request_to_arrow
 from perturbscope.protocol.proto.open_inference_pb2 import ModelInferRequest
 from perturbscope.protocol.protobuf_streams import stream_cells_to_proto, stream_start_to_proto
 from perturbscope.protocol.streams import StreamStart
 from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.pairs import compare_perturbations
 from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
+from tests.arrow_client import stream_request_to_arrow
 
 OPTIONS = ScoreOptions(permutations=9, min_cells=2, repeats=1)
 LABELS = ("control",) * 4 + ("KO",) * 4

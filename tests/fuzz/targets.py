@@ -27,7 +27,6 @@ from perturbscope.protocol.arrow_streams import (
     StreamRequestReader,
     message_length,
     metadata_length,
-    stream_answers_from_arrow,
 )
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.protocol.proto.open_inference_pb2 import ModelInferRequest
@@ -38,6 +37,7 @@ from serving.openinference.proto_codec import request_from_proto
 from serving.settings import Settings
 from serving.uploads.readers import file_readers
 from serving.uploads.requests import FILE_NAME
+from tests.arrow_client import stream_answers_from_arrow
 from tests.fuzz.mutators import mutate_arrow, mutate_bytes, mutate_json, mutate_proto
 from tests.fuzz.seeds import cells as seed_cells
 

@@ -19,9 +19,9 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import AsyncGrpcClient, ChunkLimits, Client, GrpcClient, RetryPolicy
 from perturbscope.errors import DeadlineExceededError, NotRawCountsError, UnauthenticatedError
 from perturbscope.inference.embedder import Embedder, join
-from perturbscope.protocol.arrow_streams import stream_answers_from_arrow, stream_request_to_arrow
 from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
 from tests.apps import grpc_server_of
+from tests.arrow_client import stream_answers_from_arrow, stream_request_to_arrow
 from tests.integration.in_process import Running, running
 from tests.unit.serving.conftest import make_engine  # noqa: F401  a fixture
 

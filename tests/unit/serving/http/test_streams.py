@@ -15,10 +15,10 @@ from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import DeadlineExceededError, NotRawCountsError, PerturbScopeError, ServerError
 from perturbscope.inference.embedder import Embedder, join
-from perturbscope.protocol.arrow_streams import stream_answers_from_arrow, stream_request_to_arrow
 from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
 from serving.engine.engine import Engine
 from tests.apps import app_of
+from tests.arrow_client import stream_answers_from_arrow, stream_request_to_arrow
 
 MakeEngine = Callable[..., Engine]
 
