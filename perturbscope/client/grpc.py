@@ -7,13 +7,14 @@ import contextlib
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client.access import Files, grpc_credentials, key_headers
 from perturbscope.client.base import TIMEOUT, AsyncBase, SyncBase
 from perturbscope.client.conversation import ChunkLimits, Failure, RetryPolicy
 from perturbscope.client.grpc_stream import StreamCall
+from perturbscope.client.methods import Conversations
 from perturbscope.client.streams import each
 from perturbscope.client.trace import trace_headers
 from perturbscope.client.transports import grpc_answer, grpc_call, grpc_failure
@@ -28,36 +29,10 @@ if TYPE_CHECKING:
 _OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
-class GrpcClient(SyncBase):
-    """A blocking client over gRPC.
+class _OverGrpc(Conversations):
+    """Settings of both clients over gRPC, checked, and the channel that is opened with them."""
 
-    Parameters
-    ----------
-    target
-        ``host:port``; ``grpc://`` may stand before it, or ``grpcs://`` for TLS.
-    model
-        Name of the model; None: the server's default.
-    timeout
-        Seconds to wait for one answer.
-    retries
-        When to try again.
-    chunks
-        How many cells one request carries.
-    api_key
-        Shown to the server; None: that of the environment (:mod:`perturbscope.client.access`); empty: none.
-    ca, cert
-        Files (PEM) of the authorities that are trusted, and of the client's own certificate and its private key; either
-        means TLS. None: those of the environment, if the target is ``grpcs://``.
-    credentials
-        For TLS of another kind, from ``grpc.ssl_channel_credentials``.
-    seed
-        Of the jitter between tries.
-
-    Raises
-    ------
-    InvalidParameterError
-        `target` is empty or an address of another protocol, or another parameter is out of range.
-    """
+    _is_asynchronous: ClassVar[bool]
 
     def __init__(
         self,
@@ -77,34 +52,82 @@ class GrpcClient(SyncBase):
 
         from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 
+        channels: Any = grpc
+        if self._is_asynchronous:
+            import grpc.aio
+
+            channels = grpc.aio
         super().__init__(model=model, retries=retries, chunks=chunks, seed=seed)
         self._target, self._timeout = _checked_target(target), _checked_timeout(timeout)
         credentials = _credentials(target, ca, cert, credentials)
         self._metadata = _metadata(self._target, api_key, encrypted=credentials is not None)
         self._channel = (
-            grpc.insecure_channel(self._target, _OPTIONS)
+            channels.insecure_channel(self._target, _OPTIONS)
             if credentials is None
-            else grpc.secure_channel(self._target, credentials, _OPTIONS)
+            else channels.secure_channel(self._target, credentials, _OPTIONS)
         )
         self._stub = PerturbScopeStub(self._channel)
         self._rpc_error = grpc.RpcError
 
-    def _exchange(self, request: Request) -> Answer:
+    def _call(self, request: Request) -> Any:
+        """Begin the call of one request."""
         rpc, message = grpc_call(request)
+        return getattr(self._stub, rpc)(message, timeout=self._timeout, metadata=_traced(self._metadata))
+
+    def _failure(self, error: grpc.RpcError) -> Failure:
+        call = cast("Any", error)
+        return grpc_failure(call.code().name, call.details(), call.trailing_metadata(), self._target)
+
+    def _stream(self) -> StreamCall:
+        method = partial(self._stub.EmbedStream, metadata=_traced(self._metadata))
+        return StreamCall(method=method, target=self._target, timeout=self._timeout)
+
+
+class GrpcClient(_OverGrpc, SyncBase):
+    """A blocking client over gRPC.
+
+    Parameters
+    ----------
+    target
+        ``host:port``; ``grpc://`` may stand before it, or ``grpcs://`` for TLS.
+    model
+        Name of the model; None: the server's default.
+    timeout
+        Seconds to wait for one answer.
+    retries
+        When to try again.
+    chunks
+        Number of cells that one request carries.
+    api_key
+        Key that is shown to the server; None: that of the environment (:mod:`perturbscope.client.access`); empty: none.
+    ca, cert
+        Files (PEM) of the authorities that are trusted, and of the client's own certificate and its private key; either
+        means TLS. None: those of the environment, if the target is ``grpcs://``.
+    credentials
+        Credentials from ``grpc.ssl_channel_credentials``, for TLS of another kind.
+    seed
+        Seed of the jitter between tries.
+
+    Raises
+    ------
+    InvalidParameterError
+        `target` is empty or an address of another protocol, or another parameter is out of range.
+    """
+
+    _is_asynchronous = False
+
+    def _exchange(self, request: Request) -> Answer:
         try:
-            reply = getattr(self._stub, rpc)(message, timeout=self._timeout, metadata=_traced(self._metadata))
+            reply = self._call(request)
         except self._rpc_error as error:
-            call = cast("Any", error)
-            raise grpc_failure(call.code().name, call.details(), call.trailing_metadata(), self._target) from error
+            raise self._failure(error) from error
         return grpc_answer(request, reply)
 
     def embed_stream(
         self, chunks: Iterable[CountMatrix], *, progress: Callable[[int], None] | None = None
     ) -> Iterator[Embeddings]:
         """As :meth:`SyncBase.embed_stream`, by one call with messages in both directions."""
-        flight, source = self._flight(), iter(chunks)
-        method = partial(self._stub.EmbedStream, metadata=_traced(self._metadata))
-        call = StreamCall(method=method, target=self._target, timeout=self._timeout)
+        flight, source, call = self._flight(), iter(chunks), self._stream()
         while not flight.done:
             try:
                 yield from call.results(flight, source, progress)
@@ -116,50 +139,16 @@ class GrpcClient(SyncBase):
         self._channel.close()
 
 
-class AsyncGrpcClient(AsyncBase):
+class AsyncGrpcClient(_OverGrpc, AsyncBase):
     """An asynchronous client over gRPC, to be made where an event loop runs. See :class:`GrpcClient`."""
 
-    def __init__(
-        self,
-        target: str,
-        *,
-        model: str | None = None,
-        timeout: float = TIMEOUT,
-        retries: RetryPolicy | None = None,
-        chunks: ChunkLimits | None = None,
-        api_key: str | None = None,
-        ca: Files | None = None,
-        cert: tuple[Files, Files] | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
-        seed: int | None = None,
-    ) -> None:
-        import grpc.aio
-
-        from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
-
-        super().__init__(model=model, retries=retries, chunks=chunks, seed=seed)
-        self._target, self._timeout = _checked_target(target), _checked_timeout(timeout)
-        credentials = _credentials(target, ca, cert, credentials)
-        self._metadata = _metadata(self._target, api_key, encrypted=credentials is not None)
-        self._channel = (
-            grpc.aio.insecure_channel(self._target, _OPTIONS)
-            if credentials is None
-            else grpc.aio.secure_channel(self._target, credentials, _OPTIONS)
-        )
-        self._stub = PerturbScopeStub(self._channel)
-        self._rpc_error = grpc.aio.AioRpcError
+    _is_asynchronous = True
 
     async def _exchange(self, request: Request) -> Answer:
-        rpc, message = grpc_call(request)
         try:
-            reply = await getattr(self._stub, rpc)(message, timeout=self._timeout, metadata=_traced(self._metadata))
+            reply = await self._call(request)
         except self._rpc_error as error:
-            raise grpc_failure(
-                error.code().name,
-                error.details(),
-                cast("Any", error.trailing_metadata()),
-                self._target,
-            ) from error
+            raise self._failure(error) from error
         return grpc_answer(request, reply)
 
     async def embed_stream(
@@ -169,9 +158,7 @@ class AsyncGrpcClient(AsyncBase):
         progress: Callable[[int], None] | None = None,
     ) -> AsyncIterator[Embeddings]:
         """See :meth:`GrpcClient.embed_stream`; `chunks` may be either kind of iterable."""
-        flight, source = self._flight(), each(chunks)
-        method = partial(self._stub.EmbedStream, metadata=_traced(self._metadata))
-        call = StreamCall(method=method, target=self._target, timeout=self._timeout)
+        flight, source, call = self._flight(), each(chunks), self._stream()
         while not flight.done:
             try:
                 async with contextlib.aclosing(call.results_async(flight, source, progress)) as results:
@@ -203,12 +190,12 @@ def _credentials(
 
 
 def _traced(metadata: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    """Metadata with the trace of this very call."""
+    """Metadata with the trace of this call."""
     return (*metadata, *trace_headers().items())
 
 
 def _metadata(target: str, api_key: str | None, *, encrypted: bool) -> tuple[tuple[str, str], ...]:
-    """What goes with every call."""
+    """The metadata of every call: the API key, if there is one."""
     host = "localhost" if target.startswith("unix:") else target.rpartition(":")[0] or target
     return tuple(key_headers(api_key, host, encrypted=encrypted).items())
 

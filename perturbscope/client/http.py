@@ -3,53 +3,27 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
 
 import httpx
 
 from perturbscope.client.access import Files, key_headers, tls_context
 from perturbscope.client.base import CONNECT_TIMEOUT, TIMEOUT, AsyncBase, SyncBase
 from perturbscope.client.conversation import ChunkLimits, Failure, RetryPolicy
+from perturbscope.client.methods import Conversations
 from perturbscope.client.transports import Format, http_answer, http_call, unreachable, untrusted
 from perturbscope.errors import InvalidParameterError
 from perturbscope.protocol.messages import Answer, Request
 
+Transport = TypeVar("Transport", httpx.BaseTransport, httpx.AsyncBaseTransport)
 
-class Client(SyncBase):
-    """A blocking client over HTTP.
 
-    Parameters
-    ----------
-    base_url
-        ``http://`` or ``https://``, with or without a path.
-    model
-        Name of the model; None: the server's default.
-    timeout
-        Seconds to wait for one answer.
-    retries
-        When to try again.
-    chunks
-        How many cells one request carries.
-    body
-        What requests and answers travel as: ``arrow`` is several times faster than ``json``.
-    api_key
-        Shown to the server; None: that of the environment (:mod:`perturbscope.client.access`); empty: none.
-    ca
-        File of the authorities (PEM) that are trusted in place of the system's; None: that of the environment.
-    cert
-        Files (PEM) of the client's own certificate and its private key, for mutual TLS; None: those of the environment.
-    headers
-        Added to every request, for instance for a proxy that asks for a token.
-    transport
-        Of httpx; for tests and for special networks.
-    seed
-        Of the jitter between tries.
+class _OverHttp(Conversations, Generic[Transport]):
+    """Settings of both clients over HTTP, checked, and the httpx client that is made with them."""
 
-    Raises
-    ------
-    InvalidParameterError
-        `base_url` is no address of an HTTP server, or another parameter is out of range.
-    """
+    _httpx: ClassVar[Callable[..., Any]]
+    _http: Any
 
     def __init__(
         self,
@@ -64,18 +38,58 @@ class Client(SyncBase):
         ca: Files | None = None,
         cert: tuple[Files, Files] | None = None,
         headers: Mapping[str, str] | None = None,
-        transport: httpx.BaseTransport | None = None,
+        transport: Transport | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__(model=model, retries=retries, chunks=chunks, seed=seed)
         self._url, self._body = _checked_url(base_url), _checked_body(body)
-        self._http = httpx.Client(
+        self._http = self._httpx(
             base_url=self._url,
             timeout=_timeout(timeout),
             headers=_headers(self._url, api_key, headers),
             verify=_verify(self._url, ca, cert),
             transport=transport,
         )
+
+
+class Client(_OverHttp[httpx.BaseTransport], SyncBase):
+    """A blocking client over HTTP.
+
+    Parameters
+    ----------
+    base_url
+        ``http://`` or ``https://``, with or without a path.
+    model
+        Name of the model; None: the server's default.
+    timeout
+        Seconds to wait for one answer.
+    retries
+        When to try again.
+    chunks
+        Number of cells that one request carries.
+    body
+        Format of requests and answers: ``arrow`` is several times faster than ``json``.
+    api_key
+        Key that is shown to the server; None: that of the environment (:mod:`perturbscope.client.access`); empty: none.
+    ca
+        File of the authorities (PEM) that are trusted in place of the system's; None: that of the environment.
+    cert
+        Files (PEM) of the client's own certificate and its private key, for mutual TLS; None: those of the environment.
+    headers
+        Headers that are added to every request, for instance for a proxy that asks for a token.
+    transport
+        Transport of httpx; for tests and for special networks.
+    seed
+        Seed of the jitter between tries.
+
+    Raises
+    ------
+    InvalidParameterError
+        `base_url` is not the address of an HTTP server, or another parameter is out of range.
+    """
+
+    _httpx = httpx.Client
+    _http: httpx.Client
 
     def _exchange(self, request: Request) -> Answer:
         call = http_call(request, self._body)
@@ -90,34 +104,11 @@ class Client(SyncBase):
         self._http.close()
 
 
-class AsyncClient(AsyncBase):
+class AsyncClient(_OverHttp[httpx.AsyncBaseTransport], AsyncBase):
     """An asynchronous client over HTTP. See :class:`Client` for parameters and errors."""
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        model: str | None = None,
-        timeout: float = TIMEOUT,
-        retries: RetryPolicy | None = None,
-        chunks: ChunkLimits | None = None,
-        body: Format = "arrow",
-        api_key: str | None = None,
-        ca: Files | None = None,
-        cert: tuple[Files, Files] | None = None,
-        headers: Mapping[str, str] | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(model=model, retries=retries, chunks=chunks, seed=seed)
-        self._url, self._body = _checked_url(base_url), _checked_body(body)
-        self._http = httpx.AsyncClient(
-            base_url=self._url,
-            timeout=_timeout(timeout),
-            headers=_headers(self._url, api_key, headers),
-            verify=_verify(self._url, ca, cert),
-            transport=transport,
-        )
+    _httpx = httpx.AsyncClient
+    _http: httpx.AsyncClient
 
     async def _exchange(self, request: Request) -> Answer:
         call = http_call(request, self._body)
@@ -138,7 +129,7 @@ def _headers(url: str, api_key: str | None, headers: Mapping[str, str] | None) -
 
 
 def _verify(url: str, ca: Files | None, cert: tuple[Files, Files] | None) -> ssl.SSLContext | bool:
-    """What httpx is told; certificates that the environment names do not matter without TLS."""
+    """The ``verify`` of httpx; without TLS, certificates that the environment names do not matter."""
     if httpx.URL(url).scheme == "http":
         if ca is not None or cert is not None:
             raise InvalidParameterError(f"ca and cert are for https://, and the address is {url}.", field="ca")

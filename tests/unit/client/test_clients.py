@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+import typing
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -415,3 +416,13 @@ def test_grpc_too_late(server: FakeServer, grpc_target: str, tiny_cells: CountMa
     ):
         client.embed_cells(tiny_cells)
     assert len(server.requests) == 1, "a server that may still be computing is not given the same work again"
+
+
+def test_blocking_and_asynchronous_methods_have_one_signature() -> None:
+    for name in ("models", "embed_cells", "score", "score_cells", "compare", "compare_cells"):
+        method, awaited = getattr(Client, name), getattr(AsyncClient, name)
+        assert inspect.signature(method) == inspect.signature(awaited)
+        assert method.__doc__ == awaited.__doc__
+        assert inspect.iscoroutinefunction(awaited)
+        assert "Conversation" not in str(inspect.signature(method))
+        assert typing.get_type_hints(method)["return"] is not None
