@@ -18,7 +18,7 @@ from serving.settings import PREFIX, ROOT, Settings
 OPTIONS = {
     "bundle": "bundle directory; several separated by ':'",
     "repository": "directory of bundle directories, which is watched",
-    "variant": "graph of the bundle: fp32, fp16, int8",
+    "variant": "graph of the bundle: fp32, fp16, fp16-flash, int8",
     "device": "cpu, cuda or tensorrt",
     "host": "address to listen on; 127.0.0.1 by default",
     "keys": "file of API keys, see python -m serving keys",

@@ -1,4 +1,4 @@
-"""API keys: who is let in, by what clock, and how a file of keys changes under a running server."""
+"""API keys: good and bad ones, their clocks, and a file of keys that changes under a running server."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def write(path: Path, *keys: Key) -> Path:
-    """As the command does: the file is replaced, never half written."""
+    """Replace the file at once, as the command does."""
     other = path.with_suffix(".new")
     other.write_bytes(keys_to_json(keys))
     other.replace(path)

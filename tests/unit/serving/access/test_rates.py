@@ -1,4 +1,4 @@
-"""Shares of callers, by a clock that only goes forward."""
+"""Rates of callers, by a clock that only goes forward."""
 
 from __future__ import annotations
 

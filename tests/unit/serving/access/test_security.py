@@ -1,4 +1,4 @@
-"""Keys and shares on both transports: nothing is answered without a key but what is listed as open."""
+"""Keys and rates on both transports: without a key, only paths that are listed as open are answered."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ async def test_metrics_need_a_right_for_them(tmp_path: Path, guarded: Guarded) -
 
 
 async def test_the_routes_ask_for_themselves_too(guarded: Guarded, tiny_cells: CountMatrix) -> None:
-    """Without the middleware, as where somebody mounts the application alone."""
+    """The application is mounted alone, without the middleware."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded.app), base_url="http://test") as http:
         assert (await http.post("/v1/embed", **body(tiny_cells))).status_code == 401
         assert (await http.get("/v1/models")).status_code == 401
@@ -243,7 +243,7 @@ async def test_cells_over_the_share_cost_no_compute(
 async def test_a_key_is_nowhere_but_in_the_request(
     guarded: Guarded, tiny_cells: CountMatrix, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not in the log, even of a bug; not in an answer; not in what a debugger prints; not as the request's id."""
+    """No key is in the log, even of a bug, in an answer, in what a debugger prints, or in a request's id."""
 
     async def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
@@ -363,7 +363,7 @@ async def test_a_body_without_a_length_is_counted_as_it_comes(make_engine: MakeE
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\x00b", "x" * 500, "\u202e"])
 async def test_names_of_files_and_models_are_never_paths(http: httpx.AsyncClient, h5ad: Path, name: str) -> None:
-    """What a caller names is looked up among what is loaded; the uploaded file's own name is not looked at."""
+    """Names of models are looked up among the loaded ones; the name of an uploaded file is ignored."""
     parameters = {"model": name}
     reply = await http.post("/v1/embed", params=parameters, files={"file": (name, h5ad.read_bytes())})
     assert reply.status_code == 404, reply.text

@@ -226,7 +226,7 @@ def https(certificates: Certificates, *, mutual: bool = False) -> Iterator[str]:
 
     class Server(http.server.ThreadingHTTPServer):
         def handle_error(self, *_: object) -> None:
-            """Of handshakes, which are meant to fail."""
+            """Ignore the errors of handshakes, which are meant to fail."""
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificates.ca if mutual else None)
     context.load_cert_chain(*certificates.server)

@@ -1,4 +1,4 @@
-"""What is checked before there are workers, and the run command around it."""
+"""Checks before there are workers, and the command that serves."""
 
 from __future__ import annotations
 

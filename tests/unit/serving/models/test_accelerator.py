@@ -1,4 +1,4 @@
-"""A served model on an accelerator: what it is asked to be, as none is here."""
+"""Options of a model on an accelerator; none is needed, as only the arguments are checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from serving.settings import DEFAULT_BUNDLE, Settings
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What embedders are asked for."""
+    """Arguments that embedders were made with."""
     found: dict[str, Any] = {}
 
     def from_bundle(bundle: object, **options: Any) -> Embedder:

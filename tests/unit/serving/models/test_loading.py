@@ -1,4 +1,4 @@
-"""A served model: what it is said to cost."""
+"""The estimate of a model's memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from serving.settings import DEFAULT_BUNDLE, Settings
 
 
 def test_the_estimate_of_the_default_bundle_is_near_what_was_measured() -> None:
-    """364 MiB were measured, with batches of 16,384 tokens; 304 of them by those batches."""
+    """The measured memory is 364 MiB with batches of 16,384 tokens, 304 MiB of it for the batches."""
     estimate = estimate_bytes(DEFAULT_BUNDLE, Settings(max_batch_tokens=16_384))
     assert estimate == pytest.approx(364 * 2**20, rel=0.1)
     small = estimate_bytes(DEFAULT_BUNDLE, Settings(max_batch_tokens=1024))

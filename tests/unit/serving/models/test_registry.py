@@ -637,7 +637,7 @@ def proven(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_other_weights(proven: Path, target: Path) -> Path:
-    """The bundle with weights that are not those of its golden vectors; its checksums agree."""
+    """A bundle whose weights do not give its golden vectors; its checksums agree."""
     bundle = Bundle.open(proven)
     files: dict[str, Path | bytes] = {name: proven / name for name in bundle.manifest.files}
     return Bundle.write(target, bundle.manifest, files | {"model.onnx": tiny_files(seed=1)["model.onnx"]}).path

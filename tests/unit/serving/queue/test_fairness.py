@@ -1,4 +1,4 @@
-"""Who is next, and who still has room."""
+"""Order of fair sharing, and room for small requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from serving.queue.fairness import FairShare, Room
 
 
 def served(share: FairShare[str], costs: dict[str, float], turns: int) -> list[str]:
-    """Who is served in the next turns, each with the first of the order."""
+    """Members served in the next turns, each the first of the order."""
     found = []
     for _ in range(turns):
         first = next(iter(share.order(costs.__getitem__)))

@@ -1,4 +1,4 @@
-"""The queue under load: who waits how long, deadlines, and a model that hangs, fails or is lost."""
+"""The queue under load: bounds of the wait, deadlines, and a model that hangs, fails or is lost."""
 
 from __future__ import annotations
 
@@ -363,7 +363,7 @@ async def started_batches(encoder: SteppedEncoder, n: int) -> None:
 
 
 async def test_cells_of_real_lengths_are_packed_well(make: Make, fake_embedder: Embedder) -> None:
-    """Many callers with cells of very different lengths: little padding all the same."""
+    """Many callers with cells of very different lengths cause little padding."""
     watch, rng = Watch(), np.random.default_rng(0)
     dispatcher = make(FakeEncoder(), max_tokens=16_384, observer=watch)
     lengths = [np.clip(rng.lognormal(6.3, 0.6, 8), 20, 2048).astype(int).tolist() for _ in range(100)]

@@ -206,7 +206,7 @@ def unknown_filter(file: h5py.File) -> None:
 
 
 def not_annotated(file: h5py.File) -> None:
-    """As Cell Ranger writes."""
+    """Leave a group matrix alone, as in a file of Cell Ranger."""
     for name in list(file):
         del file[name]
     file.create_group("matrix")
@@ -243,7 +243,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str, str]] = {
 
 
 SMALLER = {"many chunks", "many parts"}
-"""Files that are below the true limits, for the sake of time."""
+"""Files below the true limits, which would take long to make."""
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +281,7 @@ def test_a_hostile_file_is_refused_by_name(
 
 
 def test_no_hostile_file_costs_memory(hostile: dict[str, Path]) -> None:
-    """All of them, one after the other, in one process that may not grow: some claim terabytes."""
+    """All files are checked in one process that may not grow; some claim terabytes."""
     script = f"""
 import json, resource, sys
 from pathlib import Path
@@ -342,7 +342,7 @@ def test_a_shuffled_and_checked_file_is_taken(h5ad: Path) -> None:
 
 
 class Run:
-    """What an unpickler would do with it."""
+    """An object that creates a file when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return (Path.touch, (Path("unpickled"),))
@@ -403,7 +403,7 @@ def test_columns_of_strange_kinds_are_refused_and_never_unpickled(
 
 
 def test_pickled_objects_in_a_file_stay_bytes(h5ad: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As pandas and numpy would store objects: as text or bytes that a careless reader hands to pickle."""
+    """Objects are stored as pandas and numpy might: as text or bytes that a careless reader hands to pickle."""
     import pickle
 
     monkeypatch.chdir(tmp_path)
@@ -467,7 +467,7 @@ def test_links_of_a_kind_that_nobody_knows_are_refused(h5ad: Path) -> None:
 
 
 def test_no_library_is_loaded_for_a_filter(hostile: dict[str, Path], tmp_path: Path) -> None:
-    """Even where the environment names a folder of plugins: the loader has to be off in the whole process."""
+    """The loader is off in the whole process, even if the environment names a folder of plugins."""
     (tmp_path / "libH5Zevil.so").write_bytes(b"\x7fELF")
     script = f"""
 import os

@@ -1,4 +1,4 @@
-"""Files are read in processes of their own: what comes back, and what a hostile file can do."""
+"""Readers of files in processes of their own: their answers, and hostile files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REQUESTS: list[tuple[str, dict[str, str]]] = [
     ("report", {**LABELLED, "use_rep": "X_pca"}),
 ]
 LOOP = Path(__file__).resolve().parents[3] / "fuzz" / "corpus" / "h5ad" / "attribute-loop"
-"""An upload in whose attributes libhdf5 loops for ever; found by fuzzing."""
+"""An upload with an attribute that libhdf5 reads in an endless loop; found by fuzzing."""
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ async def test_a_reader_that_dies_is_replaced(readers: FileReaders, path: Path) 
 
 
 async def test_memory_is_bounded(readers: FileReaders, path: Path) -> None:
-    """A file that needs more than its share ends in an error, not in the kernel's choice of a victim."""
+    """A file that needs too much memory ends in an error; the kernel kills no process."""
     bomb = path.with_name("bomb.h5ad")
     bomb.write_bytes(path.read_bytes())
     with h5py.File(bomb, "r+") as file:
