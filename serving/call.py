@@ -43,8 +43,8 @@ class Spans(Protocol):
         ...
 
 
-class Trace(Spans, Protocol):
-    """The trace of a request."""
+class RequestSpans(Spans, Protocol):
+    """The trace of a whole request."""
 
     def turn(self) -> Spans:
         """Return the trace of cells that go to the model together."""
@@ -149,7 +149,7 @@ class Call:
     method: str = "POST"
     message: str = ""
     trace_id: str = ""
-    trace: Trace | None = field(default=None, repr=False)
+    trace: RequestSpans | None = field(default=None, repr=False)
     timings: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     held: Memory | None = field(default=None, repr=False)

@@ -1,8 +1,9 @@
 """The BentoML service: one process, one event loop, one engine, two transports.
 
-BentoML runs the process and gives /healthz, /livez and /readyz. The routes of /v1 and /v2, and /metrics, are an ASGI
-application mounted into it, and a grpc.aio server is started beside it on the same loop. BentoML's own batching counts
-items and serves HTTP alone, so it is not used; see :mod:`serving.queue`.
+BentoML runs the process and answers /healthz, /livez and /readyz. The routes of /v1 and /v2, and /metrics, are an ASGI
+application mounted into it, and a grpc.aio server is started beside it on the same loop. The Open Inference Protocol is
+added to both here. BentoML's own batching counts items and serves HTTP alone, so it is not used; see
+:mod:`serving.queue`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ slow_clients.install(head_timeout=Settings.from_env().head_timeout)
 
 
 def configure_log(settings: Settings) -> None:
-    """The log as the settings want it; of BentoML's supervisor and of its worker."""
+    """Configure the log by the settings; in BentoML's supervisor and in its worker."""
     log.configure(cast("Format", settings.log_format), cast("Level", settings.log_level))
 
 
@@ -77,7 +78,7 @@ class PerturbScope:
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
     @staticmethod
     def preflight() -> None:
-        """Refuse to start what cannot serve; runs once, before there are workers."""
+        """Refuse to start a server that cannot serve; runs once, before there are workers."""
         from serving.commands import preflight
 
         settings = Settings.from_env()
@@ -113,7 +114,7 @@ class PerturbScope:
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
-        """Finish what was accepted on both transports, then stop."""
+        """Finish the accepted requests of both transports, then stop."""
         if self._stopping is None:
             await self._engine.close()
         else:
@@ -123,7 +124,7 @@ class PerturbScope:
         log.event("stopped")
 
     async def __is_ready__(self) -> bool:
-        """Whether the models answer; behind /readyz."""
+        """Tell whether the models answer; for /readyz."""
         return await self._engine.ready()
 
 
@@ -131,6 +132,6 @@ cast("Any", PerturbScope).add_asgi_middleware(EdgeMiddleware, front=lambda: app.
 
 
 def _http_address(settings: Settings) -> str:
-    """Where BentoML listens; it tells its workers so."""
+    """Return the address on which BentoML listens, which it tells its workers."""
     addresses = json.loads(os.environ.get("BENTOML_RUNNER_MAP", "{}"))
     return str(addresses.get(NAME, f"http://{settings.host}:{settings.http_port}"))

@@ -1,1 +1,4 @@
-"""Who may ask, and for how much: keys, rights, rates, memory and deadlines, which every call passes first."""
+"""The checks that every call passes first: keys, rights, rates, memory and deadlines; and TLS.
+
+Its modules import call, settings, queue and telemetry, and nothing else of the server.
+"""

@@ -1,4 +1,4 @@
-"""What one request, and all of them together, may cost."""
+"""Limits: the memory and number of requests in progress, and the size of one request."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from serving.queue.fairness import Room
 from serving.settings import PREFIX, Settings
 
 FEWER = "Send the cells in several requests, or as Arrow in place of JSON, which grows tenfold."
-"""What a caller can do whose request needs more memory than there is."""
+"""Remedy for a request that needs more memory than there is."""
 LAST_WORDS = 5.0
-"""Seconds that callers are given at shutdown to be told that their request was ended."""
+"""Seconds at shutdown within which callers are told that their request was ended."""
 
 
 class Held:
-    """The bytes that one request holds of what all may; called with the bytes of its body as they arrive.
+    """The memory that one request holds; called with the number of bytes of its body as they arrive.
 
-    Calling it raises :class:`OverloadedError` where all requests together hold too much, and
-    :class:`LimitExceededError` where this one alone does.
+    Calling it raises :class:`OverloadedError` if all requests together hold too much, and :class:`LimitExceededError`
+    if this one alone does.
     """
 
     def __init__(self, admission: Admission, flow: str) -> None:
         self._admission = admission
         self._flow = flow
         self.n_bytes = 0
-        """What is held now of the body."""
+        """Bytes of the body that are held now."""
         self.n_reserved = 0
-        """What is held now for what becomes of it."""
+        """Bytes that are held now for its decoded form, tokens, vectors and answer."""
         self.n_received = 0
-        """What was ever held of the body."""
+        """Bytes of the body that have arrived."""
 
     def __call__(self, n_bytes: int) -> None:
         """Hold `n_bytes` more of the body."""
@@ -51,27 +51,27 @@ class Held:
         self.n_received += n_bytes
 
     def release(self, n_bytes: int | None = None) -> None:
-        """Give back `n_bytes` (all: None) that are no longer in memory; a stream does so message by message."""
+        """Give back `n_bytes` of the body (default: all); a stream does so message by message."""
         n_bytes = self.n_bytes if n_bytes is None else min(n_bytes, self.n_bytes)
         self._admission.release(n_bytes, self._flow)
         self.n_bytes -= n_bytes
 
     def reserve(self, n_bytes: int, remedy: str | None = None) -> None:
-        """Hold memory that the request will need, before it is used: for what a body is decoded to, or an answer.
+        """Hold memory that the request will need, before it is used: for a decoded body, or an answer.
 
         Parameters
         ----------
         n_bytes
-            How much.
+            Bytes to hold.
         remedy
-            What a caller can do whose request needs more than there is.
+            Advice for a caller whose request needs more than there is; default: :data:`FEWER`.
 
         Raises
         ------
         OverloadedError
-            There is not so much left now.
+            Too little memory is left now.
         LimitExceededError
-            There never will be.
+            The request needs more than the server ever gives.
         """
         limit = self._admission.settings.max_held_bytes
         if self.n_bytes + self.n_reserved + n_bytes > limit:
@@ -84,7 +84,7 @@ class Held:
         self.n_reserved += n_bytes
 
     def release_reserved(self, n_bytes: int | None = None) -> None:
-        """Give back `n_bytes` (all: None) of what was reserved."""
+        """Give back `n_bytes` of the reserved memory (default: all)."""
         n_bytes = self.n_reserved if n_bytes is None else min(n_bytes, self.n_reserved)
         self._admission.release(n_bytes, self._flow)
         self.n_reserved -= n_bytes
@@ -93,18 +93,18 @@ class Held:
 class Admission:
     """Counts the requests in progress, and the bytes that they hold.
 
-    Where callers have keys, those of one key leave room to others; see :class:`serving.queue.fairness.Room`.
+    If callers have keys, the requests of one key leave room to others; see :class:`serving.queue.fairness.Room`.
 
     Parameters
     ----------
     settings
-        The limits.
+        Limits on requests and bytes.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.closed = False
-        """Set when the server stops: nothing more is admitted."""
+        """Whether the server stops: nothing more is admitted."""
         self._requests = Room(settings.max_requests, by_size=False)
         self._bytes = Room(settings.max_held_bytes)
         self._idle = asyncio.Event()
@@ -112,12 +112,12 @@ class Admission:
 
     @property
     def in_progress(self) -> int:
-        """Requests that were let in and are not answered yet."""
+        """Number of requests that were let in and are not answered yet."""
         return self._requests.used
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of them."""
+        """Bytes that they hold."""
         return self._bytes.used
 
     @contextlib.contextmanager
@@ -131,7 +131,8 @@ class Admission:
 
         Yields
         ------
-        To be told of the bytes of the body as they arrive.
+        Held
+            The memory of the request; to be called with the bytes of the body as they arrive.
 
         Raises
         ------
@@ -159,14 +160,14 @@ class Admission:
                 self._idle.set()
 
     async def drained(self, seconds: float) -> bool:
-        """Wait until no request is in progress, for so long at most; whether that is so."""
+        """Wait until no request is in progress, for `seconds` at most; return whether that is so."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(seconds, 0.0)):
                 await self._idle.wait()
         return self._idle.is_set()
 
     def hold(self, n_bytes: int, flow: str, *, mine: int) -> None:
-        """Count `n_bytes` of a request that holds `mine` already. Raises as :class:`Held` says."""
+        """Count `n_bytes` for a request that holds `mine` already. Raises as :class:`Held`."""
         if self._bytes.missing(n_bytes, flow, mine=mine):
             raise OverloadedError(
                 f"Requests of {self.held_bytes:,} bytes are in progress, and this one needs {n_bytes:,} more; the "
@@ -176,12 +177,12 @@ class Admission:
         self._bytes.take(n_bytes, flow)
 
     def release(self, n_bytes: int, flow: str) -> None:
-        """Give back what was held."""
+        """Give back bytes of a flow."""
         self._bytes.give(n_bytes, flow)
 
 
 def decoded_bytes(media_type: str, body: bytes) -> int:
-    """At most about how much memory decoding a body takes beside the body itself.
+    """Estimate an upper bound of the bytes that decoding a body takes, beside the body itself.
 
     Arrow and protobuf hold their numbers as memory does: measured, decoding takes 1.7 and 2.6 times the body at its
     peak. JSON becomes one object a value, of a size that its punctuation tells: a number and its place in a list take
@@ -207,21 +208,21 @@ def score_bytes(
     batches: bool = False,
     cores: int | None = None,
 ) -> int:
-    """About how much memory a score of cells takes at its peak, or, with `pairs`, a comparison.
+    """Estimate the peak bytes of a score of cells, or, with `pairs`, of a comparison.
 
-    What grows are the distances: float32, between all cells of a group, and of two groups, of which at most
-    ``max_cells`` cells each are used. A score holds those of the controls and of one perturbation a core at a time, a
+    The distances grow: float32, between all cells of a group, and of two groups, of which at most ``max_cells`` cells
+    each are used. A score holds those of the controls and of one perturbation a core at a time, a
     comparison those of every group. Exchanged labels are evaluated some hundreds at a time; those within batches are
     summed up beforehand, for all perturbations, in one table a core.
 
     Parameters
     ----------
     labels
-        Of the cells.
+        Label of each cell.
     control
-        The label of the controls.
+        Label of the control cells.
     options
-        Of the score.
+        Options of the score.
     pairs
         Whether perturbations are compared with each other.
     width
@@ -229,7 +230,7 @@ def score_bytes(
     batches
         Whether labels are exchanged within batches.
     cores
-        Threads that score; default: the cores that this process may use.
+        Number of threads that score; default: the cores that this process may use.
     """
     sizes = {name: min(n, options.max_cells) for name, n in Counter(labels).items()}
     controls = sizes.pop(control, 0) if control is not None else 0
@@ -252,12 +253,12 @@ def score_bytes(
 
 
 def check_shape(settings: Settings, n_cells: int, n_genes: int, n_values: int) -> None:
-    """Refuse a matrix that is too large; callable before it is read.
+    """Refuse a matrix that is too large; it may be called before the matrix is read.
 
     Raises
     ------
     LimitExceededError
-        Names what is too large, the limit and the remedy.
+        The message names what is too large, the limit and the remedy.
     """
     for field, found, limit, remedy in (
         ("cells", n_cells, settings.max_cells, "Send the cells in several requests; the client and CLI do so."),
@@ -299,7 +300,7 @@ def check_options(settings: Settings, options: ScoreOptions) -> None:
 
 
 def too_many_bytes(limit: int, media_type: str = "") -> LimitExceededError:
-    """The error of a body over the limit."""
+    """Return the error of a body over the limit."""
     remedy = "or as Arrow, which may have more" if media_type == JSON else "the client and CLI do so"
     return LimitExceededError(
         f"The request is larger than the {limit:,} bytes that this server takes. Send the cells in several requests; "

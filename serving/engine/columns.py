@@ -1,4 +1,4 @@
-"""What an uploaded screen holds, so that its sender can choose the labels from a list."""
+"""The label columns of an uploaded screen, so that its sender can choose from a list."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import numpy as np
 from perturbscope.cells.readers import CellSource
 
 MAX_LABELS = 500
-"""Most labels that are listed of a column, the most frequent first."""
+"""Most labels that are listed for a column, the most frequent first."""
 _KEYS = ("perturbation", "target", "gene", "guide", "condition", "knockout", "treatment")
 _CONTROLS = ("control", "ctrl", "nontargeting", "nt", "unperturbed", "safetargeting", "vehicle", "dmso", "neg")
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of labels.
+class LabelColumn:
+    """A column of obs with labels.
 
     Attributes
     ----------
     name
-        Of the column.
+        Name of the column.
     n_labels
-        Different labels.
+        Number of different labels.
     labels
-        Label and number of cells, the most frequent first, at most :data:`MAX_LABELS`.
+        Pairs of a label and its number of cells, the most frequent first, at most :data:`MAX_LABELS`.
     control
-        Which label is likely that of control cells; None where none looks like it.
+        Label that is likely that of control cells; None if none looks like it.
     """
 
     name: str
@@ -41,16 +41,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of labels of a screen; the likely one of perturbations first."""
+    """The label columns of a screen; the likely column of perturbations first."""
 
     n_cells: int
     n_genes: int
-    columns: tuple[Column, ...]
+    columns: tuple[LabelColumn, ...]
     representations: tuple[str, ...]
 
 
 def read_columns(source: CellSource) -> Columns:
-    """Columns with at least two labels, and fewer labels than half the cells; numbers with fractions are no labels."""
+    """Read the columns with at least two labels, and at most half as many labels as cells; fractions are no labels."""
     found = []
     for name in source.columns:
         if source.column(name).dtype.kind == "f":
@@ -61,19 +61,19 @@ def read_columns(source: CellSource) -> Columns:
             continue
         order = np.lexsort((labels, -counts))[:MAX_LABELS]
         listed = tuple((str(labels[i]), int(counts[i])) for i in order)
-        found.append(Column(name, len(labels), listed, likely_control([label for label, _ in listed])))
+        found.append(LabelColumn(name, len(labels), listed, likely_control([label for label, _ in listed])))
     found.sort(key=lambda column: (_rank(column.name, _KEYS), column.control is None))
     return Columns(source.n_cells, len(source.gene_ids), tuple(found), tuple(source.representations))
 
 
 def likely_control(labels: Sequence[str]) -> str | None:
-    """The label that looks most like that of controls."""
+    """Return the label that looks most like that of control cells; None if none does."""
     ranked = sorted(labels, key=lambda label: _rank(label, _CONTROLS))
     return ranked[0] if ranked and _rank(ranked[0], _CONTROLS) < len(_CONTROLS) else None
 
 
 def columns_to_json(columns: Columns) -> bytes:
-    """The body of the answer."""
+    """Encode the answer as JSON."""
     answer: dict[str, Any] = {
         "n_cells": columns.n_cells,
         "n_genes": columns.n_genes,
@@ -92,6 +92,6 @@ def columns_to_json(columns: Columns) -> bytes:
 
 
 def _rank(name: str, known: Sequence[str]) -> int:
-    """Position of the first word of `known` that the name begins with, letters alone; their number if there is none."""
+    """Return the position of the first word of `known` that the letters of the name begin with; else ``len(known)``."""
     letters = "".join(letter for letter in name.casefold() if letter.isalpha())
     return next((i for i, word in enumerate(known) if letters.startswith(word)), len(known))

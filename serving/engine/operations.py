@@ -41,7 +41,7 @@ class Operation:
 
     @property
     def path(self) -> str:
-        """The HTTP path."""
+        """HTTP path of the operation."""
         return f"/v1/{self.name}"
 
 

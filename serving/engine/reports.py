@@ -24,16 +24,16 @@ _NO_SETS = "The service takes no gene sets; the command line does: perturbscope 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReportRequest:
-    """Score cells, and show it.
+    """A request to score cells, and to show the result as a page.
 
     Attributes
     ----------
     score
-        What is to be scored.
+        The score request.
     title
         Heading of the page.
     counts
-        Raw counts of the same cells, or why there are none; by default those of `score`.
+        Raw counts of the same cells, or the reason why there are none; used if `score` has no cells.
     """
 
     score: ScoreRequest
@@ -43,7 +43,7 @@ class ReportRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReportAnswer:
-    """The answer to :class:`ReportRequest`."""
+    """The answer to a :class:`ReportRequest`."""
 
     report: Report
     meta: Meta = field(default_factory=Meta)
@@ -52,7 +52,7 @@ class ReportAnswer:
 def make_report(
     request: ReportRequest, embeddings: NDArray[np.float32], meta: Meta, warnings: list[str], progress: Progress
 ) -> Report:
-    """Score and draw. Blocks; for a thread. `progress` may raise to end it early.
+    """Score and draw; blocks, for a worker thread. `progress` may raise to end it early.
 
     Raises
     ------
@@ -91,15 +91,15 @@ def make_report(
 
 
 def report_request_from_json(body: bytes) -> ReportRequest:
-    """The body of /v1/score, in JSON."""
+    """Decode the body of /v1/score in JSON."""
     return ReportRequest(score=protocol.score_request_from_json(body))
 
 
 def report_request_from_arrow(body: bytes) -> ReportRequest:
-    """The body of /v1/score, in Arrow."""
+    """Decode the body of /v1/score in Arrow."""
     return ReportRequest(score=protocol.score_request_from_arrow(body))
 
 
 def report_answer_to_html(answer: ReportAnswer) -> bytes:
-    """The page."""
+    """Encode the page."""
     return render_report(answer.report).encode()

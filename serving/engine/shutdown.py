@@ -1,7 +1,7 @@
-"""The end of the service: it begins with the signal, not when the HTTP server is done.
+"""The end of the service, which begins with the signal and not when the HTTP server is done.
 
-uvicorn first waits for the connections that it has, and only then tells the application. By then the service should
-long have refused what is new, on both transports, and the grace of what is in progress should have begun.
+uvicorn first waits for its open connections, and only then tells the application. By then the service should long have
+refused new requests, on both transports, and the grace period of those in progress should have begun.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from serving.telemetry import log
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Server(Protocol):
-    """What is stopped beside the engine: the gRPC server."""
+class Listener(Protocol):
+    """A server that is stopped beside the engine: the gRPC server."""
 
     async def stop(self) -> None:
         """Refuse new calls, and wait for those in progress."""
@@ -26,35 +26,35 @@ class Server(Protocol):
 
 
 class Stopping:
-    """Stops an engine and a server, once.
+    """Stops an engine and a listener, once.
 
     Parameters
     ----------
-    engine, server
-        What to stop.
+    engine, listener
+        Engine and server to stop.
     """
 
-    def __init__(self, engine: Engine, server: Server) -> None:
+    def __init__(self, engine: Engine, listener: Listener) -> None:
         self._engine = engine
-        self._server = server
+        self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[Any] | None = None
         self._previous: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Begin to stop with the first signal; whoever handled it before is still told. In the main thread."""
+        """Begin to stop with the first signal, whose earlier handler is still called. For the main thread."""
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._signalled)
 
     def forget(self) -> None:
-        """Leave signals to those who had them before."""
+        """Restore the earlier signal handlers."""
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._signalled:
                 signal.signal(number, handler)
         self._previous.clear()
 
     def begin(self) -> asyncio.Task[Any]:
-        """Refuse what is new, and give what is in progress its time; the task is done when all is."""
+        """Refuse new requests, and give those in progress their time; the task is done when they are."""
         if self._task is None:
             log.event("stopping", requests_in_progress=self._engine.admission.in_progress)
             self._engine.begin_close()
@@ -62,7 +62,7 @@ class Stopping:
         return self._task
 
     async def _stop(self) -> None:
-        await asyncio.gather(self._engine.close(), self._server.stop())
+        await asyncio.gather(self._engine.close(), self._listener.stop())
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         self._loop.call_soon_threadsafe(self.begin)

@@ -1,9 +1,9 @@
 """Streams of cells: chunks in, vectors out, in constant memory however long the stream is.
 
-A transport gives a :class:`Pipe`; :func:`answer_stream` does the rest. At most ``stream_chunks`` chunks are in
-progress, from the moment that one was read to the moment that its answer was taken, and the next is not read before. So
+A transport brings a :class:`Pipe`; :func:`answer_stream` does the rest. At most ``stream_chunks`` chunks are in
+progress, from the moment when one was read to the moment when its answer was taken, and no more are read meanwhile. So
 a caller that sends faster than the model works, or that does not read its answers, is held up by the flow control of
-its connection, and nothing grows.
+its connection, and memory does not grow.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from serving.models.loading import ServedModel
 from serving.telemetry.metrics import STREAMS
 
 _MOMENT = 0.05
-"""Seconds between two looks whether a chunk of this stream was answered."""
+"""Seconds between two checks whether a chunk of this stream was answered."""
 _GLANCE = 1.0
-"""Seconds after which a stream that waits for its caller looks whether the server stops."""
+"""Seconds after which a stream that waits for its caller checks whether the server stops."""
 
 
 class Pipe(Protocol):
-    """What a stream travels over. Bytes are held as they arrive; whoever reads a message gives them back."""
+    """The transport of a stream. Bytes are held as they arrive; the reader of a message gives them back."""
 
     async def start(self) -> tuple[Any, int]:
-        """The message that opens the stream, and the bytes that are held for it; bad input raises."""
+        """Read the message that opens the stream; return it with the bytes that are held for it. Bad input raises."""
         ...
 
     async def next(self) -> tuple[Any, int] | None:
-        """The next chunk, undecoded, and the bytes that are held for it; None when the caller has sent all."""
+        """Read the next chunk; return it undecoded, with the bytes that are held for it, or None at the end."""
         ...
 
     def decode_start(self, message: Any) -> StreamStart:
-        """The start; blocks, for a worker thread."""
+        """Decode the start; blocks, for a worker thread."""
         ...
 
     def decode(self, message: Any, genes: NDArray[np.str_], first_row: int) -> CountMatrix:
-        """The cells of a chunk; blocks, for a worker thread."""
+        """Decode the cells of a chunk; blocks, for a worker thread."""
         ...
 
     def encode(self, answer: StreamAnswer) -> Any:
-        """An answer as it is sent; blocks, for a worker thread."""
+        """Encode an answer; blocks, for a worker thread."""
         ...
 
     async def write(self, message: Any) -> None:
@@ -68,7 +68,7 @@ async def answer_stream(engine: Engine, call: Call, held: Held, pipe: Pipe) -> N
     Raises
     ------
     PerturbScopeError
-        As :meth:`Engine.embed` for the first chunk that cannot be answered; all before it were. Beside that
+        As :meth:`Engine.embed` for the first chunk that cannot be answered; all chunks before it were. Also
         DeadlineExceededError, if the caller neither sends nor reads for ``body_timeout`` seconds, and OverloadedError,
         if the server stops.
     """
@@ -81,9 +81,9 @@ class _Job(NamedTuple):
 
     first_row: int
     n_bytes: int
-    """What is held for it of the body."""
+    """Bytes that are held for its message."""
     memory: int
-    """What is held for what becomes of it."""
+    """Bytes that are held for its cells, tokens and vectors."""
     vectors: asyncio.Task[Embeddings]
 
 
@@ -98,13 +98,13 @@ class _Stream:
         self._in_progress: asyncio.Queue[_Job | Exception | None] = asyncio.Queue()
         self._jobs: set[asyncio.Task[Any]] = set()
         self._genes: NDArray[np.str_] = np.zeros(0, dtype=np.str_)
-        """Those of all its cells, once they are checked."""
+        """Gene identifiers of all its cells, once they are checked."""
         self._unanswered = 0
         self._moved = time.monotonic()
-        """When a message was read or an answer was taken last."""
+        """Time on ``time.monotonic`` when a message was last read or an answer last taken."""
 
     async def run(self) -> None:
-        """Until all is answered."""
+        """Read and answer chunks until all are answered."""
         message, n_bytes = await self._patiently(self._pipe.start)
         start = await self._engine.work(self._pipe.decode_start, message)
         del message
@@ -124,7 +124,7 @@ class _Stream:
         await self._write(end)
 
     async def _open(self, model: ServedModel, start: StreamStart) -> StreamOpened:
-        """Refuse genes that no cell could be embedded with, before there are cells."""
+        """Answer the start; refuse genes that no cell could be embedded with before there are cells."""
         settings, n_genes = self._settings, len(start.gene_ids)
         limits.check_shape(settings, 1, n_genes, n_genes)
         cells = await self._engine.work(start.every_gene)
@@ -144,7 +144,7 @@ class _Stream:
         )
 
     async def _read(self, model: ServedModel, start: StreamStart) -> None:
-        """Chunk after chunk into the queue; the end of the caller's sending is None, and what stops it an error."""
+        """Put chunk after chunk into the queue, then None, or the error that stops reading."""
         row = start.first_row
         try:
             while True:
@@ -171,7 +171,7 @@ class _Stream:
             self._in_progress.put_nowait(error)
 
     async def _embed(self, model: ServedModel, cells: CountMatrix) -> Embeddings:
-        """The vectors of a chunk, once the queue has room: to wait is what a stream is for."""
+        """Embed a chunk, once the queue has room: a stream waits where a request would be refused."""
         engine, call = self._engine, self._call
         with call.stage("tokenize"):
             tokens, seconds = await engine.tokenize(model.embedder, cells)
@@ -181,12 +181,12 @@ class _Stream:
         return model.embedder.describe(tokens, values, {"tokenize": seconds, **timings})
 
     async def _reserve(self, n_bytes: int) -> int:
-        """Hold memory for what becomes of a chunk; given back with its answer."""
+        """Hold memory for a chunk's cells, tokens and vectors; it is given back with the answer."""
         await self._when_there_is_room(functools.partial(self._held.reserve, n_bytes))
         return n_bytes
 
     async def _when_there_is_room(self, ask: Callable[[], None]) -> None:
-        """Ask until there is room; not for ever, and not when the server stops."""
+        """Call `ask` until there is room; not for ever, and not when the server stops."""
         until = time.monotonic() + self._patience
         while True:
             try:
@@ -202,7 +202,7 @@ class _Stream:
                 await asyncio.sleep(_MOMENT)
 
     async def _answer(self) -> StreamTotals:
-        """Answers in the order of the chunks."""
+        """Send the answers in the order of the chunks."""
         totals = StreamTotals()
         while (found := await self._in_progress.get()) is not None:
             if isinstance(found, Exception):
@@ -232,7 +232,7 @@ class _Stream:
         self._moved = time.monotonic()
 
     async def _patiently(self, read: Callable[[], Any]) -> Any:
-        """What the caller sends next. It has ``body_timeout`` seconds from when all that it sent was answered."""
+        """Read the next message. The caller has ``body_timeout`` seconds once everything that it sent is answered."""
         waiting = asyncio.ensure_future(read())
         try:
             while not waiting.done():
@@ -253,7 +253,7 @@ class _Stream:
             await asyncio.gather(waiting, return_exceptions=True)
 
     def _go_on(self) -> None:
-        """Raise where nothing more is to be read, since the server stops."""
+        """Raise OverloadedError if the server stops, so that nothing more is read."""
         if self._engine.admission.closed:
             raise OverloadedError(
                 "The server is shutting down. Go on with a new stream at the first cell without an answer, here or on "

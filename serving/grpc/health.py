@@ -1,4 +1,4 @@
-"""``grpc.health.v1.Health``: whether the server, and each of its services, can be used."""
+"""The service ``grpc.health.v1.Health``: whether the server, and each of its services, can be used."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from grpc_health.v1._async import HealthServicer
 from serving.engine.engine import Engine
 
 EVERY = 5.0
-"""Seconds after which those who watch are told of a change; who asks is told what is so now."""
+"""Seconds after which watchers hear of a change; ``Check`` always tells the present state."""
 
 
 class Health(HealthServicer):  # type: ignore[misc]  # grpc_health has no types
-    """Says SERVING while every model answers.
+    """Tells SERVING while every model answers.
 
     Parameters
     ----------
     engine
-        Knows the models.
+        Engine with the models.
     services
         Names of the services; they share the models, and so their state.
     """
@@ -34,25 +34,25 @@ class Health(HealthServicer):  # type: ignore[misc]  # grpc_health has no types
         self._follower: asyncio.Task[None] | None = None
 
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802  gRPC's name
-        """The state of a service now."""
+        """Tell the present state of a service."""
         if request.service in self._names:
             await self.refresh()
         return await super().Check(request, context)
 
     async def refresh(self) -> None:
-        """Look at the models."""
+        """Update the state from the models."""
         status = health_pb2.HealthCheckResponse
         state = status.SERVING if await self._engine.ready() else status.NOT_SERVING
         for name in self._names:
             await self.set(name, state)
 
     async def start(self) -> None:
-        """Look at the models now, and from time to time."""
+        """Update the state now, and every :data:`EVERY` seconds."""
         await self.refresh()
         self._follower = asyncio.create_task(self._follow(), name="perturbscope-health")
 
     async def stop(self) -> None:
-        """Say NOT_SERVING from now on."""
+        """Tell NOT_SERVING from now on."""
         if self._follower is not None:
             self._follower.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""The gRPC interface: the same engine, on the same event loop, as HTTP."""
+"""The gRPC server: the same engine, on the same event loop, as HTTP."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ENVELOPE = 64 * 2**10
 Register = Callable[[Any], str]
 """Adds a service to a server of grpc.aio, and returns the service's full name."""
 KEEPALIVE = 30
-"""Seconds after which a silent connection with calls is asked whether its client lives, and that it has to answer."""
+"""Seconds after which a silent connection with calls is pinged, and within which its client must answer."""
 
 
 class Servicer(services.PerturbScopeServicer):
@@ -145,5 +145,5 @@ class GrpcServer:
     async def stop(self) -> None:
         """Tell the health service, refuse new calls, and give those in progress their time."""
         await self._health.stop()
-        # The engine ends what is not done in time, and tells its callers; the seconds on top are for that.
+        # The engine ends calls that are not done in time, and tells their callers; the seconds on top are for that.
         await self._server.stop(self._grace + LAST_WORDS)

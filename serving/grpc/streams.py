@@ -29,7 +29,7 @@ _LAST_WORDS = 5.0
 
 
 class GrpcPipe:
-    """The messages of one call of ``EmbedStream``; see :class:`serving.engine.streams.Pipe`."""
+    """The messages of one ``EmbedStream`` call; see :class:`serving.engine.streams.Pipe`."""
 
     def __init__(self, context: Any, held: Held, limit: int) -> None:
         self._context, self._held, self._limit = context, held, limit

@@ -1,4 +1,4 @@
-"""HTTP routes of the operator: load and unload models. They need an API key with the right ``admin``.
+"""HTTP routes of the operator, to load and unload models. They need an API key with the right ``admin``.
 
 A bundle is named by its folder in the model repository, never by a path; see :mod:`serving.models.repository`.
 """
@@ -33,15 +33,15 @@ class ListedBundle(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(description="Of the model; of the folder, where the model is not loaded.")
-    version: str = Field(description="Of the model; empty where that is not known.")
-    folder: str = Field(description="What /v1/models/{name}/load calls it.")
+    name: str = Field(description="Name of the model; name of the folder if the model is not loaded.")
+    version: str = Field(description="Version of the model; empty if it is not known.")
+    folder: str = Field(description="Name of the bundle folder, as /v1/models/{name}/load takes it.")
     state: str = Field(description="READY or UNAVAILABLE.")
-    reason: str = Field(description="Why it, or a newer form of its bundle, is not served; empty if all is well.")
+    reason: str = Field(description="Why the model, or a newer bundle, is not served; empty if all is well.")
 
 
 class RepositoryAnswer(BaseModel):
-    """What is loaded, and what could be."""
+    """Loaded models, and bundle folders that could be loaded."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,12 +49,12 @@ class RepositoryAnswer(BaseModel):
 
 
 def router() -> APIRouter:
-    """The routes; the application's ``state.engine`` must be set before the first request."""
+    """Return the routes; the application's ``state.engine`` must be set before the first request."""
     routes = APIRouter()
     for path, method, change, answer, what in (
         ("/v1/models/{name}/load", "POST", _load, schemas.Model, "Load a bundle, or load it again."),
         ("/v1/models/{name}/unload", "POST", _unload, schemas.Model, "Stop serving a model."),
-        ("/v1/repository", "GET", _index, RepositoryAnswer, "What is loaded, and what could be."),
+        ("/v1/repository", "GET", _index, RepositoryAnswer, "Loaded models, and bundle folders that could be loaded."),
     ):
         routes.add_api_route(
             path,
@@ -71,13 +71,14 @@ def router() -> APIRouter:
 
 def _parameters(path: str) -> list[dict[str, Any]]:
     text = {"type": "string"}
-    found: list[dict[str, Any]] = []
-    if "{name}" in path:
-        found.append({"name": "name", "in": "path", "required": True, "description": "Of the folder.", "schema": text})
+    name = {"name": "name", "in": "path", "required": True, "description": "Name of the folder.", "schema": text}
     if path.endswith("/unload"):
-        found[0]["description"] = "Of the folder, or of the model."
-        found.append({"name": "version", "in": "query", "description": "If there are several.", "schema": text})
-    return found
+        version = "Version of the model, if several are loaded."
+        return [
+            {**name, "description": "Name of the folder, or of the model."},
+            {"name": "version", "in": "query", "description": version, "schema": text},
+        ]
+    return [name] if "{name}" in path else []
 
 
 class _Change:
@@ -92,7 +93,7 @@ class _Change:
 
 
 async def _load(engine: Engine, request: Request) -> Any:
-    """A caller that goes away does not stop the loading."""
+    """Load a bundle; a caller that goes away does not stop it."""
     return asdict(await engine.registry.load(request.path_params["name"]))
 
 

@@ -1,4 +1,4 @@
-"""The page that Prometheus reads: what was counted, and how the server is at this moment."""
+"""The page that Prometheus reads: the counters, and the state of the server at this moment."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from serving.models.loading import ServedModel
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where a container's limit stands, version 2 and 1."""
+"""Files with a container's memory limit, of cgroup version 2 and 1."""
 
 
 class Exposition(CollectorRegistry):
-    """All that is known of a server, for an encoder of `prometheus_client`.
+    """All metrics and states of a server, for an encoder of `prometheus_client`.
 
     Parameters
     ----------
     engine
-        Of the server.
+        Engine of the server.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -38,21 +38,21 @@ class Exposition(CollectorRegistry):
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        """Counters and histograms, then gauges."""
+        """Yield counters and histograms, then gauges."""
         yield from REGISTRY.collect()
         yield from server_states(self._engine)
         yield from model_states(self._engine)
 
 
 async def metrics_page(request: Request) -> Response:
-    """``GET /metrics``: the text format of Prometheus, or OpenMetrics for who asks for it."""
+    """Answer ``GET /metrics`` in the text format of Prometheus, or in OpenMetrics on request."""
     encode, media_type = choose_encoder(request.headers.get("accept", ""))
     # On the event loop, where the states agree with each other.
     return Response(encode(Exposition(request.app.state.engine)), headers={"content-type": media_type})
 
 
 def server_states(engine: Engine) -> Iterator[Metric]:
-    """Gauges of the whole server."""
+    """Yield the gauges of the whole server."""
     admission, settings = engine.admission, engine.settings
     for name, text, value in (
         ("requests_in_progress", "Requests that were let in and are not answered.", admission.in_progress),
@@ -75,7 +75,7 @@ def server_states(engine: Engine) -> Iterator[Metric]:
 
 
 def model_states(engine: Engine) -> Iterator[Metric]:
-    """Gauges of what is loaded, and of what should be."""
+    """Yield the gauges of loaded models, and of bundles that should be loaded."""
     registry = engine.registry
     models = registry.models()
     for name, text, value in (
@@ -133,12 +133,12 @@ def model_states(engine: Engine) -> Iterator[Metric]:
 
 
 def provider_of(model: ServedModel) -> str:
-    """ONNX Runtime's provider that truly runs a model; empty where the encoder has none."""
+    """Return the ONNX Runtime provider that truly runs a model; empty if the encoder has none."""
     return str(getattr(model.embedder.encoder, "provider", ""))
 
 
 def memory() -> int:
-    """Bytes of all processes of the service, for all count for the limit; pages that they share count twice."""
+    """Sum the bytes of all processes of the service, since all count for the limit; shared pages count twice."""
     found, waiting = 0, [os.getpid()]
     if b"bentoml" in _read(f"/proc/{os.getppid()}/cmdline"):
         found += _resident(os.getppid())
@@ -157,7 +157,7 @@ def _resident(process: int) -> int:
 
 
 def _read(path: str | Path) -> bytes:
-    """A file of the system; empty where there is none, or no more."""
+    """Read a file of the system; empty if it does not exist, or no longer."""
     try:
         return Path(path).read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the HTTP routes take and answer, for the OpenAPI document."""
+"""The OpenAPI document of the HTTP routes."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from serving.uploads.requests import PARAMETERS
 
 BINARY = {"type": "string", "format": "binary"}
 _TEXTS = {
-    401: "This server asks for an API key, and none came that it knows.",
-    403: "The API key is good, but not for this.",
-    404: "No such model.",
+    401: "This server asks for an API key, and the request has none that it knows.",
+    403: "The API key does not have the right to do this.",
+    404: "There is no such model.",
     409: "The bundle cannot be served; what was served still is.",
     413: "Larger than this server takes, or the body did not arrive in time.",
-    415: "A content type that is not understood.",
+    415: "The content type is not understood.",
     422: "The input cannot be used; the message says why and what to do.",
     429: "The queue is full, or the caller has had its share; Retry-After says when to come back.",
     500: "The server failed.",
     504: "The time that the caller allowed is over, or would be before the answer is there.",
 }
 USUAL = (401, 403, 404, 413, 415, 422, 429, 500, 504)
-"""Statuses that a route may refuse with that reads a body."""
+"""Statuses with which a route that reads a body may refuse."""
 _OPERATIONS = {"get", "post"}
 _HEADERS = {
     REQUEST_ID: {"description": "The caller's id of the request, or a new one.", "schema": {"type": "string"}},
-    "retry-after": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}},
+    "retry-after": {"description": "Seconds to wait before the next try.", "schema": {"type": "integer", "minimum": 1}},
     "www-authenticate": {"description": "How to authenticate.", "schema": {"type": "string"}},
 }
 _REQUEST_HEADERS = [
@@ -49,7 +49,7 @@ _REQUEST_HEADERS = [
         "name": TIMEOUT,
         "in": "header",
         "required": False,
-        "description": "Seconds that the caller will wait, such as 30 or 0.5; the work ends with them.",
+        "description": "Seconds that the caller will wait, such as 30 or 0.5; then the work ends.",
         "schema": {"type": "string", "pattern": f"^{SECONDS}$"},
     },
 ]
@@ -60,12 +60,12 @@ _SCHEMES = {
 
 
 def document(app: FastAPI, *, keys: bool) -> dict[str, Any]:
-    """The whole document.
+    """Return the whole document.
 
     Parameters
     ----------
     app
-        Its routes.
+        Application with the routes.
     keys
         Whether this server asks for API keys.
     """
@@ -90,7 +90,7 @@ def document(app: FastAPI, *, keys: bool) -> dict[str, Any]:
 
 
 def responses(answer: type[Any]) -> dict[int | str, dict[str, Any]]:
-    """What a route may answer that embeds cells."""
+    """Return the answers of a route that embeds cells."""
     arrow = {"schema": BINARY}
     return {200: {"model": answer, "description": "The answer.", "content": {protocol.ARROW: arrow}}, **refusals()}
 
@@ -98,12 +98,12 @@ def responses(answer: type[Any]) -> dict[int | str, dict[str, Any]]:
 def refusals(
     statuses: Iterable[int] = USUAL, model: type[Any] = schemas.ErrorAnswer
 ) -> dict[int | str, dict[str, Any]]:
-    """What a route may answer in place of what was asked for."""
+    """Return the error answers of a route."""
     return {status: {"model": model, "description": _TEXTS[status]} for status in sorted(statuses)}
 
 
 def request_body(operation: Operation, body: type[Any] | None) -> dict[str, Any]:
-    """What a route takes."""
+    """Return the request body and parameters of a route."""
     parameters = PARAMETERS[operation.name]
     form = {"file": {**BINARY, "description": "An .h5ad file."}} | {
         name: {"type": "string", "description": text} for name, text in parameters.items()

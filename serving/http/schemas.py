@@ -1,7 +1,7 @@
 """The bodies of requests and answers, for the OpenAPI document.
 
-Nothing is parsed with these models: :mod:`perturbscope.protocol` decodes, for every transport alike. They describe, and
-a test holds real answers against them.
+Nothing is parsed with these models: :mod:`perturbscope.protocol` decodes, for every transport alike. A test checks
+real answers against them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Cells(_Body):
     """Raw counts, cells x genes, as the three arrays of a CSR matrix."""
 
     gene_ids: list[_Name] = Field(description="Ensembl id or symbol of each column.", min_length=1)
-    indptr: list[_Index] = Field(description="Where each cell's values start; number of cells + 1.", min_length=2)
+    indptr: list[_Index] = Field(description="Index of each cell's first value, and of the end.", min_length=2)
     indices: list[_Index] = Field(description="Column of each value.")
     data: list[_Count] = Field(description="The raw counts.")
     total_counts: list[Annotated[float, Field(ge=0)]] | None = Field(
-        None, description="Total counts of each cell over all measured genes, where the matrix holds only some of them."
+        None, description="Total counts of each cell over all measured genes, if the matrix holds only some of them."
     )
     first_row: _Index = Field(0, description="Row of the first cell in the caller's file; for messages only.")
 
@@ -46,8 +46,8 @@ class EmbedBody(_Body):
 
 
 class _Labelled(_Body):
-    cells: Cells | None = Field(None, description="Raw counts; this or embeddings.")
-    embeddings: list[list[float]] | None = Field(None, description="Vectors that the caller has; this or cells.")
+    cells: Cells | None = Field(None, description="Raw counts; give either cells or embeddings.")
+    embeddings: list[list[float]] | None = Field(None, description="Vectors; give either cells or embeddings.")
     perturbations: list[_Name] = Field(description="Label of each cell.", min_length=1)
     batches: list[_Name] | None = Field(None, description="Batch of each cell; labels are permuted within batches.")
     options: dict[str, Any] | None = Field(None, description="Options of scoring; see the schema ScoreOptions.")
@@ -64,11 +64,11 @@ class CompareBody(_Labelled):
     """Cells, or embeddings, with their perturbations."""
 
     control: _Name | None = Field(None, description="The label of control cells, which all pairs leave out.")
-    pairs: list[tuple[_Name, _Name]] | None = Field(None, description="Which to compare; all pairs by default.")
+    pairs: list[tuple[_Name, _Name]] | None = Field(None, description="Pairs to compare; all by default.")
 
 
 class Coverage(_Body):
-    """How the genes of the request met the model's vocabulary."""
+    """How the genes of the request match the model's vocabulary."""
 
     n_genes: int
     n_matched: int
@@ -80,7 +80,7 @@ class Coverage(_Body):
 
 
 class Meta(_Body):
-    """What made an answer; model, vocabulary, coverage and variant are null where the caller sent embeddings."""
+    """How an answer was made; model, vocabulary, coverage and variant are null if the caller sent embeddings."""
 
     model_id: str | None
     vocabulary_hash: str | None
@@ -91,7 +91,7 @@ class Meta(_Body):
 
 
 class ScoreMeta(Meta):
-    """As Meta, with what made the numbers."""
+    """Meta, with the provenance of the numbers."""
 
     provenance: dict[str, Any] = Field(description="Metrics, estimator, null, sizes, seed, options.")
 
@@ -115,11 +115,11 @@ class _Row(_Body):
     z: float | None
     p: float | None
     q: float | None
-    flags: str = Field(description="Names, joined by semicolons.")
+    flags: str = Field(description="Names of flags, joined by semicolons.")
 
 
 class ScoreRow(_Row):
-    """One perturbation by one metric; null where a number is not defined."""
+    """One perturbation by one metric; null if a number is not defined."""
 
     perturbation: str
     n_cells: int
@@ -162,11 +162,11 @@ class Column(_Body):
     name: str
     n_labels: int
     labels: list[Label] = Field(description="The most frequent first.")
-    control: str | None = Field(description="Which of them looks like that of control cells.")
+    control: str | None = Field(description="Label that looks like that of control cells.")
 
 
 class ColumnsAnswer(_Body):
-    """What a file holds; the likely column of perturbations first."""
+    """The contents of a file; the likely column of perturbations comes first."""
 
     n_cells: int
     n_genes: int
@@ -177,7 +177,7 @@ class ColumnsAnswer(_Body):
 class Model(_Body):
     """One model that is served."""
 
-    name: str = Field(description="What requests name it by.")
+    name: str = Field(description="Name of the model in requests.")
     version: str
     model_id: str = Field(description="Changes whenever the weights do.")
     family: str
@@ -192,17 +192,17 @@ class Model(_Body):
 
 
 class ModelsAnswer(_Body):
-    """What is served; the first is the default."""
+    """The models that are served; the first is the default."""
 
     models: list[Model]
 
 
 class Error(_Body):
-    """What went wrong, and the remedy."""
+    """An error and its remedy."""
 
     code: str = Field(description="Stable name of the error.")
     message: str
-    field: str | None = Field(description="What was at fault, if known.")
+    field: str | None = Field(description="Field, parameter or header at fault, if known.")
 
 
 class ErrorAnswer(_Body):
@@ -229,11 +229,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "ScoreBody": _LABELLED,
     "CompareBody": _LABELLED | {"pairs": [["STAT1", "control"]]},
 }
-"""A body that is answered, by the name of its class."""
+"""Valid example bodies, by name of their class."""
 
 
 def inlined(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of a model with no references, so that it can stand anywhere in a document."""
+    """Return the JSON schema of a model without references, so that it can stand anywhere in a document."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
     if "options" in schema.get("properties", {}):

@@ -1,9 +1,9 @@
-"""Slow HTTP clients: connections that ask nothing, and answers that are not read, end.
+"""Slow HTTP clients: connections without a request, and those whose answers are not read, are ended.
 
-uvicorn ends a connection that rests after an answer, but waits for ever for the first request, for the rest of a head,
-and for a client that does not read its answer, which lies in memory until then. So a few thousand idle sockets would
-use up the files of the process, and a few slow readers its memory. (Bodies have a time of their own, ``body_timeout``;
-streams watch their readers themselves.)
+uvicorn ends a connection that is idle after an answer, but waits for ever for the first request, for the rest of a
+head, and for a client that does not read its answer, which stays in memory until then. So a few thousand idle sockets
+would use up the files of the process, and a few slow readers its memory. (Bodies have a time limit of their own,
+``body_timeout``; streams watch their readers themselves.)
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import uvicorn.config
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 LEAST_RATE = 1024
-"""Bytes a second that a client must take of a finished answer."""
+"""Least bytes a second that a client must read of a finished answer."""
 WINDOW = 30.0
-"""Seconds over which that is counted."""
+"""Seconds over which that rate is measured."""
 TICK = 1.0
-"""Seconds between two looks at a connection."""
+"""Seconds between two checks of a connection."""
 
 
 class GuardedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-ignore]
-    """uvicorn's HTTP protocol, with an end to patience."""
+    """uvicorn's HTTP protocol, which ends connections of slow clients."""
 
     head_timeout = 30.0
-    """Seconds within which a request must have begun and its head have come, once the connection is free for it."""
+    """Seconds within which the head of a request must have arrived, once the connection is free for it."""
 
     def connection_made(self, transport: Any) -> None:
-        """Begin to watch."""
+        """Begin to watch the connection."""
         super().connection_made(transport)
         self._guarded: Any = transport
         self._clock = asyncio.get_running_loop()
@@ -43,7 +43,7 @@ class GuardedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
         super().connection_lost(exc)
 
     def _look(self) -> None:
-        """End the connection if its client took too long; else look again later."""
+        """End the connection if its client took too long; else check again later."""
         now, unread = self._clock.time(), self._guarded.get_write_buffer_size()
         cycle: Any = self.cycle
         working = cycle is not None and not cycle.response_complete
@@ -64,6 +64,6 @@ class GuardedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
 
 
 def install(*, head_timeout: float) -> None:
-    """Let every uvicorn server of this process use :class:`GuardedProtocol`; before it is configured."""
+    """Let every uvicorn server of this process use :class:`GuardedProtocol`; called before it is configured."""
     GuardedProtocol.head_timeout = head_timeout
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{GuardedProtocol.__name__}"

@@ -1,9 +1,9 @@
 """Streams of cells over HTTP: an Arrow IPC stream in, an Arrow IPC stream out, at the same time.
 
-The answer begins while the body still arrives. A caller that sends all before it reads anything is served as long as
-the buffers of the connection hold the answers (some thousand cells); then both sides wait for each other, and after
-``body_timeout`` seconds the server gives the rest up: it answers no more, takes what is still sent and throws it away,
-so that the caller comes to read what was answered, and why no more.
+The answer begins while the body still arrives. A caller that sends everything before it reads anything is served as
+long as the buffers of the connection hold the answers (some thousand cells); then both sides wait for each other, and
+after ``body_timeout`` seconds the server gives up: it answers no more, and reads and discards the rest of the body, so
+that the caller comes to read the answers so far, and the error.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from serving.http.edge import CLIENT_GONE, error_response, peer_of, refuse_encod
 
 PATH = "/v1/embed/stream"
 _LAST_WORDS = 30
-"""Seconds in which a caller must read why its stream is broken off; or ``body_timeout``, if that is less."""
+"""Seconds within which a caller must read why its stream is broken off; or ``body_timeout``, if that is less."""
 _AT_THE_END = 3
-"""As many when the server stops."""
+"""The same when the server stops."""
 
 
 class HttpPipe:
@@ -53,11 +53,11 @@ class HttpPipe:
         self._more = True
         self._reader, self._writer = StreamRequestReader(), StreamAnswerWriter()
         self.begun = False
-        """Whether the status is sent."""
+        """Whether the status has been sent."""
         self.row = 0
-        """The first cell whose answer is not sent."""
+        """Row of the first cell whose answer has not been sent."""
         self._over = asyncio.Event()
-        """Set when nothing more is to be read of the body."""
+        """Set when nothing more of the body is to be read."""
         self._left = False
 
     async def start(self) -> tuple[Any, int]:
@@ -68,7 +68,7 @@ class HttpPipe:
         return found
 
     async def next(self) -> tuple[Any, int] | None:
-        """See :meth:`Pipe.next`. What a message says of its length is checked before the message is read."""
+        """See :meth:`Pipe.next`. The length that a message claims is checked before the message is read."""
         prefix = await self._take(PREFIX_BYTES)
         length = metadata_length(prefix, self._limit)
         if not length:
@@ -81,7 +81,7 @@ class HttpPipe:
         return b"".join((prefix, metadata, await self._take(rest))), n_bytes
 
     async def _take(self, n_bytes: int) -> bytes:
-        """So many bytes of the body, or all that are left."""
+        """Take `n_bytes` of the body, or all that are left."""
         while len(self._buffer) < n_bytes and self._more:
             await self._fill()
         found = bytes(memoryview(self._buffer)[:n_bytes])
@@ -98,7 +98,7 @@ class HttpPipe:
         self._more = message.get("more_body", False)
 
     async def _skip(self) -> None:
-        """What follows the end mark is not looked at."""
+        """Discard the rest of the body, after the end mark."""
         while self._more:
             self._buffer.clear()
             await self._fill()
@@ -131,14 +131,14 @@ class HttpPipe:
         self.row = row
 
     async def end(self) -> None:
-        """The answer is whole."""
+        """End the answer."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def fail(self, error: PerturbScopeError, seconds: float) -> None:
-        """Say why the answer breaks off; without an end of the body, the server closes the connection then.
+        """Say why the answer breaks off; as its body has no end, the server then closes the connection.
 
-        What the caller still sends is read and thrown away meanwhile, for so many seconds: it may read nothing before
-        all is sent, and a connection that is closed with bytes unread takes the last answers with it.
+        Meanwhile, for at most `seconds`, the rest of the request is read and discarded: the caller may read nothing
+        before everything is sent, and a connection that is closed with bytes unread loses the last answers.
         """
         body = self._writer.error(error, self.row)
         saying = asyncio.ensure_future(self._send({"type": "http.response.body", "body": body, "more_body": True}))
@@ -154,21 +154,21 @@ class HttpPipe:
             await asyncio.gather(saying, return_exceptions=True)
 
     async def gone(self) -> None:
-        """Returns when the caller has gone away. While there is more to read, only reading notices that."""
+        """Return when the caller has gone away. While there is more to read, only reading notices that."""
         await self._over.wait()
         while not self._left:
             self._left = (await self._receive())["type"] == "http.disconnect"
 
 
 class StreamedAnswer(Response):
-    """Answers a stream while its request arrives; made before anything of that is read."""
+    """Answers a stream while its request arrives; made before any of the body is read."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(media_type=protocol.ARROW)
         self._request = request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request. Every one gets an answer and a line in the log."""
+        """Serve the request; each gets an answer and a line in the log."""
         request = self._request
         engine: Engine = request.app.state.engine
         call = Front.begin(PATH, "http", request.headers, peer=peer_of(scope), method=request.method)
@@ -217,7 +217,7 @@ def _check_type(request: Request) -> None:
 
 
 async def _while_there(pipe: HttpPipe, work: Any) -> None:
-    """Do `work`, which is cancelled when the caller goes away."""
+    """Await `work`, which is cancelled when the caller goes away."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(pipe.gone())
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

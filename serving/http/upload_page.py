@@ -9,7 +9,7 @@ from perturbscope.report.page import stylesheet
 from serving.settings import Settings
 
 PAGE_HEADERS = {
-    # What a page may do: run what it carries, and talk to this server. It loads nothing from anywhere.
+    # A page may run its own script and talk to this server. It loads nothing from anywhere.
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; form-action 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -19,7 +19,7 @@ PAGE_HEADERS = {
 
 
 def screen_page(settings: Settings) -> str:
-    """The upload form, with this server's limits; one file, no other address. It is open to all: it holds no data."""
+    """Return the upload form, with this server's limits; it loads nothing else, and holds no data."""
     text = (resources.files("serving.http") / "screen.html").read_text(encoding="utf-8")
     for name, value in (
         ("STYLE", stylesheet()),

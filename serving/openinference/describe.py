@@ -1,6 +1,6 @@
-"""What the protocol tells of the server and of its models.
+"""The protocol's descriptions of the server and of its models.
 
-Objects as they stand in JSON; their names are those of the messages, so that gRPC is filled from the same objects.
+They are JSON objects whose names are those of the protobuf messages, so that gRPC is filled from the same objects.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
 
 
 def server() -> dict[str, Any]:
-    """Name, version, extensions."""
+    """Describe the server: name, version, extensions."""
     return {"name": "perturbscope", "version": __version__, "extensions": list(EXTENSIONS)}
 
 
 def metadata(model: ServedModel, served: tuple[ModelInfo, ...]) -> dict[str, Any]:
-    """The tensors of a model, [batch, length, ...] and [batch, width]; -1 where any size will do."""
+    """Describe the tensors of a model, [batch, length, ...] and [batch, width]; -1 means any size."""
     return {
         "name": model.info.name,
         "versions": [info.version for info in served if info.name == model.info.name],
@@ -39,7 +39,7 @@ def metadata(model: ServedModel, served: tuple[ModelInfo, ...]) -> dict[str, Any
 
 
 def configuration(model: ServedModel, settings: Settings) -> dict[str, Any]:
-    """The same in Triton's terms: no batch axis, and types with a prefix."""
+    """Describe them in Triton's terms: without the batch axis, and with a prefix to the types."""
     return {
         "name": model.info.name,
         "platform": PLATFORM,

@@ -1,4 +1,4 @@
-"""What the protocol's HTTP routes take and answer, for the OpenAPI document. Nothing is parsed with these models."""
+"""The bodies of the protocol's HTTP routes, for the OpenAPI document. Nothing is parsed with these models."""
 
 from __future__ import annotations
 
@@ -18,59 +18,59 @@ _Size = Annotated[int, Field(ge=1, lt=2**31)]
 _Datatype = Literal["INT32", "INT64", "FP32"]
 
 
-class _Body(BaseModel):
+class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
 class _Open(BaseModel):
-    """Clients of the protocol may add what they like."""
+    """An object to which clients may add fields."""
 
     model_config = ConfigDict(extra="allow")
 
 
-class InferError(_Body):
+class InferError(_Closed):
     """The protocol's form of an error."""
 
     error: str
 
 
-class Liveness(_Body):
+class Liveness(_Closed):
     """Whether the process answers."""
 
     live: bool
 
 
-class Readiness(_Body):
+class Readiness(_Closed):
     """Whether every model answers."""
 
     ready: bool
 
 
-class ModelReadiness(_Body):
+class ModelReadiness(_Closed):
     """Whether a model answers."""
 
     name: str
     ready: bool
 
 
-class ServerDescription(_Body):
-    """What server this is."""
+class ServerDescription(_Closed):
+    """A description of the server."""
 
     name: str
     version: str
     extensions: list[str]
 
 
-class TensorDescription(_Body):
+class TensorDescription(_Closed):
     """One input or output of a model."""
 
     name: str
     datatype: str
-    shape: list[int] = Field(description="-1 where any size will do.")
+    shape: list[int] = Field(description="Sizes of the axes; -1 means any size.")
 
 
-class ModelDescription(_Body):
-    """What a model takes and gives."""
+class ModelDescription(_Closed):
+    """Inputs and outputs of a model."""
 
     name: str
     versions: list[str]
@@ -79,7 +79,7 @@ class ModelDescription(_Body):
     outputs: list[TensorDescription]
 
 
-class ConfiguredTensor(_Body):
+class ConfiguredTensor(_Closed):
     """One input or output, without the batch."""
 
     name: str
@@ -87,8 +87,8 @@ class ConfiguredTensor(_Body):
     dims: list[int]
 
 
-class ModelConfiguration(_Body):
-    """What a model takes and gives, in Triton's terms."""
+class ModelConfiguration(_Closed):
+    """Inputs and outputs of a model, in Triton's terms."""
 
     name: str
     platform: str
@@ -98,14 +98,14 @@ class ModelConfiguration(_Body):
     output: list[ConfiguredTensor]
 
 
-class Duration(_Body):
-    """Events, and the time that they took."""
+class Duration(_Closed):
+    """A number of events, and the time that they took."""
 
     count: int
     ns: int
 
 
-class InferDurations(_Body):
+class InferDurations(_Closed):
     """Requests by outcome, and by stage."""
 
     success: Duration
@@ -114,24 +114,24 @@ class InferDurations(_Body):
     compute_infer: Duration
 
 
-class CountedModel(_Body):
-    """What was asked of one version of a model."""
+class CountedModel(_Closed):
+    """Counters of one version of a model."""
 
     name: str
     version: str
-    last_inference: int = Field(description="Milliseconds since 1970.")
-    inference_count: int = Field(description="Cells.")
-    execution_count: int = Field(description="Requests.")
+    last_inference: int = Field(description="Time of the last inference, in milliseconds since 1970.")
+    inference_count: int = Field(description="Number of cells.")
+    execution_count: int = Field(description="Number of requests.")
     inference_stats: InferDurations
 
 
-class CountedModels(_Body):
-    """What was asked of the models over this protocol."""
+class CountedModels(_Closed):
+    """Counters of the models, for requests over this protocol."""
 
     model_stats: list[CountedModel]
 
 
-class IndexedModel(_Body):
+class IndexedModel(_Closed):
     """One model of the repository."""
 
     name: str
@@ -140,47 +140,47 @@ class IndexedModel(_Body):
     reason: str
 
 
-class Done(_Body):
-    """Nothing: it is done."""
+class Done(_Closed):
+    """An empty object: the change is made."""
 
 
 class InferInput(_Open):
-    """An input: numbers in `data`, or bytes behind the JSON."""
+    """An input: numbers in `data`, or bytes after the JSON."""
 
     name: str = Field(max_length=512)
     datatype: _Datatype
     shape: list[_Size] = Field(description="[batch, length]", min_length=1, max_length=MAX_INPUTS)
-    parameters: dict[str, Any] = Field({}, description="binary_data_size: bytes of this input behind the JSON.")
-    data: list[Any] | None = Field(None, description="Row by row, flat or nested.")
+    parameters: dict[str, Any] = Field({}, description="binary_data_size: bytes of this input after the JSON.")
+    data: list[Any] | None = Field(None, description="Numbers, row by row, flat or nested.")
 
 
 class InferOutput(_Open):
-    """An output that is wanted."""
+    """An output that the caller wants."""
 
     name: Literal["cell_embedding"]
-    parameters: dict[str, Any] = Field({}, description="binary_data: whether as bytes behind the JSON.")
+    parameters: dict[str, Any] = Field({}, description="binary_data: whether the output comes as bytes after the JSON.")
 
 
 class InferBody(_Open):
-    """Tokens of cells, padded, and which of them are padding."""
+    """Padded tokens of cells, and a mask that tells tokens from padding."""
 
-    id: str | None = Field(None, description="Sent back.", max_length=512)
-    parameters: dict[str, Any] = Field({}, description="binary_data_output: whether outputs are wanted as bytes.")
+    id: str | None = Field(None, description="The caller's name for the request; sent back.", max_length=512)
+    parameters: dict[str, Any] = Field({}, description="binary_data_output: whether outputs come as bytes.")
     inputs: list[InferInput] = Field(min_length=1, max_length=MAX_INPUTS)
-    outputs: list[InferOutput] | None = Field(None, description="All of them by default.", max_length=MAX_INPUTS)
+    outputs: list[InferOutput] | None = Field(None, description="Default: all outputs.", max_length=MAX_INPUTS)
 
 
-class InferredOutput(_Body):
-    """An output: numbers in `data`, or bytes behind the JSON."""
+class InferredOutput(_Closed):
+    """An output: numbers in `data`, or bytes after the JSON."""
 
     name: Literal["cell_embedding"]
     datatype: Literal["FP32"]
     shape: list[int]
     parameters: dict[str, int] | None = None
-    data: list[float] | None = Field(None, description="Row by row, flat.")
+    data: list[float] | None = Field(None, description="Numbers, row by row, flat.")
 
 
-class Inferred(_Body):
+class Inferred(_Closed):
     """Vectors of cells."""
 
     id: str | None = None
@@ -199,32 +199,32 @@ EXAMPLE = {
 
 
 def operation(path: str, summary: str, answer: Any, *, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What FastAPI is told of a route.
+    """Return FastAPI's description of a route.
 
     Parameters
     ----------
     path
-        With its parameters in braces.
+        Path of the route, with its parameters in braces.
     summary
-        One line.
+        One line about the route.
     answer
-        The model of what it answers.
+        Pydantic model of the answer.
     body
-        The OpenAPI description of what it takes.
+        OpenAPI description of the request body.
     """
     ok: dict[str, Any] = {"model": answer, "description": "The answer."}
     if answer is Inferred:
         ok["content"] = {OCTETS: {"schema": {"type": "string", "format": "binary"}}}
         ok["headers"] = {
             JSON_LENGTH: {
-                "description": "Bytes of the JSON, where the tensor follows it.",
+                "description": "Bytes of the JSON, if the tensor follows it.",
                 "schema": {"type": "integer"},
             }
         }
     named = re.findall(r"{(\w+)}", path)
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
-        for name, text in (("name", "Of the model."), ("version", "Of the model."))
+        for name, text in (("name", "Name of the model."), ("version", "Version of the model."))
         if name in named
     ]
     if answer is Inferred:
@@ -233,7 +233,7 @@ def operation(path: str, summary: str, answer: Any, *, body: dict[str, Any] | No
                 "name": JSON_LENGTH,
                 "in": "header",
                 "required": False,
-                "description": "Bytes of the JSON, where tensors follow it: a whole number.",
+                "description": "Bytes of the JSON, if tensors follow it: a whole number.",
                 "schema": {"type": "string", "pattern": "^[0-9]{1,15}$"},
             }
         )
@@ -253,7 +253,7 @@ def operation(path: str, summary: str, answer: Any, *, body: dict[str, Any] | No
 
 
 def probe(summary: str, answer: Any, *, may_fail: bool) -> dict[str, Any]:
-    """What FastAPI is told of a route that asks for no key, and is never refused."""
+    """Return FastAPI's description of a route that asks for no key, and is never refused."""
     responses: dict[int | str, Any] = {200: {"model": answer, "description": "Yes."}}
     if may_fail:
         responses[503] = {"model": answer, "description": "Not now."}
@@ -261,7 +261,7 @@ def probe(summary: str, answer: Any, *, may_fail: bool) -> dict[str, Any]:
 
 
 def infer_body() -> dict[str, Any]:
-    """What the route takes that embeds tokens."""
+    """Return the request body of the route that embeds tokens."""
     content = {
         "application/json": {"schema": inlined(InferBody), "example": EXAMPLE},
         OCTETS: {"schema": {"type": "string", "format": "binary"}},
@@ -270,6 +270,6 @@ def infer_body() -> dict[str, Any]:
 
 
 def repository_body(**properties: dict[str, Any]) -> dict[str, Any]:
-    """What the routes of the repository take: an object with some of these properties, or nothing."""
+    """Return the request body of a repository route: an object with some of these properties, or nothing."""
     schema = {"type": "object", "properties": properties, "additionalProperties": False}
     return {"required": False, "content": {"application/json": {"schema": schema}}}

@@ -1,4 +1,4 @@
-"""The protocol over HTTP."""
+"""The routes of the protocol over HTTP."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def add_routes(app: FastAPI) -> None:
         app.add_api_route(path, probe, methods=["GET"], name=path, response_class=Response, **described)
     get = functools.partial(_add, app, "GET")
     post = functools.partial(_add, app, "POST")
-    get("/v2", _server, "What server this is.", documents.ServerDescription)
-    get("/v2/models/stats", _all_statistics, "What was asked of the models.", documents.CountedModels)
+    get("/v2", _server, "A description of the server.", documents.ServerDescription)
+    get("/v2/models/stats", _all_statistics, "Counters of the models.", documents.CountedModels)
     for where in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
-        get(where, _metadata, "The tensors that a model takes and gives.", documents.ModelDescription)
+        get(where, _metadata, "The tensors that a model takes and returns.", documents.ModelDescription)
         get(f"{where}/ready", _model_ready, "Whether a model answers.", documents.ModelReadiness)
         get(f"{where}/config", _configuration, "The tensors of a model, for Triton.", documents.ModelConfiguration)
-        get(f"{where}/stats", _statistics, "What was asked of a model.", documents.CountedModels)
+        get(f"{where}/stats", _statistics, "Counters of a model.", documents.CountedModels)
         post(f"{where}/infer", _infer, "Vectors of tokens.", documents.Inferred, body=documents.infer_body())
     models = documents.repository_body(ready={"type": "boolean"})
     post("/v2/repository/index", _index, "The models that are loaded.", list[documents.IndexedModel], body=models)
@@ -85,18 +85,18 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 def _named(request: Request) -> tuple[str, str | None]:
-    """Name and version in the path."""
+    """Return the name and version in the path."""
     found = request.path_params
     return check.text(found["name"], "name"), check.optional_text(found.get("version"), "version")
 
 
 async def _live(request: Request) -> Response:
-    """Whether the process answers: it does."""
+    """Tell that the process answers."""
     return _json({"live": True})
 
 
 async def _ready(request: Request) -> Response:
-    """Whether every model answers."""
+    """Tell whether every model answers."""
     tokens: TokenEngine = request.app.state.tokens
     ready = await tokens.engine.ready()
     return _json({"ready": ready}, 200 if ready else 503)
@@ -165,6 +165,6 @@ async def _unload(request: Request, tokens: TokenEngine, call: Call, hold: Held)
 
 
 async def _object(request: Request, tokens: TokenEngine, hold: Held, name: str) -> dict[str, Any]:
-    """The body: an object that may have the field `name`, or nothing."""
+    """Read the body: an object that may have the field `name`, or nothing."""
     body = await LimitedBody(request, tokens.engine, hold).body()
     return check.mapping(check.parse_json(body), "body", optional=[name]) if body else {}

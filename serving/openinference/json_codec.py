@@ -1,4 +1,4 @@
-"""Requests and answers over HTTP: JSON, and behind it the bytes of tensors that say so."""
+"""Requests and answers over HTTP: JSON, which the bytes of tensors may follow."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from serving.openinference.tensors import (
 )
 
 JSON_LENGTH = "inference-header-content-length"
-"""Header with the bytes of the JSON, where the bytes of tensors follow it."""
+"""Header with the number of bytes of the JSON, if the bytes of tensors follow it."""
 _SIZE, _BINARY, _ALL_BINARY = "binary_data_size", "binary_data", "binary_data_output"
 
 
@@ -36,12 +36,12 @@ def request_from_body(body: bytes, json_length: str | None) -> InferRequest:
     body
         JSON, and the tensors' bytes in the order of the inputs.
     json_length
-        The header `JSON_LENGTH`, if it came.
+        Value of the header `JSON_LENGTH`, if there is one.
 
     Raises
     ------
     InvalidParameterError, MalformedMatrixError, UnreadableFileError
-        Names the header, the field or the input at fault.
+        The message names the header, the field or the input at fault.
     """
     size = _json_length(json_length, len(body))
     data = _object(check.parse_json(body[:size]), "body")
@@ -69,7 +69,7 @@ def request_from_body(body: bytes, json_length: str | None) -> InferRequest:
 
 
 def answer_to_body(answer: InferAnswer) -> tuple[bytes, dict[str, str]]:
-    """The body of an answer, and its headers, the content type among them."""
+    """Return the body of an answer, and its headers, the content type among them."""
     output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": list(answer.values.shape)}
     raw = b""
     if answer.wants_bytes:
@@ -99,7 +99,7 @@ def _json_length(text: str | None, n_bytes: int) -> int:
 
 
 def _tensor(name: str, item: Mapping[str, Any], rest: memoryview) -> tuple[Tensor, memoryview]:
-    """One input, and the bytes that are left for those behind it."""
+    """Read one input; return it with the bytes that are left for the inputs after it."""
     parameters = _parameters(item, name)
     check_parameters(parameters, name)
     datatype = check.text(item.get("datatype"), "datatype")
@@ -121,7 +121,7 @@ def _tensor(name: str, item: Mapping[str, Any], rest: memoryview) -> tuple[Tenso
 
 
 def _flat(name: str, data: Any, shape: list[Any]) -> Any:
-    """The numbers of a tensor, whether its rows are nested lists or not."""
+    """Return the numbers of a tensor, whether its rows are nested lists or not."""
     values = data
     if isinstance(data, list) and data and type(data[0]) is list:
         values = [data]

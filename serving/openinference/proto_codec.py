@@ -1,4 +1,4 @@
-"""Requests and answers over gRPC."""
+"""Requests and answers of the protocol over gRPC."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from serving.openinference.tensors import (
 )
 
 _CONTENTS = {"INT32": ("int_contents", "i4"), "INT64": ("int64_contents", "i8"), "FP32": ("fp32_contents", "f4")}
-"""Field of a type's values, and what numpy calls them."""
+"""Protobuf field of a type's values, and numpy's name of the type."""
 
 
 def request_from_proto(message: messages.ModelInferRequest) -> InferRequest:
@@ -59,7 +59,7 @@ def request_from_proto(message: messages.ModelInferRequest) -> InferRequest:
 
 
 def answer_to_proto(answer: InferAnswer) -> messages.ModelInferResponse:
-    """An answer, its values as bytes."""
+    """Encode an answer, its values as bytes."""
     return messages.ModelInferResponse(
         model_name=answer.name,
         model_version=answer.version,
@@ -72,7 +72,7 @@ def answer_to_proto(answer: InferAnswer) -> messages.ModelInferResponse:
 
 
 def _shape(item: Any) -> list[int]:
-    # Two axes and what an input adds to them: more than a handful is nonsense, and is refused by its length.
+    # An input has two axes and a few of its own: more than a handful is nonsense, and is refused by its length.
     return list(item.shape[:MAX_INPUTS])
 
 

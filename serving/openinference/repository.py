@@ -1,4 +1,4 @@
-"""Loading and unloading models in the protocol's way."""
+"""Loading and unloading models over the protocol."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from perturbscope.protocol import checks as check
 from serving.engine.engine import Engine
 
 UNLOAD_PARAMETERS = ("unload_dependents",)
-"""What clients send with every request to unload; no model here depends on another."""
+"""Parameters that clients send with every request to unload; no model here depends on another."""
 
 
 def index(engine: Engine, *, only_ready: bool) -> list[dict[str, str]]:
-    """The models that are loaded, and the bundle folders that are not, with the reason."""
+    """List the models that are loaded, and the bundle folders that are not, with the reason."""
     return [
         {"name": listed.name, "version": listed.version, "state": listed.state, "reason": listed.reason}
         for listed in engine.registry.index()
@@ -28,7 +28,7 @@ async def load(engine: Engine, name: str, parameters: Mapping[str, Any]) -> None
     Raises
     ------
     InvalidParameterError
-        Parameters: a model is loaded as its bundle is, without a configuration or files of the caller.
+        There are parameters: a model is loaded as its bundle is, without a configuration or files of the caller.
     """
     _check(parameters, ())
     await engine.registry.load(name)

@@ -1,4 +1,4 @@
-"""What was asked over the protocol since the server started, as its clients want it told."""
+"""Counters of requests over the protocol since the server started, in the protocol's form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from perturbscope.protocol.messages import ModelInfo
 
 STAGES = ("queue", "compute_infer")
-"""Stages as the protocol names them."""
+"""The protocol's names of the stages."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Statistics:
         self._models: dict[tuple[str, str], _Counted] = {}
 
     def succeeded(self, info: ModelInfo, n_cells: int, seconds: float, timings: dict[str, float]) -> None:
-        """A request was answered after `seconds`; `timings` are those of the dispatcher."""
+        """Count a request that was answered after `seconds`; `timings` are those of the dispatcher."""
         counted = self._of(info)
         counted.last = int(time.time() * 1000)
         counted.cells += n_cells
@@ -55,11 +55,11 @@ class Statistics:
         counted.compute_infer.add(timings.get("inference", 0.0))
 
     def failed(self, info: ModelInfo, seconds: float) -> None:
-        """A request was refused, or failed, after `seconds`."""
+        """Count a request that was refused, or failed, after `seconds`."""
         self._of(info).fail.add(seconds)
 
     def told(self, infos: tuple[ModelInfo, ...]) -> dict[str, Any]:
-        """``{"model_stats": [...]}`` of these models."""
+        """Return ``{"model_stats": [...]}`` of these models."""
         return {"model_stats": [self._told(info) for info in infos]}
 
     def _of(self, info: ModelInfo) -> _Counted:

@@ -1,7 +1,7 @@
-"""Tensors of a caller, checked, and turned into tokens.
+"""Tensors of a caller, which are checked and turned into tokens.
 
 Everything here works on numpy arrays and plain numbers; :mod:`.json_codec` and :mod:`.proto_codec` bring them. A shape
-is only a claim, so nothing is allocated by it: first it must agree with the bytes that are there.
+is only a claim, so nothing is allocated for it before it agrees with the bytes that have arrived.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from serving.settings import Settings
 
 MASK = "attention_mask"
 DTYPES: dict[str, str] = {"INT32": "<i4", "INT64": "<i8", "FP32": "<f4"}
-"""Types that an input may come in, as numpy names them."""
+"""Numpy's names of the types that an input may have."""
 PROTOCOL_NAMES = {"int64": "INT64", "int32": "INT32", "float32": "FP32"}
-"""What the protocol calls the types of a graph's inputs."""
+"""The protocol's names of the types of a graph's inputs."""
 _TAKEN = {"INT64": ("INT64", "INT32"), "INT32": ("INT32", "INT64"), "FP32": ("FP32",)}
-"""Types that are taken for an input: those that lose nothing, once the range is checked."""
+"""Types that are accepted for an input: those that lose nothing, once the range is checked."""
 MAX_INPUTS = 16
-"""Tensors of one request; a family has one or two."""
+"""Most tensors of one request; a family has one or two."""
 REFUSED = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout")
 """Parameters of Triton that would change what a request means, and that this server does not have."""
 _REFUSED_OF_TENSORS = ("shared_memory_region", "shared_memory_byte_size", "shared_memory_offset", "classification")
@@ -39,14 +39,14 @@ _REFUSED_OF_TENSORS = ("shared_memory_region", "shared_memory_byte_size", "share
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """An input as it came: its type and bytes agree with its shape, and nothing more is known.
+    """An input as it came: its type and bytes agree with its shape, and nothing more is checked.
 
     Attributes
     ----------
     datatype
-        As the caller called it; a key of `DTYPES`.
+        The caller's name of the type; a key of `DTYPES`.
     values
-        In the caller's shape.
+        Values in the caller's shape.
     """
 
     datatype: str
@@ -60,9 +60,9 @@ class InferRequest:
     Attributes
     ----------
     inputs
-        By name.
+        Input tensors by name.
     outputs
-        Which are wanted, and whether as bytes; empty: all of them.
+        Wanted outputs by name, and whether as bytes; empty: all of them.
     id
         The caller's name for the request; sent back.
     binary
@@ -95,13 +95,13 @@ class InferAnswer:
     Attributes
     ----------
     name, version
-        Of the model.
+        Name and version of the model.
     id
-        That of the request.
+        The caller's name for the request.
     values
-        float32 [cells, width].
+        Vectors, float32 [cells, width].
     wants_bytes
-        As the request had it.
+        Whether the values are wanted as bytes.
     """
 
     name: str
@@ -112,17 +112,17 @@ class InferAnswer:
 
 
 def shown_name(name: str) -> str:
-    """A caller's name for a message."""
+    """Return a name that a caller sent, fit for a message."""
     return repr(printable(name))
 
 
 def checked_shape(name: str, datatype: str, shape: Sequence[Any]) -> tuple[int, ...]:
-    """The shape of an input, all of its sizes positive.
+    """Return the shape of an input, all of its sizes positive.
 
     Raises
     ------
     MalformedMatrixError
-        Names the input: a type that is not taken, a size below one or one that no array can have.
+        The type is not accepted, or a size is below one or larger than any array; the message names the input.
     """
     if datatype not in DTYPES:
         raise MalformedMatrixError(
@@ -140,7 +140,7 @@ def checked_shape(name: str, datatype: str, shape: Sequence[Any]) -> tuple[int, 
 
 
 def tensor_of_bytes(name: str, datatype: str, shape: Sequence[Any], raw: bytes | memoryview) -> Tensor:
-    """A tensor of little-endian bytes, row by row; not copied. Raises :class:`MalformedMatrixError`."""
+    """Make a tensor from little-endian bytes, row by row, without a copy. Raises :class:`MalformedMatrixError`."""
     sizes = checked_shape(name, datatype, shape)
     dtype = np.dtype(DTYPES[datatype])
     needed = math.prod(sizes) * dtype.itemsize
@@ -154,7 +154,7 @@ def tensor_of_bytes(name: str, datatype: str, shape: Sequence[Any], raw: bytes |
 
 
 def tensor_of_values(name: str, datatype: str, shape: Sequence[Any], values: NDArray[Any]) -> Tensor:
-    """A tensor of numbers, flat, row by row. Raises :class:`MalformedMatrixError`."""
+    """Make a tensor from flat numbers, row by row. Raises :class:`MalformedMatrixError`."""
     sizes = checked_shape(name, datatype, shape)
     if len(values) != math.prod(sizes):
         raise MalformedMatrixError(
@@ -219,7 +219,7 @@ def tokens_of(request: InferRequest, family: Family, settings: Settings) -> Toke
     return TokenizedCells(
         arrays=arrays,
         offsets=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)]),
-        # Of the counts behind the tokens nothing is known here, and nothing is told of them.
+        # The counts behind the tokens are not known here, and nothing is told of them.
         known_share=np.ones(len(lengths), dtype=np.float32),
         n_detected=lengths.astype(np.int32),
         coverage=GeneCoverage(0, 0),
@@ -241,7 +241,7 @@ def _check_names(inputs: Mapping[str, Tensor], specs: Sequence[InputSpec]) -> No
 
 
 def _check_form(spec: InputSpec, tensor: Tensor, mask_shape: tuple[int, ...]) -> None:
-    """Type and shape, the latter against that of the mask."""
+    """Check type and shape, the latter against that of the mask."""
     wanted = PROTOCOL_NAMES[spec.dtype]
     if tensor.datatype not in _TAKEN[wanted]:
         raise MalformedMatrixError(
@@ -262,7 +262,7 @@ def _check_form(spec: InputSpec, tensor: Tensor, mask_shape: tuple[int, ...]) ->
 
 
 def _lengths(mask: NDArray[Any]) -> NDArray[np.int64]:
-    """Tokens of each cell; the mask is ones first, then zeros."""
+    """Count the tokens of each cell; its mask must be ones first, then zeros."""
     if ((mask != 0) & (mask != 1)).any():
         row = int(np.flatnonzero(((mask != 0) & (mask != 1)).any(axis=1))[0])
         raise MalformedMatrixError(f"Row {row} of the input {MASK!r} holds another number than 0 and 1.", field=MASK)
@@ -276,7 +276,7 @@ def _lengths(mask: NDArray[Any]) -> NDArray[np.int64]:
     gaps = (np.diff(mask, axis=1) > 0).any(axis=1)
     if gaps.any():
         raise MalformedMatrixError(
-            f"Row {int(np.flatnonzero(gaps)[0])} of the input {MASK!r} has a 1 behind a 0; a cell's tokens come first "
+            f"Row {int(np.flatnonzero(gaps)[0])} of the input {MASK!r} has a 1 after a 0; a cell's tokens come first "
             "and its padding last.",
             field=MASK,
         )
@@ -284,7 +284,7 @@ def _lengths(mask: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _kept(spec: InputSpec, tensor: Tensor, mask: NDArray[np.bool_]) -> NDArray[Any]:
-    """The values of an input that are not padding, cells end to end, [tokens, ...]."""
+    """Return the values of an input without padding, cells end to end, [tokens, ...]."""
     kept = tensor.values[mask]
     if spec.n_values is not None:
         wrong = (kept < 0) | (kept >= spec.n_values) | (kept == spec.pad_value)

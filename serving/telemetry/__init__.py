@@ -1,1 +1,4 @@
-"""What is seen of the server from outside: metrics and traces. The log is :mod:`serving.telemetry.log`."""
+"""The log, the Prometheus metrics and the OpenTelemetry traces of the server.
+
+Its modules import :mod:`serving.call` and :mod:`serving.settings`, and nothing else of the server.
+"""

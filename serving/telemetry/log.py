@@ -1,8 +1,8 @@
 """The log, on stderr: one line a request, as JSON for machines or as text for a terminal. Never the data.
 
-A line of a request says what was asked, how large it was, who asked (the name of the key), how it ended and how long
-each stage took. What BentoML, uvicorn, gRPC and the rest log comes out in the same form. No line can be forged from
-outside: JSON escapes what is not printable, and in text every line after the first of a message is indented.
+The line of a request has its route, size, caller (the name of the key), outcome and the seconds of each stage. Lines of
+BentoML, uvicorn, gRPC and other libraries have the same form. No line can be forged from outside: JSON escapes what is
+not printable, and in text every line after the first of a message is indented.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ if TYPE_CHECKING:
 logger = logging.getLogger("perturbscope.serving")
 
 SERVER_FAULTS = frozenset({"UNKNOWN", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
-"""Codes of gRPC that are written at the level error, as the statuses from 500 are."""
+"""gRPC codes that are logged at the level error, like HTTP statuses from 500 on."""
 WARNINGS = frozenset({"overloaded", "rate_limited", "deadline_exceeded", "unauthenticated", "permission_denied"})
-"""Codes of errors that are written at the level warning."""
+"""Error codes that are logged at the level warning."""
 MAX_MESSAGE = 4_000
-"""Characters of one message; a traceback may be long, and its last lines matter most."""
+"""Most characters of one message; a traceback may be long, and its last lines matter most."""
 MAX_LINE = 200
-"""Characters of one line of a traceback."""
+"""Most characters of one line of a traceback."""
 
 _SECRET = re.compile(
     r"(?:authorization|x-api-key)\W{1,4}[^\r\n,;'\"}\]]+|\b(?:bearer|basic)\s+[^\s,;'\"]+|psk_[\w-]+", re.IGNORECASE
 )
 _LIBRARIES = ("bentoml", "bentoml.serve", "bentoml.access", "uvicorn", "uvicorn.error", "uvicorn.access", "circus")
-"""Loggers that bring handlers of their own."""
+"""Loggers of libraries that bring handlers of their own."""
 
 
 def configure(form: Format = "auto", level: Level = "info", *, stream: TextIO | None = None) -> None:
-    """Send everything that this process logs to stderr, in one form; called at start, not at import.
+    """Send all log lines of this process to stderr, in one form; called at start, not at import.
 
     Parameters
     ----------
     form
         ``auto``: text on a terminal, JSON elsewhere.
     level
-        Of the server's own lines; libraries are heard from warning on, BentoML from info.
+        Least level of the server's own lines; libraries are heard from warning on, BentoML from info.
     stream
-        Instead of stderr.
+        Stream to write to; default: stderr.
     """
     stream = sys.stderr if stream is None else stream
     text = form == "text" or (form == "auto" and stream.isatty())
@@ -67,7 +67,7 @@ def configure(form: Format = "auto", level: Level = "info", *, stream: TextIO | 
 
 
 def write(call: Call, status: str | int, code: str = "ok") -> None:
-    """The line of a finished request; `code` is the error's, if there was one."""
+    """Log a finished request; `code` is that of its error, if there was one."""
     fault = status in SERVER_FAULTS if isinstance(status, str) else status >= 500
     level = logging.WARNING if code in WARNINGS else logging.ERROR if fault else logging.INFO
     if not logger.isEnabledFor(level):
@@ -93,13 +93,13 @@ def write(call: Call, status: str | int, code: str = "ok") -> None:
 
 
 def event(name: str, /, level: Level = "info", **fields: object) -> None:
-    """A line that is not of one request, such as ``started`` or ``model_loaded``; no fields with data of a caller."""
+    """Log an event of the server, such as ``started`` or ``model_loaded``; its fields must hold no data of a caller."""
     text = " ".join((name, *(f"{key}={value}" for key, value in fields.items() if value is not None)))
     logger.log(getattr(logging, level.upper()), "%s", text, extra={"event": name, "fields": fields})
 
 
 def bug(call: Call) -> None:
-    """The traceback of an unexpected exception; call it in an except block."""
+    """Log the traceback of an unexpected exception; called in an except block."""
     logger.exception(
         "request=%s route=%s failed unexpectedly",
         call.id,
@@ -109,27 +109,27 @@ def bug(call: Call) -> None:
 
 
 class _Request:
-    """The fields of a request as text, made only if somebody reads it."""
+    """The fields of a request as text, which is made only if a handler reads it."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self._fields = fields
 
     def __str__(self) -> str:
-        found = self._fields
-        parts = [f"request={found['request_id']}"]
-        parts += [f"{name}={found[name] or '-'}" for name in ("route", "caller")]
-        parts += [f"{name}={found[name]}" for name in ("cells", "status", "code")]
-        parts += [f"{name}={found[name]}" for name in ("tokens", "bytes")]
-        parts += [f"{name}={found[name]}" for name in ("model", "trace_id") if found[name]]
-        parts += [f"total={found['seconds']:.4f}", *(f"{k}={v:.4f}" for k, v in found["stages"].items())]
-        return " ".join((*parts, *([f"message={found['message']!r}"] if found["message"] else [])))
+        fields = self._fields
+        parts = [f"request={fields['request_id']}"]
+        parts += [f"{name}={fields[name] or '-'}" for name in ("route", "caller")]
+        parts += [f"{name}={fields[name]}" for name in ("cells", "status", "code")]
+        parts += [f"{name}={fields[name]}" for name in ("tokens", "bytes")]
+        parts += [f"{name}={fields[name]}" for name in ("model", "trace_id") if fields[name]]
+        parts += [f"total={fields['seconds']:.4f}", *(f"{k}={v:.4f}" for k, v in fields["stages"].items())]
+        return " ".join((*parts, *([f"message={fields['message']!r}"] if fields["message"] else [])))
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """Formats each record as one JSON object on a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record, its time as RFC 3339 in UTC."""
+        """Return the record as JSON, its time as RFC 3339 in UTC."""
         fields = getattr(record, "fields", None)
         line: dict[str, Any] = {
             "time": _time(record),
@@ -149,10 +149,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """One line a record; more lines, as of a traceback, are indented."""
+    """Formats each record as one line of text; further lines, such as those of a traceback, are indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record, with its time in UTC."""
+        """Return the record as text, with its time in UTC."""
         text = _clean(record.getMessage())
         if record.exc_info:
             text = f"{text}\n{_traceback(record)}"
@@ -171,7 +171,7 @@ def _traceback(record: logging.LogRecord) -> str:
 
 
 def _clean(text: str, *, keep_end: bool = False) -> str:
-    """Without keys, and not too long."""
+    """Return the text without keys, cut to the longest message."""
     text = _SECRET.sub("[redacted]", text)
     if len(text) <= MAX_MESSAGE:
         return text

@@ -1,11 +1,11 @@
 """Prometheus metrics of requests, queues and batches.
 
-All of them live in one registry of this process, so they are read without files and cost no disk; BentoML's own
-collection, a series for every path that anybody asks for, is off. Labels have few values: a route is the template that
-a transport answers under, a caller is a name of the key file, and nothing that a request carries becomes a label.
+All metrics live in one registry of this process, so they are read without files and cost no disk; BentoML's own
+collection, a series for every path that anybody asks for, is off. Labels have few values: a route is the template of a
+path, a caller is a name in the key file, and nothing that a request carries becomes a label.
 
-What is a state (queue depth, requests in progress) is read when Prometheus asks, by :mod:`serving.http.metrics_page`;
-what happens (a request, a batch) is counted here.
+States (queue depth, requests in progress) are read when Prometheus asks, by :mod:`serving.http.metrics_page`; events (a
+request, a batch) are counted here.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 # The time at which each series began would be a series of its own: twice as much to read and keep.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY = CollectorRegistry(auto_describe=False)
-"""Everything that is counted. Not the default registry, which any import may add to."""
+"""Registry of all metrics. It is not the default registry, which any import may add to."""
 OTHER = "other"
-"""The label of a route that is none, and of routes above the limit."""
+"""Route label of unknown paths, and of routes above the limit."""
 MAX_ROUTES = 100
-"""Routes with series of their own: more than the server has."""
+"""Most routes with series of their own: more than the server has."""
 
 SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
 )
-"""Buckets from a millisecond, one cell on an accelerator, to ten minutes, a whole screen on a CPU."""
+"""Buckets in seconds: from a millisecond (one cell on an accelerator) to ten minutes (a whole screen on a CPU)."""
 COUNTS = tuple(float(2**power) for power in range(11))
 """Buckets of cells in a batch: 1 to 1,024."""
 TOKENS = tuple(float(2**power) for power in range(6, 18))
@@ -56,14 +56,14 @@ REQUESTS = Counter(
 )
 DURATION = Histogram(
     "perturbscope_request_duration_seconds",
-    "From the arrival of a request to its answer.",
+    "Seconds from the arrival of a request to its answer.",
     _BY_ROUTE,
     buckets=SECONDS,
     registry=REGISTRY,
 )
 STAGE = Histogram(
     "perturbscope_stage_duration_seconds",
-    "Of one request: receive, decode, tokenize, queue, inference, score_queue, score, encode.",
+    "Seconds of each stage of a request: receive, decode, tokenize, queue, inference, score_queue, score, encode.",
     ("stage",),
     buckets=SECONDS,
     registry=REGISTRY,
@@ -79,7 +79,7 @@ REQUEST_TOKENS = Counter(
 )
 CALLER_REQUESTS = Counter(
     "perturbscope_caller_requests_total",
-    "Requests by name of the API key; empty without keys, and where the key was not known.",
+    "Requests by name of the API key; empty without keys, and if the key is unknown.",
     ("caller",),
     registry=REGISTRY,
 )
@@ -107,7 +107,7 @@ MODEL_PADDED = Counter(
 )
 QUEUE_WAIT = Histogram(
     "perturbscope_queue_wait_seconds",
-    "From a request's place in the queue to its first batch.",
+    "Seconds from a request's entry into the queue to its first batch.",
     _BY_MODEL,
     buckets=SECONDS,
     registry=REGISTRY,
@@ -125,7 +125,7 @@ BATCH_PADDING = Histogram(
 )
 BATCH_SECONDS = Histogram(
     "perturbscope_batch_duration_seconds",
-    "Forward pass of one batch.",
+    "Seconds of the forward pass of one batch.",
     _BY_MODEL,
     buckets=SECONDS,
     registry=REGISTRY,
@@ -156,13 +156,13 @@ _PER_MODEL = (
     *(BATCH_FAILURES, DROPPED_REQUESTS, DROPPED_CELLS),
 )
 _watched: collections.Counter[tuple[str, str]] = collections.Counter()
-"""Dispatchers that are counted and not closed, by name and version of the model."""
+"""Number of open dispatchers, by name and version of the model."""
 _routes: set[str] = set()
 _lock = threading.Lock()
 
 
 def route_label(route: str) -> str:
-    """The label of a route. Transports name the template and not the path; above a limit all is ``other``."""
+    """Return the label of a route, a template and not a path; routes above the limit are all ``other``."""
     if route not in _routes:
         with _lock:
             if len(_routes) >= MAX_ROUTES:
@@ -172,7 +172,7 @@ def route_label(route: str) -> str:
 
 
 def finished(call: Call, status: str | int, code: str) -> None:
-    """Count a request that is answered."""
+    """Count an answered request; `code` is that of its error, or ok."""
     labels = (route_label(call.route), call.transport)
     REQUESTS.labels(*labels, str(status), code).inc()
     DURATION.labels(*labels).observe(time.perf_counter() - call.started)
@@ -196,7 +196,7 @@ class ModelMetrics:
     Parameters
     ----------
     name, version
-        Of the model.
+        Name and version of the model.
     """
 
     def __init__(self, name: str, version: str) -> None:
@@ -227,7 +227,7 @@ class ModelMetrics:
         waited: Sequence[float],
         tags: Sequence[object],
     ) -> None:
-        """A forward pass succeeded; `tags` are the turns of traced requests whose cells it held."""
+        """Count a forward pass that succeeded; `tags` are the turns of traced requests whose cells it held."""
         self._cells.inc(n_cells)
         self._tokens.inc(n_tokens)
         self._padded.inc(n_padded)
@@ -243,18 +243,18 @@ class ModelMetrics:
             )
 
     def failed(self, error: PerturbScopeError) -> None:
-        """A forward pass failed."""
+        """Count a forward pass that failed."""
         BATCH_FAILURES.labels(*self._labels, error.code).inc()
 
     def dropped(self, *, n_cells: int, reason: Reason) -> None:
-        """Cells will not be run."""
+        """Count cells that will not be run."""
         DROPPED_REQUESTS.labels(*self._labels, reason).inc()
         DROPPED_CELLS.labels(*self._labels, reason).inc(n_cells)
 
     def close(self) -> None:
-        """Forget the series of a model that is freed, unless another of its name and version is served.
+        """Remove the series of a model that is freed, unless another of its name and version is served.
 
-        A service that runs for long meets many versions. May be called twice.
+        A service that runs for long serves many versions. May be called twice.
         """
         with _lock:
             if self._closed:

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: a span for every request, below it one for every stage, and one for every batch it shared.
+"""OpenTelemetry traces: a span for each request, and below it one for each stage and for each batch that it shared.
 
 Nothing is set up, and a request costs one look into its headers, unless ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or
 ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT``) is set. The other variables of OpenTelemetry hold too: ``OTEL_SERVICE_NAME``,
@@ -39,16 +39,16 @@ SERVICE = "perturbscope"
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
 MAX_SPANS = 128
-"""Spans below one request; a stream or a whole screen would have thousands of batches. The rest are counted only."""
+"""Most spans below one request: a stream or a whole screen has thousands of batches. The rest are only counted."""
 SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
-"""Codes of gRPC that are the server's fault, by the semantic conventions."""
+"""gRPC codes that are the server's fault, by OpenTelemetry's semantic conventions."""
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?", re.ASCII)
 
 
 class State:
-    """What this process exports with; one, as the environment is one."""
+    """Provider, tracer and scheme of this process; one, as there is one environment."""
 
     provider: TracerProvider | None = None
     tracer: Tracer | None = None
@@ -56,12 +56,12 @@ class State:
 
 
 def wanted(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether the environment says where to export traces to.
+    """Tell whether the environment says where to export traces to.
 
     Raises
     ------
     InvalidParameterError
-        It asks for a protocol other than gRPC.
+        The environment asks for a protocol other than gRPC.
     """
     environ = os.environ if environ is None else environ
     disabled = environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none"
@@ -83,13 +83,14 @@ def configure(environ: Mapping[str, str] | None = None, *, scheme: str = "http")
     Parameters
     ----------
     environ
-        Instead of this process's.
+        Environment variables; default: those of this process.
     scheme
-        That the HTTP server is reached by.
+        URL scheme of the HTTP server.
 
     Returns
     -------
-    Whether it is.
+    bool
+        Whether traces are exported.
     """
     if not wanted(environ):
         return False
@@ -107,13 +108,13 @@ def configure(environ: Mapping[str, str] | None = None, *, scheme: str = "http")
 
 
 def use(provider: TracerProvider | None) -> None:
-    """Make spans with `provider`, which is not made the global one; None: make none."""
+    """Make spans with `provider`, which does not become the global one; None: make none."""
     State.provider = provider
     State.tracer = None if provider is None else provider.get_tracer(SERVICE, __version__)
 
 
 def close(seconds: float = 5.0) -> None:
-    """Export what is left, for at most `seconds`, and stop. Blocks."""
+    """Export the remaining spans, for at most `seconds`, and stop. Blocks."""
     provider, State.provider, State.tracer = State.provider, None, None
     if provider is None:
         return
@@ -124,7 +125,7 @@ def close(seconds: float = 5.0) -> None:
 
 
 def begin(call: Call) -> None:
-    """Open the span of a request, below the one that its headers name."""
+    """Open the span of a request, below the span that its headers name."""
     sent = call.headers.get("traceparent", "")
     if State.tracer is None:
         found = _TRACEPARENT.fullmatch(sent)
@@ -177,7 +178,7 @@ def batch(
 
 
 class _Moment(NamedTuple):
-    """An instant on both clocks: stages are timed by the one that does not jump, spans by the one that all share."""
+    """One instant on two clocks: the monotonic one that times stages, and Unix time, which all spans share."""
 
     steady: float
     unix: int
@@ -187,7 +188,7 @@ class _Moment(NamedTuple):
         return cls(time.perf_counter(), time.time_ns())
 
     def at(self, steady: float) -> int:
-        """Unix nanoseconds of a reading of ``time.perf_counter``."""
+        """Convert a reading of ``time.perf_counter`` to Unix nanoseconds."""
         return self.unix + round((steady - self.steady) * 1e9)
 
 
@@ -197,14 +198,14 @@ class Trace:
     Parameters
     ----------
     tracer
-        Makes them.
+        Makes the spans.
     span
-        That of the request.
+        Span of the request.
 
     Attributes
     ----------
     batches
-        How many batches had cells of it.
+        Number of batches with cells of the request.
     """
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
@@ -216,18 +217,18 @@ class Trace:
         self._left = MAX_SPANS
 
     def turn(self) -> Turn:
-        """Cells of the request that go to the model together; a stream has many, some at the same time."""
+        """Return the trace of cells that go to the model together; a stream has many, some at the same time."""
         return Turn(self)
 
     def parts(self, parts: Sequence[Part], *, failed: bool) -> None:
-        """What was done, one after the other; the last of it failed or not."""
+        """Make spans of parts that followed each other, the last of which `failed` or not."""
         for number, part in enumerate(parts, 1):
             span = self.open(part.name, part.started)
             if span is not None:
                 self.end(span, part.ended, failed=failed and number == len(parts))
 
     def open(self, name: str, started: float, **options: Any) -> Span | None:
-        """A span below that of the request, or below the `parent` of the options; None if there are enough."""
+        """Open a span below that of the request, or below `parent` among the options; None if there are enough."""
         if self._left <= 0:
             return None
         self._left -= 1
@@ -247,7 +248,7 @@ class Turn:
     Parameters
     ----------
     trace
-        Of the request.
+        Trace of the request.
     """
 
     __slots__ = ("_inference", "_started", "trace")
@@ -258,7 +259,7 @@ class Turn:
         self._started = 0.0
 
     def batch(self, others: Sequence[Turn], attributes: Mapping[str, AttributeValue], seconds: float) -> None:
-        """A batch that ends now and took `seconds`, shared with `others`."""
+        """Note a batch that ends now and took `seconds`, shared with `others`."""
         now = time.perf_counter()
         links = [Link(other.trace.span.get_span_context()) for other in others]
         parent = self._computing(now - seconds)
@@ -271,7 +272,7 @@ class Turn:
                 span.add_link(made.get_span_context())
 
     def parts(self, parts: Sequence[Part], *, failed: bool) -> None:
-        """The turn is over. What was timed as queue ends where the first batch began, though windows alternate."""
+        """End the turn. Its queue span ends where the first batch began, although waiting and batches alternate."""
         if self._inference is None:
             self.trace.parts(parts, failed=failed)
             return
@@ -280,7 +281,7 @@ class Turn:
         self.trace.end(self._inference, ended, failed=failed)
 
     def _computing(self, started: float) -> Span | None:
-        """The inference span, opened by the first batch; the batch is counted."""
+        """Return the inference span, which the first batch opens, and count the batch."""
         self.trace.batches += 1
         if self._inference is None:
             self._started = started

@@ -14,7 +14,7 @@ from perturbscope.errors import PerturbScopeError, from_code
 from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.report import Absent
 from perturbscope.tasks.trained_on import Fingerprint
-from serving.engine.columns import Column, Columns
+from serving.engine.columns import Columns, LabelColumn
 from serving.engine.reports import ReportRequest
 from serving.uploads.requests import Upload
 
@@ -90,7 +90,7 @@ def _request(head: Mapping[str, Any], parts: Sequence[bytes]) -> Any:
         case _:
             fields = dict(head["columns"])
             columns = [
-                Column(**{**column, "labels": tuple((str(label), int(n)) for label, n in column["labels"])})
+                LabelColumn(**{**column, "labels": tuple((str(label), int(n)) for label, n in column["labels"])})
                 for column in fields.pop("columns")
             ]
             representations = tuple(fields.pop("representations"))
