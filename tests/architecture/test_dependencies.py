@@ -98,12 +98,10 @@ def test_public_names_are_sorted_and_complete() -> None:
     assert perturbscope.__all__ == sorted(perturbscope.__all__)
     for name in perturbscope.__all__:
         assert getattr(perturbscope, name).__name__ == name
-    declared = {
-        alias.asname or alias.name
-        for node in ast.walk(ast.parse(Path(perturbscope.__file__).read_text()))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("perturbscope.")
-        for alias in node.names
-    }
+    stub = ast.parse(Path(perturbscope.__file__).with_suffix(".pyi").read_text())
+    declared = {alias.name for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    listed = next(ast.literal_eval(node.value) for node in stub.body if isinstance(node, ast.Assign))
+    assert listed == perturbscope.__all__
     assert declared == set(perturbscope.__all__)
 
 

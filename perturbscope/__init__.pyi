@@ -1,0 +1,36 @@
+from .cells.counts import CountMatrix
+from .cells.genes import GeneVocabulary
+from .cells.readers import CellSource, cells_from_anndata, open_cells
+from .client import AsyncClient, AsyncGrpcClient, Client, GrpcClient
+from .errors import PerturbScopeError
+from .inference.bundle import Bundle
+from .inference.embedder import Embedder, Embeddings
+from .model import Model, load
+from .scoring.control import score_perturbations
+from .scoring.pairs import compare_perturbations
+from .scoring.results import CompareResult, ScoreOptions, ScoreResult
+
+__all__ = [
+    "AsyncClient",
+    "AsyncGrpcClient",
+    "Bundle",
+    "CellSource",
+    "Client",
+    "CompareResult",
+    "CountMatrix",
+    "Embedder",
+    "Embeddings",
+    "GeneVocabulary",
+    "GrpcClient",
+    "Model",
+    "PerturbScopeError",
+    "ScoreOptions",
+    "ScoreResult",
+    "cells_from_anndata",
+    "compare_perturbations",
+    "load",
+    "open_cells",
+    "score_perturbations",
+]
+
+__version__: str
