@@ -17,7 +17,7 @@ from training.measure.cost import HARDWARE, Estimate, Speed, estimate, speed_of_
 
 
 def render(found: Estimate, title: str) -> Table:
-    """A table of every number and its origin."""
+    """Return a table of every number and its origin."""
     table = Table("quantity", "value", "origin", title=title)
     cost = found.cost
     table.add_row("forward pass", f"{cost.forward / 1e9:.1f} GFLOP a cell", "computed from model and lengths")
@@ -38,7 +38,7 @@ def render(found: Estimate, title: str) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line. Returns its exit code."""
     parser = console.parser("Estimate what a training run costs in operations and device hours.")
     parser.add_argument("--hardware", choices=sorted(HARDWARE), help="published or assumed speed of one device")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="devices")
@@ -64,10 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.measure:
             from training.measure.speed import measure  # imports torch
 
-            result = measure(config, steps=options.measure, length=options.length)
-            measured = Speed(
-                cells_per_second=result.cells_per_second * options.gpus, origin=result.describe(options.gpus)
-            )
+            measured = measure(config, steps=options.measure, length=options.length, devices=options.gpus)
         found = estimate(
             config,
             hardware=HARDWARE[options.hardware] if options.hardware else None,
@@ -82,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_stage(path: str, overrides: Sequence[str] = ()) -> PretrainConfig | ContrastiveConfig:
-    """The configuration of either stage. Raises as :func:`training.config.strict.read`."""
+    """Read the configuration of either stage. Raises as :func:`training.config.strict.read`."""
     if strict.has_key(path, "checkpoint", overrides):
         return strict.read(ContrastiveConfig, path, overrides)
     return strict.read(PretrainConfig, path, overrides)

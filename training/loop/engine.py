@@ -1,6 +1,6 @@
-"""What turns a batch into a step: plain torch on one process, DeepSpeed on one or many.
+"""Engines that turn a batch into a step: plain torch on one process, DeepSpeed on one or many.
 
-Both take the same AdamW and the same learning rate from the loop, so they give the same losses.
+Both take the same AdamW, and the learning rate from the loop, so they give the same losses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from training.config.stages import LoopConfig, OptimizerConfig
 from training.loop.optimizer import make_optimizer
 from training.loop.process import Process
 
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STATE = "state.pt"
 
 
@@ -27,20 +27,20 @@ class Engine(Protocol):
     """A model with its optimiser."""
 
     def micro_step(self, batch: Mapping[str, Tensor], *, lr: float, last: bool) -> float:
-        """Forward and backward; with the `last` micro-batch of a step, the optimiser's step. Gives the loss."""
+        """Run forward and backward and, after the `last` micro-batch of a step, the optimiser. Returns the loss."""
         ...
 
     @property
     def grad_norm(self) -> float:
-        """Norm of the last step's gradient before clipping."""
+        """Norm of the gradient of the last step, before clipping."""
         ...
 
     def evaluate(self, batch: Mapping[str, Tensor]) -> Any:
-        """What the module gives without gradients and dropout."""
+        """Run the module without gradients and dropout."""
         ...
 
     def save(self, directory: Path) -> None:
-        """Write weights and optimiser; every process calls it."""
+        """Write weights and optimiser; every process must call it."""
         ...
 
     def load(self, directory: Path) -> None:
@@ -48,26 +48,26 @@ class Engine(Protocol):
         ...
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """State dict of `model` in full precision; every process calls it."""
+        """Return the state dict of `model` in full precision; every process must call it."""
         ...
 
 
 def make_engine(module: nn.Module, loop: LoopConfig, optimizer: OptimizerConfig, process: Process) -> Engine:
-    """The engine that `loop` asks for."""
+    """Make the engine that `loop` asks for."""
     if loop.deepspeed is None:
         return PlainEngine(module, loop, optimizer, process.device)
     return DeepSpeedEngine(module, loop, optimizer, process)
 
 
 class PlainEngine:
-    """One process, torch alone."""
+    """Engine of one process, with torch alone."""
 
     def __init__(self, module: nn.Module, loop: LoopConfig, optimizer: OptimizerConfig, device: torch.device) -> None:
         self._module = module.to(device).train()
         self._device = device
         self._accumulation = loop.accumulation
         self._clip = optimizer.clip
-        self._dtype = _TYPES[loop.precision]
+        self._dtype = DTYPES[loop.precision]
         self._optimizer = make_optimizer(module, optimizer)
         self._scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "fp16")
         self._grad_norm = 0.0
@@ -131,7 +131,7 @@ class PlainEngine:
 
 
 class DeepSpeedEngine:
-    """A DeepSpeed engine around the same optimiser."""
+    """Engine of DeepSpeed, around the same optimiser."""
 
     def __init__(self, module: nn.Module, loop: LoopConfig, optimizer: OptimizerConfig, process: Process) -> None:
         if process.device.type == "cpu":
@@ -141,7 +141,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         if process.device.type == "cpu":
-            # Or it compiles a shared-memory all-reduce, for more than a minute, where a compiler is to be found.
+            # Otherwise, where there is a compiler, it compiles a shared-memory all-reduce for more than a minute.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._device = process.device
         module = module.to(process.device)
@@ -163,7 +163,7 @@ class DeepSpeedEngine:
 
     @property
     def grad_norm(self) -> float:
-        """See :class:`Engine`; 0 where DeepSpeed does not compute it."""
+        """See :class:`Engine`; 0 if DeepSpeed does not compute it."""
         norm = self._engine.get_global_grad_norm()
         return 0.0 if norm is None else float(norm)
 
@@ -199,7 +199,7 @@ class DeepSpeedEngine:
 
 
 def deepspeed_config(loop: LoopConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
-    """The DeepSpeed JSON file that `loop` names, with ``"auto"`` replaced by what the YAML file says.
+    """Read the DeepSpeed JSON file that `loop` names, and replace ``"auto"`` by the values of the YAML file.
 
     Raises
     ------
@@ -230,7 +230,7 @@ def deepspeed_config(loop: LoopConfig, optimizer: OptimizerConfig) -> dict[str, 
 
 
 def _settle(path: Path, name: str, given: Any, value: Any) -> Any:
-    """A value of the JSON file; "auto" becomes `value`, and anything else must equal it."""
+    """Return a value of the JSON file; "auto" becomes `value`, and anything else must equal it."""
     if isinstance(value, dict):
         inside = given if isinstance(given, dict) else {}
         return {**inside, "enabled": _settle(path, f"{name}.enabled", inside.get("enabled", "auto"), value["enabled"])}

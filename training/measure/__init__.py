@@ -1,1 +1,1 @@
-"""How good, how fast and how costly: scores of masked genes, operations and hours."""
+"""Scores of masked genes, operations, speed and hours; may import everything of training but commands."""

@@ -1,14 +1,9 @@
-"""What a training run costs: operations, cells, hours.
+"""The cost of a training run: operations, cells, hours.
 
-``python -m training cost CONFIG`` computes it from the configuration and its corpus, or from ``--cells`` and
-``--length`` where the corpus is not built yet. How fast the hardware is comes from the best that is known of it:
-
-* ``--throughput``: cells per second that you measured, over all processes; ``--log runs/.../log.jsonl`` takes it from
-  the log of a run, ``--measure`` from some steps of this configuration's training on this machine;
-* else the throughput that Zhao et al. 2025 give by their cells, days and GPUs, where it is the same stage and hardware;
-* else a share of the hardware's peak, which is an assumption.
-
-Each number is printed with where it is from. No money: prices change, GPU hours do not.
+It follows from the configuration and its corpus, or from a number of cells and their length if the corpus is not built.
+The speed of the hardware is taken from the best source: a measurement; else the throughput that Zhao et al. 2025
+report by their cells, days and GPUs, for the same stage and hardware; else a share of the hardware's peak, which is
+an assumption. Each number has its origin. Money is left out: prices change, GPU hours do not.
 """
 
 from __future__ import annotations
@@ -26,27 +21,27 @@ from perturbscope.errors import InvalidParameterError, UnreadableFileError
 from training.config.stages import ContrastiveConfig, PretrainConfig
 from training.data.shards import MANIFEST, Corpus
 from training.loop.journal import read_log
-from training.measure.flops import CellCost, cell_cost, model_size
+from training.measure.flops import CellCost, stage_cost
 
 _WEEK = 7 * 86_400
 _WARM_UP = 3
-"""Steps of a log, and of a measurement, that are not counted."""
+"""Steps at the beginning of a log that are not counted."""
 PASSES_PER_CELL = 4
-"""Fine-tuning: a perturbed cell brings a dissimilar and a similar pair, of two cells each, to an epoch."""
+"""Cells that fine-tuning computes for a perturbed cell in an epoch: a dissimilar and a similar pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One device.
+    """A kind of device.
 
     Attributes
     ----------
     name
-        What it is called.
+        Name and type of the arithmetic.
     peak
-        Dense products per second in the type that training uses, FLOP/s, from the vendor's data sheet.
+        Rate of dense products in that type, FLOP/s, from the vendor's data sheet.
     published
-        Cells per second of one device by stage, from what Zhao et al. 2025 report.
+        Cells per second of one device, by stage, as Zhao et al. 2025 report them.
     """
 
     name: str
@@ -64,12 +59,12 @@ HARDWARE = {
     "h100": Hardware(name="NVIDIA H100 SXM, bf16", peak=989e12, published={}),
 }
 ASSUMED_SHARES = (0.075, 0.25)
-"""Shares of the peak where nothing is measured: what the published pre-training reached, and a well-fed model."""
+"""Shares of the peak if nothing is measured: that of the published pre-training, and that of a well-fed model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Cells per second of all devices, and where that is from."""
+    """Cells per second of all devices together, and the origin of the number."""
 
     cells_per_second: float
     origin: str
@@ -77,22 +72,22 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run costs.
+    """Cost of a run.
 
     Attributes
     ----------
     stage
         ``pretraining`` or ``fine-tuning``.
     cost
-        Of one cell.
+        Operations for one cell.
     passes
         Cells that go through the model: cells of the corpus, or four for each perturbed cell, times epochs.
     origin
-        Where cells and lengths are from.
+        Origin of the numbers of cells and tokens.
     devices
-        How many.
+        Number of devices.
     speeds
-        One for each way to know it.
+        Speeds that are known or assumed.
     """
 
     stage: str
@@ -103,7 +98,7 @@ class Estimate:
     speeds: tuple[Speed, ...]
 
     def hours(self, speed: Speed) -> float:
-        """Wall-clock hours."""
+        """Return the hours by the wall clock at `speed`."""
         return self.passes / speed.cells_per_second / 3600
 
 
@@ -116,18 +111,18 @@ def estimate(
     length: int | None = None,
     measured: Speed | None = None,
 ) -> Estimate:
-    """The cost of a configuration.
+    """Estimate the cost of a configuration.
 
     Parameters
     ----------
     config
-        Of either stage.
+        Configuration of either stage.
     hardware, devices
-        What it runs on, and how many; needed unless the speed is `measured`.
+        Kind and number of devices; `hardware` is needed unless the speed is `measured`.
     cells, length
-        Cells of the corpus (perturbed cells to train on, for fine-tuning) and tokens of each, in place of the corpus'.
+        Number of cells (for fine-tuning, of perturbed cells to train on) and tokens of each, in place of the corpus.
     measured
-        The speed of all devices together.
+        Measured speed of all devices together.
 
     Raises
     ------
@@ -144,13 +139,10 @@ def estimate(
         origin = f"corpus {config.corpus.path}"
         if length is not None:
             lengths = length
-    size = model_size(config)
-    if isinstance(config, PretrainConfig):
-        cost = cell_cost(size, lengths, masked_share=config.mask_probability)
-        stage, passes = "pretraining", float(cells * config.loop.epochs)
-    else:
-        cost = cell_cost(size, lengths, layers=size.layers - 1)
-        stage, passes = "fine-tuning", float(cells * PASSES_PER_CELL * config.loop.epochs)
+    cost = stage_cost(config, lengths)
+    stage, passes = "pretraining", float(cells * config.loop.epochs)
+    if isinstance(config, ContrastiveConfig):
+        stage, passes = "fine-tuning", passes * PASSES_PER_CELL
     return Estimate(
         stage=stage,
         cost=cost,
@@ -190,7 +182,7 @@ def _speeds(
 
 
 def _of_corpus(config: PretrainConfig | ContrastiveConfig) -> tuple[NDArray[np.integer], int]:
-    """Lengths of the cells of a corpus, and how many are trained on."""
+    """Return the lengths of the cells of a corpus, and the number of cells that are trained on."""
     if not (Path(config.corpus.path) / MANIFEST).is_file():
         raise InvalidParameterError(
             f"The corpus {config.corpus.path} is not built yet. Give --cells"
@@ -217,7 +209,7 @@ def _of_corpus(config: PretrainConfig | ContrastiveConfig) -> tuple[NDArray[np.i
 
 
 def speed_of_log(path: Path) -> Speed:
-    """Median cells per second of the steps of a run, all processes together.
+    """Return the median cells per second over the steps of a run, all processes together.
 
     Raises
     ------

@@ -1,18 +1,20 @@
-"""How many floating-point operations a cell costs: matrix products alone, a multiplication and an addition as two.
+"""Floating-point operations for a cell: those of matrix products, a multiplication and an addition counted as two.
 
 With L tokens, width H, feed-forward width F, N blocks, M masked tokens and V words:
 
-* a block's dense layers: 8 L H² (queries, keys, values, output) + 4 L H F
-* a block's attention: 4 L² H (scores and mixture)
+* the dense layers of a block: 8 L H² (queries, keys, values, output) + 4 L H F
+* the attention of a block: 4 L² H (scores and mixture)
 * the head: 2 M H² + 2 M H V
 
-The backward pass has two products for each of the forward pass, so training is three forward passes.
+The backward pass has two products for each product of the forward pass, so training costs three forward passes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +22,12 @@ from numpy.typing import NDArray
 from training.config.stages import ContrastiveConfig, PretrainConfig
 
 TRAINING = 3
-"""Forward passes that a forward and a backward pass are worth."""
+"""Forward passes that cost as much as a forward and a backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """What decides the cost of a cell."""
+    """Sizes of a model that decide the cost of a cell; the defaults are those of the rank model."""
 
     layers: int = 6
     hidden: int = 256
@@ -35,12 +37,12 @@ class ModelSize:
 
 @dataclass(frozen=True, kw_only=True)
 class CellCost:
-    """Operations of a forward pass over one cell; means over cells where lengths differ.
+    """Operations of a forward pass over one cell, or their mean over cells of several lengths.
 
     Attributes
     ----------
     linear, attention, head
-        Parts of the forward pass, in FLOP.
+        Dense layers, attention, and the head at masked tokens, in FLOP.
     """
 
     linear: float
@@ -49,30 +51,30 @@ class CellCost:
 
     @property
     def forward(self) -> float:
-        """Forward pass, FLOP."""
+        """Operations of a forward pass, FLOP."""
         return self.linear + self.attention + self.head
 
     @property
     def training(self) -> float:
-        """Forward and backward pass, FLOP."""
+        """Operations of a forward and a backward pass, FLOP."""
         return TRAINING * self.forward
 
 
 def cell_cost(
     model: ModelSize, lengths: NDArray[np.integer] | int, *, masked_share: float = 0.0, layers: int | None = None
 ) -> CellCost:
-    """Mean cost of cells of these lengths, [n_cells] or one number.
+    """Return the mean cost of a cell.
 
     Parameters
     ----------
     model
-        Its size.
+        Size of the model.
     lengths
-        Tokens of each cell; padding, which is computed as well, is not counted.
+        Tokens of each cell, [n_cells], or of every cell; padding, which is computed as well, is not counted.
     masked_share
         Share of the tokens at which the head is computed; 0 leaves it out.
     layers
-        Blocks that run, where it is not all of them: an embedding needs all but the last.
+        Blocks that run; all by default. An embedding needs all but the last.
     """
     tokens = np.asarray(lengths, dtype=np.float64)
     mean, square = float(tokens.mean()), float((tokens**2).mean())
@@ -85,16 +87,39 @@ def cell_cost(
     )
 
 
-_SIZES = ("layers", "hidden", "feed_forward")
-
-
 def model_size(config: PretrainConfig | ContrastiveConfig) -> ModelSize:
-    """Size of the model, from the configuration or from the checkpoint that it starts from."""
+    """Return the size of the model, from the configuration or from the checkpoint that it starts from."""
+    options: Mapping[str, Any] = {}
     if isinstance(config, PretrainConfig):
-        return ModelSize(**{name: int(config.model[name]) for name in _SIZES if name in config.model})
-    if not Path(config.checkpoint).exists():
-        return ModelSize()
-    from training.checkpoint import load_checkpoint  # imports torch
+        options = config.model
+    elif Path(config.checkpoint).exists():
+        from training.checkpoint import load_checkpoint  # imports torch
 
-    saved = load_checkpoint(config.checkpoint).model_config
-    return ModelSize(**{name: int(saved[name]) for name in _SIZES})
+        options = load_checkpoint(config.checkpoint).model_config
+    return ModelSize(**{name: int(options[name]) for name in ("layers", "hidden", "feed_forward") if name in options})
+
+
+def stage_cost(
+    config: PretrainConfig | ContrastiveConfig,
+    lengths: NDArray[np.integer] | int,
+    *,
+    size: ModelSize | None = None,
+    masked_share: float | None = None,
+) -> CellCost:
+    """Return the mean cost of a cell in a stage: with the head for pre-training, without the last block otherwise.
+
+    Parameters
+    ----------
+    config
+        Configuration of the stage.
+    lengths
+        Tokens of each cell, [n_cells], or of every cell.
+    size
+        Size of the model; that of the configuration by default.
+    masked_share
+        Share of masked tokens in pre-training; the configured probability by default.
+    """
+    size = size or model_size(config)
+    if isinstance(config, PretrainConfig):
+        return cell_cost(size, lengths, masked_share=config.mask_probability if masked_share is None else masked_share)
+    return cell_cost(size, lengths, layers=size.layers - 1)

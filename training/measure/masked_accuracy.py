@@ -1,8 +1,7 @@
 """Evaluate pre-training: hits@k, perplexity and rank reproduction of a checkpoint on cells it was not trained on.
 
-``python -m training evaluate CHECKPOINT CELLS.h5ad... --corpus CORPUS --out scores.json``; the definitions are in
-:mod:`training.measure.mlm`. With the corpus that the model was trained on, cells that it holds are left out, and
-predictors that know only how often a gene stands at which rank are scored beside the model.
+The definitions are in :mod:`training.measure.mlm`. With the corpus that the model was trained on, predictors that know
+only the frequency of a gene at a rank are scored beside the model.
 
 Shapes: B cells in the batch, L tokens, H hidden, M masked tokens, V vocabulary, R rows of logits held at a time.
 """
@@ -25,19 +24,19 @@ from training.measure.mlm import GeneFrequencies, HitTally, Judged, RankTally, c
 from training.measure.unseen import EvaluateOptions, Heldout
 
 LOGIT_VALUES = 16_000_000
-"""Logits held at a time (64 MB of float32, a few times over)."""
+"""Most logits in memory (64 MB of float32, a few times over)."""
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(eq=False)
 class Tallies:
-    """What one predictor got."""
+    """Scores of one predictor."""
 
     hits: HitTally
     ranks: RankTally | None = None
 
     def summary(self) -> dict[str, float | int]:
-        """Both summaries."""
+        """Return the summaries of hits and ranks together."""
         return self.hits.summary() | (self.ranks.summary() if self.ranks else {})
 
 
@@ -49,31 +48,32 @@ def evaluate(
     frequencies: GeneFrequencies | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tallies]:
-    """Score the model, and what needs none, on the cells of a file.
+    """Score the model, and predictors without a model, on the cells of a file.
 
     Parameters
     ----------
     checkpoint
-        The model.
+        Pre-trained model.
     heldout
-        The cells; see :func:`read_heldout`.
+        Cells to score; see :func:`training.measure.unseen.read_heldout`.
     options
-        How they are scored.
+        Masks, batch and device.
     frequencies
-        Of the training corpus; without it the frequency baselines are left out.
+        Gene frequencies of the training corpus; without them the frequency baselines are left out.
     progress
         Called as ``progress(name, done, total)``, in cells.
 
     Returns
     -------
-    ``model``; ``copy`` (rank reproduction of what is shown); ``frequency`` and ``frequency at rank`` (hits).
+    Scores of ``model``; of ``copy``, which copies the shown genes (rank reproduction); and of ``frequency`` and
+    ``frequency at rank`` (hits).
 
     Raises
     ------
     UnsupportedBundleError
         The family has no head over genes that this module knows.
     ProviderUnavailableError
-        There is no such device.
+        Torch finds no CUDA device.
     """
     if checkpoint.family != "rank":
         raise UnsupportedBundleError(
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def corpus_frequencies(corpus: Corpus, max_length: int, *, block: int = 2048) -> GeneFrequencies:
-    """How often each gene stands at which rank in a corpus."""
+    """Count how often each gene stands at which rank in a corpus."""
     made = GeneFrequencies(len(corpus.vocabulary), corpus.vocabulary.tokens, max_length)
     for start in range(0, len(corpus), block):
         cells = corpus.cells(np.arange(start, min(start + block, len(corpus))))
@@ -128,7 +128,7 @@ def corpus_frequencies(corpus: Corpus, max_length: int, *, block: int = 2048) ->
 
 
 class _Head:
-    """The model's predictions, a bounded number of logits at a time."""
+    """The head of the model, applied to a bounded number of logits at a time."""
 
     def __init__(self, model: nn.Module, genes: NDArray[Any], n_tokens: int, device: str) -> None:
         self.model: Any = model
@@ -140,7 +140,7 @@ class _Head:
     def run(
         self, input_ids: Tensor, attention_mask: Tensor, cells: list[NDArray[np.int64]], masks: list[NDArray[np.intp]]
     ) -> tuple[Judged, list[NDArray[np.int64]]]:
-        """The judged masked tokens of a batch [B, L], and the best gene at every position of each cell."""
+        """Return the judged masked tokens of a batch [B, L], and the best gene at every position of each cell."""
         hidden_BLH = self.model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         states = hidden_BLH[attention_mask.bool()]
         truth = torch.from_numpy(np.concatenate(cells)).to(states.device)
@@ -174,7 +174,7 @@ def _ranks(tallies: Tallies) -> RankTally:
 def _padded(
     cells: list[NDArray[np.int64]], masks: list[NDArray[np.intp]], pad: int, mask: int
 ) -> tuple[Tensor, Tensor]:
-    """Masked ids and attention mask, int64 [B, L]."""
+    """Return masked ids and attention mask, int64 [B, L]."""
     ids = np.full((len(cells), max(map(len, cells))), pad, dtype=np.int64)
     attention = np.zeros_like(ids)
     for row, (tokens, masked) in enumerate(zip(cells, masks, strict=True)):

@@ -1,10 +1,10 @@
-"""How well a masked-language model restores genes: hits@k, perplexity, rank reproduction. Numpy only.
+"""Scores of a masked-language model that restores genes: hits@k, perplexity, rank reproduction. Numpy only.
 
-Definitions after Zhao et al. 2025 and Theodoris et al. 2023; what they leave open is decided here:
+The definitions follow Zhao et al. 2025 and Theodoris et al. 2023; points that they leave open are decided here:
 
 hits@k
-    15 % of a cell's tokens are replaced by ``<mask>``, all of them (no random genes, none left as they were). A hit is
-    a true gene among the k largest logits over genes; special tokens do not compete. Ties count as expected under
+    15 % of a cell's tokens are selected and all become ``<mask>`` (none a random gene, none unchanged). A hit is a true
+    gene among the k largest logits over genes; special tokens do not compete. Ties count as expected under
     random order, so equal logits score k / #genes. MICRO is the mean over masked tokens, MACRO the mean over genes of
     the mean over each gene's tokens: always guessing the commonest gene does well on the first and not on the second.
 perplexity
@@ -29,9 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 HITS_AT = (1, 10, 100)
-"""The k of hits@k."""
+"""Values of k in hits@k."""
 TOPS = (100, 500, 2000)
-"""The K of rank reproduction."""
+"""Values of K in rank reproduction."""
 MASKED = 0.15
 """Share of a cell's tokens that are masked."""
 MIN_GENES = 10
@@ -42,16 +42,16 @@ Ints = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Judged:
-    """Where the true genes of M masked tokens stand.
+    """Positions of the true genes of M masked tokens among the predictions.
 
     Attributes
     ----------
     genes
         True tokens, int [M].
     larger, equal
-        Genes with a larger logit, and with the same one (the true gene included), int [M].
+        Number of genes with a larger logit, and with an equal one (the true gene included), int [M].
     loss
-        Cross-entropy, float [M].
+        Cross-entropy of each token, float [M].
     """
 
     genes: Ints
@@ -60,14 +60,14 @@ class Judged:
     loss: NDArray[np.floating[Any]]
 
     def hits(self, k: int) -> NDArray[np.float64]:
-        """Probability that the true gene is among the k largest, ties in random order; [M]."""
+        """Return the probability that the true gene is among the k largest, with ties in random order; [M]."""
         places = np.clip(k - self.larger.astype(np.float64), 0, self.equal)
         shares: NDArray[np.float64] = places / self.equal
         return shares
 
 
 def choose_masked(length: int, rng: np.random.Generator, *, share: float = MASKED) -> NDArray[np.intp]:
-    """Positions to mask of a cell of `length` tokens: `share` of them, rounded, at least one; ascending."""
+    """Choose the positions to mask in a cell of `length` tokens: `share` of them, rounded, at least one; ascending."""
     count = min(max(round(share * length), 1), length)
     return np.sort(rng.permutation(length)[:count])
 
@@ -78,11 +78,11 @@ def judge(logits: NDArray[np.floating[Any]], truth: Ints, genes: Ints) -> Judged
     Parameters
     ----------
     logits
-        [M, V]; minus infinity where a token cannot be.
+        Logits, [M, V]; minus infinity for an impossible token.
     truth
-        The true token of each row, one of `genes`, [M].
+        True token of each row, one of `genes`, [M].
     genes
-        The tokens that are genes.
+        Tokens that are genes.
     """
     logits = np.asarray(logits, dtype=np.float64)
     own = np.take_along_axis(logits, np.asarray(truth)[:, None].astype(np.intp), axis=1)
@@ -93,14 +93,14 @@ def judge(logits: NDArray[np.floating[Any]], truth: Ints, genes: Ints) -> Judged
 
 
 class HitTally:
-    """Adds up judged tokens; memory is a few numbers a gene.
+    """Sums over judged tokens, in a few numbers for each gene.
 
     Parameters
     ----------
     n_tokens
         Tokens of the vocabulary.
     hits_at
-        The k of hits@k.
+        Values of k in hits@k.
     """
 
     def __init__(self, n_tokens: int, hits_at: Sequence[int] = HITS_AT) -> None:
@@ -110,7 +110,7 @@ class HitTally:
         self.losses = np.zeros(n_tokens)
 
     def add(self, judged: Judged) -> None:
-        """Count some tokens."""
+        """Add some tokens."""
         np.add.at(self.instances, judged.genes, 1)
         np.add.at(self.losses, judged.genes, judged.loss)
         for row, k in zip(self.hits, self.hits_at, strict=True):
@@ -122,14 +122,14 @@ class HitTally:
         return np.flatnonzero(self.instances)
 
     def accuracy(self) -> NDArray[np.float64]:
-        """Mean hit of each gene of :attr:`seen`, [number of k, number of genes]."""
+        """Return the mean hit of each gene of :attr:`seen`, [number of k, number of genes]."""
         per_gene: NDArray[np.float64] = self.hits[:, self.seen] / self.instances[self.seen]
         return per_gene
 
     def summary(self) -> dict[str, float | int]:
-        """``macro_hits@k``, ``micro_hits@k``, ``cross_entropy``, ``perplexity``, ``instances``, ``genes``.
+        """Return ``macro_hits@k``, ``micro_hits@k``, ``cross_entropy``, ``perplexity``, ``instances``, ``genes``.
 
-        NaN where nothing was counted.
+        Scores are NaN if no token was added.
         """
         n = int(self.instances.sum())
         values: dict[str, float | int] = {}
@@ -148,21 +148,21 @@ class HitTally:
 
 
 def rank_reproduction(truth: Ints, predicted: Ints, *, top: int) -> tuple[float, float]:
-    """Spearman's correlation between the true and the predicted order of a cell's highest genes, and coverage.
+    """Compare the true and the predicted order of a cell's highest genes.
 
     Parameters
     ----------
     truth
-        The cell's genes by rank, each once, [L].
+        Genes of the cell by rank, each once, [L].
     predicted
-        The gene predicted at each position, [L]; repeats are allowed, -1 stands for none.
+        Gene predicted at each position, [L]; repeats are allowed, -1 stands for none.
     top
-        K: the number of highest ranked genes that are compared.
+        K, the number of highest ranked genes that are compared.
 
     Returns
     -------
-    The correlation (NaN: fewer than 10 genes, or all predicted positions tied) and the share of the genes that are
-    predicted anywhere.
+    Spearman's correlation (NaN for fewer than 10 genes, or if all predicted positions are tied), and the share of the
+    genes that are predicted anywhere.
     """
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     genes = truth[:top]
@@ -178,14 +178,14 @@ def rank_reproduction(truth: Ints, predicted: Ints, *, top: int) -> tuple[float,
 
 
 def copied(truth: Ints, masked: NDArray[np.intp]) -> Ints:
-    """What a copier predicts: the gene that is shown, and none (-1) at masked positions; [L]."""
+    """Return the predictions of a copier: the gene that is shown, and none (-1) at masked positions; [L]."""
     predicted = np.array(truth, dtype=np.int64)
     predicted[masked] = -1
     return predicted
 
 
 class RankTally:
-    """Adds up rank reproduction over cells."""
+    """Sums of rank reproduction over cells."""
 
     def __init__(self, tops: Sequence[int] = TOPS) -> None:
         self.tops = tuple(tops)
@@ -193,7 +193,7 @@ class RankTally:
         self._sums = {top: np.zeros(4) for top in self.tops}
 
     def add(self, truth: Ints, predicted: Ints) -> None:
-        """Count a cell; see :func:`rank_reproduction`."""
+        """Add a cell; see :func:`rank_reproduction`."""
         self.cells += 1
         for top, sums in self._sums.items():
             rho, coverage = rank_reproduction(truth, predicted, top=top)
@@ -201,9 +201,10 @@ class RankTally:
             sums += (rho if defined else 0.0, defined, coverage, len(truth) >= top)
 
     def summary(self) -> dict[str, float | int]:
-        """For each K: ``spearman@K``, ``coverage@K`` (means), ``cells@K`` (with a correlation), ``full@K``.
+        """Return, for each K, the means ``spearman@K`` and ``coverage@K``, and the numbers ``cells@K`` and ``full@K``.
 
-        ``full@K`` is the number of cells that have K genes; the others were compared over fewer.
+        ``cells@K`` counts the cells with a correlation, and ``full@K`` those with K genes; the others are compared
+        over fewer.
         """
         values: dict[str, float | int] = {}
         for top, (rho, defined, coverage, full) in self._sums.items():
@@ -215,20 +216,20 @@ class RankTally:
 
 
 class GeneFrequencies:
-    """How often each gene stands at which rank: predictions without a model.
+    """Counts of each gene at each rank, which predict genes without a model.
 
     Parameters
     ----------
     n_tokens
         Tokens of the vocabulary.
     genes
-        The tokens that are genes.
+        Tokens that are genes.
     max_length
-        Longest cell.
+        Longest cell, in tokens.
     """
 
     SMOOTHING = 1000.0
-    """Tokens of the overall frequency that are mixed into those of each rank."""
+    """Weight of the overall frequency, in tokens, that is added to the counts of each rank."""
 
     def __init__(self, n_tokens: int, genes: Ints, max_length: int) -> None:
         self.genes = np.asarray(genes)
@@ -237,28 +238,28 @@ class GeneFrequencies:
         self.counts = np.zeros((int(self.bins.max()) + 1, n_tokens))
 
     def add(self, cells: Iterable[Ints]) -> GeneFrequencies:
-        """Count cells, each its genes by rank. Returns itself."""
+        """Add cells, each as its genes by rank. Returns itself."""
         for tokens in cells:
             tokens = np.asarray(tokens)[: len(self.bins)]
             np.add.at(self.counts, (self.bins[: len(tokens)], tokens), 1)
         return self
 
     def overall(self) -> NDArray[np.float64]:
-        """Log frequency of each gene, one token added to each; minus infinity for other tokens; [V]."""
+        """Return the log frequency of each gene, with one token added to each, [V]; minus infinity for other tokens."""
         counts = np.where(self.is_gene, self.counts.sum(axis=0) + 1.0, 0.0)
         return _log(counts / counts.sum())
 
     def by_rank(self) -> NDArray[np.float64]:
-        """Log frequency of each gene at ranks from 2^i to 2^(i + 1) - 1, [i, V]."""
+        """Return the log frequency of each gene at ranks from 2^i to 2^(i + 1) - 1, [i, V]."""
         counts = np.where(self.is_gene, self.counts, 0.0)
         mixed = counts + self.SMOOTHING * np.exp(self.overall())
         return _log(mixed / mixed.sum(axis=1, keepdims=True))
 
     def logits(self, truth: Ints, masked: NDArray[np.intp], table: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Predictions for the masked positions of a cell, [M, V].
+        """Return predictions for the masked positions of a cell, [M, V].
 
-        `table` is what :meth:`overall` gave, which is used as it is; or :meth:`by_rank`, of which the genes that the
-        cell shows are left out, since a gene stands in a cell once.
+        `table` comes from :meth:`overall`, and is used as it is; or from :meth:`by_rank`, and the genes that the cell
+        shows are then left out, since a gene stands in a cell once.
         """
         if table.ndim == 1:
             return np.broadcast_to(table, (len(masked), len(table)))
@@ -274,7 +275,7 @@ def _log(shares: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _average_ranks(values: Ints) -> NDArray[np.float64]:
-    """Ranks from 0, ties sharing their mean."""
+    """Return ranks from 0; ties share their mean."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks: NDArray[np.float64] = (np.cumsum(counts) - (counts + 1) / 2)[inverse]
     return ranks

@@ -1,14 +1,14 @@
-"""How fast a configuration trains on this machine, and what share of its ceiling that is.
+"""Speed of a configuration's training on this machine, and its share of the machine's ceiling.
 
-The ceiling is the rate of a large matrix product in the same type, so the share says how well the training uses the
-hardware, whatever else the machine is doing: on a CPU both are taken per second of processor time.
+The ceiling is the rate of a large matrix product in the same type. The share tells how well the training uses the
+hardware, whatever else the machine is doing: on a CPU both rates are taken per second of processor time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,69 +19,38 @@ from training import families
 from training.config.stages import ContrastiveConfig, PretrainConfig
 from training.data.corpus import read_vocabulary
 from training.families.rank.pooling import PooledEncoder
-from training.loop.engine import PlainEngine
+from training.loop.engine import DTYPES, PlainEngine
 from training.loop.process import join, leave
-from training.measure.flops import ModelSize, cell_cost, model_size
+from training.measure.cost import Speed
+from training.measure.flops import model_size, stage_cost
 from training.objectives.losses import ContrastiveModule
 
 _WARM_UP = 2
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A short run.
-
-    Attributes
-    ----------
-    cells_per_second
-        Of one process, by the wall clock.
-    share
-        Of the ceiling.
-    ceiling
-        Rate of a matrix product, FLOP/s.
-    steps, length, batch
-        What was run: steps, tokens of each cell, cells of a step.
-    device, precision
-        On what, and in which type.
-    """
-
-    cells_per_second: float
-    share: float
-    ceiling: float
-    steps: int
-    length: int
-    batch: int
-    device: str
-    precision: str
-
-    def describe(self, devices: int = 1) -> str:
-        """Where the number is from, in words."""
-        many = f", times {devices} devices (assumed to scale)" if devices > 1 else ""
-        return (
-            f"measured: {self.steps} steps of {self.batch} cells x {self.length} tokens on {self.device}, "
-            f"{self.precision}{many}; {self.share:.0%} of the matrix-product rate of {self.ceiling / 1e12:.3g} TFLOP/s"
-        )
-
-
-def measure(config: PretrainConfig | ContrastiveConfig, *, steps: int, length: int | None = None) -> Measured:
+def measure(
+    config: PretrainConfig | ContrastiveConfig, *, steps: int, length: int | None = None, devices: int = 1
+) -> Speed:
     """Train a new model of the configuration's size on random cells of one length.
 
     Parameters
     ----------
     config
-        Of either stage; its precision, micro-batch, device and threads are used.
+        Configuration of either stage; its precision, micro-batch, device and threads are used.
     steps
-        Steps that are timed, after a short warm-up.
+        Number of timed steps, which follow a short warm-up.
     length
         Tokens of each cell; the corpus' longest by default.
+    devices
+        Number of devices whose speed is wanted; one is measured, and they are assumed to scale.
     """
     loop = replace(config.loop, deepspeed=None, accumulation=1)
     length = min(length or config.corpus.max_length, config.corpus.max_length)
     process = join(loop)
     try:
         device = process.device
-        module, batch, size = _stage(config, length)
+        vocabulary = read_vocabulary(config.corpus.vocabulary)
+        module, batch = _stage(config, vocabulary, length)
         engine = PlainEngine(module, loop, config.optimizer, device)
         for _ in range(_WARM_UP):
             engine.micro_step(batch, lr=1e-5, last=True)
@@ -91,67 +60,52 @@ def measure(config: PretrainConfig | ContrastiveConfig, *, steps: int, length: i
                 engine.micro_step(batch, lr=1e-5, last=True)
 
         wall, busy = _timed(work, device)
-        ceiling = _ceiling(device, _TYPES[loop.precision])
+        ceiling = _ceiling(device, DTYPES[loop.precision])
     finally:
         leave()
     cells = len(batch["input_ids"])
-    if isinstance(config, PretrainConfig):
-        share_masked = float((batch["labels"] >= 0).sum()) / (cells * length)
-        per_cell = cell_cost(size, length, masked_share=share_masked).training
-    else:
-        per_cell = cell_cost(size, length, layers=size.layers - 1).training
+    masked_share = float((batch["labels"] >= 0).float().mean()) if "labels" in batch else None
+    size = replace(model_size(config), vocabulary=len(vocabulary))
+    cost = stage_cost(config, length, size=size, masked_share=masked_share)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    return Measured(
-        cells_per_second=cells * steps / wall,
-        share=cells * steps * per_cell / busy / ceiling,
-        ceiling=ceiling,
-        steps=steps,
-        length=length,
-        batch=cells,
-        device=name,
-        precision=loop.precision,
+    scaled = f", times {devices} devices (assumed to scale)" if devices > 1 else ""
+    return Speed(
+        cells_per_second=cells * steps / wall * devices,
+        origin=f"measured: {steps} steps of {cells} cells x {length} tokens on {name}, {loop.precision}{scaled}; "
+        f"{cells * steps * cost.training / busy / ceiling:.1%} of the matrix-product rate of {ceiling / 1e12:.3g} "
+        "TFLOP/s",
     )
 
 
-def _stage(config: PretrainConfig | ContrastiveConfig, length: int) -> tuple[nn.Module, dict[str, Tensor], ModelSize]:
-    """The stage's module, and a batch of random cells for it."""
+def _stage(
+    config: PretrainConfig | ContrastiveConfig, vocabulary: GeneVocabulary, length: int
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the module of the stage, and a batch of random cells for it."""
     family = families.load(config.corpus.family)
-    vocabulary = read_vocabulary(config.corpus.vocabulary)
     size = model_size(config)
     options: dict[str, Any] = {"max_length": max(length, config.corpus.max_length)}
-    options |= dict(config.model) if isinstance(config, PretrainConfig) else _options(size)
+    options |= {"layers": size.layers, "hidden": size.hidden, "feed_forward": size.feed_forward}
+    if isinstance(config, PretrainConfig):
+        options |= config.model
     generator = torch.Generator().manual_seed(config.loop.seed)
     torch.manual_seed(config.loop.seed)
     model = family.build_model(family.parse_config(options), vocabulary)
-    size = replace(size, vocabulary=len(vocabulary))
+    genes = torch.tensor(vocabulary.tokens, dtype=torch.int64)
+    shape = (config.loop.micro_batch * (1 if isinstance(config, PretrainConfig) else 2), length)
+    ids = genes[torch.randint(len(genes), shape, generator=generator)]
+    batch = {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.int64)}
     if isinstance(config, PretrainConfig):
-        batch = _cells(config.loop.micro_batch, length, vocabulary, generator)
         batch["input_ids"], batch["labels"] = family.mask_batch(
-            batch["input_ids"],
-            batch["attention_mask"],
-            vocabulary=vocabulary,
-            generator=generator,
-            probability=config.mask_probability,
+            **batch, vocabulary=vocabulary, generator=generator, probability=config.mask_probability
         )
-        return family.masked_lm(model), batch, size
-    batch = _cells(2 * config.loop.micro_batch, length, vocabulary, generator)
+        return family.masked_lm(model), batch
     batch["similar"] = torch.zeros(config.loop.micro_batch)
     encoder: Any = PooledEncoder(model)  # type: ignore[arg-type]
-    return ContrastiveModule(encoder, config.loss), batch, size
-
-
-def _options(size: ModelSize) -> dict[str, Any]:
-    return {"layers": size.layers, "hidden": size.hidden, "feed_forward": size.feed_forward}
-
-
-def _cells(n_cells: int, length: int, vocabulary: GeneVocabulary, generator: torch.Generator) -> dict[str, Tensor]:
-    genes = torch.tensor(vocabulary.tokens, dtype=torch.int64)
-    drawn = torch.randint(len(genes), (n_cells, length), generator=generator)
-    return {"input_ids": genes[drawn], "attention_mask": torch.ones(n_cells, length, dtype=torch.int64)}
+    return ContrastiveModule(encoder, config.loss), batch
 
 
 def _timed(work: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Seconds by the wall clock, and seconds that the device was busy: on a CPU, of one thread."""
+    """Return the seconds by the wall clock, and those that the device was busy (on a CPU, of one thread)."""
     _wait(device)
     wall, processor = time.perf_counter(), time.process_time()
     work()
@@ -165,10 +119,10 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _ceiling(device: torch.device, kind: torch.dtype) -> float:
-    """Rate of a large matrix product, FLOP/s; the best of three."""
+def _ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the rate of a large matrix product in FLOP/s, the best of three."""
     n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=torch.float32).to(kind) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     repeats = 20 if device.type == "cuda" else 4
 
     def work() -> None:

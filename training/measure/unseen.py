@@ -1,4 +1,4 @@
-"""Cells of a file that a model was not trained on, as tokens."""
+"""Tokens of cells of a file that a model was not trained on."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from training.data.sources import chunks
 
 @configuration
 class EvaluateOptions:
-    """How cells are chosen and scored.
+    """Choice and scoring of cells.
 
     Parameters
     ----------
     cells
-        Most cells of a file; a seeded sample.
+        Most cells of a file; a larger file is sampled.
     min_genes
-        Cells with fewer genes of the vocabulary are left out.
+        Fewest genes of the vocabulary in a cell.
     max_length
-        Genes of a cell, highest ranks first (Zhao et al. 2025 use 2,000); never more than the model takes.
+        Most genes of a cell, highest ranks first (Zhao et al. 2025 use 2,000); never more than the model takes.
     batch
-        Cells of a forward pass.
+        Cells in a forward pass.
     mask_probability
         Share of a cell's tokens that are masked.
     layer, gene_key, total_counts_key
-        As of :func:`perturbscope.open_cells`.
+        Options of :func:`perturbscope.open_cells`.
     device
         ``cpu`` or ``cuda``.
     seed
-        Of the sample and of the masks. What is masked in a cell does not depend on the other cells.
+        Seed of the sample and of the masks; the mask of a cell does not depend on the other cells.
     """
 
     cells: Positive = 10_000
@@ -64,13 +64,13 @@ class Heldout:
     Attributes
     ----------
     name
-        Of the file.
+        Name of the file.
     tokens
-        Genes by rank, int64 [L] each.
+        Genes of each cell by rank, int64 [L] each.
     rows
-        Row of each in the file.
+        Row of each cell in the file.
     left_out
-        Cells by the reason why they were not taken.
+        Number of cells that were not taken, by reason.
     """
 
     name: str
@@ -82,14 +82,14 @@ class Heldout:
 def read_heldout(
     path: str | Path, checkpoint: Checkpoint, *, options: EvaluateOptions, corpus: Corpus | None = None
 ) -> Heldout:
-    """Tokens of a sample of a file's cells, those of the corpus left out.
+    """Return the tokens of a sample of a file's cells, without those that are in the corpus.
 
     Raises
     ------
     InvalidInputError
-        As :func:`perturbscope.open_cells`.
+        :func:`perturbscope.open_cells` cannot read the file.
     EmptyCellError
-        No cell is left; says why.
+        No cell is left; the message has the reasons.
     """
     path = Path(path)
     vocabulary = checkpoint.vocabulary
@@ -132,7 +132,7 @@ def read_heldout(
 
 
 def _trained_rows(path: Path, corpus: Corpus) -> NDArray[np.int64]:
-    """Rows of this very file (by content) that the corpus holds."""
+    """Return the rows that the corpus holds of the file with this very content."""
     try:
         content = sha256(path)
     except OSError as error:

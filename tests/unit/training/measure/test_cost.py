@@ -19,9 +19,8 @@ from training.config.stages import ContrastiveConfig, LossConfig, PretrainConfig
 from training.data.corpus import build_corpus
 from training.families.rank import model as rank
 from training.families.rank.pooling import PooledEncoder
-from training.measure import cost as module
 from training.measure.cost import HARDWARE, Speed, estimate, speed_of_log
-from training.measure.flops import ModelSize, cell_cost
+from training.measure.flops import ModelSize, cell_cost, model_size
 from training.measure.speed import measure
 from training.objectives.losses import ContrastiveModule
 
@@ -139,10 +138,13 @@ def test_a_measurement_is_a_share_of_what_the_machine_can_do(tmp_path: Path, sta
         read = strict.parse(ContrastiveConfig, values)
     found = measure(read, steps=3, length=20)
     assert found.cells_per_second > 0
-    assert 0 < found.share < 1
-    assert found.batch == (8 if stage == "pretrain" else 10)
-    assert "3 steps" in found.describe(1)
-    assert "times 4 devices (assumed" in found.describe(4)
+    said = re.fullmatch(
+        r"measured: 3 steps of (\d+) cells x 20 tokens on CPU.*, fp32; ([\d.]+)% of the .* TFLOP/s", found.origin
+    )
+    assert said is not None
+    assert int(said[1]) == (8 if stage == "pretrain" else 10)
+    assert 0 < float(said[2]) < 100
+    assert "times 4 devices (assumed" in measure(read, steps=1, length=20, devices=4).origin
 
 
 def test_the_command_prints_where_each_number_is_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,4 +162,4 @@ def test_the_command_prints_where_each_number_is_from(tmp_path: Path, capsys: py
     assert "measured: given with --throughput" in shown
     assert command.main([str(path), "--cells", "100", "--measure", "1"]) == 0
     assert re.search(r"measured: 1 steps of 8 cells x 40 tokens on \w+", capsys.readouterr().out)
-    assert MODEL["layers"] == module.model_size(config(tmp_path)).layers
+    assert MODEL["layers"] == model_size(config(tmp_path)).layers
