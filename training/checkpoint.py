@@ -1,13 +1,12 @@
-"""Checkpoints: a directory that holds a trained model and all that is needed to use it.
+"""Checkpoints: directories that hold a trained model and all that is needed to use it.
 
 ::
 
-    weights.safetensors   float32 tensors; tied tensors once
+    weights.safetensors   float32 tensors; tied tensors are stored once
     config.json           family, its options, the model's configuration, provenance, hashes
     vocabulary.tsv        genes, tokens, medians
 
-Like a bundle, a checkpoint holds no pickle, proves its content by hashes, and appears under its name only when it is
-complete.
+Like a bundle, a checkpoint holds no pickle, is checked by hashes, and appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Checkpoint:
     """A checkpoint in memory. Use :func:`load_checkpoint`."""
 
     path: Path
-    """Where it was read from."""
+    """Directory that it was read from."""
     family: str
     """Family of the model; see :mod:`training.families`."""
     family_config: dict[str, Any]
@@ -48,11 +47,11 @@ class Checkpoint:
     model_config: dict[str, Any]
     """Configuration of the network, as plain values."""
     provenance: dict[str, Any]
-    """How it was made: data, hyper-parameters, code version, losses."""
+    """Record of its making: data, hyper-parameters, code version, losses."""
     perturbscope_version: str
-    """Version that wrote it."""
+    """Version of PerturbScope that wrote it."""
     vocabulary: GeneVocabulary
-    """Genes, tokens, medians."""
+    """Genes, tokens and medians."""
     weights: Mapping[str, Tensor]
     """Tensors by name, on the CPU; tied tensors once."""
 
@@ -67,7 +66,7 @@ class Checkpoint:
         Raises
         ------
         CorruptBundleError
-            The weights are not those of the configured network.
+            The weights do not fit the configured network.
         """
         family = families.load(self.family)
         config = family.parse_config({**self.model_config, **overrides})
@@ -102,18 +101,18 @@ def save_checkpoint(
     vocabulary
         The vocabulary that the token embeddings were trained with.
     provenance
-        How the model was made; anything that JSON can hold.
+        Record of the model's making; anything that JSON can hold.
     overwrite
-        Replace an existing checkpoint; without it an existing `path` is an error.
+        Whether to replace an existing checkpoint.
 
     Returns
     -------
-    `path`.
+    `path` as a :class:`~pathlib.Path`.
 
     Raises
     ------
     BundleError
-        `path` exists and `overwrite` is false, or `path` holds something else than a checkpoint.
+        `path` exists and `overwrite` is false, or `path` holds something other than a checkpoint.
     """
     path = Path(path)
     if path.exists():
@@ -149,18 +148,18 @@ def load_checkpoint(path: str | Path, *, expect_vocabulary: GeneVocabulary | str
     Parameters
     ----------
     path
-        The directory that :func:`save_checkpoint` wrote.
+        Directory that :func:`save_checkpoint` wrote.
     expect_vocabulary
-        The vocabulary (or its hash) that the caller's tokens were made with.
+        Vocabulary, or its hash, that the caller's tokens were made with; not compared by default.
 
     Raises
     ------
     CorruptBundleError
-        Not a checkpoint, or a file is missing or damaged.
+        `path` is not a checkpoint, or a file is missing or damaged.
     UnsupportedBundleError
-        Written by a newer version.
+        A newer version wrote it.
     VocabularyMismatchError
-        Its vocabulary is not the one that its weights were trained with, or not the one expected.
+        The vocabulary is not the one that the weights were trained with, or not the expected one.
     """
     path = Path(path)
     config = _read_config(path / CONFIG)
@@ -195,7 +194,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str)
     Raises
     ------
     CorruptBundleError
-        Names or shapes do not fit, with `where` in the message.
+        Names or shapes do not fit; the message names `where`.
     """
     state = model.state_dict()
     known = {_storage(state[name]) for name in weights if name in state}
@@ -211,7 +210,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str)
 
 
 def _stored(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What goes into the file: each storage once, floating point as float32, contiguous, on the CPU."""
+    """Return the tensors to write: each storage once, floating point as float32, contiguous, on the CPU."""
     stored: dict[str, Tensor] = {}
     seen: set[tuple[Any, ...]] = set()
     for name, tensor in state.items():
@@ -225,7 +224,7 @@ def _stored(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _storage(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for two names of one tensor."""
+    """Return a key that is equal for two names of one tensor."""
     if tensor.numel() == 0:
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))

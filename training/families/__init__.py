@@ -1,4 +1,6 @@
-"""The torch half of each model family; the tokenizers are in :mod:`perturbscope.families`, under the same names.
+"""The torch half of each model family; it may import config.
+
+The tokenizers are in :mod:`perturbscope.families`, under the same names.
 
 To add a family, put ``<name>/model.py`` with the functions of :class:`TrainingFamily` into this folder and name it in
 :data:`FAMILIES`.
@@ -17,18 +19,18 @@ from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.errors import UnsupportedBundleError
 
 FAMILIES = ("rank",)
-"""Names of the families that can be trained, which are those of their folders."""
+"""Names of the families that can be trained, and of their folders."""
 
 
 class TrainingFamily(Protocol):
-    """What a family's module offers to training and export."""
+    """Functions of a family's module that training and export call."""
 
     def parse_config(self, options: Mapping[str, Any]) -> Any:
-        """The family's frozen model configuration from plain values, as a YAML file or a checkpoint holds them."""
+        """Return the family's frozen model configuration from the plain values of a YAML file or a checkpoint."""
         ...
 
     def build_model(self, config: Any, vocabulary: GeneVocabulary) -> nn.Module:
-        """A new model; its weights come from torch's global generator."""
+        """Make a new model; its weights come from the global generator of torch."""
         ...
 
     def mask_batch(
@@ -40,21 +42,21 @@ class TrainingFamily(Protocol):
         generator: torch.Generator,
         probability: float = ...,
     ) -> tuple[Tensor, Tensor]:
-        """Corrupted inputs and labels of the masked-language task."""
+        """Return corrupted inputs and labels of the masked-language task."""
         ...
 
     def masked_lm(self, model: nn.Module) -> nn.Module:
-        """Module over `model`: (corrupted inputs, attention mask, labels) -> mean loss."""
+        """Return a module over `model`, from corrupted inputs, attention mask and labels to the mean loss."""
         ...
 
 
 def load(name: str) -> TrainingFamily:
-    """The torch half of the family `name`.
+    """Import the torch half of the family `name`.
 
     Raises
     ------
     UnsupportedBundleError
-        No such family is installed.
+        No such family can be trained.
     """
     if name not in FAMILIES:
         raise UnsupportedBundleError(

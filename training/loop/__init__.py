@@ -1,1 +1,1 @@
-"""One loop for every objective: engine, optimizer, resuming, log, provenance."""
+"""One loop for every objective: engine, optimizer, resuming, log; imports no objective, measurement or command."""

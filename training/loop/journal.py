@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar for people, ``log.jsonl`` with every step, and the curve as a picture."""
+"""Reports of a run: a progress bar, ``log.jsonl`` with every step, and a picture of the losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Journal:
         self._loss: float | None = None
 
     def step(self, values: dict[str, Any]) -> None:
-        """Write down one optimiser step."""
+        """Log one optimiser step."""
         self._write(values)
         loss = values["loss"]
         self._loss = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
@@ -36,13 +36,13 @@ class Journal:
         self._bars.update(self._task, completed=values["step"], loss=f"{self._loss:.4f}", speed=speed)
 
     def validation(self, values: dict[str, Any]) -> None:
-        """Write down one validation."""
+        """Log one validation."""
         self._write(values)
         shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items() if key != "step")
         self._bars.console.print(f"step {values['step']:,}: {shown}")
 
     def say(self, text: str) -> None:
-        """Print above the bar."""
+        """Print a line above the bar."""
         self._bars.console.print(text)
 
     def _write(self, values: dict[str, Any]) -> None:
@@ -53,18 +53,18 @@ class Journal:
 
 @contextmanager
 def open_journal(path: Path, *, name: str, done: int, total: int, writes: bool) -> Iterator[Journal]:
-    """Open the log at step `done`; lines of later steps, from before an interruption, are removed.
+    """Open the log at step `done`; lines of later steps, which an interrupted run left, are removed.
 
     Parameters
     ----------
     path
-        The JSONL file.
+        JSONL file of the log.
     name
-        What the bar is called.
+        Title of the bar.
     done, total
-        Optimiser steps.
+        Optimiser steps that are done, and all of them.
     writes
-        Whether this process writes.
+        Whether this process writes the log.
     """
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
@@ -84,7 +84,7 @@ def open_journal(path: Path, *, name: str, done: int, total: int, writes: bool) 
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a log; the last one may be cut off by a kill."""
+    """Return all complete lines of a log; the last one may be cut off by a kill."""
     if not path.exists():
         return []
     found = []
@@ -97,7 +97,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curve(log: Path, picture: Path) -> bool:
-    """Draw the losses of a log, if matplotlib is installed; whether it was."""
+    """Draw the losses of a log, if matplotlib is installed. Returns whether it is."""
     try:
         import matplotlib as mpl
     except ImportError:

@@ -1,7 +1,7 @@
-"""The training loop of both objectives, over DeepSpeed or plain torch.
+"""The training loop of all objectives, over DeepSpeed or plain torch.
 
-All randomness of micro-batch k in process r is a function of (seed, r, k): the order of the cells, the masks, the
-dropout. So a run that was killed goes on with the losses that it would have had, and both engines give the same ones.
+Order of the cells, masks and dropout of micro-batch k in process r are functions of (seed, r, k). So a run that was
+killed goes on with the losses that it would have had, and both engines give the same losses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from perturbscope.errors import InvalidParameterError
 from training.config.stages import LoopConfig, OptimizerConfig
 from training.errors import NonFiniteLossError
 from training.loop.engine import Engine, make_engine
-from training.loop.journal import Journal, draw_curve, open_journal
+from training.loop.journal import Journal, draw_curve, open_journal, read_log
 from training.loop.optimizer import check_warmup, learning_rate, peak_learning_rate
 from training.loop.process import Process
 from training.loop.resume import Position, States
@@ -35,7 +35,7 @@ _BEST = "best.safetensors"
 _DROPOUT, _MASKS = 1, 2
 
 Evaluate = Callable[[Mapping[str, Tensor]], Any]
-"""The module on a batch, without gradients and dropout."""
+"""Runs the module on a batch, without gradients and dropout."""
 
 
 class Task(Protocol):
@@ -43,7 +43,7 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """What the progress bar is called."""
+        """Title of the progress bar."""
         ...
 
     @property
@@ -53,7 +53,7 @@ class Task(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """What is trained: batch -> scalar loss; shares its weights with `model`."""
+        """Module that is trained, from a batch to a scalar loss; shares its weights with `model`."""
         ...
 
     @property
@@ -62,28 +62,28 @@ class Task(Protocol):
         ...
 
     def batch(self, epoch: int, index: int, seed: int) -> dict[str, Tensor]:
-        """Micro-batch `index` of an epoch for this process; a function of its arguments alone.
+        """Return micro-batch `index` of an epoch for this process; it depends on the arguments alone.
 
         It holds ``attention_mask``, by which tokens are counted.
         """
         ...
 
     def kind(self, epoch: int, index: int) -> str:
-        """Name of the micro-batch's kind, whose losses are logged apart; "" if there is one kind."""
+        """Return the kind of a micro-batch; losses of each kind are logged apart. "" if there is one kind."""
         ...
 
     def begin(self, evaluate: Evaluate) -> dict[str, float]:
-        """Measures to log before the first step; empty if there are none. Same on every process."""
+        """Return measures to log before the first step, equal on every process; empty if there are none."""
         ...
 
     def validate(self, evaluate: Evaluate) -> dict[str, float]:
-        """Measures on held-out data, ``validation_loss`` among them; empty if there is none. Same on every process."""
+        """Return measures on held-out data, with ``validation_loss``, equal on every process; empty without data."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run came to."""
+    """Result of a run."""
 
     steps: int
     peak_lr: float
@@ -96,23 +96,23 @@ class Outcome:
     weights: dict[str, Tensor]
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the weights."""
+        """Return all fields but the weights."""
         names = ("steps", "selected_step", "peak_lr", "seconds", "tokens", "final_loss", "initial", "validation")
         return {name: getattr(self, name) for name in names}
 
 
 def derive_seed(*parts: int) -> int:
-    """A seed of 63 bits from several numbers; different parts give independent streams."""
+    """Derive a seed of 63 bits from several numbers; different numbers give independent streams."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def plan_steps(batches_per_epoch: int, config: LoopConfig) -> int:
-    """Optimiser steps of a run; micro-batches that do not fill a last step are left out.
+    """Return the optimiser steps of a run; micro-batches that do not fill a last step are left out.
 
     Raises
     ------
     InvalidParameterError
-        There is not one step's worth of data.
+        The data do not fill one step.
     """
     steps = batches_per_epoch * config.epochs // config.accumulation
     if config.max_steps is not None:
@@ -141,17 +141,17 @@ def train(
     Parameters
     ----------
     task
-        What to train.
+        Objective with its data.
     loop, optimizer
-        How.
+        Length of the run, engine and learning rate.
     process
         This process.
     output
         Directory of the run: ``log.jsonl``, ``loss.png``, ``states/``.
     fingerprint
-        Names configuration and data; the state of another run is refused.
+        Digest of configuration and data; the state of another run is refused.
     select_best
-        Give the weights of the lowest validation loss, not the last.
+        Whether to return the weights of the lowest validation loss instead of the last.
 
     Raises
     ------
@@ -198,7 +198,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything that does not change during a run."""
+    """The constant parts of a run."""
 
     task: Task
     loop: LoopConfig
@@ -210,7 +210,7 @@ class _Run:
     select_best: bool
 
     def run(self, position: Position, states: States, journal: Journal) -> float:
-        """All steps that are left; the last loss."""
+        """Run all steps that are left. Returns the last loss."""
         loss = math.nan
         per_epoch = max(1, self.task.batches_per_epoch // self.loop.accumulation)
         validate_every = self.loop.validate_every or per_epoch
@@ -233,7 +233,7 @@ class _Run:
         return loss if not math.isnan(loss) else _last_loss(self.output / LOG)
 
     def _step(self, position: Position, batches: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, Any]:
-        """One optimiser step; its line in the log."""
+        """Run one optimiser step. Returns its line in the log."""
         rate = learning_rate(
             position.step, config=self.optimizer, total_steps=self.total, world_size=self.process.world_size
         )
@@ -270,7 +270,7 @@ class _Run:
         return values
 
     def _batches(self, start: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Micro-batches from number `start` on; the next one is prepared while the current one is computed."""
+        """Yield micro-batches from number `start` on; the next one is prepared while the current one is computed."""
 
         def make(number: int) -> tuple[int, dict[str, Tensor]]:
             epoch, index = divmod(number, self.task.batches_per_epoch)
@@ -306,9 +306,7 @@ class _Run:
 
 
 def _last_loss(log: Path) -> float:
-    """The last loss of a run that had ended before its checkpoint was written."""
-    from training.loop.journal import read_log
-
+    """Return the last loss of a run that had ended before its checkpoint was written."""
     losses = [line["loss"] for line in read_log(log) if "loss" in line]
     return float(losses[-1]) if losses else math.nan
 

@@ -10,9 +10,9 @@ from training.config.stages import OptimizerConfig
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters of `module`; biases and layer normalisation are not decayed (Devlin et al. 2019).
+    """Make AdamW over the parameters of `module`; biases and layer normalisation are not decayed (Devlin et al. 2019).
 
-    One-dimensional parameters are exactly those two kinds. One pass over the weights a step (``fused``), on a CPU too.
+    One-dimensional parameters are exactly these two kinds. ``fused`` makes a step one pass over the weights.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
@@ -24,15 +24,15 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def peak_learning_rate(config: OptimizerConfig, world_size: int) -> float:
-    """The largest rate of the run."""
+    """Return the largest learning rate of the run."""
     return config.base_lr * (world_size if config.lr_scale_by_world_size else 1)
 
 
 def learning_rate(step: int, *, config: OptimizerConfig, total_steps: int, world_size: int) -> float:
-    """Rate of optimiser step `step`, counted from 0.
+    """Return the learning rate of optimiser step `step`, counted from 0.
 
-    Rises linearly over the warm-up to the peak; then falls linearly so that the step after the last would have rate 0,
-    or stays.
+    It rises linearly to the peak over the warm-up. Then it stays there, or falls linearly so that the step after the
+    last would have the rate 0.
     """
     peak = peak_learning_rate(config, world_size)
     if step < config.warmup_steps:
@@ -43,7 +43,7 @@ def learning_rate(step: int, *, config: OptimizerConfig, total_steps: int, world
 
 
 def check_warmup(config: OptimizerConfig, total_steps: int) -> None:
-    """Refuse a warm-up that the run would not outlast.
+    """Refuse a warm-up that lasts as long as the run.
 
     Raises
     ------

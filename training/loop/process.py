@@ -16,12 +16,12 @@ from perturbscope.errors import InvalidParameterError, ProviderUnavailableError
 from training.config.stages import LoopConfig
 
 _PATIENCE = timedelta(hours=24)
-"""How long other processes wait while the first one prepares data."""
+"""Longest time that other processes wait while the first one prepares data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """Where this process stands among the others."""
+    """Rank and device of this process among the others."""
 
     rank: int
     world_size: int
@@ -39,14 +39,14 @@ class Process:
             dist.barrier()
 
     def first(self, body: Callable[[], None]) -> None:
-        """Run `body` in the first process while the others wait, for hours if need be."""
+        """Run `body` in the first process while the others wait, if necessary for hours."""
         if self.is_first:
             body()
         if self.world_size > 1:
             dist.barrier(group=self._waiting)
 
     def mean(self, values: list[float]) -> list[float]:
-        """Each value's mean over the processes."""
+        """Return the mean of each value over the processes."""
         if self.world_size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -55,14 +55,14 @@ class Process:
 
 
 def join(config: LoopConfig) -> Process:
-    """Find out who this process is, from what torchrun or the deepspeed launcher has set, and meet the others.
+    """Read rank and world size, as torchrun or the deepspeed launcher have set them, and join the other processes.
 
     Raises
     ------
     InvalidParameterError
-        Several processes without a DeepSpeed configuration.
+        There are several processes and no DeepSpeed configuration.
     ProviderUnavailableError
-        CUDA was asked for, and is not there.
+        CUDA was asked for, and torch finds no device.
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,7 +88,7 @@ def join(config: LoopConfig) -> Process:
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """Leave the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

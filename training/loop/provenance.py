@@ -1,4 +1,4 @@
-"""How a checkpoint came to be: code, data, hyper-parameters, hardware, cost."""
+"""Facts for the provenance of a checkpoint: code, hardware and data."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _PACKAGES = ("torch", "transformers", "deepspeed", "numpy")
 
 
 def code() -> dict[str, Any]:
-    """Git revision (None outside a checkout), whether the tree differs from it, and package versions."""
+    """Return the git revision (None outside a checkout), whether the tree differs from it, and package versions."""
     revision = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {"git_revision": revision, "modified": bool(status) if revision else None, "packages": _versions()}
 
 
 def hardware(device: torch.device, world_size: int) -> dict[str, Any]:
-    """What it ran on."""
+    """Return the number of processes, the device and the processor."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "processes": world_size,
@@ -38,7 +38,7 @@ def hardware(device: torch.device, world_size: int) -> dict[str, Any]:
 
 
 def data(corpus: Corpus) -> dict[str, Any]:
-    """The manifest of a corpus, without its bulk."""
+    """Return the manifest of a corpus, without its bulk."""
     manifest = corpus.manifest
     wanted = ("family", "family_config", "vocabulary_hash", "vocabulary_source", "cells", "tokens", "length_quantiles")
     sources = [

@@ -1,7 +1,7 @@
-"""States from which an interrupted run goes on exactly where it was.
+"""States from which an interrupted run goes on exactly where it stopped.
 
-A state is written under a temporary name and renamed, so a kill at any moment leaves the one before it. Order, masks
-and dropout are functions of (seed, position), so the position is all that is stored of them.
+A state is written under a temporary name and renamed, so a kill at any moment leaves the state before it. Order, masks
+and dropout are functions of (seed, position), so only the position is stored for them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _POSITION = "position.json"
 
 @dataclass
 class Position:
-    """How far a run has come."""
+    """Progress of a run."""
 
     step: int = 0
     """Optimiser steps done."""
@@ -32,11 +32,11 @@ class Position:
     best: float | None = None
     """Lowest validation loss so far."""
     best_step: int = 0
-    """Where it was."""
+    """Step of the lowest validation loss."""
     initial: dict[str, float] = field(default_factory=dict)
-    """What was measured before the first step."""
+    """Measures before the first step."""
     validation: list[dict[str, float]] = field(default_factory=list)
-    """Every validation."""
+    """Measures of every validation, with its step."""
 
 
 class States:
@@ -45,13 +45,13 @@ class States:
     Parameters
     ----------
     directory
-        Where they are.
+        Directory of the states.
     fingerprint
-        Names the configuration; a state of another one is refused.
+        Digest of configuration and data; a state of another run is refused.
     process
         This process.
     keep
-        How many are kept.
+        Number of states to keep.
     """
 
     def __init__(self, directory: Path, *, fingerprint: str, process: Process, keep: int) -> None:
@@ -61,7 +61,7 @@ class States:
         self._keep = keep
 
     def save(self, engine: Engine, position: Position) -> None:
-        """Write a state; every process calls it."""
+        """Write a state; every process must call it."""
         name = f"step-{position.step:09d}"
         staging = self._directory / f".{name}"
         if self._process.is_first:
@@ -79,17 +79,17 @@ class States:
         self._process.barrier()
 
     def resume(self, engine: Engine) -> Position:
-        """Load the newest state into the engine; the beginning if there is none.
+        """Load the newest state into the engine. Returns its position; a new one if there is no state.
 
         Raises
         ------
         InvalidParameterError
-            It belongs to another configuration or number of processes.
+            The state belongs to another configuration or number of processes.
         """
-        found = self._found()
-        if not found:
+        complete = self._complete()
+        if not complete:
             return Position()
-        newest = found[-1]
+        newest = complete[-1]
         facts: dict[str, Any] = json.loads((newest / _POSITION).read_text(encoding="utf-8"))
         if facts["fingerprint"] != self._fingerprint:
             raise InvalidParameterError(
@@ -107,11 +107,11 @@ class States:
         return Position(**facts["position"])
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` states, and what interrupted writes have left."""
-        for old in self._found()[:-keep]:
+        """Remove all but the newest `keep` states, and the remains of interrupted writes."""
+        for old in self._complete()[:-keep]:
             shutil.rmtree(old)
         for left in self._directory.glob(".step-*"):
             shutil.rmtree(left)
 
-    def _found(self) -> list[Path]:
+    def _complete(self) -> list[Path]:
         return sorted(path.parent for path in self._directory.glob(f"step-*/{_POSITION}"))

@@ -1,4 +1,4 @@
-"""What both stages do around the loop: meet, prepare, train, write the checkpoint with its provenance."""
+"""A stage around the loop: join the processes, prepare the data, train, write the checkpoint with its provenance."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class StageTask(Task, Protocol):
 
     @property
     def model_config(self) -> Any:
-        """The family's model configuration."""
+        """Model configuration of the family."""
         ...
 
     @property
     def family_config(self) -> dict[str, Any]:
-        """Options of the family's tokenizer."""
+        """Options of the tokenizer of the family."""
         ...
 
 
@@ -53,21 +53,21 @@ def run_stage(
     Parameters
     ----------
     objective
-        What is learnt, for the provenance.
+        Name of the objective, for the provenance.
     config
-        The stage's configuration.
+        Configuration of the stage.
     prepare
-        Builds what is not there yet; the first process runs it while the others wait.
+        Builds missing data; the first process runs it while the others wait.
     make
-        Builds task, corpus and what else the provenance should say.
+        Returns the task, its corpus, and further facts for the provenance.
     overwrite
-        Start anew, replacing earlier results.
+        Whether to start anew and replace earlier results.
     select_best
-        Save the weights of the lowest validation loss.
+        Whether to save the weights of the lowest validation loss.
 
     Returns
     -------
-    The checkpoint; None in other processes than the first.
+    Path of the checkpoint; None in other processes than the first.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def _finish(
 ) -> Path:
     output = Path(config.output)
     result = outcome.to_dict()
-    made = {
+    record = {
         "objective": objective,
         "result": result,
         "hyper_parameters": plain(config),
@@ -134,7 +134,7 @@ def _finish(
         family_config=task.family_config,
         model_config=task.model_config,
         vocabulary=corpus.vocabulary,
-        provenance=made,
+        provenance=record,
         overwrite=True,
     )
     write_json(output / METRICS, {**result, **{key: facts[key] for key in facts if key != "parent"}})
@@ -147,7 +147,7 @@ def _finish(
 
 
 def _fingerprint(config: PretrainConfig | ContrastiveConfig, corpus: Corpus, facts: dict[str, Any]) -> str:
-    """Names what decides the losses: all but where and how often results are written, and how cells were stored."""
+    """Return a digest of all that decides the losses, so not of paths, intervals of writing, or shards."""
     values = plain(config)
     for name in ("output", "corpus"):
         del values[name]

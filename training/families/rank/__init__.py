@@ -1,1 +1,1 @@
-"""The rank family: a BERT over ranked genes."""
+"""The torch half of the rank family: a BERT over ranked genes."""

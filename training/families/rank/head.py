@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary in pieces, so that the logits of a batch never exist all at once.
 
 1,200 masked tokens and 25,000 words make 125 MB of logits, which are written, read and copied some seven times between
-the last hidden state and the gradient. A piece of them stays in the cache, its gradient is taken at once, and only
+the last hidden state and the gradient. A piece of them stays in the cache, its gradient is computed at once, and only
 the gradients of states and weights are kept.
 
 Shapes: M tokens, H hidden, V words, R tokens of a piece.
@@ -16,25 +16,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 PIECE = 2**23
-"""Logits of a piece at most: 32 MiB in float32."""
+"""Most logits of a piece: 32 MiB in float32."""
 
 
 def summed_cross_entropy(states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, *, piece: int = PIECE) -> Tensor:
-    """Sum over tokens of ``-log softmax(states @ weight.T + bias)[label]``, float32 scalar.
+    """Return the sum over tokens of ``-log softmax(states @ weight.T + bias)[label]``, float32 scalar.
 
-    Products run in autocast's type where autocast is on, else in that of `states`; softmax and sums in float32. float16
-    is taken as float32: shares of a word are too small for it before the loss is scaled.
+    Products run in the type of autocast if it is on, else in that of `states`; softmax and sums run in float32. float16
+    is replaced by float32: shares of a word are too small for it before the loss is scaled.
 
     Parameters
     ----------
     states
-        [M, H]; M may be 0.
+        Hidden states, [M, H]; M may be 0.
     weight, bias
-        [V, H] and [V].
+        Parameters of the head, [V, H] and [V].
     labels
-        int64 [M], all of them words.
+        True word of each token, int64 [M].
     piece
-        Logits that exist at a time.
+        Most logits that exist at a time.
     """
     kind = states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
@@ -47,7 +47,7 @@ def summed_cross_entropy(states: Tensor, weight: Tensor, bias: Tensor, labels: T
 
 
 class _Summed(torch.autograd.Function):
-    """The gradient of the sum, computed along with it, is scaled by what comes from above."""
+    """The sum, with a gradient that is computed along with it and scaled in the backward pass."""
 
     @staticmethod
     def forward(
@@ -67,13 +67,13 @@ class _Summed(torch.autograd.Function):
             states_RH, labels_R1 = states[piece].to(dtype), labels[piece, None]
             logits_RV, shares_RV = logits[: len(labels_R1)], shares[: len(labels_R1)]
             torch.mm(states_RH, weight_VH.t(), out=logits_RV).add_(bias_V)
-            largest_R1, own_R1 = logits_RV.amax(dim=1, keepdim=True).float(), logits_RV.gather(1, labels_R1).float()
+            largest_R1, true_R1 = logits_RV.amax(dim=1, keepdim=True).float(), logits_RV.gather(1, labels_R1).float()
             torch.softmax(logits_RV, dim=1, dtype=torch.float32, out=shares_RV)
             # The largest logit has the largest share, 1/V at least, so its logarithm is safe.
-            total += (largest_R1 - shares_RV.amax(dim=1, keepdim=True).log() - own_R1).sum()
+            total += (largest_R1 - shares_RV.amax(dim=1, keepdim=True).log() - true_R1).sum()
             if by_state is None or by_weight is None or by_bias is None:
                 continue
-            shares_RV.scatter_add_(1, labels_R1, torch.full_like(own_R1, -1.0))
+            shares_RV.scatter_add_(1, labels_R1, torch.full_like(true_R1, -1.0))
             by_bias += shares_RV.sum(dim=0)
             if dtype == torch.float32:
                 by_state[piece] = shares_RV @ weight_VH

@@ -1,8 +1,8 @@
 """The rank model: a BERT over the ranked genes of a cell, trained to restore masked genes.
 
-The architecture is Geneformer's (Theodoris et al. 2023): post-LN blocks, learned absolute positions (the position of a
-gene is its rank), a head tied to the input embeddings, no CLS or EOS token. The masked-language task is that of
-Devlin et al. 2019, with random replacements drawn from genes only.
+The architecture is that of Geneformer (Theodoris et al. 2023): post-LN blocks, learned absolute positions (the position
+of a gene is its rank), a head tied to the input embeddings, no CLS or EOS token. The masked-language task is that of
+Devlin et al. 2019, except that random replacements are drawn from genes only.
 
 Shapes: B cells in the batch, L tokens, H hidden, M masked tokens of the batch.
 """
@@ -22,14 +22,14 @@ from training.families.rank.head import summed_cross_entropy
 from training.families.rank.packed import Layout, can_pack, states
 
 IGNORED = -100
-"""Label of a token that is not to be predicted; what torch's cross-entropy ignores."""
+"""Label of a token that is not predicted; torch's cross-entropy ignores it."""
 _MASKED, _RANDOM = 0.8, 0.1
-"""Of the selected tokens, the share that becomes <mask>, and the share that becomes another gene."""
+"""Shares of the selected tokens that become <mask>, and that become a random gene."""
 
 
 @configuration
 class RankModelConfig:
-    """Size and behaviour of the network; the defaults are Geneformer's 6-layer model of 10 M parameters.
+    """Size and behaviour of the network; the defaults are those of Geneformer's 6-layer model of 10 M parameters.
 
     Raises
     ------
@@ -38,27 +38,27 @@ class RankModelConfig:
     """
 
     layers: Annotated[int, within(2, 1000)] = 6
-    """Transformer blocks; the last one serves pre-training only."""
+    """Number of transformer blocks; the last one serves pre-training only."""
     hidden: Annotated[int, within(1, 2**16)] = 256
     """Width of a token and of a cell embedding."""
     heads: Annotated[int, within(1, 2**10)] = 4
-    """Attention heads; divides `hidden`."""
+    """Number of attention heads; divides `hidden`."""
     feed_forward: Annotated[int, within(1, 2**18)] = 512
     """Width of the layer between a block's two dense layers."""
     activation: Literal["relu", "gelu"] = "relu"
     """Non-linearity of the dense layers."""
     dropout: Annotated[float, within(0, 0.99)] = 0.02
-    """Of embeddings and dense layers."""
+    """Dropout of embeddings and dense layers."""
     attention_dropout: Annotated[float, within(0, 0.99)] = 0.02
-    """Of attention weights."""
+    """Dropout of attention weights."""
     init_sd: Annotated[float, within(1e-9, 10)] = 0.02
     """Standard deviation of the initial weights."""
     layer_norm_eps: Annotated[float, within(0, 1)] = 1e-12
-    """Added to the variance in each layer normalisation."""
+    """Constant added to the variance in each layer normalisation."""
     max_length: Annotated[int, within(1, 2**16)] = 2048
-    """Learned positions: the longest cell in tokens."""
+    """Number of learned positions, and so the longest cell in tokens."""
     token_types: Annotated[int, within(1, 2**10)] = 2
-    """Rows of the token-type table. Only row 0 is used; 2 keeps the shape of published BERT weights."""
+    """Rows of the token-type table; only row 0 is used, and 2 is the shape of published BERT weights."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation: torch's fused kernel, or plain matrix products."""
 
@@ -82,7 +82,7 @@ def parse_config(options: Mapping[str, Any]) -> RankModelConfig:
 
 
 def build_model(config: RankModelConfig, vocabulary: GeneVocabulary) -> BertForMaskedLM:
-    """A new model over the tokens of `vocabulary`; weights are drawn from torch's global generator."""
+    """Make a new model over the tokens of `vocabulary`; weights come from the global generator of torch."""
     bert = BertConfig(
         vocab_size=len(vocabulary),
         pad_token_id=vocabulary.special_tokens["<pad>"],
@@ -112,9 +112,9 @@ def mask_batch(
     generator: torch.Generator,
     probability: float = 0.15,
 ) -> tuple[Tensor, Tensor]:
-    """Hide tokens for the model to restore.
+    """Mask tokens for the model to restore.
 
-    Each real token is selected on its own with `probability` (so a short cell may have none). Of the selected tokens
+    Each real token is selected independently with `probability` (so a short cell may have none). Of the selected tokens
     80 % become ``<mask>``, 10 % a gene drawn uniformly, and 10 % stay.
 
     Parameters
@@ -122,15 +122,15 @@ def mask_batch(
     input_ids, attention_mask
         A padded batch, int64 [B, L], on the generator's device; not modified.
     vocabulary
-        Gives the mask token and the genes to draw from.
+        Vocabulary with the mask token and the genes to draw from.
     generator
-        All randomness. What it draws depends on the batch's shape only.
+        Source of all randomness; the number of its draws depends on the shape of the batch only.
     probability
         Share of tokens to select.
 
     Returns
     -------
-    Corrupted ids, and labels: the true id where selected, :data:`IGNORED` elsewhere; both int64 [B, L].
+    Corrupted ids, and labels: the true id of a selected token, :data:`IGNORED` elsewhere; both int64 [B, L].
     """
     shape, device = input_ids.shape, input_ids.device
     genes = torch.tensor(vocabulary.tokens, dtype=torch.int64, device=device)
@@ -145,16 +145,16 @@ def mask_batch(
 
 
 class MaskedLM(nn.Module):
-    """The masked-language loss, with the head and the last block's output computed at the masked tokens only.
+    """The masked-language loss, with the head and the output of the last block computed at the masked tokens only.
 
-    At 6 x 256 and a vocabulary of 25,000 a dense head is two fifths of the forward pass, and 85 % of it is thrown away.
-    Where :func:`training.families.rank.packed.can_pack` says so, padding is not computed either, and the loss is summed
-    piece by piece; the loss is the same.
+    At 6 x 256 and a vocabulary of 25,000, a head at all tokens is two fifths of the forward pass, and 85 % of it would
+    be thrown away. If :func:`training.families.rank.packed.can_pack` allows, padding is not computed either, and the
+    loss is summed piece by piece; it is the same.
 
     Parameters
     ----------
     model
-        The model; its modules are shared, not copied.
+        Model to train; its modules are shared, not copied.
     """
 
     def __init__(self, model: BertForMaskedLM) -> None:
@@ -162,10 +162,10 @@ class MaskedLM(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy over the labelled tokens, float32 scalar; inputs are int64 [B, L].
+        """Return the mean cross-entropy over the labelled tokens, float32 scalar; inputs are int64 [B, L].
 
         A batch without labelled tokens has the loss 0 and a zero gradient for every parameter, so that a distributed
-        step still finds all of them.
+        step still has all gradients.
         """
         labelled_BL = labels != IGNORED
         labels_M = labels[labelled_BL]
@@ -184,5 +184,5 @@ class MaskedLM(nn.Module):
 
 
 def masked_lm(model: BertForMaskedLM) -> MaskedLM:
-    """The loss module over `model`."""
+    """Return the loss module over `model`."""
     return MaskedLM(model)

@@ -1,8 +1,8 @@
 """BERT blocks over cells laid end to end, without padding.
 
-Dense layers see all tokens as one matrix, attention sees each cell apart. The results are those of the padded batch,
-and the weights are the model's own modules; only the way through them differs. transformers' blocks take padded
-batches, which cost the padding and a mask that keeps torch from its fastest kernels.
+Dense layers see all tokens as one matrix, and attention sees each cell apart. The results are those of the padded
+batch, and the weights are those of the model's own modules. Blocks of transformers take padded batches, which cost the
+padding and a mask that keeps torch from its fastest kernels.
 
 Shapes: B cells, L tokens of the longest, T tokens of all cells together, H hidden, h heads, d = H / h, S tokens
 selected.
@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 
 _SHORT = 1024
-"""Longest cell whose attention in bfloat16 on a CPU is a plain product: its scores fit the cache there, and torch's
-fused kernel runs at half the rate of the products."""
+"""Longest cell whose attention in bfloat16 on a CPU is a plain product: its scores fit into the cache, and the fused
+kernel of torch runs at half the rate of the products."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a padded batch are when it is laid end to end.
+    """Places of the tokens of a padded batch that is laid end to end.
 
     Attributes
     ----------
     places
-        Of each token in the flattened padded batch, int64 [T].
+        Place of each token in the flattened padded batch, int64 [T].
     lengths
         Tokens of each cell.
     """
@@ -40,26 +40,26 @@ class Layout:
 
     @classmethod
     def of(cls, attention_mask: Tensor) -> Layout:
-        """The layout of a mask [B, L]."""
+        """Return the layout of an attention mask [B, L]."""
         lengths = tuple(attention_mask.sum(dim=1).tolist())
         return cls(places=attention_mask.flatten().nonzero().squeeze(1), lengths=lengths)
 
     def pack(self, values: Tensor) -> Tensor:
-        """[B, L] to [T]."""
+        """Lay values [B, L] end to end, [T]."""
         return values.flatten()[self.places]
 
     def counts(self, selected: Tensor) -> tuple[int, ...]:
-        """How many tokens of each cell are among `selected`, bool [T]."""
+        """Return how many tokens of each cell are among `selected`, bool [T]."""
         owners = torch.repeat_interleave(torch.tensor(self.lengths, device=selected.device))[selected]
         return tuple(torch.bincount(owners, minlength=len(self.lengths)).tolist())
 
 
 def can_pack(config: Any, weight: Tensor, *, training: bool) -> bool:
-    """Whether :func:`states` is the faster way.
+    """Return whether :func:`states` is faster than the padded batch.
 
-    On a CPU it is. On a GPU it needs the kernel for ragged attention (:func:`ragged_kernel`) and a type that it takes;
-    cell by cell, a GPU would wait for its launches. A model that asks for eager attention gets it. `weight` is one of
-    the model's; its device and, where autocast is off, its type count.
+    On a CPU it is. On a GPU it needs the kernel for ragged attention (:func:`ragged_kernel`) and a type that the kernel
+    takes; cell by cell, a GPU would wait for its launches. A model that asks for eager attention gets it. `weight` is
+    any weight of the model; its device counts and, if autocast is off, its type.
     """
     if config._attn_implementation != "sdpa":
         return False
@@ -79,7 +79,7 @@ def states(
     *,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """Hidden states after the last of `blocks`.
+    """Compute the hidden states after the last of `blocks`.
 
     Parameters
     ----------
@@ -88,14 +88,14 @@ def states(
     input_ids
         Padded batch, int64 [B, L].
     layout
-        Its tokens.
+        Layout of the batch.
     selected
         Tokens whose states are wanted, bool [T]; all by default. The last block then computes queries, mixtures and
-        dense layers for these alone: no other token needs its output.
+        dense layers for these tokens alone.
 
     Returns
     -------
-    [T, H], or [S, H].
+    States, [T, H]; [S, H] of the selected tokens.
     """
     positions = layout.places % input_ids.shape[1]
     hidden_TH: Tensor = embeddings(input_ids=layout.pack(input_ids)[None], position_ids=positions[None])[0]
@@ -113,17 +113,17 @@ def _block(
     rows: Tensor | None = None,
     counts: Sequence[int] | None = None,
 ) -> Tensor:
-    """A post-LN block on [T, H], at all tokens or at `rows`, of which each cell has `counts`."""
-    own = block.attention.self
+    """Compute a post-LN block on [T, H], at all tokens or at `rows`, of which each cell has `counts`."""
+    attention = block.attention.self
     asking = hidden if rows is None else hidden[rows]
-    heads = (-1, own.num_attention_heads, own.attention_head_size)
+    heads = (-1, attention.num_attention_heads, attention.attention_head_size)
     mixed = attend(
-        own.query(asking).view(heads),
-        own.key(hidden).view(heads),
-        own.value(hidden).view(heads),
+        attention.query(asking).view(heads),
+        attention.key(hidden).view(heads),
+        attention.value(hidden).view(heads),
         counts or lengths,
         lengths,
-        dropout=own.dropout.p if own.training else 0.0,
+        dropout=attention.dropout.p if attention.training else 0.0,
     )
     attended: Tensor = block.attention.output(mixed.flatten(1), asking)
     result: Tensor = block.output(block.intermediate(attended), attended)
@@ -139,24 +139,24 @@ def attend(
     *,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Scaled dot-product attention within each of several cells laid end to end.
+    """Compute scaled dot-product attention within each of several cells laid end to end.
 
     Parameters
     ----------
     query
-        [S, h, d].
+        Queries, [S, h, d].
     key, value
-        [T, h, d].
+        Keys and values, [T, h, d].
     asked
-        Queries of each cell; they add up to S.
+        Number of queries of each cell; they add up to S.
     lengths
-        Tokens of each cell; they add up to T.
+        Number of tokens of each cell; they add up to T.
     dropout
-        Of the attention weights.
+        Dropout of the attention weights.
 
     Returns
     -------
-    [S, h, d].
+    Mixtures of the values, [S, h, d].
     """
     if max(asked) and _is_ragged(query.device, query.dtype, dropout):
         kernel = ragged_kernel()
@@ -174,9 +174,9 @@ def attend(
 
 
 def _attend_one(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Attention of one cell; [S, h, d] from [S, h, d] and twice [T, h, d]."""
+    """Compute attention of one cell: [S, h, d] from queries [S, h, d] and from keys and values [T, h, d]."""
     if not len(query):
-        return query + key[:0] + value[:0]  # nothing, but the gradient of every weight is there, and zero
+        return query + key[:0] + value[:0]  # empty, but every weight gets a gradient, which is zero
     q, k, v = (part.transpose(0, 1) for part in (query, key, value))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not dropout and len(key) <= _SHORT:
         weights = torch.softmax(torch.matmul(q, k.transpose(1, 2)) * q.shape[-1] ** -0.5, dim=-1)
@@ -191,7 +191,7 @@ def _ends(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 @functools.cache
 def ragged_kernel() -> Callable[..., Any] | None:
-    """Torch's attention over cells laid end to end (2.10 and later; CUDA only), or None."""
+    """Return torch's attention over cells laid end to end (torch 2.10 and later, CUDA only), or None."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -201,7 +201,7 @@ def ragged_kernel() -> Callable[..., Any] | None:
 
 
 def _is_ragged(device: torch.device, dtype: torch.dtype, dropout: float) -> bool:
-    """Whether :func:`ragged_kernel` runs here: flash attention needs half precision and Ampere or later, no dropout."""
+    """Return whether :func:`ragged_kernel` can run: it needs half precision, Ampere or later, and no dropout."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or dropout or ragged_kernel() is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

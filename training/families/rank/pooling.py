@@ -1,8 +1,8 @@
 """Cell embeddings: the mean of the penultimate hidden state over a cell's tokens.
 
-The penultimate state is the output of block N-1 of N (``hidden_states[-2]``, as Theodoris et al. 2023 embed cells with
-Geneformer), so the last block and the language-model head are never computed, trained by the contrastive loss, or
-exported. Fine-tuning and export share this one module.
+The penultimate state is the output of block N-1 of N (``hidden_states[-2]``, with which Theodoris et al. 2023 embed
+cells). So the last block and the language-model head are not computed, trained by the contrastive loss, or exported.
+Fine-tuning and export share this module.
 
 Shapes: B cells in the batch, L tokens, H hidden.
 """
@@ -15,13 +15,13 @@ from transformers import BertForMaskedLM
 from transformers.masking_utils import create_bidirectional_mask
 
 LAYER = "hidden_states[-2]"
-"""The state that is pooled, as a manifest names it."""
+"""Name of the pooled state in a manifest."""
 POOLING = "mean over tokens, padding excluded"
-"""How it is pooled, as a manifest names it."""
+"""Name of the pooling in a manifest."""
 
 
 def masked_mean(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """Mean of states [B, L, H] over the real tokens, summed in float32 whatever their type; float32 [B, H]."""
+    """Return the mean of states [B, L, H] over the real tokens, float32 [B, H]; it is summed in float32."""
     mask_BL1 = attention_mask.unsqueeze(-1).to(torch.float32)
     return (hidden.to(torch.float32) * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
 
@@ -30,20 +30,20 @@ class MaskedMean(nn.Module):
     """:func:`masked_mean` as a module, so that its part of an exported graph has a name."""
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """States [B, L, H] and mask [B, L] to float32 [B, H]."""
+        """Return the mean of states [B, L, H] under a mask [B, L], float32 [B, H]."""
         return masked_mean(hidden, attention_mask)
 
 
 class PooledEncoder(nn.Module):
     """Embeddings, all blocks but the last, and the masked mean.
 
-    The modules are the model's own, not copies: training this module trains `model`, and saving `model` saves it.
-    Its parameters leave out the last block and the head, which get no gradient from a cell embedding.
+    The modules belong to the model and are not copied: training this module trains `model`. The last block and the
+    head, which get no gradient from a cell embedding, are not among its parameters.
 
     Parameters
     ----------
     model
-        A masked-language model of at least two blocks.
+        Masked-language model of at least two blocks.
     """
 
     def __init__(self, model: BertForMaskedLM) -> None:
@@ -54,7 +54,7 @@ class PooledEncoder(nn.Module):
         self.pooling = MaskedMean()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embed a batch.
+        """Embed a batch of cells.
 
         Parameters
         ----------
@@ -65,7 +65,7 @@ class PooledEncoder(nn.Module):
 
         Returns
         -------
-        float32 [B, H].
+        Embeddings, float32 [B, H].
         """
         hidden_BLH = self.embeddings(input_ids=input_ids)
         attention = create_bidirectional_mask(
