@@ -1,1 +1,1 @@
-"""One module for each command of ``python -m training``; each has ``main(arguments) -> exit code``."""
+"""One module for each command of ``python -m training``, with ``main(arguments) -> exit code``."""

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from rich.table import Table
+
+from training import console
+from training.config import strict
+from training.config.stages import CorpusConfig
+from training.data.sources import coded, keep_cells, name_of, open_source
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    from collections import Counter
-
-    from rich.table import Table
-
-    from training import console
-    from training.config import strict
-    from training.config.stages import CorpusConfig
-    from training.data.sources import coded, keep_cells, name_of, open_source
-
+    """Run the command line. Returns its exit code."""
     parser = console.parser("List what the filters of a training configuration would keep, without reading counts.")
     options = parser.parse_args(arguments)
 

@@ -1,8 +1,8 @@
-"""Fetch a public data set: resumable, checked, never half a file under its name.
+"""``python -m training download NAME DIR``: fetch a public data set, resumable and checked.
 
-``python -m training download replogle-k562-gwps DIR``. What has arrived is kept as ``<name>.part`` and continued (HTTP
-range requests) after a lost connection, a kill or a restart of the machine. The file gets its name only when its size
-and MD5 are right; ``<name>.md5`` beside it serves ``md5sum -c``.
+Received bytes are kept as ``<name>.part`` and continued (HTTP range requests) after a lost connection, a kill or a
+restart of the machine. The file gets its name only when its size and MD5 are right; ``<name>.md5`` beside it serves
+``md5sum -c``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from training import console
 from training.errors import DownloadError
 
 SPARE_BYTES = 2**28
-"""Disk space that must stay free beside the file."""
+"""Disk space that must stay free after the download."""
 _BLOCK = 2**20
 _TIMEOUT = httpx.Timeout(60.0)
 _MOVED_ON = (404, 410)
 _DENIED = (401, 403)
 Report = Callable[[str, int, int | None], None]
-"""Called with what is being done, the bytes done, and all bytes where they are known."""
+"""Called with the name of the work, the bytes done, and all bytes or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,13 @@ class RemoteFile:
     Attributes
     ----------
     name
-        Its name on disk.
+        Name on disk.
     url
-        Where it is.
+        Address.
     size, md5
-        Bytes and MD5 that its publisher lists; None where they are not known.
+        Bytes and MD5 that the publisher lists; None if they are not known.
     about
-        What it is and where size and MD5 are from.
+        Description, with the origin of size and MD5.
     """
 
     name: str
@@ -90,29 +90,28 @@ def fetch(
     attempts: int = 10,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Path:
-    """Fetch a file into a folder, continuing what is there.
+    """Fetch a file into a folder, and continue an earlier attempt.
 
     Parameters
     ----------
     file
-        What to fetch. Without an MD5, the one in ``<name>.md5`` is used if it exists; else the MD5 of what arrived is
-        written there, to be compared by whoever knows better.
+        File to fetch. Without an MD5, that in ``<name>.md5`` is used if it exists; else the MD5 of the received file is
+        written there, to be compared with the publisher's.
     folder
-        Where to; made if it does not exist.
+        Directory for the file; made if it does not exist.
     report, say
-        Told the progress, and what a person should know.
+        Functions that take the progress, and messages for people.
     attempts
-        Attempts in a row that bring nothing, before giving up.
+        Attempts in a row without a new byte after which to give up.
     sleep
-        Waits some seconds.
+        Function that waits a number of seconds.
 
     Raises
     ------
     DownloadError
-        The server has no such file, refuses it, or offers one of another size; nothing arrives any more; or the MD5 is
-        wrong.
+        The server has no such file, refuses it, or offers another size; no byte arrives any more; or the MD5 is wrong.
     InvalidParameterError
-        The folder has too little space, or holds another file of that name, or another process fetches it.
+        The folder has too little space or another file of that name, or another process fetches the same file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / file.name
@@ -147,7 +146,7 @@ def fetch(
 
 
 class _Transfer:
-    """Attempts to complete a ``.part`` file."""
+    """A series of attempts to complete a ``.part`` file."""
 
     def __init__(
         self,
@@ -191,7 +190,7 @@ class _Transfer:
                 self._sleep(wait)
 
     def _attempt(self, client: httpx.Client) -> bool:
-        """One request; whether the file is complete after it."""
+        """Make one request. Returns whether the file is complete after it."""
         start, known = self._length(), self._read_notes()
         headers = {"Accept-Encoding": "identity", "User-Agent": "perturbscope"}
         if start:
@@ -285,7 +284,7 @@ class _Transfer:
 
 
 class _RetryableError(Exception):
-    """Worth another attempt, after `pause` seconds if the server says so."""
+    """The request is worth another attempt, after `pause` seconds if the server gives a time."""
 
     def __init__(self, message: str, pause: float | None) -> None:
         super().__init__(message)
@@ -294,7 +293,7 @@ class _RetryableError(Exception):
 
 @contextmanager
 def _part(path: Path) -> Iterator[IO[bytes]]:
-    """The file that grows, for this process alone."""
+    """Open the growing file for this process alone."""
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -342,7 +341,7 @@ def _md5(path: Path, report: Report | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line. Returns its exit code."""
     listed = "\n".join(f"  {name}: {file.about}" for name, file in FILES.items())
     parser = argparse.ArgumentParser(
         description="Fetch a public data set, resumable and checked.",

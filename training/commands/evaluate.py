@@ -26,7 +26,7 @@ def _results(found: dict[str, Tallies], heldout: Heldout) -> Iterator[dict[str, 
 
 
 def _show(results: list[dict[str, Any]]) -> Table:
-    """The most read columns."""
+    """Return a table of the columns that are read most."""
     columns = {f"macro_hits@{k}": f"macro @{k}" for k in (1, 10, 100)}
     columns |= {f"micro_hits@{k}": f"micro @{k}" for k in (1, 10, 100)}
     columns |= {"perplexity": "perplexity"}
@@ -47,8 +47,8 @@ def run(
     Raises
     ------
     PerturbScopeError
-        As :func:`evaluate`, :func:`read_heldout`, :func:`training.checkpoint.load_checkpoint`; InvalidParameterError
-        for an `out` that cannot be written, VocabularyMismatchError for a corpus of other tokens.
+        :func:`evaluate`, :func:`read_heldout` or :func:`training.checkpoint.load_checkpoint` fails; `out` cannot be
+        written (InvalidParameterError); or the corpus has other tokens (VocabularyMismatchError).
     """
     if out is not None:
         check_output(out, (".json",))
@@ -83,7 +83,7 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line. Returns its exit code."""
     defaults = EvaluateOptions()
     parser = argparse.ArgumentParser(description="Score a pre-trained checkpoint on cells it was not trained on.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT")

@@ -1,4 +1,8 @@
-"""``python -m training finetune CONFIG``: fine-tune a pre-trained model on perturbation screens."""
+"""``python -m training finetune CONFIG``: fine-tune a pre-trained model on perturbation data sets.
+
+``torchrun --nproc-per-node 4 -m training finetune CONFIG`` or ``deepspeed --num_gpus 4 --module training finetune
+CONFIG`` run it on several processes, with ``loop.deepspeed`` set.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +32,16 @@ HELDOUT = "heldout.h5ad"
 
 
 def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | None:
-    """Run the stage; the checkpoint's path (None in other processes than the first).
+    """Run the stage. Returns the path of the checkpoint; None in other processes than the first.
 
-    Beside the checkpoint it leaves ``splits.json``, ``metrics.json`` and, for each data set, the held-out cells:
-    ``heldout.h5ad``, or ``heldout-<name>.h5ad`` where there are several.
+    Beside the checkpoint it writes ``splits.json``, ``metrics.json`` and, for each data set, the held-out cells:
+    ``heldout.h5ad``, or ``heldout-<name>.h5ad`` if there are several data sets.
 
     Raises
     ------
     PerturbScopeError
-        As :func:`training.data.corpus.build_corpus`, :func:`training.data.splits.make_splits`,
-        :func:`training.loop.loop.train` and :func:`training.checkpoint.save_checkpoint`.
+        :func:`training.data.corpus.build_corpus`, :func:`training.data.splits.make_splits`,
+        :func:`training.loop.loop.train` or :func:`training.checkpoint.save_checkpoint` fails.
     """
     output = Path(config.output)
     checkpoint = load_checkpoint(config.checkpoint)
@@ -91,7 +95,7 @@ def _split_fingerprint(config: ContrastiveConfig, corpus: Corpus) -> str:
 
 
 def _facts(splits: Sequence[DataSplit], checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the provenance says beyond data and hyper-parameters."""
+    """Return facts for the provenance beyond data and hyper-parameters."""
     return {
         "split": {
             split.name: {
@@ -107,8 +111,8 @@ def _facts(splits: Sequence[DataSplit], checkpoint: Checkpoint) -> dict[str, Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    options = console.parser("Fine-tune a pre-trained model on perturbation screens.").parse_args(arguments)
+    """Run the command line. Returns its exit code."""
+    options = console.parser("Fine-tune a pre-trained model on perturbation data sets.").parse_args(arguments)
 
     def train() -> None:
         finetune(strict.read(ContrastiveConfig, options.config, options.set), overwrite=options.overwrite)

@@ -21,7 +21,7 @@ def _read_genes(path: Path) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line. Returns its exit code."""
     parser = console.parser("Compute a vocabulary with the non-zero gene medians of a corpus.")
     parser.add_argument("output", metavar="OUT.tsv", type=Path, help="the vocabulary to write")
     parser.add_argument("--min-cells", type=int, default=10, help="leave out genes that fewer cells express")

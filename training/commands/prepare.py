@@ -1,6 +1,6 @@
-"""A published perturbation screen -> an .h5ad file of our conventions, streamed.
+"""``python -m training prepare IN.h5ad OUT.h5ad``: bring a published perturbation screen into our form, streamed.
 
-``python -m training prepare IN.h5ad OUT.h5ad``. What is read as what:
+The columns of OUT, and their origin in each layout:
 
 ===============  ================================  =====================================  =====================
 in OUT           scPerturb (Peidli et al. 2024)    Replogle et al. 2022, authors' files   if it is missing
@@ -58,7 +58,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where a publisher keeps what we need; of several columns the first that exists counts."""
+    """Columns and labels of a publisher; of several columns the first that exists counts."""
 
     perturbation: str
     control: str
@@ -98,27 +98,27 @@ def prepare(
     totals: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, int]:
-    """Write `output`; how many cells are kept, and left out for which reason.
+    """Write `output`. Returns the number of cells that are kept, and that are left out, by reason.
 
     Parameters
     ----------
     source, output
-        The published file, and the one to make.
+        Published file, and file to write.
     layout
-        A name of :data:`LAYOUTS`; recognised by its control label if not given.
+        Name in :data:`LAYOUTS`; by default, recognised by its control label.
     totals
-        Take over each cell's total, where there is one.
+        Whether to take over the total of each cell, if the file has one.
     progress
-        Called with the cells read, and all cells.
+        Called with the number of cells read, and of all cells.
 
     Raises
     ------
     ControlLabelMissingError
-        No cell has the label of a layout that is known.
+        No cell has the control label of a known layout.
     MalformedMatrixError
         A cell's total is smaller than the sum of its counts.
     InvalidInputError
-        As :func:`perturbscope.open_cells`; counts that are not raw.
+        :func:`perturbscope.open_cells` could not read the file, or the counts are not raw.
     """
     check_output(output, (".h5ad",), source=source)
     with ExitStack() as stack:
@@ -128,11 +128,11 @@ def prepare(
             node, var = find_matrix(root, None)
             obs, var = Frame(child(root, "obs"), uns), Frame(var, uns)
             name, labels = _labels(obs, layout, source)
-        chosen = LAYOUTS[name]
+        columns = LAYOUTS[name]
         dropped: Counter[str] = Counter()
-        keep = _kept(obs, labels, chosen, dropped)
-        genes, symbols, n_renamed = _genes(var, chosen)
-        given = _first(obs, chosen.totals) if totals else None
+        keep = _kept(obs, labels, columns, dropped)
+        genes, symbols, n_renamed = _genes(var, columns)
+        given = _first(obs, columns.totals) if totals else None
         sums = np.zeros(shape_of(node)[0])
         staging = stack.enter_context(atomic(output))
         with h5py.File(staging, "w") as made:
@@ -144,14 +144,14 @@ def prepare(
                 dropped["empty"] += int((keep[start:stop] & is_empty).sum())
                 keep[start:stop] &= ~is_empty
                 if given is not None:
-                    _check_totals(given[start:stop], sums[start:stop], keep[start:stop], start, chosen.totals)
+                    _check_totals(given[start:stop], sums[start:stop], keep[start:stop], start, columns.totals)
                 rows = np.flatnonzero(keep[start:stop])
                 if len(rows):
                     matrix.append(CountMatrix.from_matrix(block[rows], genes, first_row=start).counts)
                 if progress:
                     progress(stop, len(keep))
             matrix.close()
-            _write_frames(made, obs, keep, labels, chosen, sums if given is None else given, genes, symbols)
+            _write_frames(made, obs, keep, labels, columns, sums if given is None else given, genes, symbols)
             facts = {"kept": int(keep.sum()), **{key: n for key, n in sorted(dropped.items()) if n}}
             if n_renamed:
                 facts["genes without an id of their own"] = n_renamed
@@ -162,7 +162,7 @@ def prepare(
 
 
 def _labels(obs: Frame, layout: str | None, path: Path) -> tuple[str, pd.Series[Any]]:
-    """The layout and the perturbation of each cell."""
+    """Return the name of the layout, and the perturbation of each cell."""
     if layout is not None and layout not in LAYOUTS:
         raise InvalidParameterError(f"There is no layout {layout!r}; there are {', '.join(LAYOUTS)}.", field="layout")
     seen = []
@@ -194,7 +194,7 @@ def _kept(obs: Frame, labels: pd.Series[Any], layout: Layout, dropped: Counter[s
 
 
 def _genes(var: Frame, layout: Layout) -> tuple[NDArray[np.str_], NDArray[Any] | None, int]:
-    """Ensembl ids, symbols, and how many genes kept their old name for want of an id of their own."""
+    """Return Ensembl ids, symbols, and the number of genes that keep their old name because they have no unique id."""
     index = var.index()
     column = next((name for name in layout.genes if name in var.columns()), None)
     symbol = next((name for name in layout.symbols if name in var.columns()), None)
@@ -203,10 +203,10 @@ def _genes(var: Frame, layout: Layout) -> tuple[NDArray[np.str_], NDArray[Any] |
         return index, symbols, 0
     genes = name_genes(var.column(column).to_numpy())
     _, first = np.unique(genes, return_index=True)
-    own = np.zeros(len(genes), dtype=bool)
-    own[first] = True
-    own &= ~np.char.startswith(genes, "unnamed-")
-    return np.where(own, genes, index).astype(np.str_), symbols, int((~own).sum())
+    is_unique = np.zeros(len(genes), dtype=bool)
+    is_unique[first] = True
+    is_unique &= ~np.char.startswith(genes, "unnamed-")
+    return np.where(is_unique, genes, index).astype(np.str_), symbols, int((~is_unique).sum())
 
 
 def _first(obs: Frame, names: Sequence[str]) -> NDArray[Any] | None:
@@ -215,7 +215,7 @@ def _first(obs: Frame, names: Sequence[str]) -> NDArray[Any] | None:
 
 
 def _blocks(node: Any, path: Path) -> Iterator[tuple[int, sparse.csr_matrix]]:
-    """Runs of rows; of a dense matrix as many as its stored blocks hold, so that each is unpacked once."""
+    """Yield runs of rows; from a dense matrix, whole stored blocks, so that each is unpacked once."""
     n_cells, n_genes = shape_of(node)
     if is_group(node):
         rows = open_matrix(node)
@@ -246,7 +246,7 @@ def _check_totals(
 
 
 class _Rows:
-    """X of a new file, CSR, growing."""
+    """The growing CSR matrix X of a new file."""
 
     def __init__(self, file: h5py.File, n_genes: int) -> None:
         self._group = file.create_group("X")
@@ -318,8 +318,10 @@ def _write(file: h5py.File, name: str, value: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Bring a published screen into the form that fine-tuning reads.")
+    """Run the command line. Returns its exit code."""
+    parser = argparse.ArgumentParser(
+        description="Bring a published perturbation screen into the form that fine-tuning reads."
+    )
     parser.add_argument("source", metavar="IN.h5ad", type=Path)
     parser.add_argument("output", metavar="OUT.h5ad", type=Path)
     parser.add_argument("--layout", choices=sorted(LAYOUTS), help="recognised by default")

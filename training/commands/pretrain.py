@@ -1,4 +1,8 @@
-"""``python -m training pretrain CONFIG``: pre-train a model on a corpus of cells."""
+"""``python -m training pretrain CONFIG``: pre-train a model on a corpus of cells.
+
+``torchrun --nproc-per-node 4 -m training pretrain CONFIG`` or ``deepspeed --num_gpus 4 --module training pretrain
+CONFIG`` run it on several processes, with ``loop.deepspeed`` set.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,13 @@ from training.objectives.masked import MaskedTask
 
 
 def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:
-    """Run the stage; the checkpoint's path (None in other processes than the first).
+    """Run the stage. Returns the path of the checkpoint; None in other processes than the first.
 
     Raises
     ------
     PerturbScopeError
-        As :func:`training.data.corpus.build_corpus`, :func:`training.loop.loop.train` and
-        :func:`training.checkpoint.save_checkpoint`.
+        :func:`training.data.corpus.build_corpus`, :func:`training.loop.loop.train` or
+        :func:`training.checkpoint.save_checkpoint` fails.
     """
 
     def prepare() -> None:
@@ -39,7 +43,7 @@ def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line. Returns its exit code."""
     options = console.parser("Pre-train a model on a corpus of cells.").parse_args(arguments)
 
     def train() -> None:
