@@ -1,4 +1,4 @@
-"""A model card made of the facts that a manifest holds."""
+"""Model cards made of the facts in a manifest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from perturbscope.inference.bundle import Manifest
 
 
 def model_card(manifest: Manifest, vocabulary: GeneVocabulary) -> str:
-    """Markdown text: what the model is, how it was made, and how near the graphs are to it."""
+    """Write a model card in Markdown: the model, its training, and the differences of the graphs from it."""
     parity = manifest.parity
     lines = [
         f"# {manifest.name} {manifest.version}",

@@ -1,9 +1,9 @@
-"""Another form of the same graph: attention as the standard operator of ONNX, for GPUs.
+"""The graph with attention as the standard operator of ONNX, for GPUs.
 
-The fused form (:func:`export.graph.build_graph`) has ONNX Runtime's own operator Attention with one length a cell. On
-NVIDIA GPUs it runs cuDNN's flash attention since Hopper, and TensorRT's kernels, for heads of 32 and 64, before. The
-standard operator (opset 24) takes the lengths as well, and runs FlashAttention-2 on every GPU since Ampere and for
-every head size up to 256. It runs on the CPU, too, where both forms are compared.
+The fused form (:func:`export.graph.build_graph`) has ONNX Runtime's own operator Attention, with one length for each
+cell. On NVIDIA GPUs it runs the flash attention of cuDNN from Hopper on; before, it runs kernels of TensorRT for heads
+of 32 and 64. The standard operator (opset 24) takes the lengths as well, and runs FlashAttention-2 on every GPU from
+Ampere on and for every head size up to 256. It also runs on the CPU, where both forms are compared.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _LENGTHS = "attention_lengths"
 
 
 def standard_attention(graph: ModelProto) -> ModelProto:
-    """The float32 graph with each fused Attention as three matrix products and the standard operator.
+    """Return the float32 graph with each fused Attention as three matrix products and the standard operator.
 
     Two of the three biases of attention need no operator. With q, k, v without bias, scores of a query i are
-    (q_i + b_q) . k_j + (q_i + b_q) . b_k, of which the second term is the same for every key j and cancels in the
-    softmax. And as the weights of a query sum to 1, b_v comes out of attention as it went in, so b_v W_o belongs to the
-    bias behind the output product. The one token type that cells have becomes part of the positions: without the nodes
-    that compute its shape, all kernels run on the GPU, and can be captured as one graph.
+    (q_i + b_q) . k_j + (q_i + b_q) . b_k; the second term is the same for every key j and cancels in the softmax. The
+    weights of a query sum to 1, so b_v passes through attention unchanged, and b_v W_o is added to the bias of the
+    output product. The single token type of cells becomes part of the positions: without the nodes that compute its
+    shape, all kernels run on the GPU and can be captured as one graph.
 
     Parameters
     ----------
     graph
-        As :func:`export.graph.build_graph` fuses it.
+        Graph that :func:`export.graph.build_graph` fused.
 
     Raises
     ------
     GraphError
-        Attention is not fused, or not followed by a product and a normalisation with a bias.
+        Attention is not fused, or no product and normalisation with a bias follow it.
     """
     found = ModelProto()
     found.CopyFrom(graph)
@@ -72,7 +72,7 @@ def standard_attention(graph: ModelProto) -> ModelProto:
 def _attention(
     node: NodeProto, matrices: list[NDArray[np.float32]], b_q: NDArray[np.float32]
 ) -> tuple[list[NodeProto], list[TensorProto]]:
-    """Nodes and weights of one block's attention."""
+    """Make nodes and weights of the attention of one block."""
     heads = next(item.i for item in node.attribute if item.name == "num_heads")
     name = node.name
     weights = [
@@ -103,7 +103,7 @@ def _attention(
 def _add_to_output_bias(
     graph: ModelProto, weights: dict[str, TensorProto], attended: str, b_v: NDArray[np.float32]
 ) -> None:
-    """Add b_v W_o to the bias that the normalisation behind the output product adds."""
+    """Add b_v W_o to the bias of the normalisation that follows the output product."""
     products = [node for node in graph.graph.node if node.op_type == "MatMul" and node.input[0] == attended]
     norms = [
         node
@@ -119,7 +119,7 @@ def _add_to_output_bias(
 
 
 def _add_types_to_positions(nodes: list[NodeProto], weights: dict[str, TensorProto]) -> None:
-    """Add the first token type, which all tokens have, to every position; no token has a type then."""
+    """Add the first token type, which all tokens have, to every position, and remove the types."""
     (embedding,) = (node for node in nodes if node.op_type == "EmbedLayerNormalization")
     positions, types = (numpy_helper.to_array(weights[name]) for name in embedding.input[3:5])
     weights[embedding.input[3]].CopyFrom(numpy_helper.from_array(positions + types[0], embedding.input[3]))
@@ -127,7 +127,7 @@ def _add_types_to_positions(nodes: list[NodeProto], weights: dict[str, TensorPro
 
 
 def _keep(graph: ModelProto, nodes: list[NodeProto]) -> None:
-    """Put `nodes` into the graph, but those, and weights, on which no output depends."""
+    """Put `nodes` into the graph, without nodes and weights on which no output depends."""
     wanted = {item.name for item in graph.graph.output}
     kept = []
     for node in reversed(nodes):

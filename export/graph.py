@@ -1,7 +1,7 @@
 """Graphs: the pooled encoder as ONNX, fused for ONNX Runtime, and its smaller variants.
 
 The fused operators (Attention, EmbedLayerNormalization, SkipLayerNormalization) take the attention mask as one length
-per row, so cells must be padded on the right, as :func:`perturbscope.families.tokens.pad` does.
+for each row, so cells must be padded on the right, as :func:`perturbscope.families.tokens.pad` does.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from training.families.rank.pooling import PooledEncoder
 INPUTS = ("input_ids", "attention_mask")
 """Inputs of the graph, both int64 [batch, length]."""
 _OPSET = 17
-"""The newest that the tracing exporter writes attention in such a way that the fusion finds it."""
+"""Newest opset in which the fusion finds the attention that the tracing exporter writes."""
 _POOLING = "/pooling/"
-"""Scope of the nodes of the mean over tokens: the name that the pooled encoder gives it."""
+"""Scope of the nodes of the mean over tokens, from the name of the module in the pooled encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphFacts:
-    """What a graph holds.
+    """Contents of a graph.
 
     Attributes
     ----------
     blocks
-        Transformer blocks, counted by their attention.
+        Number of transformer blocks, counted by their attention.
     fused
-        Whether attention is one operator a block.
+        Whether the attention of a block is one operator.
     matrix_elements
         Elements of all stored floating-point matrices (quantised ones included).
     operators
-        Nodes by operator.
+        Number of nodes of each operator.
     """
 
     blocks: int
@@ -53,14 +53,14 @@ class GraphFacts:
 
 
 def build_graph(model: BertForMaskedLM, *, fuse: bool = True) -> ModelProto:
-    """The graph of a model's cell embedding, float32.
+    """Build the graph of a model's cell embedding, float32.
 
     Parameters
     ----------
     model
-        In evaluation mode, on the CPU, with eager attention (fused attention kernels are opaque to the fusion).
+        Model in evaluation mode, on the CPU, with eager attention (the fusion cannot look into fused kernels).
     fuse
-        Join each block's operators into those that ONNX Runtime has kernels for.
+        Whether to join the operators of each block into those that ONNX Runtime has kernels for.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def build_graph(model: BertForMaskedLM, *, fuse: bool = True) -> ModelProto:
 
 
 def half_precision(graph: ModelProto) -> ModelProto:
-    """The graph with float16 weights and arithmetic; the mean over tokens stays float32, as a sum could overflow."""
+    """Return the graph in float16; the mean over tokens stays float32, as a sum could overflow."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     pooling = [node for node in graph.graph.node if node.name.startswith(_POOLING)]
@@ -100,16 +100,16 @@ def half_precision(graph: ModelProto) -> ModelProto:
 
 
 def eight_bit(graph: ModelProto) -> ModelProto:
-    """The graph with int8 weights, one scale a channel; activations are quantised as they come.
+    """Return the graph with int8 weights, one scale for each channel; activations are quantised at run time.
 
-    Weights use 7 of the 8 bits: without that, processors that have AVX2 but not VNNI overflow their 16-bit sums, and
+    Weights use 7 of the 8 bits: with 8, the 16-bit sums of processors with AVX2 but without VNNI would overflow, and
     the embedding would depend on the machine.
     """
     from onnxruntime.quantization import quantize_dynamic
 
     prepared = ModelProto()
     prepared.CopyFrom(graph)
-    # The quantiser asks for its own fusion first, and warns without this note; ours leaves it nothing to do.
+    # The quantiser expects its own fusion first, and warns without this note; the graph is fused already.
     onnx.helper.set_model_props(prepared, {"onnx.quant.pre_process": "onnxruntime.quant"})
     with TemporaryDirectory() as folder:
         source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
@@ -119,14 +119,14 @@ def eight_bit(graph: ModelProto) -> ModelProto:
             target,
             per_channel=True,
             reduce_range=True,
-            # Shapes inside the fused operators are unknown to ONNX; without a default their type is, too.
+            # ONNX does not know shapes inside the fused operators nor, without a default, their types.
             extra_options={"DefaultTensorType": TensorProto.FLOAT},
         )
         return onnx.load(target)
 
 
 def graph_facts(graph: ModelProto) -> GraphFacts:
-    """Count what a graph holds."""
+    """Count the contents of a graph."""
     operators = Counter(node.op_type for node in graph.graph.node)
     fused = operators["Attention"] + operators["QAttention"]
     matrices = [item for item in graph.graph.initializer if len(item.dims) == 2]
@@ -139,22 +139,22 @@ def graph_facts(graph: ModelProto) -> GraphFacts:
 
 
 def check_graph(graph: ModelProto, *, blocks: int, matrix_elements: int, fused: bool) -> None:
-    """Prove that a graph holds what a cell embedding needs and no more.
+    """Check that a graph holds the parts that a cell embedding needs, and no others.
 
     Parameters
     ----------
     blocks
-        Transformer blocks wanted: all but the last.
+        Expected number of transformer blocks: all but the last.
     matrix_elements
-        Elements of all matrices of the pooled encoder. A second embedding table, a language-model head or an unused
-        block would exceed it.
+        Elements of all matrices of the pooled encoder; a second embedding table, a language-model head or an unused
+        block would exceed this number.
     fused
-        Whether the graph was to be fused.
+        Whether the graph should be fused.
 
     Raises
     ------
     GraphError
-        It does not.
+        The graph lacks a part, or has others.
     """
     facts = graph_facts(graph)
     if facts.blocks != blocks:
@@ -176,13 +176,13 @@ def check_graph(graph: ModelProto, *, blocks: int, matrix_elements: int, fused: 
 
 
 def _trace(encoder: PooledEncoder) -> ModelProto:
-    """The encoder as a plain graph with dynamic batch and length."""
+    """Trace the encoder as a plain graph with dynamic batch and length."""
     ids_BL = torch.full((2, 3), 2, dtype=torch.int64)
     mask_BL = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.int64)
     axes = {name: {0: "batch", 1: "length"} for name in INPUTS} | {OUTPUT: {0: "batch"}}
     with TemporaryDirectory() as folder, warnings.catch_warnings():
-        # The tracing exporter is the one whose graphs can be fused; its notices of age, and transformers' check of
-        # the mask's rank (the same for all inputs), say nothing about this graph, which is compared with torch.
+        # Only graphs of the tracing exporter can be fused. Its deprecation warnings, and the check of the mask's rank
+        # in transformers (the same for all inputs), do not matter for this graph, which is compared with torch.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="Converting a tensor to a Python boolean")
         warnings.filterwarnings("ignore", message="Exporting aten::index operator", category=UserWarning)
@@ -210,7 +210,7 @@ def _fuse(graph: ModelProto, *, heads: int, hidden: int) -> ModelProto:
 
 
 def _pooled_states(pooling: list[onnx.NodeProto]) -> str:
-    """Name of the last block's output: what the pooling multiplies with the mask."""
+    """Return the name of the last block's output, which the pooling multiplies with the mask."""
     inside = {name for node in pooling for name in node.output}
     (product,) = (node for node in pooling if node.op_type == "Mul")
     (states,) = (name for name in product.input if name not in inside)

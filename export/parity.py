@@ -22,7 +22,7 @@ from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.inference.encoder import OUTPUT
 
 LENGTHS = (1, 7, 64)
-"""Lengths that are compared, besides the longest."""
+"""Lengths, besides the longest, that are compared."""
 BATCHES = (1, 3)
 """Batch sizes that are compared."""
 
@@ -33,7 +33,7 @@ Advance = Callable[[], None]
 
 
 class Runner(Protocol):
-    """Embeds a batch; float32 [B, H]."""
+    """A function that embeds a batch; float32 [B, H]."""
 
     def __call__(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], /) -> NDArray[np.float32]:
         """Embed one batch."""
@@ -42,16 +42,16 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ParityCase:
-    """One batch, embedded by both.
+    """Comparison of one batch.
 
     Attributes
     ----------
     batch, length
-        Its padded shape; the first cell has `length` tokens, the others fewer.
+        Padded shape of the batch; the first cell has `length` tokens, the others at most as many.
     max_abs_difference
-        Over all values.
+        Largest absolute difference over all values.
     lowest_cosine
-        Over all cells.
+        Lowest cosine over all cells.
     """
 
     batch: int
@@ -61,7 +61,7 @@ class ParityCase:
 
 
 def graph_runner(graph: ModelProto) -> Runner:
-    """A graph in ONNX Runtime on the CPU."""
+    """Return a function that runs a graph in ONNX Runtime on the CPU."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -74,9 +74,9 @@ def graph_runner(graph: ModelProto) -> Runner:
 
 
 def torch_runner(model: BertForMaskedLM) -> Runner:
-    """The whole model, all blocks, as the definition reads: the mean of ``hidden_states[-2]`` over the tokens.
+    """Return a function that embeds by definition: the mean over tokens of ``hidden_states[-2]`` of the whole model.
 
-    It shares no code with the exported module, so it also proves that leaving the last block out changes nothing.
+    It shares no code with the exported module, so it also shows that leaving the last block out changes nothing.
     """
 
     @torch.inference_mode()
@@ -96,13 +96,13 @@ def torch_runner(model: BertForMaskedLM) -> Runner:
 def random_cells(
     vocabulary: GeneVocabulary, lengths: Sequence[int], *, rng: np.random.Generator
 ) -> list[NDArray[np.int64]]:
-    """Cells of the given lengths; genes in random order, each once unless there are too few of them."""
+    """Make cells of the given lengths, of genes in random order, each once unless there are too few genes."""
     genes = vocabulary.tokens.astype(np.int64)
     return [rng.choice(genes, size=length, replace=length > len(genes)) for length in lengths]
 
 
 def pad_right(cells: Sequence[NDArray[np.int64]], pad_token: int) -> Batch:
-    """Token sequences as one batch."""
+    """Pad token sequences on the right to one batch."""
     lengths = np.array([len(cell) for cell in cells])
     mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
     ids = np.full(mask.shape, pad_token, dtype=np.int64)
@@ -111,7 +111,7 @@ def pad_right(cells: Sequence[NDArray[np.int64]], pad_token: int) -> Batch:
 
 
 def parity_batches(vocabulary: GeneVocabulary, max_length: int, *, seed: int = 0) -> Iterator[Batch]:
-    """Batches of :data:`BATCHES` cells at :data:`LENGTHS` and `max_length`; all but the first cell are shorter."""
+    """Yield batches of :data:`BATCHES` cells at :data:`LENGTHS` and `max_length`, the length of their first cell."""
     rng = np.random.default_rng(seed)
     pad_token = vocabulary.special_tokens["<pad>"]
     for longest in sorted({*(length for length in LENGTHS if length < max_length), max_length}):
@@ -127,12 +127,12 @@ def check_parity(
 
     Returns
     -------
-    For the manifest: tolerance, largest absolute difference, lowest cosine, and the cases.
+    Facts for the manifest: tolerance, largest absolute difference, lowest cosine, and the cases.
 
     Raises
     ------
     ParityError
-        A difference is above `tolerance`, or not a number.
+        A difference is above `tolerance`, or is not a number.
     """
     cases = []
     for ids, mask in batches:
@@ -168,13 +168,13 @@ def compare_variant(
 ) -> dict[str, float]:
     """Compare the embeddings of a variant with those of the float32 graph, cell by cell.
 
-    Cells resemble each other, so the cosine of two raw vectors is near 1 even where the differences between cells are
-    lost; `mean_centred_cosine` is taken after the mean float32 vector was subtracted from both.
+    Cells resemble each other, so the cosine of two raw vectors is near 1 even if the differences between cells are
+    lost; for `mean_centred_cosine` the mean float32 vector is subtracted from both.
 
     Raises
     ------
     ParityError
-        A cosine is below `min_cosine`, or not a number.
+        A cosine is below `min_cosine`, or is not a number.
     """
     raw = cosines(fp32, variant)
     centre = fp32.mean(axis=0)
@@ -193,7 +193,7 @@ def compare_variant(
 
 
 def cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Cosine of each row of `left` with the same row of `right`, at most 1; float64 [n]."""
+    """Return the cosine of each row of `left` with the same row of `right`, at most 1; float64 [n]."""
     a, b = left.astype(np.float64), right.astype(np.float64)
     # Infinite values give NaN, which no tolerance accepts.
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""The whole way from a checkpoint to a bundle."""
+"""The export from a checkpoint to a bundle, step by step."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ VARIANTS: dict[str, Callable[[ModelProto], ModelProto]] = {
     "fp16-flash": lambda fp32: graph.half_precision(standard_attention(fp32)),
     "int8": graph.eight_bit,
 }
-"""How each variant is made from the float32 graph."""
+"""Variants, with the functions that make them from the float32 graph."""
 MIN_COSINE = 0.99
-"""Default of the least cosine of a variant's cell to float32."""
+"""Default of the lowest cosine between a cell of a variant and of the float32 graph."""
 _FP32_FILE = "model.onnx"
 _COMPARED_CELLS = 32
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage, the steps done and all steps."""
+"""Called with the name of the step, the steps done and all steps."""
 
 
 def export_checkpoint(
@@ -57,7 +57,7 @@ def export_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a checkpoint; either a complete and proven bundle is written, or nothing.
+    """Export a checkpoint; either a complete and checked bundle is written, or nothing.
 
     Parameters
     ----------
@@ -66,25 +66,25 @@ def export_checkpoint(
     bundle
         Directory to create.
     name, version
-        Of the model, as a server will offer it.
+        Name and version under which a server offers the model.
     variants
-        Smaller graphs beside the float32 one.
+        Smaller graphs beside the float32 graph.
     cells
-        Real cells to compare the variants on; without them, random genes at lengths up to the longest.
+        Real cells to compare the variants on; by default, random genes at lengths up to the longest.
     card
-        Text of the model card; without it, one is made of the facts in the manifest.
+        Text of the model card; by default, made of the facts in the manifest.
     licence
-        Of the weights; without it, what the checkpoint's provenance says.
+        Licence of the weights; by default, that in the provenance of the checkpoint.
     tolerance
         Largest absolute difference between torch and ONNX Runtime.
     min_cosine
-        Least cosine of a variant's cell to float32.
+        Lowest cosine between a cell of a variant and of the float32 graph.
     seed
-        Of the cells that are compared.
+        Seed of the cells that are compared.
     overwrite
-        Replace an existing bundle.
+        Whether to replace an existing bundle.
     progress
-        Told of each step.
+        Called after each step.
 
     Raises
     ------
@@ -173,7 +173,7 @@ def export_checkpoint(
 
 
 class _Steps:
-    """Counts steps for the caller's progress display."""
+    """Counter of steps for the progress display of the caller."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._total, self._progress, self._done = total, progress, 0
@@ -216,18 +216,18 @@ def _check_length(family: Family, model: BertForMaskedLM) -> None:
 def _compared_cells(
     family: Family, source: Checkpoint, cells: CountMatrix | None, *, seed: int
 ) -> list[NDArray[np.int64]]:
-    """Token sequences to compare variants on: of the given cells, or random ones with lengths as cells have them."""
+    """Return token sequences to compare variants on: of the given cells, or random ones with lengths as in cells."""
     rng = np.random.default_rng(seed)
     if cells is None:
         lengths = rng.integers(max(family.max_length // 10, 1), family.max_length, size=_COMPARED_CELLS, endpoint=True)
         return parity.random_cells(source.vocabulary, lengths.tolist(), rng=rng)
     tokens = family.tokenize(cells)
-    chosen = np.sort(rng.permutation(len(tokens))[:_COMPARED_CELLS])
-    return [tokens[int(cell)]["input_ids"].astype(np.int64) for cell in chosen]
+    sample = np.sort(rng.permutation(len(tokens))[:_COMPARED_CELLS])
+    return [tokens[int(cell)]["input_ids"].astype(np.int64) for cell in sample]
 
 
 class _GraphEncoder:
-    """A graph that is not in a bundle yet, as an encoder."""
+    """An encoder around a graph that is not in a bundle yet."""
 
     def __init__(self, run: parity.Runner) -> None:
         self._run = run
@@ -241,7 +241,7 @@ def _embedder(family: Family, run: parity.Runner, width: int, variant: str) -> E
 
 
 def _embed(run: parity.Runner, sequences: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
-    """Embed cells one by one, so without padding; float32 [n, H]."""
+    """Embed cells one by one, and so without padding; float32 [n, H]."""
     return np.concatenate([run(ids[None, :], np.ones((1, len(ids)), dtype=np.int64)) for ids in sequences])
 
 

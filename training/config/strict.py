@@ -42,7 +42,7 @@ class SectionError(ValueError):
     Parameters
     ----------
     message
-        What was found, the limit and the remedy. The path of the section is put before a `field` at its beginning.
+        Finding, limit and remedy. If it begins with `field`, the path of the section is put before it.
     field
         Key at fault, relative to the section; empty for the section as a whole.
     """

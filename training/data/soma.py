@@ -202,7 +202,7 @@ def soma_identity(source: SourceConfig) -> str:
     Raises
     ------
     PerturbScopeError
-        As :class:`SomaSource`.
+        :class:`SomaSource` cannot open the store.
     """
     facts: list[Any] = [source.path.rstrip("/")]
     if "://" not in source.path:
