@@ -1,4 +1,4 @@
-"""The E-tests of pertpy and scPerturb, restated, to compare with and to see what their conventions cost.
+"""The E-tests of pertpy and scPerturb, restated, to compare ours with them and to see what their conventions cost.
 
 Both programs exchange the labels of one perturbation and of control, as :mod:`perturbscope.scoring.scorers` does, and
 differ from it in what they compute and report:
@@ -40,17 +40,17 @@ from perturbscope.scoring.statistics import Exchange, generator
 
 @dataclass(frozen=True)
 class Peer:
-    """Conventions of a program's E-test.
+    """The conventions of a program's E-test.
 
     Attributes
     ----------
     ground, estimator
-        Of its energy distance.
+        Ground distance and estimator of its energy distance.
     ties
         Whether an exchange that equals the observed distance counts against it.
     control_is_null
-        p of control against itself, which is corrected with the others: 1 if it is computed; the smallest possible
-        if it is a missing value that no exchange exceeds.
+        Whether p of control against itself, which is corrected with the others, is 1; else it is the smallest
+        possible, since the observed value is missing and no exchange exceeds it.
     """
 
     ground: Literal["euclidean", "sqeuclidean"]
@@ -74,7 +74,7 @@ def peer_e_test(
     permutations: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """E-test of every perturbation by a peer's conventions.
+    """Test every perturbation by a peer's conventions.
 
     Parameters
     ----------
@@ -85,20 +85,20 @@ def peer_e_test(
     control
         The label of the control cells.
     peer
-        The conventions.
+        Conventions of the test.
     permutations
-        Exchanges of labels.
+        Number of exchanges of labels.
     seed
-        Of the exchanges; the programs themselves draw without one.
+        Seed of the exchanges; the programs themselves draw without one.
 
     Returns
     -------
-    Columns ``perturbation, n_cells, distance, p, p_adjusted``, one row a perturbation, in order of their names.
+    Columns ``perturbation, n_cells, distance, p, p_adjusted``; one row for each perturbation, in order of names.
 
     Raises
     ------
     InvalidEmbeddingError
-        Vectors that are not a finite matrix.
+        The vectors are not a finite matrix.
     ControlLabelMissingError
         No cell is a control.
     """
@@ -135,7 +135,7 @@ def peer_e_test(
 
 
 def holm_sidak(p: ArrayLike) -> NDArray[np.float64]:
-    """Adjusted p-values by Holm's step-down method with Sidak's bound: the default of both programs.
+    """Adjust p-values by Holm's step-down method with Sidak's bound, the default of both programs.
 
     The smallest of m p-values becomes ``1 - (1 - p)^m``, the next ``1 - (1 - p)^(m - 1)``, and none is smaller than
     the one before. With p no smaller than 1 / 1000 nothing is below 0.05 once m exceeds 51.
@@ -150,5 +150,5 @@ def holm_sidak(p: ArrayLike) -> NDArray[np.float64]:
 
 
 def largest_family(permutations: int, *, alpha: float = 0.05) -> int:
-    """Most tests of which one with the smallest p of ``1 / permutations`` can pass Holm-Sidak at `alpha`."""
+    """Return the most tests among which the smallest p, ``1 / permutations``, can still pass Holm-Sidak at `alpha`."""
     return int(np.floor(np.log1p(-alpha) / np.log1p(-1 / permutations) + 1e-12))

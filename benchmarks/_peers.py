@@ -76,7 +76,7 @@ def ask(
 
 @dataclass(frozen=True)
 class Cells:
-    """What :func:`ask` was given."""
+    """The arguments of :func:`ask`."""
 
     values: np.ndarray
     labels: np.ndarray

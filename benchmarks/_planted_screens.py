@@ -12,8 +12,8 @@ counts whole numbers. With ``s`` the strength and a module of ``k`` genes:
 - ``scatter``: counts stay as they are, and :func:`scatter` moves the cells' vectors away from the controls' mean by the
   factor 1 + s. A change of variance alone in counts is none after the logarithm (its mean falls); this one is.
 
-A group is changed block by block (the first 20 cells, the next 30, ...), so that what is said above holds for every
-prefix that ends with a block too: one group then serves for several numbers of cells.
+A group is changed block by block (the first 20 cells, the next 30, ...), so that the above holds for every prefix that
+ends with a block too, and one group serves for several numbers of cells.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ CONTROL = "control"
 
 @dataclass(frozen=True)
 class Effect:
-    """What is planted into a group.
+    """An effect that is planted into a group.
 
     Attributes
     ----------
     kind
-        See the module's head.
+        Kind of the effect; the module's docstring describes each.
     genes
-        Genes of the module.
+        Number of genes of the module.
     strength
-        Share of the module's molecules that a responding cell loses, in 0 to 1; of ``scatter``, see the head.
+        Share of the module's molecules that a responding cell loses, 0 to 1; the stretch s of ``scatter``.
     share
-        Share of the cells that respond; of use with ``rare``.
+        Share of the cells that respond; only ``rare`` uses it.
 
     Raises
     ------
     InvalidParameterError
-        A number outside its range.
+        A number is outside its range.
     """
 
     kind: Kind
@@ -71,12 +71,12 @@ class Effect:
 
     @property
     def in_counts(self) -> bool:
-        """Whether counts change."""
+        """Whether the effect changes counts."""
         return self.kind not in ("null", "scatter")
 
     @property
     def name(self) -> str:
-        """Name in tables, for example ``shift, 50 genes, 20 %``."""
+        """Name of the effect in tables, for example ``shift, 50 genes, 20 %``."""
         words: list[str] = [self.kind]
         if self.in_counts:
             words.append(f"{self.genes} genes")
@@ -89,7 +89,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class PlantedScreen:
-    """A screen of which the truth is known.
+    """A screen whose true effects are known.
 
     Attributes
     ----------
@@ -98,11 +98,11 @@ class PlantedScreen:
     perturbations
         Label of each cell: ``control``, or ``G00``, ``G01``, ... in random order of the effects.
     effects
-        What was planted into each label's cells.
+        Effect that was planted into the cells of each label.
     source
         Row of each cell in the controls that the screen was made of.
     n_reference, n_cells
-        Cells of the reference, and of each group.
+        Numbers of cells of the reference and of each group.
     """
 
     cells: CountMatrix
@@ -113,7 +113,7 @@ class PlantedScreen:
     n_cells: int
 
     def first(self, n: int) -> NDArray[np.intp]:
-        """Positions of the reference and of the first `n` cells of every group."""
+        """Return the positions of the reference and of the first `n` cells of every group."""
         starts = self.n_reference + self.n_cells * np.arange(len(self.effects))
         groups = (starts[:, None] + np.arange(min(n, self.n_cells))).ravel()
         return np.concatenate([np.arange(self.n_reference), groups])
@@ -135,21 +135,22 @@ def planted_screen(
     controls
         Real cells of one kind.
     effects
-        One group each; every group draws its own module among the genes that `detected` of the controls express.
+        Effects, one group each; a group draws its module among the genes that a share `detected` of the controls
+        express.
     blocks
-        Numbers of cells, rising; the last is the size of a group.
+        Ascending numbers of cells; the last is the size of a group.
     reference
-        Cells of the reference. No group shares a cell with it, and no group holds a cell twice; groups may share cells
-        with each other.
+        Number of cells of the reference. No group shares a cell with it, and no group holds a cell twice; groups may
+        share cells with each other.
     detected
         Smallest share of controls that express a gene of a module.
     seed
-        Of everything drawn.
+        Seed of everything that is drawn.
 
     Raises
     ------
     InvalidParameterError
-        Blocks that do not rise, or fewer eligible genes than a module needs.
+        The blocks do not rise, or fewer genes are eligible than a module needs.
     TooFewControlsError
         Fewer controls than reference and one group need.
     EmptyCellError
@@ -198,7 +199,7 @@ def plant(
     blocks: Sequence[int],
     rng: np.random.Generator,
 ) -> CountMatrix:
-    """The same cells with an effect on the genes of `module` (columns), block by block; totals follow the counts.
+    """Return the cells with an effect on the genes of `module` (columns), block by block; totals follow the counts.
 
     Raises
     ------
@@ -256,7 +257,7 @@ def _move(
 def scatter(
     values: NDArray[np.float32], screen: PlantedScreen, centre: NDArray[np.floating[Any]]
 ) -> NDArray[np.float32]:
-    """A copy of the vectors of a screen's cells with the ``scatter`` groups moved away from `centre` [width]."""
+    """Copy the vectors of a screen's cells, with the ``scatter`` groups moved away from `centre` [width]."""
     moved = values.copy()
     labels = np.asarray(screen.perturbations)
     for name, effect in screen.effects.items():
@@ -266,11 +267,11 @@ def scatter(
 
 
 def measured(screen: PlantedScreen, controls: CountMatrix) -> pd.DataFrame:
-    """What was planted, measured on the changed genes against the same cells before.
+    """Measure the effects on the changed genes, against the same cells before.
 
     Returns
     -------
-    One row a label whose counts were changed: ``perturbation, effect``, and the relative change of the changed genes'
+    One row for each label whose counts were changed: ``perturbation, effect``, and the relative change of the genes'
     mean count, of their mean log CP10k, and of the standard deviation of a cell's sum over them.
     """
     rows = []
@@ -296,7 +297,7 @@ def measured(screen: PlantedScreen, controls: CountMatrix) -> pd.DataFrame:
 
 
 class ControlPCA:
-    """Principal components of log CP10k of control cells, by which other cells are projected.
+    """Principal components of log CP10k of control cells, on which other cells are projected.
 
     Fitted on all controls, reference and source alike and each of them once, so that an unchanged group is
     exchangeable with the reference. Fitted on the planted screen, where one source cell is in several groups, the
@@ -312,6 +313,6 @@ class ControlPCA:
         self.centre: NDArray[np.float32] = self(controls).mean(axis=0)
 
     def __call__(self, cells: CountMatrix) -> NDArray[np.float32]:
-        """Scores of cells with the same genes, float32 [n, n_components]."""
+        """Project cells with the same genes; float32 [n, n_components]."""
         scores: NDArray[np.float32] = self.model.transform(log_cp10k(cells)[:, self.columns]).astype(np.float32)
         return scores

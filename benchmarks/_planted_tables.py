@@ -14,7 +14,7 @@ NULL = "null"
 
 
 def rates(rows: pd.DataFrame) -> pd.DataFrame:
-    """Share of groups with p and with adjusted p below 0.05, by everything."""
+    """Share of groups with p and with adjusted p below 0.05, by background, method, effect and size."""
     keys = ["background", "embedding", "method", "effect", "n"]
     found = rows.assign(raw=rows["p"] < 0.05, adjusted=rows["q"] < 0.05)
     return (
@@ -25,7 +25,7 @@ def rates(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def smallest_n(table: pd.DataFrame, power: float) -> pd.DataFrame:
-    """Fewest cells from which on `power` of the groups are detected after correction; a row an effect."""
+    """Fewest cells from which on a share `power` of the groups is detected after correction, by effect."""
 
     def fewest(part: pd.DataFrame) -> str:
         part = part.sort_values("n")
@@ -74,7 +74,7 @@ def tables(table: pd.DataFrame, rows: pd.DataFrame, order: dict[str, list[str]])
 
 
 def figure(table: pd.DataFrame, order: dict[str, list[str]], path: Path) -> None:
-    """Share detected after correction: a panel a method, effects by numbers of cells."""
+    """Draw the share detected after correction: a panel for each method, effects by numbers of cells."""
     import matplotlib as mpl
 
     mpl.use("agg")

@@ -1,4 +1,4 @@
-"""What the objectives of fine-tuning give on targets that they never saw.
+"""The objectives of fine-tuning, compared on targets that they never saw.
 
 ``python -m benchmarks.objectives`` trains one model an experiment from the same pre-trained checkpoint, data and split
 (training/configs/default-contrastive.yaml), and writes ``runs/objectives/objectives.md``. An experiment that is
@@ -123,7 +123,7 @@ class Screen:
 
 
 def embedder_of(checkpoint: Path) -> Embedder:
-    """An embedder that runs a checkpoint in torch."""
+    """Return an embedder that runs a checkpoint in torch."""
     found = load_checkpoint(checkpoint)
     module = PooledEncoder(cast("BertForMaskedLM", found.model())).eval()
     family = load_family(found.family, found.family_config, found.vocabulary)
@@ -137,7 +137,7 @@ def embedder_of(checkpoint: Path) -> Embedder:
 
 
 def measure(screen: Screen, embedder: Embedder | None) -> dict[str, float]:
-    """z of the held-out targets and the retrieval of guides, of a model or of PCA-50."""
+    """Measure z of the held-out targets and the retrieval of guides, of a model or, without one, of PCA-50."""
     with open_cells(screen.path, total_counts_key=TOTALS) as source:
         cells, obs = source.read(), source.obs
     if screen.context is not None:
@@ -157,7 +157,7 @@ def measure(screen: Screen, embedder: Embedder | None) -> dict[str, float]:
 
 
 def screens(run: Path) -> list[Screen]:
-    """Held-out cells of both screens, as a run on both left them."""
+    """Held-out cells of both screens, as fine-tuning on both wrote them."""
     return [
         Screen("papalexi", run / "heldout-papalexi.h5ad"),
         Screen("jurkat", run / "heldout-jurkat.h5ad", ("stimulation", "stimulated")),
@@ -165,7 +165,7 @@ def screens(run: Path) -> list[Screen]:
 
 
 def validation_z(run: Path) -> tuple[float, float, int]:
-    """Last median z of the validation targets; seconds of training; steps."""
+    """Return the last median z of the validation targets, the seconds of training and the steps."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     z = [line["validation_median_z"] for line in lines if "validation_median_z" in line]
     steps = [line for line in lines if "seconds" in line and "loss" in line]

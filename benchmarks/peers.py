@@ -67,12 +67,12 @@ def ours(values: np.ndarray, labels: np.ndarray, ground: str, estimator: str) ->
 
 
 def largest_difference(theirs: dict[str, float], mine: dict[str, float]) -> float:
-    """Largest relative difference over the labels."""
+    """Return the largest relative difference over the labels."""
     return max(abs(theirs[name] - mine[name]) / abs(theirs[name]) for name in theirs)
 
 
 def p_values(peers: dict[str, Any], values: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """p-values of every program, a row a perturbation."""
+    """p-values of every program, one row for each perturbation."""
     names = labels.tolist()
     options = ScoreOptions(normalize=False, repeats=1, permutations=PERMUTATIONS)
     scored = score_perturbations(values, names, control=CONTROL, options=options).table.set_index("perturbation")
@@ -96,7 +96,7 @@ def p_values(peers: dict[str, Any], values: np.ndarray, labels: np.ndarray) -> p
 
 
 def misplaced(peers: dict[str, Any]) -> pd.Series:
-    """Whose p-value stands in each row of pertpy's table when the cells come in the file's order."""
+    """Return the target whose p-value is in each row of pertpy's table when the cells are in the file's order."""
     order = peers["tests"]["order, cells given"]
     return pd.Series(sorted(order), index=order).drop(CONTROL)
 

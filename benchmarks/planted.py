@@ -1,4 +1,4 @@
-"""Which planted effects are detected, at which number of cells, by which metric.
+"""The power of each metric on planted effects, by number of cells.
 
     python -m benchmarks.planted [--screens 8] [--model-screens 8] [--bundle bundles/default] [--fast]
                                  [--out runs/planted] [--peers-python runs/peers/bin/python]
@@ -86,7 +86,7 @@ MAX_WASSERSTEIN = 100
 
 @dataclass(frozen=True)
 class Background:
-    """Control cells to plant into, and how."""
+    """Control cells to plant into, the effects, and the sizes of groups."""
 
     key: str
     name: str
@@ -110,7 +110,7 @@ def backgrounds() -> Iterator[Background]:
 
 
 def score(values: np.ndarray, screen: PlantedScreen, n: int, *, peers: bool, seed: int) -> Iterator[pd.DataFrame]:
-    """p and adjusted p of every group by every method, from the first n cells of each group."""
+    """Score every group by every method, from the first n cells of each group: p and adjusted p."""
     cells = screen.first(n)
     labels = np.asarray(screen.perturbations)[cells].tolist()
     for method, options in OPTIONS.items():
@@ -127,7 +127,7 @@ def score(values: np.ndarray, screen: PlantedScreen, n: int, *, peers: bool, see
 def run(
     background: Background, bundle: Bundle, screens: int, model_screens: int, folder: Path
 ) -> tuple[pd.DataFrame, float]:
-    """Every p-value of every screen, and the CPU seconds that they took; what the folder holds already is kept."""
+    """Return all p-values and their CPU seconds; screens that are in the folder are not scored again."""
     pca = ControlPCA(background.cells)
     model = ModelOf(background.cells, bundle)
     embeddings: dict[str, tuple[str, Callable[[PlantedScreen], np.ndarray], int]] = {
@@ -160,7 +160,7 @@ def run(
 
 
 class ModelOf:
-    """A bundle's embedding of planted screens; controls are embedded once, and only if a screen is asked for."""
+    """A bundle's embedding of planted screens; controls are embedded once, when the first screen is."""
 
     def __init__(self, controls: CountMatrix, bundle: Bundle) -> None:
         self.controls, self.bundle = controls, bundle
@@ -188,7 +188,7 @@ def make(background: Background, number: int) -> PlantedScreen:
 
 
 def pertpy_itself(background: Background, python: Path, n: int) -> str:
-    """pertpy's own E-test on one screen, as the cells come and with labels sorted, beside its restatement."""
+    """Run pertpy's own E-test on one screen, in the order of the cells and sorted by label, beside its restatement."""
     screen = make(background, 0)
     cells = np.random.default_rng(0).permutation(screen.first(n))
     pca = ControlPCA(background.cells)

@@ -1,4 +1,4 @@
-"""What counting, tracing and logging cost a request: ``python benchmarks/telemetry.py``; no service, no model."""
+"""The cost of counting, tracing and logging a request: ``python benchmarks/telemetry.py``; no service, no model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STAGES = ("receive", "decode", "tokenize", "queue", "inference", "encode")
 
 
 def begin() -> Call:
-    """A request as HTTP brings it."""
+    """Begin a request as the HTTP server does."""
     call = Front.begin("/v1/embed", "http", {"x-request-id": "benchmark"})
     call.caller, call.cells, call.tokens, call.n_bytes = Caller("pipeline"), 10, 100, 1000
     call.timings = dict.fromkeys(STAGES, 0.01)
@@ -28,12 +28,12 @@ def begin() -> Call:
 
 
 def microseconds(work: Callable[[], object], times: int) -> float:
-    """Of one call: the best of seven rounds, for what disturbs a round only ever makes it longer."""
+    """Time one call: the best of seven rounds, since a disturbance can only make a round longer."""
     return min(timeit.repeat(work, number=times, repeat=7)) / times * 1e6
 
 
 def traced() -> None:
-    """A request with a span for each stage and one batch."""
+    """Trace a request with a span for each stage and one batch."""
     call = begin()
     assert call.trace is not None
     turn = call.trace.turn()

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Looks up the pinned packages of the service among known vulnerabilities (pip-audit). Exit code 1: something is known, or
-# a package could not be looked up: a network without the data passes nothing.
+# Checks the pinned packages of the service for known vulnerabilities (pip-audit). Exit code 1 means that one is known, or
+# that a package could not be looked up, so the check fails without a network.
 #
 #   scripts/audit.sh [FILE...]     default requirements/serving.txt requirements/serving-gpu.txt
 #
-#   SERVICE   pypi (default), osv: whose data; both need the network
+#   SERVICE   database to ask: pypi (default) or osv; both need the network
 #   PYTHON    an interpreter with pip-audit             default .venv/bin/python, or python3
 set -euo pipefail
 
@@ -17,7 +17,7 @@ status=0
 for file in "$@"; do
     [ -f "$file" ] || { printf 'error: %s does not exist\n' "$file" >&2; exit 2; }
     printf '+ pip-audit %s\n' "$file" >&2
-    # Everything is pinned, so nothing has to be resolved or installed.
+    # All packages are pinned, so nothing has to be resolved or installed.
     "$python" -m pip_audit --disable-pip --no-deps --requirement "$file" --vulnerability-service "${SERVICE:-pypi}" \
         --progress-spinner off --strict || status=1
 done

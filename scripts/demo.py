@@ -1,7 +1,7 @@
 """The whole pipeline on the data in data/: counts, checkpoint, bundle, service, scored screen.
 
-``make demo``, or ``python scripts/demo.py``. Every step is a command that could be typed by hand, and is printed.
-Interrupted, it continues where it stopped when it is run again; finished, it begins anew.
+Run ``make demo`` or ``python scripts/demo.py``. Every step is a command that could be typed by hand, and is printed.
+After an interruption the same command continues where it stopped; after a finished run it begins again.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> int:
 
 @contextmanager
 def step(title: str, times: dict[str, float]) -> Iterator[None]:
-    """Say what happens, and note how long it took."""
+    """Print the title of a step, and record its seconds."""
     console.rule(f"[bold]{title}", align="left")
     started = time.perf_counter()
     yield
@@ -88,7 +88,7 @@ def step(title: str, times: dict[str, float]) -> Iterator[None]:
 
 
 def run(command: list[str | Path]) -> None:
-    """Run a command in sight of the user; the demo ends if it fails."""
+    """Print a command and run it; the demo ends if it fails."""
     words = [str(word) for word in command]
     console.print(f"$ {shlex.join([Path(words[0]).name, *words[1:]])}", style="cyan", highlight=False, soft_wrap=True)
     finished = subprocess.run(words, check=False)
@@ -98,7 +98,7 @@ def run(command: list[str | Path]) -> None:
 
 
 def python(*words: str | Path, unless: Path | None = None) -> None:
-    """Run a module, unless an earlier run of the demo finished that."""
+    """Run a module, unless `unless` exists from an earlier run of the demo."""
     if unless is not None and unless.exists():
         console.print(f"{unless} is there already.")
         return
@@ -106,7 +106,7 @@ def python(*words: str | Path, unless: Path | None = None) -> None:
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a port on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -114,7 +114,7 @@ def free_port() -> int:
 
 @contextmanager
 def service(http_port: int, grpc_port: int) -> Iterator[None]:
-    """The service on the demo's bundle, ready for requests; stopped at the end."""
+    """Run the service on the demo's bundle, ready for requests; it is stopped at the end."""
     given = {"BUNDLE": OUT / "bundle", "HOST": "127.0.0.1", "HTTP_PORT": http_port, "GRPC_PORT": grpc_port}
     environment = os.environ | {f"PERTURBSCOPE_{name}": str(value) for name, value in given.items()}
     log_path = OUT / "service.log"
@@ -145,7 +145,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log_path: Path)
 
 
 def largest_difference(a: pd.DataFrame, b: pd.DataFrame) -> float:
-    """Over distances and p-values of two score tables of the same screen."""
+    """Return the largest difference of distances and p-values between two score tables of the same screen."""
     keys = ["perturbation", "metric"]
     both = a.merge(b, on=keys, suffixes=("_a", "_b"), validate="one_to_one")
     if len(both) != len(a) or len(a) != len(b):

@@ -1,9 +1,9 @@
-"""Re-encode an .h5ad file of raw counts as small as it gets without losing anything that a model or a test uses.
+"""Re-encode an .h5ad file of raw counts as small as possible, without losing anything that a model or a test uses.
 
-Kept exactly: every count, cell name, cell label and gene identifier. Changed: counts become the narrowest unsigned
-integers that hold them; genes are ordered by the number of cells that express them, most first, which shrinks the
-compressed column indices by a fifth; sparse arrays are shuffled and gzipped (level 9) in chunks of 65,536 values, so
-that a reader can stream rows. Of `var` only the index and the columns named with ``--var`` stay.
+Every count, cell name, cell label and gene identifier stays exactly as it was. Counts become the narrowest unsigned
+integers that hold them. Genes are ordered by the number of cells that express them, most first, which shrinks the
+compressed column indices by a fifth. Sparse arrays are shuffled and gzipped (level 9) in chunks of 65,536 values, so
+that a reader can stream rows. `var` keeps its index and the columns named with ``--var``.
 
     python scripts/encode_h5ad.py IN.h5ad OUT.h5ad --source accession=GSE96583 --source citation="Kang 2018 ..."
 """
@@ -71,7 +71,7 @@ def write(encoded: anndata.AnnData, path: Path) -> None:
 
 
 def verify(original: anndata.AnnData, encoded: anndata.AnnData) -> None:
-    """Every count, name and label is the one of the original."""
+    """Check that every count, name and label is that of the original."""
     assert list(encoded.obs_names) == list(original.obs_names)
     assert set(encoded.var_names) == set(original.var_names)
     column = original.var_names.get_indexer(encoded.var_names)

@@ -1,4 +1,4 @@
-"""Which files of the project run in four flows: an HTTP embed, ``perturbscope score``, a training step, an export.
+"""The files of the project that run in four flows: an HTTP embed, ``perturbscope score``, a training step, an export.
 
 ``python scripts/flows.py [embed score ...]`` runs each flow twice in this process and lists the files of which
 a function was called the second time; what is imported or made once does not count. Threads are followed, other
@@ -29,7 +29,7 @@ LABELS = ("--perturbation-key", "perturbation", "--control", "control", "--permu
 
 
 class Recorder:
-    """Notes the files of the functions that are called, in all threads that begin after it."""
+    """A profiler that notes the files of called functions, in all threads that begin after it."""
 
     def __init__(self) -> None:
         self.files: set[str] = set()
@@ -49,7 +49,7 @@ class Recorder:
             self.files.add(found)
 
     def second(self, flow: Callable[[], object]) -> list[str]:
-        """Run a flow twice; the files of the second time."""
+        """Run a flow twice and return the files of the second time."""
         flow()
         self.on = True
         try:

@@ -1,4 +1,4 @@
-"""Run inside the image, beside its service: embeds a cell over HTTP and over gRPC, and looks at what the image is.
+"""Check an image from inside, beside its service: embed a cell over HTTP and gRPC, and look at user and packages.
 
 usage: python3 image_check.py [HTTP_PORT [GRPC_PORT]]
 """

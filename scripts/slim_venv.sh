@@ -1,5 +1,6 @@
 #!/bin/sh
-# usage: scripts/slim_venv.sh VENV      takes out of an installed serving set what no service uses
+# Removes from an installed serving set what no service uses.
+# usage: scripts/slim_venv.sh VENV
 set -eu
 "$1/bin/pip" uninstall --yes --quiet pip setuptools
 cd "$1"/lib/python3*/site-packages

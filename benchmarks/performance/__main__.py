@@ -1,8 +1,8 @@
 """Run parts and write the page: ``python -m benchmarks.performance [PART ...] [--quick]``.
 
-Each part times PerturbScope and its peers in turns, in one run. What it finds goes to
-``benchmarks/performance/results/PART.json``, and ``benchmarks/performance.md`` is put together anew from all results
-and from ``notes/PART.md``: the floor, what paid and what did not. ``--quick`` prints and writes nothing.
+Each part times PerturbScope and its peers in turns, in one run. Its results go to
+``benchmarks/performance/results/PART.json``, and ``benchmarks/performance.md`` is made again from all results and from
+``notes/PART.md`` (the floor, what paid and what did not). ``--quick`` prints, and writes no file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PARTS = {
     "service": "Service",
     "scaling": "Scale laws",
 }
-"""Modules of this package, in the order of the page. Each has ``run(options) -> Section``."""
+"""Titles of the parts by module of this package, in the order of the page. Each has ``run(options) -> Section``."""
 INTRODUCTION = """# Performance
 
 How fast each part is, beside what it replaces, and how far from what the machine can do. Routes of a table took turns
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def keep(part: str, section: Section, options: Options, before: dict[str, str], seconds: float) -> None:
-    """Write what a part found."""
+    """Write the results of a part."""
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     for name, figure in section.figures.items():
@@ -84,7 +84,7 @@ def keep(part: str, section: Section, options: Options, before: dict[str, str], 
 
 
 def page() -> str:
-    """The page from all results that there are."""
+    """Return the page, made from all results in the folder."""
     text = [INTRODUCTION]
     for part, title in PARTS.items():
         path = HERE / "results" / f"{part}.json"
@@ -103,7 +103,7 @@ def page() -> str:
 
 
 def origin(made: dict[str, Any]) -> str:
-    """Where a part's numbers are from."""
+    """Return the line that says how and where a part's numbers were measured."""
     return (
         f"*`{made['command']}`, {made['date']}, commit {made['commit']}, {made['seconds']} s. {made['processor']}, "
         f"accelerator: {made['accelerator']}, load average {made['load']} before. {made['versions']}.*\n"

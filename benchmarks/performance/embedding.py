@@ -1,4 +1,4 @@
-"""Embedding on the CPU: beside transformers as Geneformer's extractor runs it, and the machine's own ceiling."""
+"""Embedding on the CPU, beside transformers as Geneformer's extractor runs it and beside the machine's ceiling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.performance.embedding_whole import small_variant, streaming, who
 from benchmarks.performance.harness import Options, Section, race, table
 
 Loader = tuple[Callable[..., Ready], dict[str, Any]]
-"""What makes a route, and its options."""
+"""Function that makes a route, and its options."""
 OURS = "PerturbScope"
 SORTED, FILE_ORDER = "BertModel, longest cells first", "BertModel, order of the file"
 EXTRACTOR, HELICAL = "BertForMaskedLM, longest first", "BertForMaskedLM, batches of 24, order of the file"
@@ -24,17 +24,17 @@ HEADLESS: dict[str, Loader] = {
     SORTED: (extractor, {}),
     FILE_ORDER: (extractor, {"by_length": False}),
 }
-"""The same work in transformers: all blocks, but no head."""
+"""PerturbScope and transformers without a head; transformers runs all blocks."""
 PUBLISHED: dict[str, Loader] = {
     OURS: (ours, {}),
     EXTRACTOR: (extractor, {"head": True}),
     HELICAL: (extractor, {"head": True, "by_length": False, "batch": 24}),
 }
-"""What Geneformer's extractor and helical run for a pre-trained model: with the head over the vocabulary."""
+"""PerturbScope beside what Geneformer's extractor and helical run: a pre-trained model with its vocabulary head."""
 
 
 def run(options: Options) -> Section:
-    """The whole part."""
+    """Run the whole part."""
     default = default_weights()
     text: list[str] = []
     numbers: dict[str, Any] = {}
@@ -66,7 +66,7 @@ def run(options: Options) -> Section:
 
 
 def compare(job: Job, routes: Mapping[str, Loader], turns: int) -> dict[str, dict[str, float]]:
-    """All routes on the same cells, in turns; differences are those to the second route."""
+    """Run all routes on the same cells, in turns; differences are those to the second route."""
     running = {name: Route(make, job, **how) for name, (make, how) in routes.items()}
     seconds = race({name: route.run for name, route in running.items()}, turns)
     results = {name: route.close() for name, route in running.items()}
@@ -84,7 +84,7 @@ def compare(job: Job, routes: Mapping[str, Loader], turns: int) -> dict[str, dic
 
 
 def columns(values: Mapping[str, float], our_rate: float) -> tuple[str, ...]:
-    """Cells of one row of the table."""
+    """Return the last columns of one row of the table."""
     return (
         f"{values['cells_per_s']:,.1f}",
         f"{our_rate / values['cells_per_s']:.2f} x",
@@ -95,5 +95,5 @@ def columns(values: Mapping[str, float], our_rate: float) -> tuple[str, ...]:
 
 
 def largest(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    """Largest absolute difference of two sets of vectors."""
+    """Return the largest absolute difference of two sets of vectors."""
     return float(np.abs(found - wanted).max())

@@ -1,4 +1,4 @@
-"""How near the encoder is to the machine's matrix products, and which operators the time goes to."""
+"""The encoder's speed as a share of the machine's matrix products, and its time by operator."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from training.measure.flops import ModelSize, cell_cost
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 CEILING_SHAPES = ((4096, 1024, 1024), (4096, 256, 512), (1024, 256, 512))
 _SECONDS = 1.5
-"""Spent on each length."""
+"""Time spent on each length."""
 
 
 def floors(models: Sequence[Weights], options: Options) -> tuple[str, dict[str, Any]]:
-    """Share of the machine's fastest matrix product that is reached, by length and for real cells."""
+    """Measure the share of the machine's fastest matrix product that is reached, by length and for real cells."""
     rows, numbers = [], {}
     seconds = 0.2 if options.quick else _SECONDS
     for model in models:
@@ -69,12 +69,12 @@ def floors(models: Sequence[Weights], options: Options) -> tuple[str, dict[str, 
 
 
 def machine_ceiling() -> float:
-    """Fastest matrix product: the harness's shape, and those of a feed-forward layer of the paper's model; FLOP/s."""
+    """Fastest matrix product, FLOP/s, of the harness's shape and those of a feed-forward layer of the paper's model."""
     return max(matmul_ceiling(shape, seconds=0.1) for shape in CEILING_SHAPES)
 
 
 def where_time_goes(models: Sequence[Weights], options: Options) -> tuple[str, dict[str, Any]]:
-    """Share of the time by operator, from ONNX Runtime's own profile."""
+    """Measure the share of the time by operator, from ONNX Runtime's own profile."""
     shares: dict[str, dict[str, float]] = {}
     for model in models:
         bundle = Bundle.open(model.bundle)
@@ -92,7 +92,7 @@ def where_time_goes(models: Sequence[Weights], options: Options) -> tuple[str, d
 
 
 def profile(bundle: Bundle, length: int, *, turns: int) -> dict[str, float]:
-    """Share of each kind of operator in a batch of about 1,024 tokens, each operator's fastest turn."""
+    """Share of each kind of operator in a batch of about 1,024 tokens, from each operator's fastest turn."""
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
         options.intra_op_num_threads = usable_cores()
@@ -123,7 +123,7 @@ def profile(bundle: Bundle, length: int, *, turns: int) -> dict[str, float]:
 
 
 def best(embedder: Embedder, cells: TokenizedCells, seconds: float) -> float:
-    """Fastest of the passes that fit in `seconds`, at least two after the first."""
+    """Return the seconds of the fastest pass among those that fit in `seconds`, at least two after the first."""
     embedder.embed_tokens(cells)
     took, until, turns = float("inf"), time.perf_counter() + seconds, 0
     while turns < 2 or time.perf_counter() < until:
@@ -134,7 +134,7 @@ def best(embedder: Embedder, cells: TokenizedCells, seconds: float) -> float:
 
 
 def shape(bundle: Bundle) -> tuple[ModelSize, int]:
-    """Size of a bundle's model, and how many blocks the embedding runs."""
+    """Return the size of a bundle's model, and the number of blocks that an embedding runs."""
     config = bundle.manifest.training["model_config"]
     size = ModelSize(
         layers=config["layers"],

@@ -1,6 +1,6 @@
 """Models and cells of the embedding benchmark: one set of weights as a bundle and as a transformers model.
 
-Imports torch, transformers and onnx only where they are used: the process that measures PerturbScope has none of them.
+torch, transformers and onnx are imported only where they are used: the process that measures PerturbScope has none.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ FILES = {
 }
 DEFAULT = ROOT / "bundles" / "default"
 BUILT = ROOT / "runs" / "performance"
-"""Where the model of the paper's shape is kept between runs."""
+"""Folder that keeps the models of the benchmarks between runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """One model.
+    """Weights of one model.
 
     Attributes
     ----------
     title
-        For tables.
+        Name in tables.
     bundle
-        Its bundle.
+        Directory of its bundle.
     checkpoint
-        Its checkpoint; None: the bundle's own weights are put into a transformers model.
+        Directory of its checkpoint; None: the bundle's own weights are put into a transformers model.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Weights:
     checkpoint: Path | None = None
 
     def torch(self) -> BertForMaskedLM:
-        """The transformers model, in evaluation mode, with torch's fused attention."""
+        """Load the transformers model, in evaluation mode, with torch's fused attention."""
         if self.checkpoint is None:
             return from_bundle(self.bundle)
         from training.checkpoint import load_checkpoint
@@ -63,7 +63,7 @@ class Weights:
 
 
 def default_weights() -> Weights:
-    """The bundle that the repository ships."""
+    """Weights of the bundle that the repository ships."""
     return Weights(title="default, 4 x 128, 512 tokens", bundle=DEFAULT)
 
 
@@ -101,7 +101,7 @@ def random_bundle(config: RankModelConfig, checkpoint: Path, bundle: Path, **exp
 
 
 def from_bundle(path: Path) -> BertForMaskedLM:
-    """The transformers model of a bundle's float32 graph; the last block, which no bundle holds, has random weights."""
+    """Make the transformers model of a bundle's float32 graph; the last block, which it lacks, has random weights."""
     import onnx
     import torch
     from onnx import numpy_helper
@@ -144,14 +144,14 @@ def from_bundle(path: Path) -> BertForMaskedLM:
 
 
 def counts(source: str, n_cells: int, *, seed: int = 0) -> CountMatrix:
-    """Cells of a data set, drawn without replacement, in random order."""
+    """Draw cells of a data set without replacement, in random order."""
     with open_cells(DATA / f"{FILES[source]}.h5ad") as file:
         chosen = np.random.default_rng(seed).choice(file.n_cells, size=n_cells, replace=False)
         return file.rows(0, file.n_cells)[chosen]
 
 
 def tokens(bundle: Path, source: str, n_cells: int) -> TokenizedCells:
-    """Tokens of `n_cells` of one data set, or of ``mix``: as many of each, in random order."""
+    """Tokens of `n_cells` of one data set, or of ``mix``: the same number of each, in random order."""
     family = Bundle.open(bundle).family()
     if source in FILES:
         return family.tokenize(counts(source, n_cells))
@@ -161,7 +161,7 @@ def tokens(bundle: Path, source: str, n_cells: int) -> TokenizedCells:
 
 
 def equal_cells(vocabulary: GeneVocabulary, length: int, n_cells: int, *, repeat: bool = False) -> TokenizedCells:
-    """Cells of one length with genes at random; with `repeat` a gene may be in a cell twice, which is faster."""
+    """Make cells of one length with genes at random; `repeat` lets a gene be in a cell twice, which is faster."""
     rng = np.random.default_rng(0)
     genes = vocabulary.tokens
     if repeat:
@@ -178,7 +178,7 @@ def equal_cells(vocabulary: GeneVocabulary, length: int, n_cells: int, *, repeat
 
 
 def pick(cells: TokenizedCells, rows: NDArray[np.integer[Any]]) -> TokenizedCells:
-    """Some cells, in the order of `rows`."""
+    """Return some cells, in the order of `rows`."""
     lengths = cells.lengths[rows]
     return TokenizedCells(
         arrays={

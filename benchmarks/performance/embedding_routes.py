@@ -1,6 +1,6 @@
 """Ways to embed the same tokens, each in a process of its own.
 
-A process waits until it is told to run, so routes take turns, no route's threads spin into another's time, and each
+A process waits until it is told to run, so routes take turns, no route's threads use another's time, and each route
 has a peak memory of its own.
 """
 
@@ -27,14 +27,14 @@ BATCHES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to embed, and with what.
+    """Cells to embed, and the model.
 
     Attributes
     ----------
     weights
-        The model.
+        Weights of the model.
     source, n_cells
-        See :func:`benchmarks.performance.embedding_models.tokens`.
+        Arguments of :func:`benchmarks.performance.embedding_models.tokens`.
     """
 
     weights: Weights
@@ -49,7 +49,7 @@ class Ready:
     Attributes
     ----------
     run
-        Embeds all cells; float32 [n_cells, width], in the order of the tokens.
+        Function that embeds all cells; float32 [n_cells, width], in the order of the tokens.
     padding
         Share of the padded slots that hold no token.
     """
@@ -59,7 +59,7 @@ class Ready:
 
 
 def ours(job: Job, variant: str = "fp32") -> Ready:
-    """:class:`perturbscope.Embedder`, from tokens to vectors."""
+    """Run :class:`perturbscope.Embedder`, from tokens to vectors."""
     from perturbscope.inference.bundle import Bundle
     from perturbscope.inference.embedder import Embedder
 
@@ -69,20 +69,20 @@ def ours(job: Job, variant: str = "fp32") -> Ready:
 
 
 def extractor(job: Job, by_length: bool = True, head: bool = False, batch: int | None = None) -> Ready:
-    """The model in transformers, run as Geneformer's ``EmbExtractor`` runs it.
+    """Run the model in transformers as Geneformer's ``EmbExtractor`` does.
 
-    All blocks, batches padded to their longest cell, the mean of ``hidden_states[-2]`` over the tokens.
+    It runs all blocks on batches that are padded to their longest cell, and averages ``hidden_states[-2]`` over tokens.
 
     Parameters
     ----------
     job
-        What to embed.
+        Cells to embed, and the model.
     by_length
-        Longest cells first, as the extractor does; else in the order of the file.
+        Whether the longest cells come first, as in the extractor; else cells are in the order of the file.
     head
-        With the language-model head, as the extractor loads the pre-trained model.
+        Whether the language-model head runs too, as in the extractor for a pre-trained model.
     batch
-        Cells of a forward pass; None: a tenth of all.
+        Number of cells of a forward pass; None: a tenth of all.
     """
     import torch
 
@@ -124,12 +124,12 @@ class Route:
         self.padding: float = self._answer()
 
     def run(self) -> None:
-        """One turn."""
+        """Run one turn."""
         self._pipe.send("run")
         self._answer()
 
     def close(self) -> tuple[NDArray[np.float32], float]:
-        """The last turn's vectors, and the peak memory in MiB that turns added to the loaded model."""
+        """Return the last turn's vectors, and the peak memory in MiB that turns added to the loaded model."""
         self._pipe.send("close")
         values, added = self._answer()
         self._process.join()

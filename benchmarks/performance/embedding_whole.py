@@ -18,7 +18,7 @@ from perturbscope.inference.embedder import CHUNK_CELLS, Embedder
 
 
 def whole(model: Weights, options: Options) -> tuple[str, dict[str, Any]]:
-    """From counts, and from tokens."""
+    """Time embedding from counts and from tokens."""
     embedder = Embedder.from_bundle(Bundle.open(model.bundle))
     rows, numbers = [], {}
     for source in FILES:
@@ -39,7 +39,7 @@ def whole(model: Weights, options: Options) -> tuple[str, dict[str, Any]]:
 
 
 def small_variant(models: Sequence[Weights], options: Options) -> tuple[str, dict[str, Any]]:
-    """The int8 graph beside float32: speed by data, and how far its vectors are off."""
+    """Measure the int8 graph beside float32: speed by data set, and cosines of the vectors."""
     rows, numbers = [], {}
     for model in models:
         sources = ("mix",) if options.quick else (*FILES, "mix")
@@ -77,14 +77,14 @@ def small_variant(models: Sequence[Weights], options: Options) -> tuple[str, dic
 
 
 def cosines(a: NDArray[np.floating[Any]], b: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Cosine of each row."""
+    """Return the cosine of each row."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     products = (a * b).sum(axis=1)
     return np.asarray(products / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1))
 
 
 def streaming(model: Weights, options: Options) -> tuple[str, dict[str, Any]]:
-    """Memory of one stream of chunks, and of one matrix of results, as cells grow."""
+    """Measure the memory of one stream of chunks, and of one matrix of results, as cells grow."""
     rows, numbers = [], {}
     for n_chunks in (1, 2) if options.quick else (1, 4):
         added, vectors = {}, 0.0
@@ -106,7 +106,7 @@ def chunk_of(n_cells: int) -> CountMatrix:
 
 
 def stream_all(bundle: Path, n_chunks: int, size: int) -> tuple[float, float]:
-    """Embed a stream, keep nothing; MiB added, and MiB of the vectors."""
+    """Embed a stream and keep nothing; return MiB added, and MiB of the vectors."""
     embedder, chunk = Embedder.from_bundle(Bundle.open(bundle)), chunk_of(size)
     total = 0.0
     with Watch() as memory:
@@ -116,7 +116,7 @@ def stream_all(bundle: Path, n_chunks: int, size: int) -> tuple[float, float]:
 
 
 def result_of_all(bundle: Path, n_chunks: int, size: int) -> tuple[float, float]:
-    """Embed one matrix; MiB added, and MiB of the vectors."""
+    """Embed one matrix; return MiB added, and MiB of the vectors."""
     from scipy import sparse
 
     embedder, chunk = Embedder.from_bundle(Bundle.open(bundle)), chunk_of(size)

@@ -1,4 +1,4 @@
-"""Embedding on a GPU: what can be shown without one, and, where there is one, the race against transformers."""
+"""Embedding on a GPU: what can be shown without one, and, if there is one, the race against transformers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OFFLINE: dict[str, tuple[str, Part]] = {
 
 
 def run(options: Options) -> Section:
-    """The whole part; a piece that fails takes no other with it."""
+    """Run the whole part; a piece that fails does not stop the others."""
     reason = cuda_here()
     text, numbers = [], {}
     if reason:

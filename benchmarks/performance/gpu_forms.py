@@ -1,4 +1,4 @@
-"""Forms of the graph for a GPU: what each holds, what ONNX Runtime runs of it on CUDA, and what it costs at best."""
+"""Forms of the graph for a GPU: their operators, the kernels that CUDA runs for them, and their cost at best."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMS: dict[str, str] = {
 LAUNCHED = {"Constant", "Shape", "Reshape", "Unsqueeze", "Squeeze", "Identity"}
 """Operators that launch no kernel on a GPU."""
 _CPU = {"Shape", "Slice", "Concat", "Gather", "Where", "Equal", "ConstantOfShape"}
-"""What ONNX Runtime computes shapes with, on the CPU, when it is fed by Shape."""
+"""Operators with which ONNX Runtime computes shapes, on the CPU, from the output of Shape."""
 
 H100_FLOPS, H100_BYTES = 989e12, 3.35e12
 """The vendor's peaks of an H100 SXM: dense bf16 or fp16 products, FLOP/s, and memory, byte/s."""
@@ -43,9 +43,9 @@ class Step:
     Attributes
     ----------
     flops
-        A multiplication and an addition count as two.
+        Operations; a multiplication and an addition count as two.
     bytes
-        Read and written in the GPU's memory, where every kernel's result goes.
+        Bytes read and written in the GPU's memory, where every kernel's result goes.
     attention
         Whether it is the attention kernel, whose FLOP grow with the length.
     """
@@ -56,7 +56,7 @@ class Step:
 
 
 def steps(form: str, size: ModelSize, length: int) -> list[Step]:
-    """Kernels of one block."""
+    """Return the kernels of one block."""
     H, F = size.hidden, size.feed_forward
 
     def product(wide: int, high: int) -> Step:
@@ -75,7 +75,7 @@ def steps(form: str, size: ModelSize, length: int) -> list[Step]:
 
 
 def projected(form: str, length: int, size: ModelSize = ModelSize()) -> float:  # noqa: B008  a frozen value
-    """Cells/s of an H100 SXM if each kernel takes what its FLOP or its bytes take at the assumed shares."""
+    """Return cells/s of an H100 SXM if each kernel takes as long as its FLOP or its bytes do at the assumed shares."""
     seconds = 0.0
     for step in steps(form, size, length):
         rate = H100_FLOPS * (FLASH if step.attention else PRODUCTS)
@@ -84,7 +84,7 @@ def projected(form: str, length: int, size: ModelSize = ModelSize()) -> float:  
 
 
 def projection() -> tuple[str, dict[str, Any]]:
-    """What an H100 should do, from FLOP and bytes: a prediction to be held against a measurement."""
+    """Predict the speed of an H100 from FLOP and bytes, to be compared with a measurement."""
     size = ModelSize()
     rows, numbers = [], {}
     for length in LENGTHS:
@@ -110,7 +110,7 @@ def projection() -> tuple[str, dict[str, Any]]:
 
 
 def form_makers() -> dict[str, Callable[[ModelProto, ModelProto], ModelProto]]:
-    """How each form is made of the fused and the plain float32 graph."""
+    """Return the functions that make each form from the fused and the plain float32 graph."""
     from export.forms import standard_attention
     from export.graph import half_precision
 
@@ -123,7 +123,7 @@ def form_makers() -> dict[str, Callable[[ModelProto, ModelProto], ModelProto]]:
 
 
 def packed(graph: ModelProto) -> ModelProto:
-    """The graph without padding between embedding and mean, by ONNX Runtime's own tool."""
+    """Remove padding between embedding and mean from a graph, by ONNX Runtime's own tool."""
     import onnx
     from onnxruntime.transformers.convert_to_packing_mode import PackingMode
     from onnxruntime.transformers.onnx_model import OnnxModel
@@ -140,7 +140,7 @@ def packed(graph: ModelProto) -> ModelProto:
 
 
 def forms_bundle() -> Path:
-    """The model of the paper's shape with random weights, as a bundle with all forms; made the first time."""
+    """Return a bundle with all forms of a model of the paper's shape with random weights; it is made the first time."""
     path = BUILT / "gpu-forms"
     weights = paper_weights()
     source = Bundle.open(weights.bundle)
@@ -167,7 +167,7 @@ def forms_bundle() -> Path:
 
 
 def eager(checkpoint: Path) -> Any:
-    """A checkpoint's model as the exporter wants it."""
+    """Load a checkpoint's model as the exporter needs it."""
     from training.checkpoint import load_checkpoint
 
     model: Any = load_checkpoint(checkpoint).model(attention="eager")
@@ -175,7 +175,7 @@ def eager(checkpoint: Path) -> Any:
 
 
 def forms(options: Options) -> tuple[str, dict[str, Any]]:
-    """What each form holds, and how far its vectors are from float32's where the CPU can run it."""
+    """Tabulate the operators of each form, and its difference from float32 if the CPU can run it."""
     import numpy as np
     import onnx
 
@@ -222,7 +222,7 @@ def forms(options: Options) -> tuple[str, dict[str, Any]]:
 
 
 def _shapes(graph: ModelProto) -> int:
-    """Nodes that compute shapes: Shape, and what depends on nothing else."""
+    """Count the nodes that compute shapes: Shape, and nodes that depend on nothing else."""
     known = {item.name for item in graph.graph.initializer}
     shapes: set[str] = set()
     n = 0

@@ -1,4 +1,4 @@
-"""What is measured on a GPU: the race of all routes, the wait for the tokenizer, and the attention kernels that run."""
+"""Measurements on a GPU: the race of all routes, the wait for the tokenizer, and the attention kernels that run."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ WAYS: dict[str, tuple[str, Way]] = {
     "shapes": ("`fp16`, batches as long as their longest cell", Way(buckets=False)),
     "tensorrt": ("TensorRT, `fp16-plain`", Way(form="fp16-plain", provider="tensorrt")),
 }
-"""What is measured. In a trial on the CPU, what only a GPU has fails, and is shown to."""
+"""Routes that are measured. In a trial on the CPU, those that need a GPU fail, and the table says so."""
 
 
 def measure(options: Options, device: str = "cuda") -> tuple[str, dict[str, Any]]:
-    """All routes at each length and on the mix, against the card's ceiling."""
+    """Measure all routes at each length and on the mix, against the card's ceiling."""
     weights, bundle = paper_weights(), forms_bundle()
     best = ceiling(device) if device != "cpu" else ceiling("cpu", 512, 0.5)
     numbers: dict[str, Any] = {"ceiling": best, "device": device}
@@ -58,7 +58,7 @@ def measure(options: Options, device: str = "cuda") -> tuple[str, dict[str, Any]
 
 
 def together(job: GpuJob, turns: int) -> dict[str, dict[str, Any]]:
-    """Routes in turns; those that fail, with their error."""
+    """Run routes in turns; a route that fails has its error as its result."""
     makers: dict[str, Callable[[], Route]] = {PEER: lambda: Route(transformers, job)}
     for name, way in WAYS.values():
         makers[name] = lambda way=way: Route(ours, job, way)  # type: ignore[misc]
@@ -86,7 +86,7 @@ def together(job: GpuJob, turns: int) -> dict[str, dict[str, Any]]:
 
 
 def lines(job: GpuJob, found: Mapping[str, dict[str, Any]], best: float) -> Iterator[tuple[object, ...]]:
-    """Rows of the table."""
+    """Yield the rows of the table."""
     cost = cell_cost(ModelSize(), job.tokens().lengths, layers=ModelSize().layers - 1).forward
     peer = found[PEER].get("cells_per_s")
     for name, values in found.items():
@@ -106,7 +106,7 @@ def lines(job: GpuJob, found: Mapping[str, dict[str, Any]], best: float) -> Iter
 
 
 def waiting(options: Options, device: str = "cuda") -> tuple[str, dict[str, Any]]:
-    """Share of the time in which the GPU has no batch: counts of real cells to vectors."""
+    """Measure the share of the time in which the GPU has no batch, from counts of real cells to vectors."""
     job = GpuJob(weights=paper_weights(), bundle=forms_bundle(), cells=MIX, n_cells=1, device=device)
     rows, numbers = [], {}
     drawn = counts("Kang", 600)
@@ -140,7 +140,7 @@ def waiting(options: Options, device: str = "cuda") -> tuple[str, dict[str, Any]
 
 
 def kernels(options: Options, device: str = "cuda") -> tuple[str, dict[str, Any]]:
-    """Which attention kernel each form runs, as ONNX Runtime says."""
+    """Tabulate the attention kernel that each form runs, as ONNX Runtime reports it."""
     found: dict[str, Any] = {}
     for form in ("fp16", "fp16-flash", "fp16-packed"):
         for length in (256, 2048) if device != "cpu" else (16,):
@@ -166,12 +166,12 @@ def kernels(options: Options, device: str = "cuda") -> tuple[str, dict[str, Any]
 
 
 def last_line(text: str) -> str:
-    """What an error says."""
+    """Return the last line of an error."""
     return next((line for line in reversed(text.strip().splitlines()) if line.strip()), "no reason given")
 
 
 def cuda_here() -> str:
-    """Why nothing can be measured on a GPU here; empty if it can."""
+    """Return the reason why nothing can be measured on a GPU here; empty if it can."""
     with contextlib.suppress(ImportError):
         import torch
 

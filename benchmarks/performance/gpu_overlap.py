@@ -1,7 +1,7 @@
-"""Whether a GPU would wait: an encoder that takes a GPU's time, and needs no processor while it does.
+"""Would a GPU wait? The encoder takes as long as a GPU, and uses no processor meanwhile.
 
 The encoder sleeps for as long as an H100 should compute (see :mod:`benchmarks.performance.gpu_forms`); tokenizing,
-padding, forming batches and everything else is real. Measured is the share of the time in which it has nothing to do.
+padding, forming batches and everything else is real. The share of the time in which it has nothing to do is measured.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class SleepingGpu:
     Parameters
     ----------
     speed
-        1: as an H100 is projected; 0.25: four times slower.
+        Speed relative to the projected H100; 0.25 is four times slower.
     """
 
     def __init__(self, speed: float = 1.0) -> None:
         self._speed = speed
         self.busy = 0.0
-        """Seconds of computation: from the call until it returns, the sleep's own lateness included."""
+        """Seconds in which it computes, from call to return, the lateness of the sleep included."""
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Sleep; zeros."""
+        """Sleep, and return zeros."""
         n_cells, length = inputs["attention_mask"].shape
         started = time.perf_counter()
         time.sleep(n_cells / (projected("fp16", length) * self._speed))
@@ -53,7 +53,7 @@ class SleepingGpu:
 
 
 def simulated(family: Family, speed: float, *, overlap: bool, max_tokens: int) -> Embedder:
-    """An embedder whose encoder is a sleeping GPU."""
+    """Return an embedder whose encoder is a sleeping GPU."""
     return Embedder(
         family,
         SleepingGpu(speed),
@@ -66,7 +66,7 @@ def simulated(family: Family, speed: float, *, overlap: bool, max_tokens: int) -
 
 
 def overlap(options: Options) -> tuple[str, dict[str, Any]]:
-    """How long a simulated GPU waits, in the library and behind the service's queue."""
+    """Measure how long a simulated GPU waits, in the library and behind the service's queue."""
     family = Bundle.open(paper_weights().bundle).family()
     source = "Kang"
     cells = counts(source, 600)

@@ -1,7 +1,7 @@
 """Embedding on a GPU, beside transformers with torch's fused attention; the same code runs on the CPU, for a trial.
 
-Every route is a process of its own (see :mod:`benchmarks.performance.embedding_routes`), and one that fails is a line
-of the table, with its error.
+Every route is a process of its own (see :mod:`benchmarks.performance.embedding_routes`); one that fails has its error
+in the table.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ MIX = "mix"
 
 @dataclass(frozen=True, kw_only=True)
 class GpuJob:
-    """What to embed, and where.
+    """Cells to embed, the models, and the device.
 
     Attributes
     ----------
     weights
-        For transformers.
+        Weights for transformers.
     bundle
-        The same weights in all forms.
+        Bundle with the same weights in all forms.
     cells
-        One length, or ``mix``.
+        Length of all cells, or ``mix``.
     n_cells
-        How many.
+        Number of cells.
     device
         ``cuda``, or ``cpu`` for a trial.
     """
@@ -53,7 +53,7 @@ class GpuJob:
     device: str = "cuda"
 
     def tokens(self) -> TokenizedCells:
-        """The cells."""
+        """Return the cells."""
         if self.cells == MIX:
             drawn = tokens(self.bundle, MIX, 600)
             return pick(drawn, np.random.default_rng(0).choice(len(drawn), size=self.n_cells))
@@ -82,7 +82,7 @@ class Way:
 
 
 def ours(job: GpuJob, way: Way) -> Ready:
-    """:class:`perturbscope.Embedder`, from tokens to vectors."""
+    """Run :class:`perturbscope.Embedder`, from tokens to vectors."""
     embedder = embedder_of(job, way)
     cells = job.tokens()
     batches = embedder.plan(cells)
@@ -90,7 +90,7 @@ def ours(job: GpuJob, way: Way) -> Ready:
 
 
 def embedder_of(job: GpuJob, way: Way) -> Embedder:
-    """The embedder of a way; in a trial on the CPU, with all that a GPU's has."""
+    """Return the embedder of a way; in a trial on the CPU it has everything that a GPU's has."""
     bundle = Bundle.open(job.bundle)
     max_length = bundle.family().max_length
     limits = gpu_limits(way.provider, max_length)
@@ -112,7 +112,7 @@ def embedder_of(job: GpuJob, way: Way) -> Embedder:
 
 
 def transformers(job: GpuJob) -> Ready:
-    """The blocks that an embedding needs, in bf16, with torch's fused attention and the same batches.
+    """Run the blocks that an embedding needs in bf16, with torch's fused attention and the same batches.
 
     Cells of one length come without a mask, with which torch would not run its flash kernel.
     """
@@ -152,7 +152,7 @@ def transformers(job: GpuJob) -> Ready:
 
 
 def ceiling(device: str = "cuda", n: int = 8192, seconds: float = 2.0) -> float:
-    """Fastest bf16 matrix product [n, n] x [n, n] of torch, FLOP/s."""
+    """Measure the fastest bf16 matrix product [n, n] x [n, n] of torch, FLOP/s."""
     import torch
 
     a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))

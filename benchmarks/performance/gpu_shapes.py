@@ -1,4 +1,4 @@
-"""Few shapes: what padding up to a ladder of lengths costs on cells as data sets have them."""
+"""Few shapes: the cost of padding to a ladder of lengths, on cells of real data sets."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LADDERS: dict[str, Buckets | None] = {
     "one length": Buckets((2048,)),
 }
 WINDOW = 4096
-"""Cells that are sorted together, as the embedder does."""
+"""Number of cells that are sorted together, as in the embedder."""
 
 
 def buckets(options: Options) -> tuple[str, dict[str, Any]]:
-    """Padding, work and shapes of each ladder, at the lengths of real cells at 2,048 tokens."""
+    """Compute padding, work and shapes of each ladder, for the lengths of real cells at 2,048 tokens."""
     bundle = paper_weights().bundle
     rows, numbers = [], {}
     for source in ("mix", *FILES):

@@ -1,4 +1,4 @@
-"""What the parts share: routes that take turns, peak memory of a process of its own, what the machine is and can do."""
+"""Helpers of all parts: routes that take turns, peak memory of a separate process, facts and limits of the machine."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ PACKAGES = ("numpy", "scipy", "onnxruntime", "torch", "transformers", "bentoml",
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How much to do.
+    """Amount of work of a run.
 
     Attributes
     ----------
     quick
-        Small sizes and few repeats: does it run at all? Its numbers are not for a page.
+        Whether sizes are small and repeats few, to see that the code runs; the numbers are not for a page.
     repeats
-        Turns of each route.
+        Number of turns of each route.
     peers
         Python of an environment with requirements/peers.txt, or None.
     """
@@ -51,16 +51,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Section:
-    """What a part found.
+    """Result of a part.
 
     Attributes
     ----------
     markdown
         Tables, and sentences that follow from the numbers alone.
     numbers
-        The same for programs; goes to JSON.
+        The same as data, which goes to JSON.
     figures
-        By file name without suffix.
+        Figures by file name without suffix.
     """
 
     markdown: str
@@ -76,7 +76,7 @@ class Turns:
 
     @property
     def median(self) -> float:
-        """What tables show."""
+        """Median, which tables show."""
         return statistics.median(self.seconds)
 
     @property
@@ -88,18 +88,18 @@ class Turns:
 def race(
     routes: Mapping[str, Callable[[], object]], repeats: int, *, clock: Literal["wall", "cpu"] = "wall", warm: int = 1
 ) -> dict[str, Turns]:
-    """Time routes that take turns, so that what disturbs the machine disturbs all of them.
+    """Time routes that take turns, so that a disturbance of the machine affects all of them.
 
     Parameters
     ----------
     routes
-        What to time, by name.
+        Functions to time, by name.
     repeats
-        Turns of each.
+        Number of turns of each.
     clock
-        ``cpu`` counts the processor time of this process, for work in one thread; ``wall`` what a user waits.
+        ``cpu`` counts the processor time of this process, for work in one thread; ``wall`` counts elapsed time.
     warm
-        Turns before the first that counts.
+        Number of turns before the first that counts.
     """
     now = time.process_time if clock == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in routes}
@@ -142,13 +142,13 @@ class Watch:
 
 
 def resident() -> float:
-    """Resident memory of this process, MiB."""
+    """Return the resident memory of this process, MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 def in_child(work: Callable[..., Any], *args: Any, environment: Mapping[str, str] | None = None) -> tuple[Any, float]:
-    """Result of ``work(*args)`` in a fresh process, and that process's peak resident memory in MiB.
+    """Return the result of ``work(*args)`` in a fresh process, and that process's peak resident memory in MiB.
 
     `work` is a function of a module; arguments and result are pickled. `environment` is set before Python starts,
     for instance ``OMP_NUM_THREADS``.
@@ -215,19 +215,19 @@ def matmul_ceiling(shape: tuple[int, int, int] = (4096, 1024, 1024), *, seconds:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(str(value) for value in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def tile(values: NDArray[Any], n: int) -> NDArray[Any]:
-    """The first n rows of `values` repeated without end."""
+    """Repeat `values` to n rows."""
     return np.take(values, np.arange(n) % len(values), axis=0)
 
 
 def machine() -> dict[str, str]:
-    """Processor, cores, memory, accelerator, versions, and how busy the machine was."""
+    """Return the processor, cores, memory, accelerator, versions and load average of the machine."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -257,7 +257,7 @@ def _accelerator() -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, with a mark if files differ from it."""
+    """Return the commit that is measured, with a mark if files differ from it."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

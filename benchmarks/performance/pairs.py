@@ -28,9 +28,9 @@ from perturbscope.threads import usable_cores
 GROUPS, CELLS, WIDTH = 10_000, 200, 256
 """The screen of a genome."""
 EUCLIDEAN_CELLS = (5, 20)
-"""Cells a perturbation for which the Euclidean map is made every time."""
+"""Cells of a perturbation in the Euclidean maps that every run makes."""
 FULL = "FULL"
-"""Environment variable: also all cells."""
+"""Environment variable that adds the map of all cells."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Case:
     Attributes
     ----------
     name
-        As the table has it.
+        Name in the table.
     groups, cells, width
-        Perturbations, cells of each, dimensions.
+        Number of perturbations, of cells of each, and of dimensions.
     options
-        How to score, as keywords.
+        Keywords of :class:`ScoreOptions`.
     method
-        Of :func:`distance_map`.
+        Method of :func:`distance_map`.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Case:
 
     @property
     def cell_pairs(self) -> int:
-        """Pairs of different cells whose distances the map sums up."""
+        """Number of pairs of different cells whose distances the map sums."""
         n = self.groups * self.cells
         return n * (n - 1) // 2
 
 
 def cells_of(case: Case) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
-    """Vectors [groups x cells, width], and labels."""
+    """Make vectors [groups x cells, width] and labels."""
     rng = np.random.default_rng(0)
     values = rng.standard_normal((case.groups * case.cells, case.width), dtype=np.float32)
     by_group = values.reshape(case.groups, case.cells, case.width)
@@ -73,7 +73,7 @@ def cells_of(case: Case) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
 
 
 def make(case: Case) -> tuple[float, float]:
-    """Seconds of a map, and MiB that it added to what its input takes; in a process of its own."""
+    """Return the seconds of a map and the MiB that it added to its input; for a process of its own."""
     values, labels = cells_of(case)
     chosen = ScoreOptions(min_cells=2, **case.options)
     started = time.perf_counter()
@@ -83,7 +83,7 @@ def make(case: Case) -> tuple[float, float]:
 
 
 def root_rate(cells: int = TILE_CELLS) -> float:
-    """Square roots a second of a tile in cache, of all usable cores together."""
+    """Measure square roots a second of a tile in cache, on all usable cores together."""
     values, best = np.ones((cells, cells), dtype=np.float32), math.inf
     for _ in range(50):
         started = time.perf_counter()
@@ -93,12 +93,12 @@ def root_rate(cells: int = TILE_CELLS) -> float:
 
 
 def floor(width: int) -> float:
-    """Distances a second if matrix products ran at the machine's ceiling, and each product had its root taken."""
+    """Return distances a second if matrix products ran at the machine's ceiling and each had its root taken."""
     return 1 / (2 * width / matmul_ceiling() + 1 / root_rate())
 
 
 def run(options: Options) -> Section:
-    """All tables."""
+    """Run the whole part."""
     groups, cells = (1000, 50) if options.quick else (GROUPS, CELLS)
     cases = [
         Case("cosine", groups, cells, WIDTH, {"metrics": ("cosine_e_distance",)}),

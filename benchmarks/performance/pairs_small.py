@@ -1,4 +1,4 @@
-"""Maps of a real screen beside the programs that make the same: scipy, pertpy, scPerturb."""
+"""Maps of a real screen, beside those of scipy, pertpy and scPerturb."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from perturbscope.scoring.results import ScoreOptions
 
 CONTROL = "control"
 MOST = 200
-"""Cells of each label."""
+"""Most cells of each label."""
 TRANSPORTED = ("STAT1", "JAK2", "BRD4", "CAV1")
 """Targets whose Wasserstein distances are compared."""
 
 
 @cache
 def papalexi(most: int = MOST) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
-    """PCA-50 of the Papalexi panel, float32 [cells, 50], and labels; at most so many cells of each."""
+    """PCA-50 of the Papalexi panel, float32 [cells, 50], and labels, with at most `most` cells of each label."""
     with open_cells(
         DATA / "papalexi2021_eccite_thp1_panel.h5ad", total_counts_key="total_umi_full_transcriptome"
     ) as source:
@@ -40,7 +40,7 @@ def papalexi(most: int = MOST) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
 
 
 def with_scipy(values: NDArray[np.float32], labels: NDArray[np.str_]) -> NDArray[np.float64]:
-    """The map by scipy's cdist: a matrix of distances a pair of labels, U estimator."""
+    """Make the map with scipy's cdist: one matrix of distances for each pair of labels, U estimator."""
     names = sorted(set(labels.tolist()))
     groups = [values[labels == name].astype(np.float64) for name in names]
     sums = np.zeros((len(names), len(names)))
@@ -54,7 +54,7 @@ def with_scipy(values: NDArray[np.float32], labels: NDArray[np.str_]) -> NDArray
 
 
 def against_peers(options: Options, peers: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
-    """Table and numbers of the real screen; `peers`: their answer, if they were asked."""
+    """Return the table and numbers of the real screen; `peers` is the peers' answer, if they were asked."""
     values, labels = papalexi(50 if options.quick else MOST)
     chosen = {name: ScoreOptions(normalize=False, estimator=name, min_cells=2) for name in ("U", "V")}
     turns = race(
@@ -87,7 +87,7 @@ def against_peers(options: Options, peers: dict[str, Any] | None) -> tuple[str, 
 
 
 def landmark_errors(options: Options) -> tuple[str, dict[str, Any]]:
-    """How far maps from landmarks, and maps of fewer cells, are from the exact map of a real screen."""
+    """Compare maps from landmarks, and maps of fewer cells, with the exact map of a real screen."""
     values, labels = papalexi(200 if options.quick else 10_000)
     rng = np.random.default_rng(0)
     parts = np.array([f"{label}/{rng.integers(max(1, (labels == label).sum() // 100))}" for label in labels]).tolist()

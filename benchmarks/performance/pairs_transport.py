@@ -15,11 +15,11 @@ from perturbscope.scoring.distances import pairwise_distances, unit_rows
 from perturbscope.scoring.optimal_transport import assignment_cost, picked_costs, transport_cost
 
 REGULARIZATION = 0.02
-"""Of Sinkhorn, as a share of the mean cost."""
+"""Regularization of Sinkhorn, as a share of the mean cost."""
 
 
 def sinkhorn(cost: NDArray[np.float32]) -> float:
-    """POT's Sinkhorn: the cost of its plan."""
+    """Return the cost of the plan of POT's Sinkhorn."""
     n, m = cost.shape
     weight = REGULARIZATION * float(cost.mean())
     values = cost.astype(np.float64)
@@ -28,7 +28,7 @@ def sinkhorn(cost: NDArray[np.float32]) -> float:
 
 
 def transports(options: Options, peers: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
-    """Tables and numbers."""
+    """Return the tables and numbers."""
     values, _ = papalexi(50 if options.quick else 2000)
     rows = unit_rows(values)
     rng = np.random.default_rng(0)

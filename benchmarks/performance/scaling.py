@@ -1,4 +1,4 @@
-"""Scale laws: seconds and memory against what grows, and what gives way first at 100 million cells."""
+"""Scale laws: seconds and memory against size, and the limits that are met first at 100 million cells."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run(options: Options) -> Section:
-    """See the module."""
+    """Run the whole part."""
     widths = LAWS["embed-width"].quick if options.quick else LAWS["embed-width"].sizes
     if not all((BUILT / f"width-{size}").exists() for size in widths):
         in_child(build_widths, widths)
@@ -36,7 +36,7 @@ def run(options: Options) -> Section:
 
 
 def exponents(law: Law, points: list[dict[str, float]]) -> dict[str, float]:
-    """Slopes of log-log lines by least squares: measured, between the two largest sizes, and of the operations."""
+    """Fit slopes of log-log lines: measured, between the two largest sizes, and of the operations."""
     sizes = np.array([point["size"] for point in points])
     seconds = np.array([point["seconds"] for point in points])
     work = np.array([law.operations(size) for size in sizes])
@@ -53,7 +53,7 @@ def exponents(law: Law, points: list[dict[str, float]]) -> dict[str, float]:
 
 
 def laws_table(laws: dict[str, Any]) -> str:
-    """One row a law."""
+    """Return the table, one row for each law."""
     rows = []
     for name, found in laws.items():
         law, first, last = LAWS[name], found["points"][0], found["points"][-1]
@@ -92,7 +92,7 @@ def laws_table(laws: dict[str, Any]) -> str:
 
 
 def figure(laws: dict[str, Any]) -> Figure:
-    """A panel a law: seconds (points), the line of the operations through their middle, and memory."""
+    """Draw a panel for each law: seconds (points) and the line of the operations through their middle; and memory."""
     from matplotlib.figure import Figure as Made
 
     made = Made(figsize=(11, 7.6))

@@ -1,4 +1,4 @@
-"""What is measured against what: one law a quantity, each in a process of its own."""
+"""The laws: a cost against a size, each measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from training.measure.flops import ModelSize, cell_cost
 
 CONTROL = "control"
 CONTROLS = 2_000
-"""Control cells, where they are not what is varied."""
+"""Number of control cells, unless that is varied."""
 WIDTHS_LENGTH = 256
 """Tokens of a cell where the width is varied."""
 LENGTH_TOKENS = 8192
-"""Tokens in all where the length is varied: the number of cells falls as they grow."""
+"""Number of tokens of all cells when the length is varied: longer cells are fewer."""
 
 Work = Callable[[], object]
 
@@ -52,15 +52,15 @@ class Law:
     Attributes
     ----------
     what, size
-        Names of the work and of what is varied.
+        Names of the work and of the size that is varied.
     sizes, quick
-        Where it is measured, ascending; with ``--quick``.
+        Sizes at which it is measured, ascending; those of ``--quick``.
     operations
-        The work expected at a size, to a factor.
+        Function from a size to the expected work, up to a factor.
     begin
         Loads what does not depend on the size, and returns a function from a size to the work to be timed.
     cells
-        Cells among which the seconds are to be divided at a size; None: the whole is meant.
+        Function from a size to the number of cells that share the seconds; None: the seconds are those of all.
     """
 
     what: str
@@ -73,7 +73,7 @@ class Law:
 
 
 def measure(name: str, sizes: tuple[int, ...], repeats: int) -> list[dict[str, float]]:
-    """Seconds (fastest turn) and memory above the start (MiB, inputs included) at each size; for a fresh process."""
+    """Seconds (fastest turn) and memory above the start (MiB, input included) at each size; for a fresh process."""
     law, found = LAWS[name], []
     prepare = law.begin()
     start = resident()
@@ -89,20 +89,20 @@ def measure(name: str, sizes: tuple[int, ...], repeats: int) -> list[dict[str, f
 
 
 def timed(work: Work) -> float:
-    """Seconds of a call."""
+    """Return the seconds of a call."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def real_cells(n: int) -> CountMatrix:
-    """Cells of PBMC 3k, over and over."""
+    """Repeat the cells of PBMC 3k to n cells."""
     cells = counts("PBMC 3k", 2700)
     return cells[np.arange(n) % len(cells)]
 
 
 def family() -> Family:
-    """The tokenizer at 2,048 tokens."""
+    """Return the tokenizer with at most 2,048 tokens."""
     return Bundle.open(paper_weights().bundle).family()
 
 
@@ -242,17 +242,17 @@ def score_operations(perturbations: float, cells: float) -> float:
 
 
 def linear(size: float) -> float:
-    """As many operations as there are."""
+    """Work in proportion to the size."""
     return size
 
 
 def square(size: float) -> float:
-    """Pairs."""
+    """Work in proportion to the square of the size."""
     return size * size
 
 
 def constant(_: float) -> float:
-    """The same for all."""
+    """Work that does not depend on the size."""
     return 1.0
 
 

@@ -1,4 +1,4 @@
-"""What gives way first as cells grow to 100 million: bytes and seconds of a cell, and their limits."""
+"""The limits that are met first as cells grow to 100 million: bytes and seconds of a cell."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ GENES = 1_500
 PERTURBATIONS = 10_000
 WIDTH = 256
 BF16_PEAK, SHARE = 989e12, 0.35
-"""An H100 SXM without sparsity, FLOP/s, by its data sheet; and the share of it that the embedding is taken to reach."""
+"""Peak of an H100 SXM without sparsity, FLOP/s, by its data sheet, and the share that embedding is assumed to reach."""
 SOFT_FILES = 1_024
-"""Open files of a process where nobody has raised the limit."""
+"""Usual limit of the open files of a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """Something that grows with cells, and ends.
+    """A quantity that grows with cells, and its bound.
 
     Attributes
     ----------
     what
-        Its name.
+        Name of the quantity.
     each
-        Of one cell.
+        Amount for one cell.
     bound
-        How much there may be.
+        Largest amount.
     unit
-        Of both.
+        Unit of both amounts.
     basis
-        Where `each` is from.
+        Origin of `each`: counted or measured.
     way
-        What carries 100 million cells past it.
+        Way by which 100 million cells get past it.
     """
 
     what: str
@@ -54,12 +54,12 @@ class Limit:
 
     @property
     def reached(self) -> float:
-        """Cells at which it ends."""
+        """Number of cells at which the bound is met."""
         return self.bound / self.each
 
 
 def limits(laws: dict[str, list[dict[str, float]]], *, quick: bool) -> tuple[str, dict[str, Any]]:
-    """Tables of limits, ordered by the cells at which they are met, and of time."""
+    """Return the tables of limits, ordered by the cells at which they are met, and of times."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     n_labels = 20_000 if quick else 1_000_000
     labels, _ = in_child(bytes_of_labels, n_labels)
@@ -127,7 +127,7 @@ def limits(laws: dict[str, list[dict[str, float]]], *, quick: bool) -> tuple[str
 
 
 def durations(laws: dict[str, list[dict[str, float]]]) -> tuple[str, dict[str, float]]:
-    """Days of each step at 100 million cells: from the laws' largest points, and what FLOP would take on GPUs."""
+    """Estimate each step at 100 million cells, from the laws' largest points, and on GPUs from FLOP."""
     genes = float(np.diff(counts_of_million().counts.indptr).mean())
     last = laws["stream-cells"][-1]
     streaming = last["seconds"] / last["size"] * GENES / genes * CELLS
@@ -180,7 +180,7 @@ def durations(laws: dict[str, list[dict[str, float]]]) -> tuple[str, dict[str, f
 
 
 def counts_of_million() -> Any:
-    """Some cells of the file that is tiled for the streaming law."""
+    """Read some cells of the file that the streaming law repeats."""
     from benchmarks.performance.harness import DATA
     from perturbscope.cells.readers import open_cells
 
@@ -189,7 +189,7 @@ def counts_of_million() -> Any:
 
 
 def bytes_of_labels(n_cells: int) -> dict[str, float]:
-    """Bytes that labels and names of cells take, each of them; for a fresh process."""
+    """Measure the bytes of a label and of a cell's name; for a fresh process."""
     import anndata
     import pandas as pd
     from scipy import sparse
@@ -216,7 +216,7 @@ def bytes_of_labels(n_cells: int) -> dict[str, float]:
 
 
 def quantity(value: float, unit: str) -> str:
-    """With three digits and a prefix."""
+    """Write a quantity with three digits and a prefix."""
     if unit == "B":
         for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
             if value >= size:
@@ -226,7 +226,7 @@ def quantity(value: float, unit: str) -> str:
 
 
 def span(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
+    """Write seconds in a suitable unit."""
     for size, name in ((86400 * 365, "years"), (86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {name}"

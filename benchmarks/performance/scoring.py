@@ -40,7 +40,7 @@ METRICS = ("e_distance", "cosine_e_distance")
 
 
 def run(options: Options) -> Section:
-    """Measure."""
+    """Run the whole part."""
     numbers: dict[str, Any] = {}
     parts = [peers(options, numbers)]
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +53,7 @@ def run(options: Options) -> Section:
 
 
 def peers(options: Options, numbers: dict[str, Any]) -> str:
-    """The E-test of five perturbations by each program."""
+    """Time the E-test of five perturbations by each program."""
     values, labels = papalexi()
     if options.quick:
         values, labels = values[::5], labels[::5]
@@ -109,7 +109,7 @@ def peers(options: Options, numbers: dict[str, Any]) -> str:
 def distance_gap(
     theirs: dict[str, float], values: NDArray[np.float64], labels: NDArray[np.str_], estimator: Any
 ) -> float:
-    """Largest difference of our distance from theirs, of theirs."""
+    """Return the largest relative difference of our distances from theirs."""
     controls = values[labels == CONTROL]
     return max(
         abs(e_distance(values[labels == name], controls, estimator=estimator) - theirs[name]) / abs(theirs[name])
@@ -118,7 +118,7 @@ def distance_gap(
 
 
 def screens(options: Options, components: NDArray[np.float32], path: Path, numbers: dict[str, Any]) -> str:
-    """Screens of growing size, each in a process of its own."""
+    """Score screens of growing size, each in a process of its own."""
     width = components.shape[1]
     counts = (20, 50) if options.quick else (100, 1000, 10_000)
     controls = 2_000 if options.quick else 75_000
@@ -165,7 +165,7 @@ def screens(options: Options, components: NDArray[np.float32], path: Path, numbe
 
 
 def null(options: Options, components: NDArray[np.float32], path: Path, numbers: dict[str, Any]) -> str:
-    """The closed form of the size-matched null beside draws."""
+    """Compare the closed form of the size-matched null with draws."""
     draws = 500 if options.quick else NULL_DRAWS
     shape = Shape(1, controls=5_000, width=components.shape[1])
     write_screen(path, components, shape)
@@ -204,7 +204,7 @@ def null(options: Options, components: NDArray[np.float32], path: Path, numbers:
 
 
 def sampling(options: Options, components: NDArray[np.float32], path: Path, numbers: dict[str, Any]) -> str:
-    """What a sample of the controls does to distances and z."""
+    """Measure the effect of sampling the controls on distances and z."""
     shape = Shape(20, controls=4_000 if options.quick else 20_000, width=components.shape[1])
     write_screen(path, components, shape)
     values, labels = np.load(path), labels_of(shape).tolist()

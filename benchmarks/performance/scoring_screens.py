@@ -26,7 +26,7 @@ _CHUNK = 50_000
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a screen."""
+    """Numbers of a screen: perturbations, cells of each, controls, width, and batches (0: none)."""
 
     perturbations: int
     cells: int = 200
@@ -36,12 +36,12 @@ class Shape:
 
     @property
     def n(self) -> int:
-        """Cells."""
+        """Number of cells."""
         return self.perturbations * self.cells + self.controls
 
 
 def papalexi() -> tuple[NDArray[np.float64], NDArray[np.str_]]:
-    """PCA-50 [6864, 50] of the controls and five targets of the Papalexi panel, and their labels."""
+    """Return PCA-50 [6864, 50] of the controls and five targets of the Papalexi panel, and their labels."""
     path = DATA / "papalexi2021_eccite_thp1_panel.h5ad"
     with open_cells(path, total_counts_key="total_umi_full_transcriptome") as source:
         cells, labels = source.read(), source.obs["perturbation"].astype(str).to_numpy()
@@ -50,7 +50,7 @@ def papalexi() -> tuple[NDArray[np.float64], NDArray[np.str_]]:
 
 
 def real_components(width: int) -> NDArray[np.float32]:
-    """The first singular vectors' scores of log CP10k, centred, of the 13,576 cells of Kang et al., [cells, width]."""
+    """Scores of log CP10k on the first singular vectors, centred, of all cells of Kang et al., [cells, width]."""
     with open_cells(DATA / "kang2018_ifnb_pbmc.h5ad") as source:
         values = log_cp10k(source.read())
     values = values[:, np.flatnonzero(values.getnnz(axis=0) > 50)]
@@ -60,7 +60,7 @@ def real_components(width: int) -> NDArray[np.float32]:
 
 
 def write_screen(path: Path, components: NDArray[np.float32], shape: Shape) -> None:
-    """Write the vectors, float32 .npy [n, width]: first the controls, then perturbation after perturbation.
+    """Write the vectors, float32 .npy [n, width]: the controls, then one perturbation after the other.
 
     A cell is a real cell plus `MIXED` of the difference of two others, all three drawn at random: no two are copies,
     and the covariance is that of real cells. Cells of every tenth perturbation are moved by `EFFECT` of the difference
@@ -89,13 +89,13 @@ def write_screen(path: Path, components: NDArray[np.float32], shape: Shape) -> N
 
 
 def labels_of(shape: Shape) -> NDArray[np.str_]:
-    """Label of each cell."""
+    """Return the label of each cell."""
     names = np.array([f"gene{i:05d}" for i in range(shape.perturbations)])
     return np.concatenate([np.full(shape.controls, CONTROL), np.repeat(names, shape.cells)])
 
 
 def batch_codes(shape: Shape) -> NDArray[np.int64] | None:
-    """Batch of each cell, at random."""
+    """Draw the batch of each cell."""
     return np.random.default_rng(1).integers(shape.batches, size=shape.n) if shape.batches else None
 
 
@@ -104,8 +104,8 @@ def score_file(path: Path, shape: Shape, options: dict[str, Any]) -> dict[str, A
 
     Returns
     -------
-    ``seconds`` in all, of each metric and before the first score; ``found`` (q < 0.05, by metric: of the moved
-    perturbations, and of the others).
+    ``seconds`` in all, ``by_metric`` those of each metric, ``first`` those before the first score, and ``found``: by
+    metric, how many of the moved perturbations and of the others have q < 0.05.
     """
     from perturbscope.scoring.control import score_perturbations
     from perturbscope.scoring.results import ScoreOptions

@@ -2,7 +2,7 @@
 
 The service is ``python -m serving`` with its defaults (all cores, the default bundle). Callers send requests that were
 encoded before the clock started. Both share the machine's cores, so what the callers' process takes is measured and
-stated: a ceiling that the service could reach beside them is the raw one less their share of the processors.
+stated: the ceiling for a service beside them is the raw one less their share of the processors.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MIB = 2**20
 
 
 def run(options: Options) -> Section:
-    """All of the part; see the module."""
+    """Run the whole part."""
     plan = (
         Plan(1, 2.0, 2.0, 10, quick=True)
         if options.quick
@@ -87,7 +87,7 @@ def run(options: Options) -> Section:
 def saturation(
     plan: Plan, server: RunningServer, callers: Callers, asks: list[Ask], plain: str
 ) -> tuple[str, dict[str, Any]]:
-    """One set of cells by every way, in turns."""
+    """Embed one set of cells by every way, in turns."""
     n_cells = sum(len(ask.rows) for ask in asks)
     cores = usable_cores()
     ways: list[Way] = [*UNARY, *STREAMS, "BentoML batchable"]
@@ -194,14 +194,14 @@ def _sent(way: Way, server: RunningServer, plain: str, asks: list[Ask]) -> Job:
 
 
 def largest_difference(asks: list[Ask], vectors: list[NDArray[np.float32]]) -> float:
-    """Of any value, from what the library gives."""
+    """Return the largest difference of a value from the library's."""
     expected = right(tuple(asks))
     assert sum(map(len, vectors)) == len(expected)
     return float(np.abs(np.concatenate(vectors) - expected).max())
 
 
 def by_policy(plan: Plan, asks: list[Ask]) -> tuple[str, dict[str, Any]]:
-    """Two rules of making batches over the same encoder, without a service."""
+    """Compare two rules for making batches over the same encoder, without a service."""
     tokens = [embedder().tokenize(ask.cells()) for ask in asks]
     budget = embedder().limits.max_tokens
     makers: dict[str, Callable[[], policies.ByArrival | policies.ByLength]] = {
@@ -259,7 +259,7 @@ def by_policy(plan: Plan, asks: list[Ask]) -> tuple[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def bento(folder: Path) -> Iterator[str]:
-    """The plain BentoML endpoint, ready; its address."""
+    """Start the plain BentoML endpoint, wait until it is ready, and yield its address."""
     (port,) = free_ports(1)
     (spec,) = embedder().family.inputs
     variables = {

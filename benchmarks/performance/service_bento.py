@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 @bentoml.service(workers=1, traffic={"timeout": 600}, logging={"access": {"enabled": False}})
 class Plain:
-    """Vectors of cells that are tokens already, padded by their caller to the longest that the model takes."""
+    """Vectors of cells that their caller has tokenized and padded to the model's longest length."""
 
     def __init__(self) -> None:
         options = ort.SessionOptions()
@@ -21,7 +21,7 @@ class Plain:
 
     @bentoml.api(batchable=True)  # type: ignore[untyped-decorator]
     def embed(self, tokens: np.ndarray) -> np.ndarray:
-        """Vectors of a batch; columns that nobody uses are cut off, which is the least that anyone would do."""
+        """Embed a batch; columns of padding alone are cut off, as any service would do."""
         mask = tokens != self._pad
         longest = int(mask.sum(axis=1).max())
         feed = {"input_ids": tokens[:, :longest].astype(np.int64), "attention_mask": mask[:, :longest].astype(np.int64)}

@@ -1,4 +1,4 @@
-"""Requests of mixed sizes with real cells of mixed lengths, the same in every process that asks for them."""
+"""Requests of mixed sizes with real cells of mixed lengths, the same in every process, and jobs of the callers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FILES = {
 }
 """Two whole transcriptomes, whose cells are cut at the model's 512 tokens or just below, and a panel of 303 genes."""
 POOL = 1500
-"""Cells of each that requests are drawn from."""
+"""Number of cells of each file from which requests are drawn."""
 SIZES = {1: 24, 2: 12, 4: 8, 8: 6, 16: 4, 32: 2, 64: 2, 128: 1, 256: 1, 512: 1}
-"""Cells of a request, and how many requests of that size the mix has."""
+"""Number of requests in the mix, by their number of cells."""
 QUICK_SIZES = {1: 6, 4: 2, 16: 2, 64: 1}
 Way = Literal["HTTP JSON", "HTTP Arrow", "gRPC", "gRPC stream", "HTTP Arrow stream", "BentoML batchable"]
 UNARY: tuple[Way, ...] = ("HTTP JSON", "HTTP Arrow", "gRPC")
@@ -37,18 +37,18 @@ RPC = "/perturbscope.v1.PerturbScope/"
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done.
+    """Amount of work of a run.
 
     Attributes
     ----------
     turns
-        Of each way at saturation.
+        Number of turns of each way at saturation.
     small_seconds, large_seconds
-        Of each point of the curve.
+        Seconds of each point of the curve, with small and with large requests.
     idle
-        Requests of each kind to the idle service.
+        Number of requests of each kind to the idle service.
     quick
-        Small sizes: does it run?
+        Whether sizes are small, to see that the code runs.
     """
 
     turns: int
@@ -60,42 +60,42 @@ class Plan:
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: cells of one file.
+    """Cells of one file that one request brings.
 
     Attributes
     ----------
     source
-        Of :data:`FILES`.
+        Key of :data:`FILES`.
     rows
-        Of :func:`pool`.
+        Rows of :func:`pool`.
     """
 
     source: str
     rows: tuple[int, ...]
 
     def cells(self) -> CountMatrix:
-        """The cells."""
+        """Return the cells."""
         return pool(self.source)[np.array(self.rows)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to send, and when.
+    """Requests to send, and when.
 
     Attributes
     ----------
     way
-        Over which interface.
+        Interface to use.
     address
-        ``host:port``.
+        Address of the service, ``host:port``.
     asks
-        The requests.
+        Requests to send.
     callers
-        As many requests are in progress, a new one as soon as one is answered, until all were sent once; 0: see `rate`.
+        Number of requests in progress, a new one as soon as one is answered, until all were sent once; 0: see `rate`.
     rate
-        Requests a second, at random times (a Poisson process), whatever is answered; sent for `seconds`.
+        Requests a second, sent at random times (a Poisson process) for `seconds`, whether answered or not.
     seconds
-        Of sending at a rate; requests are taken from the beginning again when all were sent.
+        Seconds of sending at a rate; requests begin again when all were sent.
     pause
         Seconds that a caller rests between an answer and its next request.
     """
@@ -111,20 +111,20 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What came of a job.
+    """Result of a job.
 
     Attributes
     ----------
     wall, cpu
-        Seconds from the first request to the last answer, and of this process's processors in them.
+        Seconds from the first request to the last answer, and processor seconds of this process in them.
     latency
-        Of each request (of each chunk in a stream: none), seconds; from when it was due, if sent at a rate.
+        Seconds of each request, from when it was due if it was sent at a rate; empty for streams.
     sizes
-        Cells of each of these requests.
+        Number of cells of each of these requests.
     n_cells
-        That were answered.
+        Number of cells that were answered.
     vectors
-        Of each request in the order of ``Job.asks``; only where all were sent once.
+        Vectors of each request in the order of ``Job.asks``, if all were sent once.
     """
 
     wall: float = 0.0
@@ -137,7 +137,7 @@ class Outcome:
 
 @functools.cache
 def pool(source: str) -> CountMatrix:
-    """Cells of one file, from all over it."""
+    """Draw cells from all over one file."""
     name, totals = FILES[source]
     with open_cells(DATA / f"{name}.h5ad", total_counts_key=totals) as opened:
         cells = opened.read()
@@ -145,7 +145,7 @@ def pool(source: str) -> CountMatrix:
 
 
 def mix(*, quick: bool) -> list[Ask]:
-    """Requests of all sizes over all files, in random order."""
+    """Return requests of all sizes over all files, in random order."""
     rng = np.random.default_rng(1)
     sizes = [size for size, n in (QUICK_SIZES if quick else SIZES).items() for _ in range(n)]
     found = [_drawn(rng, list(FILES)[at % len(FILES)], size) for at, size in enumerate(sizes)]
@@ -153,7 +153,7 @@ def mix(*, quick: bool) -> list[Ask]:
 
 
 def uniform(size: int, n: int, sources: tuple[str, ...] = tuple(FILES)) -> list[Ask]:
-    """`n` requests of one size, over these files in turn."""
+    """Return `n` requests of one size, over these files in turn."""
     rng = np.random.default_rng([2, size])
     return [_drawn(rng, sources[at % len(sources)], size) for at in range(n)]
 
@@ -165,7 +165,7 @@ def _drawn(rng: np.random.Generator, source: str, size: int) -> Ask:
 
 @functools.cache
 def embedder() -> Embedder:
-    """The default bundle in this process, with the service's threads and batches."""
+    """Load the default bundle in this process, with the service's threads and batches."""
     from perturbscope.inference.batching import BatchLimits
 
     limits = BatchLimits(max_tokens=Settings().batch_tokens)
@@ -174,10 +174,10 @@ def embedder() -> Embedder:
 
 @functools.cache
 def right(asks: tuple[Ask, ...]) -> NDArray[np.float32]:
-    """What the library makes of all cells of requests."""
+    """Embed all cells of the requests with the library."""
     return embedder().embed_tokens(tokens_of(asks))
 
 
 def tokens_of(asks: Sequence[Ask]) -> TokenizedCells:
-    """Tokens of all cells of requests, as one."""
+    """Tokenize all cells of the requests, joined."""
     return concatenate([embedder().tokenize(ask.cells()) for ask in asks])

@@ -1,4 +1,4 @@
-"""How long the service takes for a request: against load, and with nobody else."""
+"""Latency of the service: against load, and for one caller alone."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LOADS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
 
 
 def job(way: Way, server: RunningServer, asks: list[Ask], **more: Any) -> Job:
-    """Requests to the service; in a closed loop of :data:`CALLERS`, unless told otherwise."""
+    """Make a job for the service, by default in a closed loop of :data:`CALLERS`."""
     address = server.target if way.startswith("gRPC") else f"127.0.0.1:{server.http_port}"
     return Job(way=way, address=address, asks=asks, **{"callers": CALLERS, **more})
 
 
 def curve(plan: Plan, server: RunningServer, callers: Callers) -> tuple[str, list[dict[str, Any]], Figure]:
-    """Latency against load, requests at random times."""
+    """Measure latency against load, with requests at random times."""
     classes = {
         "1 cell": (uniform(1, 90), plan.small_seconds, "all three data sets"),
         "64 cells": (uniform(64, 40, ("papalexi",)), plan.large_seconds, "the panel, 24 to 142 tokens"),
@@ -95,7 +95,7 @@ def _figure(numbers: list[dict[str, Any]]) -> Figure:
 
 
 def idle(plan: Plan, server: RunningServer, callers: Callers) -> tuple[str, dict[str, Any]]:
-    """What a request for one cell costs beside the cell, nobody else asking."""
+    """Measure the overhead of a request for one cell, with one caller."""
     rows, numbers = [], {}
     for source in FILES:
         asks = uniform(1, plan.idle, (source,))
@@ -167,7 +167,7 @@ def _alone(ask: Ask) -> float:
 
 
 def _stages(log: str, n: int) -> list[dict[str, float]]:
-    """Seconds by stage of the last `n` requests of the log."""
+    """Return seconds by stage of the last `n` requests of the log."""
     lines = [json.loads(line) for line in log.splitlines() if '"event": "request"' in line]
     found = []
     for line in [line for line in lines if line["cells"]][-n:]:

@@ -1,7 +1,7 @@
 """The callers of the service benchmark: a process of its own that sends requests which were encoded before.
 
-What a client library costs is its caller's affair, and on a machine of two cores it would be taken from the service:
-so bodies are encoded before the clock starts, and answers are decoded, and compared, after it has stopped.
+On a machine of two cores a client library would take time from the service, so bodies are encoded before the clock
+starts, and answers are decoded and compared after it has stopped.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _HTTP: dict[Way, tuple[str, str]] = {
     "BentoML batchable": ("/embed", protocol.JSON),
 }
 CALLERS = 16
-"""Requests in progress at saturation."""
+"""Number of requests in progress at saturation."""
 PIECE = 100
-"""Most cells of one request to the BentoML endpoint: its max_batch_size, beyond which it refuses."""
+"""Most cells of one request to the BentoML endpoint, which is its max_batch_size."""
 
 
 class Callers:
-    """The process; jobs are done one after the other."""
+    """The callers' process; it does one job after the other."""
 
     def __enter__(self) -> Self:
         context = multiprocessing.get_context("spawn")
@@ -51,7 +51,7 @@ class Callers:
         self._process.join(10)
 
     def do(self, job: Job) -> Outcome:
-        """Do a job."""
+        """Do a job and return its result."""
         self._pipe.send(job)
         found = self._pipe.recv()
         if isinstance(found, str):
@@ -77,7 +77,7 @@ def _run(job: Job) -> Outcome:
 
 
 def encoded(way: Way, ask: Ask) -> list[bytes]:
-    """The bodies of one request; of several for a service that takes only so many cells."""
+    """Encode one request; it becomes several bodies if the service does not take so many cells at once."""
     cells = ask.cells()
     if way == "BentoML batchable":
         return [_token_body(cells[start : start + PIECE]) for start in range(0, len(cells), PIECE)]
@@ -88,7 +88,7 @@ def encoded(way: Way, ask: Ask) -> list[bytes]:
 
 
 def _token_body(cells: Any) -> bytes:
-    """Tokens padded to the longest that the model takes: arrays of one width are what BentoML can put together."""
+    """Tokens padded to the model's longest length, since BentoML can only join arrays of one width."""
     import json
 
     found = embedder()
@@ -174,7 +174,7 @@ async def _at_a_rate(job: Job, ask: Any) -> None:
 
 
 def decoded(way: Way, answer: bytes) -> NDArray[np.float32]:
-    """The vectors of an answer."""
+    """Return the vectors of an answer."""
     if way == "BentoML batchable":
         import json
 
@@ -186,7 +186,7 @@ def decoded(way: Way, answer: bytes) -> NDArray[np.float32]:
 
 
 class _Connection:
-    """One HTTP connection, kept open; opened again where the service has closed it, which it does to idle ones."""
+    """One HTTP connection, kept open, and opened again after the service has closed it for being idle."""
 
     def __init__(self, host: str, port: int, head: bytes) -> None:
         self._host, self._port, self._head = host, port, head

@@ -28,20 +28,20 @@ _Entry = tuple[TokenizedCells, int, "asyncio.Future[NDArray[np.float32]]"]
 
 
 class Policy(Protocol):
-    """Takes cells, gives vectors."""
+    """A rule for making batches."""
 
     async def embed(self, tokens: TokenizedCells) -> NDArray[np.float32]:
-        """Vectors of one request."""
+        """Embed one request."""
         ...
 
     async def close(self) -> None:
-        """Stop."""
+        """Stop the policy."""
         ...
 
 
 @dataclass
 class Slots:
-    """What went through the model."""
+    """Counts of the tokens and batches that went through the model."""
 
     tokens: int = 0
     padded: int = 0
@@ -49,7 +49,7 @@ class Slots:
     longest: float = 0.0
 
     def add(self, tokens: int, padded: int, seconds: float) -> None:
-        """One batch."""
+        """Count one batch."""
         self.tokens += tokens
         self.padded += padded
         self.batches += 1
@@ -63,14 +63,14 @@ class Slots:
 
 @dataclass
 class ByArrival:
-    """The published rule.
+    """Batches by arrival, the published rule.
 
     Attributes
     ----------
     max_batch_tokens
-        Padded tokens of a batch.
+        Most padded tokens of a batch.
     slots
-        What was run.
+        Counts of what was run.
     """
 
     max_batch_tokens: int = MAX_BATCH_TOKENS
@@ -81,7 +81,7 @@ class ByArrival:
         self._runs: asyncio.Task[None] | None = None
 
     async def embed(self, tokens: TokenizedCells) -> NDArray[np.float32]:
-        """Every cell is an entry of its own."""
+        """Embed one request; each of its cells is an entry of the queue."""
         loop = asyncio.get_running_loop()
         waiting = [loop.create_future() for _ in range(len(tokens))]
         self._entries.extend((tokens, row, future) for row, future in enumerate(waiting))
@@ -90,7 +90,7 @@ class ByArrival:
         return np.stack(await asyncio.gather(*waiting))
 
     async def close(self) -> None:
-        """Nothing runs when everyone is answered."""
+        """Do nothing: no batch runs once all requests are answered."""
 
     async def _drain(self) -> None:
         while self._entries:
@@ -121,7 +121,7 @@ class ByArrival:
 
 
 class ByLength(DispatchObserver):
-    """PerturbScope's dispatcher, with what went through its model."""
+    """PerturbScope's dispatcher, with counts of what went through its model."""
 
     def __init__(self) -> None:
         self.slots = Slots()
@@ -143,7 +143,7 @@ class ByLength(DispatchObserver):
 
 @dataclass(frozen=True)
 class Tried:
-    """How a policy did."""
+    """Result of a policy."""
 
     wall: float
     latency: list[float]
@@ -153,7 +153,7 @@ class Tried:
 
 
 def drain(policy: ByArrival | ByLength, asks: list[Ask], tokens: list[TokenizedCells], callers: int) -> Tried:
-    """All requests, so many at a time; tokens are made before."""
+    """Embed all requests, `callers` at a time; their tokens were made before."""
     return asyncio.run(_drain(policy, asks, tokens, callers))
 
 

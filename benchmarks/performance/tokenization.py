@@ -1,8 +1,8 @@
 """Rank tokens: cells per second in memory and from disk, and the memory of a million cells.
 
-Cells of real files. In memory every route starts from the same validated counts with genes looked up; from disk a
-file is opened, read in chunks and tokenized, as embedding does. A route on one core runs in a process that is held to
-one core.
+The cells are those of real files. In memory, every route starts from the same validated counts with genes looked up.
+From disk, a file is opened, read in chunks and tokenized, as embedding does. A route on one core runs in a process that
+is restricted to one core.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ FILES = ("kang2018_ifnb_pbmc", "baron2016_pancreas", "pbmc3k_10x", "papalexi2021
 MILLION = "kang2018_ifnb_pbmc"
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 HELICAL_CELLS = 1024
-"""Cells for helical, which is slow."""
+"""Number of cells for helical, which is slow."""
 SIZES = (250_000, 500_000, 1_000_000)
 
 
 def run(options: Options) -> Section:
-    """See the module."""
+    """Run the whole part."""
     files = FILES[2:] if options.quick else FILES
     memory = [in_child(in_memory, name, options.repeats, environment=ONE_THREAD)[0] for name in files]
     for found in memory:
@@ -51,17 +51,17 @@ def run(options: Options) -> Section:
 
 
 def family() -> RankFamily:
-    """The tokenizer of the default bundle."""
+    """Return a tokenizer with the default vocabulary and at most 2,048 tokens."""
     return build({"max_length": 2048}, GeneVocabulary.geneformer_gc30m())
 
 
 def hold_to(cores: int) -> None:
-    """Let this process run on so many cores only."""
+    """Restrict this process to some of its cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
 
 def in_memory(name: str, repeats: int) -> dict[str, Any]:
-    """Cells per CPU second of every route over one chunk of a file, on one core."""
+    """Measure cells per CPU second of every route over one chunk of a file, on one core."""
     hold_to(1)
     tokenizer = family()
     with open_cells(DATA / f"{name}.h5ad") as source:
@@ -74,7 +74,7 @@ def in_memory(name: str, repeats: int) -> dict[str, Any]:
 
 
 def helical(name: str, options: Options) -> dict[str, Any]:
-    """The same cells in helical's tokenizer, where the peers' environment has it."""
+    """Tokenize the same cells with helical, if the peers' environment has it."""
     if options.peers is None or subprocess.run([options.peers, "-c", "import helical"], capture_output=True).returncode:
         return {}
     tokenizer = family()
@@ -107,7 +107,7 @@ def helical(name: str, options: Options) -> dict[str, Any]:
 
 
 def from_disk(name: str, cores: int, repeats: int) -> dict[str, Any]:
-    """Cells per second (of the wall) of reading a file, of tokenizing it, and of both, and the memory of both."""
+    """Measure cells per second (elapsed) of reading a file, of tokenizing it, and of both."""
     hold_to(cores)
     tokenizer, path = family(), DATA / f"{name}.h5ad"
     with open_cells(path) as source:
@@ -127,7 +127,7 @@ def from_disk(name: str, cores: int, repeats: int) -> dict[str, Any]:
 def stream(path: Path, tokenizer: RankFamily | None) -> int:
     """Read a file chunk by chunk; tokens are counted and thrown away.
 
-    Where there is a second core, a chunk is read while the one before it is tokenized, as the builder of corpora does.
+    With a second core, a chunk is read while the one before it is tokenized, as in the builder of corpora.
     """
     n_tokens = 0
     with open_cells(path) as source:
@@ -151,7 +151,7 @@ def growth(sizes: tuple[int, ...], compressions: tuple[str | None, ...]) -> list
 
 
 def measured_stream(path: Path) -> dict[str, float]:
-    """Seconds and tokens of one pass, and what the process held before it began, MiB."""
+    """Return seconds and tokens of one pass, and the process's memory before it, MiB."""
     tokenizer = family()
     with open_cells(path) as source:
         tokenizer.tokenize(source.rows(0, 64))
@@ -166,7 +166,7 @@ def measured_stream(path: Path) -> dict[str, float]:
 
 
 def write_tiled(path: Path, n_cells: int, compression: str | None) -> None:
-    """An .h5ad of the real cells over and over; an existing one (of the same kind, and smaller) is continued."""
+    """Write an .h5ad that repeats the real cells; a smaller file of the same kind is continued."""
     with h5py.File(DATA / f"{MILLION}.h5ad") as source, h5py.File(path, "a") as target:
         if "X" not in target:
             for name, value in source.attrs.items():

@@ -1,10 +1,10 @@
-"""Runs in an environment of its own: cells per second of helical's Geneformer tokenizer.
+"""Cells per second of helical's Geneformer tokenizer, run in an environment of its own.
 
     PYTHON benchmarks/performance/tokenization_helical.py INPUT.npz OUTPUT.npz [REPEATS]
 
 INPUT holds a CSR matrix (`data`, `indices`, `indptr`), `genes` (Ensembl ids of its columns) and a vocabulary
-(`vocabulary`, `tokens`, `medians`). OUTPUT gets `seconds` of each turn, the tokens and their `offsets`. Knows nothing
-of PerturbScope.
+(`vocabulary`, `tokens`, `medians`). OUTPUT gets `seconds` of each turn, the tokens and their `offsets`. Nothing of
+PerturbScope is imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Other ways to the same rank tokens: as published, as lean loops, and as one global sort."""
+"""Other ways to the same rank tokens: the published one, lean loops, and one global sort."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Columns:
 
     @classmethod
     def of(cls, cells: CountMatrix, family: RankFamily) -> Columns:
-        """Look the columns up once; no route is charged for it."""
+        """Look the columns up once, outside of all timings."""
         rows = family.resolver.map(cells.gene_ids, family.vocabulary).rows
         known = rows >= 0
         tokens = np.where(known, family.vocabulary.tokens[rows], np.int32(-1))
@@ -36,7 +36,7 @@ class Columns:
 
 
 def published(cells: CountMatrix, columns: Columns) -> Tokens:
-    """Theodoris et al. 2023 as Geneformer carries it out.
+    """Tokenize as in Theodoris et al. 2023, in Geneformer's implementation.
 
     The columns of the vocabulary are cut out, normalised to 10,000 counts a cell and divided by the medians as one
     sparse matrix, 512 cells at a time; then each cell's row is taken out of that matrix, and its values sorted with
@@ -57,7 +57,7 @@ def published(cells: CountMatrix, columns: Columns) -> Tokens:
 
 
 def loop(cells: CountMatrix, columns: Columns, *, ties: bool = False) -> Tokens:
-    """The same without a matrix in between: the three arrays of the CSR matrix, sliced cell by cell.
+    """Tokenize without a matrix in between, by slices of the three CSR arrays, cell by cell.
 
     With `ties`, equal values stand in the order of their tokens, which is what PerturbScope promises.
     """
@@ -76,7 +76,7 @@ def loop(cells: CountMatrix, columns: Columns, *, ties: bool = False) -> Tokens:
 
 
 def one_sort(cells: CountMatrix, columns: Columns) -> Tokens:
-    """No loop at all: every value of every cell in one ``lexsort`` by cell, value and token."""
+    """Tokenize without a loop: one ``lexsort`` of all values by cell, value and token."""
     counts = cells.counts
     cell_of = np.repeat(np.arange(len(cells)), np.diff(counts.indptr))
     known = columns.tokens[counts.indices] >= 0
@@ -89,7 +89,7 @@ def one_sort(cells: CountMatrix, columns: Columns) -> Tokens:
 
 
 def routes(cells: CountMatrix, family: RankFamily) -> dict[str, Callable[[], Any]]:
-    """Every route by its name, PerturbScope first."""
+    """Return every route by its name, PerturbScope first."""
     columns = Columns.of(cells, family)
     return {
         "PerturbScope": lambda: family.tokenize(cells),
@@ -101,7 +101,7 @@ def routes(cells: CountMatrix, family: RankFamily) -> dict[str, Callable[[], Any
 
 
 def check_equal(cells: CountMatrix, family: RankFamily) -> int:
-    """Tokens that all routes agree on; raises where one differs."""
+    """Check that all routes give the same tokens, and return their number."""
     ours = family.tokenize(cells).arrays["input_ids"]
     for name, route in routes(cells, family).items():
         if name != "PerturbScope":

@@ -1,4 +1,4 @@
-"""Training: the loop beside transformers' Trainer, DeepSpeed's overhead, the loader alone, projected costs."""
+"""Training: the loop beside transformers' Trainer, the overhead of DeepSpeed, the loader alone, projected costs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KINDS = ("fp32", "bf16")
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model and its cells."""
+    """A model, its cells and its steps."""
 
     title: str
     model: Mapping[str, Any]
@@ -43,7 +43,7 @@ class Shape:
 
 
 def run(options: Options) -> Section:
-    """The whole part."""
+    """Run the whole part."""
     n = 1 if options.quick else options.repeats
     shapes = [
         Shape(title=DEFAULT, model=SIZES[DEFAULT], max_length=512, batch=16,
@@ -84,7 +84,7 @@ def run(options: Options) -> Section:
 
 
 def build(folder: Path, max_length: int) -> Any:
-    """The tokens of default-pretrain.yaml's cells."""
+    """Build the corpus of default-pretrain.yaml."""
     from training.config import strict
     from training.config.stages import PretrainConfig
     from training.data.corpus import build_corpus
@@ -95,7 +95,7 @@ def build(folder: Path, max_length: int) -> Any:
 
 
 def prepare(shape: Shape, folder: Path) -> tuple[Any, Job]:
-    """The corpus, and what each route does with it."""
+    """Build the corpus, and the job of every route."""
     corpus = build(folder, shape.max_length)
     lengths = corpus.lengths
     cells = choose(lengths, batch=shape.batch, steps=shape.steps)
@@ -113,7 +113,7 @@ def prepare(shape: Shape, folder: Path) -> tuple[Any, Job]:
 
 
 def compare(shape: Shape, corpus: Any, job: Job, kinds: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    """All routes on one shape, in turns."""
+    """Run all routes on one shape, in turns."""
     lengths, cells = corpus.lengths, job.cells
     ceilings = {kind: ceiling(kind) for kind in kinds}
     plans: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -178,7 +178,7 @@ def compare(shape: Shape, corpus: Any, job: Job, kinds: tuple[str, ...]) -> tupl
 
 
 def needed(shape: Shape, lengths: NDArray[np.integer[Any]], vocabulary: int) -> float:
-    """Operations of training on one cell, on average; the head at masked tokens only."""
+    """Return the mean operations of training on one cell, with the head at masked tokens only."""
     from training.measure.flops import ModelSize, cell_cost
 
     sizes = {name: shape.model[name] for name in ("layers", "hidden", "feed_forward")}
@@ -186,20 +186,20 @@ def needed(shape: Shape, lengths: NDArray[np.integer[Any]], vocabulary: int) -> 
 
 
 def trainer_padding(lengths: NDArray[np.integer[Any]], batch: int) -> float:
-    """Of an epoch of the whole corpus in transformers' LengthGroupedSampler's order."""
+    """Padding of an epoch of the corpus in the order of transformers' LengthGroupedSampler."""
     order = trainer_order(lengths, batch=batch)
     return padding_share(lengths, [order[start : start + batch] for start in range(0, len(order), batch)])
 
 
 def our_padding(lengths: NDArray[np.integer[Any]], batch: int) -> float:
-    """Of an epoch of the whole corpus in this project's order."""
+    """Padding of an epoch of the corpus in this project's order."""
     from training.data.length_sampler import LengthGroupedSampler
 
     return padding_share(lengths, LengthGroupedSampler(lengths, batch=batch).batches(0))
 
 
 def ceiling(precision: str, seconds: float = 0.5) -> float:
-    """Fastest rate of a 1,024³ matrix product in torch on all usable cores, FLOP/s."""
+    """Measure the fastest rate of a 1,024³ matrix product in torch on all usable cores, FLOP/s."""
     import torch
 
     torch.set_num_threads(usable_cores())

@@ -1,4 +1,4 @@
-"""DeepSpeed's overhead, the loader alone, and what whole runs would cost on GPUs (projected)."""
+"""The overhead of DeepSpeed, the loader alone, and the projected cost of whole runs on GPUs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from benchmarks.performance.training_routes import Job, Route, ours
 
 CONFIGS = ROOT / "training" / "configs"
 SHARE = 0.4
-"""Of the peak, assumed: the target of training on a GPU."""
+"""Assumed share of the peak: the target of training on a GPU."""
 
 
 def deepspeed(job: Job, folder: Path, *, stages: tuple[int, ...], turns: int) -> tuple[str, dict[str, Any]]:
-    """Seconds of an optimiser step with each engine, one process, float32."""
+    """Measure the seconds of an optimiser step with each engine, in one process, float32."""
     job = replace(job, cells=job.cells[: 2 * job.batch], turns=turns)
     plans: dict[str, dict[str, Any]] = {"plain torch": {}}
     for stage in stages:
@@ -51,7 +51,7 @@ def deepspeed(job: Job, folder: Path, *, stages: tuple[int, ...], turns: int) ->
 def loader(
     corpora: dict[str, tuple[Any, Job]], speeds: dict[str, float], needs: dict[str, float], *, seconds: float
 ) -> tuple[str, dict[str, Any]]:
-    """Cells a second of the loader alone (read, pad, mask; one thread), the training's, and what an H100 would need.
+    """Compare cells/s of the loader alone (read, pad, mask; one thread) with training here and on an H100.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def loader(
     needs
         Operations of training on one cell of each shape.
     seconds
-        For each shape.
+        Seconds of measurement for each shape.
     """
     import torch
 
@@ -108,7 +108,7 @@ def loader(
 
 
 def projected(lengths: NDArray[np.integer[Any]]) -> tuple[str, dict[str, Any]]:
-    """Hours of the paper's two stages on H100s at the assumed share of their peak."""
+    """Project the hours of the paper's two stages on H100s at the assumed share of their peak."""
     from training.config import strict
     from training.config.stages import ContrastiveConfig, PretrainConfig
     from training.measure.cost import HARDWARE, PASSES_PER_CELL

@@ -30,24 +30,24 @@ RATE = 3e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every route of a race does.
+    """Work of every route of a race.
 
     Attributes
     ----------
     corpus
-        Directory of the tokens.
+        Directory of the corpus.
     cells
         Cells of a turn, in the Trainer's batches; int64 [n_steps * batch].
     held_out
-        Cells of the batch by which the losses are compared.
+        Cells of the batch whose losses are compared.
     batch
-        Cells of a step.
+        Number of cells of a step.
     turns
-        How often the cells are gone through.
+        Number of passes over the cells.
     model
         Options of the network.
     threads
-        Of torch.
+        Number of torch's threads.
     """
 
     corpus: Path
@@ -60,11 +60,11 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of a turn."""
+        """Number of optimiser steps of a turn."""
         return len(self.cells) // self.batch
 
     def config(self, **loop: Any) -> PretrainConfig:
-        """The project's configuration of the run; `loop` adds to the section of that name."""
+        """Return the project's configuration of the run; `loop` adds to the section of that name."""
         from training.config.stages import CorpusConfig, SourceConfig
 
         return PretrainConfig(
@@ -87,9 +87,9 @@ class Job:
 
 
 def choose(lengths: NDArray[np.integer[Any]], *, batch: int, steps: int, seed: int = 0) -> NDArray[np.int64]:
-    """Cells of `steps` batches of an epoch of the Trainer's own length-grouped sampler over the whole corpus.
+    """Choose cells of `steps` batches of an epoch of the Trainer's own length-grouped sampler over the corpus.
 
-    Batches at evenly spaced ranks of their mean length, so that few batches have the length mix of the epoch.
+    The batches have evenly spaced ranks of their mean length, so that a few have the length mix of the epoch.
     """
     order = trainer_order(lengths, batch=batch, seed=seed)
     full = order[: len(order) // batch * batch].reshape(-1, batch)
@@ -99,7 +99,7 @@ def choose(lengths: NDArray[np.integer[Any]], *, batch: int, steps: int, seed: i
 
 
 def trainer_order(lengths: NDArray[np.integer[Any]], *, batch: int, seed: int = 0) -> NDArray[np.int64]:
-    """The order of cells in an epoch of transformers' LengthGroupedSampler."""
+    """Return the order of cells in an epoch of transformers' LengthGroupedSampler."""
     import torch
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -108,7 +108,7 @@ def trainer_order(lengths: NDArray[np.integer[Any]], *, batch: int, seed: int = 
 
 
 class Subset:
-    """Some cells of a corpus, as a corpus."""
+    """A corpus of some cells of another."""
 
     def __init__(self, corpus: Any, numbers: NDArray[np.int64]) -> None:
         self._corpus, self._numbers = corpus, numbers
@@ -119,7 +119,7 @@ class Subset:
         return len(self._numbers)
 
     def cells(self, numbers: NDArray[np.integer[Any]]) -> Any:
-        """Tokens of some of the cells."""
+        """Return the tokens of some of the cells."""
         return self._corpus.cells(self._numbers[numbers])
 
 
@@ -129,7 +129,7 @@ class Route:
     Parameters
     ----------
     work
-        ``work(pace, job, **options)``, a function of this module.
+        Function of this module, called as ``work(pace, job, folder, **options)``.
     """
 
     def __init__(self, work: Any, job: Job, **options: Any) -> None:
@@ -141,16 +141,16 @@ class Route:
 
     @functools.cached_property
     def first_loss(self) -> float:
-        """Held-out loss before the first turn. Waits until the process is ready."""
+        """Held-out loss before the first turn; reading it waits until the process is ready."""
         return float(self._receive())
 
     def turn(self) -> float:
-        """Seconds of one turn."""
+        """Run one turn and return its seconds."""
         self._pipe.send("go")
         return float(self._receive())
 
     def end(self) -> tuple[float, float]:
-        """Held-out loss after the last turn, and the process' peak resident memory in MiB."""
+        """End the run; return the held-out loss and the process's peak resident memory in MiB."""
         self._pipe.send("go")
         last, peak = self._receive()
         self._process.join()
@@ -167,25 +167,25 @@ class Route:
 
 
 class Pace:
-    """The route's end of the pipe: stops after every turn."""
+    """The route's end of the pipe, which stops after every turn."""
 
     def __init__(self, pipe: Any, steps: int) -> None:
         self._pipe, self._steps, self._done = pipe, steps, 0
 
     def start(self, loss: float) -> None:
-        """Everything is ready; wait for the first turn."""
+        """Say that everything is ready, and wait for the first turn."""
         self._pipe.send(loss)
         self._wait()
 
     def step(self) -> None:
-        """A step is over."""
+        """Count a step; at the end of a turn, wait for the next."""
         self._done += 1
         if self._done % self._steps == 0:
             self._pipe.send(time.perf_counter() - self._started)
             self._wait()
 
     def end(self, loss: float) -> None:
-        """The run is over."""
+        """Say that the run is over."""
         self._pipe.send((loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10))
 
     def _wait(self) -> None:
@@ -205,7 +205,7 @@ def _child(pipe: Any, work: Any, job: Job, options: dict[str, Any]) -> None:
 
 
 def ours(pace: Pace, job: Job, folder: Path, *, warm: int = 1, **loop: Any) -> None:
-    """:func:`training.loop.loop.train` with a task that keeps the pace."""
+    """Train with :func:`training.loop.loop.train` and a task that keeps the pace."""
     from training.data.shards import Corpus
     from training.loop import loop as training_loop
     from training.loop.process import join, leave
@@ -242,7 +242,7 @@ def _paced_task(pace: Pace, config: PretrainConfig, corpus: Any, job: Job, proce
 
 
 def held_out_batch(corpus: Any, numbers: NDArray[np.int64]) -> dict[str, Any]:
-    """Masked cells, always the same."""
+    """Return masked cells, always the same."""
     import torch
 
     from training import families
@@ -259,7 +259,7 @@ def held_out_batch(corpus: Any, numbers: NDArray[np.int64]) -> dict[str, Any]:
 
 
 def trainer(pace: Pace, job: Job, folder: Path, *, precision: str = "fp32") -> None:
-    """transformers.Trainer with BertForMaskedLM and SDPA; its batches are those of its own length-grouped sampler."""
+    """Train BertForMaskedLM (SDPA) with transformers.Trainer; batches are those of its own length-grouped sampler."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -334,7 +334,7 @@ def trainer(pace: Pace, job: Job, folder: Path, *, precision: str = "fp32") -> N
 
 
 class _Cells:
-    """Cells one by one, as Trainer wants them."""
+    """Cells one by one, as Trainer reads them."""
 
     def __init__(self, corpus: Any, numbers: NDArray[np.int64]) -> None:
         self._corpus, self._numbers = corpus, numbers

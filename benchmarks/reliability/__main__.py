@@ -1,7 +1,7 @@
 """Make every fault against the real service and write benchmarks/reliability.md.
 
-Rows are kept in runs/reliability: a run that was broken off goes on where it stopped, ``--only`` makes rows anew, and
-``--page`` writes the page from what is there.
+Rows are kept in runs/reliability: an interrupted run continues where it stopped, ``--only`` makes some rows again, and
+``--page`` writes the page from the rows in that folder.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ MODULES = (
     "stopping",
     "bad_input",
 )
-"""In the order of the page; each registers its faults."""
+"""Modules in the order of the page; each registers its faults."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 1 where a row does not hold."""
+    """Run the command line; return 1 if a row does not hold."""
     for name in MODULES:
         importlib.import_module(f"benchmarks.reliability.{name}")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=list(FAULTS), help="make these anew")
-    parser.add_argument("--minutes", type=float, default=15.0, help="of the load")
+    parser.add_argument("--only", nargs="*", choices=list(FAULTS), help="make these again")
+    parser.add_argument("--minutes", type=float, default=15.0, help="duration of the load")
     parser.add_argument("--quick", action="store_true", help="a few of everything; rows are not kept")
-    parser.add_argument("--anew", action="store_true", help="make all rows anew")
+    parser.add_argument("--anew", action="store_true", help="make all rows again")
     parser.add_argument("--page", action="store_true", help="only write the page")
     options = parser.parse_args(arguments)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _later(name: str, found: Sequence[Row]) -> list[Row]:
-    """Rows kept of the faults behind this one."""
+    """Return the kept rows of the faults after this one."""
     names = list(FAULTS)
     return [row for other in names[names.index(name) + 1 :] if (row := Row.load(other)) is not None]
 

@@ -37,11 +37,11 @@ TOKEN_DEFECTS: dict[str, dict[str, Any]] = {
     "too long": {"ids": [[5] * 5000]},
     "wrong type": {"ids": [[5, 6]], "datatype": "FP32"},
 }
-"""Defects of tokens, which only the Open Inference Protocol takes."""
+"""Defects of tokens, which only the Open Inference Protocol accepts from callers."""
 
 
 def model_cells(server: RunningServer) -> float:
-    """Cells that the model ran so far, by the service's own metrics."""
+    """Return the number of cells that the model has run, by the service's own metrics."""
     families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=30).text)
     name = "perturbscope_model_cells_total"
     return sum(sample.value for family in families for sample in family.samples if sample.name == name)

@@ -30,7 +30,7 @@ BODY_TIMEOUT = HEAD_TIMEOUT = 5
 
 
 def head(server: RunningServer, path: str, content_type: str, length: int) -> bytes:
-    """The head of an HTTP request."""
+    """Return the head of an HTTP request."""
     return (
         f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1:{server.http_port}\r\ncontent-type: {content_type}\r\n"
         f"content-length: {length}\r\n\r\n"
@@ -38,12 +38,12 @@ def head(server: RunningServer, path: str, content_type: str, length: int) -> by
 
 
 def connect(port: int) -> socket.socket:
-    """A plain connection."""
+    """Open a plain connection."""
     return socket.create_connection(("127.0.0.1", port), timeout=10)
 
 
 def hang_up(connection: socket.socket) -> None:
-    """Close with a reset, as a client that crashed."""
+    """Close a connection with a reset, as a client that crashed does."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
@@ -145,7 +145,7 @@ async def gone(trial: Trial) -> None:
 
 
 class Slow:
-    """Connections that do nothing, or little; `send` is called once a second for each."""
+    """Connections that do nothing or little; :meth:`turn` is called once a second."""
 
     def __init__(self) -> None:
         self.groups: dict[str, list[tuple[socket.socket, bytes, float]]] = {}
@@ -166,7 +166,7 @@ class Slow:
             self.ended.setdefault(group, [])
 
     def turn(self, second: int) -> None:
-        """What all of them do in one second: send a byte, read a byte."""
+        """Let all connections do what they do in one second: send a byte, read a byte."""
         self._held = _held_ends()
         for name, group in self.groups.items():
             for item in list(group):
@@ -185,7 +185,7 @@ class Slow:
                     group.remove(item)
 
     def _over(self, name: str, connection: socket.socket) -> bool:
-        """Whether it has ended; a body that is refused has got an answer."""
+        """Return whether a connection has ended; a body that is refused has got an answer."""
         if name.startswith("read"):
             # What the kernel has taken can be read for hours after the service has closed its end.
             return connection.recv(1) == b"" or connection.getsockname()[1] not in self._held
@@ -193,7 +193,7 @@ class Slow:
         return got == b"" or name.startswith("body")
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close all connections."""
         for group in self.groups.values():
             for connection, _, _ in group:
                 connection.close()
@@ -210,11 +210,11 @@ def ask_and_say(target: str) -> None:
 
 
 FROZEN = "import sys; from benchmarks.reliability.clients import ask_and_say; ask_and_say(sys.argv[1])"
-"""What a client runs that is stopped before its answer comes."""
+"""Program of a client that is frozen before its answer comes."""
 
 
 def _held_ends() -> set[int]:
-    """Ports at the other end of all connections of this machine whose near end a process still holds."""
+    """Return the remote ports of all connections of this machine whose local end a process still holds."""
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return {int(line[2].rpartition(":")[2], 16) for line in lines if line[9] != "0"}
 

@@ -19,11 +19,11 @@ from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStu
 LIBRARIES = tuple(
     Path(f"/usr/lib/{machine}-linux-gnu/faketime/libfaketimeMT.so.1") for machine in ("x86_64", "aarch64")
 )
-"""Debian's package faketime."""
+"""Library of Debian's package faketime."""
 JUMPS = ("+3600", "-3600", "+86400", "-86400", "+0", "+31536000", "-7200", "+0")
-"""Seconds away from the true time, one after the other."""
+"""Offsets from the true time in seconds, one after the other."""
 DEADLINE = 30
-"""Seconds that every request allows: far more than it takes, far less than the clock jumps."""
+"""Deadline of every request in seconds: far longer than it takes, far shorter than the jumps."""
 
 
 @fault("clock", "The clock jumps, forward and backward")
@@ -108,6 +108,6 @@ async def clock(trial: Trial) -> None:
 
 
 def _date_of(log: str) -> str:
-    """Day of the last request in the log."""
+    """Return the day of the last request in the log."""
     days = re.findall(r"\d{4}-\d\d-\d\d", log)
     return str(days[-1]) if days else ""

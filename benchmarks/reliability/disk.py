@@ -14,12 +14,12 @@ from perturbscope.cells.counts import CountMatrix
 from tests.fuzz.seeds import h5ad
 
 SIZE = 2**20
-"""Bytes of the little disk."""
+"""Bytes of the small disk."""
 
 
 @contextlib.contextmanager
 def little_disk(folder: Path) -> Iterator[Path]:
-    """A file system of one MiB, in memory; needs the right to mount."""
+    """Mount a file system of one MiB in memory; this needs the right to mount."""
     folder.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)],

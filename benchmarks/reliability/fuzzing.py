@@ -34,7 +34,7 @@ from tests.integration.server import ROOT
 
 AT_A_TIME = 25
 FUZZ_ENVIRONMENT = ROOT / "runs" / "fuzz"
-"""Where atheris is installed, beside the project's own environment."""
+"""Environment with atheris, beside the project's own."""
 Mutator = Callable[[bytes, Random], bytes]
 
 
@@ -52,7 +52,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """One for every route and form."""
+    """Return a valid request for every route and form."""
     found = {
         target: {name: data[1:] for name, data in items.items()}
         for target, items in seeds().items()
@@ -252,7 +252,7 @@ def decoders(trial: Trial) -> None:
 
 
 def _fuzz_python() -> Path:
-    """An interpreter with atheris and all that this one has; made on first use."""
+    """Return an interpreter with atheris and all packages of this one; it is made on first use."""
     python = FUZZ_ENVIRONMENT / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(FUZZ_ENVIRONMENT)], check=True)

@@ -25,9 +25,9 @@ from tests.fuzz.seeds import h5ad
 from tests.integration.server import ROOT
 
 LOOP = ROOT / "tests/fuzz/corpus/h5ad/attribute-loop"
-"""Found by fuzzing: libhdf5 1.14 never comes back from one of its attributes."""
+"""A file found by fuzzing: libhdf5 1.14 loops for ever in one of its attributes."""
 FILE_TIMEOUT = 3
-"""Seconds that reading a file may take, in this trial."""
+"""Seconds that reading a file may take in this trial."""
 ROUTES: tuple[tuple[str, dict[str, str]], ...] = (
     ("/v1/embed", {}),
     ("/v1/columns", {}),
@@ -36,7 +36,7 @@ ROUTES: tuple[tuple[str, dict[str, str]], ...] = (
 
 
 def changed(change: Callable[[h5py.File], object]) -> bytes:
-    """A good file with a change."""
+    """Return a good file with a change."""
     target = io.BytesIO(h5ad(seed_cells(40)))
     with h5py.File(target, "r+") as file:
         change(file)
@@ -44,7 +44,7 @@ def changed(change: Callable[[h5py.File], object]) -> bytes:
 
 
 def _replace(path: str, **options: Any) -> Callable[[h5py.File], None]:
-    """Put a dataset in the place of another, which keeps its attributes."""
+    """Return a change that replaces a dataset and keeps its attributes."""
 
     def change(file: h5py.File) -> None:
         attributes = dict(file[path].attrs)
@@ -133,7 +133,7 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "the signature alone": lambda: b"\x89HDF\r\n\x1a\n",
 }
 HARMLESS = {"cyclic groups", "20,000 groups", "groups 3,000 deep", "object column with a pickle"}
-"""May be answered, if what matters can be read: nothing of these parts is."""
+"""Files that may be answered, since the changed parts are never read."""
 REFUSED = {
     "unreadable_file",
     "limit_exceeded",

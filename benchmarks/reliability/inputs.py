@@ -26,7 +26,7 @@ from tests.fuzz.seeds import h5ad
 from tests.integration.server import ROOT, RunningServer
 
 TOLERANCE = 1e-5
-"""Largest difference of a value from the library's: a padded sum may be taken in another order."""
+"""Largest difference of a value from the library's, since a padded sum may be added in another order."""
 FILES = {
     "papalexi": ("papalexi2021_eccite_thp1_panel", "total_umi_full_transcriptome"),
     "pbmc3k": ("pbmc3k_10x", None),
@@ -38,7 +38,7 @@ ONCE = RetryPolicy(attempts=1)
 
 @functools.cache
 def real_cells(name: str, n: int) -> CountMatrix:
-    """The first `n` cells of a data set of data/."""
+    """Read the first `n` cells of a data set of data/."""
     file, totals = FILES[name]
     with open_cells(ROOT / "data" / f"{file}.h5ad", total_counts_key=totals) as source:
         return source.rows(0, n)
@@ -46,46 +46,46 @@ def real_cells(name: str, n: int) -> CountMatrix:
 
 @functools.cache
 def labels(name: str, n: int) -> tuple[str, ...]:
-    """Their perturbations."""
+    """Read the perturbations of those cells."""
     with open_cells(ROOT / "data" / f"{FILES[name][0]}.h5ad") as source:
         return tuple(str(label) for label in source.labels("perturbation")[:n])
 
 
 @functools.cache
 def embedder(bundle: Path = DEFAULT_BUNDLE) -> Embedder:
-    """A bundle in this process."""
+    """Load a bundle in this process."""
     return Embedder.from_bundle(Bundle.open(bundle), threads=1)
 
 
 @functools.cache
 def right_vectors(name: str, n: int, bundle: Path = DEFAULT_BUNDLE) -> NDArray[np.float32]:
-    """What the library makes of these cells, offline."""
+    """Embed these cells offline, with the library."""
     return embedder(bundle).embed(real_cells(name, n)).values
 
 
 def right_vectors_of(cells: CountMatrix, bundle: Path = DEFAULT_BUNDLE) -> NDArray[np.float32]:
-    """What the library makes of any cells, offline."""
+    """Embed any cells offline, with the library."""
     return embedder(bundle).embed(cells).values
 
 
 def is_right(values: NDArray[np.float32] | None, expected: NDArray[np.float32]) -> bool:
-    """Whether vectors are those of the library."""
+    """Return whether vectors are those of the library."""
     return values is not None and values.shape == expected.shape and bool(np.abs(values - expected).max() <= TOLERANCE)
 
 
 class Asker:
-    """Asks one service for vectors, over every interface; failures are typed as the clients type them.
+    """Requests for vectors to one service, over every interface; failures are the clients' typed errors.
 
     Parameters
     ----------
     server
-        Which.
+        The service.
     retries
-        Of the clients.
+        Retry policy of the clients.
     timeout
         Seconds that one answer may take.
     api_key
-        Shown to the service; empty: none.
+        API key of all requests; empty: none.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Asker:
         await asyncio.gather(*(way(cells) for way in self.ways.values() for _ in range(8)))
 
     async def post(self, path: str, **request: Any) -> httpx.Response:
-        """A request of httpx, whose failures are those of the client."""
+        """Send a request with httpx; its failures are raised as the client's errors."""
         try:
             return await self.http.post(path, **request)
         except httpx.TransportError as error:

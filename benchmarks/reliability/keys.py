@@ -26,7 +26,7 @@ PATHS = ("/v1/embed", "/v1/models", "/metrics", "/docs.json", "/v1/openapi.json"
 
 
 def add_key(file: Path, name: str, *options: str, command: str = "add") -> str:
-    """Make a key with the server's own command; returns it."""
+    """Make a key with the server's own command, and return it."""
     arguments = [sys.executable, "-m", "serving", "keys", command, "--file", str(file)]
     arguments += ["--name", name, *options] if command == "add" else [*options, name]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)

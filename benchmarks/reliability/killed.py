@@ -18,11 +18,11 @@ from tests.integration.server import RunningServer
 
 CELLS = 200
 PATIENT = RetryPolicy(attempts=20, first=0.5, longest=4.0)
-"""Waits long enough for a service to start again."""
+"""Retries that last until a service has started again."""
 
 
 class Supervisor(threading.Thread):
-    """Starts the service again whenever it ended, as systemd or Kubernetes would."""
+    """A thread that starts the service again when it has ended, as systemd or Kubernetes would."""
 
     def __init__(self, server: RunningServer) -> None:
         super().__init__(daemon=True)
@@ -38,7 +38,7 @@ class Supervisor(threading.Thread):
                 self._server.launch()
 
     def stop(self) -> None:
-        """Let the next end be the last; called before the service is stopped."""
+        """Start the service no more; called before it is stopped."""
         self._stopped.set()
 
 
@@ -70,7 +70,7 @@ async def killed(trial: Trial) -> None:
 
 
 def _asked(asker: Asker, cells: CountMatrix) -> list[Awaitable[NDArray[np.float32]]]:
-    """The same cells over every interface."""
+    """Send the same cells over every interface."""
     return [*(asker.ways[name](cells) for name in ("HTTP JSON", "HTTP Arrow", "gRPC")), _streamed(asker, cells)]
 
 

@@ -23,7 +23,7 @@ from perturbscope.scoring.results import ScoreOptions
 from tests.integration.server import RunningServer, Usage
 
 POOL = 3000
-"""Cells of the Papalexi screen that requests are drawn from."""
+"""Number of cells of the Papalexi screen from which requests are drawn."""
 OPTIONS = ScoreOptions(permutations=199, repeats=2)
 SAMPLE_SECONDS = 5.0
 BULK_CELLS = 100_000
@@ -224,7 +224,7 @@ async def bulk(trial: Trial) -> None:
 
 
 def longest_batch(server: RunningServer) -> float:
-    """Seconds that no batch took longer than: the edge of the metric's bucket."""
+    """Return an upper bound of the seconds of a batch: the edge of the metric's bucket."""
     name = "perturbscope_batch_duration_seconds"
     families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=30).text)
     samples = [sample for family in families if family.name == name for sample in family.samples]

@@ -21,11 +21,11 @@ from tests.integration.server import ROOT, RunningServer
 
 HOOKS = Path(__file__).parent / "hooks"
 BATCH_SECONDS = 5
-"""After so long a forward pass counts as hung, in this trial."""
+"""Seconds after which a forward pass counts as hung in this trial."""
 
 
 def put_bundle(folder: Path, *, seed: int, version: str) -> Path:
-    """A tiny bundle of that version; `seed` decides its weights."""
+    """Write a tiny bundle of a version; `seed` decides its weights."""
     return Bundle.write(folder, tiny_manifest(version=version), tiny_files(seed=seed), overwrite=True).path
 
 
@@ -89,7 +89,7 @@ async def swap(trial: Trial) -> None:
 
 
 def place(where: Path, source: Path, damage: Any) -> None:
-    """Put a copy of a bundle, damaged, in the place of the one that is there, at once."""
+    """Replace a bundle by a copy of another, damaged if `damage` is given, by one rename."""
     fresh = where.with_name(f".{where.name}-new")
     shutil.copytree(source, fresh)
     if damage is not None:

@@ -32,7 +32,7 @@ def write(rows: Iterable[Row], *, minutes: float) -> None:
 
 
 def page(rows: list[Row], *, minutes: float) -> str:
-    """Its text."""
+    """Return the text of the page."""
     commits = sorted({row.commit for row in rows})
     held = sum(row.held for row in rows)
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)

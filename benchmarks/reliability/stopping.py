@@ -20,7 +20,7 @@ from perturbscope.protocol import EmbedRequest
 from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 
 GRACE = 30
-"""Seconds that the service gives, its default."""
+"""Seconds of the service's grace, its default."""
 
 
 @fault("stopping", "SIGTERM under load")

@@ -1,4 +1,4 @@
-"""One fault on trial: the service it is made on, what clients saw, what was checked, and the row that comes of it."""
+"""One fault on trial: its service, the answers that clients saw, the checks, and the resulting row of the page."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from tests.integration.server import ROOT, RunningServer, Usage
 T = TypeVar("T")
 MIB = 2**20
 ROWS = ROOT / "runs" / "reliability"
-"""Where rows are kept between runs."""
+"""Folder that keeps the rows between runs."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done.
+    """Amount of work of a run.
 
     Attributes
     ----------
     quick
-        A few of everything, to see that the script works; a page of such rows says so.
+        Whether a few of everything are done, to see that the script works; the page of such rows says so.
     minutes
-        Of the load.
+        Duration of the load.
     """
 
     quick: bool
     minutes: float
 
     def times(self, full: int, quick: int) -> int:
-        """How often something is done."""
+        """Return one number or the other, for a full or a quick run."""
         return quick if self.quick else full
 
 
 @dataclass
 class Row:
-    """What is known of a fault once it was tried."""
+    """Result of a fault, a row of the page."""
 
     name: str
     title: str
@@ -61,17 +61,17 @@ class Row:
 
     @property
     def held(self) -> bool:
-        """Whether everything that was checked holds; nothing checked is a failure too."""
+        """Whether all checks hold; a row without checks does not."""
         return bool(self.checks) and all(holds for _, holds in self.checks)
 
     def save(self) -> None:
-        """Keep it for the page."""
+        """Keep the row for the page."""
         ROWS.mkdir(parents=True, exist_ok=True)
         (ROWS / f"{self.name}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, name: str) -> Row | None:
-        """The row of an earlier run."""
+        """Return the row of an earlier run, if there is one."""
         path = ROWS / f"{name}.json"
         if not path.exists():
             return None
@@ -81,16 +81,16 @@ class Row:
 
 
 class Trial:
-    """Collects what one fault did.
+    """The checks and counts of one fault.
 
     Parameters
     ----------
     row
-        Filled as the trial goes on.
+        Row that the trial fills.
     folder
-        For the service's output and for files.
+        Folder for the service's output and for files.
     plan
-        How much is done.
+        Amount of work.
     """
 
     def __init__(self, row: Row, folder: Path, plan: Plan) -> None:
@@ -101,34 +101,34 @@ class Trial:
         self._started = 0
 
     def check(self, what: str, holds: bool) -> None:
-        """Note a claim, with the numbers in it, and whether it holds."""
+        """Record a claim, with its numbers, and whether it holds."""
         print(f"  {'ok ' if holds else 'BAD'} {what}", flush=True)
         self.row.checks.append((what, bool(holds)))
 
     def note(self, text: str) -> None:
-        """Note something that is no claim."""
+        """Record a fact that is no claim."""
         print(f"      {text}", flush=True)
         self.row.notes.append(text)
 
     def saw(self, code: str, n: int = 1) -> None:
-        """A client got this."""
+        """Count a code that a client got."""
         self._seen[code] += n
         self.row.clients = dict(self._seen.most_common())
 
     @property
     def seen(self) -> Counter[str]:
-        """What clients got so far."""
+        """Counts of the codes that clients have got."""
         return self._seen
 
     async def outcome(self, work: Awaitable[T], *, count: bool = True) -> tuple[str, T | None]:
-        """``ok`` and the result, or the code of the typed error; what is not typed counts as ``untyped: Name``."""
+        """Return ``ok`` and the result, or the code of the typed error; another exception is ``untyped: Name``."""
         code, value = await outcome(work)
         if count:
             self.saw(code)
         return code, value
 
     def all_typed(self) -> None:
-        """Check that no client got an exception that is not of the tree, and no internal error."""
+        """Check that no client got an untyped exception or an internal error."""
         bad = {code: n for code, n in self._seen.items() if code.startswith("untyped") or code == "internal"}
         self.check(f"every failure a typed error, none of them internal ({bad or 'none'})", not bad)
 
@@ -136,7 +136,7 @@ class Trial:
     def service(
         self, *, environ: Mapping[str, str] | None = None, tracebacks: str | None = None, **settings: object
     ) -> Iterator[RunningServer]:
-        """The real service, ready; at the end its log is looked through. `tracebacks` says why some belong there."""
+        """Run the real service and check its log at the end; `tracebacks` says why some are expected."""
         self._started += 1
         folder = self.folder / f"service{self._started}"
         folder.mkdir(parents=True)
@@ -155,11 +155,11 @@ class Trial:
                 self.note(f"{len(failed)} tracebacks in the service's log: {tracebacks}")
 
     def before(self, server: RunningServer) -> Usage:
-        """What the service holds before the fault; called once it is warm."""
+        """Return the resources of the service before the fault; called once it is warm."""
         return settled(server)
 
     def after(self, server: RunningServer, before: Usage, *, rss_mib: float = 64, files: int = 8) -> Usage:
-        """Check that the service lives and is ready, and holds no more than before, within bounds."""
+        """Check that the service is alive and ready, and holds no more resources than before, within bounds."""
         self.check("the service is alive and ready afterwards", server.answers("/livez") and server.answers("/readyz"))
         after = settled(server, until=lambda usage: usage.files <= before.files + files)
         self.row.service.append(
@@ -176,7 +176,7 @@ class Trial:
 
 
 async def outcome(work: Awaitable[T]) -> tuple[str, T | None]:
-    """``ok`` and the result of `work`, or the code of its error."""
+    """Return ``ok`` and the result of `work`, or the code of its error."""
     try:
         return "ok", await work
     except PerturbScopeError as error:
@@ -188,7 +188,7 @@ async def outcome(work: Awaitable[T]) -> tuple[str, T | None]:
 
 
 def settled(server: RunningServer, *, until: Callable[[Usage], bool] | None = None, seconds: float = 30) -> Usage:
-    """What the service holds once its CPU has rested for a second and `until` holds, or `seconds` are over."""
+    """Return the service's resources once its CPU has rested for a second and `until` holds, or after `seconds`."""
     end = time.monotonic() + seconds
     usage = server.usage()
     while True:
@@ -200,7 +200,7 @@ def settled(server: RunningServer, *, until: Callable[[Usage], bool] | None = No
 
 
 def _show(log: str) -> None:
-    """The last lines of the different tracebacks of a log, on the terminal."""
+    """Print the last lines of the different tracebacks of a log."""
     found = Counter(
         "\n        ".join(line.replace("\\n", "\n").splitlines()[-4:])
         for line in log.splitlines()
@@ -215,7 +215,7 @@ Fault = Callable[[Trial], Any]
 
 @dataclass(frozen=True)
 class Registered:
-    """A fault, ready to be tried."""
+    """A fault by its name, title and function."""
 
     name: str
     title: str
@@ -237,7 +237,7 @@ def fault(name: str, title: str) -> Callable[[Fault], Fault]:
 
 
 def attempt(item: Registered, plan: Plan, folder: Path) -> Row:
-    """Make the fault; a trial that breaks is a row that failed."""
+    """Make the fault; if the trial raises, the row has failed."""
     row = Row(item.name, item.title, quick=plan.quick, commit=commit(), date=time.strftime("%Y-%m-%d %H:%M"))
     row.done = " ".join((item.make.__doc__ or "").split())
     trial = Trial(row, folder, plan)
@@ -254,7 +254,7 @@ def attempt(item: Registered, plan: Plan, folder: Path) -> Row:
 
 
 def commit() -> str:
-    """Of the checkout."""
+    """Return the commit of the checkout."""
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )

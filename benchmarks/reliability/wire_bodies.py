@@ -33,18 +33,18 @@ class Raw:
 
     @classmethod
     def of(cls, cells: CountMatrix) -> Raw:
-        """Good ones, as float64."""
+        """Take good cells, with counts as float64."""
         counts = cells.counts
         ids = cells.gene_ids.tolist()
         return cls(ids, counts.indptr.tolist(), counts.indices.tolist(), counts.data.astype(np.float64))
 
     def json(self) -> bytes:
-        """Body of /v1/embed."""
+        """Return a body of /v1/embed."""
         cells = {"gene_ids": self.gene_ids, "indptr": self.indptr, "indices": self.indices, "data": self.data.tolist()}
         return json.dumps({"cells": cells, **self.extra}).encode()
 
     def arrow(self) -> bytes:
-        """As JSON. Lists cannot be ragged in Arrow; there, a cell then has more indices than counts."""
+        """Return the same body in Arrow. Its lists cannot be ragged; a cell has more indices than counts instead."""
         starts = np.array(self.indptr)
         n = len(self.indices)
         lists = [self.indices[a:b] for a, b in zip(starts, np.minimum(starts[1:], n), strict=False)]
@@ -59,7 +59,7 @@ class Raw:
         return bytes(sink.getvalue().to_pybytes())
 
     def proto(self) -> pb.EmbedRequest:
-        """Message of Embed."""
+        """Return a message of Embed."""
         cells = pb.CountMatrix(
             gene_ids=self.gene_ids,
             indptr=np.asarray(self.indptr, "<i8").tobytes(),
@@ -70,7 +70,7 @@ class Raw:
         return pb.EmbedRequest(cells=cells, **self.extra)
 
     def stream(self) -> list[pb.EmbedStreamRequest]:
-        """Messages of EmbedStream."""
+        """Return the messages of EmbedStream."""
         message = self.proto()
         cells = pb.CellChunk(
             indptr=message.cells.indptr,
@@ -82,7 +82,7 @@ class Raw:
         return [pb.EmbedStreamRequest(start=start), pb.EmbedStreamRequest(cells=cells)]
 
     def h5ad(self) -> bytes:
-        """A file; written around the good one, so that no library refuses to."""
+        """Return a file, made by changing a good one, so that no library refuses to write it."""
         ones = CountMatrix.from_matrix(np.ones((8, 2), dtype=np.int32), ["A", "B"])
         target = io.BytesIO(h5ad(ones))
         n_cells, text = len(self.indptr) - 1, h5py.string_dtype()
@@ -105,7 +105,7 @@ class Raw:
 
 
 def form(content: bytes, **parts: str) -> bytes:
-    """A form with a file and other fields."""
+    """Return a form with a file and other fields."""
     lines = []
     for name, value in parts.items():
         lines += [f"--{BOUNDARY}", f'content-disposition: form-data; name="{name}"', "", value]
@@ -172,5 +172,5 @@ DEFECTS: dict[str, tuple[Callable[[Raw], None], set[str]]] = {
     "no cells": (_no_cells, {"malformed_matrix", "unreadable_file", "empty_cell"}),
     "an unknown model": (lambda cells: cells.extra.update(model="nope"), {"unknown_model"}),
 }
-"""What is wrong with the cells, and the codes that say so. (A file whose CSR arrays do not fit together may be called
-unreadable: its shape is not the caller's words but the file's.)"""
+"""Defects of the cells, and the error codes that they may get. (A file whose CSR arrays do not fit together may be
+called unreadable, since its shape comes from the file and not from the caller.)"""

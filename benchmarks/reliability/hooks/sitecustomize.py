@@ -1,4 +1,4 @@
-"""Put on PYTHONPATH by a trial: lets files of the folder PERTURBSCOPE_TRIAL decide what the model's provider does.
+"""A trial puts this on PYTHONPATH, so that files in the folder PERTURBSCOPE_TRIAL decide what the provider does.
 
 ``raise``: every forward pass fails. ``hang``: every forward pass waits until the file is gone.
 """
