@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from benchmarks.performance.service_inputs import RPC, Job, Outcome, pool
 from perturbscope import protocol
-from perturbscope.protocol.arrow_streams import stream_answers_from_arrow, stream_request_to_arrow
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.protocol.protobuf_streams import (
     stream_answer_from_proto,
@@ -23,6 +22,7 @@ from perturbscope.protocol.protobuf_streams import (
     stream_start_to_proto,
 )
 from perturbscope.protocol.streams import StreamChunk, StreamOpened, StreamStart
+from tests.arrow_client import stream_answers_from_arrow, stream_request_to_arrow
 
 
 class Streams:
