@@ -1,4 +1,6 @@
-"""Clients of a PerturbScope server: over HTTP and over gRPC, blocking and asynchronous, with the same answers.
+"""Clients of a PerturbScope server, over HTTP and gRPC, blocking and asynchronous; all give the same answers.
+
+The package imports cells, inference, protocol and the results of scoring.
 
 ::
 
@@ -16,11 +18,11 @@ A server with API keys and TLS::
     Client("https://host:3000", api_key=..., ca="authority.pem")
     GrpcClient("grpcs://host:3001", ca="authority.pem", cert=("client.pem", "client.key"))
 
-What is left out is taken from the environment, ``PERTURBSCOPE_API_KEY`` first of all; see
+Credentials that are left out are taken from the environment, for instance ``PERTURBSCOPE_API_KEY``; see
 :mod:`perturbscope.client.access`.
 
-Errors are those of :mod:`perturbscope.errors`, the same that the library raises without a server. Overload and a server
-that cannot be reached are retried; see :class:`RetryPolicy`.
+The errors are those of :mod:`perturbscope.errors`, which the library also raises without a server. Overload and a
+server that cannot be reached are retried; see :class:`RetryPolicy`.
 """
 
 from perturbscope.client.conversation import ChunkLimits, RetryPolicy

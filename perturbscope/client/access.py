@@ -1,7 +1,7 @@
-"""What a client shows of itself, and whom it trusts: API key, authorities, a certificate of its own.
+"""Credentials of a client: its API key, the authorities that it trusts, and its own certificate.
 
 ======================================  ================================================================
-environment                             where the argument is left out
+variable                                value, if the argument is left out
 ======================================  ================================================================
 ``PERTURBSCOPE_API_KEY``                the API key
 ``PERTURBSCOPE_API_KEY_FILE``           a file that holds nothing but the API key
@@ -35,30 +35,32 @@ _log = logging.getLogger("perturbscope")
 
 
 def key_headers(api_key: str | None, host: str, *, encrypted: bool) -> dict[str, str]:
-    """The header, or metadata, that shows the key; none where there is no key.
+    """Return the header, or gRPC metadata, that carries the API key; empty if there is no key.
 
-    A key that goes to another machine without TLS can be read on the way, so that is warned of.
+    A key that goes to another machine without TLS can be read on the way, so a warning is logged.
 
     Parameters
     ----------
     api_key
-        The key; None: that of the environment; empty: none.
+        The key; None: the key of the environment; empty: none.
     host
-        Of the server.
+        Host name or address of the server.
     encrypted
-        Whether it is reached over TLS.
+        Whether the server is reached over TLS.
 
     Raises
     ------
     InvalidParameterError
-        The key, or the file with it, cannot be one. The message never holds the key.
+        The text cannot be a key, or its file cannot be read. The message never holds the key.
     """
     key = _from_environment() if api_key is None else api_key
     if not key:
         return {}
     if len(key) > _LONGEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
         raise InvalidParameterError(
-            "The API key is not one: it has blanks, line breaks or letters outside of ASCII.", field="api_key"
+            f"The API key is not valid: it has more than {_LONGEST_KEY} characters, or blanks, line breaks or letters "
+            "outside of ASCII.",
+            field="api_key",
         )
     if not encrypted and not is_loopback(host):
         _log.warning(f"The API key goes to {host} unencrypted; use https:// or grpcs://.")
@@ -73,7 +75,7 @@ def _from_environment() -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name means this machine."""
+    """Return whether an address or name means this machine."""
     bare = host.strip("[]")
     try:
         return ipaddress.ip_address(bare).is_loopback
@@ -82,14 +84,14 @@ def is_loopback(host: str) -> bool:
 
 
 def tls_context(ca: Files | None, cert: tuple[Files, Files] | None) -> ssl.SSLContext | None:
-    """For HTTP; None where neither is given, here or by the environment: the system's authorities then.
+    """TLS settings of an HTTP client; None (the system's authorities) if no file is given here or in the environment.
 
     Raises
     ------
     InvalidParameterError
-        A file is missing, or is no certificate or key.
+        A file is missing, or does not hold a certificate or key.
     """
-    ca, cert = chosen(ca, cert)
+    ca, cert = files_of(ca, cert)
     if ca is None and cert is None:
         return None
     try:
@@ -106,11 +108,11 @@ def tls_context(ca: Files | None, cert: tuple[Files, Files] | None) -> ssl.SSLCo
 
 
 def grpc_credentials(ca: Files | None, cert: tuple[Files, Files] | None) -> grpc.ChannelCredentials:
-    """For gRPC. Raises as :func:`tls_context`, which checks the files: grpc itself says nothing of bad ones."""
+    """TLS credentials of a gRPC client. Raises as :func:`tls_context`, which checks the files; grpc does not."""
     import grpc
 
     tls_context(ca, cert)
-    ca, cert = chosen(ca, cert)
+    ca, cert = files_of(ca, cert)
     return grpc.ssl_channel_credentials(
         None if ca is None else Path(ca).read_bytes(),
         None if cert is None else Path(cert[1]).read_bytes(),
@@ -118,8 +120,8 @@ def grpc_credentials(ca: Files | None, cert: tuple[Files, Files] | None) -> grpc
     )
 
 
-def chosen(ca: Files | None, cert: tuple[Files, Files] | None) -> tuple[Files | None, tuple[Files, Files] | None]:
-    """The arguments, or what the environment has in their place."""
+def files_of(ca: Files | None, cert: tuple[Files, Files] | None) -> tuple[Files | None, tuple[Files, Files] | None]:
+    """Return the files that were given, or those that the environment names."""
     environ = os.environ
     if cert is None and environ.get(CERTIFICATE):
         cert = environ[CERTIFICATE], environ.get(PRIVATE_KEY) or environ[CERTIFICATE]
@@ -127,7 +129,7 @@ def chosen(ca: Files | None, cert: tuple[Files, Files] | None) -> tuple[Files | 
 
 
 def read_text(path: Files, field: str) -> str:
-    """A small text file. Raises InvalidParameterError."""
+    """Read a small ASCII file. Raises InvalidParameterError."""
     try:
         return Path(path).read_text(encoding="ascii")
     except (OSError, ValueError) as error:

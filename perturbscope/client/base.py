@@ -26,10 +26,10 @@ CONNECT_TIMEOUT = 10.0
 
 
 class SyncBase(Conversations):
-    """A client whose methods block; subclasses make one exchange."""
+    """A client whose methods block; subclasses send one request and return its answer."""
 
     def _exchange(self, request: Request) -> Answer:
-        """One request and its answer. Raises :class:`Failure`."""
+        """Send one request and return its answer. Raises :class:`Failure`."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -59,8 +59,8 @@ class SyncBase(Conversations):
 
     @property
     def model_id(self) -> str:
-        """Id of the model that answers; asks the server."""
-        return _chosen(self.models(), self.model).model_id
+        """Id of the model that answers; every access asks the server."""
+        return _pick(self.models(), self.model).model_id
 
     models = blocking(Conversations._models)
     embed_cells = blocking(Conversations._embed_cells)
@@ -74,23 +74,23 @@ class SyncBase(Conversations):
     ) -> Iterator[Embeddings]:
         """Embed any number of cells, one result a chunk, in order and in bounded memory.
 
-        Only chunks that are not answered are held, so many that ``at_a_time`` parts of :class:`ChunkLimits` are in
-        flight; the next chunk is taken from `chunks` when results are. What breaks off is taken up again at the first
-        cell that was not answered, as :class:`RetryPolicy` says.
+        Memory holds only chunks that are not answered, enough for ``at_a_time`` parts of :class:`ChunkLimits` in
+        flight; the next chunk is taken from `chunks` when a result is. After a failure that :class:`RetryPolicy` allows
+        to retry, the stream continues at the first cell that was not answered.
 
         Parameters
         ----------
         chunks
-            Cells, all chunks with the same genes. Rows are counted on from the `first_row` of the first.
+            Cells; all chunks have the same genes. Rows are numbered from the `first_row` of the first chunk.
         progress
-            Told the number of cells of each part.
+            Called with the number of cells of each part.
 
         Raises
         ------
         InvalidInputError
-            One of its subclasses says what is wrong with the cells, and in which row; the results before stay good.
+            The cells are bad; the subclass and message say how, and in which row. Results before it stay good.
         UnknownModelError, ServerError
-            The server has another model by now.
+            The server has replaced its model.
         """
         flight, source = self._flight(), iter(chunks)
         waiting: deque[Later[Embeddings]] = deque()
@@ -113,10 +113,10 @@ class SyncBase(Conversations):
 
 
 class AsyncBase(Conversations):
-    """A client whose methods are awaited; the same conversations as :class:`SyncBase`."""
+    """A client whose methods are awaited; it holds the same conversations as :class:`SyncBase`."""
 
     async def _exchange(self, request: Request) -> Answer:
-        """One request and its answer. Raises :class:`Failure`."""
+        """Send one request and return its answer. Raises :class:`Failure`."""
         raise NotImplementedError
 
     async def close(self) -> None:
@@ -189,7 +189,7 @@ def _landed(flight: Flight, found: Embeddings, progress: Callable[[int], None] |
     return flight.land(found)
 
 
-def _chosen(models: Sequence[ModelInfo], name: str | None) -> ModelInfo:
+def _pick(models: Sequence[ModelInfo], name: str | None) -> ModelInfo:
     for model in models:
         if name in (None, model.name, f"{model.name}@{model.version}", model.model_id):
             return model

@@ -1,7 +1,7 @@
-"""What the clients say and understand, without any network: the part that all of them share.
+"""Conversations with a server, without any network: the part that all clients share.
 
 A conversation is a generator. It yields a request, and is sent the answer, or a :class:`Failure` is thrown into it. It
-may also yield a :class:`Pause`, or other conversations to hold :class:`Together`. So retries and chunks are written
+may also yield a :class:`Pause`, or other conversations to hold :class:`Together`. Retries and chunks are thus written
 once, and a client only has to perform the steps, with or without ``await``.
 """
 
@@ -29,7 +29,7 @@ from perturbscope.protocol.messages import Answer, EmbedRequest, Request
 
 T = TypeVar("T")
 LONGEST_HINT = 60.0
-"""Most seconds that a server's retry hint is followed."""
+"""Longest wait, in seconds, that a server's ``retry-after`` can ask for."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Pause:
 
 @dataclass(frozen=True)
 class Together:
-    """Hold several conversations, some at a time; what is sent back is the list of their results, in their order."""
+    """Hold several conversations, some at a time; the list of their results is sent back, in their order."""
 
     conversations: Sequence[Conversation[Embeddings]]
     at_a_time: int
     each: Callable[[Embeddings], None]
-    """Called with each result as it comes, one at a time, where the client was called."""
+    """Function that is called with each result as it comes, one at a time, in the caller's thread."""
 
 
 Step = Request | Pause | Together
@@ -55,16 +55,16 @@ Conversation = Generator[Step, Reply, T]
 
 
 class Failure(Exception):  # noqa: N818  it carries an error, and never leaves a client
-    """An attempt that failed.
+    """The failure of one attempt.
 
     Attributes
     ----------
     error
-        What the caller is told if there is no further attempt.
+        Error that is raised if there is no further attempt.
     retry
         Whether another attempt makes sense.
     unheard
-        Whether the server may have said why, and grpc lost it.
+        Whether grpc lost the status with which the server may have said why.
     """
 
     def __init__(self, error: PerturbScopeError, *, retry: bool | None = None) -> None:
@@ -78,29 +78,31 @@ class Failure(Exception):  # noqa: N818  it carries an error, and never leaves a
 class RetryPolicy:
     """When and how often to try again.
 
-    Only overload and a server that cannot be reached are retried: a request changes nothing on the server, so to repeat
-    it is safe, but bad input stays bad, and a server that is still computing must not be given the same work again.
+    Only overload and a server that cannot be reached are retried. A request changes nothing on the server, so that
+    repeating it is safe; but bad input stays bad, and a server that is still computing must not get the work twice.
     """
 
     attempts: int = 5
-    """Tries in all; 1 means no retries."""
+    """Number of tries, the first included; 1 means no retries."""
     first: float = 0.5
     """Seconds before the second try; doubled for each further one."""
     longest: float = 30.0
-    """Most seconds between two tries, unless the server asks for more."""
+    """Longest wait between two tries, in seconds, unless the server asks for more."""
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise InvalidParameterError(f"attempts is {self.attempts}; it must be at least 1.", field="attempts")
         for name in ("first", "longest"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise InvalidParameterError(f"{name} is {getattr(self, name)}; it must be from 0 on.", field=name)
+                raise InvalidParameterError(
+                    f"{name} is {getattr(self, name)}; it must be 0 seconds or more.", field=name
+                )
 
     def pause(self, attempt: int, error: PerturbScopeError, rng: np.random.Generator) -> Pause:
-        """How long to wait after try number `attempt`, from 1 on.
+        """Return the wait after try number `attempt`, counted from 1.
 
-        Between half and all of the backed-off time, so that clients which failed together do not return together; not
-        less than what the server asked for.
+        It is between half and all of the backed-off time, so that clients that failed together do not return together,
+        and never shorter than the server asked for.
         """
         seconds = min(self.longest, self.first * 2.0 ** (attempt - 1)) * rng.uniform(0.5, 1.0)
         if isinstance(error, OverloadedError):
@@ -109,7 +111,7 @@ class RetryPolicy:
 
 
 def ask(request: Request, policy: RetryPolicy, rng: np.random.Generator) -> Conversation[Answer]:
-    """One request, repeated as `policy` says. Raises the error of the last attempt."""
+    """Ask one request, and again as `policy` allows. Raises the error of the last attempt."""
     attempt = 1
     while True:
         try:
@@ -125,14 +127,14 @@ def ask(request: Request, policy: RetryPolicy, rng: np.random.Generator) -> Conv
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkLimits:
-    """How many cells one request carries. A server that allows less is met by halving."""
+    """Size of one request. If the server allows less, requests are halved until they fit."""
 
     cells: int = 256
-    """Cells; bounds the time of one request, and is the step of progress."""
+    """Most cells of a request; bounds its time, and is the step of progress."""
     values: int = 8_000_000
-    """Stored counts, of 8 bytes each; bounds the bytes of one request."""
+    """Most stored counts of a request, 8 bytes each; bounds its bytes."""
     at_a_time: int = 2
-    """Requests in flight: while one is computed, the next is sent and tokenized."""
+    """Most requests in flight: while one is computed, the next is sent and tokenized."""
 
     def __post_init__(self) -> None:
         for name in ("cells", "values", "at_a_time"):
@@ -140,31 +142,35 @@ class ChunkLimits:
                 raise InvalidParameterError(f"{name} is {getattr(self, name)}; it must be at least 1.", field=name)
 
     def split(self, cells: CountMatrix) -> list[tuple[int, int]]:
-        """First and last + 1 cell of each chunk; a chunk has at least one cell."""
-        indptr = cells.counts.indptr
+        """Return the first cell of each chunk and the one after its last; a chunk has at least one cell."""
         chunks = []
         start = 0
         while start < len(cells):
-            fitting = int(np.searchsorted(indptr, int(indptr[start]) + self.values, side="right")) - 1
-            stop = min(len(cells), start + self.cells, max(start + 1, fitting))
+            stop = self.end(cells, start, self.cells)
             chunks.append((start, stop))
             start = stop
         return chunks
 
+    def end(self, cells: CountMatrix, start: int, most: int) -> int:
+        """Return the end of the chunk of at most `most` cells that begins with the cell `start`."""
+        indptr = cells.counts.indptr
+        fitting = int(np.searchsorted(indptr, int(indptr[start]) + self.values, side="right")) - 1
+        return min(len(cells), start + most, max(start + 1, fitting))
+
 
 @dataclass
 class InChunks:
-    """Embedding cells in chunks; the chunks share what they learn of the server's limit."""
+    """The chunks of one matrix on their way to a server; all of them learn from a limit that one of them meets."""
 
     cells: CountMatrix
     model: str | None
     policy: RetryPolicy
     rng: np.random.Generator
     most: int
-    """Most cells of a request that the server has not refused yet."""
+    """Most cells of a request, as far as the server has not refused as many."""
 
     def chunk(self, start: int, stop: int) -> Conversation[Embeddings]:
-        """Embed one chunk, in parts if the server refuses it whole."""
+        """Embed one chunk, in parts if the server refuses the whole."""
         parts: list[Embeddings] = []
         while start < stop:
             end = min(stop, start + self.most)
@@ -193,7 +199,7 @@ def embed_in_chunks(
     rng: np.random.Generator,
     progress: Callable[[int], None] | None,
 ) -> Conversation[Embeddings]:
-    """Embed cells, several chunks at a time; `progress` is told the number of cells of each."""
+    """Embed cells, several chunks at a time; `progress` is called with the number of cells of each."""
     embedding = InChunks(cells, model, policy, rng, limits.cells)
     parts = yield Together(
         [embedding.chunk(start, stop) for start, stop in limits.split(cells)],
@@ -204,14 +210,14 @@ def embed_in_chunks(
 
 
 def _joined(parts: list[Embeddings]) -> Embeddings:
-    """The parts as one, if one model made them."""
+    """Join the parts, which one model must have made."""
     for part in parts:
         check_maker(parts[0].maker, part.maker)
     return join(parts)
 
 
 def check_maker(was: Maker, now: Maker) -> None:
-    """Raise :class:`ServerError` unless one model made both."""
+    """Raise :class:`ServerError` unless the same model made both."""
     if was != now:
         before, after = (model_id + (f" ({variant})" if variant else "") for model_id, variant in (was, now))
         raise ServerError(
@@ -220,13 +226,13 @@ def check_maker(was: Maker, now: Maker) -> None:
 
 
 def expect(answer: Answer, kind: type[T]) -> T:
-    """The answer, which must be of a kind: transports decode by the kind of request."""
+    """Return the answer, whose kind the transport has decoded by the kind of request."""
     assert isinstance(answer, kind), f"{type(answer).__name__} is no {kind.__name__}"  # noqa: S101  our own bug
     return answer
 
 
 def failure_of(code: str, message: str, field: str | None, hint: object) -> Failure:
-    """The error that a server named by its code."""
+    """Return the failure with the error that a server named by its code."""
     error = from_code(code, message, field=field)
     if isinstance(error, OverloadedError):
         error.retry_after = seconds_of(hint, error.retry_after)
@@ -234,7 +240,7 @@ def failure_of(code: str, message: str, field: str | None, hint: object) -> Fail
 
 
 def seconds_of(hint: object, otherwise: float) -> float:
-    """A retry hint as seconds; `otherwise` for what is no positive number (a date, for instance)."""
+    """Return a retry hint in seconds; `otherwise` if it is not a number of seconds (but a date, for instance)."""
     try:
         seconds = float(str(hint))
     except ValueError:

@@ -97,7 +97,7 @@ class GrpcClient(_OverGrpc, SyncBase):
     retries
         When to try again.
     chunks
-        Number of cells that one request carries.
+        Size of one request.
     api_key
         Key that is shown to the server; None: that of the environment (:mod:`perturbscope.client.access`); empty: none.
     ca, cert

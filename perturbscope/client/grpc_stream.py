@@ -1,4 +1,4 @@
-"""Streams of cells over gRPC, blocking and asynchronous: one call until it ends or breaks off."""
+"""Streams of cells over gRPC, blocking and asynchronous: one call, until it ends or breaks off."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _RESET, _WRITE_FAILED = "RST_STREAM", "Internal error from Core"
 
 @dataclass(kw_only=True)
 class StreamCall:
-    """How to open a stream, and what is known of it.
+    """A call of ``EmbedStream``, blocking or asynchronous.
 
     Parameters
     ----------
     method
-        ``EmbedStream`` of a stub, with nothing but the requests to be given.
+        Method ``EmbedStream`` of a stub, whose only missing argument is the iterator of requests.
     target
-        Address, for messages.
+        Address of the server, for messages.
     timeout
         Seconds to wait for one answer.
     """
@@ -47,7 +47,7 @@ class StreamCall:
     timeout: float
 
     def results(self, flight: Flight, source: Iterator[CountMatrix], progress: Progress) -> Iterator[Embeddings]:
-        """Results until all is answered. Raises :class:`Failure` where the stream breaks off."""
+        """Yield results until every cell is answered. Raises :class:`Failure` if the stream breaks off."""
         outbox: SimpleQueue[Any] = SimpleQueue()
         reading = _Reading(flight, self.target, progress)
         call = None
@@ -71,7 +71,7 @@ class StreamCall:
                 call.cancel()
 
     def _next(self, call: Any) -> Any:
-        """The next message, None at the end."""
+        """Return the next message; None at the end."""
         import grpc
 
         late = threading.Event()
@@ -93,7 +93,7 @@ class StreamCall:
     async def results_async(
         self, flight: Flight, source: AsyncIterator[CountMatrix], progress: Progress
     ) -> AsyncGenerator[Embeddings, None]:
-        """As :meth:`results`."""
+        """As :meth:`results`, asynchronously."""
         outbox: asyncio.Queue[Any] = asyncio.Queue()
         reading = _Reading(flight, self.target, progress)
         call = None
@@ -124,7 +124,7 @@ class StreamCall:
                 call.cancel()
 
     async def _read(self, call: Any) -> Any:
-        """The next message, None at the end."""
+        """Return the next message; None at the end."""
         import grpc.aio
 
         try:
@@ -152,7 +152,7 @@ class StreamCall:
 
 @dataclass
 class _Reading:
-    """The messages of the server, in their order."""
+    """Reads the messages of the server, in their order."""
 
     flight: Flight
     target: str
@@ -161,7 +161,7 @@ class _Reading:
     ended: bool = False
 
     def take(self, message: Any) -> Embeddings | None:
-        """A result, if the message completes one."""
+        """Take a message; return a result if the message completes one."""
         if message is None:
             raise Failure(ServerUnreachableError(f"The stream from {self.target} was cut off before its end."))
         try:

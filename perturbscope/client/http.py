@@ -66,7 +66,7 @@ class Client(_OverHttp[httpx.BaseTransport], SyncBase):
     retries
         When to try again.
     chunks
-        Number of cells that one request carries.
+        Size of one request.
     body
         Format of requests and answers: ``arrow`` is several times faster than ``json``.
     api_key

@@ -42,7 +42,7 @@ class Conversations:
     retries
         When to try again.
     chunks
-        Number of cells that one request carries.
+        Size of one request.
     seed
         Seed of the jitter between tries; None: a different one in each client.
     """

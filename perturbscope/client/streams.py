@@ -1,9 +1,9 @@
-"""Streams of chunks: what a client keeps of one, and how it goes on after a failure. No network.
+"""Streams of chunks: what a client keeps of a stream, and how it continues after a failure. No network.
 
 Over gRPC a stream is one call with messages in both directions. Over HTTP it is one request a part, several of them in
 flight: HTTP/1.1 clients and many proxies send a whole request before they read its answer, and each of those requests
-can go to another replica, and is repeated alone. The price is that each repeats the genes' names; where that matters,
-use gRPC. (The server's ``/v1/embed/stream`` is for callers without this client.)
+can go to another replica, and is repeated alone. The price is that each repeats the names of the genes; use gRPC if
+that matters. (The server's ``/v1/embed/stream`` is for callers without this client.)
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Chunk:
-    """A chunk of the caller's, of which not all is answered."""
+    """A chunk of the caller that is not answered completely."""
 
     cells: CountMatrix
     sent: int = 0
@@ -52,17 +52,17 @@ class _Chunk:
 
 
 class Flight:
-    """The unanswered part of a stream: all that a client keeps of it.
+    """The unanswered part of a stream, which is all that a client keeps of it.
 
     Chunks are cut into parts that the server takes; :meth:`land` takes their answers in order, and gives one result a
-    chunk. After a failure, :meth:`retry` puts what was sent and not answered back.
+    chunk. After a failure, :meth:`retry` puts back the parts that were sent and not answered.
 
     Parameters
     ----------
     model
         Name of the model; None: the server's default.
     limits
-        Most cells and counts of a part, and parts in flight.
+        Most cells and counts of a part, and most parts in flight.
     policy, rng
         When to try again.
     """
@@ -80,7 +80,7 @@ class Flight:
         self._attempt = 1
         self._careful = False
         self.n_cells = 0
-        """Cells that were answered."""
+        """Number of cells that were answered."""
         self.ended = False
         """Whether the caller has no more chunks."""
 
@@ -91,16 +91,16 @@ class Flight:
 
     @property
     def done(self) -> bool:
-        """Whether all is answered."""
+        """Whether every cell is answered."""
         return self.ended and not self._chunks
 
     def add(self, cells: CountMatrix) -> None:
-        """One chunk more. Rows are counted on from the first one's.
+        """Add a chunk. Rows are numbered from the first row of the first chunk.
 
         Raises
         ------
         MalformedMatrixError
-            It has no cells, or other genes than the first.
+            The chunk has no cells, or other genes than the first.
         """
         if not len(cells):
             raise MalformedMatrixError(f"The chunk that begins with row {self._next_row} has no cells.", field="counts")
@@ -112,48 +112,48 @@ class Flight:
                 "stream have the same, in the same order.",
                 field="gene_ids",
             )
-        # Without its own copy of the names: a source may give every chunk a new one.
+        # A source may give every chunk a new copy of the names; one is enough.
         self._chunks.append(_Chunk(replace(cells, gene_ids=self._genes, first_row=self._next_row)))
         self._next_row += len(cells)
 
     def part(self) -> CountMatrix | None:
-        """What is to be sent next, and counts as sent from now on; None if that needs another chunk."""
+        """Return the part to send next, which counts as sent from now on; None if another chunk is needed for it."""
         for chunk in self._chunks:
             if chunk.sent < len(chunk.cells):
-                indptr = chunk.cells.counts.indptr
-                fitting = int(np.searchsorted(indptr, int(indptr[chunk.sent]) + self._limits.values, side="right")) - 1
-                stop = min(len(chunk.cells), chunk.sent + self._most, max(chunk.sent + 1, fitting))
+                stop = self._limits.end(chunk.cells, chunk.sent, self._most)
                 part = chunk.cells[chunk.sent : stop]
                 chunk.sent = stop
                 self._in_flight.append(len(part))
                 return part
         return None
 
-    def land(self, found: Embeddings, *, first_row: int | None = None) -> Embeddings | None:
-        """Take the answer of the oldest part in flight; the result of its chunk, once that is whole.
+    def land(self, answer: Embeddings, *, first_row: int | None = None) -> Embeddings | None:
+        """Take the answer of the oldest part in flight; return the result of its chunk if that is complete.
 
         Parameters
         ----------
+        answer
+            Embeddings of the part.
         first_row
-            Of which cell the answer says that it begins; None: it does not say.
+            Row of the first cell as the answer states it; None if it states none.
 
         Raises
         ------
         ServerError
-            It is not an answer to that part, or another model's.
+            The answer does not belong to that part, or another model made it.
         """
         expected = self._in_flight.popleft() if self._in_flight else 0
-        if len(found) != expected:
-            raise ServerError(f"The server sent {len(found)} embeddings for {expected} cells.")
+        if len(answer) != expected:
+            raise ServerError(f"The server sent {len(answer)} embeddings for {expected} cells.")
         chunk = self._chunks[0]
         row = chunk.cells.first_row + chunk.answered
         if first_row not in (None, row):
             raise ServerError(f"The server answered row {first_row} in place of row {row}.")
-        self._maker = self._maker or found.maker
-        check_maker(self._maker, found.maker)
-        chunk.parts.append(found)
-        chunk.answered += len(found)
-        self.n_cells += len(found)
+        self._maker = self._maker or answer.maker
+        check_maker(self._maker, answer.maker)
+        chunk.parts.append(answer)
+        chunk.answered += len(answer)
+        self.n_cells += len(answer)
         self._attempt, self._careful = 1, False
         if chunk.answered < len(chunk.cells):
             return None
@@ -161,7 +161,7 @@ class Flight:
         return join(chunk.parts)
 
     def start(self) -> StreamStart:
-        """What opens a stream of all that is not answered; names the model that answered before."""
+        """Return the start of a stream of all cells that are not answered; it names the model that answered before."""
         head = self._chunks[0]
         return StreamStart(
             gene_ids=head.cells.gene_ids,
@@ -170,7 +170,7 @@ class Flight:
         )
 
     def retry(self, failure: Failure) -> Pause:
-        """Put back what was not answered, and say how long to wait. Raises the error where that makes no sense."""
+        """Put back the parts without an answer and return the wait; raise the error if trying again makes no sense."""
         error, largest = failure.error, max(self._in_flight, default=1)
         self._in_flight.clear()
         for chunk in self._chunks:
@@ -180,8 +180,8 @@ class Flight:
             return Pause(0.0)
         if isinstance(error, UnknownModelError) and self._maker is not None:
             raise UnknownModelError(
-                f"The model {self._maker[0]} embedded {self.n_cells} cells, and the server has it no more. Vectors of "
-                "two models cannot be compared: embed all cells again.",
+                f"The model {self._maker[0]} embedded {self.n_cells} cells, and the server no longer has it. Vectors "
+                "of two models cannot be compared: embed all cells again.",
                 field="model",
             ) from failure
         if failure.unheard and not self._careful:
@@ -199,13 +199,13 @@ class Flight:
     def ask(self, part: CountMatrix) -> Conversation[Embeddings]:
         """Embed one part by requests of its own."""
         embedding = InChunks(part, self._model, self._policy, self._rng, self._most)
-        found = yield from embedding.chunk(0, len(part))
+        answer = yield from embedding.chunk(0, len(part))
         self._most = min(self._most, embedding.most)
-        return found
+        return answer
 
 
 def fill(flight: Flight, source: Iterator[CountMatrix]) -> Iterator[CountMatrix]:
-    """Parts to be sent now, from as many chunks as that takes."""
+    """Yield the parts to send now, from as many chunks as they take."""
     while flight.room:
         part = flight.part()
         if part is not None:
@@ -221,7 +221,7 @@ def fill(flight: Flight, source: Iterator[CountMatrix]) -> Iterator[CountMatrix]
 
 
 async def fill_async(flight: Flight, source: AsyncIterator[CountMatrix]) -> AsyncIterator[CountMatrix]:
-    """As :func:`fill`."""
+    """As :func:`fill`, from an asynchronous source."""
     while flight.room:
         part = flight.part()
         if part is not None:
@@ -237,7 +237,7 @@ async def fill_async(flight: Flight, source: AsyncIterator[CountMatrix]) -> Asyn
 
 
 async def each(chunks: Iterable[CountMatrix] | AsyncIterable[CountMatrix]) -> AsyncIterator[CountMatrix]:
-    """Chunks of either kind of iterable."""
+    """Yield the chunks of either kind of iterable."""
     if isinstance(chunks, AsyncIterable):
         async for cells in chunks:
             yield cells
@@ -247,28 +247,28 @@ async def each(chunks: Iterable[CountMatrix] | AsyncIterable[CountMatrix]) -> As
 
 
 class Later(Generic[T]):
-    """A result that a thread is getting.
+    """A result that a thread of its own computes.
 
     Parameters
     ----------
     work
-        Gets it.
+        Function that returns the result.
     """
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._outcome: SimpleQueue[T | BaseException] = SimpleQueue()
         self._work = work
-        # A daemon: an interrupted program need not wait for an answer that nobody wants any more.
+        # A daemon thread: an interrupted program does not wait for an answer that nobody needs any more.
         threading.Thread(target=self._run, daemon=True, name="perturbscope-client").start()
 
     def _run(self) -> None:
         try:
             self._outcome.put(self._work())
-        except BaseException as error:  # noqa: BLE001  it is raised again where the caller waits
+        except BaseException as error:  # noqa: BLE001  result() raises it
             self._outcome.put(error)
 
     def result(self) -> T:
-        """Wait for it; once. Raises what `work` raised."""
+        """Wait for the result, once. Raises what `work` raised."""
         outcome = self._outcome.get()
         if isinstance(outcome, BaseException):
             raise outcome

@@ -1,4 +1,4 @@
-"""Several conversations at a time: with threads, or with tasks of an event loop."""
+"""Several conversations held at a time: by threads, or by tasks of an event loop."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _Outcome = tuple[int, Embeddings | BaseException]
 
 
 def hold_together(hold: Callable[[Conversation[Embeddings]], Embeddings], step: Together) -> list[Embeddings]:
-    """Results of the conversations of `step`, in their order. The first error ends it; no new conversation begins.
+    """Return the results of the conversations of `step`, in their order.
 
-    `step.each` is called in the caller's thread.
+    The first error is raised, and no new conversation begins after it. `step.each` is called in the caller's thread.
     """
     results: dict[int, Embeddings] = {}
     waiting = iter(enumerate(step.conversations))
@@ -32,15 +32,15 @@ def hold_together(hold: Callable[[Conversation[Embeddings]], Embeddings], step: 
                 return
             try:
                 outcomes.put((number, hold(conversation)))
-            except BaseException as error:  # noqa: BLE001  it is raised again where the caller waits
+            except BaseException as error:  # noqa: BLE001  the caller's thread raises it
                 outcomes.put((number, error))
                 return
 
     workers = min(step.at_a_time, len(step.conversations))
     try:
-        # Daemons: an interrupted program need not wait for answers that nobody wants any more.
+        # Daemon threads: an interrupted program does not wait for answers that nobody needs any more.
         for _ in range(workers):
-            # Each in a copy of the caller's context: its trace is there.
+            # Each thread runs in a copy of the caller's context, which holds its trace.
             run = contextvars.copy_context().run
             threading.Thread(target=run, args=(work,), daemon=True, name="perturbscope-client").start()
         while len(results) < len(step.conversations):
@@ -57,7 +57,7 @@ def hold_together(hold: Callable[[Conversation[Embeddings]], Embeddings], step: 
 async def hold_together_async(
     hold: Callable[[Conversation[Embeddings]], Awaitable[Embeddings]], step: Together
 ) -> list[Embeddings]:
-    """As :func:`hold_together`, with tasks; an error or a cancelled caller cancels them."""
+    """As :func:`hold_together`, with tasks, which an error or the caller's cancellation cancels."""
     results: dict[int, Embeddings] = {}
     waiting = iter(enumerate(step.conversations))
 

@@ -1,4 +1,4 @@
-"""The caller's trace, handed on to the server, so that one trace shows both sides."""
+"""The trace of the caller is passed on to the server, so that one trace shows both sides."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 def trace_headers() -> dict[str, str]:
     """``traceparent`` and ``tracestate`` (W3C Trace Context) of the current span, as headers or metadata.
 
-    Empty unless the caller's program has loaded OpenTelemetry and is in a span; it is not imported for this.
+    They are empty unless the program has loaded OpenTelemetry and is in a span; it is not imported for this.
     """
     trace = sys.modules.get("opentelemetry.trace")
     if trace is None:
@@ -16,6 +16,6 @@ def trace_headers() -> dict[str, str]:
     context = trace.get_current_span().get_span_context()
     if not context.is_valid:
         return {}
-    found = {"traceparent": f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"}
+    headers = {"traceparent": f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"}
     state = context.trace_state.to_header()
-    return {**found, "tracestate": state} if state else found
+    return {**headers, "tracestate": state} if state else headers

@@ -1,4 +1,4 @@
-"""Requests as HTTP and gRPC calls, and what comes back as answers or failures. Pure functions, no network."""
+"""Requests as HTTP and gRPC calls, and replies as answers or failures. Pure functions, no network."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from perturbscope.protocol.checks import parse_json
 
 Format = Literal["arrow", "json"]
 CODE, FIELD, RETRY_AFTER = "perturbscope-code", "perturbscope-field", "retry-after"
-"""Trailing metadata of a failed gRPC call."""
+"""Keys of the trailing metadata of a failed gRPC call."""
 
 
 class _Route(NamedTuple):
-    """How one kind of request travels."""
+    """The gRPC method of one kind of request, and the functions that encode it and decode its answer."""
 
     rpc: str
     to_json: Callable[[Any], bytes] | None
@@ -86,7 +86,7 @@ _ROUTES: dict[type[protocol.Request], _Route] = {
 
 @dataclass(frozen=True)
 class HttpCall:
-    """One HTTP request, without host."""
+    """One HTTP request, without its host."""
 
     method: str
     path: str
@@ -95,7 +95,7 @@ class HttpCall:
 
 
 def http_call(request: protocol.Request, body: Format) -> HttpCall:
-    """The HTTP form of a request, its body and its answer as Arrow or JSON."""
+    """Return a request as an HTTP call; its body and its answer are Arrow or JSON."""
     route = _ROUTES[type(request)]
     encode = route.to_arrow if body == "arrow" else route.to_json
     if encode is None:
@@ -106,17 +106,17 @@ def http_call(request: protocol.Request, body: Format) -> HttpCall:
 
 
 def http_answer(request: protocol.Request, status: int, headers: Mapping[str, str], body: bytes) -> protocol.Answer:
-    """The answer in an HTTP response.
+    """Decode the answer of an HTTP response.
 
     Parameters
     ----------
     headers
-        With names in lower case, or a mapping that does not care, as httpx's.
+        Headers with names in lower case, or a mapping that ignores case, like that of httpx.
 
     Raises
     ------
     Failure
-        The server refused, or sent what is no answer.
+        The server refused, or its response is not an answer.
     """
     if status != 200:
         raise _http_failure(request.path, status, headers, body)
@@ -126,7 +126,7 @@ def http_answer(request: protocol.Request, status: int, headers: Mapping[str, st
     if decode is None:
         raise Failure(
             ServerError(
-                f"{request.path} answered with the content type {kind[:60]!r}, which is no answer of PerturbScope. "
+                f"{request.path} answered with the content type {kind[:60]!r}, which PerturbScope does not send. "
                 "Check the address of the server."
             )
         )
@@ -134,13 +134,13 @@ def http_answer(request: protocol.Request, status: int, headers: Mapping[str, st
 
 
 def grpc_call(request: protocol.Request) -> tuple[str, Any]:
-    """Name of the method, and the protobuf message."""
+    """Return a request as the name of a gRPC method and its protobuf message."""
     route = _ROUTES[type(request)]
     return route.rpc, route.to_proto(request)
 
 
 def grpc_answer(request: protocol.Request, message: Any) -> protocol.Answer:
-    """The answer in a protobuf message. Raises :class:`Failure` for a message that is no answer."""
+    """Decode the answer of a protobuf message. Raises :class:`Failure` if it cannot be read."""
     route = _ROUTES[type(request)]
     return _decoded(route.from_proto, message, route.rpc)
 
@@ -148,14 +148,14 @@ def grpc_answer(request: protocol.Request, message: Any) -> protocol.Answer:
 def grpc_failure(
     status: str, details: str | None, metadata: Iterable[tuple[str, str | bytes]] | None, target: str
 ) -> Failure:
-    """The failure behind a status that is not OK.
+    """Return the failure that a status other than OK stands for.
 
     Parameters
     ----------
     status
         Name of the status code, for instance ``UNAVAILABLE``.
     details
-        Its text.
+        Text of the status.
     metadata
         Trailing metadata.
     target
@@ -185,9 +185,9 @@ def grpc_failure(
 
 
 def unreachable(target: str, cause: Exception, *, timed_out: bool) -> Failure:
-    """The failure to reach an HTTP server, or to get its answer in time.
+    """Return the failure to reach an HTTP server, or to get its answer in time.
 
-    What timed out is not retried: the server may still be computing.
+    A request that timed out is not retried: the server may still be computing.
     """
     if timed_out:
         return Failure(ServerUnreachableError(_too_late(target)), retry=False)
@@ -195,7 +195,7 @@ def unreachable(target: str, cause: Exception, *, timed_out: bool) -> Failure:
 
 
 def untrusted(target: str, why: str) -> Failure:
-    """The failure of TLS with a server whose certificate no trusted authority has signed; trying again is no use."""
+    """Return the failure of TLS with a server whose certificate is not trusted; it is not retried."""
     return Failure(
         ServerUnreachableError(
             f"The certificate of {target} is not trusted: {why}. Name the authority that signed it (ca, or "
@@ -237,7 +237,7 @@ def _http_failure(path: str, status: int, headers: Mapping[str, str], body: byte
 
 
 def _plain_error(path: str, status: int, text: str, hint: str | None) -> PerturbScopeError:
-    """The error behind a status alone, as BentoML or a proxy sends it."""
+    """Return the error for a status without an error code of ours, as BentoML or a proxy sends it."""
     said = f"{path} was answered with status {status}{': ' + text if text else ''}."
     if status in {400, 415, 422}:
         return InvalidInputError(said)

@@ -134,4 +134,4 @@ def test_the_command_line_takes_a_file_and_no_key(monkeypatch: pytest.MonkeyPatc
     files = ["--api-key-file", str(tmp_path / "key"), "--ca", str(tmp_path / "ca.pem")]
     app.run([*files, "embed", "none.h5ad", "out.h5ad", "--server", "http://localhost"])
     assert shown() == {"authorization": f"Bearer {TEXT}"}
-    assert access.chosen(None, None)[0] == str(tmp_path / "ca.pem")
+    assert access.files_of(None, None)[0] == str(tmp_path / "ca.pem")

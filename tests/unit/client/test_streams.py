@@ -216,7 +216,7 @@ async def test_a_forward_pass_that_fails_is_not_repeated(
 async def test_another_model_half_way_is_an_error(
     connect: Connect, server: FakeServer, tiny_cells: CountMatrix, request: pytest.FixtureRequest
 ) -> None:
-    """Over gRPC the stream that goes on asks for the model of the first one, which the server has no more."""
+    """Over gRPC the stream that goes on asks for the model of the first one, which the server no longer has."""
     fail = lost(connect, request)
 
     def change(answer: Embeddings) -> Embeddings:
@@ -226,7 +226,7 @@ async def test_another_model_half_way_is_an_error(
         return answer
 
     server.change = change
-    with pytest.raises((ServerError, UnknownModelError), match=r"fake-1.0-000000000000.*(other|no more)"):
+    with pytest.raises((ServerError, UnknownModelError), match=r"fake-1.0-000000000000.*(other|no longer)"):
         await collect(connect(chunks=ChunkLimits(at_a_time=1)).embed_stream(cut(tiny_cells, 12, 12)))
 
 
