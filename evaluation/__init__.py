@@ -1,1 +1,1 @@
-"""Does a model see perturbations? Models and baselines over the same held-out cells."""
+"""Evaluation of models and baselines over the same held-out cells of perturbation screens; imports perturbscope."""

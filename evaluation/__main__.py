@@ -1,9 +1,9 @@
-"""The command ``python -m evaluation``: does this model see perturbations, and better than principal components do.
+"""The command ``python -m evaluation``: compares a model with baselines over screens.
 
 ``python -m evaluation screen.h5ad --bundle default=bundles/default --out results`` compares a bundle with highly
 variable genes and principal components (``--scvi``: and scVI) over one screen or more;
-``--config evaluation/configs/quality.yaml`` takes screens, models and options from a file. Stopped, and started again,
-it goes on with the model at which it was stopped.
+``--config evaluation/configs/quality.yaml`` takes screens, models and options from a file. A run that was stopped
+continues with the model at which it stopped.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from perturbscope.cells.files import atomic, atomic_directory
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
 
 PLACE = "<!-- results -->"
-"""Line of a page's template that the tables take."""
+"""Line of a page's template that the tables replace."""
 MARKER = "evaluation.json"
-"""File by which a folder of results is known."""
+"""File that marks a folder of results."""
 DEFAULT_CACHE = Path("runs/evaluation-cache")
 
 
@@ -41,7 +41,7 @@ def main(
         list[Path] | None, typer.Argument(help="Raw counts with labels; .h5ad or another format.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of screens, models and options.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for tables and figures; one that is there is replaced.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for tables and figures; an existing one is replaced.")] = Path(
         "runs/evaluation"
     ),
     bundle: Annotated[list[str] | None, typer.Option(help="NAME=DIRECTORY of a bundle; repeat for more.")] = None,
@@ -68,9 +68,9 @@ def main(
     """Embed, score and compare, and write tables and figures."""
     console = Console(stderr=True)
     try:
-        found = _config(config, screens or [], locals())
+        evaluation = _config(config, screens or [], locals())
         _check_out(out)
-        results = _run(found, cache, console)
+        results = _run(evaluation, cache, console)
         _write(results, out, page, template)
     except PerturbScopeError as error:
         console.print(f"[red]{error.message}[/]", highlight=False)
@@ -87,15 +87,15 @@ def main(
 
 
 def _config(path: Path | None, screens: list[Path], given: dict[str, Any]) -> EvaluationConfig:
-    """The file, with what the command line adds or changes."""
+    """Return the file's configuration with the command line's changes."""
     if path is not None and screens:
         raise InvalidParameterError("Give screens or --config, not both.", field="config")
     if path is None and not screens:
         raise InvalidParameterError("Give a screen (a file), or --config.", field="screens")
     models = ModelsConfig()
     if path is not None:
-        found = read_config(path)
-        models = found.models
+        evaluation = read_config(path)
+        models = evaluation.models
     bundles = _pairs(given["bundle"], "bundle", "NAME=DIRECTORY")
     obsm = _pairs(given["obsm"], "obsm", "NAME=KEY")
     models = replace(
@@ -118,7 +118,7 @@ def _config(path: Path | None, screens: list[Path], given: dict[str, Any]) -> Ev
         for item in given["keep"] or []:
             column, value = next(iter(_pairs([item], "keep", "COLUMN=VALUE").items()))
             keep.setdefault(column, []).append(value)
-        found = EvaluationConfig(
+        evaluation = EvaluationConfig(
             screens=[
                 ScreenConfig(
                     path=screen,
@@ -128,7 +128,7 @@ def _config(path: Path | None, screens: list[Path], given: dict[str, Any]) -> Ev
                 for i, screen in enumerate(screens)
             ]
         )
-    options = found.options
+    options = evaluation.options
     if given["seed"] is not None:
         options = RunOptions(
             separation=replace(options.separation, seed=given["seed"]),
@@ -136,7 +136,7 @@ def _config(path: Path | None, screens: list[Path], given: dict[str, Any]) -> Ev
             umap_cells=options.umap_cells,
             seed=given["seed"],
         )
-    return replace(found, models=models, options=options)
+    return replace(evaluation, models=models, options=options)
 
 
 def _scvi(options: ScviOptions | None, wanted: bool | None, epochs: int | None) -> ScviOptions | None:
@@ -153,7 +153,7 @@ def _run(config: EvaluationConfig, cache: Path, console: Console) -> list[tuple[
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise InvalidParameterError(f"Two screens are called {twice[0]!r}; give them names.", field="screens")
-    for settings in config.screens:  # all models are known before the first hour of work
+    for settings in config.screens:  # a bad model is refused before the first hour of work
         config.models.models(scvi_epochs=settings.scvi_epochs)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for settings in config.screens:
@@ -191,7 +191,7 @@ def _announcer(console: Console, screen: str) -> Callable[[str, float, bool], No
 def _write(
     results: list[tuple[ScreenResult, ScreenConfig]], out: Path, page: Path | None, template: Path | None
 ) -> None:
-    """Everything into a temporary folder that takes the name of `out` at the end; then the page."""
+    """Write everything into a temporary folder, rename it to `out` at the end, and then write the page."""
     text = PLACE if template is None else template.read_text(encoding="utf-8")
     if PLACE not in text:
         raise InvalidParameterError(f"{template} has no line {PLACE}, where the tables go.", field="template")
@@ -209,7 +209,7 @@ def _write(
 
 
 def _write_screen(result: ScreenResult, settings: ScreenConfig, folder: Path, figures: dict[str, Path]) -> None:
-    """Tables of one screen: long ones by model in parquet, summaries in JSON and Markdown."""
+    """Write the tables of one screen: long ones by model in parquet, summaries in JSON and Markdown."""
     import pandas as pd
 
     names = dict.fromkeys(name for model in result.models for name in model.tables)
@@ -240,7 +240,7 @@ def _write_screen(result: ScreenResult, settings: ScreenConfig, folder: Path, fi
 
 
 def _write_page(results: list[tuple[ScreenResult, ScreenConfig]], out: Path, page: Path, text: str) -> None:
-    """One page with all screens; its figures lie in a folder of its name beside it."""
+    """Write one page with all screens; its figures go into a folder of its name beside it."""
     folder = page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
@@ -257,21 +257,21 @@ def _write_page(results: list[tuple[ScreenResult, ScreenConfig]], out: Path, pag
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a folder with anything but results of an earlier run: it is replaced as a whole."""
+    """Refuse a folder with anything but results of an earlier run, since it is replaced as a whole."""
     if out.exists() and not (out.is_dir() and ((out / MARKER).is_file() or not any(out.iterdir()))):
         raise InvalidParameterError(
-            f"{out} is there and does not hold results of an earlier run; give another folder.", field="out"
+            f"{out} exists and does not hold results of an earlier run; give another folder.", field="out"
         )
 
 
 def _pairs(items: list[str] | None, field: str, form: str) -> dict[str, str]:
-    found = {}
+    pairs = {}
     for item in items or []:
-        name, there, value = item.partition("=")
-        if not there or not name or not value:
+        name, separator, value = item.partition("=")
+        if not separator or not name or not value:
             raise InvalidParameterError(f"--{field} is {item!r}; {form} is needed.", field=field)
-        found[name] = value
-    return found
+        pairs[name] = value
+    return pairs
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
 
 LOESS_SPAN = 0.3
-"""Share of the genes that each local fit of the variance takes in, as Seurat v3 has it."""
+"""Share of the genes in each local fit of the variance, as in Seurat v3."""
 
 
 def log_cp10k(cells: CountMatrix) -> sparse.csr_matrix:
-    """log(1 + counts per 10,000), sparse float32 [n_cells, n_genes]; totals over all measured genes."""
+    """Return log(1 + counts per 10,000), sparse float32 [n_cells, n_genes]; totals over all measured genes."""
     scaled = sparse.diags(1e4 / cells.totals) @ cells.counts
     normalised = sparse.csr_matrix(scaled, dtype=np.float32)
     np.log1p(normalised.data, out=normalised.data)
@@ -23,11 +23,11 @@ def log_cp10k(cells: CountMatrix) -> sparse.csr_matrix:
 
 
 def pca(cells: CountMatrix, *, n_components: int = 50, seed: int = 0) -> NDArray[np.float32]:
-    """Principal components of log CP10k over all expressed genes, without scaling, as scanpy computes them.
+    """Compute principal components of log CP10k over all expressed genes, without scaling, as scanpy does.
 
     Returns
     -------
-    float32 [n_cells, n_components]; fewer columns where cells or genes allow no more.
+    float32 [n_cells, n_components]; fewer columns if cells or genes allow no more.
     """
     normalised = log_cp10k(cells)
     normalised = normalised[:, np.flatnonzero(normalised.getnnz(axis=0))]
@@ -38,10 +38,10 @@ def pca(cells: CountMatrix, *, n_components: int = 50, seed: int = 0) -> NDArray
 
 
 def normalised_variance(cells: CountMatrix) -> NDArray[np.float64]:
-    """Variance of each gene's counts after standardising by the variance that its mean predicts, float64 [n_genes].
+    """Return each gene's variance of counts, standardised by the variance that its mean predicts, float64 [n_genes].
 
-    The measure of Seurat v3 (Stuart et al. 2019): log10 of the variance is fitted to log10 of the mean by a local
-    regression of degree 2; standardised counts are clipped at the square root of the number of cells.
+    This is the measure of Seurat v3 (Stuart et al. 2019): log10 of the variance is fitted to log10 of the mean by a
+    local regression of degree 2; standardised counts are clipped at the square root of the number of cells.
     """
     from skmisc.loess import loess
 
@@ -51,10 +51,10 @@ def normalised_variance(cells: CountMatrix) -> NDArray[np.float64]:
         raise InvalidParameterError("Highly variable genes need two cells or more.", field="cells")
     sums = np.asarray(counts.sum(axis=0)).ravel()
     squares = np.asarray(counts.multiply(counts).sum(axis=0)).ravel()
-    # Whole numbers, so that a constant gene has variance 0 and not a rounding error with a logarithm.
+    # Sums of whole numbers, so that a constant gene has variance 0 and not a rounding error.
     mean, variance = sums / n, (n * squares - sums**2) / (n * (n - 1))
     varies = variance > 0
-    found = np.zeros(len(mean))
+    standardised = np.zeros(len(mean))
     if np.count_nonzero(varies) < 10:
         raise InvalidParameterError(
             f"{np.count_nonzero(varies)} genes vary; the mean-variance trend needs 10 or more.", field="cells"
@@ -67,12 +67,12 @@ def normalised_variance(cells: CountMatrix) -> NDArray[np.float64]:
     clipped = np.minimum(counts.data, (mean + sd * np.sqrt(n))[column])
     total = np.bincount(column, clipped, minlength=len(mean))
     total_squares = np.bincount(column, clipped**2, minlength=len(mean))
-    found[varies] = ((n * mean**2 + total_squares - 2 * mean * total) / ((n - 1) * sd**2))[varies]
-    return found
+    standardised[varies] = ((n * mean**2 + total_squares - 2 * mean * total) / ((n - 1) * sd**2))[varies]
+    return standardised
 
 
 def highly_variable(cells: CountMatrix, n_genes: int = 300) -> NDArray[np.intp]:
-    """Columns of the genes with the largest normalised variance, in the order of the columns; all if there are fewer.
+    """Return the columns of the genes with the largest normalised variance, ascending; all if there are fewer.
 
     Ties are broken by the order of the columns.
     """
@@ -81,10 +81,10 @@ def highly_variable(cells: CountMatrix, n_genes: int = 300) -> NDArray[np.intp]:
 
 
 def hvg_expression(cells: CountMatrix, *, n_genes: int = 300) -> tuple[NDArray[np.float32], int]:
-    """Log CP10k of the most variable genes.
+    """Return log CP10k of the most variable genes.
 
-    A cell in which none of these genes was seen has no direction. It gets the mean vector of the others, which says
-    nothing for or against an effect.
+    A cell that expresses none of these genes has no direction. It gets the mean vector of the others, which is evidence
+    neither for nor against an effect.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def hvg_expression(cells: CountMatrix, *, n_genes: int = 300) -> tuple[NDArray[n
     Raises
     ------
     InvalidParameterError
-        Fewer than two cells, or fewer than ten genes that vary.
+        There are fewer than two cells, or fewer than ten genes vary.
     """
     values: NDArray[np.float32] = log_cp10k(cells)[:, highly_variable(cells, n_genes)].toarray()
     silent = ~values.any(axis=1)

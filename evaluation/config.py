@@ -1,4 +1,4 @@
-"""A YAML file that names screens and models, so that one command evaluates them all.
+"""Reading of a YAML file that names screens and models, so that one command evaluates them all.
 
 ``screens``: a list of mappings with ``path`` and any of the other parameters of :func:`evaluation.screens.open_screen`,
 and ``title`` and ``note`` (for the page), ``relations`` (a .gmt file), ``scvi_epochs``. ``models``: see
@@ -26,18 +26,18 @@ from perturbscope.errors import InvalidParameterError, UnreadableFileError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsConfig:
-    """What is compared.
+    """Models that are compared.
 
     Parameters
     ----------
     hvg
-        Highly variable genes; 0: none.
+        Number of highly variable genes; 0 for none.
     pca
         Numbers of principal components.
     scvi
-        Options of :class:`evaluation.scvi.ScviOptions`; None: no scVI.
+        Options of scVI; None leaves it out.
     bundles
-        Name -> directory.
+        Name -> directory of a bundle.
     obsm
         Name -> matrix of obsm, which every screen must have.
     """
@@ -49,43 +49,43 @@ class ModelsConfig:
     obsm: dict[str, str] = field(default_factory=dict)
 
     def models(self, *, scvi_epochs: int | None = None) -> list[Model]:
-        """Baselines first, in a fixed order; then matrices of obsm, then bundles.
+        """Return baselines first, in a fixed order, then matrices of obsm, then bundles.
 
         Raises
         ------
         InvalidParameterError
-            Two of them have the same name.
+            Two models have the same name.
         """
         scvi = self.scvi
         if scvi is not None and scvi_epochs is not None:
             scvi = replace(scvi, max_epochs=min(scvi.max_epochs, scvi_epochs))
-        found = baselines(pca_components=self.pca, hvg_genes=self.hvg or 1, scvi=scvi)
-        found = [model for model in found if self.hvg or model.kind != "hvg"]
-        found += [Model(name, "obsm", {"key": key}) for name, key in self.obsm.items()]
-        found += [Model(name, "bundle", {"path": path}) for name, path in self.bundles.items()]
-        names = [model.name for model in found]
+        models = baselines(pca_components=self.pca, hvg_genes=self.hvg or 1, scvi=scvi)
+        models = [model for model in models if self.hvg or model.kind != "hvg"]
+        models += [Model(name, "obsm", {"key": key}) for name, key in self.obsm.items()]
+        models += [Model(name, "bundle", {"path": path}) for name, path in self.bundles.items()]
+        names = [model.name for model in models]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise InvalidParameterError(f"Two models are called {twice[0]!r}; give another name.", field="models")
-        return found
+        return models
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScreenConfig:
-    """Where a screen is.
+    """File of a screen, and how to read it.
 
     Parameters
     ----------
     path
-        The file.
+        File of the screen.
     title, note
-        For its page.
+        Heading and paragraph of its page.
     relations
-        A .gmt file of gene sets.
+        File of gene sets (.gmt).
     scvi_epochs
-        Most epochs of scVI on this screen, where that is fewer than for all.
+        Most epochs of scVI on this screen, if fewer than for all screens.
     arguments
-        All others of :func:`evaluation.screens.open_screen`.
+        Other arguments of :func:`evaluation.screens.open_screen`.
     """
 
     path: Path
@@ -97,17 +97,17 @@ class ScreenConfig:
 
     @property
     def name(self) -> str:
-        """Of the screen: given, or that of the file."""
+        """Name of the screen; default that of the file."""
         return str(self.arguments.get("name") or self.path.name.removesuffix(".h5ad"))
 
     def open(self, *, obsm: Sequence[str] = ()) -> EvaluationScreen:
-        """Read it. Raises as :func:`evaluation.screens.open_screen`."""
+        """Read the screen; raises the errors of :func:`evaluation.screens.open_screen`."""
         return open_screen(self.path, **{"obsm": obsm, **self.arguments, "name": self.name})
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Screens, models and options."""
+    """Screens, models and options of one evaluation."""
 
     screens: list[ScreenConfig]
     models: ModelsConfig = field(default_factory=ModelsConfig)
@@ -120,17 +120,17 @@ def read_config(path: Path) -> EvaluationConfig:
     Raises
     ------
     UnreadableFileError
-        There is none, or it is no YAML.
+        The file does not exist, or is not YAML.
     InvalidParameterError
-        An unknown key, or a value of the wrong kind.
+        A key is unknown, or a value has the wrong type.
     """
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UnreadableFileError(f"{path} cannot be read as YAML: {error}", field="config") from error
-    top = _mapping(found, str(path), {"screens", "models", "options"})
+    top = _mapping(values, str(path), {"screens", "models", "options"})
     screens = top.get("screens")
     if not isinstance(screens, list) or not screens:
         raise InvalidParameterError(f"{path}: screens must be a list with at least one screen.", field="screens")
@@ -142,8 +142,8 @@ def read_config(path: Path) -> EvaluationConfig:
 
 
 def _screen(item: object, where: str) -> ScreenConfig:
-    own = {"path", "title", "note", "relations", "scvi_epochs"}
-    known = own | set(signature(open_screen).parameters)
+    of_screen = {"path", "title", "note", "relations", "scvi_epochs"}
+    known = of_screen | set(signature(open_screen).parameters)
     values = _mapping(item, where, known)
     if "path" not in values:
         raise InvalidParameterError(f"{where} has no path.", field="path")
@@ -154,7 +154,7 @@ def _screen(item: object, where: str) -> ScreenConfig:
         note=str(values.get("note", "")),
         relations=None if relations is None else Path(relations),
         scvi_epochs=values.get("scvi_epochs"),
-        arguments={key: value for key, value in values.items() if key not in own},
+        arguments={key: value for key, value in values.items() if key not in of_screen},
     )
 
 
@@ -173,10 +173,10 @@ def _options(item: object, where: str) -> RunOptions:
     separation = _mapping(
         values.get("separation") or {}, f"{where}: separation", {spec.name for spec in fields(SeparationOptions)}
     )
-    chosen = values.get("replication", {})
+    section = values.get("replication", {})
     replication = None
-    if chosen is not False:
-        rest = _mapping(chosen or {}, f"{where}: replication", {spec.name for spec in fields(ReplicationOptions)})
+    if section is not False:
+        rest = _mapping(section or {}, f"{where}: replication", {spec.name for spec in fields(ReplicationOptions)})
         if "power_grid" in rest:
             rest["power_grid"] = tuple(rest["power_grid"])
         replication = ReplicationOptions(**{"seed": seed, **rest})

@@ -1,21 +1,21 @@
-"""Are the cells of a perturbation alike, and are they unlike those of the other perturbations? Without controls.
+"""Consistency and magnitude of perturbations: similarity of their cells, and distance from other perturbations.
 
-The two questions are those of the EFAAR benchmarks (Celik et al. 2024, recursionpharma/EFAAR_benchmarking), which judge
-maps of perturbations by "consistency" and "magnitude". What differs here:
+Both measures need no controls. They come from the EFAAR benchmarks of maps of perturbations (Celik et al. 2024,
+recursionpharma/EFAAR_benchmarking), with these differences:
 
 consistency
-    There, the mean angle among replicates, beside random sets drawn from each batch with replacement; here the mean
-    cosine after centring by the mean of all perturbed cells (without it, vectors of a transformer all point the same
-    way), and sets drawn without replacement, so that p is that of an exact exchange of labels.
+    EFAAR takes the mean angle among replicates, and random sets drawn from each batch with replacement. Here it is the
+    mean cosine after centring by the mean of all perturbed cells (without it, vectors of a transformer all point the
+    same way), and sets are drawn without replacement, so that p is that of an exact exchange of labels.
 magnitude
-    There, the energy distance to controls; here to the rest of the perturbed cells, so that an embedding gains nothing
-    from a difference between treated and untreated cells at large. The distance is the unbiased estimate (U), there it
-    grows as cells get fewer; and p is never 0.
+    EFAAR takes the energy distance to controls. Here it is that to the other perturbed cells, so that an embedding
+    gains nothing from a general difference between treated and untreated cells. The estimate is unbiased (U), where
+    EFAAR's grows as cells get fewer; and p is never 0.
 
-Both are relative to the rest. Where a few perturbations have a strong effect, the rest contains it, and perturbations
+Both are relative to the rest. If a few perturbations have a strong effect, the rest contains it, and perturbations
 without any effect differ from the rest by not having it: a small p says "unlike the others", not "unlike untreated".
-With PCA on the screen of Papalexi et al. 2021, where five of 22 targets share a pathway, all 22 are "detected" for that
-reason. Name such perturbations as `strong`, and they are left out of the rest.
+With PCA on the screen of Papalexi et al. 2021, in which five of 22 targets share a pathway, all 22 are "detected" for
+that reason. Perturbations named as `strong` are left out of the rest.
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from evaluation.profiles import check_labels, label_warnings
+from evaluation.profiles import label_warnings
 from perturbscope.errors import InvalidParameterError, TooFewCellsError
 from perturbscope.scoring.distances import check_rows, unit_rows
 from perturbscope.scoring.energy.matrix import DenseGroup
 from perturbscope.scoring.energy.pool import Pool
+from perturbscope.scoring.labels import check_labels
 from perturbscope.scoring.statistics import Exchange, benjamini_hochberg, empirical_p, generator
 
 Progress = Callable[[str, int, int], None]
 
 SIGNAL_COLUMNS = ("perturbation", "n_cells", "value", "null_mean", "null_sd", "z", "p", "q", "flags")
-"""Columns of a table of either statistic, in their order."""
+"""Columns of a table of either measure, in order."""
 MOST = 0.8
-"""Share of detected perturbations above which a warning says how that may come about."""
+"""Share of detected perturbations above which a warning names a possible cause."""
 _NAN = float("nan")
 _ZERO = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class Signal:
-    """One statistic of every perturbation, with its null.
+    """One measure of every perturbation, with its null.
 
     Attributes
     ----------
@@ -57,11 +58,11 @@ class Signal:
         One row a perturbation, strongest z first: ``perturbation``, ``n_cells``, ``value``, ``null_mean``,
         ``null_sd``, ``z``, ``p``, ``q`` (Benjamini-Hochberg), ``flags``.
     detected
-        Share of the perturbations with a p that have q < 0.05; NaN where there is none.
+        Share of the perturbations with a p that have q < 0.05; NaN if none has a p.
     n_perturbations
-        Perturbations with a p.
+        Number of perturbations with a p.
     warnings
-        What a reader should know.
+        Sentences that a reader should know before trusting a number.
     """
 
     name: str
@@ -84,37 +85,37 @@ def consistency(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Signal:
-    """Mean cosine similarity among the cells of each perturbation, beside random cells of all perturbations.
+    """Measure the mean cosine similarity among the cells of each perturbation, and among random perturbed cells.
 
     Parameters
     ----------
     values
         One vector a cell, [n, width]; or one a replicate, with a small `min_cells`.
     perturbations
-        Of each cell.
+        Perturbation of each cell.
     control
         Label of cells to leave out.
     batches
-        Of each cell: random sets then have as many cells of each batch as the perturbation.
+        Batch of each cell; random sets then have as many cells of each batch as the perturbation.
     strong
-        Perturbations that are judged, but are no part of the rest beside the others (nor of the centre).
+        Perturbations that are judged, but belong neither to the rest nor to the centre of the others.
     min_cells
         Fewest cells of a perturbation.
     max_cells
-        Most cells of a perturbation, and most of the rest beside it; more are sampled.
+        Most cells of a perturbation, and of the rest beside it; more are sampled.
     draws
-        Random sets.
+        Number of random sets.
     seed
-        Of all draws.
+        Seed of all draws.
     progress
         Called as ``progress("consistency", done, total)``, by perturbation.
 
     Raises
     ------
     InvalidEmbeddingError
-        Values that are not a finite matrix.
+        The values are not a finite matrix.
     MalformedMatrixError, InvalidParameterError
-        Labels that are not one a cell, or are missing; an option out of range.
+        The number of labels differs from that of cells, a label is missing, or an option is out of range.
     TooFewCellsError
         No perturbation has `min_cells` cells.
     """
@@ -157,19 +158,19 @@ def magnitude(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Signal:
-    """Energy distance (U, unsquared Euclidean) of each perturbation to the cells of all other perturbations.
+    """Measure the energy distance (U, unsquared Euclidean) of each perturbation to the cells of all others.
 
     Parameters
     ----------
     normalize
-        Scale every vector to unit length first, as scoring does.
+        Whether to scale every vector to unit length first, as scoring does.
     values, perturbations, control, batches, strong, min_cells, max_cells, draws, seed, progress
-        As of :func:`consistency`; `draws` are exchanges of labels, and time grows with the square of `max_cells`.
+        See :func:`consistency`; `draws` are exchanges of labels, and time grows with the square of `max_cells`.
 
     Raises
     ------
     InvalidEmbeddingError, MalformedMatrixError, InvalidParameterError, TooFewCellsError
-        As :func:`consistency`; and InvalidEmbeddingError for a zero row where unit length is asked for.
+        See :func:`consistency`; InvalidEmbeddingError also for a zero row if vectors are scaled.
     """
     cells = _Cells.of(values, perturbations, control, batches, strong, min_cells, max_cells, draws, seed)
     rows = unit_rows(cells.rows) if normalize else cells.rows
@@ -185,7 +186,7 @@ def magnitude(
 
 @dataclass(frozen=True)
 class _Statistic:
-    """A number, the difference up to which it equals another, and the same number for sets of the pooled cells."""
+    """A measured value, the difference up to which two values are equal, and the values of sets of the pooled cells."""
 
     observed: float
     noise: float
@@ -194,7 +195,7 @@ class _Statistic:
 
 @dataclass(frozen=True, eq=False)
 class _Cells:
-    """Perturbed cells, and how they are compared."""
+    """Perturbed cells, and the options of their comparison."""
 
     rows: NDArray[np.float64]
     members: dict[str, NDArray[np.intp]]
@@ -230,10 +231,10 @@ class _Cells:
         codes = None
         if batches is not None:
             codes = np.unique(check_labels(batches, len(rows), "batches"), return_inverse=True)[1]
-        kept = np.arange(len(rows)) if control is None else np.flatnonzero(labels != control)
-        if not len(kept):
+        perturbed = np.arange(len(rows)) if control is None else np.flatnonzero(labels != control)
+        if not len(perturbed):
             raise TooFewCellsError("Every cell is a control; there is no perturbation.", field="perturbations")
-        names, inverse = np.unique(labels[kept], return_inverse=True)
+        names, inverse = np.unique(labels[perturbed], return_inverse=True)
         members = {str(name): np.flatnonzero(inverse == code) for code, name in enumerate(names)}
         unknown = sorted(set(strong) - set(members))
         if unknown:
@@ -245,10 +246,10 @@ class _Cells:
                 field="perturbations",
             )
         return cls(
-            rows[kept].astype(np.float64),
+            rows[perturbed].astype(np.float64),
             members,
-            np.flatnonzero(~np.isin(labels[kept], list(strong))),
-            None if codes is None else codes[kept],
+            np.flatnonzero(~np.isin(labels[perturbed], list(strong))),
+            None if codes is None else codes[perturbed],
             min_cells,
             max_cells,
             draws,
@@ -261,7 +262,7 @@ class _Cells:
         statistic: Callable[[NDArray[np.intp], NDArray[np.intp]], _Statistic | None],
         progress: Progress | None,
     ) -> Signal:
-        """The statistic of every perturbation, and the same for exchanged labels."""
+        """Compute the statistic of every perturbation, and its null from exchanged labels."""
         rows = []
         for done, (label, own) in enumerate(self.members.items(), start=1):
             rows.append({"perturbation": label, "n_cells": len(own), **self._row(name, label, own, statistic)})
@@ -290,27 +291,27 @@ class _Cells:
             return {**row, "flags": "too_few_cells" if len(own) < self.min_cells else "no_other_cells"}
         flags = ["cells_subsampled"] if len(own) > self.max_cells else []
         own, rest = self._sample(own, rng), self._sample(rest, rng, like=own)
-        found = statistic(own, rest)
-        if found is None:
+        measured = statistic(own, rest)
+        if measured is None:
             return {**row, "flags": ";".join([*flags, "constant_embeddings"])}
-        row["value"] = found.observed
+        row["value"] = measured.observed
         pooled = None if self.batches is None else self.batches[np.concatenate([own, rest])]
         exchange = Exchange.of(len(own), len(rest), pooled)
         if not exchange.blocks:
             return {**row, "flags": ";".join([*flags, "batch_confounded"])}
         if len(exchange.fixed):
             flags.append("batch_partly_confounded")
-        null = np.concatenate(list(map(found.of_sets, exchange.draw(self.draws, rng))))
+        null = np.concatenate(list(map(measured.of_sets, exchange.draw(self.draws, rng))))
         row["null_mean"], row["null_sd"] = float(null.mean()), float(null.std())
-        if row["null_sd"] > found.noise:
-            row["z"] = (found.observed - row["null_mean"]) / row["null_sd"]
-        row["p"] = empirical_p(found.observed, null, noise=found.noise)
+        if row["null_sd"] > measured.noise:
+            row["z"] = (measured.observed - row["null_mean"]) / row["null_sd"]
+        row["p"] = empirical_p(measured.observed, null, noise=measured.noise)
         return {**row, "flags": ";".join(flags)}
 
     def _sample(
         self, cells: NDArray[np.intp], rng: np.random.Generator, *, like: NDArray[np.intp] | None = None
     ) -> NDArray[np.intp]:
-        """At most `max_cells` of these cells; with batches, first those of the batches that `like` has cells of."""
+        """Sample at most `max_cells` of these cells; with batches, only from batches of `like`, if they have any."""
         if like is not None and self.batches is not None:
             shared = cells[np.isin(self.batches[cells], np.unique(self.batches[like]))]
             cells = shared if len(shared) else cells
@@ -326,22 +327,22 @@ class _Cells:
             "batch_confounded": "share no batch with another perturbation, so p is undefined",
             "batch_partly_confounded": "have cells in batches of their own, which are never exchanged",
         }
-        found = label_warnings(self.members)
+        warnings = label_warnings(self.members)
         for flag, text in texts.items():
             count = sum(flag in flags.split(";") for flags in table["flags"])
             if count:
-                found.append(f"{count} of {len(table)} perturbations {text}.")
+                warnings.append(f"{count} of {len(table)} perturbations {text}.")
         known = table["p"].notna()
         if known.sum() > 2 and (table.loc[known, "q"] < 0.05).mean() > MOST:
-            found.append(
+            warnings.append(
                 "Nearly every perturbation differs from the rest. A few strong ones within the rest are enough for "
                 "that; name them as strong, so that they are left out of it, before reading this as many effects."
             )
-        return found
+        return warnings
 
 
 def _first(n: int, size: int) -> NDArray[np.float32]:
-    """The first n of `size` cells as a set, [size, 1]."""
+    """Return the first n of `size` cells as a set, [size, 1]."""
     members = np.zeros((size, 1), dtype=np.float32)
     members[:n] = 1
     return members

@@ -1,4 +1,4 @@
-"""Figures of one screen: calibration, z by model, z by target, maps of the cells."""
+"""Figures of one screen: calibration, z by model, z by target, and maps of the cells."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
-"""Of models, by order: told apart with any common colour blindness beside their labels."""
+"""Colours of models, in order; with their labels they can be told apart with any common colour blindness."""
 GREY = "#c9ccd1"
 MOST_LABELS = 6
 """Perturbations with a colour of their own on a map."""
 
 
 def write_figures(result: ScreenResult, folder: Path, *, dpi: int = 110) -> dict[str, Path]:
-    """Draw what the results allow.
+    """Draw the figures that the results allow.
 
     Returns
     -------
@@ -52,7 +52,7 @@ def write_figures(result: ScreenResult, folder: Path, *, dpi: int = 110) -> dict
 
 
 def calibration_figure(result: ScreenResult) -> Figure | None:
-    """Sorted p-values of control-against-control splits beside the uniform ones: on the diagonal if sound."""
+    """Draw sorted p-values of control-against-control splits against uniform ones; sound ones lie on the diagonal."""
     nulls = [(model.model, model.tables["null"]) for model in result.models if "null" in model.tables]
     kinds = [kind for kind in ("cell", "batch") if any((null["kind"] == kind).any() for _, null in nulls)]
     if not kinds:
@@ -71,7 +71,7 @@ def calibration_figure(result: ScreenResult) -> Figure | None:
 
 
 def model_figure(result: ScreenResult) -> Figure | None:
-    """Boxes of z, one a model, against control and between perturbations, on a scale that is linear near 0."""
+    """Draw boxes of z, one a model, against control and between perturbations, on a scale that is linear near 0."""
     panels = [("scores", "against control")]
     if any("pairs" in model.tables for model in result.models):
         panels.append(("pairs", "pairs of perturbations"))
@@ -83,8 +83,8 @@ def model_figure(result: ScreenResult) -> Figure | None:
         for model in result.models:
             if table in model.tables:
                 rows = model.tables[table]
-                chosen = (rows["mode"] == "size_matched") & (rows["metric"] == "e_distance")
-                groups.append(rows.loc[chosen, "z"].dropna().to_numpy())
+                size_matched = (rows["mode"] == "size_matched") & (rows["metric"] == "e_distance")
+                groups.append(rows.loc[size_matched, "z"].dropna().to_numpy())
                 names.append(model.model)
         boxes = axis.boxplot(groups, patch_artist=True, showfliers=False, widths=0.6, medianprops={"color": "black"})
         for box, colour in zip(boxes["boxes"], _cycle(len(groups)), strict=True):
@@ -100,7 +100,7 @@ def model_figure(result: ScreenResult) -> Figure | None:
 
 
 def target_figure(result: ScreenResult) -> Figure | None:
-    """Heat map of z, a row a perturbation and a column a model, on a logarithmic colour scale above 2."""
+    """Draw a heat map of z, a row a perturbation and a column a model; its colour scale is logarithmic above 2."""
     from matplotlib.colors import SymLogNorm
 
     table = by_target(result)
@@ -127,12 +127,12 @@ def target_figure(result: ScreenResult) -> Figure | None:
 
 
 def umap_figure(result: ScreenResult) -> Figure | None:
-    """One map a model, with the perturbations that the last model sees best in colour and controls in grey."""
+    """Draw one map a model, with the strongest perturbations (by mean rank of z) in colour and controls in grey."""
     maps = [(model.model, model.tables["umap"]) for model in result.models if "umap" in model.tables]
     if not maps:
         return None
     control = result.screen.control
-    chosen = _shown(result, maps[0][1], control)
+    coloured = _shown(result, maps[0][1], control)
     columns = min(4, len(maps))
     figure, axes = _canvas(-(-len(maps) // columns), columns, 2.7, 2.7)
     for axis in axes.flat:
@@ -140,10 +140,10 @@ def umap_figure(result: ScreenResult) -> Figure | None:
     for axis, (name, cells) in zip(axes.flat, maps, strict=False):
         labels = cells["perturbation"].astype(str)
         controls = labels.str.startswith(control)
-        rest = ~controls & ~labels.isin(chosen)
+        rest = ~controls & ~labels.isin(coloured)
         axis.scatter(cells["umap1"][rest], cells["umap2"][rest], s=1.5, color="#dfe2e7", lw=0)
         axis.scatter(cells["umap1"][controls], cells["umap2"][controls], s=2, color="#7d828a", lw=0, label=control)
-        for label, colour in zip(chosen, COLOURS, strict=False):
+        for label, colour in zip(coloured, COLOURS, strict=False):
             own = labels == label
             axis.scatter(cells["umap1"][own], cells["umap2"][own], s=4, color=colour, lw=0, label=label)
         axis.set(title=name, xlim=_span(cells["umap1"]), ylim=_span(cells["umap2"]))
@@ -152,26 +152,26 @@ def umap_figure(result: ScreenResult) -> Figure | None:
 
 
 def _shown(result: ScreenResult, cells: pd.DataFrame, control: str) -> list[str]:
-    """Labels of a map with a colour: those with the largest mean rank of z over the models."""
+    """Return the labels of a map that get a colour: those with the best mean rank of z over the models."""
     table = by_target(result)
     names = [model.model for model in result.models]
     order = table[names].rank(ascending=False).mean(axis=1).sort_values().index
     labels = table.loc[order, "perturbation"].astype(str)
     if "context" in table:
         labels = labels + " in " + table.loc[order, "context"].astype(str)
-    there = set(cells["perturbation"].astype(str))
-    return [label for label in labels if label in there and label != control][:MOST_LABELS]
+    on_map = set(cells["perturbation"].astype(str))
+    return [label for label in labels if label in on_map and label != control][:MOST_LABELS]
 
 
 def _span(values: pd.Series) -> tuple[float, float]:
-    """Limits of an axis that leave out one cell in a hundred at either end, where these lie far away."""
+    """Return limits of an axis that leave out one cell in a hundred at either end, if these are far away."""
     low, high = (float(values.quantile(share)) for share in (0.01, 0.99))
     margin = 0.1 * (high - low)
     return max(float(values.min()), low - margin) - 0.2, min(float(values.max()), high + margin) + 0.2
 
 
 def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
-    """A figure that belongs to no window, and its axes [rows, columns]."""
+    """Return a figure that belongs to no window, and its axes [rows, columns]."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")

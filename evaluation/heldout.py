@@ -1,4 +1,4 @@
-"""Which cells of a screen a model was not trained on, as a small table that can be shipped beside the model.
+"""A small table of the cells of a screen that a model was not trained on, to be shipped with the model.
 
 ``python -m evaluation.heldout runs/default/contrastive/heldout.h5ad papalexi-heldout.tsv.gz`` takes the names and the
 split of the cells from the file that fine-tuning writes.
@@ -21,25 +21,25 @@ COLUMNS = ["cell", "split"]
 
 
 def read_held_out(path: str | Path) -> dict[str, str]:
-    """Split of each held-out cell, by its name.
+    """Read the split of each held-out cell, by its name.
 
     Parameters
     ----------
     path
-        Counts with a column ``split`` of obs (without it all cells are ``test``), or a ``.tsv`` or ``.tsv.gz`` with
-        the columns ``cell`` and ``split``.
+        File of counts with a column ``split`` of obs (without it all cells are ``test``), or a ``.tsv`` or ``.tsv.gz``
+        with the columns ``cell`` and ``split``.
 
     Raises
     ------
     UnreadableFileError
-        There is no such file, or a table without these columns.
+        The file does not exist, or the table lacks these columns.
     """
     path = Path(path)
     if not path.name.endswith((".tsv", ".tsv.gz")):
         with open_cells(path) as source:
-            there = "split" in source.columns
-            kind = source.labels("split") if there else np.full(source.n_cells, "test", dtype=object)
-            return dict(zip(source.cell_ids.tolist(), kind.tolist(), strict=True))
+            has_split = "split" in source.columns
+            split = source.labels("split") if has_split else np.full(source.n_cells, "test", dtype=object)
+            return dict(zip(source.cell_ids.tolist(), split.tolist(), strict=True))
     try:
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:

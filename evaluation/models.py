@@ -1,4 +1,4 @@
-"""What is compared: ways to turn the cells of a screen into vectors, computed once and kept."""
+"""Models that are compared: ways to turn the cells of a screen into vectors, which are computed once and cached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from perturbscope.inference.embedder import Embedder
 Kind = Literal["hvg", "pca", "scvi", "bundle", "obsm"]
 Progress = Callable[[str, int, int], None]
 CACHE_VERSION = 1
-"""Raised when a baseline's definition changes, so that vectors from before are not used again."""
+"""Version that is raised when a baseline's definition changes, so that older vectors are not used again."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Model:
     Attributes
     ----------
     name
-        In tables.
+        Name in tables.
     kind
-        ``hvg``, ``pca``, ``scvi``, ``bundle`` (a directory) or ``obsm`` (a matrix that the file brought).
+        ``hvg``, ``pca``, ``scvi``, ``bundle`` (a directory) or ``obsm`` (a matrix of the file).
     options
-        Of the kind (JSON-able): ``n_genes``; ``n_components``; ``architecture`` and those of
+        Options of the kind (JSON-able): ``n_genes``; ``n_components``; ``architecture`` and those of
         :class:`evaluation.scvi.ScviOptions`; ``path``; ``key``.
     """
 
@@ -51,7 +51,7 @@ class Model:
 
     @property
     def fitted(self) -> bool:
-        """Whether it is fitted to the cells of the screen, so that its vectors hang on which cells are given."""
+        """Whether the model is fitted to the screen, so that its vectors depend on the cells of the screen."""
         return self.kind in ("hvg", "pca", "scvi")
 
 
@@ -62,11 +62,11 @@ class Embedded:
     Attributes
     ----------
     values
-        float32 [n_held_out, width].
+        Vectors, float32 [n_held_out, width].
     facts
-        What made them (JSON-able).
+        Record of what made the vectors (JSON-able).
     warnings
-        What to be careful about.
+        Sentences that a reader should know before trusting a number.
     """
 
     values: NDArray[np.float32]
@@ -77,60 +77,60 @@ class Embedded:
 def baselines(
     *, pca_components: Sequence[int] = (200, 50), hvg_genes: int = 300, scvi: ScviOptions | None = None
 ) -> list[Model]:
-    """The models of Zhao et al. (2025) that need no pre-training; both scVI only where their options are given."""
-    found = [Model(f"HVG-{hvg_genes}", "hvg", {"n_genes": hvg_genes})]
-    found += [Model(f"PCA-{number}", "pca", {"n_components": number}) for number in pca_components]
+    """Return the models of Zhao et al. (2025) that need no pre-training; the two scVI only if options are given."""
+    models = [Model(f"HVG-{hvg_genes}", "hvg", {"n_genes": hvg_genes})]
+    models += [Model(f"PCA-{number}", "pca", {"n_components": number}) for number in pca_components]
     if scvi is not None:
-        found += [
+        models += [
             Model(f"scVI-{name}", "scvi", {"architecture": architecture, **vars(scvi)})
             for name, architecture in (("Linear", "linear"), ("5L", "5L"))
         ]
-    return found
+    return models
 
 
 def embed(
     model: Model, screen: EvaluationScreen, *, cache: Path | None = None, progress: Progress | None = None
 ) -> Embedded:
-    """Vectors of a screen's held-out cells; from `cache` if they were computed before.
+    """Return vectors of a screen's held-out cells, from `cache` if they were computed before.
 
-    HVG and PCA are fitted to all cells of the screen, as Zhao et al. (2025) do: they see no label. scVI is trained on
-    the training split, where there is one.
+    HVG and PCA are fitted to all cells of the screen, as Zhao et al. (2025) do: they use no label. scVI is trained on
+    the training split, if there is one.
 
     Raises
     ------
     InvalidParameterError
-        Too few cells or genes for a baseline; an unknown matrix of obsm; scvi-tools is missing.
+        There are too few cells or genes for a baseline, a matrix of obsm is unknown, or scvi-tools is missing.
     BundleError, InvalidInputError
-        As opening a bundle and embedding raise.
+        The bundle cannot be opened, or cannot embed the cells.
     """
     bundle = Bundle.open(model.options["path"]) if model.kind == "bundle" else None
     if cache is None or model.kind == "obsm":
-        found = _compute(model, screen, bundle, progress)
+        embedded = _compute(model, screen, bundle, progress)
     else:
-        found = _kept(cache / f"{cache_key(model, screen, bundle)}.npz", model, screen, bundle, progress)
+        embedded = _cached(cache / f"{cache_key(model, screen, bundle)}.npz", model, screen, bundle, progress)
     if bundle is not None:
-        return replace(found, warnings=[*leaks(bundle, screen[screen.held_out]), *found.warnings])
-    return found
+        return replace(embedded, warnings=[*leaks(bundle, screen[screen.held_out]), *embedded.warnings])
+    return embedded
 
 
-def _kept(
+def _cached(
     path: Path, model: Model, screen: EvaluationScreen, bundle: Bundle | None, progress: Progress | None
 ) -> Embedded:
-    """What `path` holds; computed and written if there is nothing."""
+    """Read vectors from `path`, or compute and write them if it does not exist."""
     if path.is_file():
         with np.load(path) as stored:
             facts = json.loads(str(stored["facts"]))
             return Embedded(stored["values"], facts["facts"], facts["warnings"])
-    found = _compute(model, screen, bundle, progress)
+    embedded = _compute(model, screen, bundle, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as staging, staging.open("wb") as file:
-        text = json.dumps({"facts": found.facts, "warnings": found.warnings})
-        np.savez(file, values=found.values, facts=np.asarray(text))
-    return found
+        text = json.dumps({"facts": embedded.facts, "warnings": embedded.warnings})
+        np.savez(file, values=embedded.values, facts=np.asarray(text))
+    return embedded
 
 
 def cache_key(model: Model, screen: EvaluationScreen, bundle: Bundle | None = None) -> str:
-    """Name of the stored vectors: of the model (a bundle by its checksum, wherever it lies) and of the cells."""
+    """Return the name of the stored vectors, from the model (a bundle by its checksum) and the cells."""
     identity: dict[str, Any] = {"kind": model.kind, "version": CACHE_VERSION}
     identity |= {"bundle": bundle.model_id} if bundle else {"options": model.options}
     held_out = screen.held_out
@@ -172,8 +172,8 @@ def _compute(model: Model, screen: EvaluationScreen, bundle: Bundle | None, prog
     else:
         rest = {key: value for key, value in options.items() if key != "architecture"}
         train = None if held_out.all() else np.asarray(screen.split) == TRAINED
-        found = scvi_embedding(screen.cells, options["architecture"], train=train, options=ScviOptions(**rest))
-        values, facts = found.values, found.facts
+        embedding = scvi_embedding(screen.cells, options["architecture"], train=train, options=ScviOptions(**rest))
+        values, facts = embedding.values, embedding.facts
         facts = {**facts, "fitted_on": "all cells" if train is None else "the training split"}
         if facts["epochs_run"] >= facts["max_epochs"]:
             warnings.append(f"Training was cut off at {facts['max_epochs']} epochs, before early stopping ended it.")
@@ -191,25 +191,25 @@ def _from_bundle(bundle: Bundle, screen: EvaluationScreen, progress: Progress | 
         if progress:
             progress("embed", done, len(screen))
 
-    found = Embedder.from_bundle(bundle).embed(screen.cells, progress=advance)
-    coverage = found.coverage.to_dict()
+    embeddings = Embedder.from_bundle(bundle).embed(screen.cells, progress=advance)
+    coverage = embeddings.coverage.to_dict()
     facts = {
-        "width": found.values.shape[1],
-        "model_id": found.model_id,
-        "vocabulary_hash": found.vocabulary_hash,
+        "width": embeddings.values.shape[1],
+        "model_id": embeddings.model_id,
+        "vocabulary_hash": embeddings.vocabulary_hash,
         "n_genes": coverage["n_genes"],
         "n_genes_matched": coverage["n_matched"],
-        "median_tokens": float(np.median(found.lengths)),
+        "median_tokens": float(np.median(embeddings.lengths)),
     }
-    return Embedded(found.values, facts, found.warnings())
+    return Embedded(embeddings.values, facts, embeddings.warnings())
 
 
 def leaks(bundle: Bundle, screen: EvaluationScreen) -> list[str]:
-    """A warning where the bundle says that it was fine-tuned on perturbations of this file that are scored.
+    """Return a warning if the bundle was fine-tuned on perturbations of this file that are scored.
 
-    Files are matched by name. Pre-training on the same cells is no leak: it saw no label.
+    Files are matched by name. Pre-training on the same cells is no leak, since it used no label.
     """
-    # Bundles of other makers may say anything here, or nothing.
+    # Bundles made elsewhere may hold anything here, or nothing.
     data, splits = (bundle.manifest.training.get(key) for key in ("data", "split"))
     if not isinstance(data, dict) or not isinstance(splits, dict):
         return []

@@ -1,11 +1,11 @@
-"""How many cells it takes to detect a perturbation.
+"""Number of cells that it takes to detect a perturbation.
 
-A perturbation with many cells stands for one with few: n of its cells are drawn, scored against the controls by the
-permutation test that :func:`perturbscope.score_perturbations` runs, and this again and again. The share of the
-draws with p < alpha is the power at n. Among controls, scored against the other controls, it is the false-positive
-rate: about alpha for any embedding, so it checks the test and not the model.
+A perturbation with many cells stands for one with few: n of its cells are drawn and scored against the controls by the
+permutation test of :func:`perturbscope.score_perturbations`, many times. The share of draws with p < alpha is the power
+at n. For controls scored against the other controls, it is the false-positive rate: about alpha for any embedding, so
+it checks the test and not the model.
 
-The draws of one perturbation overlap as soon as n is not small beside its cells, so a curve says what fewer cells of
+The draws of one perturbation overlap unless n is small beside its number of cells. So a curve says what fewer cells of
 THIS sample would have shown, and its confidence intervals hold for that question only.
 """
 
@@ -27,11 +27,11 @@ from perturbscope.scoring.scorers import GroupMaker, make_scorer
 from perturbscope.scoring.statistics import generator
 
 GRID = (10, 20, 50, 100, 200, 400)
-"""Cells drawn of a perturbation."""
+"""Numbers of cells drawn from a perturbation."""
 MAX_POWER_CONTROLS = 500
-"""Most controls: every draw is a test of its own, whose time grows with the square of its cells."""
+"""Most controls, since every draw is a test whose time grows with the square of its cells."""
 POWER_PERMUTATIONS = 199
-"""Permutations of a draw: p in steps of 0.005, which tells 0.05 from its neighbours."""
+"""Most permutations of a draw: p in steps of 0.005, which tells 0.05 from its neighbours."""
 _NAN = float("nan")
 
 
@@ -50,9 +50,9 @@ class Power:
     false_positives
         The rows of `curves` for controls against controls, where ``detected`` is the false-positive rate.
     alpha, target
-        Level of the test, and the power asked for.
+        Level of the test, and power to reach.
     warnings
-        What a reader should know.
+        Sentences that a reader should know before trusting a number.
     """
 
     curves: pd.DataFrame
@@ -78,32 +78,32 @@ def power(
     options: ScoreOptions | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Power:
-    """Score smaller and smaller draws of every perturbation.
+    """Score random draws of every perturbation, of several sizes.
 
     Parameters
     ----------
     embeddings, perturbations, control, batches
-        As of :func:`perturbscope.score_perturbations`. Draws from a perturbation ignore batches; the test does
-        not.
+        See :func:`perturbscope.score_perturbations`. Draws from a perturbation ignore batches; the test does not.
     metric
         ``e_distance`` or ``cosine_e_distance``.
     grid
-        Cells to draw; a perturbation is drawn from where it has as many.
+        Numbers of cells to draw; a perturbation with fewer cells is left out at that n.
     repeats
-        Draws at each n.
+        Number of draws at each n.
     alpha, target
-        Level of the test, and the power asked for.
+        Level of the test, and power to reach.
     max_controls
         Most controls to compare with, the same ones in every draw of a perturbation; more are sampled.
     options
-        Of scoring; at most 199 permutations are used, one metric, and the smallest n as `min_cells`.
+        Options of scoring; one metric, at most 199 permutations, and the smallest n as `min_cells` are used.
     progress
         Called as ``progress("power", done, total)``, by draw.
 
     Raises
     ------
     InvalidParameterError
-        An empty grid or an n below 2, a share outside 0 to 1, Wasserstein, or fewer permutations than alpha needs.
+        The grid is empty or has an n below 2, a share is outside 0 to 1, the metric is Wasserstein, or alpha needs more
+        permutations.
     InvalidEmbeddingError, MalformedMatrixError, ControlLabelMissingError, TooFewControlsError, TooFewCellsError
         As :func:`perturbscope.score_perturbations`.
     """
@@ -130,7 +130,7 @@ def power(
     everyone = rng.permutation(groups.members[control])[: 2 * max_controls]
     controls = np.sort(everyone[:max_controls])
     pools = {name: groups.members[name] for name in names} | {control: np.sort(everyone)}
-    # A pretended perturbation needs as many other controls to be compared with.
+    # A pretended perturbation needs as many other controls for comparison.
     room = {name: min(len(pools[name]), len(controls)) for name in names}
     room[control] = min(len(everyone) // 2, len(everyone) - MIN_CONTROLS)
     plan = [(name, n) for name in pools for n in sizes if n <= room[name]]
@@ -138,7 +138,7 @@ def power(
     maker.remember(pools[control])
     done, rows = 0, []
     for name, n in plan:
-        found = []
+        scored = []
         scorer = None if name == control else make_scorer(metric, groups, controls, options, maker)
         draws = generator(options.seed, "power", name, n)
         for repeat in range(repeats):
@@ -148,14 +148,14 @@ def power(
                 others = np.setdiff1d(pools[control], drawn, assume_unique=True)
                 others = np.sort(draws.choice(others, min(len(others), max_controls), replace=False))
                 judge = make_scorer(metric, groups, others, options, maker)
-            found.append(judge.score(f"{name} {n} {repeat}", drawn))
+            scored.append(judge.score(f"{name} {n} {repeat}", drawn))
             done += 1
             if progress:
                 progress("power", done, repeats * len(plan))
         rows.append(
             {"perturbation": name, "n_cells": groups.sizes[name], "n": n}
-            | _share(np.array([item.p for item in found]), alpha)
-            | {"median_z": _median(np.array([item.z for item in found]))}
+            | _share(np.array([item.p for item in scored]), alpha)
+            | {"median_z": _median(np.array([item.z for item in scored]))}
         )
     columns = ["perturbation", "n_cells", "n", "repeats", "detected", "low", "high", "median_z"]
     table = pd.DataFrame(rows, columns=columns)
@@ -168,21 +168,21 @@ def power(
 
 
 def cells_needed(n: ArrayLike, detected: ArrayLike, *, target: float = 0.8) -> tuple[float, str]:
-    """The n at which power reaches `target`, by straight lines in log n, and a flag.
+    """Return the n at which power reaches `target`, by linear interpolation in log n, and a flag.
 
-    Where noise lets power fall as n rises, the neighbours are averaged first (pooled adjacent violators).
+    If noise lets power fall as n rises, neighbours are averaged first (pooled adjacent violators).
 
     Parameters
     ----------
     n, detected
-        Cells, and the share detected; NaN is left out.
+        Numbers of cells, and share detected at each; NaN is left out.
     target
-        The power asked for.
+        Power to reach.
 
     Returns
     -------
-    n and ``""``; NaN and ``not_reached`` where the largest n does not suffice; the smallest n and ``below_grid`` where
-    it does already; NaN and ``not_tried`` where there is none.
+    n and ``""``; NaN and ``not_reached`` if the largest n does not suffice; the smallest n and ``below_grid`` if that
+    suffices already; NaN and ``not_tried`` if there is no n.
     """
     sizes, shares = np.asarray(n, dtype=np.float64), np.asarray(detected, dtype=np.float64)
     known = ~np.isnan(shares)
@@ -201,7 +201,7 @@ def cells_needed(n: ArrayLike, detected: ArrayLike, *, target: float = 0.8) -> t
 
 
 def _rising(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The closest values (least squares) that never fall: pooled adjacent violators."""
+    """Return the closest values (least squares) that never fall, by pooled adjacent violators."""
     blocks: list[list[float]] = []
     for value in values.tolist():
         blocks.append([value, 1])
@@ -213,7 +213,7 @@ def _rising(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _share(p: NDArray[np.float64], alpha: float) -> dict[str, float]:
-    """Share of p below alpha, with its Wilson interval; NaN where p is undefined in every draw."""
+    """Return the share of p below alpha with its Wilson interval; NaN if p is undefined in every draw."""
     p = p[~np.isnan(p)]
     if not len(p):
         return {"repeats": 0, "detected": _NAN, "low": _NAN, "high": _NAN}
@@ -254,15 +254,15 @@ def _needed(curves: pd.DataFrame, names: list[str], sizes: dict[str, int], targe
 
 
 def _warnings(curves: pd.DataFrame, false: pd.DataFrame, needed: pd.DataFrame, target: float) -> list[str]:
-    found = []
+    warnings = []
     untried = int((needed["flags"] == "not_tried").sum())
     if untried:
-        found.append(f"{untried} of {len(needed)} perturbations have fewer cells than any n, or no p at all.")
+        warnings.append(f"{untried} of {len(needed)} perturbations have fewer cells than any n, or no p at all.")
     if false.empty:
-        found.append("There are too few controls to measure the false-positive rate.")
+        warnings.append("There are too few controls to measure the false-positive rate.")
     if not curves.empty and curves["detected"].notna().any() and (needed["flags"] == "not_reached").all():
-        found.append(f"No perturbation reaches a power of {target:g} at any n.")
-    return found
+        warnings.append(f"No perturbation reaches a power of {target:g} at any n.")
+    return warnings
 
 
 def _check(sizes: list[int], repeats: int, alpha: float, target: float, max_controls: int, metric: str) -> None:

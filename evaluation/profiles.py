@@ -1,8 +1,8 @@
-"""Mean vectors of groups of cells, which the control-free metrics compare.
+"""Mean vectors of groups of cells, which the measures without controls compare.
 
 A profile is the mean vector of the cells of one perturbation in one replicate: a guide, a batch, or a random half.
-Nothing here uses control cells as the reference: vectors are centred by the mean of the perturbed cells themselves, so
-a metric cannot be won by pushing everything that was treated away from everything that was not.
+Control cells are not the reference here: vectors are centred by the mean of the perturbed cells themselves, so an
+embedding gains nothing by moving all treated cells away from all untreated ones.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from perturbscope.errors import InvalidParameterError, MalformedMatrixError, TooFewCellsError
+from perturbscope.errors import InvalidParameterError, TooFewCellsError
 from perturbscope.scoring.distances import check_rows
+from perturbscope.scoring.labels import check_labels
+from perturbscope.scoring.results import one_of
 from perturbscope.scoring.statistics import generator
 
 Whitening = Literal["none", "standardize", "sphere"]
 Centre = Literal["cells", "profiles", "replicate"]
 
 RIDGE = 1e-3
-"""Share of the mean within-profile variance that sphering adds to every direction, so that none is blown up."""
+"""Share of the mean within-profile variance that sphering adds to every direction, so that none is magnified."""
 _ZERO = 1e-6
-"""A centred profile shorter than this share of the largest profile is rounding noise and has no direction."""
+"""Share of the largest profile's length below which a centred profile is rounding noise and has no direction."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +37,11 @@ class Profiles:
     Attributes
     ----------
     vectors
-        float64 [n_profiles, width].
+        Mean vectors, float64 [n_profiles, width].
     perturbations, replicates
-        Name of each profile, str [n_profiles].
+        Names of each profile, str [n_profiles].
     sizes
-        Cells of each profile, int [n_profiles].
+        Number of cells of each profile, int [n_profiles].
     dropped
         Perturbation and replicate of the profiles with too few cells.
     """
@@ -54,15 +56,15 @@ class Profiles:
         return len(self.sizes)
 
     def directions(self, centre: Centre) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Centred vectors of unit length, [n_profiles, width], and which of them have a direction.
+        """Return centred vectors of unit length, [n_profiles, width], and a mask of those that have a direction.
 
         Parameters
         ----------
         centre
-            What is subtracted. ``cells``: the mean over all cells of all profiles. ``profiles``: the mean over the
-            profiles, whatever their sizes; under no effect at all it makes large profiles resemble each other, since
-            each is then minus the noise of the small ones. ``replicate``: the mean over the cells of the profile's own
-            replicate, which takes shifts between batches away; a replicate of one perturbation has no direction left.
+            Mean to subtract. ``cells``: over all cells of all profiles. ``profiles``: over the profiles, whatever their
+            sizes; without any effect it makes large profiles resemble each other, since each is then minus the noise
+            of the small ones. ``replicate``: over the cells of the profile's own replicate, which removes shifts
+            between batches; a replicate of one perturbation then has no direction.
         """
         one_of("centre", centre, get_args(Centre))
         weights = np.ones(len(self)) if centre == "profiles" else self.sizes.astype(np.float64)
@@ -87,27 +89,27 @@ def make_profiles(
     min_cells: int = 5,
     whitening: Whitening = "none",
 ) -> Profiles:
-    """Mean vector of every perturbation in every replicate.
+    """Return the mean vector of every perturbation in every replicate.
 
     Parameters
     ----------
     values
         One vector a cell, [n, width].
     perturbations, replicates
-        Of each cell.
+        Labels of each cell.
     control
         Label of cells to leave out.
     min_cells
-        Smaller profiles are left out.
+        Fewest cells of a profile; smaller ones are left out.
     whitening
-        See :func:`whiten`; fitted on the cells of the profiles.
+        See :func:`whiten`; it is fitted to the cells of the profiles.
 
     Raises
     ------
     InvalidEmbeddingError
-        Values that are not a finite matrix.
+        The values are not a finite matrix.
     MalformedMatrixError, InvalidParameterError
-        Labels that are not one a cell, or are missing; an option out of range.
+        The number of labels differs from that of cells, a label is missing, or an option is out of range.
     TooFewCellsError
         No profile has `min_cells` cells.
     """
@@ -116,8 +118,8 @@ def make_profiles(
     parts = check_labels(replicates, len(rows), "replicates")
     if min_cells < 1:
         raise InvalidParameterError(f"min_cells must be 1 or more, not {min_cells}.", field="min_cells")
-    kept = np.arange(len(rows)) if control is None else np.flatnonzero(labels != control)
-    keys = pd.MultiIndex.from_arrays([labels[kept], parts[kept]])
+    perturbed = np.arange(len(rows)) if control is None else np.flatnonzero(labels != control)
+    keys = pd.MultiIndex.from_arrays([labels[perturbed], parts[perturbed]])
     codes, names = keys.factorize(sort=True)
     sizes = np.bincount(codes, minlength=len(names))
     large = np.flatnonzero(sizes >= min_cells)
@@ -128,8 +130,8 @@ def make_profiles(
             field="perturbations",
         )
     inside = np.isin(codes, large)
-    kept, codes = kept[inside], np.searchsorted(large, codes[inside])
-    cells = whiten(rows[kept], codes, how=whitening)
+    perturbed, codes = perturbed[inside], np.searchsorted(large, codes[inside])
+    cells = whiten(rows[perturbed], codes, how=whitening)
     listed = [(str(a), str(b)) for a, b in names]
     return Profiles(
         group_means(cells, codes, len(large)),
@@ -141,7 +143,7 @@ def make_profiles(
 
 
 def group_means(values: NDArray[Any], codes: NDArray[np.intp], n_groups: int) -> NDArray[np.float64]:
-    """Mean of the rows of each group 0 .. n_groups - 1, none of them empty; float64 [n_groups, width]."""
+    """Return the mean row of each group 0 .. n_groups - 1, none of which is empty; float64 [n_groups, width]."""
     order = np.argsort(codes, kind="stable")
     sizes = np.bincount(codes, minlength=n_groups)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -150,14 +152,14 @@ def group_means(values: NDArray[Any], codes: NDArray[np.intp], n_groups: int) ->
 
 
 def whiten(values: NDArray[Any], codes: NDArray[np.intp], *, how: Whitening) -> NDArray[Any]:
-    """Cells in a space where noise has the same size in every direction; the origin stays.
+    """Transform cells so that noise has the same size in every direction; the origin stays.
 
     Parameters
     ----------
     values
-        [n, width].
+        Vectors, [n, width].
     codes
-        Group of each cell, 0 and up. Noise is what differs within groups, so no control is needed.
+        Group of each cell, from 0. Noise is the variation within groups, so no control is needed.
     how
         ``none``; ``standardize``: every dimension divided by its standard deviation within groups; ``sphere``: the
         inverse square root of the covariance within groups, plus a ridge of :data:`RIDGE` of its mean variance.
@@ -181,9 +183,9 @@ def whiten(values: NDArray[Any], codes: NDArray[np.intp], *, how: Whitening) -> 
 def random_halves(
     perturbations: Sequence[str], *, seed: int = 0, batches: Sequence[str] | None = None, repeat: int = 0
 ) -> list[str]:
-    """``"A"`` or ``"B"`` for every cell: random halves of each perturbation, and of each of its batches if given.
+    """Assign ``"A"`` or ``"B"`` to every cell: random halves of each perturbation, and of each of its batches if given.
 
-    What one perturbation draws does not depend on the others. An odd cell goes to either half with equal chance.
+    Draws of one perturbation do not depend on the others. An odd cell goes to either half with equal chance.
     """
     labels = check_labels(perturbations, len(perturbations), "perturbations")
     parts = np.zeros(len(labels), dtype=int)
@@ -200,31 +202,8 @@ def random_halves(
     return [str(half) for half in halves]
 
 
-def check_labels(values: Sequence[str], n: int, field: str) -> NDArray[np.str_]:
-    """One label a cell, none missing, as strings [n].
-
-    Raises
-    ------
-    MalformedMatrixError
-        Another number of labels than cells.
-    InvalidParameterError
-        A missing label.
-    """
-    column = np.asarray(values, dtype=object)
-    if column.shape != (n,):
-        raise MalformedMatrixError(f"{n} cells, but {field} has shape {column.shape}; give one a cell.", field=field)
-    missing = np.asarray(pd.isna(column), dtype=bool)
-    if missing.any():
-        raise InvalidParameterError(
-            f"{int(missing.sum())} cells have no value in {field} (the first is row {int(missing.argmax())}). "
-            "Leave these cells out, or give them a label of their own.",
-            field=field,
-        )
-    return column.astype(str)
-
-
 def label_warnings(names: Iterable[str]) -> list[str]:
-    """A warning where labels differ only in case or white space, so that one perturbation may pass for two."""
+    """Return a warning if labels differ only in case or white space, so that one perturbation may pass for two."""
     by_key: dict[str, list[str]] = {}
     for name in names:
         by_key.setdefault(" ".join(name.split()).casefold(), []).append(name)
@@ -236,9 +215,3 @@ def label_warnings(names: Iterable[str]) -> list[str]:
         f"Labels that differ only in case or white space are taken as different perturbations ({len(twice)} cases): "
         f"{listed}. Merge them if they are one."
     ]
-
-
-def one_of(field: str, value: object, known: Sequence[str]) -> None:
-    """Raise InvalidParameterError unless `value` is one of `known`."""
-    if value not in known:
-        raise InvalidParameterError(f"{field} must be one of {', '.join(known)}, not {value!r}.", field=field)

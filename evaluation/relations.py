@@ -1,12 +1,12 @@
-"""Do perturbations of related genes look alike, or opposite? Recall of known relations, without controls.
+"""Recall of known relations between genes from similarities of their perturbations, without controls.
 
 Every pair of perturbations has a cosine similarity of its centred mean vectors. Known pairs (two genes of a pathway or
-complex, a transcription factor and its target) should be found among the most similar, or the most opposite, 5 % of all
+complex, a transcription factor and its target) should be among the most similar, or the most opposite, 5 % of all
 pairs, as in the EFAAR benchmarks (Celik et al. 2024). There the centre is the mean of control cells, here the mean of
-the perturbed ones; and p comes from exchanging the genes' names, which keeps who is related to how many, and how sets
-overlap.
+the perturbed ones; and p comes from exchanging the genes' names, which keeps the number of relations of each gene and
+the overlap of sets.
 
-"Nearest" asks more: whether the single most similar perturbation of a gene is a known partner.
+"Nearest" is stricter: whether the single most similar perturbation of a gene is a known partner.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Status = Literal["ok", "no_known_pair", "too_few_pairs", "every_pair_known", "no
 Relations = Mapping[str, Collection[str]] | Iterable[tuple[str, str]]
 
 MAX_PERTURBATIONS = 8000
-"""Most perturbations: their similarities, all by all, are held (256 MB of float32)."""
+"""Most perturbations, since their similarities, all by all, are held (256 MB of float32)."""
 MAX_SET_SIZE = 500
-"""Larger gene sets ("Metabolism") relate nearly everything to everything."""
+"""Most genes of a set; larger sets ("Metabolism") relate nearly all genes to each other."""
 _NAN = float("nan")
 
 
@@ -41,29 +41,29 @@ class RelationRecall:
     Attributes
     ----------
     status
-        ``ok``; or why there is no number: ``no_known_pair`` among the perturbations, ``too_few_pairs`` for the
-        extreme share to hold one, ``every_pair_known`` so that none could be missed, ``no_direction``: constant
+        ``ok``, or why there is no number. ``no_known_pair``: none among the perturbations; ``too_few_pairs``: the
+        extreme share holds less than one; ``every_pair_known``: none could be missed; ``no_direction``: constant
         embeddings.
     recall, recall_top, recall_bottom
         Share of the known pairs in either, the upper, and the lower extreme share of all pairs.
     chance, ceiling
-        Share of all pairs in either extreme; and the recall if nothing but known pairs stood there, below 1 where more
+        Share of all pairs in either extreme; and the recall if only known pairs were there, which is below 1 if more
         pairs are known than are extreme.
     p, z
-        Of `recall`, from exchanged names of genes.
+        p and z of `recall`, from exchanged names of genes.
     nearest, nearest_chance, nearest_p
         Share of the perturbations with a known partner whose nearest perturbation is one; its mean over exchanged
         names; p.
     n_known, n_pairs, n_perturbations
-        Known pairs evaluated, all pairs, perturbations.
+        Numbers of known pairs evaluated, of all pairs, and of perturbations.
     pairs
         One row a known pair: ``a``, ``b``, ``similarity``, ``percentile`` (among all pairs, 0 to 100), ``relations``
-        (names of the sets that hold both; empty for pairs that were given as such).
+        (names of the sets that hold both; empty if the relations are pairs).
     table
         One row a perturbation: ``perturbation``, ``n_cells``, ``n_known`` (partners among the perturbations),
         ``nearest`` (the most similar perturbation), ``nearest_known``, ``recalled`` (partners in either extreme).
     warnings
-        What a reader should know.
+        Sentences that a reader should know before trusting a number.
     """
 
     status: Status
@@ -85,7 +85,7 @@ class RelationRecall:
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary in JSON-able form, without the tables."""
+        """Return the summary as JSON-able values, without the tables."""
         return {name: value for name, value in vars(self).items() if name not in ("pairs", "table")}
 
 
@@ -109,28 +109,28 @@ def relation_recall(
     values
         One vector a cell, [n, width].
     perturbations
-        Of each cell, named like the genes of `relations`.
+        Perturbation of each cell, named like the genes of `relations`.
     relations
         Gene sets by name, whose genes are all related to each other; or pairs of genes.
     control
-        Label of the controls, which are left out altogether.
+        Label of the controls, which are left out.
     share
-        Of all pairs, to be called extreme at either end.
+        Share of all pairs that are called extreme at either end.
     whitening, min_cells
         See :func:`evaluation.profiles.make_profiles`.
     max_set_size
         Gene sets with more genes (of any kind, not only the perturbed) are left out.
     permutations
-        Exchanges of the genes' names.
+        Number of exchanges of the genes' names.
     seed
-        Of the exchanges.
+        Seed of the exchanges.
 
     Raises
     ------
     InvalidEmbeddingError, MalformedMatrixError, InvalidParameterError, TooFewCellsError
-        As :func:`evaluation.profiles.make_profiles`.
+        See :func:`evaluation.profiles.make_profiles`.
     LimitExceededError
-        More than 8,000 perturbations.
+        There are more than 8,000 perturbations.
     """
     if not 0 < share <= 0.5 or permutations < 1:
         raise InvalidParameterError(
@@ -138,15 +138,17 @@ def relation_recall(
             field="permutations" if permutations < 1 else "share",
         )
     labels = list(perturbations)
-    found = make_profiles(values, labels, [""] * len(labels), control=control, min_cells=min_cells, whitening=whitening)
-    if len(found) > MAX_PERTURBATIONS:
+    profiles = make_profiles(
+        values, labels, ["all"] * len(labels), control=control, min_cells=min_cells, whitening=whitening
+    )
+    if len(profiles) > MAX_PERTURBATIONS:
         raise LimitExceededError(
-            f"{len(found):,} perturbations; at most {MAX_PERTURBATIONS:,} can be compared with each other.",
+            f"{len(profiles):,} perturbations; at most {MAX_PERTURBATIONS:,} can be compared with each other.",
             field="perturbations",
         )
-    vectors, directed = found.directions("cells")
-    names, sizes = found.perturbations[directed].tolist(), found.sizes[directed]
-    warnings = [*label_warnings(names), *_left_out(len(found) - len(names), found.dropped)]
+    vectors, directed = profiles.directions("cells")
+    names, sizes = profiles.perturbations[directed].tolist(), profiles.sizes[directed]
+    warnings = [*label_warnings(names), *_left_out(len(profiles) - len(names), profiles.dropped)]
     known = _known_pairs(relations, names, max_set_size)
     n_pairs = len(names) * (len(names) - 1) // 2
     count = int(share * n_pairs + 1e-9)
@@ -191,7 +193,7 @@ def _judge(
     permutations: int,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    """Recall of the pairs (a, b) among the `count` highest and lowest similarities, beside that of exchanged names."""
+    """Return recall of the pairs (a, b) among the `count` highest and lowest similarities, and its null."""
     n = len(similarity)
     every = similarity[np.triu_indices(n, k=1)]
     ordered = np.partition(every, [count - 1, len(every) - count])
@@ -229,7 +231,7 @@ def _judge(
 
 
 def _known_pairs(relations: Relations, names: list[str], max_set_size: int) -> dict[tuple[str, str], list[str]]:
-    """Pairs of `names` (in alphabetical order) that are related, with the names of the sets that say so."""
+    """Return pairs of `names` (in alphabetical order) that are related, with the names of the sets that hold both."""
     present = set(names)
     known: dict[tuple[str, str], list[str]] = {}
     if isinstance(relations, Mapping):
@@ -258,7 +260,7 @@ def _pair_table(
 ) -> pd.DataFrame:
     every = np.sort(similarity[np.triu_indices(len(similarity), k=1)])
     own = similarity[a, b]
-    # The middle of a pair's ties.
+    # A pair with ties has the middle rank.
     rank = (np.searchsorted(every, own, "left") + np.searchsorted(every, own, "right")) / 2
     table = pd.DataFrame(
         {
@@ -299,16 +301,16 @@ def _gene_table(
 
 
 def _left_out(undirected: int, dropped: Sequence[tuple[str, str]]) -> list[str]:
-    found = []
+    warnings = []
     if undirected:
-        found.append(f"{undirected} perturbations have the mean vector of all cells and were left out.")
+        warnings.append(f"{undirected} perturbations have the mean vector of all cells and were left out.")
     if dropped:
-        found.append(f"{len(dropped)} perturbations had too few cells and were left out.")
-    return found
+        warnings.append(f"{len(dropped)} perturbations had too few cells and were left out.")
+    return warnings
 
 
 def _unmatched(relations: Relations, names: list[str]) -> list[str]:
-    """Why no pair is known: most often the names are of another kind."""
+    """Say why no pair is known: most often the genes are named in another way."""
     genes = {gene for item in (relations.values() if isinstance(relations, Mapping) else []) for gene in item}
     text = f"No known relation joins two of the {len(names)} perturbations"
     if not genes:

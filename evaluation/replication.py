@@ -1,12 +1,13 @@
-"""Do replicates of a perturbation agree, without a look at controls? What the field asks beyond distances from control.
+"""All measures beyond distances from control, over one embedding of one screen.
 
-Each measure is that of its own module (:mod:`evaluation.retrieval`, :mod:`evaluation.consistency`,
-:mod:`evaluation.relations`, :mod:`evaluation.power`); here they are run over one embedding of one screen.
+Most ask whether replicates of a perturbation agree, without controls: :mod:`evaluation.retrieval`,
+:mod:`evaluation.split_half`, :mod:`evaluation.consistency`, :mod:`evaluation.relations`; and :mod:`evaluation.power`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,32 +19,33 @@ from evaluation.consistency import Signal, consistency, magnitude
 from evaluation.power import power
 from evaluation.profiles import random_halves
 from evaluation.relations import relation_recall
-from evaluation.retrieval import Retrieval, retrieve, split_half
+from evaluation.retrieval import Retrieval, retrieve
 from evaluation.screens import GUIDE_UNKNOWN, EvaluationScreen
 from evaluation.separation import SeparationOptions, contexts
-from perturbscope.errors import InvalidInputError, LimitExceededError
+from evaluation.split_half import split_half
+from perturbscope.errors import InvalidEmbeddingError, InvalidInputError, LimitExceededError
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicationOptions:
-    """How much is drawn.
+    """Numbers of draws.
 
     Parameters
     ----------
     permutations
-        Exchanges of names behind p of retrieval and of recall.
+        Number of exchanges of names behind p of retrieval and of recall.
     draws
-        Random sets behind p of consistency, and exchanges of labels behind p of magnitude.
+        Number of random sets behind p of consistency, and of exchanges of labels behind p of magnitude.
     max_cells
         Most cells of a perturbation, and of the rest beside it, for consistency and magnitude.
     power_grid, power_repeats
-        Cells that are drawn of each perturbation, and how often; no repeats: leave power out.
+        Numbers of cells drawn from each perturbation, and number of draws; 0 repeats leave power out.
     min_cells
         Fewest cells of a profile of one replicate.
     seed
-        Of all draws.
+        Seed of all draws.
     """
 
     permutations: int = 999
@@ -62,12 +64,12 @@ class Replication:
     Attributes
     ----------
     tables
-        By measure, each with a column ``context``: ``retrieval`` (and ``replicate``: guide, batch or half),
+        Tables by measure, each with a column ``context``: ``retrieval`` (and ``replicate``: guide, batch or half),
         ``split_half``, ``consistency``, ``magnitude``, ``relations`` (pairs), ``power`` (curves), ``needed``.
     numbers
         Means over perturbations of all contexts (JSON-able).
     warnings
-        What a careful reader should know.
+        Sentences that a reader should know before trusting a number.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -75,7 +77,7 @@ class Replication:
     warnings: list[str] = field(default_factory=list)
 
 
-def replicate(
+def measure_replication(
     values: NDArray[np.float32],
     screen: EvaluationScreen,
     *,
@@ -83,7 +85,7 @@ def replicate(
     options: ReplicationOptions | None = None,
     progress: Progress | None = None,
 ) -> Replication:
-    """Run the measures on every context with two perturbations or more.
+    """Run all measures on every context with two perturbations or more.
 
     Parameters
     ----------
@@ -99,26 +101,26 @@ def replicate(
     Raises
     ------
     InvalidEmbeddingError
-        Vectors that are not finite.
+        A vector is not finite.
     """
     options = options or ReplicationOptions()
-    found = _Collector()
+    collected = _Collector()
     for name, part in contexts(screen):
-        rows, there = values[part], screen[part]
-        if len(set(there.perturbations)) < 3:
+        rows, subset = values[part], screen[part]
+        if len(set(subset.perturbations)) < 3:
             continue
-        collect = found.of(name)
-        for kind, labels in _replicates(there, options.seed).items():
-            _retrieval(collect, rows, there, kind, labels, options)
-        common: dict[str, Any] = {"control": there.control, "batches": there.batches, "seed": options.seed}
-        with found.excused(f"split halves {name}"):
-            halves = split_half(rows, there.perturbations, **common)
+        collect = collected.of(name)
+        for kind, labels in _replicates(subset, options.seed).items():
+            _retrieval(collect, rows, subset, kind, labels, options)
+        common: dict[str, Any] = {"control": subset.control, "batches": subset.batches, "seed": options.seed}
+        with collected.skipping(f"split halves {name}"):
+            halves = split_half(rows, subset.perturbations, **common)
             collect("split_half", halves.table, halves.warnings)
         for measure in (consistency, magnitude):
-            with found.excused(f"{measure.__name__} {name}"):
+            with collected.skipping(f"{measure.__name__} {name}"):
                 signal: Signal = measure(
                     rows,
-                    there.perturbations,
+                    subset.perturbations,
                     **common,
                     max_cells=options.max_cells,
                     draws=options.draws,
@@ -126,21 +128,21 @@ def replicate(
                 )
                 collect(signal.name, signal.table, signal.warnings)
         if relations:
-            with found.excused(f"relations {name}"):
+            with collected.skipping(f"relations {name}"):
                 recall = relation_recall(
-                    rows, there.perturbations, relations, control=there.control, permutations=options.permutations
+                    rows, subset.perturbations, relations, control=subset.control, permutations=options.permutations
                 )
                 collect("relations", recall.pairs, recall.warnings)
                 if recall.status == "ok":
                     summary = {key: value for key, value in recall.to_dict().items() if isinstance(value, int | float)}
                     collect("recall", pd.DataFrame([summary]), [])
         if options.power_repeats:
-            with found.excused(f"power {name}"):
+            with collected.skipping(f"power {name}"):
                 curves = power(
                     rows,
-                    there.perturbations,
-                    control=there.control,
-                    batches=there.batches,
+                    subset.perturbations,
+                    control=subset.control,
+                    batches=subset.batches,
                     grid=options.power_grid,
                     repeats=options.power_repeats,
                     options=SeparationOptions(seed=options.seed).score_options(),
@@ -148,18 +150,18 @@ def replicate(
                 )
                 collect("power", pd.concat([curves.curves, curves.false_positives], ignore_index=True), curves.warnings)
                 collect("needed", curves.needed, [])
-    tables = found.joined()
-    return Replication(tables, _numbers(tables), found.warnings)
+    tables = collected.joined()
+    return Replication(tables, _numbers(tables), collected.warnings)
 
 
 def _replicates(screen: EvaluationScreen, seed: int) -> dict[str, list[str]]:
-    """Replicates by kind; random halves always, since a file need not say more."""
-    found = {}
+    """Return replicates by kind: guides and batches if the screen has them, and random halves always."""
+    replicates = {}
     if screen.guides is not None:
-        found["guide"] = screen.guides
+        replicates["guide"] = screen.guides
     if screen.batches is not None:
-        found["batch"] = screen.batches
-    return {**found, "half": random_halves(screen.perturbations, seed=seed, batches=screen.batches)}
+        replicates["batch"] = screen.batches
+    return {**replicates, "half": random_halves(screen.perturbations, seed=seed, batches=screen.batches)}
 
 
 def _retrieval(
@@ -172,12 +174,12 @@ def _retrieval(
 ) -> None:
     known = np.flatnonzero(np.asarray(labels) != GUIDE_UNKNOWN)
     try:
-        found: Retrieval = retrieve(
+        retrieval: Retrieval = retrieve(
             values[known],
             [screen.perturbations[row] for row in known],
             [labels[row] for row in known],
             control=screen.control,
-            # A batch may shift all of its cells; guides are no shift that several perturbations share.
+            # A batch may shift all of its cells; a guide belongs to one perturbation only.
             centre="replicate" if kind == "batch" else "cells",
             min_cells=options.min_cells,
             permutations=options.permutations,
@@ -186,9 +188,13 @@ def _retrieval(
     except (InvalidInputError, LimitExceededError) as error:
         collect("retrieval", pd.DataFrame(), [f"retrieval by {kind}: {error.message}"])
         return
-    table = found.table.assign(replicate=kind)
-    collect("retrieval", table, [f"retrieval by {kind}: {text}" for text in found.warnings])
-    collect("map", pd.DataFrame([{"replicate": kind, "map": found.map, "chance": found.chance, "p": found.p}]), [])
+    table = retrieval.table.assign(replicate=kind)
+    collect("retrieval", table, [f"retrieval by {kind}: {text}" for text in retrieval.warnings])
+    collect(
+        "map",
+        pd.DataFrame([{"replicate": kind, "map": retrieval.map, "chance": retrieval.chance, "p": retrieval.p}]),
+        [],
+    )
 
 
 def _numbers(tables: Mapping[str, pd.DataFrame]) -> dict[str, float]:
@@ -216,14 +222,14 @@ def _numbers(tables: Mapping[str, pd.DataFrame]) -> dict[str, float]:
 
 
 class _Collector:
-    """Tables of several contexts, and why some are not there."""
+    """Collects tables of several contexts, and says why some are missing."""
 
     def __init__(self) -> None:
         self.tables: dict[str, list[pd.DataFrame]] = {}
         self.warnings: list[str] = []
 
     def of(self, context: str) -> Callable[[str, pd.DataFrame, list[str]], None]:
-        """What takes the tables of one context."""
+        """Return a function that adds a table and its warnings under one context."""
 
         def collect(measure: str, table: pd.DataFrame, warnings: list[str]) -> None:
             if len(table):
@@ -232,25 +238,16 @@ class _Collector:
 
         return collect
 
-    def excused(self, what: str) -> _Excused:
-        """A measure that the screen does not allow is named, not fatal."""
-        return _Excused(self.warnings, what)
+    @contextmanager
+    def skipping(self, what: str) -> Iterator[None]:
+        """Turn an error about a measure that the screen does not allow into a warning."""
+        try:
+            yield
+        except InvalidEmbeddingError:
+            raise
+        except InvalidInputError as error:
+            self.warnings.append(f"{what.strip()}: {error.message}")
 
     def joined(self) -> dict[str, pd.DataFrame]:
+        """Return the tables by measure, those of all contexts together."""
         return {name: pd.concat(parts, ignore_index=True) for name, parts in self.tables.items()}
-
-
-class _Excused:
-    def __init__(self, warnings: list[str], what: str) -> None:
-        self.warnings, self.what = warnings, what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        from perturbscope.errors import InvalidEmbeddingError
-
-        if isinstance(error, InvalidInputError) and not isinstance(error, InvalidEmbeddingError):
-            self.warnings.append(f"{self.what.strip()}: {error.message}")
-            return True
-        return False

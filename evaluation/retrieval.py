@@ -1,11 +1,11 @@
-"""Do replicates of a perturbation find each other among all others? Control-free.
+"""Retrieval of a perturbation's replicates among those of all perturbations, without controls.
 
 Every profile (:mod:`evaluation.profiles`) is a query. The profiles of other replicates are ranked by cosine similarity
-to it, and the average precision says how far up those of the same perturbation stand. Its mean over queries (mAP) is
-the measure that image-based profiling uses (Kalinin et al. 2025, "A versatile information retrieval framework for
-evaluating profile strength and similarity"). Two differences: the null exchanges the names of whole profiles, so that
-the queries of one perturbation stay as dependent as they are, where independent random rankings would give p-values
-that are too small; and ties are broken at random.
+to it, and the average precision says how high those of the same perturbation rank. Its mean over queries (mAP) is the
+measure of image-based profiling (Kalinin et al. 2025, "A versatile information retrieval framework for evaluating
+profile strength and similarity"). Two differences: the null exchanges the names of whole profiles, so that the queries
+of one perturbation stay as dependent as they are (independent random rankings would give p-values that are too small);
+and ties are broken at random.
 """
 
 from __future__ import annotations
@@ -18,22 +18,19 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from evaluation.halves import SplitHalf, split_half
-from evaluation.profiles import Centre, Profiles, Whitening, label_warnings, make_profiles, random_halves
+from evaluation.profiles import Centre, Profiles, Whitening, label_warnings, make_profiles
 from perturbscope.errors import InvalidParameterError, LimitExceededError
 from perturbscope.scoring.statistics import benjamini_hochberg, empirical_p, generator
 
-__all__ = ["Retrieval", "SplitHalf", "chance_average_precision", "random_halves", "retrieve", "split_half"]
-
 MAX_PROFILES = 12_000
-"""Most profiles: the ranks of all by all are held (int32)."""
+"""Most profiles, since the ranks of all by all are held (int32)."""
 _BLOCK = 512
 _NAN = float("nan")
 
 
 @dataclass(frozen=True, eq=False)
 class Retrieval:
-    """How well replicates find each other.
+    """Retrieval of replicates, as numbers.
 
     Attributes
     ----------
@@ -42,19 +39,19 @@ class Retrieval:
         queries), ``chance`` (its expectation over random rankings), ``recall@k``, ``p``, ``q`` (Benjamini-Hochberg) and
         ``flags``. Perturbations that cannot be queried come last, with NaN and a flag.
     map
-        Mean of ``average_precision`` over the perturbations with one.
+        Mean of ``average_precision`` over the perturbations that have one.
     chance
-        Its expectation over random rankings; exact.
+        Expectation of `map` over random rankings; exact.
     p
-        Share of exchanged labels with a mAP as large.
+        Permutation p-value of `map`, from exchanged names.
     recall
         k -> mean over perturbations of the share of a query's matches among its k nearest.
     recall_chance
         The same for random rankings.
     n_queries, n_profiles, n_perturbations
-        Queries asked, profiles ranked, perturbations with a query.
+        Numbers of queries, of profiles ranked, and of perturbations with a query.
     warnings
-        What a reader should know.
+        Sentences that a reader should know before trusting a number.
     """
 
     table: pd.DataFrame
@@ -69,7 +66,7 @@ class Retrieval:
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary in JSON-able form, without the table."""
+        """Return the summary as JSON-able values, without the table."""
         return {name: value for name, value in vars(self).items() if name != "table"}
 
 
@@ -94,28 +91,30 @@ def retrieve(
     values
         One vector a cell, [n, width].
     perturbations, replicates
-        Of each cell. A replicate is a guide, a batch, or a random half (:func:`evaluation.profiles.random_halves`).
+        Labels of each cell. A replicate is a guide, a batch, or a random half
+        (:func:`evaluation.profiles.random_halves`).
     control
-        Label of the controls, which are left out altogether.
+        Label of the controls, which are left out.
     exclude_same
-        Rank only profiles of other replicates: what shares a batch with the query resembles it for that alone.
+        Whether to rank only profiles of other replicates; profiles that share a batch resemble each other for that
+        alone.
     centre, whitening, min_cells
         See :func:`evaluation.profiles.make_profiles` and :meth:`evaluation.profiles.Profiles.directions`.
     recall_at
-        The k of recall@k.
+        Values of k in recall@k.
     permutations
-        Exchanges of perturbation names, within replicates where these hold several perturbations. A perturbation's p
-        also has a limit of its own: where it has two replicates, one exchange in as many as there are perturbations
-        pairs them again.
+        Number of exchanges of perturbation names, within replicates if these hold several perturbations. p of a
+        perturbation with two replicates has a lower limit: of as many exchanges as there are perturbations, one pairs
+        them again.
     seed
-        Of the exchanges, and of the order of ties.
+        Seed of the exchanges, and of the order of ties.
 
     Raises
     ------
     InvalidEmbeddingError, MalformedMatrixError, InvalidParameterError, TooFewCellsError
-        As :func:`evaluation.profiles.make_profiles`.
+        See :func:`evaluation.profiles.make_profiles`.
     LimitExceededError
-        More than 12,000 profiles.
+        There are more than 12,000 profiles.
     """
     if permutations < 1 or not recall_at or min(recall_at) < 1:
         raise InvalidParameterError(
@@ -175,7 +174,7 @@ def retrieve(
 
 
 class _Judge:
-    """Average precision and recall of every perturbation, for any naming of the same ranked profiles."""
+    """Computes average precision and recall of every perturbation, for any naming of the same ranked profiles."""
 
     def __init__(
         self,
@@ -190,26 +189,26 @@ class _Judge:
         self.n_names, self.ks = n_names, ks
 
     def matches(self, codes: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Query and match, for every ordered pair of profiles of one name and different groups."""
+        """Return queries and matches: every ordered pair of profiles of one name and different groups."""
         order = np.argsort(codes, kind="stable")
         sizes = np.bincount(codes, minlength=self.n_names)
-        queries, found = [], []
+        queries, matches = [], []
         for size in np.unique(sizes[sizes > 1]).tolist():
             starts = (np.cumsum(sizes) - sizes)[sizes == size]
             members = order[starts[:, None] + np.arange(size)]
             left, right = np.nonzero(~np.eye(size, dtype=bool))
             queries.append(members[:, left].ravel())
-            found.append(members[:, right].ravel())
+            matches.append(members[:, right].ravel())
         if not queries:
             return np.empty(0, dtype=np.intp), np.empty(0, dtype=np.intp)
-        query, match = np.concatenate(queries), np.concatenate(found)
+        query, match = np.concatenate(queries), np.concatenate(matches)
         fair = (self.groups[query] != self.groups[match]) & self.directed[query]
         return query[fair], match[fair]
 
     def by_perturbation(self, codes: NDArray[np.intp]) -> list[NDArray[np.float64]]:
-        """Mean over each name's queries of: average precision, its chance level, and recall@k and its, k after k.
+        """Return means over each name's queries: average precision and its chance level, then recall@k and its, k by k.
 
-        Last, the number of its queries. A query all of whose candidates match says nothing and is not counted.
+        The last column is the number of queries. A query whose candidates all match says nothing and is not counted.
         """
         query, match = self.matches(codes)
         contested = np.bincount(query, minlength=len(codes))[query] < self.candidates[query]
@@ -237,10 +236,10 @@ class _Judge:
 
 
 def chance_average_precision(matches: ArrayLike, candidates: ArrayLike) -> NDArray[np.float64]:
-    """Expected average precision of a random ranking of n candidates with m matches among them.
+    """Return the expected average precision of a random ranking of n candidates with m matches among them.
 
-    ``(H_n + (n - H_n) (m - 1) / (n - 1)) / n`` with the harmonic number H_n: a match stands at place i with probability
-    m / n, and then (i - 1) (m - 1) / (n - 1) others are expected above it.
+    It is ``(H_n + (n - H_n) (m - 1) / (n - 1)) / n`` with the harmonic number H_n: a match is at place i with
+    probability m / n, and then (i - 1) (m - 1) / (n - 1) others are expected above it.
     """
     m, n = np.asarray(matches, dtype=np.float64), np.asarray(candidates, dtype=np.float64)
     harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, int(n.max(initial=1)) + 1))])[n.astype(int)]
@@ -252,7 +251,7 @@ def chance_average_precision(matches: ArrayLike, candidates: ArrayLike) -> NDArr
 def _ranks(
     vectors: NDArray[np.float64], groups: NDArray[np.intp], rng: np.random.Generator
 ) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
-    """Rank of every profile among those of other groups, nearest to the row's profile first, from 1; their number."""
+    """Return every profile's rank (from 1) by similarity to the row's profile among other groups, and their number."""
     n = len(vectors)
     ranks = np.empty((n, n), dtype=np.int32)
     shuffled = rng.permutation(n)
@@ -269,7 +268,7 @@ def _ranks(
 def _exchanges(
     profiles: Profiles, codes: NDArray[np.intp], permutations: int, rng: np.random.Generator
 ) -> Iterator[NDArray[np.intp]]:
-    """Names exchanged within replicates; replicates of a single profile (guides) exchange among each other."""
+    """Yield names exchanged within replicates; replicates of a single profile (guides) exchange with each other."""
     _, strata, sizes = np.unique(profiles.replicates, return_inverse=True, return_counts=True)
     strata = np.where(sizes[strata] == 1, -1, strata)
     blocks = [np.flatnonzero(strata == name) for name in np.unique(strata)]
@@ -291,18 +290,18 @@ def _flags(codes: NDArray[np.intp], directed: NDArray[np.bool_], precision: NDAr
 
 
 def _warnings(profiles: Profiles, directed: NDArray[np.bool_], n_names: int, n_asked: int) -> list[str]:
-    found = []
+    warnings = []
     if n_names < 2:
-        found.append("There is one perturbation, so there is nothing to tell it from.")
+        warnings.append("There is one perturbation, so there is nothing to tell it from.")
     if not directed.all():
-        found.append(
+        warnings.append(
             f"{int((~directed).sum())} of {len(profiles)} profiles equal the centre (constant embeddings, or a "
             "replicate of one perturbation centred by itself); they have no direction and were not queried."
         )
     if not n_asked:
-        found.append("No perturbation has two replicates that can be compared, so there is no mAP.")
+        warnings.append("No perturbation has two replicates that can be compared, so there is no mAP.")
     elif n_asked < n_names:
-        found.append(f"{n_names - n_asked} of {n_names} perturbations have no other replicate and were not queried.")
+        warnings.append(f"{n_names - n_asked} of {n_names} perturbations have no other replicate and were not queried.")
     if profiles.dropped:
-        found.append(f"{len(profiles.dropped)} profiles had too few cells and were left out.")
-    return found
+        warnings.append(f"{len(profiles.dropped)} profiles had too few cells and were left out.")
+    return warnings

@@ -1,4 +1,4 @@
-"""One screen, several models: every result computed once, kept, and summed up in a table."""
+"""Evaluation of several models over one screen: results are computed once, cached, and summed up in tables."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy as np
 import pandas as pd
 
 from evaluation.models import Embedded, Model, embed
-from evaluation.replication import ReplicationOptions, replicate
+from evaluation.replication import ReplicationOptions, measure_replication
 from evaluation.screens import EvaluationScreen
 from evaluation.separation import (
     SeparationOptions,
     batch_agreement,
     contexts,
     detection,
-    separate,
-    summarise,
+    measure_separation,
+    summarize,
 )
 from perturbscope.analysis.degs import deg_table
 from perturbscope.analysis.umap import is_available, project
@@ -33,24 +33,23 @@ from perturbscope.scoring.statistics import correlation, uniformity
 
 Progress = Callable[[str, int, int], None]
 RESULT_VERSION = 1
-"""Raised when a result would come out different for the same embedding, so that old ones are not used again."""
-TABLES = ("scores", "pairs", "null", "batches", "umap")
+"""Version that is raised when results of the same embedding change, so that old ones are not used again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How every model is judged.
+    """Options of all measures.
 
     Parameters
     ----------
     separation, replication
-        Options of the two groups of measures; no replication: leave the second out.
+        Options of the two groups of measures; None leaves the second out.
     relations
         Gene sets whose genes should resemble each other.
     umap_cells
-        Most cells on a map; 0: no maps.
+        Most cells on a map; 0 for no maps.
     seed
-        Of maps and differential genes.
+        Seed of maps and differential genes.
     """
 
     separation: SeparationOptions = field(default_factory=SeparationOptions)
@@ -60,25 +59,26 @@ class RunOptions:
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """Return the options as JSON-able values."""
         relations = None if self.relations is None else {key: sorted(genes) for key, genes in self.relations.items()}
         return {**asdict(self), "relations": relations}
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """All that one model showed of one screen.
+    """Results of one model over one screen.
 
     Attributes
     ----------
     model
-        Its name.
+        Name of the model.
     tables
-        :data:`TABLES` and those of :class:`evaluation.replication.Replication`, whichever there are.
+        Tables by name, without empty ones: ``scores``, ``pairs``, ``null``, ``batches`` and ``umap``, and those of
+        :class:`evaluation.replication.Replication`.
     facts
-        What made the embedding, the numbers of the replication, seconds (JSON-able).
+        Record of the embedding, numbers of the replication, and seconds (JSON-able).
     warnings
-        What a careful reader should know.
+        Sentences that a reader should know before trusting a number.
     """
 
     model: str
@@ -89,20 +89,20 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class ScreenResult:
-    """Several models over one screen.
+    """Results of several models over one screen.
 
     Attributes
     ----------
     screen
-        Its held-out cells.
+        Held-out cells of the screen.
     models
-        In the order given; those that failed are not among them.
+        Results in the order of the models, without those that failed.
     degs
-        Differentially expressed genes: ``context, perturbation, n_cells, n_degs, n_tested``.
+        Numbers of differentially expressed genes: ``context, perturbation, n_cells, n_degs, n_tested``.
     failed
-        Why a model gave nothing, by name.
+        Name of each model that failed -> the reason.
     provenance
-        Of the screen, with options and seed (JSON-able).
+        Provenance of the screen, with options and seed (JSON-able).
     """
 
     screen: EvaluationScreen
@@ -126,20 +126,19 @@ def evaluate(
     Parameters
     ----------
     screen
-        Where a split is known, models are fitted as :func:`evaluation.models.embed` says, and judged on held-out cells.
+        Screen with its labels. If it has a split, models are judged on its held-out cells.
     models
-        Names must differ.
+        Models with different names.
     cache
-        Folder of embeddings and results; what is there for the same cells, labels, model and options is not computed
-        again.
+        Folder of embeddings and results, from which those of the same cells, labels, model and options are read.
     progress
         Called as ``progress(model, stage, done, total)``.
     finished
         Called as ``finished(model, seconds, from_cache)``.
     """
     options = options or RunOptions()
-    there = screen[screen.held_out]
-    found, failed = [], {}
+    held_out = screen[screen.held_out]
+    results, failed = [], {}
     for model in models:
         start = time.monotonic()
 
@@ -149,30 +148,30 @@ def evaluate(
 
         try:
             embedded = embed(model, screen, cache=cache, progress=report)
-            path = None if cache is None else cache / _result_key(embedded, there, options)
-            kept = path is not None and path.is_dir()
-            if path is not None and kept:
+            path = None if cache is None else cache / _result_key(embedded, held_out, options)
+            cached = path is not None and path.is_dir()
+            if path is not None and cached:
                 result = _read(path, model.name)
             else:
-                result = _judge(model.name, embedded, there, options, report)
+                result = _judge(model.name, embedded, held_out, options, report)
                 if path is not None:
                     _write(path, result)
         except PerturbScopeError as error:
             failed[model.name] = error.message
             continue
-        found.append(result)
+        results.append(result)
         if finished:
-            finished(model.name, time.monotonic() - start, kept)
-    provenance = {**screen.provenance, "n_cells_scored": len(there), "options": options.to_dict()}
-    return ScreenResult(there, found, _degs(there, options.seed), failed, provenance)
+            finished(model.name, time.monotonic() - start, cached)
+    provenance = {**screen.provenance, "n_cells_scored": len(held_out), "options": options.to_dict()}
+    return ScreenResult(held_out, results, _degs(held_out, options.seed), failed, provenance)
 
 
 def overview(result: ScreenResult) -> pd.DataFrame:
-    """The main table: one row a model, the numbers that matter most.
+    """Return the main table: one row a model with the most important numbers.
 
     Returns
     -------
-    ``model, width``; ``median z`` (size-matched E-distance), ``paper z``; ``detected`` and ``pretended``
+    A table with ``model, width``; ``median z`` (size-matched E-distance), ``paper z``; ``detected`` and ``pretended``
     (:func:`evaluation.separation.detection`); ``null KS p``, ``null z`` and ``null sd`` (controls against controls by
     cell), ``batch z`` (mean z of controls of some batches against others); ``DEG rho`` (Spearman's, of z with the
     number of differential genes); ``batch r`` (mean Pearson correlation of z between batches); and the numbers of
@@ -201,39 +200,39 @@ _MODES = ("size_matched", "paper")
 
 
 def separation_table(result: ScreenResult) -> pd.DataFrame:
-    """The paper's table: one row a model, comparison (control or pairs), mode and metric."""
+    """Return the paper's table: one row a model, comparison (control or pairs), mode and metric."""
     rows = []
     for model in result.models:
         for name, table in (("control", "scores"), ("pairs", "pairs")):
             if len(model.tables.get(table, ())):
-                found = summarise(model.tables[table])
-                found.insert(0, "against", name)
-                found.insert(0, "model", model.model)
-                rows.append(found)
+                summary = summarize(model.tables[table])
+                summary.insert(0, "against", name)
+                summary.insert(0, "model", model.model)
+                rows.append(summary)
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
 
 def by_target(result: ScreenResult, *, metric: str = "e_distance", mode: str = "size_matched") -> pd.DataFrame:
-    """z, a row a perturbation (and context) and a column a model, with cells and differential genes; by the last."""
-    found = result.degs[["context", "perturbation", "n_cells", "n_degs"]]
+    """Return z by perturbation (and context) and model, with numbers of cells and DEGs; sorted by the last model."""
+    table = result.degs[["context", "perturbation", "n_cells", "n_degs"]]
     for model in result.models:
         scores = model.tables["scores"]
         rows = scores[(scores["mode"] == mode) & (scores["metric"] == metric)]
         column = rows[["context", "perturbation", "z"]].rename(columns={"z": model.model})
-        found = found.merge(column, on=["context", "perturbation"], how="left")
+        table = table.merge(column, on=["context", "perturbation"], how="left")
     if result.models:
-        found = found.sort_values(result.models[-1].model, ascending=False, ignore_index=True)
-    return found.drop(columns="context") if (found["context"] == "").all() else found
+        table = table.sort_values(result.models[-1].model, ascending=False, ignore_index=True)
+    return table.drop(columns="context") if (table["context"] == "").all() else table
 
 
 def deg_correlation(model: ModelResult, degs: pd.DataFrame) -> pd.DataFrame:
-    """Correlation of z with the number of differential genes, by metric: ``metric, n, pearson, spearman``."""
+    """Correlate z with the number of differential genes, by metric: ``metric, n, pearson, spearman``."""
     scores = model.tables["scores"]
     joined = scores[scores["mode"] == "size_matched"].merge(degs, on=["context", "perturbation"], suffixes=("", "_deg"))
     rows = []
     for metric, part in joined.groupby("metric", sort=False):
-        found = correlation(part["z"].to_numpy(), part["n_degs"].to_numpy())
-        rows.append({"metric": metric, "n": found.n, "pearson": found.pearson, "spearman": found.spearman})
+        result = correlation(part["z"].to_numpy(), part["n_degs"].to_numpy())
+        rows.append({"metric": metric, "n": result.n, "pearson": result.pearson, "spearman": result.spearman})
     return pd.DataFrame(rows, columns=["metric", "n", "pearson", "spearman"])
 
 
@@ -241,7 +240,7 @@ def _judge(
     name: str, embedded: Embedded, screen: EvaluationScreen, options: RunOptions, progress: Progress
 ) -> ModelResult:
     start = time.process_time()
-    separation = separate(embedded.values, screen, options=options.separation, progress=progress)
+    separation = measure_separation(embedded.values, screen, options=options.separation, progress=progress)
     tables = {
         "scores": separation.scores,
         "pairs": separation.pairs,
@@ -251,7 +250,7 @@ def _judge(
     warnings = [*embedded.warnings, *separation.warnings]
     numbers: dict[str, float] = {}
     if options.replication is not None:
-        replication = replicate(
+        replication = measure_replication(
             embedded.values, screen, relations=options.relations, options=options.replication, progress=progress
         )
         tables |= replication.tables
@@ -262,8 +261,8 @@ def _judge(
         if screen.contexts is not None:
             labels = [f"{label} in {context}" for label, context in zip(labels, screen.contexts, strict=True)]
         progress("umap", 0, 1)
-        found = project(embedded.values, labels, max_cells=options.umap_cells, seed=options.seed)
-        tables["umap"] = found.to_frame()
+        projection = project(embedded.values, labels, max_cells=options.umap_cells, seed=options.seed)
+        tables["umap"] = projection.to_frame()
         progress("umap", 1, 1)
     facts = {
         "embedding": embedded.facts,
@@ -279,8 +278,8 @@ def _judge(
 def _degs(screen: EvaluationScreen, seed: int) -> pd.DataFrame:
     tables = []
     for name, part in contexts(screen):
-        there = screen[part]
-        table = deg_table(there.cells, there.perturbations, control=there.control, targets=screen.targets, seed=seed)
+        subset = screen[part]
+        table = deg_table(subset.cells, subset.perturbations, control=subset.control, targets=screen.targets, seed=seed)
         tables.append(table.assign(context=name))
     return pd.concat(tables, ignore_index=True)
 
@@ -293,7 +292,7 @@ def _result_key(embedded: Embedded, screen: EvaluationScreen, options: RunOption
 
 
 def _write(path: Path, result: ModelResult) -> None:
-    """A folder of tables, complete or absent."""
+    """Write the tables into a folder that is complete or absent."""
     with atomic_directory(path) as staging:
         for name, table in result.tables.items():
             table.to_parquet(staging / f"{name}.parquet", index=False)
@@ -302,6 +301,6 @@ def _write(path: Path, result: ModelResult) -> None:
 
 
 def _read(path: Path, name: str) -> ModelResult:
-    found = json.loads((path / "facts.json").read_text(encoding="utf-8"))
+    record = json.loads((path / "facts.json").read_text(encoding="utf-8"))
     tables = {file.stem: pd.read_parquet(file) for file in sorted(path.glob("*.parquet"))}
-    return ModelResult(name, tables, found["facts"], found["warnings"])
+    return ModelResult(name, tables, record["facts"], record["warnings"])

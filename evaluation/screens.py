@@ -1,4 +1,4 @@
-"""A screen as the evaluation sees it: counts and labels of the cells that can be used, in memory."""
+"""Screens for the evaluation: counts and labels of the usable cells, in memory."""
 
 from __future__ import annotations
 
@@ -19,38 +19,39 @@ from perturbscope.cells.readers.source import missing_column
 from perturbscope.errors import ControlLabelMissingError, InvalidParameterError
 
 SYMBOL_KEYS = ("gene_symbol", "gene_symbols", "gene_name", "symbol", "feature_name")
-"""Columns of var that are looked for when no `symbol_key` is given."""
+"""Columns of var that are tried if no `symbol_key` is given."""
 GUIDE_UNKNOWN = "unknown"
+"""Guide of a cell without one."""
 TRAINED = "train"
 """Split of the cells that a model was trained on."""
 
 
 @dataclass(frozen=True)
 class EvaluationScreen:
-    """Cells with labels.
+    """Cells of a screen with their labels.
 
     Attributes
     ----------
     name
-        Of the screen, for tables and folders.
+        Name of the screen, for tables and folders.
     cells
         Raw counts, [n_cells, n_genes].
     perturbations
         Label of each cell.
     control
-        The label of control cells.
+        Label of the control cells.
     batches, guides, contexts
-        Batch, guide (replicate), and context of each cell, or None. A perturbation is compared with the controls of
-        its own context only: a cell type, a stimulation.
+        Batch, guide (replicate), and context of each cell, or None. A perturbation is compared only with the controls
+        of its own context, such as a cell type or a stimulation.
     symbols
-        Gene symbol of each column, or its identifier where none is known.
+        Gene symbol of each column, or its identifier if no symbol is known.
     obsm
-        Embeddings that the file brought, float32 [n_cells, width] each.
+        Embeddings from the file, float32 [n_cells, width] each.
     split
-        ``train``, ``validation``, ``test``, ``ineligible`` or ``control`` (held-out controls) for each cell, where it
-        is known which cells a model was trained on.
+        ``train``, ``validation``, ``test``, ``ineligible`` or ``control`` (held-out controls) for each cell, if it is
+        known which cells a model was trained on.
     provenance
-        Where the cells come from, and which were left out (JSON-able).
+        Source of the cells, and numbers of cells left out (JSON-able).
     """
 
     name: str
@@ -69,9 +70,9 @@ class EvaluationScreen:
         return len(self.cells)
 
     def __getitem__(self, rows: NDArray[Any] | Sequence[int]) -> EvaluationScreen:
-        """The cells at these positions (or of this mask), in the order given."""
-        chosen = np.asarray(rows)
-        places = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        """Return the cells at these positions (or of this mask), in the order given."""
+        selection = np.asarray(rows)
+        places = np.flatnonzero(selection) if selection.dtype == bool else selection
 
         def take(values: list[str] | None) -> list[str] | None:
             return None if values is None else [values[row] for row in places]
@@ -89,19 +90,19 @@ class EvaluationScreen:
 
     @property
     def held_out(self) -> NDArray[np.bool_]:
-        """Cells that no model was trained on, bool [n_cells]: all where nothing says otherwise."""
+        """Mask of the cells that no model was trained on, bool [n_cells]; all cells if no split is known."""
         if self.split is None or TRAINED not in self.split:
             return np.ones(len(self), dtype=bool)
         return ~np.isin(np.asarray(self.split), (TRAINED, "validation"))
 
     @property
     def targets(self) -> dict[str, int]:
-        """Perturbations that are named like a gene of the screen, and the column of that gene."""
+        """Column of the target gene of each perturbation that is named like a gene of the screen."""
         column = {symbol: i for i, symbol in reversed(list(enumerate(self.symbols)))}
         return {name: column[name] for name in dict.fromkeys(self.perturbations) if name in column}
 
     def key(self) -> str:
-        """Hash of the counts, in their order: the same for the same cells, whatever their labels."""
+        """Return a hash of the counts in their order, which does not depend on labels."""
         digest = hashlib.sha256()
         counts = self.cells.counts
         for array in (counts.data, counts.indices.astype(np.int64), counts.indptr.astype(np.int64), self.cells.totals):
@@ -133,33 +134,32 @@ def open_screen(
     Parameters
     ----------
     path
-        Raw counts, any format of :func:`perturbscope.open_cells`.
+        File of raw counts, in any format of :func:`perturbscope.open_cells`.
     name
-        Default: the file's name without its suffix.
+        Name of the screen; default the file's name without its suffix.
     perturbation_key, control
         Column of obs with the labels, and the label of control cells.
     batch_key, guide_key, context_key
-        Columns of obs, where there are any; see :class:`EvaluationScreen`. A cell without a batch or context is left
-        out; one without a guide is called ``unknown``.
+        Columns of obs, if there are any; see :class:`EvaluationScreen`. A cell without a batch or context is left out;
+        one without a guide has the guide ``unknown``.
     split_key
-        Column that says which cells a model was trained on; ``split`` is taken if the file has it.
+        Column of obs that says which cells a model was trained on; default ``split``, if the file has it.
     held_out
-        A file with the cells that were held out, as fine-tuning writes it, or a table of them
-        (:mod:`evaluation.heldout`): cells of the same name belong to its ``split`` (or to ``test``, if it has none),
-        all others to ``train``.
+        File with the held-out cells, as fine-tuning writes it, or a table of them (:mod:`evaluation.heldout`): cells of
+        the same name belong to its ``split`` (or to ``test``, if it has none), all others to ``train``.
     symbol_key
-        Column of var with gene symbols; a few usual names are tried.
+        Column of var with gene symbols; default the first of :data:`SYMBOL_KEYS` that exists.
     layer, gene_key, total_counts_key
-        As of :func:`perturbscope.open_cells`.
+        See :func:`perturbscope.open_cells`.
     obsm
-        Matrices of obsm to bring along.
+        Names of matrices of obsm to read.
     keep
-        Restriction to some cells: column of obs, and the value or values to keep.
+        Cells to keep: column of obs -> value or values.
 
     Raises
     ------
     InvalidInputError
-        As reading raises; a column that is not there; nothing left after a restriction; no controls.
+        The file cannot be read, a column is missing, no cell is left, or there are no controls.
     """
     path = Path(path)
     with open_cells(path, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
@@ -222,7 +222,7 @@ def open_screen(
 
 
 def _split_of(path: Path, cell_ids: NDArray[np.str_]) -> NDArray[np.object_]:
-    """Split of each cell, from a file with those that were held out."""
+    """Return the split of each cell, from a file of the held-out cells."""
     known = read_held_out(path)
     unknown = sorted(set(known) - set(cell_ids.tolist()))
     if unknown:
@@ -235,15 +235,15 @@ def _split_of(path: Path, cell_ids: NDArray[np.str_]) -> NDArray[np.object_]:
 
 
 def _present(columns: Mapping[str, NDArray[np.object_]], left_out: dict[str, int]) -> NDArray[np.bool_]:
-    """Cells with a perturbation, batch and context."""
+    """Return a mask of the cells with a perturbation, batch and context."""
     present = np.ones(len(columns["perturbations"]), dtype=bool)
     for name, labels in columns.items():
         if name in ("guides", "split"):
             continue
-        given = np.array([label is not None and label.strip() != "" for label in labels], dtype=bool)
-        if not given.all():
-            left_out[f"without {name}"] = int((~given).sum())
-        present &= given
+        labelled = np.array([label is not None and label.strip() != "" for label in labels], dtype=bool)
+        if not labelled.all():
+            left_out[f"without {name}"] = int((~labelled).sum())
+        present &= labelled
     return present
 
 
@@ -271,11 +271,11 @@ def _values(value: str | Sequence[str]) -> list[str]:
 
 
 def _symbols(source: CellSource, path: Path, symbol_key: str | None) -> list[str]:
-    """Symbols from var, or the identifiers of the genes."""
+    """Return symbols from var, or the identifiers of the genes."""
     ids: list[str] = source.gene_ids.tolist()
-    given = getattr(source, "gene_symbols", None)
-    if given is not None:
-        return [str(symbol) for symbol in given]
+    symbols = getattr(source, "gene_symbols", None)
+    if symbols is not None:
+        return [str(symbol) for symbol in symbols]
     var = _var(path)
     if symbol_key is not None and (var is None or symbol_key not in var):
         raise missing_column(
@@ -288,13 +288,13 @@ def _symbols(source: CellSource, path: Path, symbol_key: str | None) -> list[str
         return ids
     column = var[key]
     return [
-        str(symbol) if there and str(symbol).strip() else gene
-        for symbol, there, gene in zip(column, column.notna(), ids, strict=True)
+        str(symbol) if known and str(symbol).strip() else gene
+        for symbol, known, gene in zip(column, column.notna(), ids, strict=True)
     ]
 
 
 def _var(path: Path) -> pd.DataFrame | None:
-    """The table of genes of an .h5ad file; None for other formats."""
+    """Read the table var of an .h5ad file; return None for other formats."""
     import h5py
     from anndata.io import read_elem
 

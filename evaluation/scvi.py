@@ -1,8 +1,8 @@
 """scVI (Lopez et al. 2018) as a baseline, in the two sizes of Zhao et al. (2025).
 
 ``linear``: one encoder layer and a linear decoder. ``5L``: five encoder and five decoder layers. Both: zero-inflated
-negative binomial, dropout 0.1, early stopping on a tenth of the cells. The package and torch are loaded when a model
-is trained, and nowhere else in the evaluation.
+negative binomial, dropout 0.1, early stopping on a tenth of the cells. The package and torch are loaded only when a
+model is trained.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ INSTALL = "pip install -r requirements/evaluation.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class ScviOptions:
-    """How scVI is trained.
+    """Options of scVI's training.
 
     Parameters
     ----------
     n_latent
         Width of the embedding; at most half of the genes.
     max_epochs
-        Most passes over the training cells; early stopping may end before (Zhao et al. 2025 use 500).
+        Most passes over the training cells; early stopping may end training before (Zhao et al. 2025 use 500).
     batch_size
         Cells of a step; the package's own default.
     dropout
-        Of all hidden layers.
+        Dropout rate of all hidden layers.
     train_size
         Share of the cells that are trained on; the others decide when to stop.
     seed
-        Of weights, split and order.
+        Seed of weights, split and order.
     """
 
     n_latent: int = 300
@@ -55,14 +55,14 @@ class ScviOptions:
 
 @dataclass(frozen=True)
 class ScviEmbedding:
-    """Vectors and what made them.
+    """Vectors of scVI, and a record of what made them.
 
     Attributes
     ----------
     values
-        float32 [n_cells, n_latent]: means of the approximate posterior.
+        Means of the approximate posterior, float32 [n_cells, n_latent].
     facts
-        Width, epochs that were run, cells that were trained on, and the options (JSON-able).
+        Width, number of epochs, number of training cells, and the options (JSON-able).
     """
 
     values: NDArray[np.float32]
@@ -85,12 +85,12 @@ def scvi_embedding(
     architecture
         ``linear`` or ``5L``.
     train
-        Cells to train on, bool [n_cells]; all if not given.
+        Mask of the cells to train on, bool [n_cells]; default all.
 
     Raises
     ------
     InvalidParameterError
-        scvi-tools is not installed; an unknown architecture; fewer than 50 cells to train on.
+        scvi-tools is not installed, the architecture is unknown, or there are fewer than 50 cells to train on.
     """
     options = options or ScviOptions()
     if architecture not in get_args(Architecture):
@@ -98,15 +98,15 @@ def scvi_embedding(
             f"architecture must be one of {', '.join(get_args(Architecture))}, not {architecture!r}.",
             field="architecture",
         )
-    chosen = np.ones(len(cells), dtype=bool) if train is None else train
-    if np.count_nonzero(chosen) < MIN_TRAINING_CELLS:
+    trained = np.ones(len(cells), dtype=bool) if train is None else train
+    if np.count_nonzero(trained) < MIN_TRAINING_CELLS:
         raise InvalidParameterError(
-            f"{np.count_nonzero(chosen)} cells to train scVI on; {MIN_TRAINING_CELLS} or more are needed.",
+            f"{np.count_nonzero(trained)} cells to train scVI on; {MIN_TRAINING_CELLS} or more are needed.",
             field="train",
         )
     n_latent = max(1, min(options.n_latent, cells.n_genes // 2))
     with _quiet() as package:
-        model = _model(package, _annotated(cells[chosen]), architecture, n_latent, options)
+        model = _model(package, _annotated(cells[trained]), architecture, n_latent, options)
         model.train(
             max_epochs=options.max_epochs,
             early_stopping=True,
@@ -120,7 +120,7 @@ def scvi_embedding(
     facts = {
         "package": f"scvi-tools {package.__version__}",
         "architecture": architecture,
-        "n_cells_trained_on": int(np.count_nonzero(chosen)),
+        "n_cells_trained_on": int(np.count_nonzero(trained)),
         "epochs_run": epochs,
         **asdict(options),
         "n_latent": n_latent,
@@ -129,7 +129,7 @@ def scvi_embedding(
 
 
 def available() -> bool:
-    """Whether scvi-tools can be imported, found without importing it."""
+    """Whether scvi-tools is installed; it is not imported."""
     from importlib.util import find_spec
 
     return find_spec("scvi") is not None
@@ -170,10 +170,10 @@ def _annotated(cells: CountMatrix) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[Any]:
-    """The package, kept from logging what the caller did not ask for and from warning of versions below it."""
+    """Yield the package with its logs and warnings silenced."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        package = _package()  # sets the levels of its loggers
+        package = _package()  # importing it sets the levels of its loggers
         loggers = [logging.getLogger(name) for name in ("scvi", "lightning", "lightning.pytorch", "lightning.fabric")]
         levels = [logger.level for logger in loggers]
         try:

@@ -1,13 +1,13 @@
-"""How far perturbed cells are from control, and from each other: the table of Zhao et al. (2025), in two modes.
+"""Separation of perturbed cells from control and from each other: the table of Zhao et al. (2025), in two modes.
 
 ``size_matched``
-    Unbiased E-distance, mean over ten control samples, beside a null of the same size: z of few and of many cells mean
-    the same.
+    Unbiased E-distance, mean over ten control samples, with a null of the same size, so that z of few and of many cells
+    mean the same.
 ``paper``
-    One control sample as large as the perturbation, beside ONE null for all: 300 controls against 300 others, or as
-    many as the controls allow. A perturbation with fewer cells than that has a z that is spread too widely.
+    One control sample as large as the perturbation, with ONE null for all: 300 controls against 300 others, or as many
+    as the controls allow. For a perturbation with fewer cells than that, z is spread too widely.
 
-Vectors are scaled to unit length first, those of every model alike.
+Vectors of all models are scaled to unit length first.
 """
 
 from __future__ import annotations
@@ -32,43 +32,44 @@ from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.energy.pool import moments_of, null_moments
 from perturbscope.scoring.labels import Groups
 from perturbscope.scoring.pairs import compare_perturbations
-from perturbscope.scoring.results import Metric, ScoreOptions
+from perturbscope.scoring.results import Metric, ScoreOptions, distribution
 from perturbscope.scoring.scorers import GroupMaker, TransportScorer
 from perturbscope.scoring.statistics import correlation, generator
 
 ENERGY: tuple[Metric, ...] = ("e_distance", "cosine_e_distance")
 PAPER_NULL = 300
-"""Controls in each group of the paper's null."""
+"""Number of controls in each group of the paper's null."""
 FDR = 0.05
+"""q below which a perturbation is detected."""
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeparationOptions:
-    """How separation is measured.
+    """Options of the measures of separation.
 
     Parameters
     ----------
     permutations
-        Exchanges of labels behind p of the size-matched E-distance.
+        Number of exchanges of labels behind p of the size-matched E-distance.
     splits
-        Control-against-control splits of each kind.
+        Number of control-against-control splits of each kind.
     transport_cells
-        Most cells of a perturbation for the Wasserstein distance, which is slow; twice as many controls. 0: leave the
-        metric out.
+        Most cells of a perturbation for the Wasserstein distance, which is slow, with twice as many controls; 0 leaves
+        the metric out.
     transport_draws
-        Draws behind the null of the Wasserstein distance.
+        Number of draws behind the null of the Wasserstein distance.
     min_cells, max_cells
         Fewest and most cells of a group.
     pairs
-        Compare perturbations with each other as well.
+        Whether to compare perturbations with each other as well.
     seed
-        Of all draws.
+        Seed of all draws.
 
     Raises
     ------
     InvalidParameterError
-        Fewer cells for the Wasserstein distance than a group must have.
+        `transport_cells` is below `min_cells`.
     """
 
     permutations: int = 1000
@@ -88,7 +89,7 @@ class SeparationOptions:
             )
 
     def score_options(self, **changes: Any) -> ScoreOptions:
-        """Options of scoring, the size-matched ones by default."""
+        """Return options of scoring, size-matched unless `changes` say otherwise."""
         options = ScoreOptions(
             metrics=ENERGY,
             permutations=self.permutations,
@@ -101,21 +102,22 @@ class SeparationOptions:
 
 @dataclass(frozen=True)
 class Separation:
-    """What one embedding shows of one screen.
+    """Separation of one screen's perturbations in one embedding.
 
     Attributes
     ----------
     scores
-        Perturbations against control: ``context``, ``mode``, and the columns of a table of scores.
+        Scores of perturbations against control: ``context``, ``mode``, and the columns of a table of scores.
     pairs
-        Perturbations against each other, each pair once: ``context, mode, a, b, n_a, n_b, metric, distance, z``.
+        Distances of perturbations from each other, one row a pair:
+        ``context, mode, a, b, n_a, n_b, metric, distance, z``.
     null
-        Control against control: ``context, metric, kind, p, z``, one row a split.
+        Scores of controls against controls, one row a split: ``context, metric, kind, p, z``.
     batches
         z (size-matched E-distance) of every perturbation in every batch that has controls: ``context, batch,
         perturbation, n_cells, z``.
     warnings
-        What a careful reader should know.
+        Sentences that a reader should know before trusting a number.
     """
 
     scores: pd.DataFrame
@@ -125,7 +127,7 @@ class Separation:
     warnings: list[str]
 
 
-def separate(
+def measure_separation(
     values: NDArray[np.float32],
     screen: EvaluationScreen,
     *,
@@ -146,9 +148,9 @@ def separate(
     Raises
     ------
     InvalidEmbeddingError
-        Vectors that are not finite, or of length zero.
+        A vector is not finite, or zero.
     TooFewControlsError, TooFewCellsError
-        No context has controls, and a perturbation, with enough cells.
+        No context has enough controls and a perturbation with enough cells.
     """
     options = options or SeparationOptions()
     scores, pairs, nulls, batches = [], [], [], []
@@ -156,30 +158,30 @@ def separate(
     null_sizes: list[int] = []
     too_few: TooFewControlsError | TooFewCellsError | None = None
     for name, part in contexts(screen):
-        rows, there = values[part], screen[part]
+        rows, subset = values[part], screen[part]
         try:
-            scores.append(_scores(rows, there, options, warnings, progress).assign(context=name))
+            scores.append(_scores(rows, subset, options, warnings, progress).assign(context=name))
         except (TooFewControlsError, TooFewCellsError) as error:
             if not name:
                 raise
             warnings.append(f"{name} was left out: {error.message}")
             too_few = error
             continue
-        null_sizes.append(paper_null_size(there.perturbations.count(there.control)))
-        if options.pairs and len(set(there.perturbations)) > 2:
-            pairs.append(_pairs(rows, there, options, progress).assign(context=name))
+        null_sizes.append(paper_null_size(subset.perturbations.count(subset.control)))
+        if options.pairs and len(set(subset.perturbations)) > 2:
+            pairs.append(_pairs(rows, subset, options, progress).assign(context=name))
         null = calibrate(
             rows,
-            there.perturbations,
-            control=there.control,
-            batches=there.batches,
+            subset.perturbations,
+            control=subset.control,
+            batches=subset.batches,
             options=options.score_options(),
             splits=options.splits,
             progress=progress,
         )
         warnings += [f"{name}: {warning}" if name else warning for warning in null.warnings]
         nulls.append(_null_rows(null).assign(context=name))
-        batches.append(_by_batch(rows, there, options).assign(context=name))
+        batches.append(_by_batch(rows, subset, options).assign(context=name))
     if not scores:
         raise too_few or TooFewCellsError("There is nothing to score.", field="perturbations")
     if min(null_sizes) < PAPER_NULL:
@@ -189,7 +191,7 @@ def separate(
 
 
 def contexts(screen: EvaluationScreen) -> Iterator[tuple[str, NDArray[np.intp]]]:
-    """Name and cells of each context that has controls and perturbed cells; one without a name if there are none."""
+    """Yield name and cells of each context with controls and perturbed cells; one without a name if there are none."""
     if screen.contexts is None:
         yield "", np.arange(len(screen))
         return
@@ -202,7 +204,7 @@ def contexts(screen: EvaluationScreen) -> Iterator[tuple[str, NDArray[np.intp]]]
 
 
 def paper_null_size(n_controls: int) -> int:
-    """Controls in a group of the paper's null: 300, or half of the controls where there are not 600."""
+    """Return the controls in a group of the paper's null: 300, or half of the controls if there are fewer than 600."""
     return min(PAPER_NULL, n_controls // 2)
 
 
@@ -214,7 +216,7 @@ def _scores(
     progress: Progress | None,
 ) -> pd.DataFrame:
     labels, control = screen.perturbations, screen.control
-    found = score_perturbations(
+    matched = score_perturbations(
         values,
         labels,
         control=control,
@@ -222,13 +224,13 @@ def _scores(
         options=options.score_options(),
         progress=progress,
     )
-    warnings += [text for text in found.warnings if "batch" in text or "fewer than" in text]
+    warnings += [text for text in matched.warnings if "batch" in text or "fewer than" in text]
     size = paper_null_size(labels.count(control))
     fixed = {"null": "fixed", "repeats": 1, "permutations": 1}
     paper = score_perturbations(
         values, labels, control=control, options=options.score_options(null_size=size, **fixed)
     ).table.assign(p=np.nan, q=np.nan)
-    tables = [found.table.assign(mode="size_matched"), paper.assign(mode="paper")]
+    tables = [matched.table.assign(mode="size_matched"), paper.assign(mode="paper")]
     if options.transport_cells:
         chosen = _transport_cells(screen, options)
         rows, part = values[chosen], screen[chosen]
@@ -251,7 +253,7 @@ def _scores(
 def _pairs(
     values: NDArray[np.float32], screen: EvaluationScreen, options: SeparationOptions, progress: Progress | None
 ) -> pd.DataFrame:
-    """Distances between perturbations; both nulls are of controls, in closed form for the energy distances."""
+    """Measure distances between perturbations; both nulls are of controls, in closed form for the energy distances."""
     labels, control = screen.perturbations, screen.control
     score = options.score_options(permutations=1)
     table = compare_perturbations(values, labels, control=control, options=score, progress=progress).table
@@ -273,7 +275,7 @@ def _pairs(
 def _transport_pairs(
     values: NDArray[np.float32], screen: EvaluationScreen, options: SeparationOptions
 ) -> list[pd.DataFrame]:
-    """Wasserstein distances of groups of ONE size, so that one null serves both modes; smaller groups have none."""
+    """Measure Wasserstein distances of groups of ONE size, so that one null serves both modes; skip smaller groups."""
     chosen = _transport_cells(screen, options)
     rows, part = values[chosen], screen[chosen]
     size = min(options.transport_cells, part.perturbations.count(screen.control) // 2)
@@ -296,16 +298,16 @@ def _transport_pairs(
 
 
 def _transport_cells(screen: EvaluationScreen, options: SeparationOptions) -> NDArray[np.intp]:
-    """At most `transport_cells` cells of each perturbation, and twice as many controls."""
+    """Sample at most `transport_cells` cells of each perturbation, and twice as many controls."""
     labels = np.asarray(screen.perturbations)
-    kept = []
+    sampled = []
     for name in np.unique(labels):
         cells = np.flatnonzero(labels == name)
         most = options.transport_cells * (2 if name == screen.control else 1)
         if len(cells) > most:
             cells = generator(options.seed, "transport", str(name)).choice(cells, most, replace=False)
-        kept.append(cells)
-    return np.sort(np.concatenate(kept))
+        sampled.append(cells)
+    return np.sort(np.concatenate(sampled))
 
 
 def _null_rows(null: Calibration) -> pd.DataFrame:
@@ -318,11 +320,11 @@ def _null_rows(null: Calibration) -> pd.DataFrame:
 
 
 def _by_batch(values: NDArray[np.float32], screen: EvaluationScreen, options: SeparationOptions) -> pd.DataFrame:
-    """Scores within each batch that has enough controls: what one batch shows, another should show again."""
+    """Score within each batch that has enough controls, since an effect in one batch should recur in another."""
     columns = ["batch", "perturbation", "n_cells", "z"]
     if screen.batches is None:
         return pd.DataFrame(columns=columns)
-    found = []
+    tables = []
     names = np.asarray(screen.batches)
     for name in np.unique(names):
         part = np.flatnonzero(names == name)
@@ -335,8 +337,8 @@ def _by_batch(values: NDArray[np.float32], screen: EvaluationScreen, options: Se
             ).table
         except (ControlLabelMissingError, TooFewCellsError, TooFewControlsError):
             continue
-        found.append(table.assign(batch=str(name))[columns])
-    return _joined(found) if found else pd.DataFrame(columns=columns)
+        tables.append(table.assign(batch=str(name))[columns])
+    return _joined(tables) if tables else pd.DataFrame(columns=columns)
 
 
 def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
@@ -345,11 +347,11 @@ def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def batch_agreement(batches: pd.DataFrame) -> pd.DataFrame:
-    """Correlation of z between each two batches, over the perturbations that both scored.
+    """Correlate z between every two batches, over the perturbations scored in both.
 
     Returns
     -------
-    ``a, b, n, pearson, spearman``, a row a pair of batches.
+    A table with one row a pair of batches: ``a, b, n, pearson, spearman``.
     """
     if not len(batches):
         return pd.DataFrame(columns=["a", "b", "n", "pearson", "spearman"])
@@ -358,19 +360,19 @@ def batch_agreement(batches: pd.DataFrame) -> pd.DataFrame:
     names = [str(name) for name in wide.columns]
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            found = correlation(wide[a].to_numpy(), wide[b].to_numpy())
-            rows.append({"a": a, "b": b, "n": found.n, "pearson": found.pearson, "spearman": found.spearman})
+            result = correlation(wide[a].to_numpy(), wide[b].to_numpy())
+            rows.append({"a": a, "b": b, "n": result.n, "pearson": result.pearson, "spearman": result.spearman})
     return pd.DataFrame(rows, columns=["a", "b", "n", "pearson", "spearman"])
 
 
 def detection(separation: Separation, metric: Metric = "e_distance") -> dict[str, float]:
-    """Share of perturbations with q < 0.05, and of pretended ones that would pass the same threshold of p.
+    """Return the share of perturbations with q < 0.05, and of pretended ones that would pass the same threshold of p.
 
     Returns
     -------
-    ``n``, ``detected``, ``threshold`` (largest p with q < 0.05; NaN where none has) and ``pretended``: share of the
-    control-against-control splits by cell whose p is at most that, or at most 0.005, the smallest that a split can
-    have; 0 where nothing was detected.
+    ``n``, ``detected``, ``threshold`` (largest p with q < 0.05; NaN if there is none) and ``pretended``: share of the
+    control-against-control splits by cell whose p is at most that, or at most 0.005, the smallest p of a split; 0 if
+    nothing was detected.
     """
     scores = separation.scores
     rows = scores[(scores["mode"] == "size_matched") & (scores["metric"] == metric) & scores["p"].notna()]
@@ -388,24 +390,10 @@ def detection(separation: Separation, metric: Metric = "e_distance") -> dict[str
     }
 
 
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Distribution of z by mode and metric: ``mode, metric, n, median, q25, q75, iqr, skewness``."""
+def summarize(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the distribution of z by mode and metric: ``mode, metric, n, median, q25, q75, iqr, skewness``."""
     rows = []
     for (mode, metric), part in table.groupby(["mode", "metric"], sort=False):
         z = part["z"].dropna()
-        low, middle, high = (float(z.quantile(share)) for share in (0.25, 0.5, 0.75))
-        centred = z - z.mean()
-        spread = float((centred**2).mean()) ** 0.5
-        rows.append(
-            {
-                "mode": mode,
-                "metric": metric,
-                "n": len(z),
-                "median": middle,
-                "q25": low,
-                "q75": high,
-                "iqr": high - low,
-                "skewness": float((centred**3).mean()) / spread**3 if spread > 0 else float("nan"),
-            }
-        )
+        rows.append({"mode": mode, "metric": metric, "n": len(z), **distribution(z)})
     return pd.DataFrame(rows, columns=["mode", "metric", "n", "median", "q25", "q75", "iqr", "skewness"])

@@ -1,4 +1,4 @@
-"""Results as Markdown."""
+"""Results as Markdown pages and tables."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from perturbscope.scoring.statistics import uniformity
 METRICS = {"e_distance": "E-distance", "cosine_e_distance": "cosine E", "wasserstein": "Wasserstein"}
 MODES = {"size_matched": "size-matched", "paper": "paper"}
 MAX_TARGETS = 40
-"""Most rows of a table of targets; all are in the parquet files."""
+"""Most rows of a table of targets; the parquet files have all of them."""
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table; numbers with three significant digits, what is missing as a dash."""
+    """Return a Markdown table; numbers have three significant digits, missing values are a dash."""
     lines = ["| " + " | ".join(map(str, table.columns)) + " |", "|" + "---|" * len(table.columns)]
     for row in table.itertuples(index=False):
         lines.append("| " + " | ".join(_cell(value) for value in row) + " |")
@@ -29,10 +29,12 @@ def markdown(table: pd.DataFrame) -> str:
 def screen_page(
     result: ScreenResult, *, title: str | None = None, note: str = "", figures: Mapping[str, str] | None = None
 ) -> str:
-    """All tables of one screen, with headings.
+    """Return all tables of one screen, with headings, as Markdown.
 
     Parameters
     ----------
+    result
+        Results of the screen.
     title, note
         Heading, and a paragraph below it.
     figures
@@ -71,7 +73,7 @@ def screen_page(
 
 
 def medians(separation: pd.DataFrame) -> pd.DataFrame:
-    """Median z: a row a model, a column a comparison, metric and mode."""
+    """Return the median z: a row a model, a column a comparison, metric and mode."""
     columns = [
         (against, metric, mode)
         for against in ("control", "pairs")
@@ -91,24 +93,24 @@ def medians(separation: pd.DataFrame) -> pd.DataFrame:
 
 
 def _glance(table: pd.DataFrame) -> pd.DataFrame:
-    found = table[["model", "width", "median z", "paper z"]].copy()
-    found["detected (pretended)"] = [
+    shown = table[["model", "width", "median z", "paper z"]].copy()
+    shown["detected (pretended)"] = [
         f"{_percent(a)} ({_percent(b)})" for a, b in zip(table["detected"], table["pretended"], strict=True)
     ]
     for name in ("map_guide", "map_batch", "map_half"):
         if name in table:
-            found[f"mAP by {name[4:]} (chance)"] = _beside(table[name], table[f"{name}_chance"])
-    found["null KS p"] = table["null KS p (cell)"]
-    found["DEG rho"] = table["DEG rho"]
-    return found
+            shown[f"mAP by {name[4:]} (chance)"] = _beside(table[name], table[f"{name}_chance"])
+    shown["null KS p"] = table["null KS p (cell)"]
+    shown["DEG rho"] = table["DEG rho"]
+    return shown
 
 
 def _replication(table: pd.DataFrame) -> pd.DataFrame:
-    found = table[["model"]].copy()
+    shown = table[["model"]].copy()
     for kind in ("guide", "batch", "half"):
         if f"map_{kind}" in table:
-            found[f"mAP by {kind} (chance)"] = _beside(table[f"map_{kind}"], table[f"map_{kind}_chance"])
-            found[f"p by {kind}"] = table[f"map_{kind}_p"]
+            shown[f"mAP by {kind} (chance)"] = _beside(table[f"map_{kind}"], table[f"map_{kind}_chance"])
+            shown[f"p by {kind}"] = table[f"map_{kind}_p"]
     for column, name in (
         ("split_half_correlation", "split-half r"),
         ("split_half_accuracy", "own half nearest"),
@@ -116,21 +118,21 @@ def _replication(table: pd.DataFrame) -> pd.DataFrame:
         ("magnitude_median_z", "magnitude z"),
     ):
         if column in table:
-            found[name] = table[column]
+            shown[name] = table[column]
     for column, name in (("consistency_detected", "consistent"), ("magnitude_detected", "apart from the rest")):
         if column in table:
-            found[name] = [_percent(value) for value in table[column]]
+            shown[name] = [_percent(value) for value in table[column]]
     if "relations_recall" in table:
-        found["known pairs recalled (chance)"] = _beside(table["relations_recall"], table["relations_chance"])
-        found["p of recall"] = table["relations_p"]
-        found["nearest is known (chance)"] = _beside(table["relations_nearest"], table["relations_nearest_chance"])
-    return found
+        shown["known pairs recalled (chance)"] = _beside(table["relations_recall"], table["relations_chance"])
+        shown["p of recall"] = table["relations_p"]
+        shown["nearest is known (chance)"] = _beside(table["relations_nearest"], table["relations_nearest_chance"])
+    return shown
 
 
 def _spread(separation: pd.DataFrame) -> pd.DataFrame:
-    found = separation.copy()
-    found["metric"], found["mode"] = found["metric"].map(METRICS), found["mode"].map(MODES)
-    return found.rename(columns={"q25": "25 %", "q75": "75 %", "iqr": "IQR"})
+    shown = separation.copy()
+    shown["metric"], shown["mode"] = shown["metric"].map(METRICS), shown["mode"].map(MODES)
+    return shown.rename(columns={"q25": "25 %", "q75": "75 %", "iqr": "IQR"})
 
 
 def _null(result: ScreenResult) -> pd.DataFrame:
@@ -159,9 +161,9 @@ def _null(result: ScreenResult) -> pd.DataFrame:
 def _batches(result: ScreenResult) -> pd.DataFrame:
     rows = []
     for model in result.models:
-        found = batch_agreement(model.tables.get("batches", pd.DataFrame()))
-        if len(found):
-            rows.append(found.assign(model=model.model))
+        agreement = batch_agreement(model.tables.get("batches", pd.DataFrame()))
+        if len(agreement):
+            rows.append(agreement.assign(model=model.model))
     if not rows:
         return pd.DataFrame()
     table = pd.concat(rows, ignore_index=True)
@@ -180,7 +182,7 @@ def _degs(result: ScreenResult) -> pd.DataFrame:
 
 
 def _power(result: ScreenResult) -> pd.DataFrame:
-    """Share of perturbations that half, or 80 %, of draws of n cells detect."""
+    """Return the share of perturbations that at least 80 % of draws of n cells detect."""
     rows = []
     for model in result.models:
         if "power" not in model.tables:
@@ -212,7 +214,7 @@ def _facts(result: ScreenResult) -> str:
 
 
 def _warnings(result: ScreenResult) -> list[str]:
-    """What made each embedding, and what to be careful about; warnings that all models share once."""
+    """List the facts and warnings of each embedding; warnings that all models share are listed once."""
     everyone = (
         []
         if len(result.models) < 2

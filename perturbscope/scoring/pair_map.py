@@ -23,7 +23,7 @@ from perturbscope.scoring.energy.all_pairs_approximate import landmark_energies
 from perturbscope.scoring.energy.closed_form import LinearGroup
 from perturbscope.scoring.energy.pool import Group
 from perturbscope.scoring.labels import Groups
-from perturbscope.scoring.results import Metric, ScoreOptions, provenance
+from perturbscope.scoring.results import Metric, ScoreOptions, one_of, provenance
 from perturbscope.scoring.scorers import GroupMaker
 
 Method = Literal["exact", "landmarks"]
@@ -148,10 +148,7 @@ def check_map(options: ScoreOptions, method: object, landmarks: int) -> None:
             "for some pairs.",
             field="metrics",
         )
-    if method not in get_args(Method):
-        raise InvalidParameterError(
-            f"method must be one of {', '.join(get_args(Method))}, not {method!r}.", field="method"
-        )
+    one_of("method", method, get_args(Method))
     if method == "landmarks" and (metric != "e_distance" or options.ground != "euclidean"):
         raise InvalidParameterError(
             "Landmarks approximate the e_distance with the unsquared Euclidean distance; others are mapped exactly in "

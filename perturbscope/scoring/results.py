@@ -137,11 +137,11 @@ class ScoreOptions:
             )
         object.__setattr__(self, "metrics", tuple(dict.fromkeys(self.metrics)))
         for metric in self.metrics:
-            _one_of("metrics", metric, get_args(Metric))
-        _one_of("ground", self.ground, get_args(Ground))
-        _one_of("estimator", self.estimator, get_args(Estimator))
-        _one_of("null", self.null, get_args(NullMode))
-        _one_of("correction", self.correction, get_args(Correction))
+            one_of("metrics", metric, get_args(Metric))
+        one_of("ground", self.ground, get_args(Ground))
+        one_of("estimator", self.estimator, get_args(Estimator))
+        one_of("null", self.null, get_args(NullMode))
+        one_of("correction", self.correction, get_args(Correction))
         for name, low, high in (
             ("null_size", 2, 100_000),
             ("null_draws", 10, 1_000_000),
@@ -312,7 +312,8 @@ def resolution_warnings(n_tests: int, options: ScoreOptions) -> list[str]:
     ]
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise InvalidParameterError unless the value of the parameter `name` is one of `allowed`."""
     if value not in allowed:
         raise InvalidParameterError(f"{name} must be one of {', '.join(allowed)}, not {value!r}.", field=name)
 

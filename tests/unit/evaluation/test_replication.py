@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.replication import ReplicationOptions, replicate
+from evaluation.replication import ReplicationOptions, measure_replication
 from evaluation.screens import EvaluationScreen
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidEmbeddingError
@@ -31,7 +31,7 @@ def values(rng):
 
 def test_an_embedding_with_effects_replicates_and_one_without_does_not(values, rng):
     relations = {"one": ["A", "B"], "other": ["C", "D"], "third": ["E", "F"], "fourth": ["G", "H"]}
-    found = replicate(values, screen(), relations=relations, options=OPTIONS)
+    found = measure_replication(values, screen(), relations=relations, options=OPTIONS)
     numbers = found.numbers
     # A perturbation and its like share the first two places.
     assert 0.5 <= numbers["map_guide"] <= 1
@@ -39,7 +39,7 @@ def test_an_embedding_with_effects_replicates_and_one_without_does_not(values, r
     assert numbers["split_half_correlation"] > 0.8
     assert numbers["consistency_detected"] == 1.0
     assert numbers["relations_nearest"] == 1.0
-    noise = replicate(rng.normal(size=values.shape).astype(np.float32), screen(), options=OPTIONS).numbers
+    noise = measure_replication(rng.normal(size=values.shape).astype(np.float32), screen(), options=OPTIONS).numbers
     assert noise["map_guide"] < numbers["map_guide"]
     assert noise["split_half_correlation"] < 0.5
     assert "relations_recall" not in noise
@@ -50,17 +50,17 @@ def test_an_embedding_with_effects_replicates_and_one_without_does_not(values, r
 
 def test_contexts_are_judged_apart_and_one_with_a_single_perturbation_is_passed_over(values):
     contexts = ["left" if i % 2 else "right" for i in range(N)]
-    found = replicate(values, screen(contexts=contexts), options=OPTIONS)
+    found = measure_replication(values, screen(contexts=contexts), options=OPTIONS)
     assert set(found.tables["split_half"]["context"]) == {"left", "right"}
     alone = screen()[np.arange(48)]
-    assert replicate(values[:48], alone, options=OPTIONS).tables == {}
+    assert measure_replication(values[:48], alone, options=OPTIONS).tables == {}
 
 
 def test_what_a_screen_does_not_allow_is_named_and_bad_vectors_are_an_error(values):
     few = screen()[np.concatenate([np.arange(24), np.arange(24, 33), np.arange(48, 57)])]
-    found = replicate(values[:42], few, options=OPTIONS)
+    found = measure_replication(values[:42], few, options=OPTIONS)
     assert any(text.startswith("consistency:") for text in found.warnings)
     broken = values.copy()
     broken[3, 2] = np.nan
     with pytest.raises(InvalidEmbeddingError):
-        replicate(broken, screen(), options=OPTIONS)
+        measure_replication(broken, screen(), options=OPTIONS)

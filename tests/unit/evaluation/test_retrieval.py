@@ -8,7 +8,8 @@ import pytest
 from evaluation.consistency import consistency
 from evaluation.profiles import make_profiles, random_halves, whiten
 from evaluation.relations import relation_recall
-from evaluation.retrieval import chance_average_precision, retrieve, split_half
+from evaluation.retrieval import chance_average_precision, retrieve
+from evaluation.split_half import split_half
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, MalformedMatrixError, TooFewCellsError
 
 

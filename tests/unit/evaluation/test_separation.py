@@ -10,9 +10,9 @@ from evaluation.separation import (
     batch_agreement,
     contexts,
     detection,
+    measure_separation,
     paper_null_size,
-    separate,
-    summarise,
+    summarize,
 )
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import TooFewControlsError
@@ -45,7 +45,7 @@ def values(rng):
 
 @pytest.fixture
 def found(values, screen):
-    return separate(values, screen, options=OPTIONS)
+    return measure_separation(values, screen, options=OPTIONS)
 
 
 def test_an_effect_is_far_from_control_in_every_metric_and_mode_and_none_is_not(found):
@@ -135,7 +135,7 @@ def test_every_context_has_its_own_controls(rng):
     values[60:90] += 1.5
     screen = labelled(labels, contexts=names)
     assert [name for name, _ in contexts(screen)] == ["B", "T"]
-    found = separate(values, screen, options=OPTIONS)
+    found = measure_separation(values, screen, options=OPTIONS)
     z = found.scores.query("mode == 'size_matched' and metric == 'e_distance'").set_index("context")["z"]
     assert z["B"] > 10
     assert abs(z["T"]) < 4
@@ -145,16 +145,16 @@ def test_every_context_has_its_own_controls(rng):
 def test_a_context_that_cannot_be_scored_is_named_and_a_screen_that_cannot_is_an_error(rng):
     labels = ["control"] * 60 + ["KO"] * 30 + ["control"] * 5 + ["KO"] * 30
     values = rng.normal(size=(125, 6)).astype(np.float32)
-    found = separate(values, labelled(labels, contexts=["B"] * 90 + ["T"] * 35), options=OPTIONS)
+    found = measure_separation(values, labelled(labels, contexts=["B"] * 90 + ["T"] * 35), options=OPTIONS)
     assert set(found.scores["context"]) == {"B"}
     assert any(text.startswith("T was left out: 5 cells") for text in found.warnings)
     with pytest.raises(TooFewControlsError):
-        separate(values[90:], labelled(labels[90:]), options=OPTIONS)
+        measure_separation(values[90:], labelled(labels[90:]), options=OPTIONS)
 
 
 def test_the_summary_is_of_z_by_mode_and_metric():
     table = pd.DataFrame({"mode": "paper", "metric": "e_distance", "z": [0.0, 1.0, 2.0, 9.0, np.nan]})
-    row = summarise(table).iloc[0]
+    row = summarize(table).iloc[0]
     assert (row["n"], row["median"], row["q25"], row["q75"], row["iqr"]) == (4, 1.5, 0.75, 3.75, 3.0)
     centred = np.array([0, 1, 2, 9]) - 3.0
     assert row["skewness"] == pytest.approx((centred**3).mean() / (centred**2).mean() ** 1.5)

@@ -1,4 +1,4 @@
-"""Do random halves of a perturbation's cells agree, and find each other? Control-free."""
+"""Agreement of random halves of each perturbation's cells, without controls."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class SplitHalf:
     chance
         Accuracy of guessing.
     n_perturbations, repeats
-        What was averaged.
+        Numbers of perturbations and of halvings.
     warnings
-        What a reader should know.
+        Sentences that a reader should know before trusting a number.
     """
 
     table: pd.DataFrame
@@ -46,7 +46,7 @@ class SplitHalf:
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary in JSON-able form, without the table."""
+        """Return the summary as JSON-able values, without the table."""
         return {name: value for name, value in vars(self).items() if name != "table"}
 
 
@@ -63,25 +63,25 @@ def split_half(
 ) -> SplitHalf:
     """Correlate, and match, the mean vectors of random halves of each perturbation's cells.
 
-    Each half is centred by the mean of its own cells, so that the two halves share nothing but what is true of both.
+    Each half is centred by the mean of its own cells, so that the two halves share no noise.
 
     Parameters
     ----------
     values, perturbations, control, whitening
-        As of :func:`retrieve`.
+        See :func:`evaluation.retrieval.retrieve`.
     batches
-        Batch of each cell: halves then have as many cells of each batch.
+        Batch of each cell; both halves then have as many cells of each batch.
     min_cells
         Fewest cells of a perturbation, both halves together.
     repeats
-        Random halvings.
+        Number of random halvings.
     seed
-        Of the halvings.
+        Seed of the halvings.
 
     Raises
     ------
     InvalidEmbeddingError, MalformedMatrixError, InvalidParameterError, TooFewCellsError
-        As :func:`evaluation.profiles.make_profiles`.
+        See :func:`evaluation.profiles.make_profiles`.
     """
     if repeats < 1 or min_cells < 4:
         raise InvalidParameterError(
@@ -93,19 +93,19 @@ def split_half(
     whole = make_profiles(values, labels, ["all"] * len(labels), control=control, min_cells=min_cells)
     names = whole.perturbations
     column = np.asarray(labels, dtype=object).astype(str)
-    kept = np.flatnonzero(np.isin(column, names))
-    codes = np.searchsorted(names, column[kept])
-    cells = whiten(np.asarray(values)[kept], codes, how=whitening)
-    own = None if batches is None else [list(batches)[i] for i in kept]
+    rows = np.flatnonzero(np.isin(column, names))
+    codes = np.searchsorted(names, column[rows])
+    cells = whiten(np.asarray(values)[rows], codes, how=whitening)
+    row_batches = None if batches is None else [list(batches)[i] for i in rows]
     correlations, mismatches, hits = (np.full((repeats, len(names)), _NAN) for _ in range(3))
     constant = False
     for repeat in range(repeats):
-        halves = np.asarray(random_halves(column[kept].tolist(), seed=seed, batches=own, repeat=repeat))
+        halves = np.asarray(random_halves(column[rows].tolist(), seed=seed, batches=row_batches, repeat=repeat))
         sides = []
         for half in ("A", "B"):
-            chosen = np.flatnonzero(halves == half)
-            means = group_means(cells[chosen], codes[chosen], len(names))
-            sizes = np.bincount(codes[chosen], minlength=len(names)).astype(np.intp)
+            members = np.flatnonzero(halves == half)
+            means = group_means(cells[members], codes[members], len(names))
+            sizes = np.bincount(codes[members], minlength=len(names)).astype(np.intp)
             vectors, directed = Profiles(means, names, names, sizes).directions("cells")
             constant |= not bool(directed.all())
             sides.append(_standard(vectors))
@@ -149,7 +149,7 @@ def split_half(
 
 
 def _standard(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rows with mean 0 and unit length, so that dot products are Pearson correlations; NaN for constant rows."""
+    """Return rows with mean 0 and unit length, whose dot products are Pearson correlations; constant rows are NaN."""
     centred = vectors - vectors.mean(axis=1, keepdims=True)
     lengths = np.linalg.norm(centred, axis=1, keepdims=True)
     unit: NDArray[np.float64] = np.divide(centred, lengths, out=np.full_like(centred, _NAN), where=lengths > 1e-12)
@@ -157,7 +157,7 @@ def _standard(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _column_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Means of columns over what is not NaN; NaN where nothing is left."""
+    """Return means of columns without their NaN; NaN if nothing is left."""
     known = ~np.isnan(values)
     counts = known.sum(axis=0)
     sums = np.where(known, values, 0.0).sum(axis=0)
