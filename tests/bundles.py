@@ -1,4 +1,4 @@
-"""Little bundles for tests. Their graphs are built node by node: no torch, no export."""
+"""Small bundles for tests. Their graphs are built node by node, without torch or export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY_WIDTH = 8
 
 
 def masked_mean_graph(n_tokens: int, width: int, *, seed: int = 0) -> bytes:
-    """``cell_embedding = mean over tokens of table[input_ids]``, with random weights; opset 17."""
+    """Build ``cell_embedding = mean over tokens of table[input_ids]`` with random weights; opset 17."""
     table = np.random.default_rng(seed).standard_normal((n_tokens, width)).astype(np.float32)
     nodes = [
         helper.make_node("Gather", ["table", "input_ids"], ["hidden"]),
@@ -48,7 +48,7 @@ def masked_mean_graph(n_tokens: int, width: int, *, seed: int = 0) -> bytes:
 
 
 def tiny_manifest(**changes: Any) -> Manifest:
-    """The manifest of the tiny bundle, with changes."""
+    """Return the manifest of the tiny bundle, with changes."""
     fields: dict[str, Any] = {
         "name": "tiny",
         "version": "0.1",
@@ -67,7 +67,7 @@ def tiny_manifest(**changes: Any) -> Manifest:
 
 
 def tiny_files(*, seed: int = 0) -> dict[str, Path | bytes]:
-    """The files of the tiny bundle, as :meth:`Bundle.write` takes them; `seed` decides the weights."""
+    """Return the files of the tiny bundle for :meth:`Bundle.write`; `seed` decides the weights."""
     vocabulary = GeneVocabulary.geneformer_gc30m()
     return {
         "model.onnx": masked_mean_graph(len(vocabulary), TINY_WIDTH, seed=seed),

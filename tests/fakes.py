@@ -1,4 +1,4 @@
-"""Stand-ins for the slow parts, for tests of what surrounds them."""
+"""Stand-ins for slow parts, for tests of the code around them."""
 
 from __future__ import annotations
 

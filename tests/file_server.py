@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class FileServer:
-    """What is served, and how."""
+    """The files of a server, and the faults that it makes."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     etag: str | None = '"one"'
@@ -30,7 +30,7 @@ class FileServer:
 
 @contextmanager
 def serve(server: FileServer) -> Iterator[FileServer]:
-    """Serve on a free port; `server.url` says where."""
+    """Serve on a free port; `server.url` is its address."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -79,7 +79,7 @@ def serve(server: FileServer) -> Iterator[FileServer]:
 
     class Quiet(ThreadingHTTPServer):
         def handle_error(self, *_: object) -> None:
-            """A client that hangs up is what some tests are about."""
+            """Print nothing: some tests hang up on purpose."""
 
     with Quiet(("127.0.0.1", 0), Handler) as http:
         server.url = f"http://127.0.0.1:{http.server_address[1]}"

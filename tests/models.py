@@ -17,7 +17,7 @@ TINY_MODEL = RankModelConfig(layers=3, hidden=32, heads=4, feed_forward=48, max_
 
 
 def small_vocabulary(genes: int = 60, *, median: float = 1.0) -> GeneVocabulary:
-    """Made-up genes with one median."""
+    """Make a vocabulary of made-up genes with one median."""
     return GeneVocabulary(
         gene_ids=tuple(f"ENSG{number:011d}" for number in range(genes)),
         tokens=np.arange(2, genes + 2, dtype=np.int32),
@@ -28,14 +28,14 @@ def small_vocabulary(genes: int = 60, *, median: float = 1.0) -> GeneVocabulary:
 
 
 def small_model(config: RankModelConfig = TINY_MODEL, *, seed: int = 0) -> BertForMaskedLM:
-    """An untrained model in evaluation mode; torch's global generator is left as it was."""
+    """Build an untrained model in evaluation mode; torch's global generator keeps its state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_model(config, small_vocabulary()).eval()
 
 
 def small_checkpoint(path: Path, *, seed: int = 0) -> Path:
-    """A checkpoint of :func:`small_model`."""
+    """Save a checkpoint of :func:`small_model`."""
     return save_checkpoint(
         path,
         model=small_model(seed=seed),
@@ -48,7 +48,7 @@ def small_checkpoint(path: Path, *, seed: int = 0) -> Path:
 
 
 def small_batch(*, lengths: tuple[int, ...] = (12, 7, 1), seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random cells, padded on the right: ids and attention mask."""
+    """Make random cells, padded on the right: ids and attention mask."""
     generator = torch.Generator().manual_seed(seed)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     ids = torch.randint(2, 62, mask.shape, generator=generator) * mask

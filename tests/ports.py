@@ -12,7 +12,7 @@ _LOWEST = 10_000
 
 
 def free_ports(n: int) -> list[int]:
-    """Ports of 127.0.0.1 that nothing listens on, all different.
+    """Return different ports of 127.0.0.1 on which nothing listens.
 
     They lie below those that the kernel hands out by itself: whatever connects, or asks for any port, between this call
     and the start of the server that gets the port cannot take it.

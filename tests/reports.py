@@ -19,13 +19,13 @@ OPTIONS = ScoreOptions(metrics=("e_distance", "cosine_e_distance"), permutations
 
 
 def first_two(values, /, *, n_neighbors, min_dist, seed):
-    """A map without umap-learn: the first two dimensions."""
+    """Make a map without umap-learn, from the first two dimensions."""
     return np.asarray(values, dtype=np.float32)[:, :2]
 
 
 @cache
 def make_report(*, names: int = 6, seed: int = 0, title: str = "Screen", projector: Projector = first_two) -> Report:
-    """Perturbations ``gene0`` (strongest) and on, one of an evil name without effect, one of four cells."""
+    """Make a report of perturbations ``gene0`` (strongest) and on, one with a malicious name, and one of four cells."""
     rng = np.random.default_rng(seed)
     sizes = {"control": 80, EVIL: 24, "few": 4, **{f"gene{i}": 24 for i in range(names)}}
     labels = np.repeat(list(sizes), list(sizes.values())).tolist()

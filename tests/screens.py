@@ -13,7 +13,7 @@ SIZES = {"control": 60, "strong": 30, "weak": 30, "rare": 3}
 
 
 def make_screen(*, seed: int = 0, repeats: int = 1) -> ad.AnnData:
-    """123 cells (times `repeats`) x 40 genes of the vocabulary, with labels, batches, totals and layers."""
+    """Make 123 cells (times `repeats`) x 40 genes of the vocabulary, with labels, batches, totals and layers."""
     rng = np.random.default_rng(seed)
     vocabulary = GeneVocabulary.geneformer_gc30m()
     genes = [vocabulary.gene_ids[row] for row in rng.choice(len(vocabulary.gene_ids), size=40, replace=False)]

@@ -1,4 +1,4 @@
-"""Little made-up screens and corpora of 60 genes for the tests of training."""
+"""Small made-up screens and corpora of 60 genes for the tests of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOCABULARY = small_vocabulary()
 
 
 def screen(*, cells_per_target: int = 14, controls: int = 60, seed: int = 0) -> anndata.AnnData:
-    """Raw counts of a screen: each strong target shifts 20 of the 60 genes, the weak one none."""
+    """Make the raw counts of a screen: each strong target shifts 20 of the 60 genes, the weak one none."""
     rng = np.random.default_rng(seed)
     base = rng.gamma(2.0, 1.0, size=60) + 0.3
     labels = ["control"] * controls
@@ -45,13 +45,13 @@ def screen(*, cells_per_target: int = 14, controls: int = 60, seed: int = 0) -> 
 
 
 def write_screen(path: Path, **options: Any) -> Path:
-    """The screen as a file."""
+    """Write the screen to a file."""
     screen(**options).write_h5ad(path)
     return path
 
 
 def write_vocabulary(path: Path) -> Path:
-    """The 60 genes as a file."""
+    """Write the 60 genes to a file."""
     path.write_text(VOCABULARY.to_tsv(), encoding="utf-8")
     return path
 
@@ -60,7 +60,7 @@ MODEL = {"layers": 2, "hidden": 16, "heads": 2, "feed_forward": 24, "max_length"
 
 
 def pretrain_values(folder: Path, **loop: Any) -> dict[str, Any]:
-    """A pre-training configuration of seconds, over a screen in `folder`, as plain values."""
+    """Return the values of a pre-training configuration that takes seconds, over a screen in `folder`."""
     if not (folder / "screen.h5ad").exists():
         write_screen(folder / "screen.h5ad")
         write_vocabulary(folder / "genes.tsv")
@@ -82,7 +82,7 @@ def pretrain_values(folder: Path, **loop: Any) -> dict[str, Any]:
 
 
 def contrastive_values(folder: Path, **loop: Any) -> dict[str, Any]:
-    """A fine-tuning configuration of seconds, from the checkpoint of :func:`pretrain_values`."""
+    """Return those of a fine-tuning that takes seconds, from the checkpoint of :func:`pretrain_values`."""
     return {
         "output": str(folder / "contrastive"),
         "checkpoint": str(folder / "pretrain" / "checkpoint"),

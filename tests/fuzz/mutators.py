@@ -1,6 +1,6 @@
 """Mutations of valid messages: of their bytes, and of their structure, so that most still parse and reach our checks.
 
-All take a :class:`random.Random`, so that one number makes the same input again.
+All take a :class:`random.Random`, so that a seed reproduces an input.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ODD: list[Any] = [
     {"": ""},
     "NaN",
 ]
-"""Values that are legal JSON, and seldom what a field wants."""
+"""Values that are legal JSON, and rarely valid for a field."""
 _UNFIT = (
     UnreadableFileError,
     pa.ArrowException,
@@ -62,12 +62,12 @@ _UNFIT = (
     IndexError,
     RecursionError,
 )
-"""What a stream raises that is no table any more, or not one that this change fits."""
+"""Errors of a stream that is no longer a table, or a table that this change does not fit."""
 _NUMBERS = [0, 1, 2, 7, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
 
 
 def mutate_bytes(data: bytes, rng: Random) -> bytes:
-    """One to four small changes anywhere."""
+    """Make one to four small changes anywhere."""
     found = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4))):
         at = rng.randrange(len(found) + 1)
@@ -94,7 +94,7 @@ def mutate_bytes(data: bytes, rng: Random) -> bytes:
 
 
 def mutate_json(data: bytes, rng: Random) -> bytes:
-    """Mostly one to three values replaced, removed, repeated or exchanged; else bytes."""
+    """Replace, remove, repeat or exchange one to three values, or sometimes change bytes."""
     if rng.random() < 0.15:
         return mutate_bytes(data, rng)
     try:
@@ -107,7 +107,7 @@ def mutate_json(data: bytes, rng: Random) -> bytes:
 
 
 def mutate_value(value: Any, rng: Random) -> Any:
-    """A JSON value with one change somewhere inside."""
+    """Change one place inside a JSON value."""
     places = list(_places(value))
     if not places or rng.random() < 0.02:
         return rng.choice(ODD)
@@ -143,7 +143,7 @@ def mutate_value(value: Any, rng: Random) -> Any:
 
 
 def mutate_arrow(data: bytes, rng: Random) -> bytes:
-    """A column dropped, renamed, cast, cut or holed, or other metadata; else bytes."""
+    """Drop, rename, cast, cut or null a column, change metadata, or sometimes change bytes."""
     if rng.random() < 0.4:
         return mutate_bytes(data, rng)
     try:
@@ -203,7 +203,7 @@ def _other_table(table: pa.Table, rng: Random) -> pa.Table:
 
 
 def mutate_proto(kind: Any) -> Callable[[bytes, Random], bytes]:
-    """For messages of `kind`: a field changed, cleared or repeated; else bytes."""
+    """Return a mutator of messages of `kind`: it changes, clears or repeats a field, or sometimes changes bytes."""
 
     def mutate(data: bytes, rng: Random) -> bytes:
         if rng.random() < 0.3:
@@ -259,7 +259,7 @@ def _other_field(message: Any, rng: Random) -> None:
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Any:
-    """Paths of all values inside."""
+    """Return the paths of all values inside."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield (*path, key)

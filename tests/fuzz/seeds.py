@@ -1,4 +1,4 @@
-"""Valid messages that fuzzing starts from.
+"""Valid messages from which fuzzing starts.
 
 ``python -m tests.fuzz.seeds FOLDER`` writes them to FOLDER/<target>/.
 """
@@ -41,14 +41,14 @@ LABELS = ("control",) * 4 + ("KO",) * 4
 
 
 def cells(n_genes: int = 5) -> CountMatrix:
-    """Eight cells of a few genes."""
+    """Make eight cells of a few genes."""
     counts = np.random.default_rng(0).poisson(1.5, (8, n_genes))
     counts[:, 0] += 1
     return CountMatrix.from_matrix(counts, list(GeneVocabulary.geneformer_gc30m().gene_ids[:n_genes]))
 
 
 def h5ad(matrix: CountMatrix | None = None, *, compression: str | None = None, sparse: bool = True) -> bytes:
-    """An AnnData file with labels, batches and a representation, written without anndata: small and always the same."""
+    """Write an AnnData file with labels, batches and a representation, without anndata: small and always the same."""
     matrix = cells() if matrix is None else matrix
     target = io.BytesIO()
     text = h5py.string_dtype()
@@ -86,7 +86,7 @@ def h5ad(matrix: CountMatrix | None = None, *, compression: str | None = None, s
 
 
 def seeds() -> dict[str, dict[str, bytes]]:
-    """Valid inputs of every target by name."""
+    """Return valid inputs of every target by name."""
     matrix = cells()
     vectors = np.random.default_rng(2).standard_normal((8, 3)).astype(np.float32)
     requests: list[tuple[str, Any]] = [

@@ -1,8 +1,8 @@
-"""What is fuzzed: every decoder of untrusted bytes, as functions that take bytes and must never surprise.
+"""The targets of fuzzing: every decoder of untrusted bytes, as a function that takes bytes.
 
-A target returns whether the bytes were accepted. Refusal is an error of :mod:`perturbscope.errors`; anything else that
-comes out is a finding. What is accepted goes on as the server would take it: counts are tokenized, and a request is
-encoded and read again, which must work.
+A target returns whether the bytes were accepted. It refuses them with an error of :mod:`perturbscope.errors`; any other
+exception is a finding. Accepted input is used as the server would: counts are tokenized, and a request is encoded and
+read again, which must work.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from tests.fuzz.mutators import mutate_arrow, mutate_bytes, mutate_json, mutate_
 from tests.fuzz.seeds import cells as seed_cells
 
 SMALL = Settings(max_cells=2000, max_vectors=2000, max_values=100_000, max_genes=5000, file_timeout=5)
-"""Limits of the targets, so that no input takes long."""
+"""Limits of the targets, which keep every input short."""
 KINDS = ("embed", "score", "compare")
 
 
 @functools.cache
 def family() -> Family:
-    """The tokenizer behind the decoders."""
+    """Return the tokenizer behind the decoders."""
     return load_family("rank", {}, GeneVocabulary.geneformer_gc30m())
 
 
 def fuzz_json(data: bytes) -> bool:
-    """The first byte chooses the message, the rest is the body."""
+    """Decode JSON; the first byte chooses the message, the rest is the body."""
     decoders: list[Callable[[bytes], Any]] = [
         *(_again(kind, "json") for kind in KINDS),
         protocol.embed_answer_from_json,
@@ -65,7 +65,7 @@ def fuzz_json(data: bytes) -> bool:
 
 
 def fuzz_arrow(data: bytes) -> bool:
-    """As :func:`fuzz_json`."""
+    """Decode Arrow, as :func:`fuzz_json` does JSON."""
     decoders: list[Callable[[bytes], Any]] = [
         *(_again(kind, "arrow") for kind in KINDS),
         protocol.embed_answer_from_arrow,
@@ -76,7 +76,7 @@ def fuzz_arrow(data: bytes) -> bool:
 
 
 def fuzz_proto(data: bytes) -> bool:
-    """As :func:`fuzz_json`; bytes that are no protobuf are refused before our code sees them."""
+    """Decode protobuf, as :func:`fuzz_json` does JSON; protobuf itself refuses bytes that are no message."""
 
     def parsed(kind: type[Any], read: Callable[[Any], Any]) -> Callable[[bytes], Any]:
         return lambda body: read(kind.FromString(body))
@@ -96,7 +96,7 @@ def fuzz_proto(data: bytes) -> bool:
 
 
 def fuzz_h5ad(data: bytes) -> bool:
-    """The first byte chooses what the file is uploaded to, the rest is the file, which a process of its own reads."""
+    """Read a file in a separate process; the first byte chooses the route, the rest is the file."""
     uploads: list[tuple[str, Mapping[str, str]]] = [
         (EMBED.name, {}),
         (COLUMNS.name, {}),
@@ -119,7 +119,7 @@ def fuzz_h5ad(data: bytes) -> bool:
 
 
 def fuzz_stream(data: bytes) -> bool:
-    """Streams of cells, and of answers: as Arrow, or as one message of protobuf."""
+    """Decode streams of cells and of answers, as Arrow or as one message of protobuf."""
     readers: list[Callable[[bytes], Any]] = [
         _arrow_stream,
         lambda body: list(stream_answers_from_arrow(io.BytesIO(body))),
@@ -132,7 +132,7 @@ def fuzz_stream(data: bytes) -> bool:
 
 
 def _arrow_stream(body: bytes) -> None:
-    """As the server reads one: message by message."""
+    """Read a stream as the server does, message by message."""
     source, reader, start = io.BytesIO(body), StreamRequestReader(), None
     row = 0
     while length := metadata_length(prefix := source.read(PREFIX_BYTES), _MOST):
@@ -156,7 +156,7 @@ def _proto_stream(body: bytes) -> None:
 
 
 def fuzz_kserve(data: bytes) -> bool:
-    """The Open Inference Protocol: the body of HTTP, with and without the bytes of tensors, and the message of gRPC."""
+    """Decode the Open Inference Protocol: HTTP bodies with and without bytes of tensors, and gRPC messages."""
     readers: list[Callable[[bytes], Any]] = [
         lambda body: request_from_body(body, None),
         lambda body: request_from_body(body[2:], str(int.from_bytes(body[:2], "little"))),
@@ -169,7 +169,7 @@ def fuzz_kserve(data: bytes) -> bool:
 
 
 _MOST = 2**20
-"""Bytes of a message of a stream."""
+"""Most bytes of a message of a stream."""
 _MESSAGES = (
     pb.EmbedRequest,
     pb.ScoreRequest,
@@ -188,7 +188,7 @@ TARGETS: dict[str, Callable[[bytes], bool]] = {
     "stream": fuzz_stream,
     "kserve": fuzz_kserve,
 }
-"""All of them by name."""
+"""All targets by name."""
 Mutator = Callable[[bytes, Random], bytes]
 MUTATORS: dict[str, Callable[[int], Mutator]] = {
     "json": lambda _: mutate_json,
@@ -198,7 +198,7 @@ MUTATORS: dict[str, Callable[[int], Mutator]] = {
     "stream": lambda first: (mutate_bytes, mutate_bytes, mutate_proto(pb.EmbedStreamRequest))[first % 3],
     "kserve": lambda first: (mutate_json, mutate_bytes, mutate_proto(ModelInferRequest))[first % 3],
 }
-"""How an input of a target is mutated, given its first byte."""
+"""Functions from an input's first byte to the mutator of a target."""
 
 
 def _tried(decoders: list[Callable[[bytes], Any]], data: bytes) -> bool:

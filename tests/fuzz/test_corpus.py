@@ -13,9 +13,9 @@ from tests.fuzz.targets import MUTATORS, TARGETS
 
 CORPUS = Path(__file__).parent / "corpus"
 FILES = sorted(path for path in CORPUS.glob("*/*") if path.name != "attribute-loop")
-"""Inputs that once were findings. (The file that never ends has a test of its own, in tests/unit/serving.)"""
+"""Inputs that once were findings. (The file that loops has its own test, in tests/unit/serving.)"""
 MUTATIONS = {"json": 150, "arrow": 150, "proto": 150, "stream": 200, "kserve": 200, "h5ad": 12}
-"""Of each seed."""
+"""Number of mutations of each seed."""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.name}")

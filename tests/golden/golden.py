@@ -18,7 +18,7 @@ CELLS = {"pbmc3k_10x.h5ad": 3, "papalexi2021_eccite_thp1_panel.h5ad": 3}
 
 
 def embed(variant: str = "fp32") -> tuple[Bundle, dict[str, Embeddings]]:
-    """The bundle, and its embeddings of the chosen cells by file."""
+    """Return the bundle and its embeddings of the chosen cells by file."""
     bundle = Bundle.open(BUNDLE)
     embedder = Embedder.from_bundle(bundle, variant=variant)
     found = {}
@@ -29,7 +29,7 @@ def embed(variant: str = "fp32") -> tuple[Bundle, dict[str, Embeddings]]:
 
 
 def describe(bundle: Bundle, found: dict[str, Embeddings]) -> dict[str, Any]:
-    """Model id, and of each cell the number of tokens and the first five values."""
+    """Return the model id, and the number of tokens and the first five values of each cell."""
     return {
         "model_id": bundle.model_id,
         "cells": {

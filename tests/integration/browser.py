@@ -22,7 +22,7 @@ _SECONDS = 90
 
 
 def find_browser() -> str | None:
-    """Path of a Chromium; None where there is none."""
+    """Return the path of a Chromium, or None."""
     given = os.environ.get(VARIABLE)
     if given:
         found = shutil.which(given)
@@ -37,9 +37,9 @@ class Browser:
     Attributes
     ----------
     requests
-        Addresses that the page asked for, itself first.
+        Addresses that the page asked for, its own first.
     problems
-        What went to the console as a warning or error, and exceptions that nobody caught.
+        Warnings and errors on the console, and uncaught exceptions.
     """
 
     def __init__(self, program: str) -> None:
@@ -124,13 +124,13 @@ class Browser:
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def resize(self, width: int, height: int = 900) -> None:
-        """Another size of the window; below 500 it is a phone."""
+        """Resize the window; below a width of 500 it is a phone."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
         )
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page."""
+        """Return the value of an expression in the page."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
@@ -164,7 +164,7 @@ class Browser:
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        """A PNG of the page, or of what the window shows of it."""
+        """Save a PNG of the page, or of its visible part."""
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         if whole:
             size = self.call("Page.getLayoutMetrics")["cssContentSize"]
@@ -173,7 +173,7 @@ class Browser:
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def _next(self) -> dict[str, Any]:
-        """The next message; events are noted here."""
+        """Return the next message; events are recorded on the way."""
         deadline = time.monotonic() + _SECONDS
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._in], [], [], max(0.0, deadline - time.monotonic()))

@@ -1,4 +1,4 @@
-"""Commands of training in processes that need not import torch and DeepSpeed again: eight seconds for each."""
+"""Commands of training in processes that need not import torch and DeepSpeed, which saves eight seconds each."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PRELOADED = ["training.commands.pretrain", "training.commands.finetune", "deepsp
 
 
 class Launcher:
-    """Forks a process that has imported everything and done nothing. Made by :func:`launcher`."""
+    """A launcher that forks a process with everything imported. :func:`launcher` makes it."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
 
     def start(self, module: str, *arguments: str, log: Path, processes: int = 1) -> list[ForkServerProcess]:
-        """``python -m MODULE ARGUMENTS``; several processes find each other as torchrun's do."""
+        """Start ``python -m MODULE ARGUMENTS``; several processes find each other as torchrun's do."""
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(processes)}
         started = []
         for rank in range(processes):
@@ -36,7 +36,7 @@ class Launcher:
         return started
 
     def run(self, module: str, *arguments: str, log: Path, processes: int = 1, timeout: float = 180) -> None:
-        """The same, and wait for a good end."""
+        """Run a command and wait until it succeeds."""
         started = self.start(module, *arguments, log=log, processes=processes)
         try:
             for process in started:
@@ -50,7 +50,7 @@ class Launcher:
 
 @contextmanager
 def launcher(environ: Mapping[str, str]) -> Iterator[Launcher]:
-    """A process with this environment, from which the others are forked; it ends with the last of its users."""
+    """Return the process with this environment from which the others are forked; it ends with its last user."""
     before = dict(os.environ)
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     os.environ.update(environ)
@@ -67,7 +67,7 @@ def launcher(environ: Mapping[str, str]) -> Iterator[Launcher]:
 
 
 def _command(module: str, arguments: Sequence[str], environ: Mapping[str, str], log: Path) -> None:
-    """Be the command, in a fork."""
+    """Run the command in this fork."""
     os.environ.update(environ)
     with log.open("ab") as output:
         os.dup2(output.fileno(), 1)

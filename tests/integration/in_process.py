@@ -1,4 +1,4 @@
-"""Both transports in a thread of the test's own process: the real servers, up in a second, over a little bundle."""
+"""The real servers of both transports, in a thread of the test's process, over a small bundle; ready in a second."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.bundles import write_tiny_bundle
 from tests.ports import free_ports
 
 MODEL, SPARE = "tiny", "spare"
-"""Models: the default, and one to be loaded and unloaded."""
+"""Names of the models: the default, and one to be loaded and unloaded."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,23 @@ class Running:
     admin: str
 
     def of(self, kind: str) -> str:
-        """Where a client of `kind`, such as ``http.aio``, connects to."""
+        """Return the address for a client of `kind`, such as ``http.aio``."""
         return self.http if kind.startswith("http") else self.grpc
 
     @property
     def headers(self) -> dict[str, str]:
-        """Those of a caller that may infer."""
+        """Headers of a caller that may infer."""
         return {"x-api-key": self.key}
 
     @property
     def admin_headers(self) -> dict[str, str]:
-        """Those of a caller that may load and unload."""
+        """Headers of a caller that may load and unload."""
         return {"authorization": f"Bearer {self.admin}"}
 
 
 @contextlib.contextmanager
 def running(folder: Path, **settings: Any) -> Iterator[Running]:
-    """A server over a repository with one model, on an event loop of its own; stopped when left."""
+    """Run a server over a repository with one model, on its own event loop."""
     made = [make_key("pipeline"), make_key("operator", rights=("infer", "admin"))]
     (folder / "keys.json").write_bytes(keys_to_json(tuple(key for key, _ in made)))
     (folder / "models").mkdir()

@@ -1,4 +1,4 @@
-"""Whether the OpenAPI document is true: schemathesis, with all its checks, against a server that asks for keys.
+"""A check of the OpenAPI document: schemathesis, with all its checks, against a server that asks for keys.
 
 ``python -m tests.integration.openapi --max-examples 200`` runs it for longer than the tests do.
 """
@@ -22,7 +22,7 @@ CONFIG = Path(__file__).with_name("schemathesis.toml")
 
 
 def check(server: Running, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run schemathesis in a folder of its own; its exit status is 0 where the document is true."""
+    """Run schemathesis in its own folder; return its exit status, 0 if the document is true."""
     command = [
         *(sys.executable, "-m", "schemathesis.cli"),
         *("--config-file", str(CONFIG)),
@@ -40,7 +40,7 @@ def check(server: Running, folder: Path, *options: str) -> subprocess.CompletedP
 
 
 def main(options: Sequence[str]) -> int:
-    """Start a server, check its document, print what was found."""
+    """Start a server, check its document, and print the findings."""
     with tempfile.TemporaryDirectory() as folder, patient_with_bad_keys(), running(Path(folder)) as server:
         done = check(server, Path(folder), *options)
     sys.stdout.write(done.stdout + done.stderr)
@@ -48,7 +48,7 @@ def main(options: Sequence[str]) -> int:
 
 
 def patient_with_bad_keys() -> contextlib.AbstractContextManager[object]:
-    """Let servers that start within answer any number of them: the checks of authentication send many."""
+    """Lift the rate of failed keys for servers that start within: the checks of authentication send many."""
     return mock.patch("serving.access.keys.FailedKeys", functools.partial(FailedKeys, 10**9))
 
 

@@ -1,4 +1,4 @@
-"""Reads the code blocks of a Markdown file and runs them as a reader would: in order, in one folder.
+"""Read the code blocks of a Markdown file and run them as a reader would: in order, in one folder.
 
 A block marked ``bash`` runs in a shell that stops at the first error, one marked ``python`` in an interpreter of its
 own. A comment right before a block leaves it out, and says why: ``<!-- not run: needs four GPUs -->``.
@@ -31,11 +31,11 @@ class Block:
     Attributes
     ----------
     line
-        Where its first line of code stands.
+        Line number of its first line of code.
     language
         ``bash`` or ``python``.
     code
-        What stands between the fences.
+        Text between the fences.
     not_run
         Why it is left out; empty if it is run.
     """
@@ -46,7 +46,7 @@ class Block:
     not_run: str
 
     def run(self, folder: Path, *, environ: Mapping[str, str], ports: Mapping[int, int], timeout: float) -> str:
-        """Run it in `folder`; ``localhost:3000`` becomes ``localhost:ports[3000]``. Returns what it printed."""
+        """Run the block in `folder` and return its output; ``localhost:3000`` becomes ``localhost:ports[3000]``."""
         code = self.code
         for documented, port in ports.items():
             code = re.sub(rf"(?<=localhost:|127\.0\.0\.1:){documented}\b", str(port), code)
@@ -70,7 +70,7 @@ class Block:
 
 
 def read_blocks(text: str) -> list[Block]:
-    """The bash and python blocks of a Markdown text, in order."""
+    """Return the bash and python blocks of a Markdown text, in order."""
     blocks = []
     for match in FENCE.finditer(text):
         language = SAME_AS.get(match["language"].lower(), match["language"].lower())

@@ -1,4 +1,4 @@
-"""What schemathesis sends in place of random bytes where a body is not JSON: good ones, cut ones, and random bytes."""
+"""Hooks of schemathesis: bodies that are not JSON are good ones, cut ones and random bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _arrow() -> list[bytes]:
 
 
 def _h5ad() -> list[bytes]:
-    """The smallest file that is read: dense counts, names of cells and genes, one column of labels."""
+    """Write the smallest readable file: dense counts, names of cells and genes, one column of labels."""
     text = h5py.string_dtype()
     body = io.BytesIO()
     with h5py.File(body, "w") as file:

@@ -24,7 +24,7 @@ START_SECONDS = 120
 
 
 def environment(**settings: object) -> dict[str, str]:
-    """This process's environment, with settings of the server; no accelerator is visible."""
+    """Return this process's environment with settings of the server; no accelerator is visible."""
     given = {f"PERTURBSCOPE_{name.upper()}": str(value) for name, value in settings.items()}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PERTURBSCOPE_")}
     return {**kept, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **given}
@@ -32,7 +32,7 @@ def environment(**settings: object) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the service holds, over all its processes.
+    """Resources of the service, over all its processes.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class Usage:
 
 
 class RunningServer:
-    """``python -m serving`` on free ports; ready when entered, stopped when left.
+    """A context with ``python -m serving`` on free ports, ready when entered and stopped when left.
 
     Parameters
     ----------
@@ -74,12 +74,12 @@ class RunningServer:
 
     @property
     def output(self) -> str:
-        """What it printed so far."""
+        """Output of the server up to now."""
         return (self._folder / "stdout").read_text()
 
     @property
     def log(self) -> str:
-        """What it logged so far."""
+        """Log of the server up to now."""
         return (self._folder / "stderr").read_text()
 
     def __enter__(self) -> Self:
@@ -88,7 +88,7 @@ class RunningServer:
         return self
 
     def launch(self) -> None:
-        """Start the process, without waiting; output is added to that of an earlier one."""
+        """Start the process without waiting; output is appended to that of an earlier one."""
         with (self._folder / "stdout").open("ab") as stdout, (self._folder / "stderr").open("ab") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "serving"],
@@ -100,7 +100,7 @@ class RunningServer:
             )
 
     def wait_until_ready(self) -> None:
-        """Wait for /readyz; a service that does not get there is stopped, and its output shown."""
+        """Wait for /readyz; if it does not come, stop the service and show its output."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             if self.answers("/readyz"):
@@ -110,14 +110,14 @@ class RunningServer:
         raise AssertionError(f"the service did not start:\n{self.output}\n{self.log}")
 
     def answers(self, probe: str) -> bool:
-        """Whether a probe answers 200."""
+        """Return whether a probe answers 200."""
         try:
             return httpx.get(self.url + probe, timeout=5).status_code == 200
         except httpx.TransportError:
             return False
 
     def processes(self) -> list[psutil.Process]:
-        """All processes of the service: BentoML's supervisor first, then its worker."""
+        """Return all processes of the service: BentoML's supervisor first, then its worker."""
         try:
             first = psutil.Process(self.process.pid)
             return [first, *first.children(recursive=True)]
@@ -125,11 +125,11 @@ class RunningServer:
             return []
 
     def worker(self) -> psutil.Process:
-        """The process that answers requests."""
+        """Return the process that answers requests."""
         return next(item for item in self.processes() if any("worker" in part for part in item.cmdline()))
 
     def usage(self) -> Usage:
-        """What it holds now."""
+        """Return the resources that the service uses now."""
         rss = files = threads = 0
         cpu = 0.0
         for item in self.processes():
@@ -141,7 +141,7 @@ class RunningServer:
         return Usage(rss, files, threads, cpu)
 
     def kill(self) -> None:
-        """End all its processes with SIGKILL, as the kernel does when memory runs out."""
+        """Kill all processes with SIGKILL, as the kernel does when memory runs out."""
         for item in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 item.kill()

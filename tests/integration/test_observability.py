@@ -1,4 +1,4 @@
-"""What the real service shows: metrics, traces at a collector, its log; and that deploy/ speaks of what is there."""
+"""Metrics, traces and the log of the real service, and the files of deploy/, which must match them."""
 
 from __future__ import annotations
 

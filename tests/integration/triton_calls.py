@@ -21,7 +21,7 @@ Failure = tuple[str, str]
 
 
 def call(kind: str, url: str, method: str, *args: Any, **options: Any) -> Any:
-    """What `method` of a client of `kind` returns, or the :data:`Failure` that it raises."""
+    """Return the result of `method` of a client of `kind`, or the :data:`Failure` that it raises."""
     return asyncio.run(_call(kind, url, method, *args, **options))
 
 
@@ -37,7 +37,7 @@ async def _call(kind: str, url: str, method: str, *args: Any, **options: Any) ->
 
 
 def infer(kind: str, url: str, model: str, arrays: dict[str, NDArray[Any]], **options: Any) -> Any:
-    """Vectors, and the rest of the answer; or the failure. Options: ``binary`` (HTTP), and those of the client."""
+    """Return vectors and the rest of the answer, or the failure; options are ``binary`` (HTTP) and the client's."""
     binary = options.pop("binary", None)
     found = asyncio.run(_infer(kind, url, model, arrays, binary, options))
     if isinstance(found, tuple):
@@ -62,7 +62,7 @@ async def _infer(
 def stream(
     url: str, model: str, arrays: dict[str, NDArray[Any]], names: list[str], headers: dict[str, str]
 ) -> list[tuple[str, Any]]:
-    """One stream with a request for each model of `names` instead of `model`; ids and vectors, or messages."""
+    """Send a stream with a request for each model of `names`; return ids and vectors, or messages."""
     module = importlib.import_module("tritonclient.grpc")
     found: queue.Queue[tuple[Any, Any]] = queue.Queue()
     inputs = [module.InferInput(name, list(values.shape), "INT64") for name, values in arrays.items()]
