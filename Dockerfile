@@ -7,7 +7,7 @@
 #       -e PERTURBSCOPE_TLS_CERTIFICATE=/secrets/server.pem -e PERTURBSCOPE_TLS_KEY=/secrets/server.key perturbscope
 #
 # API keys are made by `python -m serving keys`, there or here. The service runs as user 10001, which must be able to
-# read the files; it needs no capability, and writes to /tmp alone.
+# read the files; it needs no capability and writes only to /tmp.
 #
 # BASE_IMAGE may be any Debian bookworm; Python is installed where it is missing.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
@@ -27,7 +27,7 @@ RUN if ! python3 -c 'import venv, ensurepip'; then \
     echo 'perturbscope:x:10001:10001:PerturbScope:/tmp:/usr/sbin/nologin' >> /etc/passwd; \
     echo 'perturbscope:x:10001:' >> /etc/group
 
-# A network of one's own: --build-arg PIP_INDEX_URL=..., or PIP_CONFIG_FILE=... with that file mounted for the build.
+# Private package index: --build-arg PIP_INDEX_URL=..., or PIP_CONFIG_FILE=... with that file mounted for the build.
 FROM base AS library
 ARG PIP_INDEX_URL
 ARG PIP_CONFIG_FILE
