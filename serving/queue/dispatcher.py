@@ -250,9 +250,10 @@ class Dispatcher:
         finally:
             self._task = None
             # Nobody is left here unless this task was cancelled or has a bug: even then every caller must hear of it.
-            self._fail_all(
-                self._runner.stall_error() if self.stalled else InferenceError("The inference worker was stopped.")
-            )
+            if self._open:
+                self._fail_all(
+                    self._runner.stall_error() if self.stalled else InferenceError("The inference worker was stopped.")
+                )
 
     async def _run(self, parts: list[BatchPart]) -> None:
         """Run one batch and answer its callers.
