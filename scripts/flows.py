@@ -76,9 +76,9 @@ def embed(bundle: Path = BUNDLE) -> list[str]:
     import uvicorn
 
     from serving.engine.engine import Engine
-    from serving.http import slow_clients
+    from serving.http import gate
     from serving.http.app import build_app
-    from serving.http.edge import EdgeMiddleware
+    from serving.http.gate import Gate
     from serving.settings import Settings
 
     body = {"cells": {"gene_ids": ["STAT1", "JAK2"], "indptr": [0, 2], "indices": [0, 1], "data": [3, 1]}}
@@ -90,8 +90,8 @@ def embed(bundle: Path = BUNDLE) -> list[str]:
         app: Any = build_app()
         app.state.engine = engine
         # As serving.service puts it around the application.
-        app.add_middleware(EdgeMiddleware, front=lambda: engine.front)
-        slow_clients.install(head_timeout=10)
+        app.add_middleware(Gate, front=lambda: engine.front)
+        gate.install(head_timeout=10)
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]  the main thread's
         running = asyncio.ensure_future(server.serve())

@@ -28,9 +28,9 @@ import bentoml
 
 from serving.commands import safety
 from serving.engine.shutdown import Stopping
-from serving.http import slow_clients
+from serving.http import gate
 from serving.http.app import build_app
-from serving.http.edge import EdgeMiddleware
+from serving.http.gate import Gate
 from serving.openinference.http import add_routes
 from serving.openinference.inference import TokenEngine
 from serving.settings import Format, Level, Settings
@@ -40,7 +40,7 @@ NAME = "PerturbScope"
 app = build_app()
 add_routes(app)
 # BentoML configures uvicorn in the worker, after it has imported this.
-slow_clients.install(head_timeout=Settings.from_env().head_timeout)
+gate.install(head_timeout=Settings.from_env().head_timeout)
 
 
 def configure_log(settings: Settings) -> None:
@@ -128,7 +128,7 @@ class PerturbScope:
         return await self._engine.ready()
 
 
-cast("Any", PerturbScope).add_asgi_middleware(EdgeMiddleware, front=lambda: app.state.engine.front)
+cast("Any", PerturbScope).add_asgi_middleware(Gate, front=lambda: app.state.engine.front)
 
 
 def _http_address(settings: Settings) -> str:

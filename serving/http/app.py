@@ -15,7 +15,8 @@ from serving.engine.engine import Engine
 from serving.engine.operations import COLUMNS, COMPARE, EMBED, REPORT, SCORE, Operation
 from serving.engine.reports import HTML
 from serving.http import admin, openapi, schemas, streams
-from serving.http.edge import Endpoint, OperationEndpoint, refused
+from serving.http.edge import Endpoint, OperationEndpoint
+from serving.http.gate import refused
 from serving.http.metrics_page import metrics_page
 from serving.http.upload_page import PAGE_HEADERS, screen_page
 

@@ -1,50 +1,46 @@
-"""The edge of the HTTP server: every request meets a doorkeeper, and gets an answer, an id and a line of the log.
+"""The edge of the HTTP server: every request is admitted, read within the limits and answered; errors are answers too.
 
-:class:`EdgeMiddleware` stands around the whole server, BentoML's own pages included; :class:`Endpoint` around each
-route of ours, where rights, shares and deadlines are checked too (:class:`serving.access.front.Front`).
+:class:`Endpoint` stands around each route; :class:`OperationEndpoint` reads, calls the engine and encodes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
-from collections.abc import Awaitable, Callable, Coroutine
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope
 
 from perturbscope import protocol
 from perturbscope.errors import (
     InvalidParameterError,
+    LimitExceededError,
     OverloadedError,
-    PermissionDeniedError,
     PerturbScopeError,
     UnauthenticatedError,
     UnsupportedMediaTypeError,
 )
 from serving.access.front import Front
-from serving.access.limits import Held
+from serving.access.limits import Held, decoded_bytes, too_many_bytes
 from serving.call import GROWTH, JSON_GROWTH, REQUEST_ID, Call, Right
-from serving.engine.engine import Engine
+from serving.engine.engine import Engine, size_of
 from serving.engine.operations import Operation
 from serving.engine.reports import HTML
 from serving.engine.scores import annotated
 from serving.engine.status import explain, status_of
-from serving.http.bodies import LimitedBody, read_request
+from serving.http.files import HDF5_TYPES, MULTIPART, room_on_disk, write_file
 from serving.http.upload_page import PAGE_HEADERS
-from serving.telemetry.metrics import OTHER
-from serving.uploads.requests import Upload
+from serving.uploads.readers import file_readers
+from serving.uploads.requests import FILE_NAME, Upload
 
 T = TypeVar("T")
-OPEN = frozenset({"/", "/healthz", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
-"""Paths without a key: they tell nothing but whether the server is well, or are the empty upload page."""
-METRICS = "/metrics"
-_MAY_READ_METRICS = frozenset({"metrics", "infer"})
 OPEN_INFERENCE = "/v2"
 """Path of the Open Inference Protocol, which has an error form of its own."""
 Work = Callable[[Request, Call, Held], Awaitable[Response]]
@@ -113,85 +109,101 @@ class OperationEndpoint(Endpoint):
             return await engine.work(self._operation.encode[media_type], answer)
 
 
-class EdgeMiddleware:
-    """Asks for a key before anything is looked up or read, and notes the requests that no route of ours answers.
-
-    It stands around BentoML's own pages too, and around routes that somebody adds and forgets to guard: closed unless
-    :data:`OPEN` lists the path. Requests for unknown paths are counted and logged under one name, with a request id.
+class LimitedBody:
+    """A request whose body is counted, and timed, while it arrives.
 
     Parameters
     ----------
-    app
-        The application inside.
-    front
-        Returns the front door, once the server is up.
+    request
+        The request, whose body is not read yet.
+    engine
+        Has the limits.
+    held
+        Called with the number of bytes as they arrive.
+    call
+        The call that is timed.
     """
 
-    def __init__(self, app: ASGIApp, front: Callable[[], Front]) -> None:
-        self._app, self._front = app, front
+    def __init__(self, request: Request, engine: Engine, held: Callable[[int], None], call: Call | None = None) -> None:
+        self.call = call or Call(request.url.path, "http")
+        self.headers = request.headers
+        self.content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        self.query = dict(request.query_params)
+        json = self.content_type == protocol.JSON
+        self._limit = min(engine.settings.max_json_bytes if json else 2**63, engine.settings.max_body_bytes)
+        self._timeout = engine.settings.body_timeout
+        self._held = held
+        self._received = 0
+        self._receive: Receive = request.receive
+        self.request = Request(request.scope, self._counted)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request in, or answer it."""
-        kind = scope["type"]
-        if kind == "http":
-            send = _Noted(scope, send)
-        if kind == "lifespan" or (kind == "http" and scope["path"] in OPEN):
-            await self._app(scope, receive, send)
-            return
+    async def _counted(self) -> Message:
+        """Receive the next message of the body, and count it."""
+        message = await self._receive()
+        n_bytes = len(message.get("body", b""))
+        self._received += n_bytes
+        if self._received > self._limit:
+            raise too_many_bytes(self._limit, self.content_type)
+        self._held(n_bytes)
+        return message
+
+    @contextlib.asynccontextmanager
+    async def timed(self) -> AsyncIterator[None]:
+        """Time the reading of :attr:`request`, and end it when it takes too long."""
+        declared = self.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._limit:
+            raise too_many_bytes(self._limit, self.content_type)
         try:
-            caller = self._front().doorkeeper.caller(Headers(scope=scope), peer_of(scope))
-            if scope["path"] == METRICS and not caller.rights & _MAY_READ_METRICS:
-                raise PermissionDeniedError(f"The API key {caller.name!r} does not have the right 'metrics'.")
-        except PerturbScopeError as error:
-            if kind != "http":
-                await send({"type": "websocket.close", "code": 1008})
-                return
-            await _refusal(scope, error)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+            with self.call.stage("receive"):
+                async with asyncio.timeout(self._timeout):
+                    yield
+        except TimeoutError as error:
+            raise LimitExceededError(
+                f"The body did not arrive within {self._timeout} seconds. Send less at a time.", field="body"
+            ) from error
+
+    async def body(self) -> bytes:
+        """Read the whole body."""
+        async with self.timed():
+            return await self.request.body()
+
+    async def decoded(self, engine: Engine, decode: Callable[[bytes], T], body: bytes) -> T:
+        """Decode a body. The memory for decoding is held before, and that of the outcome until the call ends."""
+        with self.call.stage("decode"):
+            needed = await engine.work(decoded_bytes, self.content_type, body)
+            self.call.reserve(needed)
+            decoded = await engine.work(decode, body)
+        if self.call.held is not None:
+            self.call.held.release_reserved(needed)
+        self.call.reserve(size_of(decoded))
+        return decoded
 
 
-class _Noted:
-    """The ``send`` of a request that counts and logs a 404 or 405 which no route of ours has answered."""
-
-    def __init__(self, scope: Scope, send: Send) -> None:
-        self._scope, self._send = scope, send
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] in (404, 405):
-            headers = MutableHeaders(scope=message)
-            if REQUEST_ID not in headers:  # an answer of ours has one, and was counted
-                call = Call(OTHER, "http", Headers(scope=self._scope), peer_of(self._scope))
-                headers[REQUEST_ID] = call.id
-                Front.finish(call, message["status"], InvalidParameterError.code)
-        await self._send(message)
-
-
-def _refusal(scope: Scope, error: PerturbScopeError) -> Response:
-    """Answer a request that has no route yet; the path may be anything, so the log has one name for all of them."""
-    call = Front.begin(OTHER, "http", Headers(scope=scope), peer=peer_of(scope))
-    response = error_response(error, scope["path"])
-    response.headers[REQUEST_ID] = call.id
-    Front.finish(call, response.status_code, error.code)
-    return response
-
-
-async def refused(request: Request, error: Exception) -> Response:
-    """Answer a request that the framework refuses: an unknown path, a wrong method; or one that asks for OPTIONS."""
-    assert isinstance(error, HTTPException)  # noqa: S101  registered for nothing else
-    call = Front.begin(OTHER, "http", request.headers, peer=peer_of(request.scope))
-    headers = {**(error.headers or {}), REQUEST_ID: call.id}
-    if error.status_code == 405 and request.method == "OPTIONS":
-        Front.finish(call, 204)
-        return Response(status_code=204, headers=headers)
-    path = request.url.path
-    message = {
-        404: f"There is nothing at {path[:200]!r}. See /v1/openapi.json for what there is.",
-        405: f"{request.method[:20]} is not what {path[:200]!r} takes, but {headers.get('Allow')}.",
-    }.get(error.status_code, str(error.detail))
-    told = InvalidParameterError(message)
-    Front.finish(call, error.status_code, told.code)
-    return Response(error_body(told, path), error.status_code, headers, media_type=protocol.JSON)
+async def read_request(body: LimitedBody, operation: Operation, engine: Engine) -> Upload:
+    """Read the request in a body of JSON or Arrow, or in an uploaded .h5ad file."""
+    kind = body.content_type
+    if kind in operation.decode:
+        if body.query:
+            raise InvalidParameterError(
+                f"The query parameter {next(iter(body.query))!r} has no effect here; put it into the body.",
+                field=next(iter(body.query)),
+            )
+        return Upload(await body.decoded(engine, operation.decode[kind], await body.body()))
+    if kind not in (*HDF5_TYPES, MULTIPART):
+        raise UnsupportedMediaTypeError(
+            f"The content type {kind or '(none)'!r} is not understood. Send "
+            f"{''.join(f'{media_type}, ' for media_type in operation.decode)}"
+            f"an .h5ad file as {protocol.HDF5}, or a form ({MULTIPART}) with the .h5ad file in the field 'file'.",
+            field="content-type",
+        )
+    with room_on_disk(), tempfile.TemporaryDirectory(prefix="perturbscope-") as directory:
+        path = Path(directory) / FILE_NAME
+        async with body.timed():
+            fields = await write_file(body.request, kind, path)
+        with body.call.stage("decode"):
+            upload = await file_readers().read(operation.name, path, {**body.query, **fields}, engine.settings)
+        body.call.reserve(size_of(upload.request))
+        return upload
 
 
 def peer_of(scope: Scope) -> str:

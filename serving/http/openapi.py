@@ -12,8 +12,8 @@ from perturbscope import protocol
 from serving.call import REQUEST_ID, SECONDS, TIMEOUT
 from serving.engine.operations import Operation
 from serving.http import schemas
-from serving.http.bodies import MULTIPART
-from serving.http.edge import OPEN
+from serving.http.files import MULTIPART
+from serving.http.gate import OPEN
 from serving.uploads.requests import PARAMETERS
 
 BINARY = {"type": "string", "format": "binary"}

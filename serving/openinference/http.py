@@ -14,8 +14,7 @@ from perturbscope.errors import InvalidParameterError
 from perturbscope.protocol import checks as check
 from serving.access.limits import Held, decoded_bytes
 from serving.call import Call, Right
-from serving.http.bodies import LimitedBody
-from serving.http.edge import Endpoint, while_connected
+from serving.http.edge import Endpoint, LimitedBody, while_connected
 from serving.openinference import describe, documents, repository
 from serving.openinference.inference import TokenEngine
 from serving.openinference.json_codec import JSON_LENGTH, answer_to_body, request_from_body

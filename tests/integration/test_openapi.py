@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 
-from serving.http.edge import OPEN
+from serving.http.gate import OPEN
 from tests.integration.in_process import MODEL, Running, running
 from tests.integration.openapi import check, patient_with_bad_keys
 

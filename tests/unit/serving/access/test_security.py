@@ -29,8 +29,8 @@ from serving.access.rates import FAILURES_PER_MINUTE
 from serving.engine.engine import Engine
 from serving.grpc import interceptors as grpc_guard
 from serving.grpc.server import SERVICE
-from serving.http import edge as http_guard
-from serving.http.edge import EdgeMiddleware
+from serving.http import gate as http_guard
+from serving.http.gate import Gate
 from serving.telemetry.log import logger
 from tests.apps import app_of, grpc_server_of
 from tests.unit.serving.conftest import MakeEngine
@@ -60,7 +60,7 @@ class Guarded:
     def http(self, name: str | None = None, key: str = "") -> httpx.AsyncClient:
         """A client with the key of this name."""
         key = self.keys[name] if name else key
-        guarded = EdgeMiddleware(self.app, front=lambda: self.engine.front)
+        guarded = Gate(self.app, front=lambda: self.engine.front)
         return httpx.AsyncClient(
             transport=httpx.ASGITransport(guarded),
             base_url="http://test",
@@ -144,16 +144,16 @@ async def test_a_stranger_is_turned_away_before_its_body_is_read(guarded: Guarde
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/embed", "query_string": b"", "headers": []}
-    await EdgeMiddleware(guarded.app, front=lambda: guarded.engine.front)(scope, receive, send)
+    await Gate(guarded.app, front=lambda: guarded.engine.front)(scope, receive, send)
     assert sent[0]["status"] == 401
-    await EdgeMiddleware(guarded.app, front=lambda: guarded.engine.front)({**scope, "type": "websocket"}, receive, send)
+    await Gate(guarded.app, front=lambda: guarded.engine.front)({**scope, "type": "websocket"}, receive, send)
     assert sent[-1] == {"type": "websocket.close", "code": 1008}
 
 
 async def test_without_keys_everything_is_open(make_engine: MakeEngine) -> None:
     engine, app = make_engine(), FastAPI()
     app.get("/metrics")(lambda: "theirs")
-    guard = EdgeMiddleware(app, front=lambda: engine.front)
+    guard = Gate(app, front=lambda: engine.front)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://test") as http:
         assert (await http.get("/metrics")).status_code == 200
 

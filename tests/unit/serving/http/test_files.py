@@ -13,7 +13,7 @@ import pytest
 import starlette.formparsers
 
 from perturbscope import protocol
-from serving.http import bodies
+from serving.http import edge
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def check_full(reply: httpx.Response, uploads: Path) -> None:
 async def test_a_full_disk_is_overload_and_leaves_nothing_behind(
     http: httpx.AsyncClient, h5ad: Path, uploads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bodies, "FILE_NAME", "/dev/full")
+    monkeypatch.setattr(edge, "FILE_NAME", "/dev/full")
     content = h5ad.read_bytes()
     check_full(await http.post("/v1/embed", content=content, headers={"content-type": protocol.HDF5}), uploads)
     check_full(await http.post("/v1/embed", files={"file": content}), uploads)

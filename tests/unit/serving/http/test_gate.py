@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from serving.http import slow_clients
-from serving.http.slow_clients import GuardedProtocol
+from serving.http import gate
+from serving.http.gate import GuardedProtocol
 
 LARGE = 64 * 2**20
 """More than the kernel takes of an answer that nobody reads."""
@@ -34,8 +34,8 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture
 async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
-    monkeypatch.setattr(slow_clients, "TICK", 0.05)
-    monkeypatch.setattr(slow_clients, "WINDOW", 0.5)
+    monkeypatch.setattr(gate, "TICK", 0.05)
+    monkeypatch.setattr(gate, "WINDOW", 0.5)
     config = uvicorn.Config(application, port=0, http=Quick, lifespan="off", log_config=None)
     server = uvicorn.Server(config)
     config.load()
