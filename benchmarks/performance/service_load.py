@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import time
 from collections import deque
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -83,8 +84,8 @@ def encoded(way: Way, ask: Ask) -> list[bytes]:
         return [_token_body(cells[start : start + PIECE]) for start in range(0, len(cells), PIECE)]
     request = protocol.EmbedRequest(cells=cells)
     if way == "gRPC":
-        return [protocol.embed_request_to_proto(request).SerializeToString()]
-    return [protocol.embed_request_to_json(request) if way == "HTTP JSON" else protocol.embed_request_to_arrow(request)]
+        return [protocol.request_to_proto(request).SerializeToString()]
+    return [protocol.request_to_json(request) if way == "HTTP JSON" else protocol.request_to_arrow(request)]
 
 
 def _token_body(cells: Any) -> bytes:
@@ -180,8 +181,12 @@ def decoded(way: Way, answer: bytes) -> NDArray[np.float32]:
 
         return np.asarray(json.loads(answer), dtype=np.float32)
     if way == "gRPC":
-        return protocol.embed_answer_from_proto(pb.EmbedAnswer.FromString(answer)).values
-    decode = protocol.embed_answer_from_json if way == "HTTP JSON" else protocol.embed_answer_from_arrow
+        return protocol.answer_from_proto(protocol.EmbedAnswer, pb.EmbedAnswer.FromString(answer)).values
+    decode = (
+        partial(protocol.answer_from_json, protocol.EmbedAnswer)
+        if way == "HTTP JSON"
+        else partial(protocol.answer_from_arrow, protocol.EmbedAnswer)
+    )
     return decode(answer).values
 
 

@@ -53,8 +53,8 @@ async def gone(trial: Trial) -> None:
     """Clients leave in every stage of a request: within the head, within the body, while the cells are tokenized,
     queued and run, while perturbations are scored, and after the first bytes of the answer; over HTTP by a reset or a
     close, over gRPC by a cancellation or a deadline. Eight at a time."""
-    big = protocol.embed_request_to_arrow(EmbedRequest(cells=real_cells("papalexi", 2000)))
-    answer = protocol.embed_request_to_arrow(EmbedRequest(cells=real_cells("hill", 1000)))
+    big = protocol.request_to_arrow(EmbedRequest(cells=real_cells("papalexi", 2000)))
+    answer = protocol.request_to_arrow(EmbedRequest(cells=real_cells("hill", 1000)))
     vectors = np.random.default_rng(0).standard_normal((1200, 32)).astype(np.float32)
     score = ScoreRequest(
         embeddings=vectors,
@@ -66,16 +66,14 @@ async def gone(trial: Trial) -> None:
     stages = ["head", "body", "work", "work", "scoring", "answer", "gRPC work", "gRPC scoring", "gRPC deadline"]
     with trial.service(score_workers=2) as server:
         stub_messages = {
-            "gRPC work": ("Embed", protocol.embed_request_to_proto(EmbedRequest(cells=real_cells("papalexi", 2000)))),
-            "gRPC scoring": ("Score", protocol.score_request_to_proto(score)),
+            "gRPC work": ("Embed", protocol.request_to_proto(EmbedRequest(cells=real_cells("papalexi", 2000)))),
+            "gRPC scoring": ("Score", protocol.request_to_proto(score)),
         }
         stub_messages["gRPC deadline"] = stub_messages["gRPC work"]
 
         def over_http(stage: str, delay: float) -> str:
             connection = connect(server.http_port)
-            body, path = (
-                (protocol.score_request_to_arrow(score), "/v1/score") if stage == "scoring" else (big, "/v1/embed")
-            )
+            body, path = (protocol.request_to_arrow(score), "/v1/score") if stage == "scoring" else (big, "/v1/embed")
             body = answer if stage == "answer" else body
             start = head(server, path, protocol.ARROW, len(body))
             if stage == "head":
@@ -201,7 +199,7 @@ class Slow:
 
 def ask_and_say(target: str) -> None:
     """Ask for the vectors of 2,000 cells over gRPC, and print a line once they are asked for."""
-    message = protocol.embed_request_to_proto(EmbedRequest(cells=real_cells("hill", 2000)))
+    message = protocol.request_to_proto(EmbedRequest(cells=real_cells("hill", 2000)))
     with grpc.insecure_channel(target, options=[("grpc.max_receive_message_length", -1)]) as channel:
         call: Any = PerturbScopeStub(channel).Embed
         answer = call.future(message)
@@ -227,7 +225,7 @@ async def slow(trial: Trial) -> None:
     requests of one cell."""
     times = trial.plan.times
     seconds = times(80, 12)
-    body = protocol.embed_request_to_json(EmbedRequest(cells=real_cells("hill", 2000)))
+    body = protocol.request_to_json(EmbedRequest(cells=real_cells("hill", 2000)))
     with trial.service(body_timeout=BODY_TIMEOUT, head_timeout=HEAD_TIMEOUT) as server:
         async with Asker(server) as asker:
             quiet = await _latencies(asker, 60 if seconds > 30 else 15)

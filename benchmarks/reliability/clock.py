@@ -48,19 +48,21 @@ async def clock(trial: Trial) -> None:
             cells, expected = real_cells("papalexi", 20), right_vectors("papalexi", 20)
             before = trial.before(server)
             stop, wrong, slowest = asyncio.Event(), 0, 0.0
-            body = protocol.embed_request_to_arrow(EmbedRequest(cells=cells))
-            message = protocol.embed_request_to_proto(EmbedRequest(cells=cells))
+            body = protocol.request_to_arrow(EmbedRequest(cells=cells))
+            message = protocol.request_to_proto(EmbedRequest(cells=cells))
 
             async def over_http() -> Any:
                 headers = {"content-type": protocol.ARROW, "accept": protocol.ARROW, "x-request-timeout": str(DEADLINE)}
                 reply = await asker.post("/v1/embed", content=body, headers=headers)
                 return (
-                    protocol.embed_answer_from_arrow(reply.content).values if reply.status_code == 200 else reply.text
+                    protocol.answer_from_arrow(protocol.EmbedAnswer, reply.content).values
+                    if reply.status_code == 200
+                    else reply.text
                 )
 
             async def over_grpc() -> Any:
                 reply = await PerturbScopeStub(channel).Embed(message, timeout=DEADLINE)
-                return protocol.embed_answer_from_proto(reply).values
+                return protocol.answer_from_proto(protocol.EmbedAnswer, reply).values
 
             async def caller(ask: Any) -> None:
                 nonlocal wrong, slowest

@@ -63,8 +63,8 @@ def cases() -> list[Case]:
     labelled = (("perturbation_key", "perturbation"), ("control", "control"))
     routes = {"embed": "embed_request", "score": "score_request", "compare": "compare_request"}
     made = [
-        Case("embed, JSON", protocol.embed_request_to_json(small), mutate_json, "/v1/embed", protocol.JSON),
-        Case("embed, Arrow", protocol.embed_request_to_arrow(small), mutate_arrow, "/v1/embed", protocol.ARROW),
+        Case("embed, JSON", protocol.request_to_json(small), mutate_json, "/v1/embed", protocol.JSON),
+        Case("embed, Arrow", protocol.request_to_arrow(small), mutate_arrow, "/v1/embed", protocol.ARROW),
         Case("stream, Arrow", found["stream"]["request-arrow"], mutate_bytes, "/v1/embed/stream", protocol.ARROW),
         Case("infer, JSON", found["kserve"]["json"], mutate_json, "/v2/models/tiny/infer", protocol.JSON),
         Case("columns, h5ad", h5ad(cells), mutate_bytes, "/v1/columns", protocol.HDF5),
@@ -79,7 +79,7 @@ def cases() -> list[Case]:
         Case("score, h5ad", h5ad(cells), mutate_bytes, "/v1/score", protocol.HDF5, labelled),
         Case(
             "Embed",
-            protocol.embed_request_to_proto(small).SerializeToString(),
+            protocol.request_to_proto(small).SerializeToString(),
             mutate_proto(pb.EmbedRequest),
             rpc="perturbscope.v1.PerturbScope/Embed",
         ),

@@ -71,8 +71,8 @@ async def keys(trial: Trial) -> None:
         "not ASCII": "psk_\u00fc",
         "very long": "x" * 7000,
     }
-    message = protocol.embed_request_to_proto(EmbedRequest(cells=cells))
-    body = protocol.embed_request_to_arrow(EmbedRequest(cells=cells))
+    message = protocol.request_to_proto(EmbedRequest(cells=cells))
+    body = protocol.request_to_arrow(EmbedRequest(cells=cells))
     let_in: list[str] = []
     with trial.service(bundle=bundle, keys=file) as server:
         async with (

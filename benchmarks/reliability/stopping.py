@@ -70,14 +70,10 @@ async def _once(trial: Trial) -> None:
                         await asyncio.sleep(0.05)
 
             single, large = (EmbedRequest(cells=real_cells("papalexi", n)) for n in (1, 500))
-            tasks = [
-                asyncio.ensure_future(caller(over_http, protocol.embed_request_to_arrow(single))) for _ in range(12)
-            ]
-            tasks += [
-                asyncio.ensure_future(caller(over_grpc, protocol.embed_request_to_proto(single))) for _ in range(12)
-            ]
-            tasks.append(asyncio.ensure_future(caller(over_http, protocol.embed_request_to_arrow(large))))
-            tasks.append(asyncio.ensure_future(caller(over_grpc, protocol.embed_request_to_proto(large))))
+            tasks = [asyncio.ensure_future(caller(over_http, protocol.request_to_arrow(single))) for _ in range(12)]
+            tasks += [asyncio.ensure_future(caller(over_grpc, protocol.request_to_proto(single))) for _ in range(12)]
+            tasks.append(asyncio.ensure_future(caller(over_http, protocol.request_to_arrow(large))))
+            tasks.append(asyncio.ensure_future(caller(over_grpc, protocol.request_to_proto(large))))
             await asyncio.sleep(trial.plan.times(4, 2))
             in_flight = len(started) - len(answered)
             at = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from perturbscope import protocol
 from perturbscope.client.conversation import Failure, failure_of, seconds_of
@@ -26,62 +26,13 @@ CODE, FIELD, RETRY_AFTER = "perturbscope-code", "perturbscope-field", "retry-aft
 """Keys of the trailing metadata of a failed gRPC call."""
 
 
-class _Route(NamedTuple):
-    """The gRPC method of one kind of request, and the functions that encode it and decode its answer."""
-
-    rpc: str
-    to_json: Callable[[Any], bytes] | None
-    to_arrow: Callable[[Any], bytes] | None
-    to_proto: Callable[[Any], Any]
-    from_json: Callable[[bytes], protocol.Answer]
-    from_arrow: Callable[[bytes], protocol.Answer] | None
-    from_proto: Callable[[Any], protocol.Answer]
-
-
-def _models_request_to_proto(_: protocol.ModelsRequest) -> Any:
-    from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
-
-    return pb.ModelsRequest()
-
-
-_ROUTES: dict[type[protocol.Request], _Route] = {
-    protocol.EmbedRequest: _Route(
-        "Embed",
-        protocol.embed_request_to_json,
-        protocol.embed_request_to_arrow,
-        protocol.embed_request_to_proto,
-        protocol.embed_answer_from_json,
-        protocol.embed_answer_from_arrow,
-        protocol.embed_answer_from_proto,
-    ),
-    protocol.ScoreRequest: _Route(
-        "Score",
-        protocol.score_request_to_json,
-        protocol.score_request_to_arrow,
-        protocol.score_request_to_proto,
-        protocol.score_answer_from_json,
-        protocol.score_answer_from_arrow,
-        protocol.score_answer_from_proto,
-    ),
-    protocol.CompareRequest: _Route(
-        "Compare",
-        protocol.compare_request_to_json,
-        protocol.compare_request_to_arrow,
-        protocol.compare_request_to_proto,
-        protocol.compare_answer_from_json,
-        protocol.compare_answer_from_arrow,
-        protocol.compare_answer_from_proto,
-    ),
-    protocol.ModelsRequest: _Route(
-        "Models",
-        None,
-        None,
-        _models_request_to_proto,
-        protocol.models_answer_from_json,
-        None,
-        protocol.models_answer_from_proto,
-    ),
+_RPCS: dict[type[protocol.Request], str] = {
+    protocol.EmbedRequest: "Embed",
+    protocol.ScoreRequest: "Score",
+    protocol.CompareRequest: "Compare",
+    protocol.ModelsRequest: "Models",
 }
+"""Name of the gRPC method for each type of request."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +47,9 @@ class HttpCall:
 
 def http_call(request: protocol.Request, body: Format) -> HttpCall:
     """Return a request as an HTTP call; its body and its answer are Arrow or JSON."""
-    route = _ROUTES[type(request)]
-    encode = route.to_arrow if body == "arrow" else route.to_json
-    if encode is None:
+    if isinstance(request, protocol.ModelsRequest):
         return HttpCall("GET", request.path, {"accept": protocol.JSON, **trace_headers()}, None)
+    encode = protocol.request_to_arrow if body == "arrow" else protocol.request_to_json
     kind = protocol.ARROW if body == "arrow" else protocol.JSON
     headers = {"content-type": kind, "accept": kind, **trace_headers()}
     return HttpCall("POST", request.path, headers, encode(request))
@@ -120,29 +70,26 @@ def http_answer(request: protocol.Request, status: int, headers: Mapping[str, st
     """
     if status != 200:
         raise _http_failure(request.path, status, headers, body)
-    route = _ROUTES[type(request)]
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    decode = {protocol.JSON: route.from_json, protocol.ARROW: route.from_arrow}.get(kind)
-    if decode is None:
+    decode = {protocol.JSON: protocol.answer_from_json, protocol.ARROW: protocol.answer_from_arrow}.get(kind)
+    if decode is None or (kind == protocol.ARROW and isinstance(request, protocol.ModelsRequest)):
         raise Failure(
             ServerError(
                 f"{request.path} answered with the content type {kind[:60]!r}, which PerturbScope does not send. "
                 "Check the address of the server."
             )
         )
-    return _decoded(decode, body, request.path)
+    return _decoded(decode, request, body, request.path)
 
 
 def grpc_call(request: protocol.Request) -> tuple[str, Any]:
     """Return a request as the name of a gRPC method and its protobuf message."""
-    route = _ROUTES[type(request)]
-    return route.rpc, route.to_proto(request)
+    return _RPCS[type(request)], protocol.request_to_proto(request)
 
 
 def grpc_answer(request: protocol.Request, message: Any) -> protocol.Answer:
     """Decode the answer of a protobuf message. Raises :class:`Failure` if it cannot be read."""
-    route = _ROUTES[type(request)]
-    return _decoded(route.from_proto, message, route.rpc)
+    return _decoded(protocol.answer_from_proto, request, message, _RPCS[type(request)])
 
 
 def grpc_failure(
@@ -213,9 +160,11 @@ def _too_late(target: str) -> str:
     return f"No answer from {target} in time. Send fewer cells at a time, or allow a longer timeout."
 
 
-def _decoded(decode: Callable[[Any], protocol.Answer], body: Any, where: str) -> protocol.Answer:
+def _decoded(
+    decode: Callable[..., protocol.Answer], request: protocol.Request, body: Any, where: str
+) -> protocol.Answer:
     try:
-        return decode(body)
+        return decode(protocol.ANSWERS[type(request)], body)
     except InvalidInputError as error:
         raise Failure(ServerError(f"The answer of {where} cannot be read: {error.message}")) from error
 

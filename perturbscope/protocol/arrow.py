@@ -1,12 +1,13 @@
 """Messages as one Arrow IPC stream: one row a cell in requests, the table in answers.
 
-What is not a column stands as JSON in the schema's metadata under the key ``perturbscope``.
+Everything that is not a column is JSON in the schema's metadata, under the key ``perturbscope``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,109 +18,95 @@ from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, Ma
 from perturbscope.inference.embedder import Embeddings
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.arrow_ipc import read_stream, write_stream
-from perturbscope.protocol.messages import CompareAnswer, CompareRequest, EmbedRequest, ScoreAnswer, ScoreRequest
-from perturbscope.protocol.tables import COMPARE_KINDS, SCORE_KINDS, Kind, embed_meta, embeddings_of, rows_of, table_of
-from perturbscope.scoring.results import CompareResult, ScoreResult
+from perturbscope.protocol.messages import AnyAnswer, AnyRequest, CompareAnswer, Request, ScoreAnswer, field_names
+from perturbscope.protocol.tables import Kind, embed_meta, embeddings_of, kinds_of, result_answer, rows_of
 
 COUNTS = ("indices", "counts", "total_counts")
 """Columns of cells."""
-_META = ("gene_ids", "first_row", "options", "model")
+_LABELS = {"perturbations": "perturbation", "batches": "batch"}
+"""Column of each field of a request that has one label a cell."""
 _ARROW_TYPES: dict[Kind, Any] = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64()}
 
 
-def embed_request_to_arrow(request: EmbedRequest) -> bytes:
-    """Columns ``indices, counts, total_counts``; metadata ``{"gene_ids", "model"}``."""
-    return write_stream(count_columns(request.cells), {**_count_meta(request.cells), "model": request.model})
+def request_to_arrow(request: Request) -> bytes:
+    """Encode a request.
+
+    Cells are the columns ``indices, counts, total_counts``, with ``gene_ids`` and ``first_row`` in the metadata;
+    embeddings are the column ``embedding``; labels are the columns ``perturbation`` and ``batch``. All other fields
+    stand in the metadata.
+    """
+    columns: dict[str, Any] = {}
+    meta: dict[str, Any] = {}
+    for name, value in ((item.name, getattr(request, item.name)) for item in fields(request)):
+        if name not in ("cells", "embeddings", *_LABELS):
+            meta[name] = value.to_dict() if name == "options" else value
+        elif value is None:
+            continue
+        elif name == "cells":
+            columns |= count_columns(value)
+            meta |= {"gene_ids": value.gene_ids.tolist(), "first_row": value.first_row}
+        else:
+            columns |= {"embedding": vectors(value)} if name == "embeddings" else {_LABELS[name]: _strings(value)}
+    return write_stream(columns, meta)
 
 
-def embed_request_from_arrow(body: bytes) -> EmbedRequest:
-    """Read what :func:`embed_request_to_arrow` writes. Raises errors of :mod:`perturbscope.errors` for bad input."""
+def request_from_arrow(kind: type[AnyRequest], body: bytes) -> AnyRequest:
+    """Decode a request of this kind. Raises errors of :mod:`perturbscope.errors` for bad input."""
+    required, _ = field_names(kind)
+    names = [item.name for item in fields(kind)]
+    inside = [name for name in names if name not in ("cells", "embeddings", *_LABELS)]
     table, meta = read_stream(body)
-    expect_columns(table, COUNTS)
-    meta = check.mapping(meta, "metadata", required=["gene_ids"], optional=["first_row", "model"])
-    return EmbedRequest(cells=_cells_from(table, meta), model=check.optional_text(meta.get("model"), "model"))
+    of_cells = ["gene_ids", "first_row"]
+    needed = [name for name in inside if name in required] + (of_cells[:1] if "cells" in required else [])
+    allowed = [name for name in (*of_cells, *inside) if name not in needed]
+    meta = check.mapping(meta, "metadata", required=needed, optional=allowed)
+    embedded = "embeddings" in names and "embedding" in table.column_names
+    labels = {name: column for name, column in _LABELS.items() if name in names}
+    expect_columns(table, (*(["embedding"] if embedded else COUNTS), *labels.values()))
+    if embedded and "gene_ids" in meta:
+        raise InvalidParameterError("gene_ids are given with embeddings; give cells or embeddings.", field="gene_ids")
+    found: dict[str, Any] = {"embeddings": vectors_from(table)} if embedded else {"cells": _cells_from(table, meta)}
+    for name, column in labels.items():
+        if name in required or column in table.column_names:
+            found[name] = _labels(table, column)
+    for name in inside:
+        if name in required or meta.get(name) is not None:
+            found[name] = check.READERS[name](meta[name], name)
+    return kind(**found)
 
 
-def score_request_to_arrow(request: ScoreRequest) -> bytes:
-    """Columns of cells, or ``embedding``, with ``perturbation`` and ``batch``; the rest in the metadata."""
-    return write_stream(_labelled_columns(request), {**_labelled_meta(request), "control": request.control})
+def answer_to_arrow(answer: Embeddings | ScoreAnswer | CompareAnswer) -> bytes:
+    """Encode an answer, with its ``meta`` in the metadata.
+
+    Embeddings have the columns ``embedding, length, n_detected, known_share``, one row a cell; scores and comparisons
+    those of their table.
+    """
+    if isinstance(answer, Embeddings):
+        columns = {
+            "embedding": vectors(answer.values),
+            "length": pa.array(answer.lengths),
+            "n_detected": pa.array(answer.n_detected),
+            "known_share": pa.array(answer.known_share),
+        }
+        return write_stream(columns, check.meta_to_dict(embed_meta(answer), answer.warnings()))
+    result, kinds = answer.result, kinds_of(type(answer))
+    rows = rows_of(result.table, kinds)
+    columns = {name: pa.array([row[name] for row in rows], _ARROW_TYPES[kind]) for name, kind in kinds.items()}
+    return write_stream(columns, {**check.meta_to_dict(answer.meta, result.warnings), "provenance": result.provenance})
 
 
-def score_request_from_arrow(body: bytes) -> ScoreRequest:
-    """Read what :func:`score_request_to_arrow` writes. Raises errors of :mod:`perturbscope.errors` for bad input."""
-    table, meta = read_stream(body)
-    meta = check.mapping(meta, "metadata", required=["control"], optional=_META)
-    return ScoreRequest(**_labelled_from(table, meta), control=check.text(meta["control"], "control"))
-
-
-def compare_request_to_arrow(request: CompareRequest) -> bytes:
-    """As :func:`score_request_to_arrow`, with ``pairs`` in the metadata."""
-    meta = {**_labelled_meta(request), "pairs": request.pairs, "control": request.control}
-    return write_stream(_labelled_columns(request), meta)
-
-
-def compare_request_from_arrow(body: bytes) -> CompareRequest:
-    """Read what :func:`compare_request_to_arrow` writes. Raises errors of :mod:`perturbscope.errors` for bad input."""
-    table, meta = read_stream(body)
-    meta = check.mapping(meta, "metadata", optional=(*_META, "pairs", "control"))
-    return CompareRequest(
-        **_labelled_from(table, meta),
-        pairs=check.pairs(meta.get("pairs")),
-        control=check.optional_text(meta.get("control"), "control"),
-    )
-
-
-def embed_answer_to_arrow(answer: Embeddings) -> bytes:
-    """Columns ``embedding, length, n_detected, known_share``, one row a cell; ``meta`` in the metadata."""
-    columns = {
-        "embedding": vectors(answer.values),
-        "length": pa.array(answer.lengths),
-        "n_detected": pa.array(answer.n_detected),
-        "known_share": pa.array(answer.known_share),
-    }
-    return write_stream(columns, check.meta_to_dict(embed_meta(answer), answer.warnings()))
-
-
-def embed_answer_from_arrow(body: bytes) -> Embeddings:
-    """Read what :func:`embed_answer_to_arrow` writes."""
-    table, meta = read_stream(body)
-    read, _, _ = check.meta_from_dict(meta)
+def answer_from_arrow(kind: type[AnyAnswer], body: bytes) -> AnyAnswer:
+    """Decode an answer of this kind. Raises errors of :mod:`perturbscope.errors` that name the field."""
+    table, metadata = read_stream(body)
+    meta = check.meta_from_dict(metadata)
+    if kind is not Embeddings:
+        return cast("AnyAnswer", result_answer(kind, table.to_pylist(), meta))
     columns = [plain(table, name) for name in ("length", "n_detected", "known_share")]
-    return embeddings_of(read, vectors_from(table).copy(), *columns)
-
-
-def score_answer_to_arrow(answer: ScoreAnswer) -> bytes:
-    """The table, with ``meta`` in the metadata."""
-    return _result_to_arrow(answer, SCORE_KINDS)
-
-
-def score_answer_from_arrow(body: bytes) -> ScoreAnswer:
-    """Read what :func:`score_answer_to_arrow` writes."""
-    table, metadata = read_stream(body)
-    meta, warnings, provenance = check.meta_from_dict(metadata)
-    return ScoreAnswer(result=ScoreResult(table_of(table.to_pylist(), SCORE_KINDS), provenance, warnings), meta=meta)
-
-
-def compare_answer_to_arrow(answer: CompareAnswer) -> bytes:
-    """The table, with ``meta`` in the metadata."""
-    return _result_to_arrow(answer, COMPARE_KINDS)
-
-
-def compare_answer_from_arrow(body: bytes) -> CompareAnswer:
-    """Read what :func:`compare_answer_to_arrow` writes."""
-    table, metadata = read_stream(body)
-    meta, warnings, provenance = check.meta_from_dict(metadata)
-    return CompareAnswer(
-        result=CompareResult(table_of(table.to_pylist(), COMPARE_KINDS), provenance, warnings), meta=meta
-    )
-
-
-def _count_meta(cells: CountMatrix) -> dict[str, Any]:
-    return {"gene_ids": cells.gene_ids.tolist(), "first_row": cells.first_row}
+    return cast("AnyAnswer", embeddings_of(meta[0], vectors_from(table).copy(), *columns))
 
 
 def count_columns(cells: CountMatrix) -> dict[str, Any]:
-    """The columns of cells; see :func:`counts_from`."""
+    """Return the columns of cells; :func:`counts_from` reads them."""
     indptr = cells.counts.indptr
     kind, offsets = (pa.ListArray, np.int32) if indptr[-1] < 2**31 else (pa.LargeListArray, np.int64)
     starts = pa.array(indptr.astype(offsets))
@@ -130,48 +117,8 @@ def count_columns(cells: CountMatrix) -> dict[str, Any]:
     }
 
 
-def _labelled_columns(request: ScoreRequest | CompareRequest) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
-    if request.cells is not None:
-        columns |= count_columns(request.cells)
-    elif request.embeddings is not None:
-        columns["embedding"] = vectors(request.embeddings)
-    columns["perturbation"] = pa.array(request.perturbations, pa.string())
-    if request.batches is not None:
-        columns["batch"] = pa.array(request.batches, pa.string())
-    return columns
-
-
-def _labelled_meta(request: ScoreRequest | CompareRequest) -> dict[str, Any]:
-    about = _count_meta(request.cells) if request.cells is not None else {}
-    return {**about, "options": request.options.to_dict(), "model": request.model}
-
-
-def _labelled_from(table: pa.Table, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts that scoring and comparing share, as arguments of their requests."""
-    given = "embedding" in table.column_names
-    expect_columns(table, (*(["embedding"] if given else COUNTS), "perturbation", "batch"))
-    if given and "gene_ids" in meta:
-        raise InvalidParameterError("gene_ids are given with embeddings; give cells or embeddings.", field="gene_ids")
-    return {
-        "embeddings": vectors_from(table) if given else None,
-        "cells": None if given else _cells_from(table, meta),
-        "perturbations": _labels(table, "perturbation"),
-        "batches": _labels(table, "batch") if "batch" in table.column_names else None,
-        "options": check.score_options(meta.get("options")),
-        "model": check.optional_text(meta.get("model"), "model"),
-    }
-
-
-def _result_to_arrow(answer: ScoreAnswer | CompareAnswer, kinds: Mapping[str, Kind]) -> bytes:
-    rows = rows_of(answer.result.table, kinds)
-    columns = {name: pa.array([row[name] for row in rows], _ARROW_TYPES[kind]) for name, kind in kinds.items()}
-    meta = {**check.meta_to_dict(answer.meta, answer.result.warnings), "provenance": answer.result.provenance}
-    return write_stream(columns, meta)
-
-
 def expect_columns(table: pa.Table | pa.Schema, allowed: tuple[str, ...]) -> None:
-    """Raise InvalidParameterError for a column that is unknown, or there twice."""
+    """Raise InvalidParameterError for a column that is unknown, or that stands in the table twice."""
     names = table.names if isinstance(table, pa.Schema) else table.column_names
     for name in names:
         if name not in allowed or names.count(name) > 1:
@@ -182,7 +129,7 @@ def expect_columns(table: pa.Table | pa.Schema, allowed: tuple[str, ...]) -> Non
 
 
 def _column(table: pa.Table, name: str) -> Any:
-    """A column as one chunk, without nulls."""
+    """Return a column as one chunk, after checking that it exists, has rows and has no nulls."""
     if name not in table.column_names:
         raise MalformedMatrixError(f"The column {name!r} is missing.", field=name)
     column = table.column(name)
@@ -198,7 +145,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def plain(table: pa.Table, name: str) -> NDArray[Any]:
-    """A column of numbers."""
+    """Return a column of numbers."""
     column = _column(table, name)
     if not _is_number(column.type):
         raise MalformedMatrixError(f"The column {name!r} has type {column.type}; numbers are needed.", field=name)
@@ -207,7 +154,7 @@ def plain(table: pa.Table, name: str) -> NDArray[Any]:
 
 
 def _ragged(table: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Starts and values of a column of lists of numbers."""
+    """Return the starts and the values of a column of lists of numbers."""
     column = _column(table, name)
     kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not _is_number(kind.value_type):
@@ -226,7 +173,7 @@ def _cells_from(table: pa.Table, meta: Mapping[str, Any]) -> CountMatrix:
 
 
 def counts_from(table: pa.Table, *, first_row: int = 0) -> dict[str, Any]:
-    """The arrays of a matrix, ``indptr, indices, data, totals``, from its columns."""
+    """Return the arrays of a matrix, ``indptr, indices, data, totals``, from its columns."""
     starts, indices = _ragged(table, "indices")
     starts_of_counts, counts = _ragged(table, "counts")
     differ = np.flatnonzero(np.diff(starts) != np.diff(starts_of_counts))
@@ -242,12 +189,12 @@ def counts_from(table: pa.Table, *, first_row: int = 0) -> dict[str, Any]:
 
 
 def vectors(values: NDArray[np.float32]) -> Any:
-    """Vectors as a column."""
+    """Return vectors as a column."""
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1])
 
 
 def vectors_from(table: pa.Table) -> NDArray[np.float32]:
-    """The vectors in the column ``embedding``, as a view."""
+    """Return the vectors in the column ``embedding``, as a view."""
     column = _column(table, "embedding")
     kind = column.type
     if not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type) or kind.list_size < 1:
@@ -260,8 +207,12 @@ def vectors_from(table: pa.Table) -> NDArray[np.float32]:
     return check.embedding_matrix(values.to_numpy(zero_copy_only=False).reshape(-1, kind.list_size))
 
 
+def _strings(labels: tuple[str, ...]) -> Any:
+    return pa.array(labels, pa.string())
+
+
 def _labels(table: pa.Table, name: str) -> tuple[str, ...]:
-    """A column of strings; it may be dictionary-encoded, as pandas writes categories."""
+    """Return a column of strings; it may be dictionary-encoded, as pandas writes categories."""
     column = _column(table, name)
     codes = None
     if pa.types.is_dictionary(column.type):

@@ -1,6 +1,6 @@
 """Streams of cells as Arrow IPC streams in both directions, message by message.
 
-The request is the Arrow form of an embed request (:func:`perturbscope.protocol.embed_request_to_arrow`) in as many
+The request is the Arrow form of an embed request (:func:`perturbscope.protocol.request_to_arrow`) in as many
 record batches as the caller likes: columns ``indices, counts`` and perhaps ``total_counts``, one row a cell, and in the
 schema's metadata, under ``perturbscope``, the JSON object ``{"gene_ids", "model", "first_row"}``. Its length has no
 bound; that of a batch has, and batches are not compressed.

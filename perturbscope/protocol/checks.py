@@ -7,7 +7,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -268,13 +268,11 @@ def count_matrix(
     return cells
 
 
-def score_options(value: Any) -> ScoreOptions:
-    """Options of a score; None gives the defaults."""
-    if value is None:
-        return ScoreOptions()
+def score_options(value: Any, field: str = "options") -> ScoreOptions:
+    """Return the options of a score; those left out have their defaults."""
     if not isinstance(value, Mapping):
-        raise InvalidParameterError(f"options must be an object; got {shown(value)}.", field="options")
-    texts(list(value), "options")
+        raise InvalidParameterError(f"{field} must be an object; got {shown(value)}.", field=field)
+    texts(list(value), field)
     for name, item in value.items():
         if isinstance(item, str):
             text(item, name)
@@ -283,10 +281,8 @@ def score_options(value: Any) -> ScoreOptions:
     return ScoreOptions.from_dict(value)
 
 
-def pairs(value: Any, field: str = "pairs") -> tuple[tuple[str, str], ...] | None:
-    """A list of pairs of labels, or None."""
-    if value is None:
-        return None
+def pairs(value: Any, field: str = "pairs") -> tuple[tuple[str, str], ...]:
+    """Return a list of pairs of labels as tuples."""
     if not isinstance(value, list):
         raise InvalidParameterError(f"{field} must be a list of pairs; got {shown(value)}.", field=field)
     found = []
@@ -296,11 +292,6 @@ def pairs(value: Any, field: str = "pairs") -> tuple[tuple[str, str], ...] | Non
             raise InvalidParameterError(f"{field} number {at} has {len(names)} labels; a pair has two.", field=field)
         found.append((names[0], names[1]))
     return tuple(found)
-
-
-def optional_texts(value: Any, field: str) -> tuple[str, ...] | None:
-    """A list of strings, or None."""
-    return None if value is None else texts(value, field)
 
 
 def integer(value: Any, field: str) -> int:
@@ -318,6 +309,17 @@ def number(value: Any, field: str) -> float:
         return float(value)
     except OverflowError:
         raise InvalidParameterError(f"{field} is too large for a float.", field=field) from None
+
+
+READERS: Mapping[str, Callable[[Any, str], Any]] = {
+    "perturbations": texts,
+    "batches": texts,
+    "options": score_options,
+    "model": text,
+    "pairs": pairs,
+    "control": text,
+}
+"""Function that reads each field of a request that is neither cells nor embeddings, from its value and its name."""
 
 
 def meta_to_dict(meta: Meta, warnings: Sequence[str]) -> dict[str, Any]:

@@ -1,79 +1,105 @@
-"""Messages as JSON: what curl sends and reads. NaN and infinity travel as null."""
+"""Messages as JSON, which curl sends and reads. NaN and infinity travel as null."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
-from typing import Any
+from typing import Any, cast
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
 from perturbscope.inference.embedder import Embeddings
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.messages import (
-    CompareAnswer,
-    CompareRequest,
-    EmbedRequest,
+    Answer,
+    AnyAnswer,
+    AnyRequest,
     ModelInfo,
     ModelsAnswer,
-    ScoreAnswer,
-    ScoreRequest,
+    Request,
+    field_names,
 )
-from perturbscope.protocol.tables import COMPARE_KINDS, SCORE_KINDS, embed_meta, embeddings_of, rows_of, table_of
-from perturbscope.scoring.results import CompareResult, ScoreResult
+from perturbscope.protocol.tables import embed_meta, embeddings_of, kinds_of, result_answer, rows_of
 
 _CELLS = ("gene_ids", "indptr", "indices", "data")
 _PER_CELL = ("lengths", "n_detected", "known_share")
 _PIECE = 16_384
-"""Numbers that are encoded at a time: some milliseconds."""
-_LABELLED = ("cells", "embeddings", "batches", "options", "model")
+"""Numbers that are encoded at a time, which takes some milliseconds."""
 
 
-def embed_request_to_json(request: EmbedRequest) -> bytes:
-    """``{"cells", "model"}``."""
-    return _dump({"cells": _cells_to_dict(request.cells), "model": request.model})
-
-
-def embed_request_from_json(body: bytes) -> EmbedRequest:
-    """Read what :func:`embed_request_to_json` writes. Raises errors of :mod:`perturbscope.errors` for bad input."""
-    data = check.mapping(check.parse_request(body), "body", required=["cells"], optional=["model"])
-    return EmbedRequest(
-        cells=_cells_from(data["cells"]),
-        model=check.optional_text(data.get("model"), "model"),
+def request_to_json(request: Request) -> bytes:
+    """Encode a request as an object with its fields, of `cells` and `embeddings` the one that is given."""
+    values = {item.name: getattr(request, item.name) for item in fields(request)}
+    return _dump(
+        {
+            name: _WRITERS[name](value) if name in _WRITERS else value
+            for name, value in values.items()
+            if value is not None or name not in ("cells", "embeddings")
+        }
     )
 
 
-def score_request_to_json(request: ScoreRequest) -> bytes:
-    """``{"cells" | "embeddings", "perturbations", "control", "batches", "options", "model"}``."""
-    return _dump({**_labelled_to_dict(request), "control": request.control})
+def request_from_json(kind: type[AnyRequest], body: bytes) -> AnyRequest:
+    """Decode a request of this kind. Raises errors of :mod:`perturbscope.errors` for bad input."""
+    required, optional = field_names(kind)
+    data = check.mapping(check.parse_request(body), "body", required=required, optional=optional)
+    given = [item.name for item in fields(kind) if data.get(item.name) is not None or item.name in required]
+    return kind(**{name: _READERS[name](data[name], name) for name in given})
 
 
-def score_request_from_json(body: bytes) -> ScoreRequest:
-    """Read what :func:`score_request_to_json` writes. Raises errors of :mod:`perturbscope.errors` for bad input."""
-    data = check.mapping(check.parse_request(body), "body", required=["perturbations", "control"], optional=_LABELLED)
-    return ScoreRequest(**_labelled_from(data), control=check.text(data["control"], "control"))
+def answer_to_json(answer: Answer) -> bytes:
+    """Encode an answer.
+
+    Embeddings are ``{"embeddings", "lengths", "n_detected", "known_share", "below_min_genes", "meta"}``, scores and
+    comparisons ``{"results": [{column: value}], "meta"}``, models ``{"models": [{"name", ...}]}``, the default first.
+    """
+    match answer:
+        case Embeddings():
+            return _embeddings_to_json(answer)
+        case ModelsAnswer():
+            return _dump({"models": [asdict(model) for model in answer.models]})
+        case _:
+            result = answer.result
+            meta = {**check.meta_to_dict(answer.meta, result.warnings), "provenance": result.provenance}
+            rows = rows_of(result.table, kinds_of(type(answer)))
+            return _dump({"results": check.finite(rows), "meta": check.finite(meta)})
 
 
-def compare_request_to_json(request: CompareRequest) -> bytes:
-    """``{"cells" | "embeddings", "perturbations", "pairs", "control", "batches", "options", "model"}``."""
-    return _dump({**_labelled_to_dict(request), "pairs": request.pairs, "control": request.control})
+def answer_from_json(kind: type[AnyAnswer], body: bytes) -> AnyAnswer:
+    """Decode an answer of this kind. Raises errors of :mod:`perturbscope.errors` that name the field."""
+    data = check.parse_json(body)
+    found: Answer
+    if kind is Embeddings:
+        found = _embeddings_from(data)
+    elif kind is ModelsAnswer:
+        found = _models_from(data)
+    else:
+        data = _require(data, "answer", "results", "meta")
+        found = result_answer(kind, data["results"], check.meta_from_dict(data["meta"]))
+    return cast("AnyAnswer", found)
 
 
-def compare_request_from_json(body: bytes) -> CompareRequest:
-    """Read what :func:`compare_request_to_json` writes. Raises errors of :mod:`perturbscope.errors` for bad input."""
-    data = check.mapping(
-        check.parse_request(body), "body", required=["perturbations"], optional=(*_LABELLED, "pairs", "control")
-    )
-    return CompareRequest(
-        **_labelled_from(data),
-        pairs=check.pairs(data.get("pairs")),
-        control=check.optional_text(data.get("control"), "control"),
-    )
+def error_to_json(error: PerturbScopeError) -> bytes:
+    """Encode an error as ``{"error": {"code", "message", "field"}}``."""
+    return _dump({"error": error.to_dict()})
 
 
-def embed_answer_to_json(answer: Embeddings) -> bytes:
-    """``{"embeddings", "lengths", "n_detected", "known_share", "below_min_genes", "meta"}``."""
+def _dump(value: Mapping[str, Any] | list[Any]) -> bytes:
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _require(value: Any, where: str, *names: str) -> dict[str, Any]:
+    """Check that an object of an answer has these keys; it may have others, which a newer server added."""
+    if not isinstance(value, dict):
+        raise InvalidParameterError(f"{where} must hold an object; got {check.shown(value)}.", field=where)
+    for name in names:
+        if name not in value:
+            raise InvalidParameterError(f"{where} lacks {name!r}.", field=name)
+    return value
+
+
+def _embeddings_to_json(answer: Embeddings) -> bytes:
     rest = _dump(
         {
             "lengths": answer.lengths.tolist(),
@@ -92,48 +118,15 @@ def embed_answer_to_json(answer: Embeddings) -> bytes:
     return b'{"embeddings":[' + b",".join(pieces) + b"]," + rest[1:]
 
 
-def embed_answer_from_json(body: bytes) -> Embeddings:
-    """Read what :func:`embed_answer_to_json` writes."""
-    data = _answer(body, "embeddings", *_PER_CELL, "meta")
+def _embeddings_from(value: Any) -> Embeddings:
+    data = _require(value, "answer", "embeddings", *_PER_CELL, "meta")
     meta, _, _ = check.meta_from_dict(data["meta"])
     columns = (check.numbers(data[name], name, InvalidParameterError) for name in _PER_CELL)
     return embeddings_of(meta, check.rows_of_numbers(data["embeddings"]), *columns)
 
 
-def score_answer_to_json(answer: ScoreAnswer) -> bytes:
-    """``{"results": [{column: value}], "meta"}``."""
-    return _result_to_json(answer, SCORE_KINDS)
-
-
-def score_answer_from_json(body: bytes) -> ScoreAnswer:
-    """Read what :func:`score_answer_to_json` writes."""
-    data = _answer(body, "results", "meta")
-    meta, warnings, provenance = check.meta_from_dict(data["meta"])
-    return ScoreAnswer(result=ScoreResult(table_of(data["results"], SCORE_KINDS), provenance, warnings), meta=meta)
-
-
-def compare_answer_to_json(answer: CompareAnswer) -> bytes:
-    """``{"results": [{column: value}], "meta"}``."""
-    return _result_to_json(answer, COMPARE_KINDS)
-
-
-def compare_answer_from_json(body: bytes) -> CompareAnswer:
-    """Read what :func:`compare_answer_to_json` writes."""
-    data = _answer(body, "results", "meta")
-    meta, warnings, provenance = check.meta_from_dict(data["meta"])
-    return CompareAnswer(
-        result=CompareResult(table_of(data["results"], COMPARE_KINDS), provenance, warnings), meta=meta
-    )
-
-
-def models_answer_to_json(answer: ModelsAnswer) -> bytes:
-    """``{"models": [{"name", "model_id", ...}]}``; the first is the default."""
-    return _dump({"models": [asdict(model) for model in answer.models]})
-
-
-def models_answer_from_json(body: bytes) -> ModelsAnswer:
-    """Read what :func:`models_answer_to_json` writes."""
-    models = _answer(body, "models")["models"]
+def _models_from(value: Any) -> ModelsAnswer:
+    models = _require(value, "answer", "models")["models"]
     if not isinstance(models, list):
         raise InvalidParameterError("models must be a list.", field="models")
     names = [item.name for item in fields(ModelInfo)]
@@ -144,29 +137,6 @@ def models_answer_from_json(body: bytes) -> ModelsAnswer:
         texts = {name: check.text(model[name], name) for name in names if name != "width" and name in model}
         found.append(ModelInfo(width=check.integer(model["width"], "width"), **texts))
     return ModelsAnswer(models=tuple(found))
-
-
-def error_to_json(error: PerturbScopeError) -> bytes:
-    """``{"error": {"code", "message", "field"}}``."""
-    return _dump({"error": error.to_dict()})
-
-
-def _dump(value: Mapping[str, Any] | list[Any]) -> bytes:
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
-
-
-def _require(value: Any, where: str, *names: str) -> dict[str, Any]:
-    """An object of an answer: it may hold more than this version knows."""
-    if not isinstance(value, dict):
-        raise InvalidParameterError(f"{where} must hold an object; got {check.shown(value)}.", field=where)
-    for name in names:
-        if name not in value:
-            raise InvalidParameterError(f"{where} lacks {name!r}.", field=name)
-    return value
-
-
-def _answer(body: bytes, *names: str) -> dict[str, Any]:
-    return _require(check.parse_json(body), "answer", *names)
 
 
 def _cells_to_dict(cells: CountMatrix) -> dict[str, Any]:
@@ -180,8 +150,8 @@ def _cells_to_dict(cells: CountMatrix) -> dict[str, Any]:
     }
 
 
-def _cells_from(value: Any) -> CountMatrix:
-    data = check.mapping(value, "cells", required=_CELLS, optional=["total_counts", "first_row"])
+def _cells_from(value: Any, field: str) -> CountMatrix:
+    data = check.mapping(value, field, required=_CELLS, optional=["total_counts", "first_row"])
     totals = data.get("total_counts")
     return check.count_matrix(
         data["gene_ids"],
@@ -193,34 +163,9 @@ def _cells_from(value: Any) -> CountMatrix:
     )
 
 
-def _labelled_to_dict(request: ScoreRequest | CompareRequest) -> dict[str, Any]:
-    if request.cells is not None:
-        source: dict[str, Any] = {"cells": _cells_to_dict(request.cells)}
-    else:
-        source = {"embeddings": None if request.embeddings is None else check.short_floats(request.embeddings)}
-    return {
-        **source,
-        "perturbations": request.perturbations,
-        "batches": request.batches,
-        "options": request.options.to_dict(),
-        "model": request.model,
-    }
-
-
-def _labelled_from(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts that scoring and comparing share, as arguments of their requests."""
-    cells, embeddings = data.get("cells"), data.get("embeddings")
-    return {
-        "cells": None if cells is None else _cells_from(cells),
-        "embeddings": None if embeddings is None else check.rows_of_numbers(embeddings),
-        "perturbations": check.texts(data["perturbations"], "perturbations"),
-        "batches": check.optional_texts(data.get("batches"), "batches"),
-        "options": check.score_options(data.get("options")),
-        "model": check.optional_text(data.get("model"), "model"),
-    }
-
-
-def _result_to_json(answer: ScoreAnswer | CompareAnswer, kinds: Mapping[str, Any]) -> bytes:
-    result = answer.result
-    meta = {**check.meta_to_dict(answer.meta, result.warnings), "provenance": result.provenance}
-    return _dump({"results": check.finite(rows_of(result.table, kinds)), "meta": check.finite(meta)})
+_WRITERS: Mapping[str, Callable[[Any], Any]] = {
+    "cells": _cells_to_dict,
+    "embeddings": check.short_floats,
+    "options": lambda options: options.to_dict(),
+}
+_READERS = {**check.READERS, "cells": _cells_from, "embeddings": check.rows_of_numbers}

@@ -1,10 +1,13 @@
-"""Requests and answers, the same whatever they travel as."""
+"""Requests and answers as dataclasses, independent of the format that they travel in.
+
+A format encodes a request field by field, in the order of the fields here; a field without a default is required.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +21,7 @@ from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResul
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EmbedRequest:
-    """Embed cells."""
+    """A request to embed cells."""
 
     path: ClassVar[str] = "/v1/embed"
 
@@ -30,14 +33,14 @@ class EmbedRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoreRequest:
-    """Score perturbations against controls, from cells or from embeddings that the caller already has.
+    """A request to score perturbations against controls, from cells or from embeddings that the caller already has.
 
     Raises
     ------
     InvalidParameterError
-        Neither or both of `cells` and `embeddings`, or labels that are not one a cell.
+        Neither or both of `cells` and `embeddings` are given, or there is not one label for each cell.
     InvalidEmbeddingError
-        Embeddings that are not a matrix of finite numbers.
+        The embeddings are not a matrix of finite numbers.
     """
 
     path: ClassVar[str] = "/v1/score"
@@ -48,13 +51,14 @@ class ScoreRequest:
     """float32 [n_cells, width], or None."""
     perturbations: tuple[str, ...]
     """Label of each cell."""
-    control: str
-    """The label of control cells."""
     batches: tuple[str, ...] | None = None
     """Batch of each cell; labels are permuted within batches."""
     options: ScoreOptions = field(default_factory=ScoreOptions)
+    """Options of the statistic."""
     model: str | None = None
-    """Name of a model; None: the server's default. Without effect where embeddings are given."""
+    """Name of a model; None: the server's default. It has no effect on embeddings."""
+    control: str
+    """Label of the control cells."""
 
     def __post_init__(self) -> None:
         _check_labelled(self.cells, self.embeddings, self.perturbations, self.batches)
@@ -62,7 +66,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CompareRequest:
-    """Compare perturbations with each other. Raises as :class:`ScoreRequest`."""
+    """A request to compare perturbations with each other. Raises as :class:`ScoreRequest`."""
 
     path: ClassVar[str] = "/v1/compare"
 
@@ -72,15 +76,16 @@ class CompareRequest:
     """float32 [n_cells, width], or None."""
     perturbations: tuple[str, ...]
     """Label of each cell."""
-    pairs: tuple[tuple[str, str], ...] | None = None
-    """Which to compare; None: all pairs."""
-    control: str | None = None
-    """The label of control cells, which "all pairs" leaves out."""
     batches: tuple[str, ...] | None = None
     """Batch of each cell."""
     options: ScoreOptions = field(default_factory=ScoreOptions)
+    """Options of the statistic."""
     model: str | None = None
-    """Name of a model; None: the server's default. Without effect where embeddings are given."""
+    """Name of a model; None: the server's default. It has no effect on embeddings."""
+    pairs: tuple[tuple[str, str], ...] | None = None
+    """Pairs of labels to compare; None: all pairs."""
+    control: str | None = None
+    """Label of the control cells, which "all pairs" leaves out."""
 
     def __post_init__(self) -> None:
         _check_labelled(self.cells, self.embeddings, self.perturbations, self.batches)
@@ -90,7 +95,7 @@ class CompareRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsRequest:
-    """Ask which models a server offers."""
+    """A request for the models that a server offers."""
 
     path: ClassVar[str] = "/v1/models"
 
@@ -101,7 +106,7 @@ EmbedAnswer = Embeddings
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What made an answer. The names and the coverage are None where the caller sent embeddings."""
+    """The model behind an answer. Its names and the coverage are None if the caller sent embeddings."""
 
     model_id: str | None = None
     vocabulary_hash: str | None = None
@@ -109,7 +114,7 @@ class Meta:
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds by stage: ``tokenize``, ``queue``, ``inference``, ``score``."""
     variant: str | None = None
-    """The graph: ``fp32``, ``fp16``, ``int8``; None also from a server that does not say."""
+    """Graph of the model: ``fp32``, ``fp16``, ``int8``; None also if the server does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,27 +140,27 @@ class ModelInfo:
     """One model that a server offers."""
 
     name: str
-    """What requests name it by."""
+    """Name of the model in requests."""
     version: str
     model_id: str
-    """Changes whenever the weights do."""
+    """Name, version and hash of the weights; it changes whenever they do."""
     family: str
     """Family of the tokenizer."""
     width: int
     """Dimensions of an embedding."""
     vocabulary_hash: str
     layer: str
-    """Which hidden state is pooled."""
+    """Hidden state that is pooled."""
     pooling: str
-    """How tokens become one vector."""
+    """Method that turns the states of tokens into one vector."""
     licence: str
     variant: str
-    """The graph that is served: ``fp32``, ``fp16``, ``int8``."""
+    """Graph that is served: ``fp32``, ``fp16``, ``int8``."""
     device: str
     """``cpu`` or ``cuda``."""
     golden: str = ""
-    """``matched`` where the model gives the vectors that its bundle records, ``absent`` where it records none; empty
-    from a server that does not say."""
+    """``matched`` if the model gives the vectors that its bundle records, ``absent`` if it records none; empty if the
+    server does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +172,21 @@ class ModelsAnswer:
 
 Request = EmbedRequest | ScoreRequest | CompareRequest | ModelsRequest
 Answer = Embeddings | ScoreAnswer | CompareAnswer | ModelsAnswer
+AnyRequest = TypeVar("AnyRequest", bound=Request)
+AnyAnswer = TypeVar("AnyAnswer", bound=Answer)
+ANSWERS: Mapping[type[Request], type[Answer]] = {
+    EmbedRequest: Embeddings,
+    ScoreRequest: ScoreAnswer,
+    CompareRequest: CompareAnswer,
+    ModelsRequest: ModelsAnswer,
+}
+"""Type of the answer to each type of request."""
+
+
+def field_names(kind: type[Any]) -> tuple[list[str], list[str]]:
+    """Return the names of the required and of the optional fields of a request, in their order."""
+    required = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
+    return required, [item.name for item in fields(kind) if item.name not in required]
 
 
 def _check_labelled(

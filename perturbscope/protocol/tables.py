@@ -1,4 +1,4 @@
-"""The parts of answers: tables with the type of every column, and embeddings."""
+"""The parts of answers: tables with the type of each column, and embeddings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
 from perturbscope.inference.embedder import Embeddings
 from perturbscope.protocol.checks import integer, number, text
-from perturbscope.protocol.messages import Meta
-from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS
+from perturbscope.protocol.messages import CompareAnswer, Meta, ScoreAnswer
+from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS, CompareResult, ScoreResult
 
 Kind = Literal["text", "integer", "number"]
 _TEXT = {"perturbation", "a", "b", "metric", "flags"}
@@ -32,14 +32,29 @@ _CASTS: dict[Kind, Any] = {"text": str, "integer": int, "number": float}
 _DTYPES: dict[Kind, Any] = {"text": object, "integer": np.int64, "number": np.float64}
 
 
+def kinds_of(kind: type[Any]) -> Mapping[str, Kind]:
+    """Return the type of each column of the table in an answer of this kind."""
+    return SCORE_KINDS if kind is ScoreAnswer else COMPARE_KINDS
+
+
+def result_answer(
+    kind: type[Any], rows: Any, meta: tuple[Meta, list[str], dict[str, Any]]
+) -> ScoreAnswer | CompareAnswer:
+    """Build an answer from the rows of its table, and its meta, warnings and provenance."""
+    about, warnings, provenance = meta
+    if kind is ScoreAnswer:
+        return ScoreAnswer(result=ScoreResult(table_of(rows, SCORE_KINDS), provenance, warnings), meta=about)
+    return CompareAnswer(result=CompareResult(table_of(rows, COMPARE_KINDS), provenance, warnings), meta=about)
+
+
 def rows_of(table: pd.DataFrame, kinds: Mapping[str, Kind]) -> list[dict[str, Any]]:
-    """One dict of plain Python values a row, columns in their order."""
+    """Return one dict of plain Python values a row, with the columns in their order."""
     columns = [[_CASTS[kind](item) for item in table[name].tolist()] for name, kind in kinds.items()]
     return [dict(zip(kinds, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def table_of(rows: Any, kinds: Mapping[str, Kind]) -> pd.DataFrame:
-    """The table of rows; None in a column of numbers is NaN. Fields that a newer server added are passed over."""
+    """Build a table from rows; None in a column of numbers becomes NaN. Fields that a newer server adds are ignored."""
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise InvalidParameterError("results must be a list of objects.", field="results")
     missing = [name for row in rows for name in kinds if name not in row]
@@ -55,7 +70,7 @@ def table_of(rows: Any, kinds: Mapping[str, Kind]) -> pd.DataFrame:
 
 
 def embed_meta(answer: Embeddings) -> Meta:
-    """What made embeddings."""
+    """Return the model behind embeddings."""
     return Meta(
         model_id=answer.model_id,
         vocabulary_hash=answer.vocabulary_hash,
@@ -72,7 +87,7 @@ def embeddings_of(
     n_detected: NDArray[Any],
     known_share: NDArray[Any],
 ) -> Embeddings:
-    """Embeddings from the parts of an answer, once they agree."""
+    """Build embeddings from the parts of an answer, after checking that they agree."""
     for name, array, kinds in (
         ("lengths", lengths, "iu"),
         ("n_detected", n_detected, "iu"),

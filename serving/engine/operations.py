@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from perturbscope import protocol
@@ -77,29 +78,42 @@ async def _columns(engine: Engine, columns: Columns, call: Call) -> Columns:
     return columns
 
 
+def _decoders(kind: type[protocol.Request]) -> Mapping[str, Callable[[bytes], Any]]:
+    return {
+        protocol.JSON: partial(protocol.request_from_json, kind),
+        protocol.ARROW: partial(protocol.request_from_arrow, kind),
+    }
+
+
+_ENCODERS: Mapping[str, Callable[[Any], bytes]] = {
+    protocol.JSON: protocol.answer_to_json,
+    protocol.ARROW: protocol.answer_to_arrow,
+}
+
+
 EMBED = RpcOperation(
     "embed",
     Engine.embed,
-    {protocol.JSON: protocol.embed_request_from_json, protocol.ARROW: protocol.embed_request_from_arrow},
-    {protocol.JSON: protocol.embed_answer_to_json, protocol.ARROW: protocol.embed_answer_to_arrow},
-    protocol.embed_request_from_proto,
-    protocol.embed_answer_to_proto,
+    _decoders(protocol.EmbedRequest),
+    _ENCODERS,
+    partial(protocol.request_from_proto, protocol.EmbedRequest),
+    protocol.answer_to_proto,
 )
 SCORE = RpcOperation(
     "score",
     _score,
-    {protocol.JSON: protocol.score_request_from_json, protocol.ARROW: protocol.score_request_from_arrow},
-    {protocol.JSON: protocol.score_answer_to_json, protocol.ARROW: protocol.score_answer_to_arrow},
-    protocol.score_request_from_proto,
-    protocol.score_answer_to_proto,
+    _decoders(protocol.ScoreRequest),
+    _ENCODERS,
+    partial(protocol.request_from_proto, protocol.ScoreRequest),
+    protocol.answer_to_proto,
 )
 COMPARE = RpcOperation(
     "compare",
     _compare,
-    {protocol.JSON: protocol.compare_request_from_json, protocol.ARROW: protocol.compare_request_from_arrow},
-    {protocol.JSON: protocol.compare_answer_to_json, protocol.ARROW: protocol.compare_answer_to_arrow},
-    protocol.compare_request_from_proto,
-    protocol.compare_answer_to_proto,
+    _decoders(protocol.CompareRequest),
+    _ENCODERS,
+    partial(protocol.request_from_proto, protocol.CompareRequest),
+    protocol.answer_to_proto,
 )
 REPORT = Operation(
     "report",

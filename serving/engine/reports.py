@@ -92,12 +92,12 @@ def make_report(
 
 def report_request_from_json(body: bytes) -> ReportRequest:
     """Decode the body of /v1/score in JSON."""
-    return ReportRequest(score=protocol.score_request_from_json(body))
+    return ReportRequest(score=protocol.request_from_json(protocol.ScoreRequest, body))
 
 
 def report_request_from_arrow(body: bytes) -> ReportRequest:
     """Decode the body of /v1/score in Arrow."""
-    return ReportRequest(score=protocol.score_request_from_arrow(body))
+    return ReportRequest(score=protocol.request_from_arrow(protocol.ScoreRequest, body))
 
 
 def report_answer_to_html(answer: ReportAnswer) -> bytes:

@@ -75,7 +75,7 @@ class Servicer(services.PerturbScopeServicer):
             return await self._engine.work(operation.to_proto, answer)
 
     async def _models(self, request: Any, call: Call, held: Held) -> Any:
-        return protocol.models_answer_to_proto(self._engine.models())
+        return protocol.answer_to_proto(self._engine.models())
 
 
 class GrpcServer:

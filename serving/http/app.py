@@ -108,7 +108,7 @@ async def _embed_stream(request: Request) -> Response:
 
 
 async def _models(request: Request, call: Call, held: Held) -> Response:
-    return Response(protocol.models_answer_to_json(request.app.state.engine.models()), media_type=protocol.JSON)
+    return Response(protocol.answer_to_json(request.app.state.engine.models()), media_type=protocol.JSON)
 
 
 async def _screen(request: Request) -> Response:

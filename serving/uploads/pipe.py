@@ -41,15 +41,15 @@ def upload_to_frame(upload: Upload) -> list[bytes]:
     }
     match upload.request:
         case EmbedRequest() as request:
-            return frame({**head, "kind": "embed"}, [protocol.embed_request_to_arrow(request)])
+            return frame({**head, "kind": "embed"}, [protocol.request_to_arrow(request)])
         case ScoreRequest() as request:
-            return frame({**head, "kind": "score"}, [protocol.score_request_to_arrow(request)])
+            return frame({**head, "kind": "score"}, [protocol.request_to_arrow(request)])
         case CompareRequest() as request:
-            return frame({**head, "kind": "compare"}, [protocol.compare_request_to_arrow(request)])
+            return frame({**head, "kind": "compare"}, [protocol.request_to_arrow(request)])
         case ReportRequest(score=score, title=title, counts=counts):
-            parts = [protocol.score_request_to_arrow(score)]
+            parts = [protocol.request_to_arrow(score)]
             if isinstance(counts, CountMatrix):
-                parts.append(protocol.embed_request_to_arrow(EmbedRequest(cells=counts)))
+                parts.append(protocol.request_to_arrow(EmbedRequest(cells=counts)))
                 return frame({**head, "kind": "report", "title": title}, parts)
             return frame({**head, "kind": "report", "title": title, "absent": asdict(counts)}, parts)
         case Columns() as columns:
@@ -77,15 +77,17 @@ def upload_from_parts(head: Mapping[str, Any], parts: Sequence[bytes]) -> Upload
 def _request(head: Mapping[str, Any], parts: Sequence[bytes]) -> Any:
     match head["kind"]:
         case "embed":
-            return protocol.embed_request_from_arrow(parts[0])
+            return protocol.request_from_arrow(protocol.EmbedRequest, parts[0])
         case "score":
-            return protocol.score_request_from_arrow(parts[0])
+            return protocol.request_from_arrow(protocol.ScoreRequest, parts[0])
         case "compare":
-            return protocol.compare_request_from_arrow(parts[0])
+            return protocol.request_from_arrow(protocol.CompareRequest, parts[0])
         case "report":
-            fields = {"score": protocol.score_request_from_arrow(parts[0]), "title": head["title"]}
+            fields = {"score": protocol.request_from_arrow(protocol.ScoreRequest, parts[0]), "title": head["title"]}
             if len(parts) > 1:
-                return ReportRequest(**fields, counts=protocol.embed_request_from_arrow(parts[1]).cells)
+                return ReportRequest(
+                    **fields, counts=protocol.request_from_arrow(protocol.EmbedRequest, parts[1]).cells
+                )
             return ReportRequest(**fields, counts=Absent(**head["absent"]))
         case _:
             fields = dict(head["columns"])

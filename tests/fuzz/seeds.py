@@ -111,12 +111,10 @@ def seeds() -> dict[str, dict[str, bytes]]:
     ]
     for at, (name, message) in enumerate(messages):
         first = bytes([at])
-        found["json"][name] = first + getattr(protocol, f"{name}_to_json")(message)
-        found["proto"][name] = first + getattr(protocol, f"{name}_to_proto")(message).SerializeToString(
-            deterministic=True
-        )
+        found["json"][name] = first + _written(message, "json")
+        found["proto"][name] = first + _written(message, "proto").SerializeToString(deterministic=True)
         if name != "models_answer":
-            found["arrow"][name] = first + getattr(protocol, f"{name}_to_arrow")(message)
+            found["arrow"][name] = first + _written(message, "arrow")
     for route, name in enumerate(("embed", "columns", "score", "compare", "report")):
         found["h5ad"][name] = bytes([route]) + h5ad()
     found["h5ad"]["dense"] = b"\0" + h5ad(sparse=False)
@@ -124,6 +122,11 @@ def seeds() -> dict[str, dict[str, bytes]]:
     found["stream"] = _streams(matrix)
     found["kserve"] = _infer_requests()
     return found
+
+
+def _written(message: Any, form: str) -> Any:
+    what = "request" if isinstance(message, protocol.Request) else "answer"
+    return getattr(protocol, f"{what}_to_{form}")(message)
 
 
 def _streams(matrix: CountMatrix) -> dict[str, bytes]:

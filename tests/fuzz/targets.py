@@ -12,6 +12,7 @@ import functools
 import io
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -43,7 +44,7 @@ from tests.fuzz.seeds import cells as seed_cells
 
 SMALL = Settings(max_cells=2000, max_vectors=2000, max_values=100_000, max_genes=5000, file_timeout=5)
 """Limits of the targets, which keep every input short."""
-KINDS = ("embed", "score", "compare")
+KINDS = (protocol.EmbedRequest, protocol.ScoreRequest, protocol.CompareRequest)
 
 
 @functools.cache
@@ -56,10 +57,10 @@ def fuzz_json(data: bytes) -> bool:
     """Decode JSON; the first byte chooses the message, the rest is the body."""
     decoders: list[Callable[[bytes], Any]] = [
         *(_again(kind, "json") for kind in KINDS),
-        protocol.embed_answer_from_json,
-        protocol.score_answer_from_json,
-        protocol.compare_answer_from_json,
-        protocol.models_answer_from_json,
+        partial(protocol.answer_from_json, protocol.EmbedAnswer),
+        partial(protocol.answer_from_json, protocol.ScoreAnswer),
+        partial(protocol.answer_from_json, protocol.CompareAnswer),
+        partial(protocol.answer_from_json, protocol.ModelsAnswer),
     ]
     return _tried(decoders, data)
 
@@ -68,9 +69,9 @@ def fuzz_arrow(data: bytes) -> bool:
     """Decode Arrow, as :func:`fuzz_json` does JSON."""
     decoders: list[Callable[[bytes], Any]] = [
         *(_again(kind, "arrow") for kind in KINDS),
-        protocol.embed_answer_from_arrow,
-        protocol.score_answer_from_arrow,
-        protocol.compare_answer_from_arrow,
+        partial(protocol.answer_from_arrow, protocol.EmbedAnswer),
+        partial(protocol.answer_from_arrow, protocol.ScoreAnswer),
+        partial(protocol.answer_from_arrow, protocol.CompareAnswer),
     ]
     return _tried(decoders, data)
 
@@ -83,10 +84,10 @@ def fuzz_proto(data: bytes) -> bool:
 
     readers: list[Callable[[Any], Any]] = [
         *(_again(kind, "proto") for kind in KINDS),
-        protocol.embed_answer_from_proto,
-        protocol.score_answer_from_proto,
-        protocol.compare_answer_from_proto,
-        protocol.models_answer_from_proto,
+        partial(protocol.answer_from_proto, protocol.EmbedAnswer),
+        partial(protocol.answer_from_proto, protocol.ScoreAnswer),
+        partial(protocol.answer_from_proto, protocol.CompareAnswer),
+        partial(protocol.answer_from_proto, protocol.ModelsAnswer),
     ]
     decoders = [parsed(kind, read) for kind, read in zip(_MESSAGES, readers, strict=True)]
     try:
@@ -211,10 +212,10 @@ def _tried(decoders: list[Callable[[bytes], Any]], data: bytes) -> bool:
     return True
 
 
-def _again(kind: str, form: str) -> Callable[[Any], Any]:
+def _again(kind: type[protocol.Request], form: str) -> Callable[[Any], Any]:
     """Decode, go on as the server does, encode, decode: what was accepted once is accepted again."""
-    read = getattr(protocol, f"{kind}_request_from_{form}")
-    write = getattr(protocol, f"{kind}_request_to_{form}")
+    read = partial(getattr(protocol, f"request_from_{form}"), kind)
+    write = getattr(protocol, f"request_to_{form}")
 
     def twice(body: Any) -> None:
         request = read(body)

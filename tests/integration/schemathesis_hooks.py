@@ -25,9 +25,9 @@ def _arrow() -> list[bytes]:
     score = protocol.ScoreRequest(cells=cells, perturbations=_LABELS, control="control", options=options)
     compare = protocol.CompareRequest(cells=cells, perturbations=_LABELS, options=options)
     return [
-        protocol.embed_request_to_arrow(protocol.EmbedRequest(cells=cells)),
-        protocol.score_request_to_arrow(score),
-        protocol.compare_request_to_arrow(compare),
+        protocol.request_to_arrow(protocol.EmbedRequest(cells=cells)),
+        protocol.request_to_arrow(score),
+        protocol.request_to_arrow(compare),
     ]
 
 

@@ -101,8 +101,8 @@ def eventually(condition: Any, seconds: float = 30) -> bool:
 
 async def test_clients_that_leave_cost_nothing_more(server: RunningServer, expected: NDArray[np.float32]) -> None:
     """In the head, in the body, while perturbations are scored; by closing, cancelling and a deadline."""
-    body = protocol.score_request_to_arrow(SLOW_SCORE)
-    start, message = head(server, protocol.ARROW, len(body), "/v1/score"), protocol.score_request_to_proto(SLOW_SCORE)
+    body = protocol.request_to_arrow(SLOW_SCORE)
+    start, message = head(server, protocol.ARROW, len(body), "/v1/score"), protocol.request_to_proto(SLOW_SCORE)
     await asyncio.to_thread(assert_well, server, expected)
     before = server.usage()
     async with grpc.aio.insecure_channel(server.target) as channel:
@@ -166,11 +166,11 @@ def test_a_file_that_never_ends_hurts_its_sender_only(server: RunningServer, exp
 async def test_fuzzed_requests_get_typed_errors(server: RunningServer, expected: NDArray[np.float32]) -> None:
     small = EmbedRequest(cells=CELLS)
     bodies = [
-        (protocol.JSON, protocol.embed_request_to_json(small), mutate_json),
-        (protocol.ARROW, protocol.embed_request_to_arrow(small), mutate_arrow),
+        (protocol.JSON, protocol.request_to_json(small), mutate_json),
+        (protocol.ARROW, protocol.request_to_arrow(small), mutate_arrow),
         (protocol.HDF5, h5ad(CELLS), mutate_bytes),
     ]
-    proto, mutate = protocol.embed_request_to_proto(small).SerializeToString(), mutate_proto(pb.EmbedRequest)
+    proto, mutate = protocol.request_to_proto(small).SerializeToString(), mutate_proto(pb.EmbedRequest)
     async with (
         httpx.AsyncClient(base_url=server.url, timeout=60) as http,
         grpc.aio.insecure_channel(server.target) as channel,

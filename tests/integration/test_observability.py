@@ -247,7 +247,7 @@ def test_probes_answer_without_a_key(watched: Watched) -> None:
 
 
 def test_liveness_does_not_fail_under_load(watched: Watched) -> None:
-    body = protocol.embed_request_to_json(EmbedRequest(cells=watched.cells))
+    body = protocol.request_to_json(EmbedRequest(cells=watched.cells))
     headers = {"x-api-key": watched.keys["pipeline"], "content-type": protocol.JSON}
 
     def ask(_: int) -> int:

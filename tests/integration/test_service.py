@@ -244,7 +244,7 @@ BAD_CELLS: dict[str, tuple[Callable[[Cells], object], type[errors.PerturbScopeEr
 
 
 def spoilt(cells: CountMatrix, spoil: Callable[[Cells], object]) -> Cells:
-    body: dict[str, Any] = json.loads(protocol.embed_request_to_json(EmbedRequest(cells=cells)))
+    body: dict[str, Any] = json.loads(protocol.request_to_json(EmbedRequest(cells=cells)))
     del body["cells"]["total_counts"]
     spoil(body["cells"])
     part: Cells = body["cells"]
@@ -305,7 +305,7 @@ def test_bad_requests_raise_their_own_errors(
 
 def test_a_request_over_the_limits_is_refused_or_halved(server: RunningServer, tiny_cells: CountMatrix) -> None:
     many = CountMatrix.from_matrix(np.tile(tiny_cells.counts.toarray(), (10, 1)), tiny_cells.gene_ids)
-    body = protocol.embed_request_to_arrow(EmbedRequest(cells=many))
+    body = protocol.request_to_arrow(EmbedRequest(cells=many))
     reply = httpx.post(f"{server.url}/v1/embed", content=body, headers={"content-type": protocol.ARROW})
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "limit_exceeded")
     assert f"this server takes {MAX_CELLS}" in reply.json()["error"]["message"]

@@ -27,7 +27,7 @@ def body(names, **cells):
 def read(content):
     """What comes of a body, as text."""
     try:
-        cells = protocol.embed_request_from_json(content).cells
+        cells = protocol.request_from_json(protocol.EmbedRequest, content).cells
     except PerturbScopeError as error:
         return type(error).__name__, error.message, error.field
     return cells.gene_ids.tolist(), cells.counts.toarray().tolist(), cells.totals.tolist()
@@ -35,13 +35,15 @@ def read(content):
 
 def test_the_same_names_are_the_same_array():
     request = EmbedRequest(cells=CountMatrix.from_matrix([[1, 2]], ["ONCE", "MORE"]))
-    proto = protocol.embed_request_to_proto(request)
-    found = [protocol.embed_request_from_proto(proto).cells.gene_ids for _ in range(3)]
+    proto = protocol.request_to_proto(request)
+    found = [protocol.request_from_proto(protocol.EmbedRequest, proto).cells.gene_ids for _ in range(3)]
     found += [
-        protocol.embed_request_from_json(protocol.embed_request_to_json(request)).cells.gene_ids for _ in range(3)
+        protocol.request_from_json(protocol.EmbedRequest, protocol.request_to_json(request)).cells.gene_ids
+        for _ in range(3)
     ]
     found += [
-        protocol.embed_request_from_arrow(protocol.embed_request_to_arrow(request)).cells.gene_ids for _ in range(3)
+        protocol.request_from_arrow(protocol.EmbedRequest, protocol.request_to_arrow(request)).cells.gene_ids
+        for _ in range(3)
     ]
     assert all(array is found[0] for array in found)
     assert found[0].tolist() == ["ONCE", "MORE"]

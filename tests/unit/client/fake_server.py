@@ -109,13 +109,13 @@ class FakeServer:
             return httpx.Response(
                 200,
                 json=None,
-                content=protocol.models_answer_to_json(self.answer(protocol.ModelsRequest())),
+                content=protocol.answer_to_json(self.answer(protocol.ModelsRequest())),
                 headers={"content-type": protocol.JSON},
             )
         kind = call.headers["content-type"]
         assert call.headers["accept"] == kind
         form = {protocol.JSON: "json", protocol.ARROW: "arrow"}[kind]
-        request = getattr(protocol, f"{name}_request_from_{form}")(call.content)
+        request = getattr(protocol, f"request_from_{form}")(_KINDS[name], call.content)
         try:
             answer = self.answer(request)
         except PerturbScopeError as error:
@@ -123,7 +123,7 @@ class FakeServer:
             return httpx.Response(
                 status, content=protocol.error_to_json(error), headers={"content-type": protocol.JSON}
             )
-        content = getattr(protocol, f"{name}_answer_to_{form}")(answer)
+        content = getattr(protocol, f"answer_to_{form}")(answer)
         return httpx.Response(200, content=content, headers={"content-type": f"{kind}; charset=utf-8"})
 
     @contextmanager
@@ -137,6 +137,14 @@ class FakeServer:
             yield f"127.0.0.1:{port}"
         finally:
             server.stop(None).wait()
+
+
+_KINDS: dict[str, type[protocol.Request]] = {
+    "embed": protocol.EmbedRequest,
+    "score": protocol.ScoreRequest,
+    "compare": protocol.CompareRequest,
+    "models": protocol.ModelsRequest,
+}
 
 
 class Abort(Exception):  # noqa: N818
@@ -155,12 +163,7 @@ class _Servicer(PerturbScopeServicer):
         try:
             if self._server.failures:
                 raise self._server.failures.pop(0)
-            request = (
-                getattr(protocol, f"{name}_request_from_proto")(message)
-                if name != "models"
-                else protocol.ModelsRequest()
-            )
-            return getattr(protocol, f"{name}_answer_to_proto")(self._server.answer(request))
+            return protocol.answer_to_proto(self._server.answer(protocol.request_from_proto(_KINDS[name], message)))
         except Abort as abort:
             context.set_trailing_metadata(abort.metadata)
             context.abort(abort.status, abort.details)

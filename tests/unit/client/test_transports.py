@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httpx
@@ -158,7 +159,11 @@ ANYTHING = st.recursive(
 FIELDS = ["embeddings", "lengths", "n_detected", "known_share", "meta", "results", "models"]
 
 
-DECODERS = [protocol.embed_answer_from_json, protocol.score_answer_from_json, protocol.compare_answer_from_json]
+DECODERS = [
+    partial(protocol.answer_from_json, protocol.EmbedAnswer),
+    partial(protocol.answer_from_json, protocol.ScoreAnswer),
+    partial(protocol.answer_from_json, protocol.CompareAnswer),
+]
 
 
 @given(
@@ -188,7 +193,7 @@ def test_no_answer_breaks_a_client(answer: dict[str, Any], decode: Callable[[byt
 )
 def test_bad_meta_of_an_answer(meta: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError):
-        protocol.score_answer_from_json(json.dumps({"results": [], "meta": meta}).encode())
+        protocol.answer_from_json(protocol.ScoreAnswer, json.dumps({"results": [], "meta": meta}).encode())
 
 
 @pytest.mark.parametrize(
@@ -200,7 +205,7 @@ def test_bad_row_of_an_answer(name: str, value: Any) -> None:
     row |= {"perturbation": "a", "metric": "e_distance", "flags": "", "n_cells": 3, "n_controls": 3, name: value}
     sent = {column: item for column, item in row.items() if item is not ...}
     with pytest.raises(InvalidInputError) as caught:
-        protocol.score_answer_from_json(json.dumps({"results": [sent], "meta": {}}).encode())
+        protocol.answer_from_json(protocol.ScoreAnswer, json.dumps({"results": [sent], "meta": {}}).encode())
     assert caught.value.field == name
 
 

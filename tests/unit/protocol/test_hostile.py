@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -130,18 +131,18 @@ def expect(kind: type[InvalidInputError], field: str | None, read: Any, sent: An
 @pytest.mark.parametrize(("change", "kind", "field"), BAD_CELLS.values(), ids=BAD_CELLS)
 def test_bad_cells_in_json(change: Any, kind: type[InvalidInputError], field: str) -> None:
     sent = body({"cells": changed(CELLS, change)})
-    expect(kind, field, protocol.embed_request_from_json, sent)
+    expect(kind, field, partial(protocol.request_from_json, protocol.EmbedRequest), sent)
 
 
 @pytest.mark.parametrize(("change", "kind", "field"), BAD_SCORES.values(), ids=BAD_SCORES)
 def test_bad_scores_in_json(change: Any, kind: type[InvalidInputError], field: str) -> None:
-    expect(kind, field, protocol.score_request_from_json, body(changed(SCORE, change)))
+    expect(kind, field, partial(protocol.request_from_json, protocol.ScoreRequest), body(changed(SCORE, change)))
 
 
 @pytest.mark.parametrize("pairs", BAD_PAIRS.values(), ids=BAD_PAIRS)
 def test_bad_pairs_in_json(pairs: Any) -> None:
     sent = body({"embeddings": [[1.0], [2.0]], "perturbations": ["a", "b"], "pairs": pairs})
-    expect(InvalidParameterError, "pairs", protocol.compare_request_from_json, sent)
+    expect(InvalidParameterError, "pairs", partial(protocol.request_from_json, protocol.CompareRequest), sent)
 
 
 @pytest.mark.parametrize(
@@ -150,17 +151,17 @@ def test_bad_pairs_in_json(pairs: Any) -> None:
     ids=["empty", "cut", "not-utf8", "trailing", "deep", "digits"],
 )
 def test_what_is_no_json(sent: bytes) -> None:
-    expect(UnreadableFileError, "body", protocol.embed_request_from_json, sent)
+    expect(UnreadableFileError, "body", partial(protocol.request_from_json, protocol.EmbedRequest), sent)
 
 
 @pytest.mark.parametrize("sent", [b"null", b"[]", b"3", b'"cells"'], ids=["null", "list", "number", "string"])
 def test_json_that_is_no_object(sent: bytes) -> None:
-    expect(InvalidParameterError, "body", protocol.embed_request_from_json, sent)
+    expect(InvalidParameterError, "body", partial(protocol.request_from_json, protocol.EmbedRequest), sent)
 
 
 def test_a_name_that_stands_twice() -> None:
     sent = b'{"cells": 1, "cells": ' + body(CELLS) + b"}"
-    expect(InvalidParameterError, "cells", protocol.embed_request_from_json, sent)
+    expect(InvalidParameterError, "cells", partial(protocol.request_from_json, protocol.EmbedRequest), sent)
 
 
 def stream(columns: dict[str, Any], meta: Any = None, **options: Any) -> bytes:
@@ -198,7 +199,12 @@ BAD_COLUMNS = {
 
 @pytest.mark.parametrize(("change", "kind", "field"), BAD_COLUMNS.values(), ids=BAD_COLUMNS)
 def test_bad_columns_in_arrow(change: Any, kind: type[InvalidInputError], field: str) -> None:
-    expect(kind, field, protocol.embed_request_from_arrow, stream(changed(COLUMNS, change), GENES))
+    expect(
+        kind,
+        field,
+        partial(protocol.request_from_arrow, protocol.EmbedRequest),
+        stream(changed(COLUMNS, change), GENES),
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +221,7 @@ def test_bad_columns_in_arrow(change: Any, kind: type[InvalidInputError], field:
     ids=["absent", "no-json", "list", "no-genes", "unknown", "text", "too-few-genes"],
 )
 def test_bad_metadata_in_arrow(meta: Any, kind: type[InvalidInputError], field: str) -> None:
-    expect(kind, field, protocol.embed_request_from_arrow, stream(COLUMNS, meta))
+    expect(kind, field, partial(protocol.request_from_arrow, protocol.EmbedRequest), stream(COLUMNS, meta))
 
 
 VECTORS = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0, 3.0, 4.0], pa.float32()), 2)
@@ -248,7 +254,7 @@ BAD_SCORED = {
 @pytest.mark.parametrize(("change", "kind", "field"), BAD_SCORED.values(), ids=BAD_SCORED)
 def test_bad_score_requests_in_arrow(change: Any, kind: type[InvalidInputError], field: str) -> None:
     sent = stream(changed(SCORED, change), {"control": "c"})
-    expect(kind, field, protocol.score_request_from_arrow, sent)
+    expect(kind, field, partial(protocol.request_from_arrow, protocol.ScoreRequest), sent)
 
 
 @pytest.mark.parametrize("codec", ["lz4", "zstd"])
@@ -257,13 +263,13 @@ def test_compressed_arrow_is_refused(codec: str, encode: bool) -> None:
     labels = LABELS.dictionary_encode() if encode else LABELS
     columns = {"perturbation": labels} if encode else {"embedding": VECTORS, "perturbation": labels}
     with pytest.raises(UnreadableFileError, match="is compressed"):
-        protocol.score_request_from_arrow(stream(columns, {"control": "c"}, compression=codec))
+        protocol.request_from_arrow(protocol.ScoreRequest, stream(columns, {"control": "c"}, compression=codec))
 
 
 def test_arrow_cut_off_anywhere(tiny_cells: CountMatrix) -> None:
-    sent = protocol.embed_request_to_arrow(protocol.EmbedRequest(cells=tiny_cells))
+    sent = protocol.request_to_arrow(protocol.EmbedRequest(cells=tiny_cells))
     for length in range(0, len(sent), 7):
-        expect(UnreadableFileError, "body", protocol.embed_request_from_arrow, sent[:length])
+        expect(UnreadableFileError, "body", partial(protocol.request_from_arrow, protocol.EmbedRequest), sent[:length])
 
 
 @pytest.mark.parametrize("rows", [None, 0], ids=["no-batch", "empty-batch"])
@@ -273,7 +279,12 @@ def test_arrow_without_rows(rows: int | None) -> None:
     with pa.ipc.new_stream(sink, schema) as writer:
         if rows is not None:
             writer.write_batch(pa.record_batch([INDICES[:0], COUNTS[:0]], schema=schema))
-    expect(MalformedMatrixError, "indices", protocol.embed_request_from_arrow, sink.getvalue().to_pybytes())
+    expect(
+        MalformedMatrixError,
+        "indices",
+        partial(protocol.request_from_arrow, protocol.EmbedRequest),
+        sink.getvalue().to_pybytes(),
+    )
 
 
 def test_arrow_file_instead_of_stream() -> None:
@@ -281,7 +292,12 @@ def test_arrow_file_instead_of_stream() -> None:
     table = pa.table(COLUMNS)
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    expect(UnreadableFileError, "body", protocol.embed_request_from_arrow, sink.getvalue().to_pybytes())
+    expect(
+        UnreadableFileError,
+        "body",
+        partial(protocol.request_from_arrow, protocol.EmbedRequest),
+        sink.getvalue().to_pybytes(),
+    )
 
 
 @settings(max_examples=400, deadline=None)
@@ -293,7 +309,7 @@ def test_arrow_with_changed_bytes(data: st.DataObject) -> None:
         at = data.draw(st.integers(0, len(sent) - 9))
         sent[at] = data.draw(st.sampled_from([0, 1, 4, 8, 127, 128, 255]))
     try:
-        request = protocol.score_request_from_arrow(bytes(sent))
+        request = protocol.request_from_arrow(protocol.ScoreRequest, bytes(sent))
     except InvalidInputError:
         return
     assert request.cells is not None
@@ -338,7 +354,7 @@ def message(**change: Any) -> pb.EmbedRequest:
     ids=lambda value: None if not isinstance(value, str) else value,
 )
 def test_bad_cells_in_proto(sent: pb.EmbedRequest, kind: type[InvalidInputError], field: str) -> None:
-    expect(kind, field, protocol.embed_request_from_proto, sent)
+    expect(kind, field, partial(protocol.request_from_proto, protocol.EmbedRequest), sent)
 
 
 def scored(values: bytes = struct.pack("<4f", 1, 2, 3, 4), width: int = 2, **change: Any) -> pb.ScoreRequest:
@@ -363,19 +379,22 @@ def scored(values: bytes = struct.pack("<4f", 1, 2, 3, 4), width: int = 2, **cha
     ],
 )
 def test_bad_score_requests_in_proto(sent: pb.ScoreRequest, kind: type[InvalidInputError], field: str) -> None:
-    expect(kind, field, protocol.score_request_from_proto, sent)
+    expect(kind, field, partial(protocol.request_from_proto, protocol.ScoreRequest), sent)
 
 
 def test_the_same_mistake_has_the_same_error_by_every_route() -> None:
     told = []
     bad = np.array([1, 2, 3.5])
     for read, sent in (
-        (protocol.embed_request_from_json, body({"cells": {**CELLS, "data": bad.tolist()}})),
+        (partial(protocol.request_from_json, protocol.EmbedRequest), body({"cells": {**CELLS, "data": bad.tolist()}})),
         (
-            protocol.embed_request_from_arrow,
+            partial(protocol.request_from_arrow, protocol.EmbedRequest),
             stream({**COLUMNS, "counts": pa.ListArray.from_arrays(pa.array([0, 1, 3], pa.int32()), bad)}, GENES),
         ),
-        (protocol.embed_request_from_proto, message(data=bad.tobytes(), data_type=pb.COUNT_TYPE_FLOAT64)),
+        (
+            partial(protocol.request_from_proto, protocol.EmbedRequest),
+            message(data=bad.tobytes(), data_type=pb.COUNT_TYPE_FLOAT64),
+        ),
     ):
         with pytest.raises(NotRawCountsError) as caught:
             read(sent)  # type: ignore[operator]

@@ -25,7 +25,7 @@ def test_an_answer_in_pieces_is_the_text_of_the_whole(shape: tuple[int, int]) ->
         "model",
         "hash",
     )
-    text = protocol.embed_answer_to_json(answer)
+    text = protocol.answer_to_json(answer)
     found = json.loads(text)
     assert found["embeddings"] == checks.short_floats(answer.values)
     assert list(found) == ["embeddings", "lengths", "n_detected", "known_share", "below_min_genes", "meta"]

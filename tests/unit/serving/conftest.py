@@ -126,7 +126,7 @@ async def stub_of() -> AsyncIterator[Callable[[Engine], Any]]:
 @pytest.fixture
 def embed_json(tiny_cells: CountMatrix) -> dict[str, Any]:
     """A good JSON body, to be spoilt."""
-    body: dict[str, Any] = json.loads(protocol.embed_request_to_json(EmbedRequest(cells=tiny_cells)))
+    body: dict[str, Any] = json.loads(protocol.request_to_json(EmbedRequest(cells=tiny_cells)))
     return body
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tracemalloc
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -144,10 +145,14 @@ def test_decoding_a_request_takes_no_more_than_was_held(rng: np.random.Generator
     request = EmbedRequest(cells=cells)
     score = ScoreRequest(embeddings=vectors, perturbations=labels, control="a")
     bodies = [
-        (protocol.JSON, protocol.embed_request_to_json(request), protocol.embed_request_from_json),
-        (protocol.JSON, protocol.score_request_to_json(score), protocol.score_request_from_json),
-        (protocol.ARROW, protocol.embed_request_to_arrow(request), protocol.embed_request_from_arrow),
-        (protocol.ARROW, protocol.score_request_to_arrow(score), protocol.score_request_from_arrow),
+        (protocol.JSON, protocol.request_to_json(request), partial(protocol.request_from_json, protocol.EmbedRequest)),
+        (protocol.JSON, protocol.request_to_json(score), partial(protocol.request_from_json, protocol.ScoreRequest)),
+        (
+            protocol.ARROW,
+            protocol.request_to_arrow(request),
+            partial(protocol.request_from_arrow, protocol.EmbedRequest),
+        ),
+        (protocol.ARROW, protocol.request_to_arrow(score), partial(protocol.request_from_arrow, protocol.ScoreRequest)),
     ]
     for media_type, body, decode in bodies:
         decode(body)  # what is loaded once is not the request's
@@ -166,7 +171,7 @@ def test_sizes_of_what_is_worked_on(rng: np.random.Generator) -> None:
     assert size_of(cells) == cells.counts.data.nbytes >= LARGE
     assert size_of(EmbedRequest(cells=cells)) == size_of(cells)
     assert size_of(b"12345") == 5
-    assert size_of(protocol.embed_request_to_proto(EmbedRequest(cells=cells))) > LARGE
+    assert size_of(protocol.request_to_proto(EmbedRequest(cells=cells))) > LARGE
     assert size_of("a name") == size_of(None) == 0
     vectors = np.ones((10, 10), dtype=np.float32)
     assert size_of(ScoreRequest(embeddings=vectors, perturbations=("a",) * 10, control="a")) == 400

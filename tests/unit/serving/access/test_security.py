@@ -87,7 +87,7 @@ async def channel(guarded: Guarded) -> Any:
 
 def body(cells: CountMatrix) -> dict[str, Any]:
     return {
-        "content": protocol.embed_request_to_arrow(EmbedRequest(cells=cells)),
+        "content": protocol.request_to_arrow(EmbedRequest(cells=cells)),
         "headers": {"content-type": protocol.ARROW},
     }
 
@@ -176,7 +176,7 @@ async def reflected(channel: Any, metadata: Any = None) -> list[str]:
 
 async def test_grpc_without_a_key(guarded: Guarded, channel: Any, tiny_cells: CountMatrix) -> None:
     stub = PerturbScopeStub(channel)
-    request = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    request = protocol.request_to_proto(EmbedRequest(cells=tiny_cells))
     unauthenticated = grpc.StatusCode.UNAUTHENTICATED, MESSAGE
     assert await status_of(stub.Embed(request)) == unauthenticated
     assert await status_of(stub.Models(pb.ModelsRequest())) == unauthenticated
@@ -190,9 +190,9 @@ async def test_grpc_without_a_key(guarded: Guarded, channel: Any, tiny_cells: Co
 
 async def test_grpc_with_a_key(guarded: Guarded, channel: Any, tiny_cells: CountMatrix) -> None:
     stub = PerturbScopeStub(channel)
-    request = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    request = protocol.request_to_proto(EmbedRequest(cells=tiny_cells))
     good = guarded.metadata("pipeline")
-    answer = protocol.embed_answer_from_proto(await stub.Embed(request, metadata=good))
+    answer = protocol.answer_from_proto(protocol.EmbedAnswer, await stub.Embed(request, metadata=good))
     assert len(answer) == len(tiny_cells)
     assert (await stub.Models(pb.ModelsRequest(), metadata=(("x-api-key", guarded.keys["pipeline"]),))).models
     assert SERVICE in await reflected(channel, good)
@@ -230,7 +230,7 @@ async def test_cells_over_the_share_cost_no_compute(
     async with guarded.http("slow") as http:
         assert (await http.post("/v1/embed", **body(tiny_cells))).status_code == 200
     n_batches = len(fake_embedder.encoder.batches)
-    request = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    request = protocol.request_to_proto(EmbedRequest(cells=tiny_cells))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await PerturbScopeStub(channel).Embed(request, metadata=guarded.metadata("slow"))
     assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED

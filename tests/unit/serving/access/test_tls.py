@@ -214,7 +214,7 @@ def https(certificates: Certificates, *, mutual: bool = False) -> Iterator[str]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = protocol.models_answer_to_json(protocol.ModelsAnswer(models=()))
+            body = protocol.answer_to_json(protocol.ModelsAnswer(models=()))
             self.send_response(200)
             self.send_header("content-type", protocol.JSON)
             self.send_header("content-length", str(len(body)))

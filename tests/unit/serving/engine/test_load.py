@@ -116,9 +116,7 @@ async def test_a_client_of_http_that_disconnects_ends_its_work(
 ) -> None:
     app = app_of(engine)
     gone, sent = asyncio.Event(), list[Any]()
-    inbox = [
-        {"type": "http.request", "body": protocol.score_request_to_json(request_of(tiny_cells)), "more_body": False}
-    ]
+    inbox = [{"type": "http.request", "body": protocol.request_to_json(request_of(tiny_cells)), "more_body": False}]
 
     async def receive() -> dict[str, Any]:
         if inbox:
@@ -146,7 +144,7 @@ async def test_a_caller_of_grpc_that_cancels_ends_its_work(
     engine: Engine, stub_of: StubOf, stage: Stage, tiny_cells: CountMatrix
 ) -> None:
     stub = await stub_of(engine)
-    call = stub.Score(protocol.score_request_to_proto(request_of(tiny_cells)))
+    call = stub.Score(protocol.request_to_proto(request_of(tiny_cells)))
     waiting = asyncio.ensure_future(call.code())
     await until(lambda: stage.steps == 1)
     call.cancel()
@@ -177,7 +175,7 @@ async def test_an_answer_that_nobody_waits_for_is_not_encoded(
     work = engine.work
 
     async def held(function: Callable[..., Any], *args: Any) -> Any:
-        if function is protocol.embed_answer_to_json:
+        if function is protocol.answer_to_json:
             reached.set()
             await asyncio.sleep(60)
             encoded.append(1)
@@ -185,7 +183,7 @@ async def test_an_answer_that_nobody_waits_for_is_not_encoded(
 
     monkeypatch.setattr(engine, "work", held)
     app = app_of(engine)
-    inbox = [{"type": "http.request", "body": protocol.embed_request_to_json(EmbedRequest(cells=tiny_cells))}]
+    inbox = [{"type": "http.request", "body": protocol.request_to_json(EmbedRequest(cells=tiny_cells))}]
 
     async def receive() -> dict[str, Any]:
         if inbox:

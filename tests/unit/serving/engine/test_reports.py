@@ -46,10 +46,10 @@ async def test_every_kind_of_body_gives_the_page(http: httpx.AsyncClient, tiny_c
     file = h5ad.read_bytes()
     replies = [
         await http.post(
-            "/v1/report", content=protocol.score_request_to_json(request), headers={"content-type": protocol.JSON}
+            "/v1/report", content=protocol.request_to_json(request), headers={"content-type": protocol.JSON}
         ),
         await http.post(
-            "/v1/report", content=protocol.score_request_to_arrow(request), headers={"content-type": protocol.ARROW}
+            "/v1/report", content=protocol.request_to_arrow(request), headers={"content-type": protocol.ARROW}
         ),
         await http.post("/v1/report", params=PARAMETERS, content=file, headers=HDF5),
         await http.post("/v1/report", files={"file": ("a.h5ad", file)}, data={**PARAMETERS, "title": EVIL}),
@@ -86,7 +86,7 @@ async def test_parts_that_cannot_be_had_say_why(
     vectors = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
     request = ScoreRequest(embeddings=vectors, perturbations=LABELS, control="control", options=ScoreOptions(**FAST))
     reply = await http.post(
-        "/v1/report", content=protocol.score_request_to_json(request), headers={"content-type": protocol.JSON}
+        "/v1/report", content=protocol.request_to_json(request), headers={"content-type": protocol.JSON}
     )
     assert reply.status_code == 200, reply.text
     for part in ("No umap-learn here.", "without counts", "no two perturbations", "takes no gene sets"):

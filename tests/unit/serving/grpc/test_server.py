@@ -43,8 +43,8 @@ async def test_embed_gives_what_the_model_says_offline(
     engine: Engine, stub_of: StubOf, tiny_cells: CountMatrix, fake_embedder: Embedder
 ) -> None:
     stub = await stub_of(engine)
-    reply = await stub.Embed(protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells)))
-    answer = protocol.embed_answer_from_proto(reply)
+    reply = await stub.Embed(protocol.request_to_proto(EmbedRequest(cells=tiny_cells)))
+    answer = protocol.answer_from_proto(protocol.EmbedAnswer, reply)
     np.testing.assert_array_equal(answer.values, fake_embedder.embed(tiny_cells).values)
     assert answer.model_id == fake_embedder.model_id
     assert set(answer.timings) == {"tokenize", "queue", "inference"}
@@ -58,19 +58,23 @@ async def test_scores_and_pairs_are_those_of_http(
     score = ScoreRequest(cells=tiny_cells, perturbations=LABELS, control="control", options=options)
     compare = CompareRequest(cells=tiny_cells, perturbations=LABELS, options=options)
     reply = await http.post(
-        "/v1/score", content=protocol.score_request_to_json(score), headers={"content-type": protocol.JSON}
+        "/v1/score", content=protocol.request_to_json(score), headers={"content-type": protocol.JSON}
     )
-    over_grpc = protocol.score_answer_from_proto(await stub.Score(protocol.score_request_to_proto(score))).result
-    assert over_grpc.table.equals(protocol.score_answer_from_json(reply.content).result.table)
+    over_grpc = protocol.answer_from_proto(
+        protocol.ScoreAnswer, await stub.Score(protocol.request_to_proto(score))
+    ).result
+    assert over_grpc.table.equals(protocol.answer_from_json(protocol.ScoreAnswer, reply.content).result.table)
     reply = await http.post(
-        "/v1/compare", content=protocol.compare_request_to_json(compare), headers={"content-type": protocol.JSON}
+        "/v1/compare", content=protocol.request_to_json(compare), headers={"content-type": protocol.JSON}
     )
-    compared = protocol.compare_answer_from_proto(await stub.Compare(protocol.compare_request_to_proto(compare))).result
-    assert compared.table.equals(protocol.compare_answer_from_json(reply.content).result.table)
+    compared = protocol.answer_from_proto(
+        protocol.CompareAnswer, await stub.Compare(protocol.request_to_proto(compare))
+    ).result
+    assert compared.table.equals(protocol.answer_from_json(protocol.CompareAnswer, reply.content).result.table)
 
 
 async def test_models(engine: Engine, stub_of: StubOf) -> None:
-    answer = protocol.models_answer_from_proto(await (await stub_of(engine)).Models(pb.ModelsRequest()))
+    answer = protocol.answer_from_proto(protocol.ModelsAnswer, await (await stub_of(engine)).Models(pb.ModelsRequest()))
     assert answer == engine.models()
 
 
@@ -90,7 +94,7 @@ async def test_bad_input_is_typed_and_a_batch_mate_is_unharmed(
     engine: Engine, stub_of: StubOf, tiny_cells: CountMatrix, case: str
 ) -> None:
     stub = await stub_of(engine)
-    good = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    good = protocol.request_to_proto(EmbedRequest(cells=tiny_cells))
     bad = pb.EmbedRequest()
     bad.CopyFrom(good)
     BAD[case](bad)
@@ -105,12 +109,12 @@ async def test_bad_input_is_typed_and_a_batch_mate_is_unharmed(
         "invalid_parameter",
     }
     assert text
-    assert len(protocol.embed_answer_from_proto(await mate)) == 24
+    assert len(protocol.answer_from_proto(protocol.EmbedAnswer, await mate)) == 24
 
 
 async def test_an_unknown_model_is_not_found(engine: Engine, stub_of: StubOf, tiny_cells: CountMatrix) -> None:
     stub = await stub_of(engine)
-    message = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells, model="nöpe"))
+    message = protocol.request_to_proto(EmbedRequest(cells=tiny_cells, model="nöpe"))
     status, text, trailing = await failure(stub.Embed(message))
     assert (status, trailing["perturbscope-code"]) == (grpc.StatusCode.NOT_FOUND, "unknown_model")
     assert trailing["perturbscope-field"] == "model"
@@ -125,13 +129,13 @@ async def test_an_error_that_is_long_and_strange_is_still_answered(
 
     monkeypatch.setattr("serving.access.limits.check_shape", refuse)
     stub = await stub_of(engine)
-    _, text, trailing = await failure(stub.Embed(protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))))
+    _, text, trailing = await failure(stub.Embed(protocol.request_to_proto(EmbedRequest(cells=tiny_cells))))
     assert text.startswith("ü")
     assert trailing["perturbscope-field"] == r"gr\xf6\xdfe"
 
 
 async def test_limits_and_overload(make_engine: MakeEngine, stub_of: StubOf, tiny_cells: CountMatrix) -> None:
-    message = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    message = protocol.request_to_proto(EmbedRequest(cells=tiny_cells))
     small = await stub_of(make_engine(max_cells=3))
     status, _, trailing = await failure(small.Embed(message))
     assert (status, trailing["perturbscope-code"]) == (grpc.StatusCode.INVALID_ARGUMENT, "limit_exceeded")
@@ -146,7 +150,7 @@ async def test_limits_and_overload(make_engine: MakeEngine, stub_of: StubOf, tin
 async def test_a_message_over_the_limit_is_refused(
     make_engine: MakeEngine, stub_of: StubOf, tiny_cells: CountMatrix
 ) -> None:
-    message = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    message = protocol.request_to_proto(EmbedRequest(cells=tiny_cells))
     stub = await stub_of(make_engine(max_body_bytes=1000))
     status, _, trailing = await failure(stub.Embed(message))
     assert (status, trailing["perturbscope-code"]) == (grpc.StatusCode.INVALID_ARGUMENT, "limit_exceeded")
@@ -164,7 +168,7 @@ async def test_a_bug_of_ours_is_internal_and_tells_no_secret(
 
     monkeypatch.setattr("serving.access.limits.check_shape", broken)
     stub = await stub_of(engine)
-    status, text, trailing = await failure(stub.Embed(protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))))
+    status, text, trailing = await failure(stub.Embed(protocol.request_to_proto(EmbedRequest(cells=tiny_cells))))
     assert (status, trailing["perturbscope-code"]) == (grpc.StatusCode.INTERNAL, "internal")
     assert "secret" not in text
     assert trailing["perturbscope-request-id"] in text
@@ -176,7 +180,7 @@ async def test_a_caller_that_gives_up_costs_no_compute(
     assert isinstance(fake_embedder.encoder, FakeEncoder)
     gate = fake_embedder.encoder.gate = threading.Event()
     stub = await stub_of(engine)
-    message = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    message = protocol.request_to_proto(EmbedRequest(cells=tiny_cells))
     first = asyncio.ensure_future(stub.Embed(message))
     async with asyncio.timeout(60):
         while not fake_embedder.encoder.batches:

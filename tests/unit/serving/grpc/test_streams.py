@@ -207,9 +207,9 @@ async def test_who_goes_away_costs_nothing_more(
 
 
 def _matrix(cells: CountMatrix) -> pb.CountMatrix:
-    from perturbscope.protocol import EmbedRequest, embed_request_to_proto
+    from perturbscope.protocol import EmbedRequest, request_to_proto
 
-    return embed_request_to_proto(EmbedRequest(cells=cells)).cells
+    return request_to_proto(EmbedRequest(cells=cells)).cells
 
 
 async def test_who_sends_nothing_is_let_go(make_engine: MakeEngine, stub_of: StubOf, tiny_cells: CountMatrix) -> None:

@@ -52,10 +52,8 @@ async def test_embed_takes_and_gives_every_format(
     request = EmbedRequest(cells=tiny_cells)
     file = h5ad.read_bytes()
     replies = [
-        await http.post("/v1/embed", content=protocol.embed_request_to_json(request), headers=JSON),
-        await http.post(
-            "/v1/embed", content=protocol.embed_request_to_arrow(request), headers={**ARROW, "accept": "*/*"}
-        ),
+        await http.post("/v1/embed", content=protocol.request_to_json(request), headers=JSON),
+        await http.post("/v1/embed", content=protocol.request_to_arrow(request), headers={**ARROW, "accept": "*/*"}),
         await http.post("/v1/embed", content=file, headers=HDF5),
         await http.post("/v1/embed?layer=counts", content=file, headers={"content-type": "application/octet-stream"}),
         await http.post("/v1/embed", files={"file": ("cells.h5ad", file)}, data={"layer": "counts"}),
@@ -64,14 +62,14 @@ async def test_embed_takes_and_gives_every_format(
         assert reply.status_code == 200, reply.text
         assert reply.headers["content-type"] == protocol.JSON
         schemas.EmbedAnswer.model_validate_json(reply.content)
-        np.testing.assert_array_equal(protocol.embed_answer_from_json(reply.content).values, expected)
+        np.testing.assert_array_equal(protocol.answer_from_json(protocol.EmbedAnswer, reply.content).values, expected)
     for content, headers in (
-        (protocol.embed_request_to_arrow(request), ARROW),
-        (protocol.embed_request_to_json(request), {**JSON, "accept": protocol.ARROW}),
+        (protocol.request_to_arrow(request), ARROW),
+        (protocol.request_to_json(request), {**JSON, "accept": protocol.ARROW}),
     ):
         reply = await http.post("/v1/embed", content=content, headers=headers)
         assert reply.headers["content-type"] == protocol.ARROW
-        np.testing.assert_array_equal(protocol.embed_answer_from_arrow(reply.content).values, expected)
+        np.testing.assert_array_equal(protocol.answer_from_arrow(protocol.EmbedAnswer, reply.content).values, expected)
 
 
 async def test_score_takes_and_gives_every_format(http: httpx.AsyncClient, tiny_cells: CountMatrix, h5ad: Path) -> None:
@@ -80,9 +78,9 @@ async def test_score_takes_and_gives_every_format(http: httpx.AsyncClient, tiny_
     parameters = {"perturbation_key": "perturbation", "control": "control", "options": OPTIONS}
     file = h5ad.read_bytes()
     replies = [
-        await http.post("/v1/score", content=protocol.score_request_to_json(request), headers=JSON),
+        await http.post("/v1/score", content=protocol.request_to_json(request), headers=JSON),
         await http.post(
-            "/v1/score", content=protocol.score_request_to_arrow(request), headers={"content-type": protocol.ARROW}
+            "/v1/score", content=protocol.request_to_arrow(request), headers={"content-type": protocol.ARROW}
         ),
         await http.post("/v1/score", params=parameters, content=file, headers=HDF5),
         await http.post("/v1/score", files={"file": ("cells.h5ad", file)}, data=parameters),
@@ -94,7 +92,7 @@ async def test_score_takes_and_gives_every_format(http: httpx.AsyncClient, tiny_
         assert answer["results"] == replies[0].json()["results"]
         assert tuple(answer["results"][0]) == SCORE_COLUMNS
         assert answer["meta"]["provenance"]["seed"] == 0
-    reply = await http.post("/v1/score", content=protocol.score_request_to_arrow(request), headers=ARROW)
+    reply = await http.post("/v1/score", content=protocol.request_to_arrow(request), headers=ARROW)
     assert pa.ipc.open_stream(reply.content).read_all().column_names == list(SCORE_COLUMNS)
 
 
@@ -114,7 +112,7 @@ async def test_score_of_an_embedding_in_the_file(http: httpx.AsyncClient, h5ad: 
 
 async def test_compare_over_json_and_file(http: httpx.AsyncClient, tiny_cells: CountMatrix, h5ad: Path) -> None:
     request = CompareRequest(cells=tiny_cells, perturbations=LABELS, options=ScoreOptions(**FAST))
-    first = await http.post("/v1/compare", content=protocol.compare_request_to_json(request), headers=JSON)
+    first = await http.post("/v1/compare", content=protocol.request_to_json(request), headers=JSON)
     parameters = {"perturbation_key": "perturbation", "options": OPTIONS, "pairs": '[["KO", "control"]]'}
     second = await http.post("/v1/compare", params=parameters, content=h5ad.read_bytes(), headers=HDF5)
     for reply in (first, second):
@@ -464,7 +462,7 @@ async def test_what_the_document_calls_a_body_is_what_the_decoder_takes(
     score = ScoreRequest(cells=tiny_cells, perturbations=LABELS, control="control", batches=LABELS)
     compare = CompareRequest(cells=tiny_cells, perturbations=LABELS, pairs=(("KO", "control"),))
     schemas.EmbedBody.model_validate(embed_json)
-    schemas.ScoreBody.model_validate_json(protocol.score_request_to_json(score))
-    schemas.CompareBody.model_validate_json(protocol.compare_request_to_json(compare))
+    schemas.ScoreBody.model_validate_json(protocol.request_to_json(score))
+    schemas.CompareBody.model_validate_json(protocol.request_to_json(compare))
     smallest = schemas.EmbedBody(cells=schemas.Cells(**embed_json["cells"])).model_dump(exclude_none=True)
     assert (await http.post("/v1/embed", json=smallest)).status_code == 200

@@ -130,7 +130,7 @@ async def test_any_arrow_reader_understands_the_answer(engine: Engine, tiny_cell
 
 async def test_the_body_of_an_embed_request_is_a_stream_too(engine: Engine, tiny_cells: CountMatrix) -> None:
     exchange = Exchange(engine)
-    exchange.send(protocol.embed_request_to_arrow(protocol.EmbedRequest(cells=tiny_cells, model="fake")), more=False)
+    exchange.send(protocol.request_to_arrow(protocol.EmbedRequest(cells=tiny_cells, model="fake")), more=False)
     await exchange.finish()
     assert [type(answer) for answer in exchange.answers()] == [StreamOpened, StreamChunk, StreamEnd]
 
@@ -196,7 +196,7 @@ async def test_a_cut_off_answer_is_never_taken_for_a_whole_one(engine: Engine, t
 
 
 def compressed(cells: CountMatrix) -> list[bytes]:
-    table = pa.ipc.open_stream(protocol.embed_request_to_arrow(protocol.EmbedRequest(cells=cells))).read_all()
+    table = pa.ipc.open_stream(protocol.request_to_arrow(protocol.EmbedRequest(cells=cells))).read_all()
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(table)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.families.tokens import pad
 from perturbscope.inference.embedder import Embedder
-from perturbscope.protocol import EmbedRequest, embed_answer_from_proto, embed_request_to_proto
+from perturbscope.protocol import EmbedAnswer, EmbedRequest, answer_from_proto, request_to_proto
 from perturbscope.protocol.proto import open_inference_pb2 as pb
 from perturbscope.protocol.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
@@ -99,8 +99,8 @@ async def test_tokens_give_the_vectors_of_their_cells_on_every_way(
 ) -> None:
     http, channel = connect(engine), await channel_of(engine)
     stub = GRPCInferenceServiceStub(channel)
-    embed = PerturbScopeStub(channel).Embed(embed_request_to_proto(EmbedRequest(cells=tiny_cells)))
-    expected = embed_answer_from_proto(await embed).values
+    embed = PerturbScopeStub(channel).Embed(request_to_proto(EmbedRequest(cells=tiny_cells)))
+    expected = answer_from_proto(EmbedAnswer, await embed).values
 
     raw = values_of(await stub.ModelInfer(message_of(arrays, id="mine")))
     np.testing.assert_array_equal(raw, expected)

@@ -89,13 +89,13 @@ async def test_a_request_is_counted_over_http(
 
 async def test_a_request_is_counted_over_grpc(engine: Engine, stub_of: Any, tiny_cells: CountMatrix) -> None:
     stub, since = await stub_of(engine), Since()
-    message = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    message = protocol.request_to_proto(EmbedRequest(cells=tiny_cells))
     await stub.Embed(message)
     assert since("perturbscope_requests_total", **GRPC, status="OK", code="ok") == 1
     assert since("perturbscope_request_bytes_total", **GRPC) == message.ByteSize()
     assert since("perturbscope_request_cells_total", **GRPC) == 24
     with pytest.raises(grpc.aio.AioRpcError):
-        await stub.Embed(protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells, model="none")))
+        await stub.Embed(protocol.request_to_proto(EmbedRequest(cells=tiny_cells, model="none")))
     assert since("perturbscope_requests_total", **GRPC, status="NOT_FOUND", code="unknown_model") == 1
 
 

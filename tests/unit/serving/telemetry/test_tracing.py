@@ -119,7 +119,7 @@ async def test_http_is_one_trace_below_the_callers_span(
 async def test_grpc_is_one_trace_below_the_callers_span(
     engine: Engine, stub_of: Any, tiny_cells: CountMatrix, spans: Spans
 ) -> None:
-    message = protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells))
+    message = protocol.request_to_proto(EmbedRequest(cells=tiny_cells))
     call = (await stub_of(engine)).Embed(message, metadata=(("traceparent", TRACEPARENT),))
     await call
     root = spans.one(EMBED)
@@ -275,7 +275,7 @@ async def test_a_call_that_is_cancelled_ends_its_span(
     encoder = fake_embedder.encoder
     assert isinstance(encoder, FakeEncoder)
     encoder.gate = threading.Event()
-    call = (await stub_of(engine)).Embed(protocol.embed_request_to_proto(EmbedRequest(cells=tiny_cells)))
+    call = (await stub_of(engine)).Embed(protocol.request_to_proto(EmbedRequest(cells=tiny_cells)))
     while not encoder.batches:
         await asyncio.sleep(0.001)
     call.cancel()
