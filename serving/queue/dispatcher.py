@@ -250,7 +250,7 @@ class Dispatcher:
         finally:
             self._task = None
             # Nobody is left here unless this task was cancelled or has a bug: even then every caller must hear of it.
-            if self._open:
+            if any(not submission.done.done() for submission in self._open):
                 self._fail_all(
                     self._runner.stall_error() if self.stalled else InferenceError("The inference worker was stopped.")
                 )
