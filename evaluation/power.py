@@ -105,7 +105,7 @@ def power(
         The grid is empty or has an n below 2, a share is outside 0 to 1, the metric is Wasserstein, or alpha needs more
         permutations.
     InvalidEmbeddingError, MalformedMatrixError, ControlLabelMissingError, TooFewControlsError, TooFewCellsError
-        As :func:`perturbscope.score_perturbations`.
+        See :func:`perturbscope.score_perturbations`.
     """
     sizes = sorted({int(n) for n in grid})
     _check(sizes, repeats, alpha, target, max_controls, metric)

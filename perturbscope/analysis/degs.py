@@ -292,7 +292,7 @@ def deg_null(
     Raises
     ------
     MalformedMatrixError, InvalidParameterError, ControlLabelMissingError
-        As :func:`deg_table`.
+        See :func:`deg_table`.
     """
     options = options or DegOptions()
     labels = check_labels(perturbations, len(cells), "perturbations")

@@ -27,7 +27,7 @@ _SEEN = {
     ),
     "pretrained_on_this_file": ("Trained on this file, without its labels", ""),
 }
-"""What :mod:`perturbscope.tasks.trained_on` found -> its heading, and the doubt that it casts on all numbers."""
+"""Finding of :mod:`perturbscope.tasks.trained_on` -> its heading, and the doubt that it casts on all numbers."""
 FEW_CELLS = 50
 """Number of cells below which only large effects can be detected."""
 FEW_GENES = 1000

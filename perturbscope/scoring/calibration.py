@@ -116,7 +116,7 @@ def calibrate(
     InvalidParameterError
         Wasserstein is the only metric, or a size is out of range.
     InvalidEmbeddingError, MalformedMatrixError, ControlLabelMissingError, TooFewControlsError
-        As :func:`perturbscope.score_perturbations`.
+        See :func:`perturbscope.score_perturbations`.
     """
     options = options or ScoreOptions()
     metrics = tuple(metric for metric in options.metrics if metric != "wasserstein")

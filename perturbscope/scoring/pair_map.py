@@ -99,7 +99,7 @@ def distance_map(
     InvalidParameterError
         The metric is Wasserstein, or landmarks are asked for with a distance whose exact map is as fast.
     InvalidEmbeddingError, MalformedMatrixError, TooFewCellsError
-        As :func:`perturbscope.score_perturbations`.
+        See :func:`perturbscope.score_perturbations`.
     """
     options = options or ScoreOptions()
     metric = options.metrics[0]
@@ -139,7 +139,7 @@ def check_map(options: ScoreOptions, method: object, landmarks: int) -> None:
     Raises
     ------
     InvalidParameterError
-        As :func:`distance_map`.
+        See :func:`distance_map`.
     """
     metric = options.metrics[0]
     if metric == "wasserstein":

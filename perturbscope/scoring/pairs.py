@@ -74,7 +74,7 @@ def compare_perturbations(
     InvalidParameterError
         A pair names an unknown label, or one label twice.
     InvalidEmbeddingError, MalformedMatrixError, ControlLabelMissingError, TooFewControlsError, TooFewCellsError
-        As :func:`perturbscope.score_perturbations`.
+        See :func:`perturbscope.score_perturbations`.
     """
     options = options or ScoreOptions()
     groups = Groups.of(embeddings, perturbations, batches, options, control=control)
