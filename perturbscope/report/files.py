@@ -16,7 +16,7 @@ from scipy.spatial.distance import squareform
 from perturbscope.analysis.umap import Projection
 from perturbscope.cells.files import atomic, write_table
 from perturbscope.report import sections
-from perturbscope.report.charts import heat_map
+from perturbscope.report.charts.heatmap import heat_map
 from perturbscope.report.contents import Pairs, Report
 from perturbscope.report.page import chart_style
 from perturbscope.scoring.calibration import Calibration

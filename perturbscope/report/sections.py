@@ -11,20 +11,11 @@ import pandas as pd
 
 from perturbscope.analysis.degs import correlate_degs
 from perturbscope.analysis.umap import Projection
-from perturbscope.report.charts import (
-    NARROW,
-    WIDE,
-    DegPoint,
-    Frame,
-    Point,
-    cell_map,
-    deg_chart,
-    effect_chart,
-    heat_map,
-    qq_chart,
-)
-from perturbscope.report.charts.cells import COLOURS
-from perturbscope.report.charts.heatmap import scale
+from perturbscope.report.charts.cells import COLOURS, cell_map
+from perturbscope.report.charts.frame import NARROW, WIDE, Frame
+from perturbscope.report.charts.heatmap import heat_map, scale
+from perturbscope.report.charts.quantiles import qq_chart
+from perturbscope.report.charts.scatter import DegPoint, Point, deg_chart, effect_chart
 from perturbscope.report.contents import Absent, Pairs, Report
 from perturbscope.report.pairs import PAIR_CELLS
 from perturbscope.report.sentences import METRIC_NAMES, number

@@ -12,7 +12,8 @@ import pytest
 
 from perturbscope.errors import ProviderUnavailableError
 from perturbscope.report import Absent, Report, files, render_report, write_figures, write_tables
-from perturbscope.report.charts import cell_map, heat_map
+from perturbscope.report.charts.cells import cell_map
+from perturbscope.report.charts.heatmap import heat_map
 from tests.reports import EVIL, make_report
 
 

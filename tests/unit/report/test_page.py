@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from perturbscope.report import Absent, Report, render_report, write_report
-from perturbscope.report.charts import NARROW, WIDE, Point, effect_chart, qq_chart
+from perturbscope.report.charts.frame import NARROW, WIDE
+from perturbscope.report.charts.quantiles import qq_chart
+from perturbscope.report.charts.scatter import Point, effect_chart
 from perturbscope.report.sentences import cautions, conclusions, listing, number, p_value
 from perturbscope.tasks.trained_on import Seen
 from tests.reports import EVIL, make_report
