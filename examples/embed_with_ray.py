@@ -2,10 +2,10 @@
 
 ``python examples/embed_with_ray.py OUT CELLS.h5ad [CELLS.h5ad ...] --bundle bundles/default --workers 8 --device cuda``
 
-Ray is no dependency of PerturbScope: ``pip install "ray[data]"``. On a cluster, ``ray job submit -- python ...``; the
-files, the bundle and OUT lie on storage that all machines see. A piece is PIECE cells of one file; its vectors become
-``OUT/NAME-FIRST.npy``, float32 [cells, width], in the order of the file. A piece appears under its name only when it is
-whole, so the same command goes on where an interrupted one stopped.
+Ray is not a dependency of PerturbScope: ``pip install "ray[data]"``. On a cluster, run ``ray job submit -- python ...``
+with files, bundle and OUT on storage that all machines see. A piece is PIECE cells of one file; its vectors
+become ``OUT/NAME-FIRST.npy``, float32 [cells, width], in the order of the file. A piece gets its name only when it is
+complete, so the same command continues where an interrupted one stopped.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from perturbscope.inference.embedder import Embedder
 
 
 class Embed:
-    """One worker: its model is loaded once, and a chunk of counts is all that it holds of its cells."""
+    """One worker, which loads its model once and holds one chunk of counts at a time."""
 
     def __init__(self, bundle: str, out: str, device: Any, threads: int) -> None:
         self.embedder = Embedder.from_bundle(Bundle.open(Path(bundle)), device=device, threads=threads)
         self.out = Path(out)
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
-        """Vectors of one piece, written to its file."""
+        """Embed one piece and write its vectors to its file."""
         began, target = time.perf_counter(), self.out / piece["name"]
         staging = target.with_suffix(".partial")
         with open_cells(piece["path"]) as source:
@@ -40,17 +40,17 @@ class Embed:
             starts = range(piece["start"], piece["stop"], source.chunk_cells)
             chunks = (source.rows(start, min(start + source.chunk_cells, piece["stop"])) for start in starts)
             done = 0
-            for found in self.embedder.embed_stream(chunks):
-                values[done : done + len(found)] = found.values
-                done += len(found)
+            for embeddings in self.embedder.embed_stream(chunks):
+                values[done : done + len(embeddings)] = embeddings.values
+                done += len(embeddings)
             values.flush()
         os.replace(staging, target)
         return {"name": piece["name"], "cells": done, "seconds": time.perf_counter() - began}
 
 
 def pieces_of(paths: list[Path], out: Path, size: int) -> list[dict[str, Any]]:
-    """What is still to be done."""
-    found = []
+    """List the pieces without a file in OUT."""
+    pieces = []
     for path in paths:
         with open_cells(path) as source:
             n_cells = source.n_cells
@@ -58,8 +58,8 @@ def pieces_of(paths: list[Path], out: Path, size: int) -> list[dict[str, Any]]:
             name = f"{path.stem}-{start:012d}.npy"
             if not (out / name).exists():
                 stop = min(start + size, n_cells)
-                found.append({"path": str(path.absolute()), "name": name, "start": start, "stop": stop})
-    return found
+                pieces.append({"path": str(path.absolute()), "name": name, "start": start, "stop": stop})
+    return pieces
 
 
 def main() -> None:
@@ -69,14 +69,14 @@ def main() -> None:
     parser.add_argument("cells", type=Path, nargs="+")
     parser.add_argument("--bundle", type=Path, default=Path("bundles/default"))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "tensorrt"])
-    parser.add_argument("--workers", type=int, default=2, help="models in all; on GPUs, one a GPU")
+    parser.add_argument("--workers", type=int, default=2, help="number of models; on GPUs, one for each GPU")
     parser.add_argument("--threads", type=int, default=1, help="processor threads of a worker")
     parser.add_argument("--piece", type=int, default=100_000, help="cells of a piece")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     pieces = pieces_of(options.cells, options.out, options.piece)
     if not pieces:
-        print("Nothing is left to be done.")
+        print("All pieces are embedded already.")
         return
 
     import ray
@@ -85,7 +85,7 @@ def main() -> None:
     arguments = (str(options.bundle.absolute()), str(options.out.absolute()), options.device, options.threads)
     resources = {"num_cpus": options.threads, "num_gpus": 0 if options.device == "cpu" else 1}
     workers = ray.data.ActorPoolStrategy(size=options.workers)
-    # A block a piece: a worker takes the next one when it is free.
+    # One block for each piece: a worker takes the next one when it is free.
     todo = ray.data.from_items(pieces, override_num_blocks=len(pieces))
     began, cells = time.perf_counter(), 0
     for piece in todo.map(Embed, fn_constructor_args=arguments, compute=workers, **resources).iter_rows():

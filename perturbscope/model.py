@@ -1,4 +1,4 @@
-"""The library's front door: embed and score AnnData, files or count matrices, here or on a server."""
+"""Models for users of AnnData: embed and score AnnData, files or count matrices, here or on a server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _log = logging.getLogger("perturbscope")
 
 
 class Model:
-    """A model for users of AnnData. Made by :func:`load`; a context manager.
+    """A model for users of AnnData, made by :func:`load`; a context manager that closes it.
 
     Cells are given as an AnnData object (which is only read), a path that :func:`perturbscope.open_cells` understands,
     an open :class:`CellSource`, or a :class:`CountMatrix`.
@@ -37,7 +37,7 @@ class Model:
     Parameters
     ----------
     backend
-        Where the work is done.
+        The model in this process, or the client of a server; :meth:`close` closes it.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -62,11 +62,11 @@ class Model:
         Parameters
         ----------
         cells
-            Raw counts, see the class.
+            Raw counts; see the class.
         layer, gene_key, total_counts_key
-            Where they are in `cells`; see :func:`perturbscope.open_cells`.
+            Location of the counts in `cells`; see :func:`perturbscope.open_cells`.
         progress
-            Told a stage (``check``, ``embed``), and how many cells of how many it has done.
+            Called with the stage (``embed``), the number of cells that are done, and that of all cells.
 
         Returns
         -------
@@ -75,7 +75,7 @@ class Model:
         Raises
         ------
         InvalidInputError
-            One of its subclasses says what is wrong with the cells, and in which row.
+            The cells are bad; the subclass and message say how, and in which row.
         """
         return self.embeddings(
             cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key, progress=progress
@@ -90,7 +90,7 @@ class Model:
         total_counts_key: str | None = None,
         progress: StageProgress | None = None,
     ) -> Embeddings:
-        """As :meth:`embed`, with each cell's length and share of known genes, and the genes' coverage."""
+        """Embed cells as :meth:`embed`; also return their lengths, shares of known genes, and the genes' coverage."""
         if isinstance(cells, CountMatrix):
             if (layer, gene_key, total_counts_key) != (None, None, None):
                 raise InvalidParameterError(
@@ -121,7 +121,7 @@ class Model:
         progress: StageProgress | None = None,
         **options: Any,
     ) -> pd.DataFrame:
-        """How far each perturbation is from control.
+        """Score each perturbation by its distance from control.
 
         Parameters
         ----------
@@ -134,7 +134,7 @@ class Model:
         use_rep
             Score this matrix of obsm (``X_pca``, ``X_scVI``, ...) in place of embedding the cells.
         batch_key
-            Column of obs; labels are permuted within its batches.
+            Column of obs with each cell's batch; labels are permuted within batches.
         metrics, seed, options
             See :class:`perturbscope.ScoreOptions`.
         layer, gene_key, total_counts_key, progress
@@ -143,15 +143,17 @@ class Model:
         Returns
         -------
         One row a perturbation and metric, with the columns perturbation, n_cells, n_controls, metric, distance,
-        null_mean, null_sd, z, p, q, flags. ``attrs["provenance"]`` says what made the numbers,
-        ``attrs["warnings"]`` what to be careful about.
+        null_mean, null_sd, z, p, q, flags. ``attrs["provenance"]`` holds model, options and input,
+        ``attrs["warnings"]`` reasons to be careful.
 
         Raises
         ------
         MissingColumnError, ControlLabelMissingError, TooFewControlsError, TooFewCellsError
-            Labels that do not allow a score; found before any cell is embedded.
+            The labels do not allow a score, which is found before any cell is embedded.
         InvalidParameterError
-            An option outside its range.
+            An option is outside its range.
+        InvalidInputError
+            A cell cannot be embedded; the message names its row.
         """
         with opened(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
             screen = Screen.of(
@@ -184,9 +186,9 @@ class Model:
         progress: StageProgress | None = None,
         **options: Any,
     ) -> pd.DataFrame:
-        """How far perturbations are from each other: all pairs, or `pairs`. Else as :meth:`score`.
+        """Score pairs of perturbations by their distance: all pairs, or `pairs`. Else as :meth:`score`.
 
-        With `control`, z has the controls' null, and the default pairs leave the controls out; see
+        With `control`, z is measured against the controls' null, and the default pairs leave the controls out; see
         :func:`perturbscope.compare_perturbations`.
 
         Returns
@@ -208,7 +210,7 @@ class Model:
         return _table(result)
 
     def close(self) -> None:
-        """Release the backend."""
+        """Free the model, or close the connections to its server."""
         self.backend.close()
 
     def __enter__(self) -> Self:
@@ -237,26 +239,26 @@ def load(
     bundle_or_url
         Directory of a bundle, ``http(s)://host:port``, or ``grpc(s)://host:port``.
     device
-        ``cpu``, ``cuda`` or ``tensorrt``, for a bundle.
+        Device that runs a bundle: ``cpu``, ``cuda`` or ``tensorrt``.
     variant
-        Which graph of a bundle: ``fp32``, ``fp16``, ``int8``.
+        Graph of a bundle: ``fp32``, ``fp16``, ``fp16-flash``, ``int8``.
     model
-        Name of one of a server's models; its default if None.
+        Name of one of a server's models; None: its default.
     api_key, ca, cert
-        For a server: the API key, the file of trusted authorities, and the files of the client's certificate and its
-        private key. Left out, the environment says: see :mod:`perturbscope.client.access`.
+        API key of a server, file of trusted authorities, and files of the client's certificate and its private key.
+        None: those of the environment, see :mod:`perturbscope.client.access`.
 
     Raises
     ------
     BundleError
-        The bundle is damaged, or made for another version.
+        The bundle is damaged, or was made for another version.
     ProviderUnavailableError
-        CUDA was asked for and is not there.
+        CUDA was asked for and is not available.
     InvalidParameterError
-        An option that belongs to the other kind of source.
+        An option is for the other kind of source.
     """
-    where = str(bundle_or_url)
-    scheme = where.split("://", maxsplit=1)[0] if "://" in where else ""
+    address = str(bundle_or_url)
+    scheme = address.split("://", maxsplit=1)[0] if "://" in address else ""
     if not scheme:
         if model is not None:
             raise InvalidParameterError(
@@ -266,7 +268,7 @@ def load(
             raise InvalidParameterError("api_key, ca and cert are for a server; leave them out.", field="api_key")
         from perturbscope.inference.bundle import Bundle
 
-        return Model(LocalBackend(Embedder.from_bundle(Bundle.open(where), variant=variant, device=device)))
+        return Model(LocalBackend(Embedder.from_bundle(Bundle.open(address), variant=variant, device=device)))
     if (device, variant) != ("cpu", "fp32"):
         raise InvalidParameterError(
             "device and variant are chosen where the server is started; leave them out for a URL.", field="device"
@@ -274,13 +276,13 @@ def load(
     if scheme in ("http", "https"):
         from perturbscope.client import Client
 
-        return Model(Client(where, model=model, api_key=api_key, ca=ca, cert=cert))
+        return Model(Client(address, model=model, api_key=api_key, ca=ca, cert=cert))
     if scheme in ("grpc", "grpcs"):
         from perturbscope.client import GrpcClient
 
-        return Model(GrpcClient(where, model=model, api_key=api_key, ca=ca, cert=cert))
+        return Model(GrpcClient(address, model=model, api_key=api_key, ca=ca, cert=cert))
     raise InvalidParameterError(
-        f"The address {where} has the scheme {scheme!r}; http://, https://, grpc:// and grpcs:// are understood.",
+        f"The address {address} has the scheme {scheme!r}; http://, https://, grpc:// and grpcs:// are understood.",
         field="bundle_or_url",
     )
 
@@ -288,8 +290,8 @@ def load(
 def _options(metrics: Sequence[str], seed: int, others: Mapping[str, Any]) -> ScoreOptions:
     from perturbscope.scoring.results import ScoreOptions
 
-    chosen = [metrics] if isinstance(metrics, str) else list(metrics)
-    return ScoreOptions.from_dict({"metrics": chosen, "seed": seed, **others})
+    names = [metrics] if isinstance(metrics, str) else list(metrics)
+    return ScoreOptions.from_dict({"metrics": names, "seed": seed, **others})
 
 
 def _table(result: ScoreResult | CompareResult) -> pd.DataFrame:

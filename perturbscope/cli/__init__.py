@@ -1,7 +1,7 @@
-"""The command line: ``perturbscope embed | score | compare | bundle info, verify, golden``.
+"""The command line ``perturbscope``; it may import every package of the library.
 
-Exit code 0 for success; 2 for bad usage or input (wrong options, files, labels, limits, bundle or model name); 1 for
-the rest (a server that does not answer, an accelerator that is not there, an interruption). An error is one line on
+The exit code is 0 for success; 2 for bad usage or input (options, files, labels, limits, bundle or model name); 1 for
+any other failure (a server that does not answer, a missing accelerator, an interruption). An error is one line on
 stderr, with its code in brackets; the codes are those of :mod:`perturbscope.errors`.
 """
 

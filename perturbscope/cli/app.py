@@ -1,4 +1,4 @@
-"""The commands together, and what becomes of their errors."""
+"""The commands as one application; an error of any of them becomes one line and an exit code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from perturbscope.cli.scoring import compare, score
 from perturbscope.errors import PerturbScopeError
 
 _INTERRUPTED = 128 + signal.SIGINT
-"""What typer makes of a KeyboardInterrupt."""
+"""Exit code that typer returns after a KeyboardInterrupt."""
 
 logger = logging.getLogger("perturbscope.cli")
 
@@ -53,19 +53,19 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help=f"Holds the API key of a server; default: ${KEY_VARIABLE}."),
+        typer.Option(metavar="FILE", help=f"File with the API key of a server; default: ${KEY_VARIABLE}."),
     ] = None,
     ca: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help=f"Authorities (PEM) to trust a server by; default: ${CA_VARIABLE}."),
+        typer.Option(metavar="FILE", help=f"Authorities (PEM) that a server is trusted by; default: ${CA_VARIABLE}."),
     ] = None,
 ) -> None:
     """See what a gene perturbation does to a cell."""
-    # A key itself is no option: what is on the command line can be seen in the list of processes.
+    # The key itself is not an option: the command line can be seen in the list of processes.
     if api_key_file is not None:
         os.environ.pop(KEY_VARIABLE, None)
         os.environ[KEY_FILE_VARIABLE] = str(api_key_file)
@@ -74,7 +74,7 @@ def _common(
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code."""
+    """Run a command and return its exit code."""
     try:
         code = typer.main.get_command(app).main(
             args=None if arguments is None else list(arguments), prog_name="perturbscope", standalone_mode=False

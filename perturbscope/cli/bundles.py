@@ -11,15 +11,15 @@ import typer
 
 from perturbscope.cli import console
 
-app = typer.Typer(name="bundle", help="Look at a model bundle.", no_args_is_help=True)
+app = typer.Typer(name="bundle", help="Inspect a model bundle.", no_args_is_help=True)
 
 
 @app.command("info")
 def bundle_info(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.")],
-    as_json: Annotated[bool, typer.Option("--json", help="The manifest as JSON.")] = False,
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the bundle.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """Say what a bundle is, after checking its files."""
+    """Check the files of a bundle and describe it."""
     from perturbscope.inference.bundle import Bundle
     from perturbscope.inference.golden import read_golden
 
@@ -50,9 +50,9 @@ def bundle_info(
 
 
 def _scalars(facts: Mapping[str, Any]) -> str:
-    """What fits a line of a mapping: its text and numbers; ``--json`` shows the rest."""
-    kept = [f"{name}: {_short(value)}" for name, value in facts.items() if isinstance(value, str | int | float)]
-    return "; ".join(kept) or "see --json"
+    """The text and numbers of a mapping, on one line; ``--json`` shows the rest."""
+    scalars = [f"{name}: {_short(value)}" for name, value in facts.items() if isinstance(value, str | int | float)]
+    return "; ".join(scalars) or "see --json"
 
 
 def _short(value: str | float) -> str:
@@ -60,7 +60,7 @@ def _short(value: str | float) -> str:
 
 
 @app.command("verify")
-def bundle_verify(path: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.")]) -> None:
+def bundle_verify(path: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the bundle.")]) -> None:
     """Check every file of a bundle against its manifest, load every graph, and embed the golden cells with it."""
     from perturbscope.inference.bundle import Bundle
     from perturbscope.inference.embedder import Embedder
@@ -84,15 +84,16 @@ def bundle_verify(path: Annotated[Path, typer.Argument(metavar="DIR", help="The 
 
 @app.command("golden")
 def bundle_golden(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle; it is written anew.")],
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the bundle, which is rewritten.")],
     cells: Annotated[
-        Path | None, typer.Option(help="Raw counts (.h5ad, ...) to choose cells from; default: made from random genes.")
+        Path | None,
+        typer.Option(help="Raw counts (.h5ad, ...) to choose cells from; default: cells of random genes."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the cells that are made.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the cells that are made.")] = 0,
 ) -> None:
-    """Give a bundle golden vectors: cells, and what its float32 graph makes of them on this machine's CPU.
+    """Add golden vectors to a bundle: cells, and their embeddings by its float32 graph on this machine's CPU.
 
-    A server compares with them before it serves the model. The weights and the model id do not change.
+    A server compares its own embeddings with them before it serves the model. Weights and model id do not change.
     """
     from perturbscope.inference.golden import read_golden
     from perturbscope.inference.golden_making import add_golden, first_cells

@@ -1,4 +1,4 @@
-"""What the command line shows: progress, tables, warnings, errors."""
+"""Output of the command line: progress, tables, warnings and errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
-_CALLERS_FAULT = (InvalidInputError, LimitExceededError, UnknownModelError, BundleError)
+_CALLERS_ERRORS = (InvalidInputError, LimitExceededError, UnknownModelError, BundleError)
 _STAGES = {
     "embed": "Embedding",
     "score": "Scoring",
@@ -40,18 +40,18 @@ _STAGES = {
 _HINTS = {
     UnauthenticatedError.code: " Here: perturbscope --api-key-file FILE, or the variable PERTURBSCOPE_API_KEY.",
 }
-"""What the commands call that which an error speaks of."""
+"""Options of the commands that remedy an error, by its code; the message of the error does not know them."""
 _WIDTH = 140
-"""Columns of a table that goes into a file or pipe."""
+"""Width, in characters, of a table that goes into a file or pipe."""
 
 
 def exit_code(error: PerturbScopeError) -> int:
-    """2 where the caller's input, options, bundle or model name is at fault; 1 for the rest."""
-    return EXIT_USAGE if isinstance(error, _CALLERS_FAULT) else EXIT_FAILURE
+    """Return 2 if input, options, bundle or model name are wrong, else 1."""
+    return EXIT_USAGE if isinstance(error, _CALLERS_ERRORS) else EXIT_FAILURE
 
 
 def fail(code: str, message: str) -> None:
-    """One line on stderr: the error's code, and what it says."""
+    """Print an error on one line of stderr: its code and its message."""
     message += _HINTS.get(code, "")
     Console(stderr=True, soft_wrap=True, highlight=False).print(
         Text.assemble((f"Error [{code}]: ", "bold red"), " ".join(message.split()))
@@ -59,18 +59,18 @@ def fail(code: str, message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """One line on stderr."""
+    """Print a warning on one line of stderr."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(Text.assemble(("Warning: ", "yellow"), message))
 
 
 def say(message: str) -> None:
-    """One line on stdout."""
+    """Print one line on stdout."""
     Console(soft_wrap=True, highlight=False).print(Text(message))
 
 
 @contextmanager
 def progress_bars() -> Iterator[StageProgress]:
-    """Bars on stderr, one a stage; nothing where stderr is not a terminal."""
+    """Show progress bars on stderr, one a stage; none if stderr is not a terminal."""
     console = Console(stderr=True)
     bars = Progress(
         TextColumn("{task.description}"),
@@ -92,13 +92,13 @@ def progress_bars() -> Iterator[StageProgress]:
 
 
 def show_table(table: pd.DataFrame, *, title: str, top: int) -> None:
-    """The first `top` rows of each metric on stdout, ranked as the table is."""
+    """Print the first `top` rows of each metric on stdout, in the order of the table."""
     for metric, rows in table.groupby("metric", sort=False):
         show_rows(rows.drop(columns="metric"), title=f"{title}: {metric}", top=top)
 
 
 def show_rows(table: pd.DataFrame, *, title: str, top: int) -> None:
-    """The first `top` rows on stdout."""
+    """Print the first `top` rows on stdout."""
     shown = table.head(top)
     _print(
         title,
@@ -109,7 +109,7 @@ def show_rows(table: pd.DataFrame, *, title: str, top: int) -> None:
 
 
 def show_facts(title: str, facts: Sequence[tuple[str, Any]]) -> None:
-    """Names and values on stdout."""
+    """Print names and values on stdout."""
     _print(title, ["", ""], [[name, str(value)] for name, value in facts], header=False)
 
 

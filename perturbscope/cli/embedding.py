@@ -17,12 +17,14 @@ def embed(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .h5ad file to write.")],
     counts_in: options.CountsIn,
     model_from: options.ModelFrom,
-    seed: Annotated[int, typer.Option(min=0, help="Taken by all commands; embedding draws nothing at random.")] = 0,
-    chunk_cells: Annotated[int, typer.Option(min=1, help="Cells of a chunk: what an interruption can lose.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Accepted by every command; embedding draws nothing at random.")] = 0,
+    chunk_cells: Annotated[
+        int, typer.Option(min=1, help="Cells of a chunk; an interruption loses at most one chunk.")
+    ] = 512,
 ) -> None:
-    """Embed cells: IN with obsm["X_perturbscope"] becomes OUT.
+    """Embed cells: OUT is IN with obsm["X_perturbscope"].
 
-    An interrupted run is continued by the same command: finished chunks wait in OUT.partial/.
+    The same command continues an interrupted run: finished chunks wait in OUT.partial/.
     """
     from perturbscope.cells.files import check_output, commit
     from perturbscope.cells.readers import open_cells
@@ -53,15 +55,15 @@ def embed(
         }
         partial = PartialRun(out.with_name(f"{out.name}.partial"), identity, console.warn)
         with partial.open():
-            found = partial.embed(source, backend, progress=progress)
-            write_embedded(partial.staging, source, found, provenance_of(found, where, __version__))
+            embeddings = partial.embed(source, backend, progress=progress)
+            write_embedded(partial.staging, source, embeddings, provenance_of(embeddings, where, __version__))
             commit(partial.staging, out)
-            warnings = [*([seen.warning()] if seen else []), *found.warnings()]
+            warnings = [*([seen.warning()] if seen else []), *embeddings.warnings()]
             summary = (
-                f"{len(found)} cells x {found.values.shape[1]} by {found.model_id}; {found.coverage.n_matched} of "
-                f"{found.coverage.n_genes} genes known -> {out}"
+                f"{len(embeddings)} cells x {embeddings.values.shape[1]} by {embeddings.model_id}; "
+                f"{embeddings.coverage.n_matched} of {embeddings.coverage.n_genes} genes known -> {out}"
             )
-            del found  # its vectors are mapped from a file that goes now
+            del embeddings  # their vectors are mapped from a file that is removed now
     for warning in warnings:
         console.warn(warning)
     console.say(summary)

@@ -12,8 +12,8 @@ from perturbscope.errors import InvalidParameterError
 
 _TESTING = "Testing"
 _CHANCE = 0.25
-"""Share of random control groups with any differentially expressed gene above which a user is warned; about 0.05 is
-what a q of 0.05 promises."""
+"""Largest share of random control groups with any differentially expressed gene for which no warning is given; a q of
+0.05 promises about 0.05."""
 
 
 @options.grouped
@@ -33,7 +33,7 @@ def degs(
         float, typer.Option(help="Smallest absolute log2 fold change.", rich_help_panel=_TESTING)
     ] = 0.0,
     max_controls: Annotated[
-        int, typer.Option(help="Most controls; a seeded choice of more.", rich_help_panel=_TESTING)
+        int, typer.Option(help="Most controls; a seeded sample of more.", rich_help_panel=_TESTING)
     ] = 5000,
     exclude_target: Annotated[
         bool, typer.Option(help="Leave out the perturbed gene itself.", rich_help_panel=_TESTING)
@@ -65,16 +65,16 @@ def degs(
         if not len(rows):
             raise InvalidParameterError(f"No cell has a value in obs[{perturbation_key!r}].", field="perturbation_key")
         counts = source.read()
-        there = labels[rows].tolist()
-        targets = target_columns(counts.gene_ids, sorted(set(there) - {control}))
+        row_labels = labels[rows].tolist()
+        targets = target_columns(counts.gene_ids, sorted(set(row_labels) - {control}))
         table = deg_table(
-            counts[rows], there, control=control, targets=targets, options=chosen, seed=seed, progress=progress
+            counts[rows], row_labels, control=control, targets=targets, options=chosen, seed=seed, progress=progress
         )
-        null = deg_null(counts[rows], there, control=control, options=chosen, seed=seed)
+        null = deg_null(counts[rows], row_labels, control=control, options=chosen, seed=seed)
     warnings = [
         f"Random groups of {size} controls have {median:g} differentially expressed genes in the median (some in "
-        f"{share:.0%} of the groups), though nothing was done to them: counts of perturbations with as few cells "
-        "cannot be trusted. A larger --min-expressed, or more cells, helps."
+        f"{share:.0%} of the groups), though nothing was done to them: numbers of genes of perturbations with "
+        "as few cells cannot be trusted. A larger --min-expressed, or more cells, helps."
         for size, median, _, share in null.itertuples(index=False, name=None)
         if share > _CHANCE
     ]
@@ -101,23 +101,27 @@ def degs(
 
 
 def enrich(
-    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="What perturbscope score wrote: .parquet or .csv.")],
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="Output of perturbscope score: .parquet or .csv.")],
     out: options.OutTable,
     gene_sets: Annotated[Path, typer.Option(metavar="SETS.gmt", help="Gene sets: .gmt, plain or gzipped.")],
     degs: Annotated[
-        Path | None, typer.Option(metavar="DEGS", help="What perturbscope degs wrote: rank only the weak ones.")
+        Path | None,
+        typer.Option(
+            metavar="DEGS",
+            help="Output of perturbscope degs: rank only weak perturbations.",
+        ),
     ] = None,
     max_degs: Annotated[int, typer.Option(min=0, help="With --degs: most differentially expressed genes.")] = 0,
-    metric: Annotated[str | None, typer.Option(help="Metric to rank by, where SCORES has several.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric to rank by, if SCORES has several.")] = None,
     rank_by: Annotated[str, typer.Option(metavar="COL", help="Column to rank by, largest first.")] = "z",
     grid: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Sizes of the top; default: every 100, fewer if small.")
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Random draws behind p.")] = 10_000,
+    draws: Annotated[int, typer.Option(min=1, help="Number of random draws behind p.")] = 10_000,
     top: Annotated[int, typer.Option(min=0, help="Sets of the table on stdout; 0 for none.")] = 20,
     seed: options.Seed = 0,
 ) -> None:
-    """Test whether gene sets gather at the top of a ranking; beside it, within strata of the number of cells."""
+    """Test whether gene sets gather at the top of a ranking, over all and within strata of the number of cells."""
     from perturbscope.analysis.enrichment import enrich_scores
     from perturbscope.analysis.gene_sets import read_gmt
     from perturbscope.cells.files import check_output, read_table, write_table

@@ -26,19 +26,19 @@ def map_pairs(
     method: Annotated[
         Literal["exact", "landmarks"],
         typer.Option(
-            help="landmarks: approximate, in time that grows with the cells and not with their square; its error is "
-            "measured and said.",
+            help="landmarks: approximate, in time that grows with the cells and not with their square; the error is "
+            "measured and reported.",
             rich_help_panel="Scoring",
         ),
     ] = "exact",
     landmarks: Annotated[
-        int, typer.Option(help="Cells that distances are measured to.", rich_help_panel="Scoring")
+        int, typer.Option(help="Number of cells to which distances are measured.", rich_help_panel="Scoring")
     ] = 2048,
     figure: Annotated[
         Path | None, typer.Option(metavar="OUT.svg", help="Also draw the map, of at most 60 perturbations.")
     ] = None,
 ) -> None:
-    """Map all pairs of perturbations: their distances as one matrix. Cells may be embedded by a server."""
+    """Map all pairs of perturbations: write their distances as one matrix. A server may embed the cells."""
     from perturbscope.cells.files import check_output, write_matrix
     from perturbscope.scoring.pair_map import check_map, distance_map
 
@@ -48,7 +48,7 @@ def map_pairs(
     chosen = screen.options(metrics=[metric], permutations=1)
     check_map(chosen, method, landmarks)
     with screen.open(cells, chosen) as (opened, _, progress):
-        found = distance_map(
+        pair_map = distance_map(
             opened.values,
             opened.labels,
             options=chosen,
@@ -56,30 +56,32 @@ def map_pairs(
             landmarks=landmarks,
             progress=lambda _, done, total: progress("pairs", done, total),
         )
-    warnings = [*opened.warnings, *found.warnings]
+    warnings = [*opened.warnings, *pair_map.warnings]
     provenance = {
-        **found.provenance,
+        **pair_map.provenance,
         **opened.provenance,
         "input": cells.name,
         **vars(screen.counts),
         "warnings": warnings,
     }
-    write_matrix(out, found.names, found.n_cells, found.distances, provenance)
+    write_matrix(out, pair_map.names, pair_map.n_cells, pair_map.distances, provenance)
     if figure is not None:
-        warnings += _draw(figure, found)
+        warnings += _draw(figure, pair_map)
     for warning in warnings:
         console.warn(warning)
-    console.say(f"{len(found.names)} perturbations of {cells.name}, all pairs by {found.metric} ({method}) -> {out}")
+    console.say(
+        f"{len(pair_map.names)} perturbations of {cells.name}, all pairs by {pair_map.metric} ({method}) -> {out}"
+    )
 
 
-def _draw(path: Path, found: DistanceMap) -> list[str]:
-    """Write the heat map, if it can be read; why not, otherwise."""
+def _draw(path: Path, pair_map: DistanceMap) -> list[str]:
+    """Draw the heat map and return no warning, or return the warning that it would be illegible."""
     from perturbscope.cells.files import atomic
     from perturbscope.report.files import heat_map_file
     from perturbscope.report.pairs import MAX_NAMES
 
-    if not 2 <= len(found.names) <= MAX_NAMES:
-        return [f"No figure was drawn: {len(found.names)} perturbations; it can show 2 to {MAX_NAMES}."]
+    if not 2 <= len(pair_map.names) <= MAX_NAMES:
+        return [f"No figure was drawn: {len(pair_map.names)} perturbations; it can show 2 to {MAX_NAMES}."]
     with atomic(path) as staging:
-        staging.write_text(heat_map_file(found.names, found.distances), encoding="utf-8")
+        staging.write_text(heat_map_file(pair_map.names, pair_map.distances), encoding="utf-8")
     return []

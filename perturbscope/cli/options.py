@@ -39,8 +39,8 @@ Control = Annotated[str, typer.Option(metavar="LABEL", help="The label of contro
 BatchKey = Annotated[
     str | None, typer.Option(metavar="COL", help="Column of obs; labels are permuted within its batches.")
 ]
-Top = Annotated[int, typer.Option(min=0, help="Rows of the table on stdout, a metric; 0 for none.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of all random draws.")]
+Top = Annotated[int, typer.Option(min=0, help="Rows of the table on stdout for each metric; 0 for none.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all random draws.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class CountsIn:
 
     layer: Annotated[
         str | None,
-        typer.Option(help="Where the raw counts are: X (default), a layer, or raw.", rich_help_panel=_INPUT),
+        typer.Option(help="Location of the raw counts: X (default), a layer, or raw.", rich_help_panel=_INPUT),
     ] = None
     gene_key: Annotated[
         str | None, typer.Option(help="Column of var with gene ids; default: the index.", rich_help_panel=_INPUT)
@@ -87,17 +87,15 @@ class ModelFrom:
     ] = None
     model: Annotated[
         str | None,
-        typer.Option("--model", help="Which of a server's models; its default otherwise.", rich_help_panel=_MODEL),
+        typer.Option("--model", help="Name of one of a server's models; default: its first.", rich_help_panel=_MODEL),
     ] = None
     device: Annotated[
         Literal["cpu", "cuda", "tensorrt"],
-        typer.Option("--device", help="Where a bundle runs.", rich_help_panel=_MODEL),
+        typer.Option("--device", help="Device that runs a bundle.", rich_help_panel=_MODEL),
     ] = "cpu"
     variant: Annotated[
         str,
-        typer.Option(
-            "--variant", help="Which graph of a bundle: fp32, fp16, fp16-flash, int8.", rich_help_panel=_MODEL
-        ),
+        typer.Option("--variant", help="Graph of a bundle: fp32, fp16, fp16-flash, int8.", rich_help_panel=_MODEL),
     ] = "fp32"
 
     @contextmanager
@@ -214,7 +212,9 @@ class Testing:
             "--metric", help="e_distance, cosine_e_distance or wasserstein; repeatable.", rich_help_panel=_SCORING
         ),
     ] = field(default_factory=lambda: ["e_distance"])
-    permutations: Annotated[int, typer.Option(help="Exchanges of labels behind p.", rich_help_panel=_SCORING)] = 1000
+    permutations: Annotated[
+        int, typer.Option(help="Permutations of the labels behind p.", rich_help_panel=_SCORING)
+    ] = 1000
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from perturbscope.tasks.backends import StageProgress
 
 PAGE = "report.html"
-"""Name of the page where OUT is a folder."""
+"""Name of the page if OUT is a folder."""
 
 
 @options.grouped
@@ -39,9 +39,9 @@ def report(
     ] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page; default: the name of the file.")] = None,
 ) -> None:
-    """Score a screen and show it: one page to open in a browser, offline too.
+    """Score a screen and write a page about it, to open in a browser, offline too.
 
-    A folder as OUT gets report.html, the tables as CSV and parquet, and the figures as SVG and PNG.
+    If OUT is a folder, it gets report.html, the tables as CSV and parquet, and the figures as SVG and PNG.
     """
     from perturbscope.analysis.gene_sets import read_gmt
     from perturbscope.cells.files import check_output
@@ -54,7 +54,7 @@ def report(
     with screen.open(cells, chosen, control=control, batch_key=testing.batch_key) as (opened, source, progress):
         scores = opened.score(progress)
         scores.provenance["input"] = cells.name
-        made = build_report(
+        page_report = build_report(
             opened.values,
             opened.labels,
             scores,
@@ -65,43 +65,46 @@ def report(
             enrichment=_enrichment(sets, scores, screen.seed, progress),
             progress=progress,
         )
-    write_report(page, made)
+    write_report(page, page_report)
     if folder is not None:
-        _write_files(folder, made)
+        _write_files(folder, page_report)
     for warning in scores.warnings:
         console.warn(warning)
     console.say(f"{scores.provenance['n_scored']} perturbations of {cells.name} -> {page}")
 
 
 def _places(out: Path, figures: Path | None) -> tuple[Path, Path | None]:
-    """The page, and the folder of the files that go with it, which is made."""
+    """Return the path of the page, and the folder of its tables and figures, which is made."""
     from perturbscope.errors import InvalidParameterError
 
     is_page = out.suffix.lower() in (".html", ".htm") and not out.is_dir()
     folder = figures or (None if is_page else out)
-    for made in [folder, None if is_page else out]:
-        if made is None:
+    for directory in [folder, None if is_page else out]:
+        if directory is None:
             continue
-        if made.exists() and not made.is_dir():
+        if directory.exists() and not directory.is_dir():
             raise InvalidParameterError(
-                f"{made} is a file; give a folder, or a page that ends in .html.", field="figures" if figures else "out"
+                f"{directory} is a file; give a folder, or a page that ends in .html.",
+                field="figures" if figures else "out",
             )
         try:
-            made.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InvalidParameterError(f"The folder {made} cannot be made: {error.strerror}.", field="out") from error
+            raise InvalidParameterError(
+                f"The folder {directory} cannot be made: {error.strerror}.", field="out"
+            ) from error
     return (out if is_page else out / PAGE), folder
 
 
 def _counts(source: CellSource, perturbation_key: str, batch_key: str | None) -> CountMatrix | Absent:
-    """Raw counts of the cells that carry a label; where the file has none, the page says so."""
+    """Raw counts of the labelled cells, or the reason that the page gives for having none."""
     from perturbscope.errors import InvalidInputError
     from perturbscope.report import Absent
 
     keys = [key for key in (perturbation_key, batch_key) if key is not None]
     labelled = [[bool(label and label.strip()) for label in source.labels(key)] for key in keys]
     try:
-        return source.read()[[row for row, given in enumerate(zip(*labelled, strict=True)) if all(given)]]
+        return source.read()[[row for row, is_labelled in enumerate(zip(*labelled, strict=True)) if all(is_labelled)]]
     except InvalidInputError as error:
         return Absent(f"The file has no raw counts that could be tested gene by gene: {error.message}")
 
@@ -109,7 +112,7 @@ def _counts(source: CellSource, perturbation_key: str, batch_key: str | None) ->
 def _enrichment(
     sets: dict[str, tuple[str, ...]] | None, scores: ScoreResult, seed: int, progress: StageProgress
 ) -> pd.DataFrame | Absent:
-    """Gene sets at the top of the ranking by the first metric."""
+    """Gene sets at the top of the ranking by the first metric, or the reason that the page gives for having none."""
     from perturbscope.analysis.enrichment import enrich_scores
     from perturbscope.errors import InvalidInputError
     from perturbscope.report import Absent
@@ -125,11 +128,11 @@ def _enrichment(
     return result.best()
 
 
-def _write_files(folder: Path, made: Report) -> None:
+def _write_files(folder: Path, report: Report) -> None:
     from perturbscope.report import write_figures, write_tables
 
-    tables = write_tables(folder, made)
-    written, why = write_figures(folder, made)
+    tables = write_tables(folder, report)
+    figures, why = write_figures(folder, report)
     if why:
         console.warn(why)
-    console.say(f"{len(tables)} tables and {len(written)} figures -> {folder}")
+    console.say(f"{len(tables)} tables and {len(figures)} figures -> {folder}")

@@ -1,1 +1,1 @@
-"""What a model can be asked about cells and screens, here or on a server; imports cells, inference and scoring."""
+"""Tasks of a model over cells and screens, in this process or on a server; imports cells, inference and scoring."""

@@ -1,4 +1,4 @@
-"""A file of cells with their embeddings: obsm, two columns of obs, provenance in uns."""
+"""AnnData files of cells with their embeddings in obsm, two columns of obs, and provenance in uns."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ OBS_N_GENES = "perturbscope_n_genes"
 UNS_KEY = "perturbscope"
 
 
-def write_embedded(staging: Path, source: CellSource, found: Embeddings, provenance: Mapping[str, Any]) -> None:
-    """Write the input with its embeddings: obsm, two columns of obs, provenance in uns.
+def write_embedded(staging: Path, source: CellSource, embeddings: Embeddings, provenance: Mapping[str, Any]) -> None:
+    """Write the cells of a source with their embeddings to the file `staging`.
 
     An .h5ad file is copied and added to, so that its matrix never passes through memory and everything in it stays.
     Other formats, and .h5ad files of anndata < 0.7, become a new AnnData file with the counts (CSR) and the labels.
     """
-    columns = {OBS_KNOWN_SHARE: found.known_share, OBS_N_GENES: found.n_detected}
+    columns = {OBS_KNOWN_SHARE: embeddings.known_share, OBS_N_GENES: embeddings.n_detected}
     uns = {key: value for key, value in provenance.items() if value not in (None, [], {})}
     if source.path is not None and source.path.is_file() and _is_current_h5ad(source.path):
         shutil.copyfile(source.path, staging)
-        _add(staging, found, columns, uns)
+        _add(staging, embeddings, columns, uns)
         return
     import anndata as ad
     import pandas as pd
@@ -43,7 +43,7 @@ def write_embedded(staging: Path, source: CellSource, found: Embeddings, provena
     if symbols is not None:
         var["gene_symbols"] = symbols.astype(object)
     adata = ad.AnnData(X=source.read().counts, obs=obs, var=var)
-    adata.obsm[OBSM_KEY] = found.values
+    adata.obsm[OBSM_KEY] = embeddings.values
     adata.uns[UNS_KEY] = uns
     adata.write_h5ad(staging)
 
@@ -58,7 +58,7 @@ def _is_current_h5ad(path: Path) -> bool:
         return frames and all(isinstance(file[name], h5py.Group) for name in ("obsm", "uns") if name in file)
 
 
-def _add(path: Path, found: Embeddings, columns: Mapping[str, Any], uns: Mapping[str, Any]) -> None:
+def _add(path: Path, embeddings: Embeddings, columns: Mapping[str, Any], uns: Mapping[str, Any]) -> None:
     import h5py
     from anndata.io import write_elem
 
@@ -71,7 +71,7 @@ def _add(path: Path, found: Embeddings, columns: Mapping[str, Any], uns: Mapping
         for name in ("obsm", "uns"):
             if name not in file:
                 write_elem(file, name, {})
-        put(file["obsm"], OBSM_KEY, found.values)
+        put(file["obsm"], OBSM_KEY, embeddings.values)
         put(file["uns"], UNS_KEY, dict(uns))
         obs = file["obs"]
         order = [str(name) for name in obs.attrs.get("column-order", ())]
@@ -81,16 +81,16 @@ def _add(path: Path, found: Embeddings, columns: Mapping[str, Any], uns: Mapping
         obs.attrs.create("column-order", order, dtype=h5py.string_dtype())
 
 
-def provenance_of(found: Embeddings, options: Mapping[str, Any], version: str) -> dict[str, Any]:
-    """What made embeddings, in a form that both JSON and .h5ad hold."""
-    coverage = found.coverage.to_dict()
-    coverage["ambiguous"] = [f"{given} -> {taken}" for given, taken in found.coverage.ambiguous]
+def provenance_of(embeddings: Embeddings, options: Mapping[str, Any], version: str) -> dict[str, Any]:
+    """Provenance of embeddings, in a form that both JSON and .h5ad can hold."""
+    coverage = embeddings.coverage.to_dict()
+    coverage["ambiguous"] = [f"{name} -> {gene_id}" for name, gene_id in embeddings.coverage.ambiguous]
     return {
-        "model_id": found.model_id,
-        "vocabulary_hash": found.vocabulary_hash,
-        **({"variant": found.variant} if found.variant else {}),
+        "model_id": embeddings.model_id,
+        "vocabulary_hash": embeddings.vocabulary_hash,
+        **({"variant": embeddings.variant} if embeddings.variant else {}),
         "version": version,
         "options": {key: value for key, value in options.items() if value is not None},
         "coverage": {key: value for key, value in coverage.items() if value != []},
-        "warnings": found.warnings(),
+        "warnings": embeddings.warnings(),
     }

@@ -1,4 +1,4 @@
-"""Embedding that survives an interruption: finished chunks are kept on disk until the output is complete."""
+"""Runs of embedding that survive an interruption: finished chunks stay on disk until the output is complete."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from perturbscope.inference.embedder import Embeddings, gather
 from perturbscope.tasks.backends import Backend, StageProgress, count_stage
 
 CHUNK_CELLS = 512
-"""Cells of one chunk: what an interruption can lose. Wide enough to sort cells by length."""
+"""Cells of one chunk, the most that an interruption can lose; enough to sort cells by length."""
 FORMAT = 1
 _STATE = "state.json"
 _MODEL = "model.json"
@@ -34,9 +34,9 @@ _SAMPLE_BYTES = 2**20
 
 
 def fingerprint(path: Path) -> str:
-    """A digest that changes when a file or directory does.
+    """Return a digest that changes when a file or directory does.
 
-    Names, sizes, times of change, and the content: all of it up to 64 MiB, 64 evenly spaced MiB of larger files.
+    It covers names, sizes, times of change and content: all of it up to 64 MiB, 64 evenly spaced MiB of larger files.
     """
     digest = hashlib.sha256()
     files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
@@ -60,9 +60,9 @@ class PartialRun:
     path
         The directory.
     identity
-        Model, input and options (JSON-able). Chunks of another identity are discarded.
+        Model, input and options, as JSON. Chunks of another identity are discarded.
     notice
-        Told, in words, what became of an earlier run.
+        Called with a sentence about the chunks of an earlier run, if there are any.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], notice: Callable[[str], None]) -> None:
@@ -72,7 +72,7 @@ class PartialRun:
 
     @property
     def staging(self) -> Path:
-        """Where the output is made, before it gets its name."""
+        """Path at which the output is written, before it is moved to its name."""
         return self.path / "out.h5ad"
 
     @contextmanager
@@ -82,7 +82,7 @@ class PartialRun:
         Raises
         ------
         InvalidParameterError
-            Another process holds it.
+            Another process holds the directory.
         """
         self.path.mkdir(exist_ok=True)
         lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT)
@@ -108,7 +108,7 @@ class PartialRun:
         return sorted(self.path.glob("chunk-*.npy"))
 
     def _prepare(self) -> None:
-        """Keep the chunks of an earlier run if they belong to this one."""
+        """Keep the chunks of an earlier run if they have the identity of this one."""
         state = self.path / _STATE
         earlier = _read_json(state)
         chunks = self._chunks()
@@ -126,15 +126,15 @@ class PartialRun:
             write_json(state, self._identity)
 
     def embed(self, source: CellSource, backend: Backend, *, progress: StageProgress | None = None) -> Embeddings:
-        """Embed all cells, taking over the chunks that are there.
+        """Embed all cells of which no finished chunk exists.
 
         Neither the counts nor the vectors are ever all in memory: the vectors returned are mapped from a file in the
-        directory, and go with it.
+        directory, and vanish with it.
 
         Raises
         ------
         BundleError
-            The model is not the one that the chunks were made with: a server has changed it meanwhile.
+            The chunks were made with another model: a server has changed it meanwhile.
         """
         advance = count_stage("embed", source.n_cells, progress)
         starts = range(0, source.n_cells, source.chunk_cells)
@@ -156,7 +156,7 @@ class PartialRun:
         return min(start + source.chunk_cells, source.n_cells) - start
 
     def _result(self, number: int, source: CellSource, start: int) -> Embeddings:
-        """A finished chunk, as it was embedded."""
+        """Return a finished chunk as embeddings."""
         rows = self._load(number, self._n_cells(source, start))
         model = _read_json(self.path / _MODEL)
         if rows is None or model is None:
@@ -173,7 +173,7 @@ class PartialRun:
         )
 
     def _check_model(self, found: Embeddings) -> None:
-        """Note the model with the first chunk; compare it with every other. Written before any chunk is."""
+        """Note the model of the first chunk, before that is written; refuse chunks of any other model."""
         model = {
             "model_id": found.model_id,
             "vocabulary_hash": found.vocabulary_hash,
@@ -190,7 +190,7 @@ class PartialRun:
             )
 
     def _load(self, number: int, n_cells: int) -> NDArray[Any] | None:
-        """A finished chunk, or None."""
+        """Return the rows of a finished chunk, or None."""
         path = self._chunk(number)
         if not path.exists() or _read_json(self.path / _MODEL) is None:
             return None
@@ -213,13 +213,13 @@ class PartialRun:
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers that follow each other, together."""
+    """Yield the runs of consecutive numbers."""
     for _, run in itertools.groupby(enumerate(numbers), key=lambda item: item[1] - item[0]):
         yield [number for _, number in run]
 
 
 def _mapped(path: Path, n_cells: int, width: int) -> NDArray[np.float32]:
-    """An array in a file; its space is reserved now, since writing to a mapped file on a full disk kills a process."""
+    """Map an array in a file whose space is reserved: writing to a mapped file on a full disk kills the process."""
     with path.open("w+b") as file:
         os.posix_fallocate(file.fileno(), 0, n_cells * width * 4)
         return np.asarray(np.memmap(file, dtype=np.float32, mode="r+", shape=(n_cells, width)))

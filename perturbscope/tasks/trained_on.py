@@ -1,4 +1,4 @@
-"""Whether a model was trained on the very cells that are scored, as far as its bundle can tell.
+"""Warnings about models that were trained on the cells that they score, as far as their bundles can tell.
 
 Fine-tuning pulls the cells of a perturbation together. A model that was fine-tuned on a part of a screen embeds that
 part differently from the rest, whatever was done to the cells: then whole perturbations differ from controls that were
@@ -6,9 +6,9 @@ trained on, with small p and large z, and nothing else in the numbers shows it.
 
 A bundle lists the SHA-256 of every file that its model, or the model that it was made from, was trained on. A copy
 under another name has the same digest. The same cells in another encoding (saved again, cut to some genes, as AnnData
-in memory, in a JSON or Arrow body, as an embedding made before) have not, and cannot be found out for certain: the
-only other thing that a bundle knows of a file is how many cells it has, so as many cells as in a file of fine-tuning
-are pointed out, and a part of them is not. A silent check is no proof that cells are new to a model.
+in memory, in a JSON or Arrow body, as an embedding made before) have another digest and cannot be recognised for
+certain: a bundle knows only the number of cells of each file. A screen with as many cells as a file of fine-tuning gets
+a warning, a part of it does not. The absence of a warning is no proof that cells are new to a model.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
     Result = TypeVar("Result", ScoreResult, CompareResult)
 
 How = Literal["fine_tuned_on_this_file", "perhaps_fine_tuned_on_these_cells", "pretrained_on_this_file"]
-"""Names of the warnings, the gravest first."""
+"""Names of the warnings."""
 KEY = "seen_in_training"
-"""Where a result's provenance says it."""
+"""Key of the provenance of a result that holds the facts of the warning."""
 _GRAVEST: tuple[How, ...] = ("fine_tuned_on_this_file", "perhaps_fine_tuned_on_these_cells", "pretrained_on_this_file")
 _SHOWN = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What can be known of a file before it is embedded.
+    """Facts by which the file of a source is recognised.
 
     Attributes
     ----------
     sha256
-        Of its bytes; None where there are none, as of an object in memory.
+        SHA-256 of its bytes; None for an object in memory and for a directory.
     n_cells
-        How many cells it has, those without a label included.
+        Number of its cells, those without a label included.
     """
 
     sha256: str | None
@@ -52,27 +52,27 @@ class Fingerprint:
 
     @classmethod
     def of(cls, source: CellSource) -> Fingerprint:
-        """That of an open source; reads the whole file."""
+        """Return the fingerprint of an open source; reads the whole file."""
         is_file = source.path is not None and source.path.is_file()
         return cls(sha256=sha256(source.path) if source.path and is_file else None, n_cells=source.n_cells)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What a model was trained on that is scored now.
+    """One way in which a model has seen the cells that are scored.
 
     Attributes
     ----------
     how
         Name of the warning.
     source
-        Name of the data in training.
+        Name of the file in the configuration of training.
     n_cells
-        How many cells the file of training has.
+        Number of cells of that file.
     targets
-        Perturbations that fine-tuning used, where the bundle lists them.
+        Perturbations that fine-tuning used, if the bundle lists them.
     n_controls
-        Controls that fine-tuning used.
+        Number of control cells that fine-tuning used.
     selected
         Columns of obs by which pre-training chose cells.
     """
@@ -86,11 +86,11 @@ class Seen:
 
     @property
     def undoes(self) -> bool:
-        """Whether the numbers of the whole file are not to be believed."""
+        """Whether the scores of the whole file must not be trusted."""
         return self.how == "fine_tuned_on_this_file"
 
     def warning(self) -> str:
-        """What a careful reader should know, in words."""
+        """Return the warning as text."""
         if self.how == "pretrained_on_this_file":
             text = (
                 f"The model was trained on the expression of cells of this file ({self.source}), without their labels. "
@@ -124,11 +124,11 @@ class Seen:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, for provenance."""
+        """Return the facts as JSON, for provenance."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def add_to(self, result: Result) -> Result:
-        """A result that says so: first of its warnings, and in its provenance."""
+        """Return the result with the warning, as the first of its warnings, and the facts in its provenance."""
         return replace(
             result,
             warnings=[self.warning(), *result.warnings],
@@ -137,21 +137,21 @@ class Seen:
 
 
 def find_seen(training: Mapping[str, Any], found: Fingerprint) -> Seen | None:
-    """The gravest way in which a model knows a file; None where its bundle lists nothing like it.
+    """Return the gravest way in which a model has seen a file; None if its bundle lists no such file.
 
     Parameters
     ----------
     training
-        ``training`` of a bundle's manifest; bundles of other makers may say anything there.
+        ``training`` of a bundle's manifest; bundles of other makers may hold anything there.
     found
-        The file.
+        Fingerprint of the file.
     """
     ways = list(_ways(training, found))
     return min(ways, key=lambda seen: _GRAVEST.index(seen.how)) if ways else None
 
 
 def seen_by(backend: Backend | None, source: CellSource) -> Seen | None:
-    """:func:`find_seen` of the model in this process; a server does not say what its model was trained on."""
+    """Return :func:`find_seen` of a model in this process; a server does not say what its model was trained on."""
     from perturbscope.tasks.backends import LocalBackend
 
     if not isinstance(backend, LocalBackend) or not any(_sources(backend.embedder.training)):
@@ -181,7 +181,7 @@ def _ways(training: Mapping[str, Any], found: Fingerprint) -> Iterator[Seen]:
 
 
 def _sources(training: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Stage of training and source of its data, for the model and all that it was made from."""
+    """Yield stages of training with the sources of their data, of the model and of those that it was made from."""
     stage = training
     while stage:
         sources = _mapping(stage.get("data")).get("sources")
@@ -190,7 +190,7 @@ def _sources(training: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], M
 
 
 def _options(stage: Mapping[str, Any], source: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How a source was used: its entry in the configuration, where a name may be left to the file's."""
+    """Entry of a source in the configuration, in which the name of the file stands for a missing name."""
     corpus = _mapping(_mapping(stage.get("hyper_parameters")).get("corpus"))
     for options in _mappings(corpus.get("sources")):
         if (options.get("name") or Path(str(options.get("path", ""))).stem) == source.get("name"):
