@@ -1,4 +1,4 @@
-"""Scores, comparisons and result pages, for both transports: who computes when, and what they may cost."""
+"""Scores, comparisons and result pages, for both transports: their turns on threads, and their limits."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class Scores:
 
 
 def annotated(answer: Any, warnings: list[str], seen: Seen | None) -> Any:
-    """Return the answer to an uploaded file with its warnings, which begin with the cells the model has seen."""
+    """Return the answer to an uploaded file with its warnings, first that the model was trained on the cells."""
     if isinstance(answer, ReportAnswer):
         scores = answer.report.scores
         scores = replace(scores, warnings=scores.warnings + warnings)

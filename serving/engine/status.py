@@ -1,4 +1,4 @@
-"""The answer to a request that fails: the one table of HTTP statuses and gRPC codes, and what of a bug is told.
+"""The answer to a request that fails: the one table of HTTP statuses and gRPC codes, and the message for a bug.
 
 A class that is not listed takes the row of its nearest listed base. Bad input is 422 on every route, whether it was the
 JSON, the matrix or a parameter. A request that is too large is ``INVALID_ARGUMENT`` over gRPC, so that

@@ -157,7 +157,7 @@ def _resident(process: int) -> int:
 
 
 def _read(path: str | Path) -> bytes:
-    """Read a file of the system; empty if it does not exist, or no longer."""
+    """Read a file of the system; empty if it does not exist, or not any more."""
     try:
         return Path(path).read_bytes()
     except OSError:

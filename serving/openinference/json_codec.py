@@ -1,4 +1,4 @@
-"""Requests and answers over HTTP: JSON, which the bytes of tensors may follow."""
+"""Requests and answers of the protocol over HTTP: JSON, which the bytes of tensors may follow."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def tensor_of_values(name: str, datatype: str, shape: Sequence[Any], values: NDA
 
 
 def check_parameters(parameters: Mapping[str, Any], field_name: str = "parameters") -> None:
-    """Refuse what would be silently left undone. Raises :class:`InvalidParameterError`."""
+    """Refuse parameters that would be silently ignored. Raises :class:`InvalidParameterError`."""
     refused = REFUSED if field_name == "parameters" else _REFUSED_OF_TENSORS
     for name in refused:
         if name in parameters:
@@ -187,7 +187,7 @@ def check_parameters(parameters: Mapping[str, Any], field_name: str = "parameter
 
 
 def tokens_of(request: InferRequest, family: Family, settings: Settings) -> TokenizedCells:
-    """The cells of a request, their padding taken off.
+    """Return the tokens of a request's cells, without padding.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The engine: limits, model names, what answers carry, cancellation, readiness, shutdown."""
+"""The engine: limits, model names, contents of answers, cancellation, readiness, shutdown."""
 
 from __future__ import annotations
 

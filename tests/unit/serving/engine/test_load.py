@@ -1,4 +1,4 @@
-"""The engine under load: what a caller that goes away costs in every stage, fair waiting, shutdown."""
+"""The engine under load: cancelled callers in every stage, fair waiting, shutdown."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Stage:
 
 @pytest.fixture
 def stage(request: pytest.FixtureRequest, fake_embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    """Holds the stage that the test is about, of three steps each."""
+    """Hold the stage that the test is about, which has three steps."""
     held = Stage()
     if request.param == "tokenizing":
         monkeypatch.setattr(engine_module, "TOKENIZED", 8)
@@ -100,7 +100,7 @@ def request_of(cells: CountMatrix) -> ScoreRequest:
 
 
 async def assert_ended(engine: Engine, stage: Stage) -> None:
-    """The step that was running was the last."""
+    """Check that the step which was running was the last."""
     await until(lambda: engine.admission.in_progress == 0)
     stage.gate.set()
     await until(lambda: engine.scores.n_jobs == 0 and engine.registry.default.dispatcher.pending_callers == 0)

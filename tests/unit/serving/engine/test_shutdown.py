@@ -1,4 +1,4 @@
-"""The end begins with the signal."""
+"""The shutdown begins with the signal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fakes import FakeEncoder
 
 
 class Recorder:
-    """A server that is stopped, and a handler that is told of signals."""
+    """A server that notes when it is stopped, and a signal handler that notes when it is called."""
 
     def __init__(self) -> None:
         self.stopped = 0

@@ -1,4 +1,4 @@
-"""Bytes that are no message of gRPC are the caller's mistake, over every method."""
+"""Bytes that protobuf cannot read are the caller's mistake, with every method."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ StubOf = Callable[[Engine], Awaitable[Any]]
 
 
 async def failure(call: Any) -> tuple[grpc.StatusCode, str, dict[str, str]]:
-    """Status, text and trailing metadata of a call that must fail."""
+    """Return status, text and trailing metadata of a call that must fail."""
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await call
     error = raised.value

@@ -41,7 +41,7 @@ async def feed(messages: list[pb.EmbedStreamRequest]) -> AsyncIterator[pb.EmbedS
 
 
 async def read(call: Any, rows: list[int] | None = None) -> tuple[StreamOpened, list[StreamChunk], StreamEnd]:
-    """A whole answer; `rows` is told the first row of each chunk as it comes."""
+    """Read a whole answer; `rows` is called with the first row of each chunk as it comes."""
     opened, chunks, end = None, [], None
     while (message := await call.read()) is not grpc.aio.EOF:
         assert end is None
@@ -158,7 +158,7 @@ async def test_too_large_a_chunk_is_refused(make_engine: MakeEngine, stub_of: St
 async def test_a_fast_sender_is_held_up_while_the_model_works(
     make_engine: MakeEngine, stub_of: StubOf, fake_embedder: Embedder, tiny_cells: CountMatrix
 ) -> None:
-    """Of a long stream the server takes so many chunks as it may have in progress, and no more."""
+    """The server reads no more chunks of a long stream than it may have in progress."""
     gate = threading.Event()
     fake_embedder.encoder.gate = gate  # type: ignore[attr-defined]
     engine = make_engine(stream_chunks=2)
@@ -306,7 +306,7 @@ async def test_every_kind_of_count_is_understood(
 async def test_little_memory_holds_a_stream_up_and_does_not_end_it(
     make_engine: MakeEngine, stub_of: StubOf, fake_embedder: Embedder, tiny_cells: CountMatrix
 ) -> None:
-    """There is room for what becomes of two chunks of the four that may be in progress."""
+    """There is memory for two of the four chunks that may be in progress."""
     engine = make_engine(max_body_bytes=9000, max_held_bytes=9000)
     encoder: Any = fake_embedder.encoder
     encoder.gate = threading.Event()

@@ -1,4 +1,4 @@
-"""What the JSON routes of /v1 promise, as plain data, and which changes of it break a client.
+"""The promises of the JSON routes of /v1, as plain data, and which changes break a client.
 
 ``python -m tests.unit.serving.http.openapi_snapshot`` writes it anew, after a change that breaks nobody.
 """
@@ -21,12 +21,12 @@ _JSON = "application/json"
 
 @functools.cache
 def current() -> Promise:
-    """The promise of the document as it is; not to be changed."""
+    """Return the promise of the present document; it must not be modified."""
     return of_document(openapi.document(build_app(), keys=False))
 
 
 def of_document(document: dict[str, Any]) -> Promise:
-    """For each method and path: what it takes and gives, as paths into the JSON with their types."""
+    """Return, for each method and path, the fields of its bodies as paths into the JSON with their types."""
     found: Promise = {}
     for path, operations in document["paths"].items():
         if not path.startswith("/v1/"):
@@ -68,7 +68,7 @@ def _walk(schema: Any, document: dict[str, Any], where: str = "", needed: bool =
 
 
 def broken(old: Promise, new: Promise) -> list[str]:
-    """What a client that was made for `old` would trip over in `new`, in words; empty: nothing."""
+    """Describe what would break a client of `old` under `new`; empty if nothing does."""
     found: list[str] = []
     for route, promise in old.items():
         now = new.get(route)
@@ -88,7 +88,7 @@ def broken(old: Promise, new: Promise) -> list[str]:
 
 
 def _fits(old: str, new: str, *, taken: bool) -> bool:
-    """Whether a type that was taken still is; or a type that is given was one that clients expect."""
+    """Tell whether a type that was accepted still is; or whether clients expect a type that is returned."""
     before, after = set(old.split("|")), set(new.split("|"))
     return before <= after if taken else after <= before
 

@@ -1,4 +1,4 @@
-"""The HTTP interface over a fake model: bodies in and out, errors, limits, clients that go away."""
+"""The HTTP interface over a fake model: bodies, errors, limits, disconnected clients."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def error_of(reply: httpx.Response) -> dict[str, Any]:
 
 @pytest.fixture
 def expected(fake_embedder: Embedder, tiny_cells: CountMatrix) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """What the model says of the tiny cells, offline."""
+    """Vectors of the tiny cells, made offline."""
     return fake_embedder.embed(tiny_cells).values
 
 

@@ -18,7 +18,7 @@ from serving.http import edge
 
 @pytest.fixture
 def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the server keeps uploads."""
+    """The folder in which the server keeps uploads."""
     folder = tmp_path / "uploads"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))

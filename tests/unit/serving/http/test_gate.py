@@ -1,4 +1,4 @@
-"""Connections that ask nothing, or do not read, are ended; those that work, or read, are left alone."""
+"""Connections without a request, and clients that do not read, are ended; all others are left alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGE = 64 * 2**20
 
 
 class Quick(GuardedProtocol):
-    """With little patience."""
+    """The protocol with a short head timeout."""
 
     head_timeout = 0.3
 

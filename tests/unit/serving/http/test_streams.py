@@ -100,7 +100,7 @@ def pieces(cells: CountMatrix, size: int, **start: Any) -> list[bytes]:
 async def test_a_stream_has_the_vectors_of_one_request(
     engine: Engine, tiny_cells: CountMatrix, fake_embedder: Embedder, step: int
 ) -> None:
-    """However the bytes of the request are cut."""
+    """The bytes of the request may be cut anywhere."""
     exchange = Exchange(engine, x_request_id="mine")
     body = b"".join(pieces(tiny_cells, 5, first_row=100))
     exchange.send(*(body[at : at + step] for at in range(0, len(body), step)), more=False)
@@ -339,7 +339,7 @@ async def test_who_sends_nothing_is_let_go(make_engine: MakeEngine, tiny_cells: 
 
 
 async def test_who_does_not_read_is_let_go(make_engine: MakeEngine, tiny_cells: CountMatrix) -> None:
-    """As one who sends all before reading anything, once the answers fill the connection."""
+    """A client that sends everything before it reads is ended once the answers fill the connection."""
     engine = make_engine(body_timeout=1)
     exchange = Exchange(engine)
     exchange.send(pieces(tiny_cells, 2)[0])
@@ -388,7 +388,7 @@ async def test_who_goes_away_costs_nothing_more(
 async def test_a_stream_takes_constant_memory_at_the_server(
     make_engine: MakeEngine, tiny_cells: CountMatrix, fake_embedder: Embedder
 ) -> None:
-    """Of 200 chunks, sent faster than they are answered, no more are read than may be in progress."""
+    """The server reads no more of 200 fast chunks than may be in progress."""
     gate = threading.Event()
     encoder: Any = fake_embedder.encoder
     engine = make_engine(stream_chunks=3)

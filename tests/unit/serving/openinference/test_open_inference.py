@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over a fake model: over HTTP and gRPC alike, and what is refused."""
+"""The Open Inference Protocol over a fake model: the same over HTTP and gRPC, and its refusals."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ async def test_tokens_give_the_vectors_of_their_cells_on_every_way(
 
 
 def binary(arrays: Arrays, more: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A request with its tensors behind the JSON, as arguments of httpx."""
+    """Return a request with its tensors after the JSON, as arguments of httpx."""
     inputs = [
         {
             "name": name,

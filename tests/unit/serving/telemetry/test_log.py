@@ -26,7 +26,7 @@ KEY = "psk_0123abcd_" + "A" * 43
 
 @pytest.fixture
 def stream() -> Iterator[io.StringIO]:
-    """What is logged; loggers are put back afterwards."""
+    """The log of the test; loggers are put back afterwards."""
     root = logging.getLogger()
     names = [*log._LIBRARIES, "perturbscope"]
     before = [(logging.getLogger(n), logging.getLogger(n).handlers[:], logging.getLogger(n).level) for n in names]

@@ -1,4 +1,4 @@
-"""What is counted, and what the page of metrics says."""
+"""The counters, and the page of metrics."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MODEL = {"model": "watched", "version": "1.0"}
 
 
 class Since:
-    """What was counted since this was made: the registry is one for all tests."""
+    """Differences of the counters since this was made: all tests share one registry."""
 
     def __init__(self) -> None:
         self._before = self._all()

@@ -37,7 +37,7 @@ EMBED = "perturbscope.v1.PerturbScope/Embed"
 
 
 class Spans:
-    """What was exported."""
+    """The exported spans."""
 
     def __init__(self, exporter: InMemorySpanExporter) -> None:
         self._exporter = exporter
@@ -84,7 +84,7 @@ def parent(span: ReadableSpan) -> str | None:
 
 
 def check_tree(spans: Spans, root: ReadableSpan, stages: set[str]) -> None:
-    """One trace; every stage below the request, every batch below its inference, all within their parents' time."""
+    """Check that there is one trace, with stages below the request and batches below their inference, in time."""
     everything = {context(span)[1]: span for span in spans()}
     assert {context(span)[0] for span in everything.values()} == {context(root)[0]}
     names = {span.name for span in everything.values()}
