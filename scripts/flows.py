@@ -193,8 +193,8 @@ def export() -> list[str]:
 
 
 def _pretrained(folder: Path) -> Path:
-    """A checkpoint of four steps on a little screen."""
-    from tests.training_screens import pretrain_values
+    """Train a checkpoint for four steps on a small data set."""
+    from tests.training_data import pretrain_values
     from training.commands.pretrain import pretrain
     from training.config.stages import PretrainConfig
     from training.config.strict import parse

@@ -1,4 +1,4 @@
-"""A small SOMA store laid out as the CELLxGENE census is; needs tiledbsoma."""
+"""A small SOMA store with the layout of the CELLxGENE census; needs tiledbsoma."""
 
 from __future__ import annotations
 

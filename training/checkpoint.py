@@ -142,15 +142,13 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(path: str | Path, *, expect_vocabulary: GeneVocabulary | str | None = None) -> Checkpoint:
+def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read and check a checkpoint.
 
     Parameters
     ----------
     path
         Directory that :func:`save_checkpoint` wrote.
-    expect_vocabulary
-        Vocabulary, or its hash, that the caller's tokens were made with; not compared by default.
 
     Raises
     ------
@@ -159,7 +157,7 @@ def load_checkpoint(path: str | Path, *, expect_vocabulary: GeneVocabulary | str
     UnsupportedBundleError
         A newer version wrote it.
     VocabularyMismatchError
-        The vocabulary is not the one that the weights were trained with, or not the expected one.
+        The vocabulary is not the one that the weights were trained with.
     """
     path = Path(path)
     config = _read_config(path / CONFIG)
@@ -168,13 +166,6 @@ def load_checkpoint(path: str | Path, *, expect_vocabulary: GeneVocabulary | str
         raise VocabularyMismatchError(
             f"{path}: {VOCABULARY} has the hash {vocabulary.hash[:12]}, but the weights were trained with "
             f"{config['vocabulary_hash'][:12]}. Put the original vocabulary back.",
-            field="vocabulary",
-        )
-    expected = expect_vocabulary.hash if isinstance(expect_vocabulary, GeneVocabulary) else expect_vocabulary
-    if expected is not None and expected != vocabulary.hash:
-        raise VocabularyMismatchError(
-            f"The checkpoint {path} was trained with the vocabulary {vocabulary.hash[:12]}, the tokens here are of "
-            f"{expected[:12]}. Tokenize the cells with the checkpoint's {VOCABULARY}.",
             field="vocabulary",
         )
     try:

@@ -1,4 +1,4 @@
-"""Commands of training in processes that need not import torch and DeepSpeed, which saves eight seconds each."""
+"""Commands of training in forked processes, which saves each the eight seconds of importing torch and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PRELOADED = ["training.commands.pretrain", "training.commands.finetune", "deepsp
 
 
 class Launcher:
-    """A launcher that forks a process with everything imported. :func:`launcher` makes it."""
+    """Forks of a process that has imported everything and done nothing; :func:`launcher` makes it."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
 
     def start(self, module: str, *arguments: str, log: Path, processes: int = 1) -> list[ForkServerProcess]:
-        """Start ``python -m MODULE ARGUMENTS``; several processes find each other as torchrun's do."""
+        """Start ``python -m MODULE ARGUMENTS``; several processes find each other as those of torchrun do."""
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(processes)}
         started = []
         for rank in range(processes):
@@ -36,7 +36,7 @@ class Launcher:
         return started
 
     def run(self, module: str, *arguments: str, log: Path, processes: int = 1, timeout: float = 180) -> None:
-        """Run a command and wait until it succeeds."""
+        """Start a command and wait until it ends with exit code 0."""
         started = self.start(module, *arguments, log=log, processes=processes)
         try:
             for process in started:
@@ -50,7 +50,7 @@ class Launcher:
 
 @contextmanager
 def launcher(environ: Mapping[str, str]) -> Iterator[Launcher]:
-    """Return the process with this environment from which the others are forked; it ends with its last user."""
+    """Start a process with this environment, from which others are forked; it ends with the context."""
     before = dict(os.environ)
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     os.environ.update(environ)
@@ -67,7 +67,7 @@ def launcher(environ: Mapping[str, str]) -> Iterator[Launcher]:
 
 
 def _command(module: str, arguments: Sequence[str], environ: Mapping[str, str], log: Path) -> None:
-    """Run the command in this fork."""
+    """Run the command in a fork."""
     os.environ.update(environ)
     with log.open("ab") as output:
         os.dup2(output.fileno(), 1)

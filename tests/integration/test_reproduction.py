@@ -1,4 +1,4 @@
-"""The commands of docs/reproduction.md, in their order, at toy size: store -> corpus -> models -> held-out cells."""
+"""The commands of docs/reproduction.md, in their order, at toy size: from a store to held-out cells."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import yaml
 
 from tests.file_server import FileServer, serve
 from tests.soma_store import write_store
-from tests.training_screens import VOCABULARY, contrastive_values, pretrain_values, screen
+from tests.training_data import VOCABULARY, contrastive_values, data_set, pretrain_values
 from training.checkpoint import load_checkpoint
 from training.commands import census, corpus, cost, download, finetune, prepare, pretrain
 from training.commands.download import RemoteFile
 
 
 def replogle(path: Path) -> bytes:
-    """A file in the form that the authors published."""
-    made = screen()
+    """A file in the layout of the authors' published file."""
+    made = data_set()
     labels = made.obs["perturbation"].astype(str).replace("control", "non-targeting")
     counts = made.X.toarray().astype(np.float32)
     obs = pd.DataFrame(
@@ -41,7 +41,7 @@ def census_store(path: Path) -> Path:
         "is_primary_data": rng.random(n) < 0.9,
         "cell_type": ["T cell"] * n,
     }
-    return write_store(path, screen(seed=1).X, VOCABULARY.gene_ids, obs)
+    return write_store(path, data_set(seed=1).X, VOCABULARY.gene_ids, obs)
 
 
 def test_every_command_from_the_downloads_to_the_held_out_cells(
@@ -67,10 +67,10 @@ def test_every_command_from_the_downloads_to_the_held_out_cells(
     assert "median of 3 steps" in " ".join(capsys.readouterr().out.split())
 
     content = replogle(tmp_path / "given" / "published.h5ad")
-    with serve(FileServer(files={"screen.h5ad": content}, cut_after=[2000])) as server:
+    with serve(FileServer(files={"perturbed.h5ad": content}, cut_after=[2000])) as server:
         file = RemoteFile(
             name="published.h5ad",
-            url=f"{server.url}/screen.h5ad",
+            url=f"{server.url}/perturbed.h5ad",
             size=len(content),
             md5=hashlib.md5(content).hexdigest(),
         )

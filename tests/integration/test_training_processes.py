@@ -1,4 +1,4 @@
-"""Training as it is started for real: killed and resumed, with DeepSpeed, on two processes.
+"""Training in real processes: killed and resumed, with DeepSpeed, on two processes.
 
 ``python -m``, torchrun and DeepSpeed's launcher are used once each; the other processes are forked from one that has
 imported everything.
@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from tests.integration.forked import Launcher, launcher
-from tests.training_screens import contrastive_values, pretrain_values
+from tests.training_data import contrastive_values, pretrain_values
 from training.checkpoint import load_checkpoint
 from training.commands.finetune import finetune
 from training.commands.pretrain import pretrain
@@ -135,7 +135,7 @@ def test_bf16_keeps_full_precision_in_the_checkpoint(base: Path, tmp_path: Path,
 
 
 def python_m(config: Path) -> tuple[Callable[[], int | None], Callable[[], None]]:
-    """Start a pre-training: its exit code, if it has ended; and what kills it."""
+    """Start a pre-training. Returns functions that give its exit code (None while it runs) and that kill it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "training", "pretrain", str(config)],
         cwd=ROOT,
@@ -147,7 +147,7 @@ def python_m(config: Path) -> tuple[Callable[[], int | None], Callable[[], None]
 
 
 def forked(forks: Launcher, config: Path) -> tuple[Callable[[], int | None], Callable[[], None]]:
-    """The same, in a fork."""
+    """Start the same in a fork."""
     (process,) = forks.start("training.commands.pretrain", str(config), log=config.with_suffix(".log"))
     return lambda: process.exitcode, process.kill
 

@@ -16,7 +16,7 @@ from perturbscope.errors import VocabularyMismatchError
 from training import console
 from training.checkpoint import load_checkpoint
 from training.data.shards import Corpus
-from training.measure.masked_accuracy import Tallies, _plain, corpus_frequencies, evaluate
+from training.measure.masked_accuracy import Tallies, corpus_frequencies, evaluate
 from training.measure.unseen import EvaluateOptions, Heldout, read_heldout
 
 
@@ -76,10 +76,15 @@ def run(
             "corpus": corpus_path,
             "options": vars(options),
             "left_out": left_out,
-            "results": [{name: _plain(value) for name, value in row.items()} for row in results],
+            "results": [{name: _json(value) for name, value in row.items()} for row in results],
         }
         write_json(out, facts)
     return results
+
+
+def _json(value: Any) -> Any:
+    """Return a value for JSON, which has no NaN."""
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

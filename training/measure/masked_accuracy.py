@@ -182,8 +182,3 @@ def _padded(
         ids[row, masked] = mask
         attention[row, : len(tokens)] = 1
     return torch.from_numpy(ids), torch.from_numpy(attention)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and np.isnan(value) else value

@@ -1,4 +1,4 @@
-"""The form of the graph for GPUs: the same vectors, on the CPU, and what it must not hold."""
+"""The form of the graph for GPUs: the same vectors on the CPU, and no nodes that a GPU cannot run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EAGER = dataclasses.replace(TINY_MODEL, attention="eager")
 
 @pytest.fixture(scope="module")
 def encoder() -> PooledEncoder:
-    """A model whose biases and token types matter, which at the start of training are all zero."""
+    """A model whose biases and token types, zero at the start of training, matter."""
     model = small_model(EAGER)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Preparation of published screens, on tiny imitations of their files."""
+"""Preparation of published data sets, on tiny imitations of their files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from perturbscope.errors import (
     NotRawCountsError,
     UnreadableFileError,
 )
-from tests.training_screens import VOCABULARY, screen
+from tests.training_data import VOCABULARY, data_set
 from training.commands import prepare as module
 from training.commands.prepare import prepare
 
@@ -30,8 +30,8 @@ GENES = list(VOCABULARY.gene_ids)
 
 
 def published(path: Path, layout: str, *, kind: str = "dense", **changes: Any) -> anndata.AnnData:
-    """An imitation of a published file; the screen it was made from."""
-    made = screen()
+    """An imitation of a published file, and the data set that it was made from."""
+    made = data_set()
     n = made.n_obs
     counts = made.X.toarray().astype(np.float32)
     counts[9] = 0
@@ -113,7 +113,7 @@ def test_without_totals_the_genes_of_the_file_are_summed(tmp_path: Path) -> None
 
 
 def test_a_layout_that_is_not_known_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    screen().write_h5ad(tmp_path / "in.h5ad")
+    data_set().write_h5ad(tmp_path / "in.h5ad")
     prepare(tmp_path / "in.h5ad", tmp_path / "ours.h5ad")  # ours is the form of scPerturb
     published(tmp_path / "in.h5ad", "replogle")
     with pytest.raises(MissingColumnError, match="no column of obs 'perturbation'"):

@@ -14,7 +14,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import open_cells
 from perturbscope.errors import CorruptBundleError, InvalidParameterError, NotRawCountsError, UnreadableFileError
 from perturbscope.families import load_family
-from tests.training_screens import VOCABULARY, contrastive_values, screen, write_screen, write_vocabulary
+from tests.training_data import VOCABULARY, contrastive_values, data_set, write_data_set, write_vocabulary
 from training.commands import corpus as command
 from training.config.stages import CorpusConfig, SourceConfig
 from training.data import corpus as module
@@ -27,7 +27,7 @@ from training.data.shards import Corpus
 def config(tmp_path: Path) -> CorpusConfig:
     return CorpusConfig(
         path=str(tmp_path / "corpus"),
-        sources=(SourceConfig(path=str(write_screen(tmp_path / "a.h5ad"))),),
+        sources=(SourceConfig(path=str(write_data_set(tmp_path / "a.h5ad"))),),
         vocabulary=str(write_vocabulary(tmp_path / "genes.tsv")),
         max_length=40,
         min_genes=1,
@@ -66,7 +66,7 @@ def test_a_corpus_of_several_shards_and_chunks_is_the_same(config: CorpusConfig,
 
 
 def test_dropped_cells_are_counted_by_reason(config: CorpusConfig, tmp_path: Path) -> None:
-    adata = screen()
+    adata = data_set()
     n = adata.n_obs
     adata.obs["is_primary_data"] = np.arange(n) % 10 != 0
     counts = adata.X.toarray()
@@ -143,7 +143,7 @@ def test_something_else_is_never_replaced(config: CorpusConfig) -> None:
 
 
 def test_a_failure_leaves_nothing_behind(config: CorpusConfig, tmp_path: Path) -> None:
-    adata = screen()
+    adata = data_set()
     adata.X = adata.X.astype(np.float32) * 0.37
     adata.write_h5ad(tmp_path / "b.h5ad")
     sources = (*config.sources, SourceConfig(path=str(tmp_path / "b.h5ad")))
@@ -207,11 +207,11 @@ def test_batches_are_padded_to_their_longest_cell(config: CorpusConfig) -> None:
 def test_the_command_builds_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import yaml
 
-    from tests.training_screens import pretrain_values
+    from tests.training_data import pretrain_values
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(pretrain_values(tmp_path)))
     assert command.main([str(tmp_path / "config.yaml")]) == 0
-    assert "screen" in capsys.readouterr().err
+    assert "perturbed" in capsys.readouterr().err
     assert json.loads((tmp_path / "corpus" / "manifest.json").read_text())["cells"] == 130
     assert command.main([str(tmp_path / "config.yaml"), "--set", "corpus.max_lenght=3"]) == 2
     assert "Did you mean 'max_length'" in capsys.readouterr().err
@@ -221,7 +221,7 @@ def test_the_command_builds_and_reports(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_file_with_totals_is_tokenized_with_them(config: CorpusConfig, tmp_path: Path) -> None:
-    adata = screen()
+    adata = data_set()
     adata.obs["all"] = np.asarray(adata.X.sum(axis=1)).ravel() * 7
     adata.write_h5ad(tmp_path / "t.h5ad")
     source = SourceConfig(path=str(tmp_path / "t.h5ad"), total_counts_key="all")

@@ -8,7 +8,7 @@ import pytest
 from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.cells.readers import open_cells
 from perturbscope.errors import InvalidParameterError
-from tests.training_screens import VOCABULARY, write_screen
+from tests.training_data import VOCABULARY, write_data_set
 from training.commands import medians as command
 from training.config import strict
 from training.config.stages import CorpusConfig, SourceConfig
@@ -48,7 +48,7 @@ def test_a_sketch_needs_an_accuracy() -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> CorpusConfig:
-    write_screen(tmp_path / "a.h5ad")
+    write_data_set(tmp_path / "a.h5ad")
     sources = (SourceConfig(path=str(tmp_path / "a.h5ad")),)
     return CorpusConfig(path=str(tmp_path / "c"), sources=sources, min_genes=1, exclude_cancer=False, chunk_cells=16)
 

@@ -12,7 +12,7 @@ import pytest
 
 from perturbscope.cells.readers import open_cells
 from perturbscope.errors import CorruptBundleError
-from tests.training_screens import pretrain_values
+from tests.training_data import pretrain_values
 from training.config import strict
 from training.config.stages import PretrainConfig
 from training.data.corpus import build_corpus

@@ -23,7 +23,7 @@ from perturbscope.errors import (
     UnreadableFileError,
 )
 from tests.soma_store import write_store
-from tests.training_screens import VOCABULARY, screen, write_vocabulary
+from tests.training_data import VOCABULARY, data_set, write_vocabulary
 from training.commands import census as census_command
 from training.commands import corpus as corpus_command
 from training.config.stages import CorpusConfig, SomaConfig, SourceConfig
@@ -49,7 +49,7 @@ def labels() -> dict[str, Any]:
 
 @pytest.fixture
 def counts() -> np.ndarray:
-    found = screen().X.toarray().astype(np.float32)
+    found = data_set().X.toarray().astype(np.float32)
     found[7] = 0  # a cell without counts
     found[[20, 21, 90], 3] = 1.5  # cells whose counts are not raw
     found[33, 4:] = 0  # few genes
@@ -153,7 +153,7 @@ def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
 ) -> None:
     first = config.sources[0]
     if kind == "file":
-        adata = screen()
+        adata = data_set()
         adata.obs["is_primary_data"] = np.arange(N) % 7 != 0
         some = np.ones((N, 1), dtype=np.int32)
         some[[5, 6, 40]] = 0

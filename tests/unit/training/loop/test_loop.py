@@ -22,7 +22,7 @@ ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 class Line(nn.Module):
-    """A line with dropout, so that torch's global generator matters."""
+    """A linear fit with dropout, so that the global generator of torch matters."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
-from tests.training_screens import MODEL, VOCABULARY, contrastive_values, pretrain_values
+from tests.training_data import MODEL, VOCABULARY, contrastive_values, pretrain_values
 from training.commands import cost as command
 from training.config import strict
 from training.config.stages import ContrastiveConfig, LossConfig, PretrainConfig

@@ -8,7 +8,7 @@ import torch
 
 from perturbscope.errors import EmptyCellError, InvalidParameterError, UnsupportedBundleError
 from tests.models import small_checkpoint
-from tests.training_screens import VOCABULARY, pretrain_values, write_screen
+from tests.training_data import VOCABULARY, pretrain_values, write_data_set
 from training.checkpoint import load_checkpoint
 from training.commands.evaluate import main
 from training.config import strict
@@ -25,10 +25,10 @@ GENES = np.asarray(VOCABULARY.tokens)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("evaluate")
-    write_screen(made / "cells.h5ad", cells_per_target=4, controls=20)
+    write_data_set(made / "cells.h5ad", cells_per_target=4, controls=20)
     small_checkpoint(made / "checkpoint")
     values = pretrain_values(made)
-    values["corpus"]["sources"] = [{"path": str(made / "screen.h5ad"), "max_cells": 30}]
+    values["corpus"]["sources"] = [{"path": str(made / "perturbed.h5ad"), "max_cells": 30}]
     build_corpus(strict.parse(PretrainConfig, values).corpus)
     return made
 
@@ -44,7 +44,7 @@ def heldout(folder, checkpoint):
 
 
 def test_the_model_is_scored_as_the_definitions_say(checkpoint, heldout):
-    """Every logit at once, cell by cell, in numpy."""
+    """Compute all logits at once, cell by cell, in numpy."""
     options = EvaluateOptions(batch=4, seed=3)
     found = evaluate(checkpoint, heldout, options=options)["model"].summary()
     hits, ranks = HitTally(len(VOCABULARY)), RankTally()
@@ -95,7 +95,7 @@ def test_cells_of_the_corpus_are_left_out(folder, checkpoint):
     from training.data.shards import Corpus
 
     corpus = Corpus(folder / "corpus")
-    found = read_heldout(folder / "screen.h5ad", checkpoint, options=EvaluateOptions(), corpus=corpus)
+    found = read_heldout(folder / "perturbed.h5ad", checkpoint, options=EvaluateOptions(), corpus=corpus)
     assert found.left_out["in the corpus"] == 30
     assert len(found.tokens) == 130 - 30
     assert not set(found.rows) & set(corpus.per_cell("row").tolist())

@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from tests.training_screens import screen, write_screen
+from tests.training_data import data_set, write_data_set
 from training.config.stages import GeometryConfig, SourceConfig
 from training.data.sources import expression_of, open_source
 from training.objectives.geometry import fit_geometry
 
 
 def cloud(n: int = 400, seed: int = 0) -> tuple[sparse.csr_matrix, NDArray[np.int64]]:
-    """Ten genes; gene 0 varies most and means nothing, gene 1 varies little and tells two classes apart."""
+    """Ten genes: gene 0 varies most without a meaning, gene 1 varies little and tells two classes apart."""
     rng = np.random.default_rng(seed)
     classes = rng.integers(0, 2, n)
     values = rng.normal(0, 0.1, (n, 10)) + 2
@@ -25,7 +25,7 @@ def cloud(n: int = 400, seed: int = 0) -> tuple[sparse.csr_matrix, NDArray[np.in
 
 
 def share_between(coordinates: NDArray[np.float32], classes: NDArray[np.int64]) -> float:
-    """Share of the variance that is between the two classes."""
+    """Share of the variance that lies between the two classes."""
     means = [coordinates[classes == name].mean(axis=0) for name in (0, 1)]
     return float(((means[0] - means[1]) ** 2).sum() / 4 / coordinates.var(axis=0).sum())
 
@@ -59,7 +59,7 @@ def test_without_labels_nothing_is_stretched() -> None:
 
 
 def test_no_axis_is_stretched_beyond_the_limit() -> None:
-    """Labels that mean nothing stretch an axis of noise: by no more than was asked for."""
+    """Labels without a meaning stretch an axis of noise, by no more than was asked for."""
     rng = np.random.default_rng(1)
     values = sparse.csr_matrix(rng.normal(2, 0.1, (2000, 10)).astype(np.float32))
     classes = rng.integers(0, 4, 2000)
@@ -69,8 +69,8 @@ def test_no_axis_is_stretched_beyond_the_limit() -> None:
 
 
 def test_expression_is_read_in_the_order_asked_for(tmp_path: Path) -> None:
-    path = write_screen(tmp_path / "screen.h5ad")
-    counts = screen().X.toarray().astype(float)
+    path = write_data_set(tmp_path / "perturbed.h5ad")
+    counts = data_set().X.toarray().astype(float)
     rows = np.array([5, 2, 90])
     with open_source(SourceConfig(path=str(path))) as cells:
         found = expression_of(cells, rows).toarray()

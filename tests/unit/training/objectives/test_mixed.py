@@ -1,4 +1,4 @@
-"""Fine-tuning on mixed batches, on a made-up screen of 60 genes."""
+"""Fine-tuning on mixed batches, on a synthetic data set of 60 genes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from perturbscope.errors import InvalidParameterError, TooFewCellsError
-from tests.training_screens import contrastive_values, pretrain_values, screen
+from tests.training_data import contrastive_values, data_set, pretrain_values
 from training.checkpoint import load_checkpoint
 from training.commands import pretrain
 from training.commands.finetune import finetune
@@ -30,14 +30,14 @@ ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pre-trained model, a screen in two contexts, and a file without perturbations."""
+    """A pre-trained model, a data set with two contexts, and a file without perturbations."""
     folder = tmp_path_factory.mktemp("mixed")
     values = pretrain_values(folder, epochs=1)
     pretrain.pretrain(strict.parse(PretrainConfig, values))
-    whole = screen(cells_per_target=40, controls=120, seed=1)
+    whole = data_set(cells_per_target=40, controls=120, seed=1)
     whole.obs["state"] = np.where(np.arange(whole.n_obs) % 2, "on", "off")
-    whole.write_h5ad(folder / "screen.h5ad")
-    plain = screen(seed=2)
+    whole.write_h5ad(folder / "perturbed.h5ad")
+    plain = data_set(seed=2)
     del plain.obs["perturbation"]
     plain.write_h5ad(folder / "plain.h5ad")
     return folder
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def values_of(folder: Path, **mixed: Any) -> dict[str, Any]:
     values = contrastive_values(folder, epochs=4, micro_batch=16)
     values["corpus"]["sources"] = [
-        {"path": str(folder / "screen.h5ad"), "context_key": "state"},
+        {"path": str(folder / "perturbed.h5ad"), "context_key": "state"},
         {"path": str(folder / "plain.h5ad"), "unlabelled": True},
     ]
     values["optimizer"] = {"base_lr": 3e-3}
@@ -77,7 +77,7 @@ def task_of(folder: Path, values: Mapping[str, Any]) -> tuple[MixedTask, Corpus,
 
 def test_the_loss_falls_and_the_log_tells_data_sets_apart(finetuned: Path) -> None:
     log = read_log(finetuned / "contrastive" / "log.jsonl")
-    assert any("loss_screen" in line for line in log)
+    assert any("loss_perturbed" in line for line in log)
     assert any("loss_plain" in line for line in log)
     measured = [line for line in log if "validation_loss" in line]
     assert measured[-1]["validation_loss"] < measured[0]["validation_loss"] - 0.1
@@ -119,7 +119,7 @@ def test_a_batch_is_a_function_of_its_place_and_seed(finetuned: Path) -> None:
     for name, value in first.batch(1, 2, seed=9).items():
         assert torch.equal(value, second.batch(1, 2, seed=9)[name])
     assert not torch.equal(first.batch(1, 2, 9)["input_ids"], first.batch(1, 2, 10)["input_ids"])
-    assert first.kind(1, 2) in {"screen", "plain"}
+    assert first.kind(1, 2) in {"perturbed", "plain"}
 
 
 def pool(name: str, n: int) -> Pool:
@@ -149,7 +149,7 @@ def test_a_data_set_smaller_than_a_batch_is_refused() -> None:
 
 
 def test_a_weight_for_an_unknown_data_set_is_refused(finetuned: Path) -> None:
-    with pytest.raises(InvalidParameterError, match="names 'elsewhere'; the data sets are screen, plain"):
+    with pytest.raises(InvalidParameterError, match="names 'elsewhere'; the data sets are perturbed, plain"):
         task_of(finetuned, values_of(finetuned, weights={"elsewhere": 1.0}))
 
 

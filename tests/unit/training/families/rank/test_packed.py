@@ -20,7 +20,7 @@ def heads(lengths: tuple[int, ...], *, dtype: torch.dtype = torch.float32) -> li
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, asked: tuple[int, ...], lengths: tuple[int, ...]) -> Tensor:
-    """By the definition, in float64."""
+    """Attention by its definition, in float64."""
     parts = []
     for q, k, v in zip(query.split(asked), key.split(lengths), value.split(lengths), strict=True):
         scores = torch.einsum("shd,thd->hst", q.double(), k.double()) / 4
@@ -100,7 +100,7 @@ class TestStates:
 
 class TestLoss:
     def test_it_is_the_loss_of_the_padded_form(self) -> None:
-        """Eager attention takes the padded way."""
+        """A model with eager attention gets the padded batch."""
         packed, padded = (
             masked_lm(small_model(dataclasses.replace(TINY_MODEL, attention=name))) for name in ("sdpa", "eager")
         )

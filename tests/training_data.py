@@ -1,4 +1,4 @@
-"""Small made-up screens and corpora of 60 genes for the tests of training."""
+"""Small synthetic perturbation data sets and corpora of 60 genes for the tests of training."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TARGETS = ("strong1", "strong2", "strong3", "strong4", "weak")
 VOCABULARY = small_vocabulary()
 
 
-def screen(*, cells_per_target: int = 14, controls: int = 60, seed: int = 0) -> anndata.AnnData:
-    """Make the raw counts of a screen: each strong target shifts 20 of the 60 genes, the weak one none."""
+def data_set(*, cells_per_target: int = 14, controls: int = 60, seed: int = 0) -> anndata.AnnData:
+    """Make raw counts in which each strong target shifts 20 of the 60 genes, and the weak target none."""
     rng = np.random.default_rng(seed)
     base = rng.gamma(2.0, 1.0, size=60) + 0.3
     labels = ["control"] * controls
@@ -44,14 +44,14 @@ def screen(*, cells_per_target: int = 14, controls: int = 60, seed: int = 0) -> 
     return anndata.AnnData(X=sparse.csr_matrix(counts[order].astype(np.int32)), obs=obs, var=var)
 
 
-def write_screen(path: Path, **options: Any) -> Path:
-    """Write the screen to a file."""
-    screen(**options).write_h5ad(path)
+def write_data_set(path: Path, **options: Any) -> Path:
+    """Write :func:`data_set` to a file."""
+    data_set(**options).write_h5ad(path)
     return path
 
 
 def write_vocabulary(path: Path) -> Path:
-    """Write the 60 genes to a file."""
+    """Write the vocabulary of the 60 genes to a file."""
     path.write_text(VOCABULARY.to_tsv(), encoding="utf-8")
     return path
 
@@ -60,15 +60,15 @@ MODEL = {"layers": 2, "hidden": 16, "heads": 2, "feed_forward": 24, "max_length"
 
 
 def pretrain_values(folder: Path, **loop: Any) -> dict[str, Any]:
-    """Return the values of a pre-training configuration that takes seconds, over a screen in `folder`."""
-    if not (folder / "screen.h5ad").exists():
-        write_screen(folder / "screen.h5ad")
+    """Return a pre-training configuration that runs in seconds, over a data set in `folder`, as plain values."""
+    if not (folder / "perturbed.h5ad").exists():
+        write_data_set(folder / "perturbed.h5ad")
         write_vocabulary(folder / "genes.tsv")
     return {
         "output": str(folder / "pretrain"),
         "corpus": {
             "path": str(folder / "corpus"),
-            "sources": [{"path": str(folder / "screen.h5ad")}],
+            "sources": [{"path": str(folder / "perturbed.h5ad")}],
             "vocabulary": str(folder / "genes.tsv"),
             "max_length": 40,
             "min_genes": 1,
@@ -82,13 +82,13 @@ def pretrain_values(folder: Path, **loop: Any) -> dict[str, Any]:
 
 
 def contrastive_values(folder: Path, **loop: Any) -> dict[str, Any]:
-    """Return those of a fine-tuning that takes seconds, from the checkpoint of :func:`pretrain_values`."""
+    """Return a fine-tuning configuration that runs in seconds, from the checkpoint of :func:`pretrain_values`."""
     return {
         "output": str(folder / "contrastive"),
         "checkpoint": str(folder / "pretrain" / "checkpoint"),
         "corpus": {
             "path": str(folder / "contrastive-corpus"),
-            "sources": [{"path": str(folder / "screen.h5ad")}],
+            "sources": [{"path": str(folder / "perturbed.h5ad")}],
             "max_length": 40,
             "min_genes": 1,
             "exclude_cancer": False,
