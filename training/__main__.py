@@ -9,7 +9,7 @@ from typing import cast
 
 COMMANDS = {
     "download": "fetch a public data set",
-    "prepare": "bring a published perturbation screen into the form that fine-tuning reads",
+    "prepare": "bring a published perturbation data set into the form that fine-tuning reads",
     "census": "list what the filters of a configuration would keep, without reading counts",
     "medians": "compute a vocabulary with the gene medians of a corpus",
     "corpus": "raw counts -> token shards",

@@ -1,4 +1,4 @@
-"""``python -m training prepare IN.h5ad OUT.h5ad``: bring a published perturbation screen into our form, streamed.
+"""``python -m training prepare IN.h5ad OUT.h5ad``: bring a published data set into our form, streamed.
 
 The columns of OUT, and their origin in each layout:
 
@@ -320,7 +320,7 @@ def _write(file: h5py.File, name: str, value: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns its exit code."""
     parser = argparse.ArgumentParser(
-        description="Bring a published perturbation screen into the form that fine-tuning reads."
+        description="Bring a published perturbation data set into the form that fine-tuning reads."
     )
     parser.add_argument("source", metavar="IN.h5ad", type=Path)
     parser.add_argument("output", metavar="OUT.h5ad", type=Path)
