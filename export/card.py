@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.inference.bundle import Manifest
 
 

@@ -18,7 +18,7 @@ from transformers import BertForMaskedLM
 
 from export import ParityError
 from export.graph import INPUTS
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.inference.encoder import OUTPUT
 
 LENGTHS = (1, 7, 64)

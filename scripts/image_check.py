@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.client import GrpcClient
 
 http_port, grpc_port = (sys.argv[1:3] + ["3000", "3001"][len(sys.argv) - 1 :])[:2]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.families import load_family
 from perturbscope.inference.embedder import Embedder
 from tests.bundles import TINY_WIDTH, write_tiny_bundle

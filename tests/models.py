@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import BertForMaskedLM
 
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from training.checkpoint import save_checkpoint
 from training.families.rank.model import RankModelConfig, build_model
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 
 SIZES = {"control": 60, "strong": 30, "weak": 30, "rare": 3}
 

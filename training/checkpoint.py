@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from perturbscope import __version__
 from perturbscope.cells.files import atomic_directory
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import BundleError, CorruptBundleError, UnsupportedBundleError, VocabularyMismatchError
 from perturbscope.inference.bundle import VOCABULARY, sha256
 from training import families

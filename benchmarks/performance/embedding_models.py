@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from benchmarks.performance.harness import DATA, ROOT
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
+from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cells.readers import open_cells
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.families.tokens import TokenizedCells, concatenate
 from perturbscope.inference.bundle import Bundle
 

@@ -24,7 +24,7 @@ from benchmarks.performance.embedding_models import (
 from benchmarks.performance.harness import Watch, resident, tile
 from benchmarks.performance.tokenization import stream, write_tiled
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.families import Family
 from perturbscope.inference.batching import BatchLimits
 from perturbscope.inference.bundle import Bundle

@@ -20,8 +20,8 @@ import numpy as np
 
 from benchmarks.performance.harness import DATA, Options, Section, in_child, race, resident, table
 from benchmarks.performance.tokenization_routes import check_equal, routes
-from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.cells.readers import CHUNK_CELLS, open_cells
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.families.rank import RankFamily, build
 from perturbscope.threads import ahead, usable_cores
 

@@ -1,1 +1,4 @@
-"""Raw counts of cells, their genes, and the files that they come from and go to; imports errors and threads only."""
+"""Raw counts of cells, their genes, and the files that they are read from and written to.
+
+The folder imports :mod:`perturbscope.errors` and :mod:`perturbscope.threads` only.
+"""

@@ -1,4 +1,4 @@
-"""Raw counts of cells: the one form in which expression enters the library."""
+"""Raw counts of cells: the only form in which expression enters the library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from perturbscope.cells.known_genes import CHECKED
+from perturbscope.cells.genes import CHECKED
 from perturbscope.errors import (
     DuplicateGenesError,
     EmptyCellError,
@@ -28,17 +28,17 @@ class CountMatrix:
     """Raw counts of cells x genes, validated.
 
     Build it with :meth:`from_csr` or :meth:`from_matrix`, or with a reader of
-    :mod:`perturbscope.cells.readers`; they check what the constructor takes for granted.
+    :mod:`perturbscope.cells.readers`; they make the checks that the constructor skips.
 
     Attributes
     ----------
     counts
         CSR matrix, int32, [n_cells, n_genes]; no stored zeros, indices sorted.
     gene_ids
-        Identifier of each column as the caller gave it: Ensembl id or symbol. Read-only.
+        Identifier of each column as the caller gave it, Ensembl id or symbol; read-only.
     totals
-        Total counts of each cell over ALL genes that were measured, float64 [n_cells]. Taken before any
-        gene is dropped: it is the size factor of count normalisation.
+        Total counts of each cell over ALL measured genes, before any gene is dropped, float64 [n_cells]; the size
+        factor of count normalisation.
     first_row
         Number of the first row in the caller's file; used in messages only.
     """
@@ -52,7 +52,7 @@ class CountMatrix:
         return int(self.counts.shape[0])
 
     def __getitem__(self, rows: slice | NDArray[Any] | Sequence[int]) -> CountMatrix:
-        """The chosen cells, in the order given; a run of rows keeps its numbers, any other choice is numbered anew."""
+        """Return some cells in the given order; a run of rows keeps its numbers, any other selection starts at 0."""
         first_row = 0
         if isinstance(rows, slice) and rows.step in (None, 1):
             first_row = self.first_row + rows.indices(len(self))[0]
@@ -72,29 +72,29 @@ class CountMatrix:
         totals: Sequence[float] | NDArray[Any] | None = None,
         first_row: int = 0,
     ) -> CountMatrix:
-        """Check a dense array or any scipy sparse matrix of raw counts, and take it over.
+        """Build counts from a dense array or any scipy sparse matrix, after checking them.
 
         Parameters
         ----------
         matrix
-            Cells x genes. The caller's object is not changed.
+            Array of cells x genes, which is not changed.
         gene_ids
-            One identifier a column.
+            Identifier of each column.
         totals
-            Total counts per cell over all measured genes, where `matrix` holds only a part of them.
+            Total counts of each cell over all measured genes, if `matrix` has only some of them.
         first_row
             Number of the first row in the caller's file; used in messages only.
 
         Raises
         ------
         MalformedMatrixError
-            Not two-dimensional, not numeric, or sizes that disagree.
+            The matrix is not two-dimensional or not numeric, or sizes disagree.
         NotRawCountsError
-            A negative, fractional, NaN or infinite value; the message names cell and gene.
+            A value is negative, fractional, NaN or infinite; the message names cell and gene.
         DuplicateGenesError
             One identifier names two columns.
         EmptyCellError
-            A cell without any count.
+            A cell has no counts.
         """
         if not sparse.issparse(matrix):
             array = np.asarray(matrix)
@@ -135,7 +135,7 @@ class CountMatrix:
         totals: Sequence[float] | NDArray[Any] | None = None,
         first_row: int = 0,
     ) -> CountMatrix:
-        """Check the three arrays of a CSR matrix, and take them over. See :meth:`from_matrix`."""
+        """Build counts from the arrays of a CSR matrix, after checking them. See :meth:`from_matrix`."""
         data, indices, indptr = np.asarray(data), np.asarray(indices), np.asarray(indptr)
         genes = _check_gene_ids(gene_ids)
         _check_structure(data, indices, indptr, n_genes=len(genes))
@@ -224,7 +224,7 @@ def _integral(
     genes: NDArray[np.str_],
     first_row: int,
 ) -> NDArray[np.int32]:
-    """The values as int32, or an error that names the first bad one and guesses the reason."""
+    """Return the values as int32; the error names the first bad value and guesses the reason."""
     if data.dtype.kind == "f":
         finite = np.isfinite(data)
         with np.errstate(invalid="ignore"):
@@ -260,7 +260,7 @@ def _integral(
 
 
 def _canonical(csr: sparse.csr_matrix, first_row: int) -> sparse.csr_matrix:
-    """The same counts with indices sorted and no entry repeated or zero; a copy, unless it is so already."""
+    """Return counts with sorted indices and no entry repeated or zero; the same matrix if it is so already."""
     if not csr.has_canonical_format:
         csr = csr.astype(np.int64)
         csr.sum_duplicates()

@@ -1,194 +1,85 @@
-"""Genes: the model's vocabulary, and the way from any identifier to it.
+"""Identifiers of genes: the way from any of them to a model's vocabulary, and lists that come again and again.
 
-A :class:`GeneVocabulary` holds the token id and the non-zero median of each gene. Identifiers that users bring
-(Ensembl ids with or without version, symbols, previous symbols, aliases) are resolved by :class:`GeneResolver`, and
-:class:`GeneCoverage` says what became of each of them.
+Ensembl ids with or without version, symbols, previous symbols and aliases are resolved by :class:`GeneResolver`;
+:class:`GeneCoverage` reports what became of each identifier.
+
+Every request names all columns of its file, tens of thousands of strings of which one cell expresses hundreds. Checking
+and looking them up takes several times as long as tokenizing that cell, and gives the same each time. So each list is
+checked once and mapped to a vocabulary once. A list is recognised by all of its text, never by a digest or a part of
+it, so one caller cannot change the meaning of another's list. The lists kept are bounded in number and in bytes.
 """
 
 from __future__ import annotations
 
 import functools
-import gzip
-import hashlib
-import io
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
-from typing import Any
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.cells.known_genes import PerArray
-from perturbscope.errors import CorruptBundleError, MalformedMatrixError
+from perturbscope.cells.data import read_text
+from perturbscope.cells.vocabulary import GeneVocabulary
+from perturbscope.errors import MalformedMatrixError
 
 _ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{11})(\.\d+)?(_PAR_Y)?$")
 _SHOWN = 10
-"""Identifiers named in a report; the rest is counted."""
+"""Identifiers named in a report; all others are only counted."""
+V = TypeVar("V")
+MAX_LISTS = 64
+"""Number of lists that are kept, and also of their JSON spellings."""
+MAX_BYTES = 32 * 2**20
+"""Memory for lists, and as much again for spellings; a list of 20,000 symbols takes 2 MiB."""
+LARGEST = 4 * 2**20
+"""Bytes of the largest list that is kept."""
+_BETWEEN = "\0"
 
 
-@dataclass(frozen=True, eq=False)
-class GeneVocabulary:
-    """Token ids and medians of genes; immutable, and named by its hash.
+class PerArray(Generic[V]):
+    """A mapping from read-only arrays to values; an entry lives as long as its array."""
 
-    Attributes
-    ----------
-    gene_ids
-        Ensembl ids, in the order of their tokens.
-    tokens
-        Token id of each gene, int32 [n_genes], ascending.
-    medians
-        Median of a gene's non-zero counts per 10,000 over the cells of a corpus, float64 [n_genes], > 0.
-    special_tokens
-        Name to token id; ``<pad>`` and ``<mask>`` at least.
-    source
-        Where the medians come from, in words.
-    """
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[NDArray[Any]], V]] = {}
 
-    gene_ids: tuple[str, ...]
-    tokens: NDArray[np.int32]
-    medians: NDArray[np.float64]
-    special_tokens: Mapping[str, int]
-    source: str
-    _index: dict[str, int] = field(init=False, repr=False)
+    def get(self, array: NDArray[Any]) -> V | None:
+        """Return the value of this very array, not of an equal one; None if there is none."""
+        found = self._entries.get(id(array))
+        return found[1] if found is not None and found[0]() is array and not array.flags.writeable else None
 
-    def __post_init__(self) -> None:
-        problem = self._problem()
-        if problem:
-            raise CorruptBundleError(f"The gene vocabulary is not valid: {problem}.", field="vocabulary")
-        object.__setattr__(self, "_index", {gene: row for row, gene in enumerate(self.gene_ids)})
-
-    def _problem(self) -> str | None:
-        if not len(self.gene_ids) == len(self.tokens) == len(self.medians):
-            return "genes, tokens and medians differ in number"
-        if not self.gene_ids:
-            return "it has no genes"
-        if len(set(self.gene_ids)) < len(self.gene_ids):
-            return "a gene stands in it twice"
-        if (np.diff(self.tokens) <= 0).any():
-            return "its tokens are not ascending"
-        bad = np.flatnonzero(~np.isfinite(self.medians) | (self.medians <= 0))
-        if len(bad):
-            return f"the median of {self.gene_ids[bad[0]]} is {self.medians[bad[0]]}, not a positive number"
-        missing = {"<pad>", "<mask>"} - set(self.special_tokens)
-        if missing:
-            return f"the special token {min(missing)} is missing"
-        used = set(self.tokens.tolist()) | set(self.special_tokens.values())
-        if used != set(range(len(self.gene_ids) + len(self.special_tokens))):
-            return "its token ids are not 0..n-1 without gaps"
-        return None
-
-    def __len__(self) -> int:
-        """Number of token ids, special tokens included."""
-        return len(self.gene_ids) + len(self.special_tokens)
-
-    def __contains__(self, gene_id: object) -> bool:
-        return gene_id in self._index
-
-    def row(self, gene_id: str) -> int:
-        """Row of a gene in `tokens` and `medians`, or -1."""
-        return self._index.get(gene_id, -1)
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """SHA-256 of genes, tokens, medians and special tokens (not of `source`)."""
-        return hashlib.sha256("\n".join(self._rows()).encode()).hexdigest()
-
-    def _rows(self) -> list[str]:
-        special = sorted(self.special_tokens.items(), key=lambda item: item[1])
-        rows = [f"{token}\t{name}\t" for name, token in special]
-        rows += [
-            f"{token}\t{gene}\t{float(median)!r}"
-            for gene, token, median in zip(self.gene_ids, self.tokens.tolist(), self.medians.tolist(), strict=True)
-        ]
-        return rows
-
-    def to_tsv(self) -> str:
-        """The vocabulary as text: a ``# source`` line, a header, one row a token."""
-        return "\n".join([f"# source: {self.source}", "token\tgene_id\tmedian", *self._rows(), ""])
-
-    @classmethod
-    def from_tsv(cls, text: str) -> GeneVocabulary:
-        """Read what :meth:`to_tsv` wrote.
-
-        Raises
-        ------
-        CorruptBundleError
-            A row does not parse, or the table as a whole is not a vocabulary.
-        """
-        source = ""
-        special: dict[str, int] = {}
-        genes: list[str] = []
-        tokens: list[int] = []
-        medians: list[float] = []
-        for number, line in enumerate(io.StringIO(text), start=1):
-            line = line.rstrip("\n")
-            if line.startswith("# source: "):
-                source = line.removeprefix("# source: ")
-            if not line or line.startswith(("#", "token\t")):
-                continue
-            try:
-                token, gene, median = line.split("\t")
-                if median:
-                    genes.append(gene)
-                    tokens.append(int(token))
-                    medians.append(float(median))
-                else:
-                    special[gene] = int(token)
-            except ValueError as error:
-                raise CorruptBundleError(
-                    f"Line {number} of the gene vocabulary is {line[:60]!r}; token, gene_id and median are needed.",
-                    field="vocabulary",
-                ) from error
-        return cls(
-            tuple(genes),
-            np.asarray(tokens, dtype=np.int32),
-            np.asarray(medians, dtype=np.float64),
-            special,
-            source,
-        )
-
-    @classmethod
-    def read(cls, path: Path) -> GeneVocabulary:
-        """Read a TSV file, gzipped or not. Raises as :meth:`from_tsv`."""
-        raw = path.read_bytes()
-        return cls.from_tsv((gzip.decompress(raw) if path.suffix == ".gz" else raw).decode())
-
-    @classmethod
-    def geneformer_gc30m(cls) -> GeneVocabulary:
-        """The published Geneformer V1 medians: 25,424 genes over 30 million cells (Theodoris et al. 2023)."""
-        return _geneformer_gc30m()
+    def put(self, array: NDArray[Any], value: V) -> None:
+        """Keep the value of a read-only array; ignore an array that can be written to."""
+        if not array.flags.writeable:
+            key = id(array)
+            self._entries[key] = weakref.ref(array, lambda _: self._entries.pop(key, None)), value
 
 
-@functools.cache
-def _geneformer_gc30m() -> GeneVocabulary:
-    return GeneVocabulary.from_tsv(_resource("geneformer_gc30m.tsv.gz"))
-
-
-def _resource(name: str) -> str:
-    return gzip.decompress(resources.files("perturbscope.cells.data").joinpath(name).read_bytes()).decode()
+CHECKED: PerArray[bool] = PerArray()
+"""Arrays of identifiers that were checked: all strings, and all different."""
 
 
 @dataclass(frozen=True)
 class GeneCoverage:
-    """What became of the columns of a matrix.
+    """Report on how the columns of a matrix were matched to a vocabulary.
 
     Attributes
     ----------
     n_genes
-        Columns given.
+        Number of columns.
     n_matched
         Columns that are a gene of the vocabulary.
     n_by_symbol
-        Of these, matched through a symbol or alias and not by Ensembl id.
+        Number of these that were matched by symbol or alias, not by Ensembl id.
     n_merged
         Columns whose counts were added to another column of the same gene.
     ambiguous
-        Identifiers that name several genes, with the one that was taken (the first ten).
+        Identifiers that name several genes, each with the gene that was taken (the first ten).
     n_ambiguous
-        Number of these.
+        Number of ambiguous identifiers.
     unmatched
         Identifiers without a gene of the vocabulary (the first ten).
     """
@@ -203,11 +94,11 @@ class GeneCoverage:
 
     @property
     def share(self) -> float:
-        """Matched columns among all columns."""
+        """Share of the columns that are genes of the vocabulary; 0.0 if there are no columns."""
         return self.n_matched / self.n_genes if self.n_genes else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return {
             "n_genes": self.n_genes,
             "n_matched": self.n_matched,
@@ -220,7 +111,7 @@ class GeneCoverage:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GeneCoverage:
-        """Read what :meth:`to_dict` wrote."""
+        """Read the JSON form."""
         return cls(
             n_genes=int(data["n_genes"]),
             n_matched=int(data["n_matched"]),
@@ -234,14 +125,14 @@ class GeneCoverage:
 
 @dataclass(frozen=True)
 class GeneMapping:
-    """Columns of a matrix mapped to rows of a vocabulary.
+    """The rows of a vocabulary for the columns of a matrix.
 
     Attributes
     ----------
     rows
-        Row of the vocabulary for each column, -1 where there is none; int32 [n_columns].
+        Row of the vocabulary for each column, or -1; int32 [n_columns].
     coverage
-        The report.
+        Report on the matching.
     """
 
     rows: NDArray[np.int32]
@@ -249,12 +140,12 @@ class GeneMapping:
 
 
 class GeneResolver:
-    """Ensembl id of any identifier.
+    """The way from any identifier to an Ensembl id.
 
     Parameters
     ----------
     aliases
-        Identifier to (Ensembl id, whether it names several genes).
+        Ensembl id of each symbol and alias, and whether it names several genes.
     """
 
     def __init__(self, aliases: Mapping[str, tuple[str, bool]]) -> None:
@@ -262,11 +153,11 @@ class GeneResolver:
 
     @classmethod
     def default(cls) -> GeneResolver:
-        """139,531 human symbols and aliases of GENCODE v44, HGNC and org.Hs.eg.db."""
+        """Return the resolver of 139,531 human symbols and aliases of GENCODE v44, HGNC and org.Hs.eg.db."""
         return _default_resolver()
 
     def resolve(self, identifier: str) -> tuple[str | None, bool]:
-        """Ensembl id without version, or None; and whether the identifier is ambiguous."""
+        """Return the Ensembl id without version, or None, and whether the identifier is ambiguous."""
         match = _ENSEMBL.match(identifier)
         if match:
             return match.group(1), False
@@ -274,10 +165,15 @@ class GeneResolver:
         return found if found else (None, False)
 
     def map(self, gene_ids: Sequence[str] | NDArray[np.str_], vocabulary: GeneVocabulary) -> GeneMapping:
-        """Find each column's row in the vocabulary.
+        """Find the row of the vocabulary for each column.
 
-        A column that spells out a gene of the vocabulary wins over one that reaches the same gene through an ambiguous
-        alias; otherwise columns of one gene are both kept (their counts are added) and counted in `n_merged`.
+        A column that names a gene unambiguously wins over one that reaches the same gene through an ambiguous alias.
+        Otherwise all columns of one gene are kept; their counts are added up, and `n_merged` counts them.
+
+        Raises
+        ------
+        MalformedMatrixError
+            There are no columns.
         """
         if not isinstance(gene_ids, np.ndarray):
             return _map(self, tuple(map(str, gene_ids)), vocabulary)
@@ -291,7 +187,7 @@ class GeneResolver:
 
 
 _MAPPED: PerArray[dict[tuple[GeneResolver, GeneVocabulary], GeneMapping]] = PerArray()
-"""What the arrays of identifiers that matrices share were mapped to."""
+"""Mappings of the arrays of identifiers that matrices share."""
 
 
 def _map(resolver: GeneResolver, gene_ids: tuple[str, ...], vocabulary: GeneVocabulary) -> GeneMapping:
@@ -336,8 +232,86 @@ def _map(resolver: GeneResolver, gene_ids: tuple[str, ...], vocabulary: GeneVoca
 @functools.cache
 def _default_resolver() -> GeneResolver:
     aliases: dict[str, tuple[str, bool]] = {}
-    for line in _resource("gene_aliases.tsv.gz").splitlines():
+    for line in read_text("gene_aliases.tsv.gz").splitlines():
         if line and not line.startswith(("#", "alias\t")):
             alias, ensembl, ambiguous = line.split("\t")
             aliases[alias] = (ensembl, ambiguous == "1")
     return GeneResolver(aliases)
+
+
+class GeneLists:
+    """Checked lists of identifiers by their text; those used last are kept. Safe for several threads.
+
+    Parameters
+    ----------
+    max_lists, max_bytes
+        Most lists and most bytes to keep, and as many spellings.
+    """
+
+    def __init__(self, max_lists: int = MAX_LISTS, max_bytes: int = MAX_BYTES) -> None:
+        self._by_names = _Recent(max_lists, max_bytes)
+        self._by_spelling = _Recent(max_lists, max_bytes)
+
+    def find(self, names: object) -> NDArray[np.str_] | None:
+        """Return the checked array of these names, or None if they are not a known list of strings."""
+        key = _key(names)
+        return None if key is None else self._by_names.get(key)
+
+    def keep(self, names: object, genes: NDArray[np.str_]) -> None:
+        """Remember these names and their checked array `genes`, which is read-only."""
+        key = _key(names)
+        if key is not None:
+            self._by_names.put(key, genes, 4 * len(key[1]) + genes.nbytes)
+
+    def spelled(self, text: bytes) -> NDArray[np.str_] | None:
+        """Return the checked array of a list in JSON, or None if this very text is not known."""
+        return self._by_spelling.get(text)
+
+    def keep_spelling(self, text: bytes, genes: NDArray[np.str_]) -> None:
+        """Remember a list in JSON; the caller has made sure that it means `genes`."""
+        self._by_spelling.put(text, genes, len(text) + genes.nbytes)
+
+
+class _Recent:
+    """The arrays that were used last, bounded in number and bytes."""
+
+    def __init__(self, most: int, max_bytes: int) -> None:
+        self._most, self._max_bytes, self._bytes = most, max_bytes, 0
+        self._entries: OrderedDict[Hashable, tuple[NDArray[np.str_], int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> NDArray[np.str_] | None:
+        with self._lock:
+            found = self._entries.get(key)
+            if found is None:
+                return None
+            self._entries.move_to_end(key)
+            return found[0]
+
+    def put(self, key: Hashable, genes: NDArray[np.str_], n_bytes: int) -> None:
+        if n_bytes > LARGEST:
+            return
+        with self._lock:
+            if key in self._entries:
+                return
+            self._entries[key] = genes, n_bytes
+            self._bytes += n_bytes
+            while len(self._entries) > self._most or self._bytes > self._max_bytes:
+                _, (_, freed) = self._entries.popitem(last=False)
+                self._bytes -= freed
+
+
+def _key(names: object) -> tuple[int, str] | None:
+    """Return a key that only equal lists share; None if `names` is not a list of strings, or one holds a separator."""
+    if not isinstance(names, (list, tuple)) or not names:
+        return None
+    try:
+        text = _BETWEEN.join(names)
+    except TypeError:
+        return None
+    # With one separator more, a name would hold one, and ["a\0b", "c"] would look like ["a", "b\0c"].
+    return (len(names), text) if text.count(_BETWEEN) == len(names) - 1 else None
+
+
+RECENT = GeneLists()
+"""The lists that this process has seen."""

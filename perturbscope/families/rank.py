@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneResolver, GeneVocabulary
+from perturbscope.cells.genes import GeneResolver
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import CorruptBundleError, UnsupportedBundleError
 from perturbscope.families._ragged import BLOCK_VALUES, row_blocks, smallest
 from perturbscope.families._rank_order import RankedCounts, Ranking

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneCoverage, GeneResolver, GeneVocabulary
+from perturbscope.cells.genes import GeneCoverage, GeneResolver
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import EmptyCellError, UnknownGenesError
 
 TokenizedCell = Mapping[str, NDArray[Any]]

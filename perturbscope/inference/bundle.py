@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from perturbscope.cells.files import atomic_directory
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import (
     BundleError,
     CorruptBundleError,

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import CorruptBundleError, GoldenMismatchError, PerturbScopeError
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.bundle import GOLDEN, Bundle

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneResolver, GeneVocabulary
+from perturbscope.cells.genes import GeneResolver
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.bundle import GOLDEN, Bundle
 from perturbscope.inference.embedder import Embedder

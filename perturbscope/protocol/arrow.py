@@ -18,7 +18,7 @@ from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, Ma
 from perturbscope.inference.embedder import Embeddings
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.arrow_ipc import read_stream, write_stream
-from perturbscope.protocol.messages import AnyAnswer, AnyRequest, CompareAnswer, Request, ScoreAnswer, field_names
+from perturbscope.protocol.messages import AnyAnswer, AnyRequest, CompareAnswer, Request, ScoreAnswer
 from perturbscope.protocol.tables import Kind, embed_meta, embeddings_of, kinds_of, result_answer, rows_of
 
 COUNTS = ("indices", "counts", "total_counts")
@@ -52,7 +52,7 @@ def request_to_arrow(request: Request) -> bytes:
 
 def request_from_arrow(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     """Decode a request of this kind. Raises errors of :mod:`perturbscope.errors` for bad input."""
-    required, _ = field_names(kind)
+    required, _ = check.field_names(kind)
     names = [item.name for item in fields(kind)]
     inside = [name for name in names if name not in ("cells", "embeddings", *_LABELS)]
     table, meta = read_stream(body)

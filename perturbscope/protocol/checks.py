@@ -8,6 +8,7 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from itertools import chain
 from typing import Any
 
@@ -15,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneCoverage
-from perturbscope.cells.known_genes import RECENT
+from perturbscope.cells.genes import RECENT, GeneCoverage
 from perturbscope.errors import (
     InvalidEmbeddingError,
     InvalidInputError,
@@ -61,7 +61,7 @@ def parse_json(body: bytes | str, field: str = "body") -> Any:
 def parse_request(body: bytes, field: str = "body") -> Any:
     """As :func:`parse_json`, but the list of genes is not parsed again where the same text came before.
 
-    Then the value of ``gene_ids`` is the checked array that :data:`perturbscope.cells.known_genes.RECENT` has for it.
+    Then the value of ``gene_ids`` is the checked array that :data:`perturbscope.cells.genes.RECENT` has for it.
     Most of a small request is that list. JSON text of a list means the same wherever a value may stand, so it can be
     looked up in place of being parsed. What cannot be parsed so is parsed whole, and refused for what it is.
     """
@@ -320,6 +320,12 @@ READERS: Mapping[str, Callable[[Any, str], Any]] = {
     "control": text,
 }
 """Function that reads each field of a request that is neither cells nor embeddings, from its value and its name."""
+
+
+def field_names(kind: type[Any]) -> tuple[list[str], list[str]]:
+    """Return the names of the required and of the optional fields of a dataclass, in their order."""
+    required = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
+    return required, [item.name for item in fields(kind) if item.name not in required]
 
 
 def meta_to_dict(meta: Meta, warnings: Sequence[str]) -> dict[str, Any]:

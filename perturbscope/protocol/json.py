@@ -18,7 +18,6 @@ from perturbscope.protocol.messages import (
     ModelInfo,
     ModelsAnswer,
     Request,
-    field_names,
 )
 from perturbscope.protocol.tables import embed_meta, embeddings_of, kinds_of, result_answer, rows_of
 
@@ -42,7 +41,7 @@ def request_to_json(request: Request) -> bytes:
 
 def request_from_json(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     """Decode a request of this kind. Raises errors of :mod:`perturbscope.errors` for bad input."""
-    required, optional = field_names(kind)
+    required, optional = check.field_names(kind)
     data = check.mapping(check.parse_request(body), "body", required=required, optional=optional)
     given = [item.name for item in fields(kind) if data.get(item.name) is not None or item.name in required]
     return kind(**{name: _READERS[name](data[name], name) for name in given})

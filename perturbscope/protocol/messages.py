@@ -6,8 +6,8 @@ A format encodes a request field by field, in the order of the fields here; a fi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,12 +181,6 @@ ANSWERS: Mapping[type[Request], type[Answer]] = {
     ModelsRequest: ModelsAnswer,
 }
 """Type of the answer to each type of request."""
-
-
-def field_names(kind: type[Any]) -> tuple[list[str], list[str]]:
-    """Return the names of the required and of the optional fields of a request, in their order."""
-    required = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
-    return required, [item.name for item in fields(kind) if item.name not in required]
 
 
 def _check_labelled(

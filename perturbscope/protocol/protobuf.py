@@ -23,7 +23,6 @@ from perturbscope.protocol.messages import (
     ModelsAnswer,
     Request,
     ScoreAnswer,
-    field_names,
 )
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.protocol.tables import embed_meta, embeddings_of, kinds_of, result_answer, rows_of
@@ -50,7 +49,7 @@ def request_from_proto(kind: type[AnyRequest], message: Any) -> AnyRequest:
 
     An absent field has its default, and so has an empty list; a required field must be present.
     """
-    required, _ = field_names(kind)
+    required, _ = check.field_names(kind)
     found = {}
     for name in (item.name for item in fields(kind)):
         descriptor = message.DESCRIPTOR.fields_by_name[name]

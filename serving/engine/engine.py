@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.known_genes import PerArray
+from perturbscope.cells.genes import PerArray
 from perturbscope.families.tokens import TokenizedCells, concatenate
 from perturbscope.inference.embedder import Embedder, Embeddings
 from perturbscope.protocol.messages import EmbedRequest, ModelsAnswer

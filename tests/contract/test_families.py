@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import EmptyCellError, UnknownGenesError, UnsupportedBundleError
 from perturbscope.families import FAMILIES, Family, load_family
 from perturbscope.families.tokens import InputSpec, TokenizedCells, concatenate, pad

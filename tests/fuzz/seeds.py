@@ -16,7 +16,8 @@ import numpy as np
 
 from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
+from perturbscope.cells.genes import GeneCoverage
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.inference.embedder import Embeddings
 from perturbscope.protocol import (
     CompareAnswer,

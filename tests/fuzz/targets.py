@@ -20,7 +20,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from perturbscope import protocol
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import PerturbScopeError
 from perturbscope.families import Family, load_family
 from perturbscope.protocol.arrow_streams import (

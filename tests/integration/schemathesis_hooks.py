@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.scoring.results import ScoreOptions
 
 _GENES = GeneVocabulary.geneformer_gc30m().gene_ids[:20]

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.families.tokens import TokenizedCells, pad
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder

@@ -6,7 +6,7 @@ import sys
 
 import uvicorn
 
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.families import load_family
 from perturbscope.inference.embedder import Embedder
 from serving.engine.engine import Engine

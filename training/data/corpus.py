@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope import __version__
-from perturbscope.cells.genes import GeneMapping, GeneResolver, GeneVocabulary
+from perturbscope.cells.genes import GeneMapping, GeneResolver
 from perturbscope.cells.readers import CellSource
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import InvalidInputError, InvalidParameterError, UnreadableFileError
 from perturbscope.families import Family, load_family
 from perturbscope.families.tokens import TokenizedCells

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.cells.genes import GeneResolver, GeneVocabulary
+from perturbscope.cells.genes import GeneResolver
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import InvalidParameterError
 from training.config.stages import CorpusConfig, SourceConfig
 from training.data.sources import Progress, chunks, keep_cells, name_of, open_source

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.cells.genes import GeneCoverage, GeneVocabulary
+from perturbscope.cells.genes import GeneCoverage
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import CorruptBundleError
 from perturbscope.families import Family, load_family
 from perturbscope.families.tokens import TokenizedCells

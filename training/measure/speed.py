@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from training import families
 from training.config.stages import ContrastiveConfig, PretrainConfig
 from training.data.corpus import read_vocabulary

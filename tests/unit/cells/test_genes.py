@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perturbscope.cells.genes import GeneCoverage, GeneResolver, GeneVocabulary
+from perturbscope.cells.genes import GeneCoverage, GeneResolver
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import CorruptBundleError, MalformedMatrixError
 
 CD3D, CD4, ACTB = "ENSG00000167286", "ENSG00000010610", "ENSG00000075624"

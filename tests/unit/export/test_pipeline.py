@@ -11,7 +11,7 @@ from export import ExportError, ParityError
 from export.__main__ import app
 from export.pipeline import export_checkpoint
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import BundleError, CorruptBundleError, InvalidParameterError
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import MAX_COUNT, CountMatrix
-from perturbscope.cells.genes import GeneResolver, GeneVocabulary
+from perturbscope.cells.genes import GeneResolver
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import CorruptBundleError, EmptyCellError, UnknownGenesError, UnsupportedBundleError
 from perturbscope.families import rank
 from perturbscope.families._ragged import row_blocks

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import (
     BundleError,
     CorruptBundleError,

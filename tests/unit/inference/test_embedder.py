@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import EmptyCellError, InferenceError, UnknownGenesError
 from perturbscope.inference import embedder as embedder_module
 from perturbscope.inference.batching import BatchLimits, cpu_limits

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from training.config.strict import SectionError, configuration, parse, within
 from training.families.rank.head import summed_cross_entropy
 from training.families.rank.packed import Layout, can_pack, states

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perturbscope.cells.genes import GeneVocabulary
 from perturbscope.cells.readers import open_cells
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import InvalidParameterError
 from tests.training_data import VOCABULARY, write_data_set
 from training.commands import medians as command

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from perturbscope.cells.genes import GeneVocabulary
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import InvalidParameterError, UnsupportedBundleError
 from perturbscope.families import FAMILIES
 from tests.models import TINY_MODEL, small_batch, small_model, small_vocabulary

@@ -8,8 +8,8 @@ import pytest
 
 from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneResolver, GeneVocabulary
-from perturbscope.cells.known_genes import LARGEST, GeneLists, PerArray
+from perturbscope.cells.genes import LARGEST, GeneLists, GeneResolver, PerArray
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import MalformedMatrixError, PerturbScopeError
 from perturbscope.protocol import EmbedRequest, checks
 
@@ -125,7 +125,7 @@ def test_values_of_arrays_go_with_them():
     assert values.get(array) is None
     del array
     gc.collect()
-    assert not values._found
+    assert not values._entries
 
 
 def test_a_shared_array_is_mapped_once():
