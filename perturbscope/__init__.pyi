@@ -1,6 +1,6 @@
 from .cells.counts import CountMatrix
-from .cells.genes import GeneVocabulary
 from .cells.readers import CellSource, cells_from_anndata, open_cells
+from .cells.vocabulary import GeneVocabulary
 from .client import AsyncClient, AsyncGrpcClient, Client, GrpcClient
 from .errors import PerturbScopeError
 from .inference.bundle import Bundle

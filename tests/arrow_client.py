@@ -16,7 +16,7 @@ from perturbscope.protocol import checks as check
 from perturbscope.protocol.arrow import count_columns, plain, vectors_from
 from perturbscope.protocol.arrow_ipc import END, FAILURES, KEY
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamEnd, StreamOpened, StreamStart
-from perturbscope.protocol.tables import embeddings_of
+from perturbscope.protocol.tables import embeddings_of, meta_from_dict
 
 _LIMITS = ("width", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes")
 
@@ -52,7 +52,7 @@ def stream_answers_from_arrow(source: io.IOBase) -> Iterator[StreamAnswer]:
             if batch.num_rows:
                 yield _chunk_from(batch, said, opened)
             elif "end" in said:
-                meta, warnings, _ = check.meta_from_dict(said["end"])
+                meta, warnings, _ = meta_from_dict(said["end"])
                 n_cells = check.integer(said["end"].get("n_cells"), "n_cells")
                 yield StreamEnd(n_cells=n_cells, warnings=warnings, meta=meta)
                 return
@@ -74,7 +74,7 @@ def _said(metadata: Any) -> dict[str, Any]:
 
 def _opened_from(metadata: Any) -> StreamOpened:
     said = _said(metadata)
-    meta, _, _ = check.meta_from_dict(said)
+    meta, _, _ = meta_from_dict(said)
     if meta.model_id is None or meta.vocabulary_hash is None or meta.coverage is None:
         raise InvalidParameterError("The answer names no model, or no gene coverage.", field="meta")
     return StreamOpened(
@@ -88,7 +88,7 @@ def _opened_from(metadata: Any) -> StreamOpened:
 
 def _chunk_from(batch: pa.RecordBatch, said: Mapping[str, Any], opened: StreamOpened) -> StreamChunk:
     table = pa.Table.from_batches([batch])
-    meta, _, _ = check.meta_from_dict({"timings": said.get("timings")})
+    meta, _, _ = meta_from_dict({"timings": said.get("timings")})
     found = embeddings_of(
         replace(opened.meta, timings=meta.timings),
         vectors_from(table).copy(),

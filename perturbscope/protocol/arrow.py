@@ -19,7 +19,16 @@ from perturbscope.inference.embedder import Embeddings
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.arrow_ipc import read_stream, write_stream
 from perturbscope.protocol.messages import AnyAnswer, AnyRequest, CompareAnswer, Request, ScoreAnswer
-from perturbscope.protocol.tables import Kind, embed_meta, embeddings_of, kinds_of, result_answer, rows_of
+from perturbscope.protocol.tables import (
+    Kind,
+    embed_meta,
+    embeddings_of,
+    kinds_of,
+    meta_from_dict,
+    meta_to_dict,
+    result_answer,
+    rows_of,
+)
 
 COUNTS = ("indices", "counts", "total_counts")
 """Columns of cells."""
@@ -88,17 +97,17 @@ def answer_to_arrow(answer: Embeddings | ScoreAnswer | CompareAnswer) -> bytes:
             "n_detected": pa.array(answer.n_detected),
             "known_share": pa.array(answer.known_share),
         }
-        return write_stream(columns, check.meta_to_dict(embed_meta(answer), answer.warnings()))
+        return write_stream(columns, meta_to_dict(embed_meta(answer), answer.warnings()))
     result, kinds = answer.result, kinds_of(type(answer))
     rows = rows_of(result.table, kinds)
     columns = {name: pa.array([row[name] for row in rows], _ARROW_TYPES[kind]) for name, kind in kinds.items()}
-    return write_stream(columns, {**check.meta_to_dict(answer.meta, result.warnings), "provenance": result.provenance})
+    return write_stream(columns, {**meta_to_dict(answer.meta, result.warnings), "provenance": result.provenance})
 
 
 def answer_from_arrow(kind: type[AnyAnswer], body: bytes) -> AnyAnswer:
     """Decode an answer of this kind. Raises errors of :mod:`perturbscope.errors` that name the field."""
     table, metadata = read_stream(body)
-    meta = check.meta_from_dict(metadata)
+    meta = meta_from_dict(metadata)
     if kind is not Embeddings:
         return cast("AnyAnswer", result_answer(kind, table.to_pylist(), meta))
     columns = [plain(table, name) for name in ("length", "n_detected", "known_share")]

@@ -1,4 +1,4 @@
-"""Reading and writing Arrow IPC streams; what is read is not trusted."""
+"""Reading and writing of Arrow IPC streams; input is not trusted."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from perturbscope.errors import UnreadableFileError
 from perturbscope.protocol import checks as check
 
 KEY = b"perturbscope"
-"""Where the schema's metadata holds what is not a column."""
+"""Key of the schema's metadata for everything that is not a column."""
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """The end-of-stream mark."""
 FAILURES = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, struct.error)
-"""What reading hostile bytes may raise."""
+"""Errors that reading hostile bytes may raise."""
 # Slots of the flatbuffer tables of the Arrow format (Message.fbs).
 _MESSAGE_HEADER_TYPE, _MESSAGE_HEADER, _MESSAGE_BODY_LENGTH = 1, 2, 3
 _DICTIONARY_BATCH_DATA, _RECORD_BATCH_COMPRESSION = 1, 3
@@ -26,7 +26,7 @@ _DICTIONARY_BATCH = 2
 
 
 def write_stream(columns: Mapping[str, Any], meta: Mapping[str, Any]) -> bytes:
-    """One batch with these columns, and `meta` as JSON in the schema's metadata."""
+    """Write one batch of these columns, with `meta` as JSON in the schema's metadata."""
     table = pa.table(dict(columns)).replace_schema_metadata({KEY: check.dump_json(meta).encode()})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -36,12 +36,12 @@ def write_stream(columns: Mapping[str, Any], meta: Mapping[str, Any]) -> bytes:
 
 
 def read_stream(body: bytes) -> tuple[pa.Table, Any]:
-    """The table and the parsed metadata of a stream.
+    """Read the table and the parsed metadata of a stream.
 
     Raises
     ------
     UnreadableFileError
-        Not an Arrow stream, cut off, damaged, or compressed.
+        The body is not an Arrow stream, is cut off, damaged or compressed, or has no metadata.
     """
     if not body.endswith(END):
         raise UnreadableFileError(
@@ -73,7 +73,7 @@ def check_rows(n_rows: int, n_bytes: int) -> None:
     Raises
     ------
     UnreadableFileError
-        More rows than bytes.
+        There are more rows than bytes.
     """
     if n_rows > n_bytes:
         raise UnreadableFileError(
@@ -89,19 +89,19 @@ def _refuse_compression(body: bytes) -> None:
 
 
 def message_kind(data: bytes) -> int:
-    """Kind of the message whose metadata this is; see :data:`SCHEMA` and :data:`RECORD_BATCH`."""
+    """Return the kind of the message with this metadata, for instance :data:`SCHEMA` or :data:`RECORD_BATCH`."""
     at = _slot(data, _reference(data, 0), _MESSAGE_HEADER_TYPE)
     return data[at] if at else 0
 
 
 def body_length(data: bytes) -> int:
-    """Bytes of the body that follows the metadata of a message; as it claims, so possibly negative."""
+    """Return the number of bytes of a message's body that its metadata claims; it may be negative."""
     at = _slot(data, _reference(data, 0), _MESSAGE_BODY_LENGTH)
     return int(struct.unpack_from("<q", data, at)[0]) if at else 0
 
 
 def refuse_compressed(data: bytes) -> None:
-    """Raise UnreadableFileError for the metadata of a compressed batch."""
+    """Raise UnreadableFileError if this is the metadata of a compressed batch."""
     kind = message_kind(data)
     batch = _follow(data, _reference(data, 0), _MESSAGE_HEADER)
     if kind == _DICTIONARY_BATCH:
@@ -119,7 +119,7 @@ def _reference(data: bytes, at: int) -> int:
 
 
 def _slot(data: bytes, table: int, number: int) -> int:
-    """Place of a field of a flatbuffer table, 0 where it has its default."""
+    """Return the place of a field in a flatbuffer table; 0 if the field has its default."""
     vtable = table - int(struct.unpack_from("<i", data, table)[0])
     size = int(struct.unpack_from("<H", data, vtable)[0])
     at = 4 + 2 * number

@@ -2,22 +2,22 @@
 
 The request is the Arrow form of an embed request (:func:`perturbscope.protocol.request_to_arrow`) in as many
 record batches as the caller likes: columns ``indices, counts`` and perhaps ``total_counts``, one row a cell, and in the
-schema's metadata, under ``perturbscope``, the JSON object ``{"gene_ids", "model", "first_row"}``. Its length has no
-bound; that of a batch has, and batches are not compressed.
+schema's metadata, under ``perturbscope``, the JSON object ``{"gene_ids", "model", "first_row"}``. The length of a
+request is unbounded, that of a batch is bounded, and batches are not compressed.
 
 The answer has one batch for each of the request, in order, with the columns ``row, embedding, length, n_detected,
-known_share``. ``row`` is the number of the cell, counted from ``first_row`` on. What else there is to say is JSON,
-again under ``perturbscope``:
+known_share``. ``row`` is the number of the cell, counted from ``first_row`` on. All other information is JSON, again
+under ``perturbscope``:
 
-- in the schema's metadata, what made the vectors: ``{"model_id", "vocabulary_hash", "coverage", "variant", "width",
-  "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes"}``;
+- in the schema's metadata, the model behind the vectors: ``{"model_id", "vocabulary_hash", "coverage", "variant",
+  "width", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes"}``;
 - in a batch's own metadata, ``{"timings"}``;
-- in that of a last batch without rows, ``{"end": {"n_cells", "warnings", "timings", ...}}``.
+- in the metadata of a last batch without rows, ``{"end": {"n_cells", "warnings", "timings", ...}}``.
 
-An answer without ``end`` is not whole. If the server can tell why, there is in its place a batch without rows with
-``{"error": {"code", "message", "field"}, "row"}``, where ``row`` is the first cell without an answer; the end-of-stream
-mark is left out, and the transfer is broken off, so that even a program which looks at nothing of this sees that it
-failed. To go on, send a new stream with the cells from ``row`` on, that number as ``first_row``, and the answer's
+An answer without ``end`` is incomplete. If the server knows the reason, a batch without rows takes the place of the
+end, with ``{"error": {"code", "message", "field"}, "row"}``; ``row`` is the first cell without an answer. The
+end-of-stream mark is left out and the transfer is broken off, so that even a program that ignores all of this sees the
+failure. To continue, send a new stream with the cells from ``row`` on, that number as ``first_row``, and the answer's
 ``model_id`` as ``model``.
 """
 
@@ -53,21 +53,22 @@ from perturbscope.protocol.arrow_ipc import (
     refuse_compressed,
 )
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamEnd, StreamOpened, StreamStart, stream_start
+from perturbscope.protocol.tables import meta_to_dict
 
 PREFIX_BYTES = 8
-"""Of every message: a mark, and the length of its metadata."""
+"""Bytes before every message: a mark, and the length of its metadata."""
 _CONTINUATION = b"\xff\xff\xff\xff"
 
 
 def metadata_length(prefix: bytes, most: int) -> int:
-    """Bytes of the metadata that follow a prefix; 0 for the end-of-stream mark.
+    """Return the number of bytes of the metadata after a prefix; 0 for the end-of-stream mark.
 
     Raises
     ------
     UnreadableFileError
-        It is no prefix, or the stream ends here without its mark.
+        `prefix` is not a prefix, or the stream ends here without its mark.
     LimitExceededError
-        More than `most`.
+        The number is above `most`.
     """
     if len(prefix) < PREFIX_BYTES or prefix[:4] != _CONTINUATION:
         raise UnreadableFileError(
@@ -81,7 +82,7 @@ def metadata_length(prefix: bytes, most: int) -> int:
 
 
 def message_length(metadata: bytes, most: int) -> int:
-    """Bytes of the body that follow the metadata of a message. Raises as :func:`metadata_length`."""
+    """Return the number of bytes of a message's body from its metadata. Raises as :func:`metadata_length`."""
     try:
         length = body_length(metadata)
     except (struct.error, IndexError) as error:
@@ -101,7 +102,7 @@ def _check_length(length: int, most: int) -> None:
 
 
 class StreamRequestReader:
-    """Reads the messages of a request, each a whole message with its prefix; they are not trusted."""
+    """Reader of the messages of a request, each given whole with its prefix; they are not trusted."""
 
     def __init__(self) -> None:
         self._schema: pa.Schema | None = None
@@ -129,12 +130,12 @@ class StreamRequestReader:
         return stream_start(given["gene_ids"], given.get("model"), given.get("first_row", 0))
 
     def cells(self, message: bytes, genes: NDArray[np.str_], first_row: int) -> CountMatrix:
-        """Read a record batch; its cells have `genes`, and `first_row` is the number of the first.
+        """Read a record batch of cells with these genes; `first_row` is the number of its first cell.
 
         Raises
         ------
         InvalidInputError
-            One of its subclasses says what is wrong, and in which row.
+            The batch is wrong; the message of the subclass says what is, and in which row.
         """
         assert self._schema is not None, "the start comes first"  # noqa: S101  our own bug
         try:
@@ -161,14 +162,14 @@ class StreamRequestReader:
 
 
 class _Writer:
-    """Writes the messages of an Arrow IPC stream one at a time."""
+    """Writer of an Arrow IPC stream, one message at a time."""
 
     def __init__(self) -> None:
         self._schema = pa.schema([])
         self._preamble = 0
 
     def open(self, columns: Mapping[str, Any], meta: Mapping[str, Any]) -> bytes:
-        """The schema of these types."""
+        """Return the schema message of columns of these types."""
         self._schema = pa.schema(list(columns.items()))
         self._preamble = self._schema.serialize().size
         named = self._schema.with_metadata({KEY: check.dump_json(meta).encode()})
@@ -176,7 +177,7 @@ class _Writer:
         return schema
 
     def batch(self, columns: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> bytes:
-        """A record batch with metadata of its own, which only a writer of whole streams can give it."""
+        """Return the message of a record batch; only a writer of whole streams can give it metadata of its own."""
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self._schema) as writer:
             metadata = None if meta is None else {KEY: check.dump_json(meta).encode()}
@@ -186,33 +187,33 @@ class _Writer:
 
 
 class StreamAnswerWriter:
-    """Writes the messages of an answer."""
+    """Writer of the messages of an answer."""
 
     def __init__(self) -> None:
         self._writer = _Writer()
         self._width = 0
 
     def write(self, answer: StreamAnswer) -> bytes:
-        """The bytes of the next part of the answer; those of the end have the end-of-stream mark."""
+        """Return the bytes of the next part of the answer; the last part ends with the end-of-stream mark."""
         match answer:
             case StreamOpened():
                 self._width = answer.width
-                columns = {name: column.type for name, column in self._columns(_nothing(answer.width), 0).items()}
+                columns = {name: column.type for name, column in self._columns(_Nothing(answer.width), 0).items()}
                 limits = {name: getattr(answer, name) for name in _LIMITS}
-                return self._writer.open(columns, {**check.meta_to_dict(answer.meta, []), **limits})
+                return self._writer.open(columns, {**meta_to_dict(answer.meta, []), **limits})
             case StreamChunk():
                 columns = self._columns(answer.embeddings, answer.first_row)
                 return self._writer.batch(columns, {"timings": answer.embeddings.timings})
             case StreamEnd():
-                end = {"n_cells": answer.n_cells, **check.meta_to_dict(answer.meta, answer.warnings)}
+                end = {"n_cells": answer.n_cells, **meta_to_dict(answer.meta, answer.warnings)}
                 return self._last({"end": end}) + END
 
     def error(self, error: PerturbScopeError, row: int) -> bytes:
-        """The bytes that say why the answer ends before `row`; no end-of-stream mark follows them."""
+        """Return the bytes of an error that ends the answer before `row`; no end-of-stream mark follows them."""
         return self._last({"error": error.to_dict(), "row": row})
 
     def _last(self, meta: Mapping[str, Any]) -> bytes:
-        return self._writer.batch(self._columns(_nothing(self._width), 0), meta)
+        return self._writer.batch(self._columns(_Nothing(self._width), 0), meta)
 
     @staticmethod
     def _columns(found: Embeddings | _Nothing, first_row: int) -> dict[str, Any]:
@@ -229,12 +230,9 @@ _LIMITS = ("width", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes")
 
 
 class _Nothing:
-    """The columns of no cell."""
+    """Embeddings of no cell, for the columns of an empty batch."""
 
     def __init__(self, width: int) -> None:
         self.values = np.zeros((0, width), dtype=np.float32)
         self.lengths = self.n_detected = np.zeros(0, dtype=np.int32)
         self.known_share = np.zeros(0, dtype=np.float32)
-
-
-_nothing = _Nothing

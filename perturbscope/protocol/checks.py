@@ -1,4 +1,4 @@
-"""Checked reading of untrusted values. Everything raises an error that names the field."""
+"""Checked reading of untrusted values: each function raises an error that names the field."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import RECENT, GeneCoverage
+from perturbscope.cells.genes import RECENT
 from perturbscope.errors import (
     InvalidEmbeddingError,
     InvalidInputError,
@@ -24,7 +24,6 @@ from perturbscope.errors import (
     MalformedMatrixError,
     UnreadableFileError,
 )
-from perturbscope.protocol.messages import Meta
 from perturbscope.scoring.results import ScoreOptions
 
 MAX_NAME = 512
@@ -33,16 +32,16 @@ among 60,000 short ones would take hundreds of gigabytes."""
 
 
 def parse_json(body: bytes | str, field: str = "body") -> Any:
-    """Parse JSON: UTF-8 without a byte order mark, and no name twice in one object.
+    """Parse JSON in UTF-8, without a byte order mark.
 
-    NaN, which is no JSON but which Python writes, is left to whoever reads the number, and can say where it is.
+    NaN is not JSON, but Python writes it: it passes here, and the reader of the number refuses it and names its place.
 
     Raises
     ------
     UnreadableFileError
-        It is not that; or its nesting, or a number in it, has no end.
+        The text is not JSON, is nested too deeply, or has a number that is too long.
     InvalidParameterError
-        A name is given twice.
+        A name stands twice in one object.
     """
     try:
         text = body if isinstance(body, str) else body.decode()
@@ -53,17 +52,17 @@ def parse_json(body: bytes | str, field: str = "body") -> Any:
         what = f"byte {error.start} is not UTF-8"
     except RecursionError:
         what = "it is nested too deeply"
-    except ValueError:  # of int(), which would have us raise its limit
-        what = "it has a number of thousands of digits"
+    except ValueError:  # from int(), whose own message advises to raise its limit
+        what = "it has a number with thousands of digits"
     raise UnreadableFileError(f"The {field} is not JSON: {what}.", field=field)
 
 
 def parse_request(body: bytes, field: str = "body") -> Any:
-    """As :func:`parse_json`, but the list of genes is not parsed again where the same text came before.
+    """Parse JSON as :func:`parse_json` does, but look a list of genes up if the same text came before.
 
-    Then the value of ``gene_ids`` is the checked array that :data:`perturbscope.cells.genes.RECENT` has for it.
-    Most of a small request is that list. JSON text of a list means the same wherever a value may stand, so it can be
-    looked up in place of being parsed. What cannot be parsed so is parsed whole, and refused for what it is.
+    The value of ``gene_ids`` is then the checked array that :data:`perturbscope.cells.genes.RECENT` has for it. Most of
+    a small request is that list. The JSON text of a list means the same wherever a value may stand, so it can be looked
+    up in place of being parsed. A body that cannot be parsed so is parsed whole, and refused for its own fault.
     """
     found = _GENES.search(body)
     if found is None:
@@ -103,7 +102,7 @@ def _means(text: bytes, names: object) -> bool:
 
 
 def _cells_of(data: Any) -> dict[str, Any] | None:
-    """Where a request names genes: in its cells, or, as the metadata of Arrow, beside all else."""
+    """Return the object with the names of genes: the cells of a request, or the whole metadata of Arrow."""
     for place in (data.get("cells"), data) if isinstance(data, dict) else ():
         if isinstance(place, dict) and "gene_ids" in place:
             return place
@@ -120,12 +119,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def dump_json(value: Any) -> str:
-    """JSON text; what is not a finite number becomes null."""
+    """Return JSON text; NaN and infinity become null."""
     return json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
 
 
 def finite(value: Any) -> Any:
-    """The value with None for NaN and infinity, and plain numbers for numpy's."""
+    """Return the value with None for NaN and infinity, and plain numbers for numpy's."""
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
@@ -136,7 +135,7 @@ def finite(value: Any) -> Any:
 
 
 def short_floats(values: NDArray[np.float32]) -> list[Any]:
-    """The values as nested lists of the nearest numbers of nine digits, which are read back as the same float32.
+    """Return the values as nested lists of numbers of nine digits, which are read back as the same float32.
 
     The exact digits would be up to seventeen, and the body 1.6 times as long.
     """
@@ -149,12 +148,12 @@ def short_floats(values: NDArray[np.float32]) -> list[Any]:
 
 
 def printable(value: str) -> str:
-    """Part of a caller's string that is safe to put into an error."""
+    """Return the start of a caller's string in printable ASCII, for an error message."""
     return value[:60].encode("ascii", "backslashreplace").decode()
 
 
 def shown(value: Any) -> str:
-    """A short description of a caller's value for a message."""
+    """Return a short description of a caller's value, for an error message."""
     if isinstance(value, str):
         return repr(printable(value))
     return (
@@ -163,7 +162,7 @@ def shown(value: Any) -> str:
 
 
 def mapping(value: Any, field: str, *, required: Iterable[str] = (), optional: Iterable[str] = ()) -> dict[str, Any]:
-    """A JSON object with the keys that it must have, and no others than it may have."""
+    """Return a JSON object after checking that it has all required keys, and no key that is not known."""
     if not isinstance(value, Mapping):
         raise InvalidParameterError(f"{field} must be an object; got {shown(value)}.", field=field)
     required = tuple(required)
@@ -181,21 +180,21 @@ def mapping(value: Any, field: str, *, required: Iterable[str] = (), optional: I
 
 
 def text(value: Any, field: str) -> str:
-    """A string of bounded length that UTF-8 can express."""
+    """Return a string of bounded length that UTF-8 can express."""
     if not isinstance(value, str):
         raise InvalidParameterError(f"{field} must be a string; got {shown(value)}.", field=field)
     return texts([value], field)[0]
 
 
 def optional_text(value: Any, field: str) -> str | None:
-    """A string, or None."""
+    """Return a string, or None."""
     return None if value is None else text(value, field)
 
 
 def texts(
     values: Any, field: str, error: type[InvalidInputError] = InvalidParameterError, *, longest: int = MAX_NAME
 ) -> tuple[str, ...]:
-    """A list of strings."""
+    """Return a list of strings as a tuple."""
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         raise error(f"{field} must be a list of strings; got {shown(values)}.", field=field)
     if not set(map(type, values)) <= {str}:
@@ -212,7 +211,7 @@ def texts(
 
 
 def numbers(values: Any, field: str, error: type[InvalidInputError] = MalformedMatrixError) -> NDArray[Any]:
-    """A list of numbers as an array of int64, uint64 or float64; NaN and infinity pass."""
+    """Return a list of numbers as an array of int64, uint64 or float64; NaN and infinity pass."""
     if not isinstance(values, list):
         raise error(f"{field} must be a list of numbers; got {shown(values)}.", field=field)
     if not set(map(type, values)) <= {int, float}:
@@ -228,7 +227,7 @@ def numbers(values: Any, field: str, error: type[InvalidInputError] = MalformedM
 
 
 def rows_of_numbers(values: Any, field: str = "embeddings") -> NDArray[np.float32]:
-    """A list of lists of numbers as float32 [rows, width]; see :func:`embedding_matrix`."""
+    """Return a list of lists of numbers as float32 [rows, width]; see :func:`embedding_matrix`."""
     if not isinstance(values, list) or not set(map(type, values)) <= {list}:
         raise InvalidEmbeddingError(f"{field} must be a list with one list of numbers a cell.", field=field)
     widths = set(map(len, values))
@@ -242,7 +241,7 @@ def rows_of_numbers(values: Any, field: str = "embeddings") -> NDArray[np.float3
 
 
 def embedding_matrix(values: NDArray[Any], field: str = "embeddings") -> NDArray[np.float32]:
-    """float32 [n_cells, width], not empty. Finiteness is checked by the request that takes it."""
+    """Return embeddings as float32 [n_cells, width], not empty. The request checks that they are finite."""
     if values.ndim != 2 or not values.size:
         raise InvalidEmbeddingError(f"{field} has shape {values.shape}; cells x width is needed.", field=field)
     with np.errstate(over="ignore"):
@@ -258,7 +257,7 @@ def count_matrix(
     totals: NDArray[Any] | None,
     first_row: Any = 0,
 ) -> CountMatrix:
-    """Raw counts, with their names checked first."""
+    """Build raw counts from their arrays; names of genes are checked first."""
     known = gene_ids if isinstance(gene_ids, np.ndarray) else RECENT.find(gene_ids)
     names = texts(gene_ids, "gene_ids", MalformedMatrixError) if known is None else known
     row = integer(first_row, "first_row")
@@ -295,14 +294,14 @@ def pairs(value: Any, field: str = "pairs") -> tuple[tuple[str, str], ...]:
 
 
 def integer(value: Any, field: str) -> int:
-    """An integer of 64 bits, not below 0."""
+    """Return an integer of 64 bits, not below 0."""
     if type(value) is not int or not 0 <= value < 2**63:
         raise InvalidParameterError(f"{field} must be an integer from 0 on; got {shown(value)}.", field=field)
     return value
 
 
 def number(value: Any, field: str) -> float:
-    """A number, as a float."""
+    """Return a number as a float."""
     if type(value) not in {int, float}:
         raise InvalidParameterError(f"{field} must be a number; got {shown(value)}.", field=field)
     try:
@@ -326,44 +325,3 @@ def field_names(kind: type[Any]) -> tuple[list[str], list[str]]:
     """Return the names of the required and of the optional fields of a dataclass, in their order."""
     required = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
     return required, [item.name for item in fields(kind) if item.name not in required]
-
-
-def meta_to_dict(meta: Meta, warnings: Sequence[str]) -> dict[str, Any]:
-    """The JSON form of what made an answer."""
-    return {
-        "model_id": meta.model_id,
-        "vocabulary_hash": meta.vocabulary_hash,
-        "coverage": meta.coverage.to_dict() if meta.coverage else None,
-        "warnings": list(warnings),
-        "timings": meta.timings,
-        "variant": meta.variant,
-    }
-
-
-def meta_from_dict(value: Any) -> tuple[Meta, list[str], dict[str, Any]]:
-    """Meta, warnings and provenance of an answer. Fields that a newer server added are passed over."""
-    if not isinstance(value, Mapping):
-        raise InvalidParameterError(f"meta must be an object; got {shown(value)}.", field="meta")
-    timings = value.get("timings") or {}
-    provenance = value.get("provenance") or {}
-    if not isinstance(timings, Mapping):
-        raise InvalidParameterError("timings must be an object of numbers.", field="timings")
-    if not isinstance(provenance, Mapping):
-        raise InvalidParameterError("provenance must be an object.", field="provenance")
-    meta = Meta(
-        model_id=optional_text(value.get("model_id"), "model_id"),
-        vocabulary_hash=optional_text(value.get("vocabulary_hash"), "vocabulary_hash"),
-        coverage=_coverage(value.get("coverage")),
-        timings={str(stage): number(seconds, "timings") for stage, seconds in timings.items()},
-        variant=optional_text(value.get("variant"), "variant"),
-    )
-    return meta, list(texts(value.get("warnings") or [], "warnings", longest=100_000)), dict(provenance)
-
-
-def _coverage(value: Any) -> GeneCoverage | None:
-    if value is None:
-        return None
-    try:
-        return GeneCoverage.from_dict(value)
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise InvalidParameterError(f"coverage cannot be read: {error!r}.", field="coverage") from error

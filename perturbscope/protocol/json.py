@@ -19,7 +19,15 @@ from perturbscope.protocol.messages import (
     ModelsAnswer,
     Request,
 )
-from perturbscope.protocol.tables import embed_meta, embeddings_of, kinds_of, result_answer, rows_of
+from perturbscope.protocol.tables import (
+    embed_meta,
+    embeddings_of,
+    kinds_of,
+    meta_from_dict,
+    meta_to_dict,
+    result_answer,
+    rows_of,
+)
 
 _CELLS = ("gene_ids", "indptr", "indices", "data")
 _PER_CELL = ("lengths", "n_detected", "known_share")
@@ -60,7 +68,7 @@ def answer_to_json(answer: Answer) -> bytes:
             return _dump({"models": [asdict(model) for model in answer.models]})
         case _:
             result = answer.result
-            meta = {**check.meta_to_dict(answer.meta, result.warnings), "provenance": result.provenance}
+            meta = {**meta_to_dict(answer.meta, result.warnings), "provenance": result.provenance}
             rows = rows_of(result.table, kinds_of(type(answer)))
             return _dump({"results": check.finite(rows), "meta": check.finite(meta)})
 
@@ -75,7 +83,7 @@ def answer_from_json(kind: type[AnyAnswer], body: bytes) -> AnyAnswer:
         found = _models_from(data)
     else:
         data = _require(data, "answer", "results", "meta")
-        found = result_answer(kind, data["results"], check.meta_from_dict(data["meta"]))
+        found = result_answer(kind, data["results"], meta_from_dict(data["meta"]))
     return cast("AnyAnswer", found)
 
 
@@ -105,7 +113,7 @@ def _embeddings_to_json(answer: Embeddings) -> bytes:
             "n_detected": answer.n_detected.tolist(),
             "known_share": check.short_floats(answer.known_share),
             "below_min_genes": answer.below_min_genes.tolist(),
-            "meta": check.finite(check.meta_to_dict(embed_meta(answer), answer.warnings())),
+            "meta": check.finite(meta_to_dict(embed_meta(answer), answer.warnings())),
         }
     )
     # Python's encoder lets no other thread run until it is done, and makes an object of every number: so, in pieces.
@@ -119,7 +127,7 @@ def _embeddings_to_json(answer: Embeddings) -> bytes:
 
 def _embeddings_from(value: Any) -> Embeddings:
     data = _require(value, "answer", "embeddings", *_PER_CELL, "meta")
-    meta, _, _ = check.meta_from_dict(data["meta"])
+    meta, _, _ = meta_from_dict(data["meta"])
     columns = (check.numbers(data[name], name, InvalidParameterError) for name in _PER_CELL)
     return embeddings_of(meta, check.rows_of_numbers(data["embeddings"]), *columns)
 

@@ -25,7 +25,7 @@ from perturbscope.protocol.messages import (
     ScoreAnswer,
 )
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
-from perturbscope.protocol.tables import embed_meta, embeddings_of, kinds_of, result_answer, rows_of
+from perturbscope.protocol.tables import embed_meta, embeddings_of, kinds_of, meta_from_dict, result_answer, rows_of
 from perturbscope.scoring.results import ScoreOptions
 
 _COUNT_DTYPES: dict[int, np.dtype[Any]] = {
@@ -220,7 +220,7 @@ def meta_from(message: pb.Meta) -> tuple[Meta, list[str], dict[str, Any]]:
         values["provenance"] = check.parse_json(message.provenance_json, "provenance")
     if message.HasField("coverage"):
         values["coverage"] = coverage_from_proto(message.coverage)
-    return check.meta_from_dict(values)
+    return meta_from_dict(values)
 
 
 _WRITERS: Mapping[str, Any] = {

@@ -1,4 +1,4 @@
-"""The messages of a stream as protobuf, for gRPC."""
+"""Messages of a stream as protobuf, for gRPC."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.protocol import checks as check
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.protocol.protobuf import (
     arrays_from,
@@ -23,22 +22,22 @@ from perturbscope.protocol.protobuf import (
     vectors_to_proto,
 )
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamEnd, StreamOpened, StreamStart, stream_start
-from perturbscope.protocol.tables import embeddings_of
+from perturbscope.protocol.tables import embeddings_of, meta_from_dict
 
 
 def stream_start_to_proto(start: StreamStart) -> pb.EmbedStreamRequest:
-    """The message that opens a stream."""
+    """Encode the first message of a stream."""
     message = pb.EmbedStreamStart(gene_ids=start.gene_ids.tolist(), model=start.model, first_row=start.first_row)
     return pb.EmbedStreamRequest(start=message)
 
 
 def stream_cells_to_proto(cells: CountMatrix) -> pb.EmbedStreamRequest:
-    """One chunk of cells."""
+    """Encode one chunk of cells."""
     return pb.EmbedStreamRequest(cells=pb.CellChunk(**arrays_to(cells)))
 
 
 def stream_start_from_proto(message: pb.EmbedStreamRequest) -> StreamStart:
-    """Read the first message. Raises errors of :mod:`perturbscope.errors` for bad input."""
+    """Decode the first message. Raises errors of :mod:`perturbscope.errors` for bad input."""
     if message.WhichOneof("message") != "start":
         raise InvalidParameterError(
             "The first message of the stream has no `start`; it must name the genes of all cells.", field="start"
@@ -48,12 +47,12 @@ def stream_start_from_proto(message: pb.EmbedStreamRequest) -> StreamStart:
 
 
 def stream_cells_from_proto(message: pb.EmbedStreamRequest, genes: NDArray[np.str_], first_row: int) -> CountMatrix:
-    """Read any other message; its cells have `genes`, and `first_row` is the number of the first.
+    """Decode a later message: cells with these genes; `first_row` is the number of the first cell.
 
     Raises
     ------
     InvalidInputError
-        One of its subclasses says what is wrong, and in which row.
+        The message is wrong; the message of the subclass says what is, and in which row.
     """
     if message.WhichOneof("message") != "cells":
         raise InvalidParameterError(
@@ -67,7 +66,7 @@ def stream_cells_from_proto(message: pb.EmbedStreamRequest, genes: NDArray[np.st
 
 
 def stream_answer_to_proto(answer: StreamAnswer) -> pb.EmbedStreamAnswer:
-    """One message of the server."""
+    """Encode one message of the server."""
     match answer:
         case StreamOpened():
             opened = pb.EmbedStreamOpened(
@@ -98,19 +97,19 @@ def stream_answer_to_proto(answer: StreamAnswer) -> pb.EmbedStreamAnswer:
 
 
 def stream_answer_from_proto(message: pb.EmbedStreamAnswer, opened: StreamOpened | None) -> StreamAnswer:
-    """Read one message of the server; `opened` is the first one, None while that is still to come.
+    """Decode one message of the server; `opened` is the first message, or None before it arrives.
 
     Raises
     ------
     InvalidInputError
-        It is no answer, or not in its place.
+        The message is not an answer, or is out of place.
     """
     kind = message.WhichOneof("message")
     if (kind == "opened") != (opened is None):
-        raise InvalidParameterError(f"The message {kind!r} of the stream is out of its place.", field="opened")
+        raise InvalidParameterError(f"The message {kind!r} of the stream is out of place.", field="opened")
     if opened is None:
         found = message.opened
-        meta, _, _ = check.meta_from_dict({"coverage": coverage_from_proto(found.coverage)})
+        meta, _, _ = meta_from_dict({"coverage": coverage_from_proto(found.coverage)})
         if meta.coverage is None or not found.model_id:
             raise InvalidParameterError("The stream names no model, or no gene coverage.", field="opened")
         return StreamOpened(

@@ -1,8 +1,8 @@
-"""What a stream of cells says, whatever it travels as.
+"""Messages of a stream of cells, independent of the format that they travel in.
 
 A stream is ``start``, chunks of cells, and the end of sending; its answer is ``opened``, the vectors of each chunk in
-order, and ``end``. An answer without ``end`` is not whole: it was cut off, or an error took its place. Whatever was
-answered stays good, and a new stream goes on with the first row that was not; see :class:`StreamStart`.
+order, and ``end``. An answer without ``end`` is incomplete: it was cut off, or an error took its place. The chunks that
+were answered stay valid, and a new stream continues with the first row that was not; see :class:`StreamStart`.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from perturbscope.protocol.messages import Meta
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StreamStart:
-    """What holds for all cells of a stream.
+    """The first message of a stream: everything that holds for all of its cells.
 
     Raises
     ------
     DuplicateGenesError, MalformedMatrixError
-        Names of genes that no matrix could have.
+        No matrix could have these names of genes.
     """
 
     gene_ids: NDArray[np.str_]
     """Identifier of each column, unique."""
     model: str | None = None
-    """Name or id of a model; None: the server's default. A stream that goes on names the id of the first one."""
+    """Name or id of a model; None: the server's default. A stream that continues another gives the id of its model."""
     first_row: int = 0
     """Number of the first cell in the caller's file; the cells after it are counted on."""
 
     def every_gene(self) -> CountMatrix:
-        """One cell that expresses every gene once: whoever can tokenize it knows the genes' coverage."""
+        """Return one cell that expresses every gene once; tokenizing it gives the coverage of the genes."""
         n_genes = len(self.gene_ids)
         if not n_genes:
             raise MalformedMatrixError("There are no genes; the matrix has no columns.", field="gene_ids")
@@ -48,7 +48,7 @@ class StreamStart:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamOpened:
-    """The stream is accepted; see the message of that name in the .proto."""
+    """The answer to a stream that is accepted; the message of that name in the .proto explains its fields."""
 
     model_id: str
     vocabulary_hash: str
@@ -61,7 +61,7 @@ class StreamOpened:
 
     @property
     def meta(self) -> Meta:
-        """What made the vectors."""
+        """The model behind the vectors."""
         return Meta(
             model_id=self.model_id,
             vocabulary_hash=self.vocabulary_hash,
@@ -80,14 +80,14 @@ class StreamChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamEnd:
-    """All cells are answered."""
+    """The answer after all cells."""
 
     n_cells: int
     """Cells of this stream."""
     warnings: list[str] = field(default_factory=list)
     meta: Meta = field(default_factory=Meta)
-    """What made the vectors. Its seconds by stage are those of all chunks together; chunks overlap, so they add up to
-    more than the stream took."""
+    """The model behind the vectors. Its seconds by stage are sums over all chunks, which overlap: they add up to more
+    than the stream took."""
 
 
 StreamAnswer = StreamOpened | StreamChunk | StreamEnd
@@ -95,7 +95,7 @@ StreamAnswer = StreamOpened | StreamChunk | StreamEnd
 
 @dataclass
 class StreamTotals:
-    """Counts what a stream has answered, in constant memory."""
+    """Sums over the chunks that a stream has answered, in constant memory."""
 
     n_cells: int = 0
     n_few_genes: int = 0
@@ -103,7 +103,7 @@ class StreamTotals:
     timings: dict[str, float] = field(default_factory=dict)
 
     def add(self, part: Embeddings) -> None:
-        """One chunk more."""
+        """Add one chunk."""
         self.n_cells += len(part)
         self.n_few_genes += part.n_few_genes
         self.n_little_known += part.n_little_known
@@ -111,13 +111,13 @@ class StreamTotals:
             self.timings[stage] = self.timings.get(stage, 0.0) + seconds
 
     def end(self, opened: StreamOpened) -> StreamEnd:
-        """What is said at the end."""
+        """Return the last message."""
         warnings = warnings_about(self.n_cells, self.n_few_genes, self.n_little_known, opened.coverage)
         return StreamEnd(n_cells=self.n_cells, warnings=warnings, meta=replace(opened.meta, timings=self.timings))
 
 
 def stream_start(gene_ids: object, model: object, first_row: object) -> StreamStart:
-    """A start from untrusted parts. Raises errors of :mod:`perturbscope.errors` that name the field."""
+    """Build a start from untrusted parts. Raises errors of :mod:`perturbscope.errors` that name the field."""
     names = check.texts(gene_ids, "gene_ids", MalformedMatrixError)
     return StreamStart(
         gene_ids=np.array(names, dtype=np.str_) if names else np.zeros(0, dtype="U1"),

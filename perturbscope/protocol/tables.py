@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
 from perturbscope.inference.embedder import Embeddings
-from perturbscope.protocol.checks import integer, number, text
+from perturbscope.protocol import checks as check
 from perturbscope.protocol.messages import CompareAnswer, Meta, ScoreAnswer
 from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS, CompareResult, ScoreResult
 
@@ -30,6 +31,47 @@ COMPARE_KINDS = _kinds(COMPARE_COLUMNS)
 """Type of each column of a table of pairs."""
 _CASTS: dict[Kind, Any] = {"text": str, "integer": int, "number": float}
 _DTYPES: dict[Kind, Any] = {"text": object, "integer": np.int64, "number": np.float64}
+
+
+def meta_to_dict(meta: Meta, warnings: Sequence[str]) -> dict[str, Any]:
+    """Return the JSON form of an answer's meta and warnings."""
+    return {
+        "model_id": meta.model_id,
+        "vocabulary_hash": meta.vocabulary_hash,
+        "coverage": meta.coverage.to_dict() if meta.coverage else None,
+        "warnings": list(warnings),
+        "timings": meta.timings,
+        "variant": meta.variant,
+    }
+
+
+def meta_from_dict(value: Any) -> tuple[Meta, list[str], dict[str, Any]]:
+    """Read the meta, warnings and provenance of an answer. Fields that a newer server adds are ignored."""
+    if not isinstance(value, Mapping):
+        raise InvalidParameterError(f"meta must be an object; got {check.shown(value)}.", field="meta")
+    timings = value.get("timings") or {}
+    provenance = value.get("provenance") or {}
+    if not isinstance(timings, Mapping):
+        raise InvalidParameterError("timings must be an object of numbers.", field="timings")
+    if not isinstance(provenance, Mapping):
+        raise InvalidParameterError("provenance must be an object.", field="provenance")
+    meta = Meta(
+        model_id=check.optional_text(value.get("model_id"), "model_id"),
+        vocabulary_hash=check.optional_text(value.get("vocabulary_hash"), "vocabulary_hash"),
+        coverage=_coverage(value.get("coverage")),
+        timings={str(stage): check.number(seconds, "timings") for stage, seconds in timings.items()},
+        variant=check.optional_text(value.get("variant"), "variant"),
+    )
+    return meta, list(check.texts(value.get("warnings") or [], "warnings", longest=100_000)), dict(provenance)
+
+
+def _coverage(value: Any) -> GeneCoverage | None:
+    if value is None:
+        return None
+    try:
+        return GeneCoverage.from_dict(value)
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise InvalidParameterError(f"coverage cannot be read: {error!r}.", field="coverage") from error
 
 
 def kinds_of(kind: type[Any]) -> Mapping[str, Kind]:
@@ -116,7 +158,7 @@ def embeddings_of(
 
 def _read(value: Any, name: str, kind: Kind) -> Any:
     if kind == "text":
-        return text(value, name)
+        return check.text(value, name)
     if kind == "integer":
-        return integer(value, name)
-    return np.nan if value is None else number(value, name)
+        return check.integer(value, name)
+    return np.nan if value is None else check.number(value, name)
