@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
-from perturbscope.inference.embedder import Embedder, Embeddings
+from perturbscope.inference.embedder import Embeddings
 from perturbscope.inference.encoder import Device
-from perturbscope.tasks.backends import Backend, LocalBackend, StageProgress, count_stage
+from perturbscope.tasks.backends import Backend, LocalBackend, StageProgress, count_stage, open_backend
 from perturbscope.tasks.screen import Screen, embed_source, opened
 
 if TYPE_CHECKING:
@@ -257,33 +257,8 @@ def load(
     InvalidParameterError
         An option is for the other kind of source.
     """
-    address = str(bundle_or_url)
-    scheme = address.split("://", maxsplit=1)[0] if "://" in address else ""
-    if not scheme:
-        if model is not None:
-            raise InvalidParameterError(
-                "model chooses among a server's models; a bundle holds one. Leave it out.", field="model"
-            )
-        if (api_key, ca, cert) != (None, None, None):
-            raise InvalidParameterError("api_key, ca and cert are for a server; leave them out.", field="api_key")
-        from perturbscope.inference.bundle import Bundle
-
-        return Model(LocalBackend(Embedder.from_bundle(Bundle.open(address), variant=variant, device=device)))
-    if (device, variant) != ("cpu", "fp32"):
-        raise InvalidParameterError(
-            "device and variant are chosen where the server is started; leave them out for a URL.", field="device"
-        )
-    if scheme in ("http", "https"):
-        from perturbscope.client import Client
-
-        return Model(Client(address, model=model, api_key=api_key, ca=ca, cert=cert))
-    if scheme in ("grpc", "grpcs"):
-        from perturbscope.client import GrpcClient
-
-        return Model(GrpcClient(address, model=model, api_key=api_key, ca=ca, cert=cert))
-    raise InvalidParameterError(
-        f"The address {address} has the scheme {scheme!r}; http://, https://, grpc:// and grpcs:// are understood.",
-        field="bundle_or_url",
+    return Model(
+        open_backend(str(bundle_or_url), device=device, variant=variant, model=model, api_key=api_key, ca=ca, cert=cert)
     )
 
 

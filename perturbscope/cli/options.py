@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -101,7 +101,7 @@ class ModelFrom:
     @contextmanager
     def open(self) -> Iterator[Backend]:
         """Open the one source of a model that was chosen."""
-        from perturbscope.model import load
+        from perturbscope.tasks.backends import open_backend
 
         sources = [("--bundle", self.bundle), ("--server", self.server), ("--grpc", self.grpc)]
         chosen = [name for name, value in sources if value]
@@ -124,8 +124,9 @@ class ModelFrom:
             raise InvalidParameterError(
                 f"--server {self.server} is not a URL; did you mean http://{self.server}?", field="server"
             )
-        with load(address, device=self.device, variant=self.variant, model=self.model) as model:
-            yield model.backend
+        opened = open_backend(str(address), device=self.device, variant=self.variant, model=self.model)
+        with closing(opened) as backend:
+            yield backend
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Tasks of a model over cells and screens, in this process or on a server; imports cells, inference and scoring."""
+"""Tasks of a model over cells and screens, here or on a server; imports cells, inference, scoring and client."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
+from perturbscope.errors import InvalidParameterError
 from perturbscope.inference.embedder import Embedder, Embeddings
+from perturbscope.inference.encoder import Device
 
 if TYPE_CHECKING:
     from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
@@ -117,3 +120,43 @@ class LocalBackend:
     def close(self) -> None:
         """Release the encoder's session and its memory."""
         self.embedder.close()
+
+
+def open_backend(
+    address: str,
+    *,
+    device: Device = "cpu",
+    variant: str = "fp32",
+    model: str | None = None,
+    api_key: str | None = None,
+    ca: str | Path | None = None,
+    cert: tuple[str | Path, str | Path] | None = None,
+) -> Backend:
+    """Open the bundle in a directory, or reach the server at a URL; see :func:`perturbscope.load`."""
+    scheme = address.split("://", maxsplit=1)[0] if "://" in address else ""
+    if not scheme:
+        if model is not None:
+            raise InvalidParameterError(
+                "model chooses among a server's models; a bundle holds one. Leave it out.", field="model"
+            )
+        if (api_key, ca, cert) != (None, None, None):
+            raise InvalidParameterError("api_key, ca and cert are for a server; leave them out.", field="api_key")
+        from perturbscope.inference.bundle import Bundle
+
+        return LocalBackend(Embedder.from_bundle(Bundle.open(address), variant=variant, device=device))
+    if (device, variant) != ("cpu", "fp32"):
+        raise InvalidParameterError(
+            "device and variant are chosen where the server is started; leave them out for a URL.", field="device"
+        )
+    if scheme in ("http", "https"):
+        from perturbscope.client import Client
+
+        return Client(address, model=model, api_key=api_key, ca=ca, cert=cert)
+    if scheme in ("grpc", "grpcs"):
+        from perturbscope.client import GrpcClient
+
+        return GrpcClient(address, model=model, api_key=api_key, ca=ca, cert=cert)
+    raise InvalidParameterError(
+        f"The address {address} has the scheme {scheme!r}; http://, https://, grpc:// and grpcs:// are understood.",
+        field="bundle_or_url",
+    )
