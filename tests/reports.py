@@ -1,4 +1,4 @@
-"""A small report with every part, for tests of the page; its map is a random one."""
+"""A small report with every section, for tests of the page; its map is a random one."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from scipy.cluster import hierarchy
 from perturbscope.report.charts.frame import Frame, svg
 
 LEVELS = 9
-"""Colours, from far (0) to near."""
+"""Number of colours, from far (0) to near."""
 _CELL, _TREE, _LETTER = 17, 64, 8.8
 
 

@@ -1,4 +1,4 @@
-"""Tables and figures beside the page, and the parts that they come from."""
+"""Tables and figures beside the page, and the sections that they come from."""
 
 from __future__ import annotations
 
