@@ -1,4 +1,4 @@
-"""An embedding that is killed continues where it was, and ends in the same file."""
+"""A run of embedding that is killed can be continued, and ends in the same file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def embed(*more: str) -> list[str]:
 
 
 def start(folder: Path, number: int, *arguments: str) -> subprocess.Popen[str]:
-    """Run until so many chunks are there, and the rest when there is a file "go"."""
+    """Start a run that waits after `number` chunks until there is a file "go"."""
     return subprocess.Popen(
         [sys.executable, "-c", WAITING, str(number), *arguments],
         cwd=folder,
@@ -60,7 +60,7 @@ def start(folder: Path, number: int, *arguments: str) -> subprocess.Popen[str]:
 
 
 def kill_after_chunks(folder: Path, number: int, how: signal.Signals) -> set[str]:
-    """Run, kill once so many chunks are there, and say which."""
+    """Start a run, kill it after `number` chunks, and return the names of all its chunks."""
     process = start(folder, number, *embed())
     deadline = time.monotonic() + 60
     while len(list((folder / "out.h5ad.partial").glob("chunk-*.npy"))) < number:

@@ -1,4 +1,4 @@
-"""Groups of options: what a command with groups looks like to typer, and what it is called with."""
+"""Groups of options: the signature that typer sees, and the arguments of the command."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def grpc_target(server: FakeServer) -> Iterator[str]:
 
 @pytest.fixture(params=KINDS)
 def connect(request: pytest.FixtureRequest, server: FakeServer) -> Callable[..., Any]:
-    """Makes a client of each kind, to be called where an event loop runs."""
+    """A function that makes a client of each kind; call it while an event loop runs."""
     kind = request.param
     if "grpc" in kind:
         target = request.getfixturevalue("grpc_target")
@@ -43,5 +43,5 @@ def connect(request: pytest.FixtureRequest, server: FakeServer) -> Callable[...,
 
 
 async def done(value: Any) -> Any:
-    """The result of a method of a blocking or of an asynchronous client."""
+    """Return the result of a method of a blocking or of an asynchronous client."""
     return await value if inspect.isawaitable(value) else value

@@ -31,18 +31,18 @@ from perturbscope.scoring.pairs import compare_perturbations
 
 
 class FakeServer:
-    """Answers requests.
+    """A server that answers requests in this process.
 
     Attributes
     ----------
     failures
-        What the next requests meet in place of an answer.
+        Failures that the next requests meet in place of an answer.
     requests
-        All that arrived, decoded.
+        Requests that arrived, decoded.
     metadata
-        Of each gRPC call.
+        Metadata of each gRPC call.
     change
-        Applied to every answer of embed; may raise.
+        Function that is applied to every answer of embed; may raise.
     keep
         Whether to keep the requests.
     silent
@@ -50,7 +50,7 @@ class FakeServer:
     stream_ended
         Set when a stream is over, for whatever reason.
     model_id
-        Of the model that embeds.
+        Id of the model that embeds.
     """
 
     def __init__(self, embedder: Embedder) -> None:

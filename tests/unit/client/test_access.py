@@ -1,4 +1,4 @@
-"""What clients show and whom they trust; keys stay out of sight."""
+"""Credentials of clients: API keys, authorities and certificates; no message shows a key."""
 
 from __future__ import annotations
 

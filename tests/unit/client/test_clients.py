@@ -1,4 +1,4 @@
-"""What all clients must do alike."""
+"""Behaviour that all clients share."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ OPTIONS = ScoreOptions(permutations=20, repeats=2, seed=3)
 
 
 def overloaded(kind: Any, hint: str = "0") -> Any:
-    """Overload, as HTTP or gRPC says it."""
+    """The refusal of an overloaded server, over HTTP or gRPC."""
     if isinstance(kind, (Client, AsyncClient)):
         error = {"error": {"code": "overloaded", "message": "The queue is full.", "field": None}}
         return httpx.Response(429, json=error, headers={"Retry-After": hint})

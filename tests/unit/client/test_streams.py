@@ -32,7 +32,7 @@ Connect = Callable[..., Any]
 
 
 async def collect(stream: Any) -> list[Embeddings]:
-    """All results of a blocking or of an asynchronous client."""
+    """Collect the results of a blocking or of an asynchronous client."""
     if hasattr(stream, "__aiter__"):
         return [found async for found in stream]
     return list(stream)
@@ -130,7 +130,7 @@ async def test_an_error_of_the_callers_own_iterable_comes_through(connect: Conne
 
 
 def overloaded(connect: Connect, request: pytest.FixtureRequest) -> Any:
-    """What a server says that has no room, over the client's transport."""
+    """The refusal of an overloaded server, over the client's transport."""
     if "grpc" in request.node.callspec.params["connect"]:
         return Abort(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -216,7 +216,7 @@ async def test_a_forward_pass_that_fails_is_not_repeated(
 async def test_another_model_half_way_is_an_error(
     connect: Connect, server: FakeServer, tiny_cells: CountMatrix, request: pytest.FixtureRequest
 ) -> None:
-    """Over gRPC the stream that goes on asks for the model of the first one, which the server no longer has."""
+    """Over gRPC the stream that continues asks for the model of the first, which the server no longer has."""
     fail = lost(connect, request)
 
     def change(answer: Embeddings) -> Embeddings:
@@ -233,7 +233,7 @@ async def test_another_model_half_way_is_an_error(
 def test_a_stream_takes_constant_memory_at_the_client(
     grpc_target: str, server: FakeServer, tiny_cells: CountMatrix
 ) -> None:
-    """Of 200 chunks, what the client and the server of this process hold at the peak is a few."""
+    """Client and server, both in this process, hold a few of the 200 chunks at the peak."""
     from perturbscope.client import GrpcClient
 
     rows = np.arange(300) % len(tiny_cells)

@@ -1,4 +1,4 @@
-"""The caller's trace goes with every request, where the caller has one."""
+"""Every request carries the trace of its caller, if there is one."""
 
 from __future__ import annotations
 

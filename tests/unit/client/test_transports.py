@@ -1,4 +1,4 @@
-"""What servers, proxies and BentoML may send, and what becomes of it."""
+"""Replies of servers, proxies and BentoML, and the answers or failures that they become."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that was trained on the very cells that are scored says so."""
+"""Scores carry a warning if their model was trained on the cells that are scored."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LABELS = ["--perturbation-key", "perturbation", "--control", "control", "--set",
 
 
 def stage(digest: str, *, objective: str = "mixed batches", cells: int = 123, **options: Any) -> dict[str, Any]:
-    """What a manifest says of training on one file, as training writes it."""
+    """The record of training on one file in a manifest, as training writes it."""
     return {
         "objective": objective,
         "data": {"sources": [{"name": "thp1", "path": "data/thp1.h5ad", "sha256": digest, "cells": cells}]},
