@@ -94,14 +94,17 @@ class Flight:
         """Whether every cell is answered."""
         return self.ended and not self._chunks
 
-    def add(self, cells: CountMatrix) -> None:
-        """Add a chunk. Rows are numbered from the first row of the first chunk.
+    def add(self, cells: CountMatrix | None) -> None:
+        """Add a chunk, or None after the last one. Rows are numbered from the first row of the first chunk.
 
         Raises
         ------
         MalformedMatrixError
             The chunk has no cells, or other genes than the first.
         """
+        if cells is None:
+            self.ended = True
+            return
         if not len(cells):
             raise MalformedMatrixError(f"The chunk that begins with row {self._next_row} has no cells.", field="counts")
         if self._genes is None:
@@ -207,33 +210,23 @@ class Flight:
 def fill(flight: Flight, source: Iterator[CountMatrix]) -> Iterator[CountMatrix]:
     """Yield the parts to send now, from as many chunks as they take."""
     while flight.room:
-        part = flight.part()
-        if part is not None:
+        if (part := flight.part()) is not None:
             yield part
         elif flight.ended:
             return
         else:
-            cells = next(source, None)
-            if cells is None:
-                flight.ended = True
-            else:
-                flight.add(cells)
+            flight.add(next(source, None))
 
 
 async def fill_async(flight: Flight, source: AsyncIterator[CountMatrix]) -> AsyncIterator[CountMatrix]:
     """As :func:`fill`, from an asynchronous source."""
     while flight.room:
-        part = flight.part()
-        if part is not None:
+        if (part := flight.part()) is not None:
             yield part
         elif flight.ended:
             return
         else:
-            cells = await anext(source, None)
-            if cells is None:
-                flight.ended = True
-            else:
-                flight.add(cells)
+            flight.add(await anext(source, None))
 
 
 async def each(chunks: Iterable[CountMatrix] | AsyncIterable[CountMatrix]) -> AsyncIterator[CountMatrix]:
