@@ -103,9 +103,9 @@ def retrieve(
     recall_at
         Values of k in recall@k.
     permutations
-        Number of exchanges of perturbation names, within replicates if these hold several perturbations. p of a
-        perturbation with two replicates has a lower limit: of as many exchanges as there are perturbations, one pairs
-        them again.
+        Number of exchanges of perturbation names, within replicates if these hold several perturbations. With two
+        replicates, p cannot be below about one over the number of perturbations, the chance that an exchange pairs the
+        two again.
     seed
         Seed of the exchanges, and of the order of ties.
 

@@ -132,7 +132,7 @@ def picked_costs(
 
 
 def _import_pot() -> Any:
-    """Import POT without the array libraries that it would load, if installed, beside numpy."""
+    """Import POT without the other array libraries that it would load if they are installed."""
     names = [f"POT_BACKEND_DISABLE_{backend}" for backend in _POT_BACKENDS]
     unset = [name for name in names if name not in os.environ]
     os.environ.update(dict.fromkeys(unset, "1"))

@@ -2,10 +2,11 @@
 
 Distance: the mean over `repeats` control samples as large as the perturbation's group (Zhao et al. 2025 use one).
 
-z: ``(distance - null_mean) / null_sd``, where the null is THIS statistic on controls: a group of as many controls
-against the mean over as many size-matched samples of other controls. For the energy distances its mean and sd are exact
-(:func:`perturbscope.scoring.energy.pool.null_moments`); for Wasserstein they are estimated from `null_draws` random
-draws. Against a null of single draws, or of groups of another size, z of an averaged distance would not have sd 1.
+z: ``(distance - null_mean) / null_sd``, where the null is THIS statistic on controls: as many controls as the
+perturbation has cells, against `repeats` size-matched samples of other controls. For the energy distances its mean and
+sd are exact (:func:`perturbscope.scoring.energy.pool.null_moments`); for Wasserstein they are estimated from
+`null_draws` random draws. Against a null of single draws, or of groups of another size, z of an averaged distance would
+not have sd 1.
 
 p: the E-test, a permutation test. The labels "perturbed" and "control" are exchanged over the pooled cells, within
 batches if they are given. For the energy distances its statistic is the distance to all controls, the limit of the mean
@@ -319,7 +320,7 @@ def shared_size(size: int) -> int:
 
 
 def size_flags(n: int, n_controls: int, *, fixed: bool, beyond: str) -> list[str]:
-    """Return flags of a group's size beside the number of controls; `beyond` is that of a null that cannot be drawn."""
+    """Return flags of the numbers of cells and controls; `beyond` is the flag of a null that cannot be drawn."""
     flags = []
     if n > n_controls:
         flags.append("fewer_controls_than_cells")

@@ -26,7 +26,7 @@ DEVICE_TILE = 2**26
 CLOSE = 0.01
 """Squared distance, as a share of the cell's from the origin, below which float32 is not exact enough."""
 _ROWS = 512
-"""Rows of a matrix that are converted to float64 at a time; up to so many cells sums over subsets use all of it."""
+"""Rows of a matrix that are converted to float64 at a time; sums over subsets of so few cells use the whole matrix."""
 DENSE = 1 / 6
 """Share of cells marked above which subsets are dense matrices: a product takes 26 ps of a core for each float32
 multiplication when dense and 160 ps when sparse (AMD EPYC 9004, OpenBLAS and scipy)."""
