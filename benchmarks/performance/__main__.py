@@ -32,10 +32,10 @@ PARTS = {
 """Titles of the parts by module of this package, in the order of the page. Each has ``run(options) -> Section``."""
 INTRODUCTION = """# Performance
 
-How fast each part is, beside what it replaces, and how far from what the machine can do. Routes of a table took turns
-in one run; numbers are medians unless a column says otherwise. `make bench` runs all parts, `make bench PARTS=scoring`
-one; peers from other packages (pertpy, scPerturb) need an environment of their own, `--peers PYTHON`, see
-`benchmarks/peers.md`. Nothing here is asserted by a test: correctness is.
+This page says how fast each part is, beside the programs that it replaces, and how far it is from what the machine can
+do. Routes of a table took turns in one run; numbers are medians unless a column says otherwise. `make bench` runs all
+parts, `make bench PARTS=scoring` one; peers from other packages (pertpy, scPerturb) need an environment of their own,
+`--peers PYTHON`, see `benchmarks/peers.md`. Tests assert correctness, and none of these numbers.
 """
 
 

@@ -7,8 +7,6 @@ has a peak memory of its own.
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.performance.embedding_models import Weights, tokens
-from benchmarks.performance.harness import Watch, padding_share
+from benchmarks.performance.harness import Child, Watch, padding_share
 from perturbscope.threads import usable_cores
 
 BATCHES = 10
@@ -116,45 +114,29 @@ class Route:
     """A route in a process of its own."""
 
     def __init__(self, make: Callable[..., Ready], *args: Any, **options: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, args, options), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.padding: float = self._answer()
+        self._child = Child(_serve, make, args, options)
+        self.padding: float = self._child.receive()
 
     def run(self) -> None:
         """Run one turn."""
-        self._pipe.send("run")
-        self._answer()
+        self._child.send("run")
+        self._child.receive()
 
     def close(self) -> tuple[NDArray[np.float32], float]:
         """Return the last turn's vectors, and the peak memory in MiB that turns added to the loaded model."""
-        self._pipe.send("close")
-        values, added = self._answer()
-        self._process.join()
+        self._child.send("close")
+        values, added = self._child.receive()
+        self._child.close()
         return values, added
-
-    def _answer(self) -> Any:
-        try:
-            done, found = self._pipe.recv()
-        except EOFError:
-            done, found = False, "it ended without a word; the system may have killed it for want of memory"
-        if not done:
-            raise ChildProcessError(f"a route failed in its process: {found}")
-        return found
 
 
 def _serve(pipe: Any, make: Callable[..., Ready], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    try:
-        ready = make(*args, **options)
-        gc.collect()
-        values: NDArray[np.float32] | None = None
-        pipe.send((True, ready.padding))
-        with Watch() as memory:
-            while pipe.recv() == "run":
-                values = ready.run()
-                pipe.send((True, None))
-        pipe.send((True, (values, memory.above)))
-    except Exception:  # noqa: BLE001  its parent raises it
-        pipe.send((False, traceback.format_exc()))
+    ready = make(*args, **options)
+    gc.collect()
+    values: NDArray[np.float32] | None = None
+    pipe.send(ready.padding)
+    with Watch() as memory:
+        while pipe.recv() == "run":
+            values = ready.run()
+            pipe.send(None)
+    pipe.send((values, memory.above))

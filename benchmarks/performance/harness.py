@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,44 +149,83 @@ def resident() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def in_child(work: Callable[..., Any], *args: Any, environment: Mapping[str, str] | None = None) -> tuple[Any, float]:
-    """Return the result of ``work(*args)`` in a fresh process, and that process's peak resident memory in MiB.
+class Child:
+    """A function in a fresh process, and a pipe to it.
 
-    `work` is a function of a module; arguments and result are pickled. `environment` is set before Python starts,
-    for instance ``OMP_NUM_THREADS``.
+    Parameters
+    ----------
+    work
+        Function of a module, called as ``work(pipe, *args)``; arguments and messages are pickled.
+    environment
+        Variables that are set before Python starts, for instance ``OMP_NUM_THREADS``.
     """
-    context = multiprocessing.get_context("spawn")
-    before = {name: os.environ.get(name) for name in environment or {}}
-    os.environ.update(environment or {})
-    try:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(sender, work, args))
-        process.start()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-    sender.close()
-    result: Any
-    try:
-        result = receiver.recv()
-    except EOFError:
-        result = "it ended without a word"
-    process.join()
-    if isinstance(result, str):
-        raise ChildProcessError(f"{work.__name__} failed in its process: {result}")
-    return result
+
+    def __init__(self, work: Callable[..., None], *args: Any, environment: Mapping[str, str] | None = None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(theirs, work, args), daemon=True)
+        before = {name: os.environ.get(name) for name in environment or {}}
+        os.environ.update(environment or {})
+        try:
+            self._process.start()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+        theirs.close()
+
+    def send(self, message: object) -> None:
+        """Send a message to the function."""
+        self._pipe.send(message)
+
+    def receive(self) -> Any:
+        """Wait for a message of the function; raise ChildProcessError if it failed."""
+        try:
+            message = self._pipe.recv()
+        except EOFError:
+            message = _Failure("it ended without a word; the system may have killed it for want of memory")
+        if isinstance(message, _Failure):
+            raise ChildProcessError(message.text)
+        return message
+
+    def close(self) -> None:
+        """Close the pipe and wait for the end of the process."""
+        self._pipe.close()
+        self._process.join(60)
 
 
-def _child(sender: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+@dataclass(frozen=True)
+class _Failure:
+    """The last message of a function that failed."""
+
+    text: str
+
+
+def _run(pipe: Any, work: Callable[..., None], args: tuple[Any, ...]) -> None:
     try:
-        result = work(*args)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        sender.send((result, peak))
+        work(pipe, *args)
     except Exception as error:  # noqa: BLE001  its parent raises it
-        sender.send(f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):  # the parent may be gone
+            pipe.send(_Failure(f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+def in_child(work: Callable[..., Any], *args: Any, environment: Mapping[str, str] | None = None) -> tuple[Any, float]:
+    """Return the result of ``work(*args)`` in a fresh process, and that process's peak resident memory in MiB."""
+    child = Child(_once, work, args, environment=environment)
+    try:
+        result, peak = child.receive()
+    except ChildProcessError as error:
+        raise ChildProcessError(f"{work.__name__} failed in its process: {error}") from None
+    child.close()
+    return result, peak
+
+
+def _once(pipe: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    result = work(*args)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    pipe.send((result, peak))
 
 
 def matmul_ceiling(shape: tuple[int, int, int] = (4096, 1024, 1024), *, seconds: float = 1.0) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
 import time
 from collections import deque
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.performance.harness import Child
 from benchmarks.performance.service_inputs import RPC, STREAMS, Ask, Job, Outcome, Way, embedder
 from benchmarks.performance.service_streams import Streams
 from perturbscope import protocol
@@ -38,37 +38,28 @@ class Callers:
     """The callers' process; it does one job after the other."""
 
     def __enter__(self) -> Self:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other,), daemon=True)
-        self._process.start()
-        other.close()
+        self._child = Child(_serve)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pipe.close()
-        self._process.join(10)
+        self._child.close()
 
     def do(self, job: Job) -> Outcome:
         """Do a job and return its result."""
-        self._pipe.send(job)
-        found = self._pipe.recv()
-        if isinstance(found, str):
-            raise ChildProcessError(f"{job.way}: {found}")
-        outcome: Outcome = found
+        self._child.send(job)
+        outcome: Outcome = self._child.receive()
         return outcome
 
 
 def _serve(pipe: Any) -> None:
-    with contextlib.suppress(EOFError):
-        while True:
+    while True:
+        try:
             job: Job = pipe.recv()
-            try:
-                pipe.send(_run(job))
-            except Exception as error:  # noqa: BLE001  its parent raises it
-                pipe.send(f"{type(error).__name__}: {error}")
+        except EOFError:
+            return
+        pipe.send(_run(job))
 
 
 def _run(job: Job) -> Outcome:

@@ -8,12 +8,10 @@ measured on the same held-out batch before and after.
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import resource
 import tempfile
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.performance.harness import Child
 from training.config.stages import LoopConfig, OptimizerConfig, PretrainConfig, SamplerConfig
 
 RATE = 3e-4
@@ -133,37 +132,24 @@ class Route:
     """
 
     def __init__(self, work: Any, job: Job, **options: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_child, args=(theirs, work, job, options), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._child = Child(_paced, work, job, options)
 
     @functools.cached_property
     def first_loss(self) -> float:
         """Held-out loss before the first turn; reading it waits until the process is ready."""
-        return float(self._receive())
+        return float(self._child.receive())
 
     def turn(self) -> float:
         """Run one turn and return its seconds."""
-        self._pipe.send("go")
-        return float(self._receive())
+        self._child.send("go")
+        return float(self._child.receive())
 
     def end(self) -> tuple[float, float]:
         """End the run; return the held-out loss and the process's peak resident memory in MiB."""
-        self._pipe.send("go")
-        last, peak = self._receive()
-        self._process.join()
+        self._child.send("go")
+        last, peak = self._child.receive()
+        self._child.close()
         return last, peak
-
-    def _receive(self) -> Any:
-        try:
-            found = self._pipe.recv()
-        except EOFError:
-            found = "it ended without a word"
-        if isinstance(found, str):
-            raise ChildProcessError(found)
-        return found
 
 
 class Pace:
@@ -193,15 +179,12 @@ class Pace:
         self._started = time.perf_counter()
 
 
-def _child(pipe: Any, work: Any, job: Job, options: dict[str, Any]) -> None:
+def _paced(pipe: Any, work: Any, job: Job, options: dict[str, Any]) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # progress bars of several processes at once
     os.dup2(quiet, 2)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            work(Pace(pipe, job.steps), job, Path(folder), **options)
-    except Exception:  # noqa: BLE001  its parent raises it
-        pipe.send(traceback.format_exc())
+    with tempfile.TemporaryDirectory() as folder:
+        work(Pace(pipe, job.steps), job, Path(folder), **options)
 
 
 def ours(pace: Pace, job: Job, folder: Path, *, warm: int = 1, **loop: Any) -> None:
