@@ -31,7 +31,7 @@ def test_two_clouds_are_two_clouds_and_the_seed_decides(rng):
 
 
 def nearest_mate(coordinates):
-    """Of each cell, the nearest other."""
+    """Return the nearest other cell of each cell."""
     return coordinates[nearest(coordinates, 2)[0][:, 1]]
 
 

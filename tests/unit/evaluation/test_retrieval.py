@@ -86,7 +86,7 @@ def test_without_an_effect_map_is_at_chance_and_p_uniform(sizes):
 
 
 def test_centring_by_the_mean_of_profiles_makes_large_ones_alike():
-    """Why it is not the default."""
+    """This is why it is not the default."""
     sizes = [16] * 20 + [800] * 5
     excess = {"cells": [], "profiles": []}
     for i in range(15):

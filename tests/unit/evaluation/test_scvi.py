@@ -1,4 +1,4 @@
-"""The scVI baselines: trained for real on a tiny screen, and what is said when they cannot be."""
+"""The scVI baselines: trained on a tiny screen, and their errors when they cannot be."""
 
 import sys
 

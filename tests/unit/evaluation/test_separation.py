@@ -1,4 +1,4 @@
-"""Separation of one embedding of one screen: what must come out of effects and of none."""
+"""Separation of one embedding of one screen, with and without effects."""
 
 import numpy as np
 import pandas as pd

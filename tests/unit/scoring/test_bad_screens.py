@@ -1,4 +1,4 @@
-"""What comes of a screen that does not allow a score: a named warning, or a clear error. This is the list.
+"""Screens that do not allow a score give a named warning or a clear error. This is the list.
 
 Each defect is scored by every metric, estimator and null, and compared and calibrated where that is another path. A
 number that could not be had is NaN and says so; no defect yields a plain z or p.
@@ -43,7 +43,7 @@ NUMBERS = ["z", "p", "q"]
 
 @dataclass
 class Cells:
-    """A sound screen, to be spoilt: 60 controls, and 30 cells of each of "a" (moved) and "b"; two batches in all."""
+    """A sound screen for tests to spoil: 60 controls, 30 cells of each of "a" (moved) and "b"; two batches in all."""
 
     vectors: np.ndarray
     labels: np.ndarray

@@ -1,5 +1,4 @@
-"""Exchanges of labels within batches that perturbations share: each equally likely, and the same whichever way their
-distances are summed up."""
+"""Shared exchanges within batches are equally likely, and the same for both ways of summing distances."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distances and sums over subsets: against scipy, where digits are lost, and the same in another array library."""
+"""Distances and sums over subsets: against scipy, with nearly equal cells, and in another array library."""
 
 from __future__ import annotations
 

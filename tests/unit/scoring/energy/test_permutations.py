@@ -1,5 +1,4 @@
-"""Exchanges of labels that perturbations share: as random as draws of one's own, and the same whichever way they are
-summed up."""
+"""Shared exchanges of labels are as random as independent draws, and the same for both ways of summing distances."""
 
 from __future__ import annotations
 
