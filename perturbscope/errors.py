@@ -1,18 +1,18 @@
-"""Every error that PerturbScope raises on purpose.
+"""All errors that PerturbScope raises on purpose.
 
 The tree::
 
     PerturbScopeError
     ├── InvalidInputError                 the caller's data or parameters; never retried
     │   ├── NotRawCountsError             negative, fractional, NaN or log-normalised values
-    │   ├── MalformedMatrixError          ragged CSR, wrong dtype, shapes that do not agree
+    │   ├── MalformedMatrixError          ragged CSR, wrong dtype, shapes that disagree
     │   ├── EmptyCellError                a cell without counts, or without a known gene
     │   ├── UnknownGenesError             no or too few genes of the vocabulary
     │   ├── DuplicateGenesError           one gene identifier names two columns
-    │   ├── MissingColumnError            a label, batch or gene column that is not there
+    │   ├── MissingColumnError            a label, batch or gene column that does not exist
     │   ├── ControlLabelMissingError      no cell carries the control label
-    │   ├── TooFewCellsError              a group below the floor
-    │   ├── TooFewControlsError           controls below the floor
+    │   ├── TooFewCellsError              a group with fewer cells than the minimum
+    │   ├── TooFewControlsError           fewer control cells than the minimum
     │   ├── InvalidEmbeddingError         NaN, infinite or all-zero vectors
     │   ├── InvalidParameterError         an option outside its range
     │   ├── UnsupportedMediaTypeError     a body of a content type that the server does not read
@@ -20,23 +20,23 @@ The tree::
     ├── LimitExceededError                the request is larger than the server allows
     ├── UnauthenticatedError              no API key, or one that is unknown, expired or revoked
     ├── PermissionDeniedError             the API key is good, but not for this
-    ├── UnknownModelError                 no such model here
+    ├── UnknownModelError                 the server has no such model
     ├── BundleError
     │   ├── CorruptBundleError            a file is missing or its checksum differs
     │   ├── UnsupportedBundleError        newer format, or unknown family
     │   ├── VocabularyMismatchError       tokens of one vocabulary, weights of another
-    │   └── GoldenMismatchError           here the model gives other vectors than at export
-    ├── ProviderUnavailableError          the accelerator was asked for and is not there
+    │   └── GoldenMismatchError           the model gives other vectors here than at export
+    ├── ProviderUnavailableError          an accelerator was asked for and is not available
     ├── InferenceError                    the model's forward pass failed
     ├── SolverError                       optimal transport did not converge
     ├── OverloadedError                   the queue is full; retry after ``retry_after`` seconds
     │   └── RateLimitedError              this API key has used up its share for now
     ├── DeadlineExceededError             the caller's own time ran out; not retried
     ├── ServerUnreachableError            no answer from the server
-    └── ServerError                       the server failed in a way that it does not explain
+    └── ServerError                       the server failed without an explanation
 
 Each class has a stable ``code``: the same string in Python, on the command line, over HTTP and
-over gRPC. A message says what was found and where, the limit, and the remedy.
+over gRPC. A message names the fault and its place, the limit, and the remedy.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from typing import ClassVar
 
 
 class PerturbScopeError(Exception):
-    """Base of all errors raised on purpose.
+    """Base class of all errors raised on purpose.
 
     Parameters
     ----------
     message
-        What was found, where, the limit and the remedy.
+        Description of the fault, its place, the limit and the remedy.
     field
-        The parameter, column or request field at fault, if there is one.
+        Name of the parameter, column or request field at fault, or None.
     """
 
     code: ClassVar[str] = "internal"
@@ -63,7 +63,7 @@ class PerturbScopeError(Exception):
         self.field = field
 
     def to_dict(self) -> dict[str, str | None]:
-        """The wire form: ``{"code", "message", "field"}``."""
+        """Return the wire form: ``{"code", "message", "field"}``."""
         return {"code": self.code, "message": self.message, "field": self.field}
 
 
@@ -74,7 +74,7 @@ class InvalidInputError(PerturbScopeError):
 
 
 class NotRawCountsError(InvalidInputError):
-    """Values are not raw counts: negative, fractional, NaN or infinite."""
+    """Values are not raw counts: they are negative, fractional, NaN or infinite."""
 
     code = "not_raw_counts"
 
@@ -128,7 +128,7 @@ class TooFewControlsError(InvalidInputError):
 
 
 class InvalidEmbeddingError(InvalidInputError):
-    """Embeddings with NaN, infinite or all-zero rows."""
+    """Embeddings have NaN, infinite or all-zero rows."""
 
     code = "invalid_embedding"
 
@@ -140,7 +140,7 @@ class InvalidParameterError(InvalidInputError):
 
 
 class UnsupportedMediaTypeError(InvalidInputError):
-    """A body is of a content type that the server does not read."""
+    """A body has a content type that the server does not read."""
 
     code = "unsupported_media_type"
 
@@ -158,7 +158,7 @@ class LimitExceededError(PerturbScopeError):
 
 
 class UnauthenticatedError(PerturbScopeError):
-    """The server wants an API key, and got none that it knows."""
+    """The server requires an API key, and got none that it knows."""
 
     code = "unauthenticated"
 
@@ -229,9 +229,9 @@ class OverloadedError(PerturbScopeError):
     Parameters
     ----------
     message
-        What is full, and the limit.
+        Name of the queue that is full, and its limit.
     retry_after
-        Seconds after which a retry is worth while.
+        Seconds after which a retry is worthwhile.
     """
 
     code = "overloaded"
@@ -242,13 +242,13 @@ class OverloadedError(PerturbScopeError):
 
 
 class RateLimitedError(OverloadedError):
-    """An API key asked for more than its share; ``retry_after`` says when there is room again."""
+    """An API key asked for more than its share; there is room again after ``retry_after`` seconds."""
 
     code = "rate_limited"
 
 
 class DeadlineExceededError(PerturbScopeError):
-    """The time that the caller allowed is over, or would be before the answer is there."""
+    """The caller's time limit has passed, or would pass before the answer is ready."""
 
     code = "deadline_exceeded"
 
@@ -266,7 +266,7 @@ class ServerError(PerturbScopeError):
 
 
 def error_classes() -> dict[str, type[PerturbScopeError]]:
-    """All classes of the tree by ``code``."""
+    """Return all classes of the tree by ``code``."""
     found: dict[str, type[PerturbScopeError]] = {}
     pending: list[type[PerturbScopeError]] = [PerturbScopeError]
     while pending:

@@ -1,4 +1,4 @@
-"""Threads: how many cores there are, work on all of them, and work that one thread does ahead of another."""
+"""Threads: the number of cores, work on all of them, and work that one thread does ahead of another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _users = 0
 
 
 def usable_cores() -> int:
-    """Cores that this process may use; all of the machine's where the system does not tell (macOS)."""
+    """Return the number of cores that this process may use; on macOS, which does not tell, all of the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -33,7 +33,7 @@ def usable_cores() -> int:
 
 @contextmanager
 def single_blas() -> Iterator[None]:
-    """Give BLAS one thread while any thread of this process is inside: the limit holds for all of them alike."""
+    """Limit BLAS to one thread while any thread of this process is inside; the limit holds for all threads."""
     global _users
     with _lock:
         if _users == 0:
@@ -49,11 +49,11 @@ def single_blas() -> Iterator[None]:
 
 
 def in_order(work: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
-    """Yield ``work(item)`` of each item, in their order, made on all cores.
+    """Yield ``work(item)`` of each item, in their order, computed on all cores.
 
-    A product of a few milliseconds does not gain from a second thread, two of them side by side do. At most two items
-    a core are begun before they are asked for, so that little is in vain if the caller stops, and little goes on if
-    it waits. Close the generator if you leave it early.
+    A matrix product of a few milliseconds does not gain from a second thread, but two of them side by side do. At most
+    two items a core are begun before they are asked for, so little work is lost if the caller stops, and little goes on
+    if it waits. Close the generator if you leave it early.
     """
     waiting: deque[Future[Made]] = deque()
     left = iter(items)
@@ -83,17 +83,17 @@ class _End:
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The items of an iterable, each computed by a thread while the one before it is in use.
+    """Yield the items of an iterable, each computed by a thread while the one before it is in use.
 
-    At most one item is ahead: the thread begins the next one when the caller takes the last. What the iterable raises,
-    the caller gets where the item would have been, after all items before it. When the caller closes the generator or
-    is interrupted, the thread finishes the item that it is at and ends, before the caller goes on; so what the iterable
-    reads from may be closed then.
+    At most one item is ahead: the thread begins the next item when the caller takes the last one. An exception of the
+    iterable is raised in place of its item, after all items before it. When the caller closes the generator or is
+    interrupted, the thread finishes its current item and ends before the caller continues, so the source of the
+    iterable may be closed then.
 
     Parameters
     ----------
     items
-        Iterated in the thread alone; closed there if it is a generator.
+        Iterable that the thread alone iterates; closed there if it is a generator.
     """
     found: queue.SimpleQueue[_Item[T] | _End] = queue.SimpleQueue()
     may_begin = threading.Semaphore(1)

@@ -1,9 +1,9 @@
-"""Model families: how a cell becomes the input of a network.
+"""Model families, which turn a cell into the input of a network; the folder imports cells only.
 
-A family is the torch-free half of a model. It turns raw counts into ragged arrays whose first axis is length
-(the only thing that batching needs to know), and it declares the inputs of the exported graph. To add one, put a module
-with a ``build(config, vocabulary) -> Family`` into this folder and name it in :data:`FAMILIES`. The folder imports
-cells only.
+A family is the torch-free half of a model. It turns raw counts into ragged arrays whose first axis is length (batching
+needs to know nothing else), and it declares the inputs of the exported graph. To add one, put a module with a
+``build(config, vocabulary) -> Family`` into this folder and name it in :data:`FAMILIES`; gene mapping, coverage and the
+check of empty cells are in :mod:`perturbscope.families.tokens`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from perturbscope.errors import UnsupportedBundleError
 from perturbscope.families.tokens import InputSpec, TokenizedCells
 
 FAMILIES = ("rank",)
-"""Names of the families, which are those of their modules."""
+"""Names of the families, which are also the names of their modules."""
 
 
 class Family(Protocol):
@@ -36,11 +36,11 @@ class Family(Protocol):
 
     @property
     def max_length(self) -> int:
-        """Longest sequence that the family emits."""
+        """Number of tokens of the longest cell that the family returns."""
         ...
 
     def tokenize(self, cells: CountMatrix) -> TokenizedCells:
-        """Turn raw counts into tokens.
+        """Tokenize raw counts.
 
         Raises
         ------
@@ -58,7 +58,7 @@ def load_family(name: str, config: Mapping[str, Any], vocabulary: GeneVocabulary
     Raises
     ------
     UnsupportedBundleError
-        No such family is installed.
+        The family is not installed.
     """
     if name not in FAMILIES:
         raise UnsupportedBundleError(

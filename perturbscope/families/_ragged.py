@@ -1,4 +1,4 @@
-"""Work on rows of unequal length, end to end in one array: what tokenizers of any family need to be fast.
+"""Fast work on rows of unequal length that lie end to end in one array, for the tokenizers of all families.
 
 Rows are cut into blocks that fit the cache, and many rows are sorted in one call.
 """
@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_VALUES = 262_144
-"""Values worked on at a time: few enough to stay in the cache."""
+"""Values of a block, few enough to stay in the cache."""
 _SHORT_ROW = 192
-"""Rows shorter than this cost more to sort one by one than together."""
+"""Length below which rows are sorted faster together than one by one."""
 _STEPS_PER_OCTAVE = 6
-"""Rows are padded to the longest of those at most 2 ** (1 / 6) = 1.12 times shorter."""
+"""Steps of length between powers of two: rows sorted together differ in length by 2 ** (1 / 6) = 1.12 at most."""
 
 
 def row_blocks(indptr: NDArray[np.integer[Any]], values: int = BLOCK_VALUES) -> list[slice]:
-    """Runs of rows with about so many values each, in order; row i is ``indptr[i]:indptr[i + 1]``."""
+    """Cut rows into runs of about `values` values each, in order; row i is ``indptr[i]:indptr[i + 1]``."""
     marks = np.arange(0, int(indptr[-1]), values)
     starts = np.unique(np.searchsorted(indptr, marks, side="left"))
     starts = starts[starts < len(indptr) - 1]
@@ -31,19 +31,19 @@ def row_blocks(indptr: NDArray[np.integer[Any]], values: int = BLOCK_VALUES) -> 
 def smallest(
     keys: NDArray[np.int32], bounds: NDArray[np.int64], lengths: NDArray[np.int64], *, together: bool | None = None
 ) -> NDArray[np.int32]:
-    """The ``lengths[i]`` smallest keys of each row i, ``bounds[i]:bounds[i + 1]``, ascending; end to end.
+    """Return the ``lengths[i]`` smallest keys of each row ``bounds[i]:bounds[i + 1]``, ascending, end to end.
 
     Parameters
     ----------
     keys
-        Keys of all rows; its order is lost.
+        Keys of all rows; the array is reordered.
     bounds
-        Where rows begin, and where the last ends, [n_rows + 1].
+        Start of each row, and the end of the last, [n_rows + 1].
     lengths
-        How many keys of each row to keep, at most all of them, [n_rows].
+        Number of keys of each row to keep, at most all of them, [n_rows].
     together
         Sort rows of about the same length in one call, which costs 2 to 3 ns a key and saves half a microsecond a row;
-        by default where rows are short.
+        the default depends on the mean length.
     """
     sizes = np.diff(bounds)
     if together is None:
@@ -72,7 +72,7 @@ def _sorted_singly(
 def _sorted_together(
     keys: NDArray[np.int32], bounds: NDArray[np.int64], sizes: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> NDArray[np.int32]:
-    """Rows of about one length side by side, padded with the largest integer, each group one two-dimensional sort."""
+    """Sort rows of about one length as one array, [rows, longest], padded with the largest integer."""
     group = np.ceil(np.log2(np.maximum(sizes, 1)) * _STEPS_PER_OCTAVE).astype(np.int16)
     order = np.argsort(group, kind="stable")
     first = np.flatnonzero(np.diff(group[order], prepend=-1))
@@ -91,7 +91,7 @@ def _sorted_together(
 
 
 def _spread(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``starts[i], starts[i] + 1, ...``, `lengths[i]` of them, for each i, end to end."""
+    """Return ``starts[i], starts[i] + 1, ...``, `lengths[i]` numbers for each i, end to end."""
     ends = np.cumsum(lengths)
     places = np.arange(int(ends[-1]))
     places += np.repeat(starts - (ends - lengths), lengths)

@@ -1,10 +1,10 @@
-"""Integers that sort as genes of a cell do by count over median, ties in the order of the vocabulary.
+"""Integer keys that sort the genes of a cell by count over median, ties in the order of the vocabulary.
 
 Sorting integers is several times faster than a two-key sort of floats, and needs no stable sort. (gene, count) pairs
 with a count up to `_TABLE_COUNTS` are ranked once for a vocabulary, in a table; entry number r of that ranking, from 1,
 has the key ``2 r``. Pairs with higher counts (a few in a thousand) get the odd key behind the table's last entry before
-them. Several such pairs of one cell may share a key: they are put in order among themselves, and laid into the places
-that odd keys have taken in the sorted row.
+them. Several such pairs of one cell may share a key: they are sorted among themselves, and then take the places of the
+odd keys in the sorted row.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ class Ranking:
         self._values = -values[order]
         self._genes = (order // _TABLE_COUNTS).astype(np.int32)
         self.tokens_of_genes = vocabulary.tokens
-        # What comes before the first entry is numbered 0.
+        # Entry number 0 stands before the first.
         self.tokens = np.concatenate([vocabulary.tokens[:1], vocabulary.tokens[self._genes]])
         self.unknown = np.int32(2 * (len(order) + 1))
-        # Count by count, since nearly all counts are small: the part of the table in use fits a cache.
-        # Row 0 is never looked up; the last column is that of unknown genes.
+        # One row a count, since nearly all counts are small: the part of the table in use fits a cache.
+        # Row 0 is never looked up; the last column is for unknown genes.
         self.table = np.full((_TABLE_COUNTS + 1, n_genes + 1), self.unknown, dtype=np.int32)
         self.table[order % _TABLE_COUNTS + 1, self._genes] = 2 * np.arange(1, len(order) + 1)
 
     @staticmethod
     @functools.lru_cache(maxsize=8)
     def of(vocabulary: GeneVocabulary) -> Ranking:
-        """The ranking of a vocabulary, made once."""
+        """Return the ranking of a vocabulary, which is made once."""
         return Ranking(vocabulary)
 
     def entries_before(self, genes: NDArray[np.intp], values: NDArray[np.float64]) -> NDArray[np.intp]:
-        """The table's last entry before each (gene, -count / median); ties are in the order of genes there as well."""
+        """Return the table's last entry before each (gene, -count / median); ties are in the order of genes."""
         entries = np.searchsorted(self._values, values, side="left")
         met = self._values[np.minimum(entries, len(self._values) - 1)] == values
         for tied in np.flatnonzero(met):
@@ -59,22 +59,22 @@ class Ranking:
 
 
 class RankedCounts:
-    """Keys and tokens of one matrix; threads may share it.
+    """The keys and tokens of one matrix; threads may share it.
 
     Parameters
     ----------
     ranking
-        That of the vocabulary.
+        Ranking of the vocabulary.
     matrix
         Counts, cells x genes, one column a gene.
     genes
-        Row of the vocabulary for each column; the number of genes of the vocabulary where there is none.
+        Row of the vocabulary for each column, or the vocabulary's number of genes for an unknown gene.
     """
 
     def __init__(self, ranking: Ranking, matrix: sparse.csr_matrix, genes: NDArray[np.intp]) -> None:
         self._ranking, self._matrix, self._genes = ranking, matrix, genes
         self.unknown = ranking.unknown
-        # For many values a table of the matrix's own columns pays.
+        # For many values, a table of the matrix's own columns is faster.
         self._own = matrix.nnz > 4 * (_TABLE_COUNTS + 1) * len(genes)
         self._table = ranking.table.take(genes, axis=1) if self._own else ranking.table
         high = np.flatnonzero(matrix.data > _TABLE_COUNTS)
@@ -82,7 +82,7 @@ class RankedCounts:
         self._rank_high()
 
     def _rank_high(self) -> None:
-        """Keys of the counts that are not in the table; and the tokens that odd keys stand for, row by row."""
+        """Set the keys of counts that are not in the table, and the tokens behind odd keys, row by row."""
         ranking, matrix, high = self._ranking, self._matrix, self._high
         pairs = self._genes.take(matrix.indices[high]) << 40 | matrix.data[high]
         order = np.argsort(pairs)
@@ -122,7 +122,7 @@ class RankedCounts:
             return
         tokens = self._high_tokens[first:last]
         odd = np.flatnonzero((keys & 1).astype(bool))
-        if len(odd) < len(tokens):  # rows were cut: of each the first few of its odd keys are left
+        if len(odd) < len(tokens):  # rows were cut: only the first odd keys of each are left
             high_rows = self._high_rows[first:last] - rows.start
             left = np.bincount(np.searchsorted(np.cumsum(lengths), odd, side="right"), minlength=len(lengths))
             tokens = tokens[np.arange(len(tokens)) - np.searchsorted(high_rows, high_rows) < left[high_rows]]

@@ -31,7 +31,7 @@ class RankConfig:
     """Options of the family, as a manifest stores them."""
 
     max_length: int = 2048
-    """Tokens kept of a cell, highest rank first."""
+    """Number of tokens of a cell that are kept, best rank first."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_length, int) or self.max_length < 1:
@@ -52,13 +52,13 @@ class RankFamily:
 
     @functools.cached_property
     def inputs(self) -> tuple[InputSpec, ...]:
-        """One sequence of token ids."""
+        """The only input, a sequence of token ids."""
         pad_value, n_values = self.vocabulary.special_tokens["<pad>"], len(self.vocabulary)
         return (InputSpec("input_ids", "int64", pad_value, n_values=n_values),)
 
     @property
     def max_length(self) -> int:
-        """Longest sequence that the family emits."""
+        """Number of tokens of the longest cell that the family returns."""
         return self.config.max_length
 
     def tokenize(self, cells: CountMatrix) -> TokenizedCells:

@@ -1,1 +1,4 @@
-"""A bundle's graph and what runs it: tokens in, vectors out; imports cells and families."""
+"""Bundles and the way from cells to vectors: encoders, batches, embedders and golden vectors.
+
+The folder imports cells, families and threads, and no torch.
+"""

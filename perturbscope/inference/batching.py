@@ -1,12 +1,13 @@
-"""Grouping cells of different length into padded batches.
+"""Grouping of cells of different length into padded batches.
 
-Cost is what a padded batch costs: cells x longest length for the matrix products, and
-cells x longest length squared for attention. Sorting a window by length before cutting it
-keeps padding low (Geneformer and text-embeddings-inference both batch by length).
+A padded batch costs cells x longest length for the matrix products, and cells x longest length squared for attention.
+Sorting a window by length before cutting it keeps padding low (Geneformer and text-embeddings-inference both batch by
+length).
 
 Kernels, plans and captured graphs of an accelerator are made for one shape: cuDNN plans an attention anew, and a CUDA
-graph is captured anew, for each pair of cells and length. Padding up to a ladder of sizes (:class:`Buckets`) buys few
-pairs with a little padding; on the CPU, where padding is what costs, batches keep the length of their longest cell.
+graph is captured anew, for each pair of cells and length. Padding up to a ladder of sizes (:class:`Buckets`) makes the
+pairs few at the price of a little padding; on the CPU, where padding costs most, batches keep the length of their
+longest cell.
 
 All functions are pure.
 """
@@ -26,14 +27,14 @@ from perturbscope.errors import InvalidParameterError
 
 @dataclass(frozen=True)
 class Buckets:
-    """Two ladders of sizes.
+    """Two ladders of sizes that batches are padded up to.
 
     Attributes
     ----------
     lengths
-        Tokens, rising. Beyond the last, lengths are multiples of it.
+        Numbers of tokens, rising. Beyond the last, lengths are multiples of it.
     cells
-        Cells of a batch, rising, from 1. Beyond the last, multiples of it.
+        Numbers of cells in a batch, rising from 1. Beyond the last, they are multiples of it.
 
     Raises
     ------
@@ -46,7 +47,7 @@ class Buckets:
         *(start + step * start // 8 for start in (64, 128, 256, 512, 1024, 2048) for step in range(8)),
         4096,
     )
-    """Eight between a power of two and the next: steps of a sixteenth to an eighth of the length."""
+    """Eight sizes between one power of two and the next, in steps of a sixteenth to an eighth of the length."""
     cells: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
     """Steps of at most a half, for the last batch of a window; full batches have one of these sizes anyway."""
 
@@ -59,33 +60,38 @@ class Buckets:
             raise InvalidParameterError("The cells of buckets must start with 1.", field="cells")
 
     def up_to(self, longest: int) -> Buckets:
-        """The same, but no length above `longest`: a model has only so many positions."""
+        """Return ladders without a length above `longest`, the number of positions of a model."""
         return Buckets((*(length for length in self.lengths if length < longest), longest), self.cells)
 
     def length(self, longest: int) -> int:
-        """Length of a batch whose longest cell has `longest` tokens."""
+        """Return the length of a batch whose longest cell has `longest` tokens."""
         return _up(self.lengths, longest)
 
     def n_cells(self, n: int) -> int:
-        """Cells of a batch that has `n`: at least n."""
+        """Return the size of a batch for `n` cells; at least n."""
         return _up(self.cells, n)
 
     def full(self, n: int) -> int:
-        """Cells of a full batch where `n` have room: at most n, and a size that needs no filling up."""
+        """Return the largest size that needs no filling up; at most the `n` cells that there is room for."""
         return self.cells[bisect_right(self.cells, n) - 1] if n < self.cells[-1] else n - n % self.cells[-1]
 
     def fill(self, rows: NDArray[np.integer]) -> NDArray[np.integer]:
-        """Rows of a batch, the last one repeated up to the next number of cells."""
+        """Return the rows of a batch, with the last one repeated up to the next size."""
         missing = self.n_cells(len(rows)) - len(rows)
         return np.concatenate([rows, np.repeat(rows[-1:], missing)]) if missing else rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """What one padded batch may cost.
+    """The budget of one padded batch.
 
-    A single cell that exceeds a token limit on its own still forms a batch of one: it has to run
-    somewhere, and the family's maximum length bounds it.
+    A single cell that exceeds a token limit still forms a batch of one: it must run, and the family's maximum length
+    bounds it.
+
+    Raises
+    ------
+    InvalidParameterError
+        A limit is below 1.
     """
 
     max_tokens: int = 16_384
@@ -93,9 +99,9 @@ class BatchLimits:
     max_attention: int = 16 * 2048 * 2048
     """Attention scores of one head: cells x longest length squared."""
     max_cells: int = 256
-    """Cells in one batch, whatever their length."""
+    """Cells in one batch of any length."""
     buckets: Buckets | None = None
-    """Shapes that batches are padded up to; None: to their longest cell."""
+    """Shapes that batches are padded up to; None: each to its longest cell."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_attention", "max_cells"):
@@ -103,7 +109,7 @@ class BatchLimits:
                 raise InvalidParameterError(f"{name} is {getattr(self, name)}; it must be at least 1.", field=name)
 
     def capacity(self, length: int) -> int:
-        """How many cells fit in one batch padded to `length`; at least 1."""
+        """Return how many cells fit in one batch padded to `length`; at least 1."""
         length = max(length, 1) if self.buckets is None else self.buckets.length(length)
         room = max(
             1,
@@ -116,17 +122,17 @@ class BatchLimits:
         return room if self.buckets is None else self.buckets.full(room)
 
     def shape(self, n_cells: int, longest: int) -> tuple[int, int]:
-        """Cells and tokens of a batch with its padding."""
+        """Return the numbers of cells and tokens of a batch, with padding."""
         if self.buckets is None:
             return n_cells, longest
         return self.buckets.n_cells(n_cells), self.buckets.length(longest)
 
 
 def cpu_limits() -> BatchLimits:
-    """Budget of a batch where nobody waits and the processor is a CPU.
+    """Return the budget of a batch on a CPU when no caller waits.
 
     1,024 tokens keep two cores busy, and a block's states stay in their cache; larger batches only pad more. Cells of
-    over 512 tokens so run alone: without padding they need no mask, see :mod:`perturbscope.inference.cpu_graph`.
+    over 512 tokens then run alone: without padding they need no mask, see :mod:`perturbscope.inference.cpu_graph`.
     """
     return BatchLimits(max_tokens=1024)
 
@@ -137,14 +143,14 @@ def form_batches(lengths: Sequence[int] | NDArray[np.integer], limits: BatchLimi
     Parameters
     ----------
     lengths
-        Token count of each cell, shape [n].
+        Number of tokens of each cell, [n].
     limits
-        The budget of a batch.
+        Budget of a batch.
 
     Returns
     -------
-    Index arrays, longest cells first. Every index 0..n-1 stands in exactly one of them; cells of
-    equal length keep their order.
+    Index arrays, longest cells first. Every index 0..n-1 stands in exactly one of them; cells of equal length keep
+    their order.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
@@ -159,7 +165,7 @@ def form_batches(lengths: Sequence[int] | NDArray[np.integer], limits: BatchLimi
 
 
 def _up(ladder: tuple[int, ...], value: int) -> int:
-    """Least size of the ladder that holds `value`."""
+    """Return the smallest size of the ladder that is not below `value`."""
     if value > ladder[-1]:
         return -(-value // ladder[-1]) * ladder[-1]
     return ladder[bisect_left(ladder, value)]

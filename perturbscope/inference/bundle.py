@@ -1,4 +1,4 @@
-"""The bundle: a directory that holds everything that serving a model needs, and proves itself.
+"""The bundle: a directory with everything that is needed to serve a model, and with checksums that prove it.
 
 ::
 
@@ -6,7 +6,7 @@
     model.onnx       graph: tokens -> cell embedding; variants beside it (model.fp16.onnx, ...)
     vocabulary.tsv   genes, tokens, medians
     MODEL_CARD.md    data, licence, cost, numbers
-    golden.json      a few cells and their vectors, to prove a server with (optional; see perturbscope.inference.golden)
+    golden.json      a few cells and their vectors, to test a server with (optional; see perturbscope.inference.golden)
 
 No file is a pickle, and nothing in a bundle is executed but the ONNX graph.
 """
@@ -38,7 +38,7 @@ VOCABULARY = "vocabulary.tsv"
 MODEL_CARD = "MODEL_CARD.md"
 GOLDEN = "golden.json"
 _VOCABULARIES: weakref.WeakValueDictionary[tuple[str, str], GeneVocabulary] = weakref.WeakValueDictionary()
-"""Those in use: bundles of one vocabulary share it, and what is remembered of it."""
+"""Vocabularies in use; bundles of one vocabulary share it, and everything that is cached for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Variant:
     Attributes
     ----------
     file
-        Name inside the bundle.
+        Name of the file inside the bundle.
     cosine
         Lowest cosine to the fp32 embedding over the parity cells; 1.0 for fp32 itself.
     """
@@ -59,7 +59,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a bundle says of itself."""
+    """The manifest of a bundle: what the model is, how it was made, and the checksums of its files."""
 
     name: str
     """Name under which a server offers the model."""
@@ -72,9 +72,9 @@ class Manifest:
     width: int
     """Dimensions of a cell embedding."""
     layer: str
-    """Which hidden state is pooled."""
+    """Hidden state that is pooled."""
     pooling: str
-    """How tokens become one vector."""
+    """Method that turns the states of tokens into one vector."""
     vocabulary_hash: str
     """Hash of vocabulary.tsv's content; see :attr:`GeneVocabulary.hash`."""
     variants: dict[str, Variant]
@@ -82,7 +82,7 @@ class Manifest:
     parity: dict[str, Any]
     """Torch against ONNX Runtime: lengths, batch sizes, largest difference, tolerance."""
     training: dict[str, Any]
-    """How the weights were made: data, configuration, cost, loss."""
+    """Making of the weights: data, configuration, cost, loss."""
     licence: str
     """SPDX identifier or sentence."""
     files: dict[str, str] = field(default_factory=dict)
@@ -90,19 +90,19 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """The manifest as text."""
+        """Return the manifest as JSON text."""
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, where: str) -> Manifest:
-        """Read what :meth:`to_json` wrote.
+        """Read the text of :meth:`to_json`; errors name the file as `where`.
 
         Raises
         ------
         CorruptBundleError
-            Not JSON, or a field is missing or of the wrong type.
+            The text is not JSON, or a field is missing or of the wrong type.
         UnsupportedBundleError
-            Made for a newer format.
+            The manifest has a newer format.
         """
         try:
             data = json.loads(text)
@@ -149,7 +149,7 @@ class Manifest:
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """An opened bundle. Use :meth:`open` and :meth:`write`."""
+    """An opened bundle, from :meth:`open` or :meth:`write`."""
 
     path: Path
     manifest: Manifest
@@ -157,16 +157,16 @@ class Bundle:
 
     @property
     def model_id(self) -> str:
-        """Name, version and the first digits of the fp32 graph's hash: changes whenever the weights do."""
+        """Name, version and the first digits of the fp32 graph's hash; it changes whenever the weights do."""
         digest = self.manifest.files[self.manifest.variants["fp32"].file]
         return f"{self.manifest.name}-{self.manifest.version}-{digest[:12]}"
 
     def family(self) -> Family:
-        """The tokenizer."""
+        """Build the tokenizer."""
         return load_family(self.manifest.family, self.manifest.family_config, self.vocabulary)
 
     def graph(self, variant: str = "fp32") -> Path:
-        """Path of a variant's graph.
+        """Return the path of a variant's graph.
 
         Raises
         ------
@@ -188,9 +188,9 @@ class Bundle:
         Raises
         ------
         CorruptBundleError
-            Not a bundle, or a file is missing, unlisted or changed.
+            The directory is not a bundle, or a file is missing, unlisted or changed.
         UnsupportedBundleError
-            Newer format, or a family that is not installed.
+            The bundle has a newer format, or a family that is not installed.
         VocabularyMismatchError
             The vocabulary is not the one that the manifest names.
         """
@@ -233,15 +233,20 @@ class Bundle:
         path
             Directory to create.
         manifest
-            Its `files` are filled in here.
+            Manifest of the bundle; its `files` are filled in here.
         files
-            Content of each file: bytes, or a file to copy.
+            Content of each file, as bytes or as a file to copy.
         overwrite
             Replace an existing bundle; without it an existing `path` is an error.
 
         Returns
         -------
         The bundle, opened from its final place.
+
+        Raises
+        ------
+        BundleError
+            `path` exists and `overwrite` is false, or the files do not make a bundle.
         """
         path = Path(path)
         strange = [name for name in files if not _is_plain(name)]
@@ -263,13 +268,13 @@ class Bundle:
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name stays inside the bundle's directory."""
+    """Return whether a name is that of a file directly inside a directory."""
     return Path(name).name == name and name not in {"", ".", ".."} and "\\" not in name
 
 

@@ -1,4 +1,4 @@
-"""A bundle's graph as ONNX Runtime runs it fastest on a CPU.
+"""Rewriting of a bundle's graph into the form that ONNX Runtime runs fastest on a CPU.
 
 An exported graph has the fused operators that every provider understands. Some of their kernels for the CPU are slower
 than the same arithmetic in other operators, so the graph is changed when it is loaded; the file stays as it is, and
@@ -7,9 +7,9 @@ serves accelerators too. Results differ by the rounding of another order of sums
 * ``SkipLayerNormalization`` and ``EmbedLayerNormalization`` take 5 ns an element; additions, look-ups and
   ``LayerNormalization`` together 1 ns.
 * ``Attention`` writes all scores of a head to memory. ``MultiHeadAttention`` keeps a tile of them in the cache, but
-  only where there is no mask; so it takes long cells that came without padding, and ``Attention`` all others.
+  only without a mask; so it takes batches of long cells without padding, and ``Attention`` all others.
 
-What does not have exactly the expected form is left alone.
+Nodes that do not have exactly the expected form are left alone.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from google.protobuf.message import DecodeError
 from perturbscope.inference.onnx_graph_pb2 import Attribute, Graph, Model, Node, OperatorSet, Tensor
 
 MIN_FLASH_LENGTH = 256
-"""Shortest batch without padding whose scores are better kept in the cache."""
+"""Length from which a batch without padding runs faster with its scores in the cache."""
 DISABLED_OPTIMIZERS = ("SkipLayerNormFusion", "EmbedLayerNormFusion")
-"""What ONNX Runtime must not do to such a graph: it would put the slow operators back."""
+"""Optimizers of ONNX Runtime that would put the slow operators back."""
 _MAX_BYTES = 2**30
-"""Graphs beyond this are left alone: protobuf ends at 2 GiB, and the copy would take as much memory again."""
+"""Bytes of the largest graph that is rewritten: protobuf ends at 2 GiB, and the copy takes as much memory again."""
 _CONTRIB = "com.microsoft"
 _MIN_OPSET = 17
-"""The first that has LayerNormalization."""
+"""The first opset with LayerNormalization."""
 _FLOAT, _INT32, _INT64 = 1, 6, 7
 _TYPE_INT, _TYPE_GRAPH = 2, 5
 _EXTERNAL = 1
 
 
 def cpu_graph(path: Path) -> str | bytes:
-    """What to give ONNX Runtime for a CPU session: the changed graph, or the path of one that stays as it is."""
+    """Return the graph for a CPU session: the rewritten graph as bytes, or the path of one that stays as it is."""
     if path.stat().st_size > _MAX_BYTES:
         return str(path)
     changed = rewritten(path.read_bytes())
@@ -45,7 +45,7 @@ def cpu_graph(path: Path) -> str | bytes:
 
 
 def rewritten(graph: bytes) -> bytes | None:
-    """A serialised model with faster operators for the CPU; None where there is nothing to change."""
+    """Return a serialised model with faster operators for the CPU; None if there is nothing to change."""
     try:
         model = Model.FromString(graph)
     except DecodeError:
@@ -74,10 +74,10 @@ class _Rewriting:
         self.constants: dict[str, Tensor] = {}
         self._stored = {item.name: item for item in stored}
         self._lengths: dict[str, str] = {}
-        """Of each mask that is known to be one length a row: the name of the condition that none is shorter."""
+        """Condition that no row is padded, by the name of each mask that holds one length a row."""
 
     def of(self, node: Node) -> list[Node]:
-        """What takes the place of a node."""
+        """Return the nodes that replace a node."""
         change = {
             "SkipLayerNormalization": self._skip,
             "EmbedLayerNormalization": self._embed,
@@ -119,7 +119,7 @@ class _Rewriting:
             _node("Add", [f"{out}/typed", f"{out}/positions"], f"{out}/sum"),
             self._norm(node, f"{out}/sum", gamma, beta, out),
             _node("ReduceSum", [mask, one], lengths, keepdims=0),
-            # Whether there is no padding, and so no need of a mask, and the cells are long.
+            # True if there is no padding, so that no mask is needed, and the cells are long.
             _node("ReduceMin", [lengths], f"{lengths}/least", keepdims=0),
             _node("Cast", [f"{out}/length"], f"{lengths}/longest", to=_INT32),
             _node("Equal", [f"{lengths}/least", f"{lengths}/longest"], f"{lengths}/full"),
@@ -154,7 +154,7 @@ class _Rewriting:
         return [choice]
 
     def _floats(self, *names: str) -> bool:
-        """Whether all are stored float32: other types have other kernels."""
+        """Return whether all tensors are stored as float32; other types have other kernels."""
         return all(name in self._stored and self._stored[name].data_type == _FLOAT for name in names)
 
     def _norm(self, old: Node, states: str, gamma: str, beta: str, out: str) -> Node:
@@ -163,7 +163,7 @@ class _Rewriting:
         return norm
 
     def _constant(self, *values: int) -> str:
-        """Name of a stored int64 vector."""
+        """Return the name of a stored int64 vector."""
         name = "cpu_graph/" + "_".join(map(str, values))
         self.constants[name] = Tensor(
             name=name, dims=[len(values)], data_type=_INT64, raw_data=struct.pack(f"<{len(values)}q", *values)

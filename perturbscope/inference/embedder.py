@@ -1,4 +1,4 @@
-"""Embedding cells: the one place where tokens are bucketed by length and run."""
+"""Embedding of cells: the only place where tokens are batched by length and run."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from perturbscope.threads import ahead
 MIN_GENES = 500
 """Cells with fewer expressed genes are below the usual quality floor of an atlas: flagged, not dropped."""
 MIN_COVERAGE = 0.1
-"""Least share of the columns that must be genes of the vocabulary."""
+"""Smallest share of the columns that must be genes of the vocabulary."""
 CHUNK_CELLS = 4096
-"""Cells tokenized at a time: bounds memory, and is a wide enough window to sort by length."""
+"""Cells tokenized at a time, which bounds memory and is a wide enough window to sort by length."""
 
 
 Maker = tuple[str, str | None]
-"""What makes vectors comparable: id of the model, and variant of its graph."""
+"""Id of a model and variant of its graph; only vectors of one maker are comparable."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Vectors of cells, with what made them.
+    """Vectors of cells, with the model behind them.
 
     Attributes
     ----------
     values
-        float32 [n_cells, width], in the order of the input.
+        Vectors, float32 [n_cells, width], in the order of the input.
     lengths
-        Tokens that the model saw of each cell, int32 [n_cells].
+        Number of tokens of each cell that the model saw, int32 [n_cells].
     n_detected
         Genes of the vocabulary that each cell expresses, int32 [n_cells].
     known_share
         Share of each cell's counts in genes of the vocabulary, float32 [n_cells].
     coverage
-        How the columns met the vocabulary.
+        Report on how the columns were matched to the vocabulary.
     model_id, vocabulary_hash
-        Which model.
+        Names of the model and of its vocabulary.
     timings
         Seconds by stage: ``tokenize``, ``inference``, and on a server ``queue``.
     variant
-        Which graph of the model: ``fp32``, ``fp16``, ``int8``; None where that is not known.
+        Graph of the model: ``fp32``, ``fp16``, ``int8``; None if that is not known.
     """
 
     values: NDArray[np.float32]
@@ -72,7 +72,7 @@ class Embeddings:
 
     @property
     def maker(self) -> Maker:
-        """The model and its variant; vectors of two makers are not to be compared."""
+        """The model and its variant; vectors of two makers must not be compared."""
         return self.model_id, self.variant
 
     @property
@@ -91,12 +91,12 @@ class Embeddings:
         return int((self.known_share < 0.5).sum())
 
     def warnings(self) -> list[str]:
-        """What a careful reader should know, in words."""
+        """Return sentences about doubtful cells and genes."""
         return warnings_about(len(self), self.n_few_genes, self.n_little_known, self.coverage)
 
 
 def warnings_about(n_cells: int, n_few_genes: int, n_little_known: int, coverage: GeneCoverage) -> list[str]:
-    """What a careful reader of `n_cells` embeddings should know; see :class:`Embeddings` for the counts."""
+    """Return sentences about doubtful cells and genes of `n_cells` embeddings; :class:`Embeddings` has the counts."""
     found = []
     if n_few_genes:
         found.append(
@@ -121,9 +121,9 @@ class Embedder:
     Parameters
     ----------
     family
-        The tokenizer.
+        Tokenizer of the model.
     encoder
-        What runs the graph.
+        Runner of the graph.
     width
         Dimensions of an embedding.
     model_id, vocabulary_hash
@@ -131,9 +131,9 @@ class Embedder:
     limits
         Budget of a batch.
     training
-        How the weights were made, as the bundle's manifest says; see :mod:`perturbscope.tasks.trained_on`.
+        Making of the weights, from the bundle's manifest; see :mod:`perturbscope.tasks.trained_on`.
     variant
-        Which graph of the bundle the encoder runs.
+        Graph of the bundle that the encoder runs.
     overlap
         Tokenize the next chunk, and pad the next batch, in a thread while one is computed: for an encoder that leaves
         the processor idle. Results are the same.
@@ -173,7 +173,7 @@ class Embedder:
         limits: BatchLimits | None = None,
         gpu: GpuOptions | None = None,
     ) -> Embedder:
-        """The embedder of an opened bundle, with the batches that suit its device. Raises as :class:`OnnxEncoder`."""
+        """Build the embedder of an opened bundle, with batches for its device. Raises as :class:`OnnxEncoder`."""
         encoder = OnnxEncoder(bundle, variant=variant, device=device, threads=threads, gpu=gpu)
         family = bundle.family()
         if limits is None:
@@ -192,17 +192,17 @@ class Embedder:
 
     @property
     def provider(self) -> str:
-        """Execution provider that runs the graph; empty for an encoder without one."""
+        """Execution provider that runs the graph; empty if the encoder has none."""
         return str(getattr(self.encoder, "provider", ""))
 
     def close(self) -> None:
-        """Free what the encoder holds; nothing can be embedded afterwards. May be called twice."""
+        """Free the encoder's memory; nothing can be embedded afterwards. May be called twice."""
         release = getattr(self.encoder, "close", None)
         if release is not None:
             release()
 
     def tokenize(self, cells: CountMatrix) -> TokenizedCells:
-        """Tokens of cells.
+        """Tokenize cells.
 
         Raises
         ------
@@ -224,7 +224,7 @@ class Embedder:
         return tokens
 
     def plan(self, tokens: TokenizedCells) -> list[NDArray[np.intp]]:
-        """Batches of similar length within the budget; indices into `tokens`."""
+        """Cut tokens into batches of similar length within the budget; returns indices of cells."""
         return form_batches(tokens.lengths, self.limits)
 
     def run(self, tokens: TokenizedCells, rows: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
@@ -233,12 +233,12 @@ class Embedder:
         Raises
         ------
         InferenceError
-            The forward pass failed, or gave something that is not finite.
+            The forward pass failed, or returned values that are not finite.
         """
         return self._checked(self.encoder.run(self._padded(tokens, rows)), len(rows))
 
     def _padded(self, tokens: TokenizedCells, rows: NDArray[np.integer[Any]]) -> dict[str, NDArray[Any]]:
-        """The graph's inputs of one batch; where shapes are few, its last cell may be there several times."""
+        """Return the graph's inputs of one batch; padding to a bucket may repeat its last cell."""
         length = None
         if self.limits.buckets is not None:
             length = self.limits.buckets.length(int(tokens.lengths[rows].max()))
@@ -246,7 +246,7 @@ class Embedder:
         return pad(tokens, rows, self.family.inputs, length=length)
 
     def _checked(self, values: NDArray[np.float32], n_cells: int) -> NDArray[np.float32]:
-        """The vectors of a batch's cells; raises as :meth:`run`."""
+        """Return the vectors of a batch's own cells. Raises as :meth:`run`."""
         if self.limits.buckets is not None:
             values = values[:n_cells]
         if values.shape != (n_cells, self.width) or not np.isfinite(values).all():
@@ -259,7 +259,7 @@ class Embedder:
     def embed_tokens(
         self, tokens: TokenizedCells, progress: Callable[[int], None] | None = None
     ) -> NDArray[np.float32]:
-        """Embed tokenized cells, in their order; `progress` is told the number of cells of each finished batch."""
+        """Embed tokenized cells, in their order; `progress` is called with the number of cells of each batch."""
         values = np.empty((len(tokens), self.width), dtype=np.float32)
         run: Callable[[Any], NDArray[np.float32]] = self.encoder.run
         batches: Iterator[tuple[NDArray[np.intp], Any]]
@@ -277,7 +277,7 @@ class Embedder:
         return values
 
     def embed(self, cells: CountMatrix, *, progress: Callable[[int], None] | None = None) -> Embeddings:
-        """Embed cells; memory beyond the result stays bounded. Raises as :meth:`tokenize` and :meth:`run`."""
+        """Embed cells in bounded memory beyond the result. Raises as :meth:`tokenize` and :meth:`run`."""
         chunks = (cells[start : start + CHUNK_CELLS] for start in range(0, len(cells), CHUNK_CELLS))
         return gather(self.embed_stream(chunks, progress=progress), len(cells))
 
@@ -296,7 +296,7 @@ class Embedder:
             yield self.describe(tokens, values, {"tokenize": seconds, "inference": time.perf_counter() - started})
 
     def _tokenized(self, chunks: Iterable[CountMatrix]) -> Iterator[tuple[TokenizedCells, float]]:
-        """Tokens of each chunk, and the seconds that they took."""
+        """Yield the tokens of each chunk, and the seconds that tokenizing took."""
         for cells in chunks:
             started = time.perf_counter()
             tokens = self.tokenize(cells)
@@ -304,7 +304,7 @@ class Embedder:
             yield tokens, time.perf_counter() - started
 
     def describe(self, tokens: TokenizedCells, values: NDArray[np.float32], timings: dict[str, float]) -> Embeddings:
-        """Vectors with all that is known of them."""
+        """Return vectors with the facts about their cells and model."""
         return Embeddings(
             values,
             tokens.lengths.astype(np.int32),
@@ -319,32 +319,21 @@ class Embedder:
 
 
 def join(parts: list[Embeddings]) -> Embeddings:
-    """Results of one matrix's chunks as one; timings are added up."""
-    first = parts[0]
-    return Embeddings(
-        np.concatenate([part.values for part in parts]),
-        np.concatenate([part.lengths for part in parts]),
-        np.concatenate([part.n_detected for part in parts]),
-        np.concatenate([part.known_share for part in parts]),
-        first.coverage,
-        first.model_id,
-        first.vocabulary_hash,
-        {stage: sum(part.timings.get(stage, 0.0) for part in parts) for stage in first.timings},
-        first.variant,
-    )
+    """Join the results of one matrix's chunks; timings are added up."""
+    return gather(parts, sum(map(len, parts)))
 
 
 def gather(parts: Iterable[Embeddings], n_cells: int, values: NDArray[np.float32] | None = None) -> Embeddings:
-    """Results of one matrix's chunks as one, taken as they come: unlike :func:`join`, all is held once.
+    """Join the results of one matrix's chunks as they arrive, so that vectors are in memory only once.
 
     Parameters
     ----------
     parts
-        In order; at least one.
+        Results of the chunks in order; at least one.
     n_cells
-        Cells of all parts.
+        Number of cells of all parts.
     values
-        Where to put the vectors, float32 [n_cells, width]; None: into a new array.
+        Array for the vectors, float32 [n_cells, width]; None: a new one.
     """
     lengths = np.empty(n_cells, dtype=np.int32)
     n_detected = np.empty(n_cells, dtype=np.int32)
@@ -371,6 +360,6 @@ def gather(parts: Iterable[Embeddings], n_cells: int, values: NDArray[np.float32
 def _staged(
     batches: Iterable[tuple[NDArray[np.intp], Any]], stage: Callable[[Any], Any]
 ) -> Iterator[tuple[NDArray[np.intp], Any]]:
-    """Batches, each brought to where the graph runs."""
+    """Yield batches, each copied to the device."""
     for rows, padded in batches:
         yield rows, stage(padded)

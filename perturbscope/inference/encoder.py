@@ -1,4 +1,4 @@
-"""Running a model's graph."""
+"""The encoder, which runs a model's graph in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from perturbscope.threads import usable_cores
 Device = Literal["cpu", "cuda", "tensorrt"]
 _PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
 OUTPUT = "cell_embedding"
-"""Name of the graph output, float32 [batch, width]."""
+"""Name of the graph's output, float32 [batch, width]."""
 
 
 class Encoder(Protocol):
-    """Padded inputs in, one vector a cell out. Knows nothing of requests."""
+    """Turns padded inputs into one vector a cell; it knows nothing of requests."""
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Embed one batch.
@@ -28,7 +28,7 @@ class Encoder(Protocol):
         Parameters
         ----------
         inputs
-            What :func:`perturbscope.families.tokens.pad` returns; each [batch, longest, ...].
+            Arrays of :func:`perturbscope.families.tokens.pad`, each [batch, longest, ...].
 
         Returns
         -------
@@ -43,21 +43,26 @@ class OnnxEncoder:
     Parameters
     ----------
     bundle
-        An opened (so verified) bundle.
+        Opened, and so verified, bundle.
     variant
-        Which of its graphs.
+        Name of one of its graphs.
     device
-        ``cpu``, ``cuda``, or ``tensorrt``, which builds an engine for the GPU at hand and leaves to CUDA what it lacks.
-        There is no silent fallback.
+        ``cpu``, ``cuda``, or ``tensorrt``, which builds an engine for the GPU at hand; CUDA runs the operators that
+        TensorRT lacks. There is no silent fallback.
     threads
         CPU threads of one operator; default: the cores that this process may use.
     gpu
-        How a GPU is used.
+        Options of a GPU.
+
+    Attributes
+    ----------
+    provider
+        Execution provider that runs the graph.
 
     Raises
     ------
     InvalidParameterError
-        No such device.
+        There is no such device.
     BundleError
         The bundle has no such variant.
     ProviderUnavailableError
@@ -130,7 +135,7 @@ class OnnxEncoder:
                 + (f"it wants the input {min(strange)!r}." if strange else f"it has no output {OUTPUT!r}.")
             )
         self.bound: BoundSession | None = None
-        """What runs the session where it is on a GPU."""
+        """Runs the session on bound memory of a GPU; None on the CPU."""
         self._width, self._gpu = bundle.manifest.width, gpu
         if device != "cpu":
             self.bind("cuda", capture=gpu.cuda_graphs and device == "cuda", runtime=cuda_runtime())
@@ -148,7 +153,7 @@ class OnnxEncoder:
         )
 
     def close(self) -> None:
-        """Free the session, and with it the graph's memory; :meth:`run` fails from then on. May be called twice."""
+        """Free the session and the graph's memory; :meth:`run` fails afterwards. May be called twice."""
         if self.bound is not None:
             self.bound.close()
         self._session = None
@@ -159,12 +164,12 @@ class OnnxEncoder:
         Raises
         ------
         InferenceError
-            The forward pass failed, for instance for want of memory.
+            The forward pass failed, for instance because memory ran out.
         """
         return self.finish(self.stage(inputs))
 
     def stage(self, inputs: Mapping[str, NDArray[Any]]) -> Staged | Mapping[str, NDArray[Any]]:
-        """Bring a batch to where the graph runs, perhaps while another batch runs. Raises as :meth:`run`."""
+        """Copy a batch to the device, possibly while another batch runs. Raises as :meth:`run`."""
         if self._session is None:
             raise InferenceError("The model was closed.")
         if self.bound is None:
@@ -175,7 +180,7 @@ class OnnxEncoder:
             raise _failed(inputs["attention_mask"].shape, error) from error
 
     def finish(self, staged: Staged | Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Embed what :meth:`stage` gave. Raises as :meth:`run`."""
+        """Embed a batch from :meth:`stage`. Raises as :meth:`run`."""
         if self._session is None:
             raise InferenceError("The model was closed.")
         shape = staged.shape if isinstance(staged, Staged) else staged["attention_mask"].shape

@@ -1,11 +1,11 @@
-"""Golden vectors: a few cells in the bundle, and what the model made of them when it was exported.
+"""Golden vectors: a few cells in the bundle, and the vectors that the model gave for them at export.
 
 Checksums prove that the files of a bundle are whole. They do not prove that this machine, its provider and this version
 of the tokenizer turn counts into the same vectors. A few cells do: they are tokenized and embedded again, and compared.
 
 ``golden.json``, in a bundle, holds the cells as raw counts by row of ``vocabulary.tsv``, a digest of each cell's
-tokens, its vector from the float32 graph in ONNX Runtime on a CPU (cell by cell, so without padding), and for each
-smaller variant the cosine that it had to those vectors.
+tokens, its vector from the float32 graph in ONNX Runtime on a CPU (cell by cell, so without padding), and the cosine of
+each smaller variant to those vectors.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ from perturbscope.inference.embedder import Embedder
 
 FORMAT = 1
 TOLERANCE = 1e-4
-"""Largest difference of a value on the CPU, where the bundle's parity with torch names none."""
+"""Largest difference of a value on the CPU, if the bundle's parity with torch has no tolerance."""
 ACCELERATOR_COSINE = 1 - 1e-4
-"""Least cosine of a float32 cell on another provider than the CPU: those may multiply with fewer bits (TensorFloat-32
-keeps 10 of 23), so single values differ by more than the tolerance while the direction hardly does. Weights rounded so
-move values of bundles/default by 0.001, and no cell further than a cosine of 1 - 1e-6."""
+"""Smallest cosine of a float32 cell on a provider that is not the CPU: it may multiply with fewer bits (TensorFloat-32
+keeps 10 of 23), so single values differ by more than the tolerance while the direction hardly does. Such rounding
+of the weights moves values of bundles/default by 0.001, and no cell further than a cosine of 1 - 1e-6."""
 VARIANT_SLACK = 2.0
 """A smaller variant may be this many times as far from float32 as it was when it was exported."""
 MIN_SLACK = 1e-4
-"""Least allowance of a variant's cosine: one that was as good as exact may still differ between processors."""
+"""Smallest allowance of a variant's cosine: even a variant that was almost exact may differ between processors."""
 _EXACT = ("CPUExecutionProvider", "")
-"""Providers that compute float32 in full; empty: no provider at all."""
+"""Providers that compute float32 in full; empty for an encoder without a provider."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GoldenResult:
-    """How near a model is to its golden vectors.
+    """Comparison of a model's vectors with its golden vectors.
 
     Attributes
     ----------
     variant, provider
-        What was tried.
+        Graph and execution provider that were tried.
     n_cells
-        How many cells.
+        Number of golden cells.
     largest_difference
-        Of a value, over all cells.
+        Largest difference of a value, over all cells.
     lowest_cosine
-        Of a cell's vector to its golden one.
+        Lowest cosine of a cell's vector to its golden vector.
     passed
-        Whether that is near enough.
+        Whether the vectors are near enough.
     limit
-        How near it must be, in words.
+        The limit that they must keep, in words.
     """
 
     variant: str
@@ -76,7 +76,7 @@ class GoldenResult:
         )
 
     def require(self, model_id: str) -> None:
-        """Raise GoldenMismatchError unless it passed."""
+        """Raise GoldenMismatchError unless the comparison passed."""
         if not self.passed:
             raise GoldenMismatchError(
                 f"The model {model_id} does not give the vectors that its bundle records. {self}. "
@@ -87,22 +87,22 @@ class GoldenResult:
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """Cells, and what the model made of them; see :func:`read_golden`, and :mod:`perturbscope.inference.golden_making`.
+    """Golden cells and their vectors, read by :func:`read_golden`; made by :mod:`perturbscope.inference.golden_making`.
 
     Attributes
     ----------
     cells
-        Raw counts.
+        Raw counts of the cells.
     digests
-        Of each cell's tokens.
+        Digest of each cell's tokens.
     vectors
-        float32 [n_cells, width].
+        Golden vectors, float32 [n_cells, width].
     tolerance
-        Largest difference of a value of the float32 graph on the CPU.
+        Largest difference of a value that the float32 graph may have on the CPU.
     cosines
-        Of each smaller variant, the lowest cosine that it had to `vectors` at export.
+        Lowest cosine of each smaller variant to `vectors` at export.
     source
-        Where the cells are from, in words.
+        Description of the origin of the cells.
     """
 
     cells: CountMatrix
@@ -113,12 +113,12 @@ class Golden:
     source: str
 
     def tokenize(self, embedder: Embedder) -> TokenizedCells:
-        """Tokens of the cells, which must be those of the export.
+        """Tokenize the cells, and check that their tokens are those of the export.
 
         Raises
         ------
         GoldenMismatchError
-            They are not: the tokenizer is another than it was.
+            The tokens differ: the tokenizer has changed.
         """
         try:
             tokens = embedder.tokenize(self.cells)
@@ -157,7 +157,7 @@ class Golden:
         )
 
     def to_json(self, vocabulary: GeneVocabulary) -> str:
-        """The text of ``golden.json``."""
+        """Return the text of ``golden.json``."""
         rows = {str(gene): row for row, gene in enumerate(vocabulary.gene_ids)}
         row_of = np.array([rows[str(gene)] for gene in self.cells.gene_ids])
         counts = self.cells.counts
@@ -179,7 +179,7 @@ class Golden:
 
     @classmethod
     def from_json(cls, text: str, bundle: Bundle) -> Golden:
-        """Read what :meth:`to_json` wrote. Raises CorruptBundleError."""
+        """Read the text of :meth:`to_json`. Raises CorruptBundleError."""
         try:
             return cls._of(json.loads(text), bundle)
         except PerturbScopeError as error:
@@ -209,14 +209,14 @@ class Golden:
 
 
 def check_golden(embedder: Embedder, golden: Golden) -> GoldenResult:
-    """Embed the golden cells, tokenizer and graph, and compare.
+    """Tokenize and embed the golden cells, and compare their vectors.
 
-    They are embedded together, so that padding is proven too.
+    The cells are embedded together, which tests padding too.
 
     Raises
     ------
     GoldenMismatchError
-        The tokens differ. Vectors that differ are told by the result: see :meth:`GoldenResult.require`.
+        The tokens differ. Vectors that differ do not raise; see :meth:`GoldenResult.require`.
     InferenceError
         The forward pass failed.
     """
@@ -225,7 +225,7 @@ def check_golden(embedder: Embedder, golden: Golden) -> GoldenResult:
 
 
 def read_golden(bundle: Bundle) -> Golden | None:
-    """The golden vectors of an opened bundle; None for one that has none. Raises CorruptBundleError."""
+    """Read the golden vectors of an opened bundle; None if it has none. Raises CorruptBundleError."""
     if GOLDEN not in bundle.manifest.files:
         return None
     try:
@@ -238,7 +238,7 @@ def read_golden(bundle: Bundle) -> Golden | None:
 def cells_of(
     rows: Sequence[NDArray[Any]], counts: Sequence[NDArray[Any]], genes: Sequence[str] | NDArray[Any], totals: Any
 ) -> CountMatrix:
-    """Cells over the genes that at least one of them expresses."""
+    """Build cells over the genes that at least one of them expresses."""
     used, columns = np.unique(np.concatenate(rows), return_inverse=True)
     indptr = np.concatenate([[0], np.cumsum([len(part) for part in rows])])
     names = np.asarray(genes)[used]
@@ -246,7 +246,7 @@ def cells_of(
 
 
 def digests_of(tokens: TokenizedCells) -> tuple[str, ...]:
-    """Of each cell's arrays; the type of their numbers does not count, for it depends on the machine."""
+    """Return a digest of each cell's arrays, without the type of their numbers, which depends on the machine."""
     found = []
     for cell in tokens:
         digest = hashlib.sha256()
@@ -259,7 +259,7 @@ def digests_of(tokens: TokenizedCells) -> tuple[str, ...]:
 
 
 def distance(expected: NDArray[np.float32], found: NDArray[np.float32]) -> tuple[float, float]:
-    """Largest difference of a value, and lowest cosine of a row; at most 1."""
+    """Return the largest difference of a value and the lowest cosine of a row, which is at most 1."""
     a, b = expected.astype(np.float64), found.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosines = (a * b).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)

@@ -1,4 +1,4 @@
-"""Golden vectors are made of chosen cells and put into the bundle; see :mod:`perturbscope.inference.golden`."""
+"""Making of golden vectors, which go into the bundle; see :mod:`perturbscope.inference.golden`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.golden import TOLERANCE, Golden, cells_of, digests_of, distance
 
 SHORT_LENGTHS = (1, 7)
-"""Genes of the made cells that stand beside real ones, which are all long."""
+"""Numbers of genes of the artificial cells beside real cells, which all have many."""
 LENGTHS = (*SHORT_LENGTHS, 64, 2048)
-"""Genes of the made cells where there are no real ones; the last is cut to what the model takes."""
+"""Numbers of genes of the artificial cells if there are no real ones; the last is cut to the model's maximum."""
 _REAL_CELLS, _MAX_GENES = 3, 2500
 
 
@@ -33,20 +33,20 @@ def make_golden(
     tolerance: float = TOLERANCE,
     seed: int = 0,
 ) -> Golden:
-    """Choose cells, and embed them.
+    """Choose cells and embed them.
 
     Parameters
     ----------
     embedders
-        By variant, on the CPU; ``fp32`` among them.
+        Embedders on the CPU by variant; ``fp32`` must be among them.
     vocabulary
-        Of the model.
+        Vocabulary of the model.
     cells
         Real cells to choose from; without them, cells are made of random genes and counts.
     tolerance
         Largest difference of a value that a float32 graph may have later.
     seed
-        Of made cells.
+        Seed of the artificial cells.
     """
     exact = embedders["fp32"]
     chosen, source = _choose(vocabulary, exact.family.max_length, cells, seed)
@@ -61,9 +61,9 @@ def make_golden(
 
 
 def add_golden(path: str | Path, *, cells: CountMatrix | None = None, seed: int = 0) -> Bundle:
-    """Give a bundle golden vectors, or new ones; its graphs, and so its model id, stay.
+    """Add golden vectors to a bundle, or replace them; its graphs and its model id stay the same.
 
-    The bundle is written anew beside the old one and then takes its place; a failure leaves the old one.
+    The bundle is written anew and then replaces the old one; a failure leaves the old one as it is.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def add_golden(path: str | Path, *, cells: CountMatrix | None = None, seed: int 
 
 
 def first_cells(path: str | Path) -> CountMatrix:
-    """The first chunk of a file, which is enough to choose from. Raises as :func:`perturbscope.open_cells`."""
+    """Read the first chunk of a file, which is enough to choose from. Raises as :func:`perturbscope.open_cells`."""
     from perturbscope.cells.readers import open_cells
 
     with open_cells(path) as source:
@@ -89,7 +89,7 @@ def first_cells(path: str | Path) -> CountMatrix:
 
 
 def tolerance_of(parity: Mapping[str, Any]) -> float:
-    """The tolerance that a graph had towards torch, which it must keep towards its own vectors."""
+    """Return the tolerance of a graph's parity with torch, which also applies to its golden vectors."""
     value = parity.get("tolerance")
     return float(value) if isinstance(value, int | float) and value > 0 else TOLERANCE
 
@@ -97,7 +97,7 @@ def tolerance_of(parity: Mapping[str, Any]) -> float:
 def _choose(
     vocabulary: GeneVocabulary, max_length: int, cells: CountMatrix | None, seed: int
 ) -> tuple[CountMatrix, str]:
-    """Cells of different lengths, over the genes of the vocabulary, and where they are from."""
+    """Return cells of different lengths over the genes of the vocabulary, and a description of their origin."""
     rng = np.random.default_rng(seed)
     n_genes = len(vocabulary.gene_ids)
     longest = min(max_length, n_genes, LENGTHS[-1])
@@ -118,7 +118,7 @@ def _choose(
 
 
 def _in_vocabulary(cells: CountMatrix, vocabulary: GeneVocabulary) -> sparse.csr_matrix:
-    """Counts by row of the vocabulary; other genes are left out."""
+    """Return counts with one column for each row of the vocabulary; other genes are left out."""
     mapped = GeneResolver.default().map(cells.gene_ids, vocabulary).rows
     kept = np.flatnonzero(mapped >= 0)
     to_row = sparse.csr_matrix(
@@ -130,7 +130,7 @@ def _in_vocabulary(cells: CountMatrix, vocabulary: GeneVocabulary) -> sparse.csr
 
 
 def _spread(n_detected: NDArray[Any]) -> list[int]:
-    """A few cells, from the poorest to the richest, of those that do not bloat the file."""
+    """Choose a few cells, from the fewest to the most genes, that do not bloat the file."""
     order = np.argsort(n_detected, kind="stable")
     order = order[n_detected[order] > 0]
     slim = order[n_detected[order] <= _MAX_GENES]

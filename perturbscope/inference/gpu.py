@@ -1,6 +1,6 @@
-"""Graphs on an NVIDIA GPU: execution providers and their options, and memory that stays where it is.
+"""Graphs on an NVIDIA GPU: execution providers with their options, and memory that stays in place.
 
-Nothing here falls back to the CPU: who asks for a GPU that cannot be used gets an error, see
+Nothing here falls back to the CPU: a GPU that was asked for and cannot be used is an error, see
 :class:`perturbscope.inference.encoder.OnnxEncoder`.
 """
 
@@ -25,17 +25,17 @@ from perturbscope.inference.batching import BatchLimits, Buckets
 CUDA: Final = "CUDAExecutionProvider"
 TENSORRT: Final = "TensorrtExecutionProvider"
 MAX_TOKENS = 65_536
-"""Padded tokens of a batch: enough that a GPU is busy for longer than the processor needs to launch its kernels."""
+"""Padded tokens of a batch, enough to keep a GPU busy for longer than the processor needs to launch its kernels."""
 _TENSORRT_CELLS = 32
-"""Cells of a batch in TensorRT, whose engine has memory for its largest shape: this many of the longest cells."""
+"""Cells of a batch in TensorRT, whose engine reserves memory for this many of the longest cells."""
 _CAPTURE_AFTER = 3
-"""Batches in the same buffers before their shape is worth a captured graph."""
+"""Batches in the same buffers before a graph of their shape is captured."""
 _CAPTURING = 3
-"""Batches from then on during which nothing else may speak to the GPU: ONNX Runtime captures during the first."""
+"""Batches after that during which nothing else may use the GPU; ONNX Runtime captures during the first."""
 _MAX_CAPTURED = 64
-"""Graphs that are captured; each keeps its memory until the session ends."""
+"""Most graphs that are captured; each keeps its memory until the session ends."""
 _MAX_KEPT = 64
-"""Shapes whose buffers are kept."""
+"""Most shapes whose buffers are kept."""
 _NUMPY: Final[dict[str, type[np.generic]]] = {
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
@@ -47,22 +47,22 @@ _NUMPY: Final[dict[str, type[np.generic]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GpuOptions:
-    """How a GPU is used.
+    """Options of a GPU.
 
     Raises
     ------
     InvalidParameterError
-        A negative number.
+        A number is negative.
     """
 
     device_id: int = 0
-    """Which of the GPUs that the process sees."""
+    """Number of the GPU among those that the process sees."""
     memory: int = 0
-    """Bytes that ONNX Runtime may take for its arena; 0: as much as there is."""
+    """Bytes that ONNX Runtime may take for its arena; 0: all that there are."""
     cuda_graphs: bool = False
-    """Capture the kernels of shapes that come often, and launch them at once. All of them must run on the GPU."""
+    """Capture the kernels of frequent shapes and launch them as one graph; all operators must run on the GPU."""
     engine_cache: Path | None = None
-    """Where TensorRT keeps its engines, which take minutes to build; None: nowhere."""
+    """Directory for TensorRT's engines, which take minutes to build; None: they are not kept."""
 
     def __post_init__(self) -> None:
         for name in ("device_id", "memory"):
@@ -71,14 +71,14 @@ class GpuOptions:
 
 
 def gpu_limits(device: str, max_length: int, *, max_tokens: int = MAX_TOKENS) -> BatchLimits:
-    """Budget of a batch, and the shapes that it is padded up to.
+    """Return the budget of a batch on a GPU, and the shapes that it is padded up to.
 
     Parameters
     ----------
     device
         ``cuda`` or ``tensorrt``.
     max_length
-        Tokens of the longest cell, and positions of the model.
+        Number of tokens of the longest cell, and of positions of the model.
     max_tokens
         Padded tokens of a batch. Attention has no budget of its own: its scores are never stored.
     """
@@ -93,18 +93,18 @@ def gpu_limits(device: str, max_length: int, *, max_tokens: int = MAX_TOKENS) ->
 def providers(
     device: str, options: GpuOptions, *, inputs: tuple[str, ...], max_length: int, half: bool
 ) -> list[tuple[str, dict[str, str]]]:
-    """Execution providers of a device with their options, as ONNX Runtime takes them.
+    """Return the execution providers of a device with their options, in ONNX Runtime's form.
 
     Parameters
     ----------
     device
         ``cuda``; or ``tensorrt``, with CUDA for the operators that TensorRT lacks.
     options
-        See there.
+        Options of the GPU.
     inputs
         Names of the graph's inputs, all [batch, length].
     max_length
-        Tokens of the longest cell.
+        Number of tokens of the longest cell.
     half
         Whether the graph computes in float16.
     """
@@ -146,7 +146,7 @@ def providers(
 class PinnedBuffer:
     """Host memory that a GPU reads without the driver's copy, grown to the largest array that passed through it.
 
-    Pages are locked by the CUDA runtime that ONNX Runtime has loaded. Where that refuses, for want of the right to lock
+    Pages are locked by the CUDA runtime that ONNX Runtime has loaded. If it refuses, because the process may not lock
     memory, the buffer is ordinary memory and :attr:`locked` is False: copies are slower, results the same.
 
     Parameters
@@ -162,7 +162,7 @@ class PinnedBuffer:
         self.locked = False
 
     def holding(self, array: NDArray[Any]) -> NDArray[Any]:
-        """A copy of `array` in the buffer; the next call overwrites it."""
+        """Return a copy of `array` in the buffer; the next call overwrites it."""
         if array.nbytes > len(self._bytes):
             self.free()
             self._bytes = np.empty(max(array.nbytes, 2 * len(self._bytes)), dtype=np.uint8)
@@ -184,7 +184,7 @@ class PinnedBuffer:
 
 
 def cuda_runtime() -> Any:
-    """The CUDA runtime library that this process has loaded, or None."""
+    """Return the CUDA runtime library that this process has loaded, or None."""
     for name in ("libcudart.so.13", "libcudart.so.12"):
         try:
             return ctypes.CDLL(name)
@@ -200,15 +200,15 @@ class Staged:
     Attributes
     ----------
     shape
-        Cells and tokens.
+        Numbers of cells and tokens.
     binding
         Inputs and output, bound to their memory.
     inputs
-        By name, on the device.
+        Inputs by name, on the device.
     output
-        float32 [batch, width], on the device.
+        Vectors, float32 [batch, width], on the device.
     runs
-        Batches that ran in this memory.
+        Number of batches that ran in this memory.
     graph
         Number of the graph that was captured in this memory; -1: none.
     """
@@ -222,26 +222,26 @@ class Staged:
 
 
 class BoundSession:
-    """Runs a session on memory of the device that stays where it is: buffers are kept for each shape.
+    """A session on memory of the device that stays in place: buffers are kept for each shape.
 
     :meth:`stage` may be called by one thread while another is in :meth:`finish`.
 
     Parameters
     ----------
     session
-        Of ONNX Runtime.
+        Session of ONNX Runtime.
     output
         Name of the output, float32 [batch, width].
     width
-        Of the output.
+        Width of the output.
     device
-        ``cuda``, or ``cpu`` (which works, and gains nothing).
+        ``cuda``, or ``cpu`` (which works but is not faster).
     device_id
         Number of the device.
     capture
         Whether the session was made with ``enable_cuda_graph``.
     runtime
-        For page-locked memory, see :class:`PinnedBuffer`.
+        CUDA runtime for page-locked memory, see :class:`PinnedBuffer`.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ class BoundSession:
 
     @property
     def captured(self) -> int:
-        """Graphs that were captured."""
+        """Number of graphs that were captured."""
         return self._captured
 
     def stage(self, inputs: Mapping[str, NDArray[Any]]) -> Staged:
@@ -284,7 +284,7 @@ class BoundSession:
         return staged
 
     def finish(self, staged: Staged) -> NDArray[np.float32]:
-        """Run a staged batch once; float32 [batch, width] on the host."""
+        """Run a staged batch once; returns float32 [batch, width] on the host."""
         options = self._options(staged)
         # While a graph is captured, a copy by another thread would spoil it.
         capturing = staged.graph > 0 and staged.runs <= _CAPTURE_AFTER + _CAPTURING
@@ -304,7 +304,7 @@ class BoundSession:
             self._session = None
 
     def _options(self, staged: Staged) -> Any:
-        """Options of a run: which graph it captures or replays, if any."""
+        """Return the options of a run, which name the graph that it captures or replays, if any."""
         if not self._capture:
             return None
         import onnxruntime as ort
@@ -318,7 +318,7 @@ class BoundSession:
         return options
 
     def _give(self, staged: Staged) -> None:
-        """Keep buffers for the next batch of their shape; those of the shape that came longest ago are let go."""
+        """Keep buffers for the next batch of their shape; drop those of the least recent shape."""
         self._free.setdefault(staged.shape, []).append(staged)
         self._free.move_to_end(staged.shape)
         while len(self._free) > _MAX_KEPT:
