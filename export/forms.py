@@ -39,12 +39,12 @@ def standard_attention(graph: ModelProto) -> ModelProto:
     GraphError
         Attention is not fused, or no product and normalisation with a bias follow it.
     """
-    found = ModelProto()
-    found.CopyFrom(graph)
-    weights = {item.name: item for item in found.graph.initializer}
+    standard = ModelProto()
+    standard.CopyFrom(graph)
+    weights = {item.name: item for item in standard.graph.initializer}
     nodes: list[NodeProto] = []
     fused = False
-    for node in found.graph.node:
+    for node in standard.graph.node:
         if node.op_type != "Attention":
             nodes.append(node)
             continue
@@ -54,19 +54,19 @@ def standard_attention(graph: ModelProto) -> ModelProto:
         b_q, _, b_v = np.split(b_qkv, 3)
         added, new = _attention(node, np.split(W_qkv, 3, axis=1), b_q)
         nodes += added
-        found.graph.initializer.extend(new)
-        _add_to_output_bias(found, weights, node.output[0], b_v)
+        standard.graph.initializer.extend(new)
+        _add_to_output_bias(standard, weights, node.output[0], b_v)
         fused = True
     if not fused:
         raise GraphError("The graph has no fused attention; build it with the fusion.")
     _add_types_to_positions(nodes, weights)
-    _keep(found, nodes)
-    for domain in found.opset_import:
+    _keep(standard, nodes)
+    for domain in standard.opset_import:
         if domain.domain in ("", "ai.onnx"):
             domain.version = _OPSET
-    found.ir_version = max(found.ir_version, _IR_VERSION)
-    onnx.checker.check_model(found)
-    return found
+    standard.ir_version = max(standard.ir_version, _IR_VERSION)
+    onnx.checker.check_model(standard)
+    return standard
 
 
 def _attention(
@@ -129,13 +129,13 @@ def _add_types_to_positions(nodes: list[NodeProto], weights: dict[str, TensorPro
 def _keep(graph: ModelProto, nodes: list[NodeProto]) -> None:
     """Put `nodes` into the graph, without nodes and weights on which no output depends."""
     wanted = {item.name for item in graph.graph.output}
-    kept = []
+    needed = []
     for node in reversed(nodes):
         if wanted & set(node.output):
             wanted |= set(node.input)
-            kept.append(node)
+            needed.append(node)
     used = [item for item in graph.graph.initializer if item.name in wanted]
     del graph.graph.node[:]
-    graph.graph.node.extend(reversed(kept))
+    graph.graph.node.extend(reversed(needed))
     del graph.graph.initializer[:]
     graph.graph.initializer.extend(used)

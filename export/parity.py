@@ -136,12 +136,12 @@ def check_parity(
     """
     cases = []
     for ids, mask in batches:
-        expected, found = reference(ids, mask), exported(ids, mask)
+        expected, values = reference(ids, mask), exported(ids, mask)
         case = ParityCase(
             batch=ids.shape[0],
             length=ids.shape[1],
-            max_abs_difference=float(np.abs(expected - found).max()),
-            lowest_cosine=float(cosines(expected, found).min()),
+            max_abs_difference=float(np.abs(expected - values).max()),
+            lowest_cosine=float(cosines(expected, values).min()),
         )
         if not case.max_abs_difference <= tolerance:
             raise ParityError(

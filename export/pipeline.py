@@ -142,8 +142,8 @@ def export_checkpoint(
             steps.done(f"{variant} graph")
             run_smaller = parity.graph_runner(smaller)
             embedders[variant] = _embedder(family, run_smaller, reference.config.hidden_size, variant)
-            found = _embed(run_smaller, sequences)
-            measured = parity.compare_variant(variant, expected, found, min_cosine=min_cosine)
+            embeddings = _embed(run_smaller, sequences)
+            measured = parity.compare_variant(variant, expected, embeddings, min_cosine=min_cosine)
             steps.done(f"{variant} embeddings")
             file = f"model.{variant}.onnx"
             files[file] = smaller.SerializeToString()

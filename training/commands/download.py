@@ -126,11 +126,11 @@ def fetch(
         )
     with _part(folder / f"{file.name}.part") as part:
         _Transfer(file, part, report, say, attempts, sleep).run()
-        found = _md5(Path(part.name), report)
-        if wanted is not None and found != wanted:
+        received = _md5(Path(part.name), report)
+        if wanted is not None and received != wanted:
             _forget(Path(part.name))
             raise DownloadError(
-                f"{file.url} gave {target.name} with MD5 {found}, but {wanted} is expected. What arrived was removed; "
+                f"{file.url} gave {target.name} with MD5 {received}, but {wanted} is expected. The file was removed; "
                 "run the command again, and if it repeats, the publisher has changed the file.",
                 field="url",
             )
@@ -141,7 +141,7 @@ def fetch(
     record = folder / f"{file.name}.md5"
     if wanted is None:
         say(f"No MD5 is known for {file.name}. That of what arrived is in {record}: compare it with the publisher's.")
-    record.write_text(f"{found}  {file.name}\n", encoding="utf-8")
+    record.write_text(f"{received}  {file.name}\n", encoding="utf-8")
     return target
 
 

@@ -102,11 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("layer", "gene_key", "total_counts_key"):
         parser.add_argument(f"--{name.replace('_', '-')}", default=None)
     parser.add_argument("--device", default=defaults.device, help="cpu or cuda")
-    given = vars(parser.parse_args(arguments))
-    paths = {name: given.pop(name) for name in ("checkpoint", "files", "corpus", "out")}
+    values = vars(parser.parse_args(arguments))
+    paths = {name: values.pop(name) for name in ("checkpoint", "files", "corpus", "out")}
 
     def body() -> None:
-        options = EvaluateOptions(**given)
+        options = EvaluateOptions(**values)
         run(paths["checkpoint"], paths["files"], options=options, corpus_path=paths["corpus"], out=paths["out"])
 
     return console.run(body)

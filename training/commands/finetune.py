@@ -83,8 +83,10 @@ def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | No
             if source.unlabelled:
                 continue
             target = output / (HELDOUT if alone else f"heldout-{split.name}.h5ad")
-            found = write_heldout(target, corpus, number, source, split, score_ineligible=config.split.score_ineligible)
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in found.items())
+            counts = write_heldout(
+                target, corpus, number, source, split, score_ineligible=config.split.score_ineligible
+            )
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
             console.stderr().print(f"{target}: {kinds} cells")
     return path
 

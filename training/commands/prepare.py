@@ -132,7 +132,7 @@ def prepare(
         dropped: Counter[str] = Counter()
         keep = _kept(obs, labels, columns, dropped)
         genes, symbols, n_renamed = _genes(var, columns)
-        given = _first(obs, columns.totals) if totals else None
+        file_totals = _first(obs, columns.totals) if totals else None
         sums = np.zeros(shape_of(node)[0])
         staging = stack.enter_context(atomic(output))
         with h5py.File(staging, "w") as made:
@@ -143,15 +143,17 @@ def prepare(
                 is_empty = sums[start:stop] == 0
                 dropped["empty"] += int((keep[start:stop] & is_empty).sum())
                 keep[start:stop] &= ~is_empty
-                if given is not None:
-                    _check_totals(given[start:stop], sums[start:stop], keep[start:stop], start, columns.totals)
+                if file_totals is not None:
+                    _check_totals(file_totals[start:stop], sums[start:stop], keep[start:stop], start, columns.totals)
                 rows = np.flatnonzero(keep[start:stop])
                 if len(rows):
                     matrix.append(CountMatrix.from_matrix(block[rows], genes, first_row=start).counts)
                 if progress:
                     progress(stop, len(keep))
             matrix.close()
-            _write_frames(made, obs, keep, labels, columns, sums if given is None else given, genes, symbols)
+            _write_frames(
+                made, obs, keep, labels, columns, sums if file_totals is None else file_totals, genes, symbols
+            )
             facts = {"kept": int(keep.sum()), **{key: n for key, n in sorted(dropped.items()) if n}}
             if n_renamed:
                 facts["genes without an id of their own"] = n_renamed
@@ -294,8 +296,8 @@ def _write_frames(
                 f"The file has the label {CONTROL!r} beside {layout.control!r}; rename one.", field="layout"
             )
         labels = labels.cat.rename_categories({layout.control: CONTROL})
-    chosen = labels.iloc[at].cat.remove_unused_categories()
-    frame["perturbation"] = pd.Categorical(chosen.astype(str))
+    kept_labels = labels.iloc[at].cat.remove_unused_categories()
+    frame["perturbation"] = pd.Categorical(kept_labels.astype(str))
     for name, columns in (("batch", layout.batch), ("guide", layout.guide)):
         values = _first(obs, columns)
         if values is not None:

@@ -240,9 +240,9 @@ def _tokenize(
         good = np.diff(counts.counts.indptr) >= min_genes
         known = counts.counts[:, mapping.rows >= 0].getnnz(axis=1) > 0
         dropped.update(below_min_genes=int((~good).sum()), no_known_gene=int((good & ~known).sum()))
-        chosen = np.flatnonzero(good & known)
-        if len(chosen):
-            yield done, rows[chosen], family.tokenize(counts[chosen])
+        passing = np.flatnonzero(good & known)
+        if len(passing):
+            yield done, rows[passing], family.tokenize(counts[passing])
         if progress:
             progress(name_of(source), done, cells.n_cells)
     advance(cells.n_cells, 0)

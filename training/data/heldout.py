@@ -50,12 +50,12 @@ def write_heldout(
         kind[split.controls["test"]] = "control"
         for part, targets in parts.items():
             kind[rows[inside & np.isin(labels.astype(str), sorted(targets))]] = part
-        found = list(chunks(cells, kind != ""))
-        at = np.concatenate([chosen for chosen, _ in found])
+        chunks_of_file = list(chunks(cells, kind != ""))
+        at = np.concatenate([part for part, _ in chunks_of_file])
         obs = cells.obs.iloc[at].copy()
         obs["split"] = kind[at].astype(str)
         adata = anndata.AnnData(
-            X=sparse.csr_matrix(sparse.vstack([counts.counts for _, counts in found], format="csr")), obs=obs
+            X=sparse.csr_matrix(sparse.vstack([counts.counts for _, counts in chunks_of_file], format="csr")), obs=obs
         )
         adata.var_names = cells.gene_ids.astype(object)
     for column in obs.select_dtypes("category"):

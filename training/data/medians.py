@@ -61,12 +61,12 @@ class MedianSketch:
         """Return the median of each gene, [n_genes]; NaN for a gene without values."""
         totals = self.n_values
         representatives = _LOW * self._gamma ** np.arange(self._n_buckets) * 2 / (1 + self._gamma)
-        found = np.full(len(totals), np.nan)
+        result = np.full(len(totals), np.nan)
         for gene in np.flatnonzero(totals).tolist():
             upto = np.cumsum(self._counts[gene], dtype=np.int64)
             middle = [(int(totals[gene]) - 1) // 2, int(totals[gene]) // 2]
-            found[gene] = representatives[np.searchsorted(upto, middle, side="right")].mean()
-        return found
+            result[gene] = representatives[np.searchsorted(upto, middle, side="right")].mean()
+        return result
 
 
 def exact_medians(genes: NDArray[np.integer], values: NDArray[np.floating], n_genes: int) -> NDArray[np.float64]:
@@ -75,11 +75,11 @@ def exact_medians(genes: NDArray[np.integer], values: NDArray[np.floating], n_ge
     ordered = values[order].astype(np.float64)
     counts = np.bincount(genes, minlength=n_genes)
     starts = np.cumsum(counts) - counts
-    found = np.full(n_genes, np.nan)
+    medians = np.full(n_genes, np.nan)
     some = counts > 0
     low, high = starts[some] + (counts[some] - 1) // 2, starts[some] + counts[some] // 2
-    found[some] = (ordered[low] + ordered[high]) / 2
-    return found
+    medians[some] = (ordered[low] + ordered[high]) / 2
+    return medians
 
 
 def corpus_medians(
@@ -135,17 +135,17 @@ def corpus_medians(
         medians = exact_medians(all_rows, all_values, len(universe))
     else:
         medians = np.full(len(universe), np.nan)
-    chosen = np.flatnonzero(n_cells >= max(1, min_cells))
-    if not len(chosen):
+    expressed = np.flatnonzero(n_cells >= max(1, min_cells))
+    if not len(expressed):
         raise InvalidParameterError(
             f"No gene is expressed in {min_cells} cells that pass the filters. Lower min_cells.", field="min_cells"
         )
     names = ", ".join(name_of(source) for source in config.sources)
     how = "exact" if sketch is None else "within 0.5 %"
     return GeneVocabulary(
-        gene_ids=tuple(universe[row] for row in chosen.tolist()),
-        tokens=np.arange(2, 2 + len(chosen), dtype=np.int32),
-        medians=medians[chosen],
+        gene_ids=tuple(universe[row] for row in expressed.tolist()),
+        tokens=np.arange(2, 2 + len(expressed), dtype=np.int32),
+        medians=medians[expressed],
         special_tokens={"<pad>": 0, "<mask>": 1},
         source=f"non-zero medians ({how}) over {names}",
     )

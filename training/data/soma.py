@@ -173,13 +173,13 @@ class SomaSource(CellSource):
         has_counts = np.bincount(cell[data != 0], minlength=len(rows)) > 0
         if is_bad.any():
             self._not_raw.append(rows[is_bad])
-        chosen = np.flatnonzero(~is_bad & has_counts)
-        if not len(chosen):
+        good = np.flatnonzero(~is_bad & has_counts)
+        if not len(good):
             return
-        kept = np.isin(cell, chosen)
-        starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.diff(indptr)[chosen])])
-        totals = None if self._totals is None else self._totals[rows[chosen]]
-        yield rows[chosen], CountMatrix.from_csr(data[kept], indices[kept], starts, self.gene_ids, totals=totals)
+        is_kept = np.isin(cell, good)
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.diff(indptr)[good])])
+        totals = None if self._totals is None else self._totals[rows[good]]
+        yield rows[good], CountMatrix.from_csr(data[is_kept], indices[is_kept], starts, self.gene_ids, totals=totals)
 
     def facts(self) -> dict[str, Any]:
         """Return the number of stored values, and the metadata of the store as text."""

@@ -74,9 +74,9 @@ def chunks(cells: CellSource, keep: NDArray[np.bool_]) -> Iterator[tuple[NDArray
             yield from cells.usable(start + np.flatnonzero(keep[start:stop]))
             continue
         for rows, counts in _rows(cells, start, stop):
-            chosen = np.flatnonzero(keep[rows])
-            if len(chosen):
-                yield rows[chosen], counts[chosen]
+            wanted = np.flatnonzero(keep[rows])
+            if len(wanted):
+                yield rows[wanted], counts[wanted]
 
 
 def expression_of(cells: CellSource, rows: NDArray[np.int64]) -> sparse.csr_matrix:
@@ -168,10 +168,10 @@ def label_codes(cells: CellSource, known: Mapping[str, dict[str, int]]) -> dict[
         if column not in cells.columns:
             codes[column] = np.full(cells.n_cells, -1, dtype=np.int32)
             continue
-        found, numbers = coded(cells.column(column))
+        column_names, numbers = coded(cells.column(column))
         present = np.unique(numbers[numbers >= 0]).tolist()
-        for name in sorted(found[number] for number in present):
+        for name in sorted(column_names[number] for number in present):
             names.setdefault(name, len(names))
-        of_name = np.array([*(names.get(name, -1) for name in found), -1], dtype=np.int32)
+        of_name = np.array([*(names.get(name, -1) for name in column_names), -1], dtype=np.int32)
         codes[column] = of_name[numbers]
     return codes

@@ -218,14 +218,14 @@ def load_splits(path: Path, *, fingerprint: str) -> list[DataSplit] | None:
 def _controls(corpus: Corpus, number: int, source: SourceConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the controls of a data set: their numbers in the corpus and their rows in the file."""
     inside = corpus.per_cell("source") == number
-    found = np.flatnonzero(inside & (corpus.labels(source.perturbation_key) == source.control))
-    if not len(found):
+    controls = np.flatnonzero(inside & (corpus.labels(source.perturbation_key) == source.control))
+    if not len(controls):
         raise ControlLabelMissingError(
             f"{source.path}: no cell has the label {source.control!r} in {source.perturbation_key!r}. "
             "Name the controls' label with 'control' under the source.",
             field="control",
         )
-    return found, corpus.per_cell("row")[found]
+    return controls, corpus.per_cell("row")[controls]
 
 
 def _passes(names: Sequence[str], values: dict[str, int]) -> list[list[str]]:

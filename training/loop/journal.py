@@ -87,13 +87,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Return all complete lines of a log; the last one may be cut off by a kill."""
     if not path.exists():
         return []
-    found = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            found.append(json.loads(line))
+            lines.append(json.loads(line))
         except ValueError:
             break
-    return found
+    return lines
 
 
 def draw_curve(log: Path, picture: Path) -> bool:

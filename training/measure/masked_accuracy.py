@@ -84,11 +84,11 @@ def evaluate(
         raise ProviderUnavailableError("No CUDA device is available to torch. Use device cpu.", field="device")
     vocabulary = checkpoint.vocabulary
     genes, n_tokens = np.asarray(vocabulary.tokens), len(vocabulary)
-    found = {"model": Tallies(HitTally(n_tokens), RankTally()), "copy": Tallies(HitTally(n_tokens), RankTally())}
+    tallies = {"model": Tallies(HitTally(n_tokens), RankTally()), "copy": Tallies(HitTally(n_tokens), RankTally())}
     tables: dict[str, NDArray[np.float64]] = {}
     if frequencies is not None:
         tables = {"frequency": frequencies.overall(), "frequency at rank": frequencies.by_rank()}
-        found |= {name: Tallies(HitTally(n_tokens)) for name in tables}
+        tallies |= {name: Tallies(HitTally(n_tokens)) for name in tables}
     model = checkpoint.model(attention="sdpa").to(options.device)
     head = _Head(model, genes, n_tokens, options.device)
     order = np.argsort([-len(tokens) for tokens in heldout.tokens], kind="stable")
@@ -105,26 +105,26 @@ def evaluate(
         ]
         ids, attention = _padded(cells, masks, vocabulary.special_tokens["<pad>"], vocabulary.special_tokens["<mask>"])
         judged, predicted = head.run(ids.to(options.device), attention.to(options.device), cells, masks)
-        found["model"].hits.add(judged)
+        tallies["model"].hits.add(judged)
         for tokens, masked, guess in zip(cells, masks, predicted, strict=True):
-            _ranks(found["model"]).add(tokens, guess)
-            _ranks(found["copy"]).add(tokens, copied(tokens, masked))
+            _ranks(tallies["model"]).add(tokens, guess)
+            _ranks(tallies["copy"]).add(tokens, copied(tokens, masked))
             for name, table in tables.items():
                 assert frequencies is not None  # noqa: S101, tables come from it
                 logits = frequencies.logits(tokens, masked, table)
-                found[name].hits.add(judge(logits, tokens[masked], genes))
+                tallies[name].hits.add(judge(logits, tokens[masked], genes))
         if progress:
             progress(heldout.name, start + len(batch), len(order))
-    return found
+    return tallies
 
 
 def corpus_frequencies(corpus: Corpus, max_length: int, *, block: int = 2048) -> GeneFrequencies:
     """Count how often each gene stands at which rank in a corpus."""
-    made = GeneFrequencies(len(corpus.vocabulary), corpus.vocabulary.tokens, max_length)
+    frequencies = GeneFrequencies(len(corpus.vocabulary), corpus.vocabulary.tokens, max_length)
     for start in range(0, len(corpus), block):
         cells = corpus.cells(np.arange(start, min(start + block, len(corpus))))
-        made.add(cell["input_ids"] for cell in cells)
-    return made
+        frequencies.add(cell["input_ids"] for cell in cells)
+    return frequencies
 
 
 class _Head:

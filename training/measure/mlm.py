@@ -85,11 +85,16 @@ def judge(logits: NDArray[np.floating[Any]], truth: Ints, genes: Ints) -> Judged
         Tokens that are genes.
     """
     logits = np.asarray(logits, dtype=np.float64)
-    own = np.take_along_axis(logits, np.asarray(truth)[:, None].astype(np.intp), axis=1)
+    true_logits = np.take_along_axis(logits, np.asarray(truth)[:, None].astype(np.intp), axis=1)
     among = logits[:, np.asarray(genes)]
     largest = logits.max(axis=1, keepdims=True)
     total = np.log(np.exp(logits - largest).sum(axis=1)) + largest[:, 0]
-    return Judged(np.asarray(truth), (among > own).sum(axis=1), (among == own).sum(axis=1), total - own[:, 0])
+    return Judged(
+        np.asarray(truth),
+        (among > true_logits).sum(axis=1),
+        (among == true_logits).sum(axis=1),
+        total - true_logits[:, 0],
+    )
 
 
 class HitTally:
@@ -168,9 +173,9 @@ def rank_reproduction(truth: Ints, predicted: Ints, *, top: int) -> tuple[float,
     genes = truth[:top]
     named, first = np.unique(predicted, return_index=True)
     at = np.minimum(np.searchsorted(named, genes), len(named) - 1)
-    found = named[at] == genes
-    positions = np.where(found, first[at], len(predicted))
-    coverage = float(found.mean()) if len(genes) else _NAN
+    is_named = named[at] == genes
+    positions = np.where(is_named, first[at], len(predicted))
+    coverage = float(is_named.mean()) if len(genes) else _NAN
     if len(genes) < MIN_GENES or np.ptp(positions) == 0:
         return _NAN, coverage
     ranks = _average_ranks(positions)

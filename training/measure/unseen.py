@@ -118,8 +118,8 @@ def read_heldout(
             good = np.flatnonzero(counts.counts[:, mapping.rows >= 0].getnnz(axis=1) >= options.min_genes)
             left_out["too few genes"] = left_out.get("too few genes", 0) + len(rows) - len(good)
             if len(good):
-                made = family.tokenize(counts[good])
-                tokens += [cell["input_ids"][:length].astype(np.int64) for cell in made]
+                tokenized = family.tokenize(counts[good])
+                tokens += [cell["input_ids"][:length].astype(np.int64) for cell in tokenized]
                 taken += rows[good].tolist()
         left_out["empty"] = int(keep.sum()) - n_read
     left_out = {reason: count for reason, count in left_out.items() if count}

@@ -75,10 +75,10 @@ def fit_geometry(
     from sklearn.decomposition import PCA
 
     genes = np.flatnonzero(expression.getnnz(axis=0) >= min(_MIN_GENE_CELLS, expression.shape[0]))
-    chosen = expression[:, genes]
-    n_components = min(config.components, min(chosen.shape) - 1)
+    measured = expression[:, genes]
+    n_components = min(config.components, min(measured.shape) - 1)
     model = PCA(n_components=n_components, svd_solver="arpack", random_state=seed)
-    scores = model.fit_transform(chosen)
+    scores = model.fit_transform(measured)
     axes = model.components_.T * model.explained_variance_ ** ((config.power - 1) / 2)
     scores = scores * model.explained_variance_ ** ((config.power - 1) / 2)
     if classes is not None and config.stretch and len(np.unique(classes)) > 1:

@@ -95,16 +95,16 @@ def median_z(groups: Sequence[Group], corpus: Corpus, evaluate: Evaluate, *, mic
             continue
         # A file often has one batch after the other; cells are drawn from all of it.
         rng = np.random.default_rng(seed)
-        chosen = [
+        sampled = [
             np.sort(rng.choice(cells, min(len(cells), _SCORED_CELLS), replace=False))
             for cells in (controls, *[group.cells for group in members])
         ]
         # The name of a group holds the data set, so no target can have the name of the controls.
         labels = ["control", *[group.name for group in members]]
-        vectors = embed(np.concatenate(chosen), corpus, evaluate, micro_batch=micro_batch)
+        vectors = embed(np.concatenate(sampled), corpus, evaluate, micro_batch=micro_batch)
         table = score_perturbations(
             vectors,
-            np.repeat(labels, [len(cells) for cells in chosen]).tolist(),
+            np.repeat(labels, [len(cells) for cells in sampled]).tolist(),
             control="control",
             options=ScoreOptions(permutations=1, min_cells=2, seed=seed),
         ).table

@@ -100,8 +100,8 @@ class MixedTask(FinetuningTask):
             size = min(self._config.loop.micro_batch, len(pool.cells))
             order = np.random.default_rng(derive_seed(self._config.loop.seed, _VALIDATION)).permutation(len(pool.cells))
             batches = [order[at : at + size] for at in range(0, len(order) - size + 1, size)]
-            found = [float(evaluate(self._tensors(pool, batch, None))) for batch in batches]
-            losses[pool.name] = float(np.mean(found))
+            batch_losses = [float(evaluate(self._tensors(pool, batch, None))) for batch in batches]
+            losses[pool.name] = float(np.mean(batch_losses))
         if not losses:
             return {}
         measured = {f"validation_loss_{name}": value for name, value in losses.items()}
@@ -152,10 +152,10 @@ def make_pools(
         is_control = inside & (labels == source.control)
         parts = {}
         for part in ("train", "validation"):
-            chosen = inside & (
+            in_part = inside & (
                 np.isin(labels, split.targets[part]) | (is_control & np.isin(rows, split.controls[part]))
             )
-            parts[part] = np.flatnonzero(inside if source.unlabelled and part == "train" else chosen)
+            parts[part] = np.flatnonzero(inside if source.unlabelled and part == "train" else in_part)
         train = parts["train"]
         classes = np.full(len(labels), UNLABELLED, dtype=np.int64)
         if not source.unlabelled:
@@ -171,11 +171,11 @@ def make_pools(
             coordinates.append(geometry.apply(expression))
             if len(parts["validation"]) > 1:
                 coordinates.append(geometry.apply(expression_of(opened, rows[parts["validation"]])))
-        found = [
+        pair = [
             Pool(split.name, cells, classes[cells], contexts[cells], is_control[cells], of_cells)
             for cells, of_cells in zip(parts.values(), coordinates, strict=False)
         ]
-        pools.append((found[0], found[1] if len(found) > 1 else None))
+        pools.append((pair[0], pair[1] if len(pair) > 1 else None))
     return pools
 
 
