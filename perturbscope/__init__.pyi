@@ -4,7 +4,8 @@ from .cells.vocabulary import GeneVocabulary
 from .client import AsyncClient, AsyncGrpcClient, Client, GrpcClient
 from .errors import PerturbScopeError
 from .inference.bundle import Bundle
-from .inference.embedder import Embedder, Embeddings
+from .inference.embedder import Embedder
+from .inference.embeddings import Embeddings
 from .model import Model, load
 from .scoring.control import score_perturbations
 from .scoring.pairs import compare_perturbations

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.inference.encoder import Device
 from perturbscope.tasks.backends import Backend, LocalBackend, StageProgress, count_stage, open_backend
 from perturbscope.tasks.screen import Screen, embed_source, opened

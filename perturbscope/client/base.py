@@ -16,7 +16,7 @@ from perturbscope.client.methods import Conversations, awaitable, blocking
 from perturbscope.client.streams import Flight, Later, each, fill, fill_async
 from perturbscope.client.together import hold_together, hold_together_async
 from perturbscope.errors import UnknownModelError
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.messages import Answer, ModelInfo, Request
 
 T = TypeVar("T")

@@ -24,7 +24,7 @@ from perturbscope.errors import (
     ServerUnreachableError,
     from_code,
 )
-from perturbscope.inference.embedder import Embeddings, Maker, join
+from perturbscope.inference.embeddings import Embeddings, Maker, join
 from perturbscope.protocol.messages import Answer, EmbedRequest, Request
 
 T = TypeVar("T")

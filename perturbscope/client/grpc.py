@@ -19,7 +19,7 @@ from perturbscope.client.streams import each
 from perturbscope.client.trace import trace_headers
 from perturbscope.client.transports import grpc_answer, grpc_call, grpc_failure
 from perturbscope.errors import InvalidParameterError
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.messages import Answer, Request
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from perturbscope.client.conversation import Failure
 from perturbscope.client.streams import Flight, fill, fill_async
 from perturbscope.client.transports import grpc_failure
 from perturbscope.errors import InvalidInputError, ServerError, ServerUnreachableError
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.protobuf_streams import (
     stream_answer_from_proto,
     stream_cells_to_proto,

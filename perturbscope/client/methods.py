@@ -14,7 +14,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.client.conversation import ChunkLimits, Conversation, RetryPolicy, ask, embed_in_chunks, expect
 from perturbscope.client.streams import Flight
 from perturbscope.errors import InvalidEmbeddingError
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.checks import embedding_matrix, texts
 from perturbscope.protocol.messages import (
     Answer,

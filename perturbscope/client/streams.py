@@ -35,7 +35,7 @@ from perturbscope.errors import (
     ServerError,
     UnknownModelError,
 )
-from perturbscope.inference.embedder import Embeddings, Maker, join
+from perturbscope.inference.embeddings import Embeddings, Maker, join
 from perturbscope.protocol.streams import StreamStart
 
 T = TypeVar("T")

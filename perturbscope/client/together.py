@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from queue import SimpleQueue
 
 from perturbscope.client.conversation import Conversation, Together
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 
 _Outcome = tuple[int, Embeddings | BaseException]
 

@@ -1,4 +1,4 @@
-"""What tokenizers of all families share: counts by gene of a vocabulary before them, tokens and padded batches after.
+"""Parts that the tokenizers of all families share: counts by gene of a vocabulary, tokens, and padded batches.
 
 Tokens are ragged arrays whose first axis is length; a graph takes them padded.
 """

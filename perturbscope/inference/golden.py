@@ -199,7 +199,7 @@ class Golden:
             raise ValueError(f"its vectors have the shape {vectors.shape}")
         rows = [np.array(cell["rows"], dtype=np.int64) for cell in cells]
         if any(len(part) == 0 or part.min() < 0 or part.max() >= len(genes) for part in rows):
-            raise ValueError("a gene is no row of the vocabulary")
+            raise ValueError("a gene is not a row of the vocabulary")
         counts = cells_of(rows, [np.array(cell["counts"]) for cell in cells], genes, [cell["total"] for cell in cells])
         tolerance, cosines = float(data["tolerance"]), {str(k): float(v) for k, v in data["cosines"].items()}
         if not (0 < tolerance < np.inf and all(-1 <= value <= 1 for value in cosines.values())):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, MalformedMatrixError
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.arrow_ipc import read_stream, write_stream
 from perturbscope.protocol.messages import AnyAnswer, AnyRequest, CompareAnswer, Request, ScoreAnswer

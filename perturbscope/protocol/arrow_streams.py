@@ -38,7 +38,7 @@ from perturbscope.errors import (
     PerturbScopeError,
     UnreadableFileError,
 )
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.arrow import COUNTS, counts_from, expect_columns, vectors
 from perturbscope.protocol.arrow_ipc import (
@@ -143,8 +143,8 @@ class StreamRequestReader:
             refuse_compressed(metadata)
             if message_kind(metadata) != RECORD_BATCH:
                 raise UnreadableFileError(
-                    f"The message at row {first_row} of the Arrow stream is no record batch; dictionaries and a second "
-                    "schema are not understood.",
+                    f"The message at row {first_row} of the Arrow stream is not a record batch; dictionaries and a "
+                    "second schema are not understood.",
                     field="body",
                 )
             batch = pa.ipc.read_record_batch(pa.py_buffer(message), self._schema)

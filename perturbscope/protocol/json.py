@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.messages import (
     Answer,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import InvalidEmbeddingError, InvalidInputError, InvalidParameterError, MalformedMatrixError
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.messages import (
     Answer,
@@ -109,7 +109,7 @@ def _array(data: bytes, dtype: str | np.dtype[Any], field: str, error: type[Inva
     dtype = np.dtype(dtype)
     if len(data) % dtype.itemsize:
         raise error(
-            f"{field} has {len(data)} bytes, which is no multiple of the {dtype.itemsize} of one {dtype.name}.",
+            f"{field} has {len(data)} bytes, which is not a multiple of the {dtype.itemsize} of one {dtype.name}.",
             field=field,
         )
     return np.frombuffer(data, dtype=dtype).astype(dtype.newbyteorder("="), copy=False)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import MalformedMatrixError
-from perturbscope.inference.embedder import Embeddings, warnings_about
+from perturbscope.inference.embeddings import Embeddings, warnings_about
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.messages import Meta
 

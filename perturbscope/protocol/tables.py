@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.messages import CompareAnswer, Meta, ScoreAnswer
 from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS, CompareResult, ScoreResult

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
-from perturbscope.inference.embedder import Embedder, Embeddings
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.inference.encoder import Device
 
 if TYPE_CHECKING:

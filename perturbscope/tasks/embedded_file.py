@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from perturbscope.cells.readers import CellSource
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 
 OBSM_KEY = "X_perturbscope"
 OBS_KNOWN_SHARE = "perturbscope_known_share"

@@ -20,7 +20,7 @@ from perturbscope.cells.files import atomic, write_json
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cells.readers import CellSource
 from perturbscope.errors import BundleError, InvalidParameterError, UnreadableFileError
-from perturbscope.inference.embedder import Embeddings, gather
+from perturbscope.inference.embeddings import Embeddings, gather
 from perturbscope.tasks.backends import Backend, StageProgress, count_stage
 
 CHUNK_CELLS = 512

@@ -16,7 +16,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import CellSource, open_cells
 from perturbscope.cells.readers.memory import AnnDataSource
 from perturbscope.errors import InvalidParameterError
-from perturbscope.inference.embedder import Embeddings, gather
+from perturbscope.inference.embeddings import Embeddings, gather
 from perturbscope.tasks.backends import Backend, LocalBackend, Server, StageProgress, count_stage
 from perturbscope.tasks.trained_on import KEY, seen_by
 

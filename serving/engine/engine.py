@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import PerArray
 from perturbscope.families.tokens import TokenizedCells, concatenate
-from perturbscope.inference.embedder import Embedder, Embeddings
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.messages import EmbedRequest, ModelsAnswer
 from serving.access import limits
 from serving.access.front import Front

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.messages import CompareAnswer, CompareRequest, Meta, ScoreAnswer, ScoreRequest
 from perturbscope.tasks.trained_on import Fingerprint, Seen, find_seen
 from serving.access import limits

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import DeadlineExceededError, LimitExceededError, OverloadedError
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamOpened, StreamStart, StreamTotals
 from serving.access import limits
 from serving.access.limits import Held

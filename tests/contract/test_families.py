@@ -1,4 +1,4 @@
-"""What every model family promises to batching, to the encoder and to callers.
+"""The promises of every model family to batching, to the encoder and to callers.
 
 A new family is covered as soon as ``perturbscope/families/`` names it.
 """

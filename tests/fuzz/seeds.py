@@ -18,7 +18,7 @@ from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cells.vocabulary import GeneVocabulary
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol import (
     CompareAnswer,
     CompareRequest,

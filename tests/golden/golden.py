@@ -8,7 +8,8 @@ from typing import Any
 
 from perturbscope.cells.readers import open_cells
 from perturbscope.inference.bundle import Bundle
-from perturbscope.inference.embedder import Embedder, Embeddings
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.embeddings import Embeddings
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / "bundles" / "default"

@@ -18,7 +18,8 @@ from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client import AsyncGrpcClient, ChunkLimits, Client, GrpcClient, RetryPolicy
 from perturbscope.errors import DeadlineExceededError, NotRawCountsError, UnauthenticatedError
-from perturbscope.inference.embedder import Embedder, join
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.embeddings import join
 from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
 from tests.apps import grpc_server_of
 from tests.arrow_client import stream_answers_from_arrow, stream_request_to_arrow

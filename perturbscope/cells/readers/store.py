@@ -42,7 +42,7 @@ _BROKEN_FILE = (
     *(LookupError, ValueError, TypeError, AttributeError),
     *(zlib.error, csv.Error),
 )
-"""What h5py, zarr, scipy and numpy raise when a file is not what it claims to be."""
+"""Errors that h5py, zarr, scipy and numpy raise for a file that is not what it claims to be."""
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def body(names, **cells):
 
 
 def read(content):
-    """What comes of a body, as text."""
+    """Return the result of decoding a body, as text."""
     try:
         cells = protocol.request_from_json(protocol.EmbedRequest, content).cells
     except PerturbScopeError as error:

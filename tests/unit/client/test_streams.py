@@ -24,7 +24,8 @@ from perturbscope.errors import (
     ServerUnreachableError,
     UnknownModelError,
 )
-from perturbscope.inference.embedder import Embedder, Embeddings, join
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.embeddings import Embeddings, join
 from perturbscope.protocol import error_to_json
 from tests.unit.client.fake_server import Abort, FakeServer
 

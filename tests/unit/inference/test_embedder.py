@@ -17,7 +17,8 @@ from perturbscope.errors import EmptyCellError, InferenceError, UnknownGenesErro
 from perturbscope.inference import embedder as embedder_module
 from perturbscope.inference.batching import BatchLimits, cpu_limits
 from perturbscope.inference.bundle import Bundle
-from perturbscope.inference.embedder import Embedder, gather, join
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.embeddings import gather, join
 from tests.fakes import FakeEncoder
 
 TOLERANCE = 1e-6

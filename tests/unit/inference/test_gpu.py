@@ -1,4 +1,4 @@
-"""What runs graphs on a GPU, as far as a processor can show it: bound memory, provider options, page-locked memory."""
+"""The parts that run graphs on a GPU, as far as a CPU can test them: bound memory, provider options, locked memory."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from scipy import sparse
 from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)

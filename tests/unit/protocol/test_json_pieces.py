@@ -9,7 +9,7 @@ import pytest
 
 from perturbscope import protocol
 from perturbscope.cells.genes import GeneCoverage
-from perturbscope.inference.embedder import Embeddings
+from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol import checks
 
 

@@ -1,4 +1,4 @@
-"""What a .proto promises, as plain data, and which changes of it break a client.
+"""The promises of a .proto as plain data, and the changes of it that break a client.
 
 Run it to write the snapshot anew, after a change that breaks nobody or on the way to a new major version:
 ``python -m tests.unit.protocol.proto.snapshot``. The test then compares with what it wrote, so look at its diff.
@@ -82,7 +82,7 @@ def _numbers(ranges: Iterable[tuple[int, int]]) -> list[int]:
 
 
 def broken(old: Promise, new: Promise) -> list[str]:
-    """What a client that was made for `old` would trip over in `new`, in words; empty: nothing."""
+    """Return, in words, the changes from `old` to `new` that break a client of `old`."""
     found: list[str] = []
     if old["package"] != new["package"]:
         found.append(f"the package {old['package']} is now {new['package']}")

@@ -12,7 +12,8 @@ from scipy import sparse
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import RateLimitedError
-from perturbscope.inference.embedder import Embedder, Embeddings, join
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.embeddings import Embeddings, join
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.protocol.protobuf_streams import (
     stream_answer_from_proto,

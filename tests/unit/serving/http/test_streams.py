@@ -14,7 +14,8 @@ import pytest
 from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import DeadlineExceededError, NotRawCountsError, PerturbScopeError, ServerError
-from perturbscope.inference.embedder import Embedder, join
+from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.embeddings import join
 from perturbscope.protocol.streams import StreamChunk, StreamEnd, StreamOpened, StreamStart
 from serving.engine.engine import Engine
 from tests.apps import app_of
