@@ -156,17 +156,7 @@ def mutate_arrow(data: bytes, rng: Random) -> bytes:
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=rng.choice((None, 1, 3)))
         return bytes(sink.getvalue().to_pybytes())
-    except (
-        UnreadableFileError,
-        pa.ArrowException,
-        OSError,
-        ValueError,
-        TypeError,
-        OverflowError,
-        KeyError,
-        IndexError,
-        RecursionError,
-    ):
+    except _UNFIT:
         return mutate_bytes(data, rng)
 
 

@@ -6,7 +6,6 @@ Run it to write the snapshot anew, after a change that breaks nobody or on the w
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,8 @@ from google.protobuf.descriptor_pb2 import (
     FieldDescriptorProto,
     FileDescriptorProto,
 )
+
+from tests.snapshots import renew
 
 SNAPSHOT = Path(__file__).with_name("perturbscope_v1.json")
 Promise = dict[str, Any]
@@ -131,14 +132,5 @@ def current() -> Promise:
     return of_file(FileDescriptorProto.FromString(perturbscope_v1_pb2.DESCRIPTOR.serialized_pb))
 
 
-def main() -> int:
-    """Write the snapshot; say what the change breaks."""
-    new = current()
-    trouble = broken(json.loads(SNAPSHOT.read_text()), new) if SNAPSHOT.exists() else []
-    SNAPSHOT.write_text(json.dumps(new, indent=1, sort_keys=True) + "\n")
-    sys.stdout.write("".join(f"breaks clients: {item}\n" for item in trouble) + f"wrote {SNAPSHOT}\n")
-    return bool(trouble)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(renew(SNAPSHOT, current(), broken))

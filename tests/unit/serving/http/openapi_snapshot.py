@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from serving.http import openapi
 from serving.http.app import build_app
+from tests.snapshots import renew
 
 SNAPSHOT = Path(__file__).with_name("openapi_v1.json")
 Promise = dict[str, Any]
@@ -93,14 +93,5 @@ def _fits(old: str, new: str, *, taken: bool) -> bool:
     return before <= after if taken else after <= before
 
 
-def main() -> int:
-    """Write the snapshot; say what the change breaks."""
-    new = current()
-    trouble = broken(json.loads(SNAPSHOT.read_text()), new) if SNAPSHOT.exists() else []
-    SNAPSHOT.write_text(json.dumps(new, indent=1, sort_keys=True) + "\n")
-    sys.stdout.write("".join(f"breaks clients: {item}\n" for item in trouble) + f"wrote {SNAPSHOT}\n")
-    return bool(trouble)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(renew(SNAPSHOT, current(), broken))
