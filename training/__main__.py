@@ -12,7 +12,7 @@ COMMANDS = {
     "prepare": "bring a published perturbation data set into the form that fine-tuning reads",
     "census": "list what the filters of a configuration would keep, without reading counts",
     "medians": "compute a vocabulary with the gene medians of a corpus",
-    "corpus": "raw counts -> token shards",
+    "corpus": "build token shards from raw counts",
     "pretrain": "pre-train a model on a corpus of cells",
     "finetune": "fine-tune a pre-trained model on perturbation data sets",
     "evaluate": "score a pre-trained checkpoint on cells it was not trained on",

@@ -1,4 +1,4 @@
-"""``python -m training corpus CONFIG``: raw counts to token shards."""
+"""``python -m training corpus CONFIG``: build token shards from raw counts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def corpus_of_checkpoint(config: ContrastiveConfig, checkpoint: Checkpoint) -> C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns its exit code."""
-    parser = console.parser("Build the corpus of a training configuration: raw counts -> token shards.")
+    parser = console.parser("Build the corpus of a training configuration: token shards from raw counts.")
     options = parser.parse_args(arguments)
 
     def body() -> None:

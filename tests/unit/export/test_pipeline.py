@@ -203,6 +203,7 @@ class TestCommandLine:
     def test_a_missed_tolerance_exits_with_1(self, checkpoint: Path, target: Path) -> None:
         result = self.run(checkpoint, target, "--tolerance", "1e-12")
         assert result.exit_code == 1
+        assert "error [parity_missed]: " in result.stderr
         assert "tolerance is 1e-12" in result.stderr
         assert not target.exists()
 
