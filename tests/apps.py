@@ -47,15 +47,21 @@ def _tokens_of(engine: Engine) -> TokenEngine:
 
 @functools.cache
 def _built(beside_others: bool) -> FastAPI:
-    app = whole_app()
+    app = _new_app()
     if beside_others:
         for path in ("/metrics", "/readyz", "/docs.json"):
             app.add_api_route(path, _theirs)
     return app
 
 
-def whole_app() -> FastAPI:
-    """A new application, for ``state.engine`` and ``state.tokens`` to be set."""
+def new_app_of(engine: Engine) -> FastAPI:
+    """A new application of an engine, with an OpenAPI document of its own."""
+    app = _new_app()
+    app.state.engine, app.state.tokens = engine, _tokens_of(engine)
+    return app
+
+
+def _new_app() -> FastAPI:
     app = build_app()
     add_routes(app)
     return app

@@ -15,7 +15,7 @@ import uvicorn
 from serving.access.keys import keys_to_json, make_key
 from serving.engine.engine import Engine
 from serving.settings import Settings
-from tests.apps import app_of, grpc_server_of
+from tests.apps import grpc_server_of, new_app_of
 from tests.bundles import write_tiny_bundle
 from tests.ports import free_ports
 
@@ -77,7 +77,7 @@ def running(folder: Path, **settings: Any) -> Iterator[Running]:
 
     async def serve() -> None:
         engine = Engine.load(chosen)
-        app, grpc_server = app_of(engine), grpc_server_of(engine)
+        app, grpc_server = new_app_of(engine), grpc_server_of(engine)
         http_server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", lifespan="off"))
         serving = asyncio.create_task(http_server.serve())
         found.extend([await grpc_server.start(), asyncio.get_running_loop()])
@@ -94,6 +94,8 @@ def running(folder: Path, **settings: Any) -> Iterator[Running]:
     thread.start()
     assert started.wait(60), "the server did not start"
     grpc_port, loop = found
-    yield Running(f"127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", made[0][1], made[1][1])
-    loop.call_soon_threadsafe(stop.set)
-    thread.join(60)
+    try:
+        yield Running(f"127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", made[0][1], made[1][1])
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(60)
