@@ -129,6 +129,8 @@ def parse(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
         return pydantic.TypeAdapter(cls).validate_json(json.dumps(values, default=_refuse))
     except pydantic.ValidationError as error:
         raise _explained(error, cls, where) from None
+    except (ValueError, RecursionError) as error:  # of json
+        raise InvalidParameterError(f"The configuration refers to itself: {error}.", field=where or None) from error
 
 
 def plain(value: Any) -> Any:
@@ -170,8 +172,10 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# PyYAML follows YAML 1.1, where 1e-3 (without a dot) is text; and a date is text here.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+# PyYAML follows YAML 1.1, where 1e-3 (without a dot) and 1.5e3 (without a sign) are text; and a date is text here.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _override(values: dict[str, Any], override: str) -> None:

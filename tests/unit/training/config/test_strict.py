@@ -65,8 +65,15 @@ def test_the_paper_configuration_has_the_published_numbers() -> None:
     )
 
 
-def test_numbers_in_scientific_notation_are_numbers(minimal: Path) -> None:
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "1.0e-3", ".1e-2", "+0.1e-2", "0.001"])
+def test_numbers_in_scientific_notation_are_numbers(minimal: Path, text: str) -> None:
     assert strict.read(PretrainConfig, minimal).optimizer.base_lr == 1e-3
+    assert strict.read(PretrainConfig, minimal, [f"optimizer.base_lr={text}"]).optimizer.base_lr == 1e-3
+    assert strict.read(PretrainConfig, minimal, ["optimizer.base_lr=0.15e1"]).optimizer.base_lr == 1.5
+
+
+def test_a_date_is_text(minimal: Path) -> None:
+    assert strict.read(PretrainConfig, minimal, ["output=2026-01-31"]).output == "2026-01-31"
 
 
 def test_unknown_keys_name_the_closest(minimal: Path) -> None:
@@ -110,6 +117,7 @@ def test_missing_keys_are_named(minimal: Path) -> None:
         ("panel.genes=[0.1, 0.2, 0.3]", "panel.genes has 3 entries; 2 are needed"),
         ("panel.genes=[0.5, 0.1]", "two shares above 0 and up to 1 are needed, the smaller first"),
         ("model=!!set {a}", "holds the set"),
+        ("model=&a {b: *a}", "refers to itself"),
         ("loop.epochs.more=1", "which has no keys"),
         ("loop.epochs", "not of the form key=value"),
         ("loop.epochs=[", "is not YAML"),
