@@ -66,7 +66,7 @@ class RankFamily:
         known = VocabularyCounts(cells, self.vocabulary, self.resolver)
         counts = known.counts
         ranked = RankedCounts(Ranking.of(self.vocabulary), counts, known.genes)
-        indptr = counts.indptr.astype(np.int64, copy=False)
+        indptr = known.indptr
         blocks = row_blocks(indptr, _CHUNK_VALUES)
         keys = np.empty(counts.nnz, dtype=np.int32)
 

@@ -38,6 +38,8 @@ class VocabularyCounts:
     ----------
     counts
         CSR matrix, [n_cells, n_columns], with at most one column for each gene of the vocabulary.
+    indptr
+        Bounds of the cells in `counts`, int64 [n_cells + 1].
     genes
         Row of the vocabulary for each column, or `n_genes` for a gene that is not in it; intp [n_columns].
     n_genes
@@ -75,7 +77,8 @@ class VocabularyCounts:
             )
             self.counts.sum_duplicates()
             self.genes = np.arange(self.n_genes + 1)
-        self.n_detected = np.diff(self.counts.indptr).astype(np.int64, copy=False)
+        self.indptr = self.counts.indptr.astype(np.int64, copy=False)
+        self.n_detected = np.diff(self.indptr)
         self.known_share = np.ones(len(cells), dtype=np.float32)
         self._first_row = cells.first_row
 
@@ -96,9 +99,9 @@ class VocabularyCounts:
         """
         if known.all():
             return
-        indptr = self.counts.indptr
-        values = self.counts.data[indptr[rows.start] : indptr[rows.stop]]
-        starts = indptr[rows] - indptr[rows.start]
+        start, stop = int(self.indptr[rows.start]), int(self.indptr[rows.stop])
+        values = self.counts.data[start:stop]
+        starts = self.indptr[rows] - start
         self.n_detected[rows] = np.add.reduceat(known, starts, dtype=np.int64)
         empty = np.flatnonzero(self.n_detected[rows] == 0)
         if len(empty):

@@ -61,8 +61,7 @@ def request_to_arrow(request: Request) -> bytes:
 
 def request_from_arrow(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     """Decode a request of this kind. Raises errors of :mod:`perturbscope.errors` for bad input."""
-    required, _ = check.field_names(kind)
-    names = [item.name for item in fields(kind)]
+    names, required = check.field_names(kind)
     inside = [name for name in names if name not in ("cells", "embeddings", *_LABELS)]
     table, meta = read_stream(body)
     of_cells = ["gene_ids", "first_row"]

@@ -321,7 +321,7 @@ READERS: Mapping[str, Callable[[Any, str], Any]] = {
 """Function that reads each field of a request that is neither cells nor embeddings, from its value and its name."""
 
 
-def field_names(kind: type[Any]) -> tuple[list[str], list[str]]:
-    """Return the names of the required and of the optional fields of a dataclass, in their order."""
-    required = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
-    return required, [item.name for item in fields(kind) if item.name not in required]
+def field_names(kind: type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of all fields of a dataclass, and of those without a default, in their order."""
+    required = (item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING)
+    return tuple(item.name for item in fields(kind)), tuple(required)

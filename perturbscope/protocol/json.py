@@ -49,9 +49,10 @@ def request_to_json(request: Request) -> bytes:
 
 def request_from_json(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     """Decode a request of this kind. Raises errors of :mod:`perturbscope.errors` for bad input."""
-    required, optional = check.field_names(kind)
+    names, required = check.field_names(kind)
+    optional = [name for name in names if name not in required]
     data = check.mapping(check.parse_request(body), "body", required=required, optional=optional)
-    given = [item.name for item in fields(kind) if data.get(item.name) is not None or item.name in required]
+    given = [name for name in names if name in required or data.get(name) is not None]
     return kind(**{name: _READERS[name](data[name], name) for name in given})
 
 

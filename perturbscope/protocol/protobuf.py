@@ -49,9 +49,9 @@ def request_from_proto(kind: type[AnyRequest], message: Any) -> AnyRequest:
 
     An absent field has its default, and so has an empty list; a required field must be present.
     """
-    required, _ = check.field_names(kind)
+    names, required = check.field_names(kind)
     found = {}
-    for name in (item.name for item in fields(kind)):
+    for name in names:
         descriptor = message.DESCRIPTOR.fields_by_name[name]
         value = getattr(message, name)
         present = message.HasField(name) if descriptor.has_presence else len(value) > 0
