@@ -267,13 +267,13 @@ class ServerError(PerturbScopeError):
 
 def error_classes() -> dict[str, type[PerturbScopeError]]:
     """Return all classes of the tree by ``code``."""
-    found: dict[str, type[PerturbScopeError]] = {}
+    classes: dict[str, type[PerturbScopeError]] = {}
     pending: list[type[PerturbScopeError]] = [PerturbScopeError]
     while pending:
         cls = pending.pop()
-        found[cls.code] = cls
+        classes[cls.code] = cls
         pending.extend(cls.__subclasses__())
-    return found
+    return classes
 
 
 def from_code(code: str, message: str, *, field: str | None = None) -> PerturbScopeError:

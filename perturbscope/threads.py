@@ -15,8 +15,8 @@ from typing import Any, Generic, TypeVar
 
 from threadpoolctl import threadpool_limits
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Input = TypeVar("Input")
+Output = TypeVar("Output")
 T = TypeVar("T")
 
 _lock = threading.Lock()
@@ -48,14 +48,14 @@ def single_blas() -> Iterator[None]:
                 _limits.pop().restore_original_limits()
 
 
-def in_order(work: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[Made]:
+def in_order(work: Callable[[Input], Output], items: Iterable[Input]) -> Iterator[Output]:
     """Yield ``work(item)`` of each item, in their order, computed on all cores.
 
     A matrix product of a few milliseconds does not gain from a second thread, but two of them side by side do. At most
     two items a core are begun before they are asked for, so little work is lost if the caller stops, and little goes on
     if it waits. Close the generator if you leave it early.
     """
-    waiting: deque[Future[Made]] = deque()
+    waiting: deque[Future[Output]] = deque()
     left = iter(items)
     cores = usable_cores()
     with single_blas(), ThreadPoolExecutor(cores) as pool:
@@ -63,10 +63,10 @@ def in_order(work: Callable[[Given], Made], items: Iterable[Given]) -> Iterator[
             for item in islice(left, 2 * cores):
                 waiting.append(pool.submit(work, item))
             while waiting:
-                made = waiting.popleft().result()
+                output = waiting.popleft().result()
                 for item in islice(left, 1):
                     waiting.append(pool.submit(work, item))
-                yield made
+                yield output
         finally:
             for future in waiting:
                 future.cancel()
@@ -95,7 +95,7 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
     items
         Iterable that the thread alone iterates; closed there if it is a generator.
     """
-    found: queue.SimpleQueue[_Item[T] | _End] = queue.SimpleQueue()
+    results: queue.SimpleQueue[_Item[T] | _End] = queue.SimpleQueue()
     may_begin = threading.Semaphore(1)
     over = threading.Event()
 
@@ -112,7 +112,7 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
                         value = next(iterator)
                     except StopIteration:
                         break
-                    found.put(_Item(value))
+                    results.put(_Item(value))
                     del value  # the caller alone holds it
             finally:
                 close = getattr(iterator, "close", None)
@@ -120,13 +120,13 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
                     close()
         except BaseException as caught:  # noqa: BLE001  the caller raises it
             error = caught
-        found.put(_End(error))
+        results.put(_End(error))
 
     thread = threading.Thread(target=work, name="perturbscope-ahead", daemon=True)
     thread.start()
     try:
         while True:
-            item = found.get()
+            item = results.get()
             if isinstance(item, _End):
                 if item.error is not None:
                     raise item.error

@@ -169,18 +169,19 @@ def _require_numeric(dtype: np.dtype[Any]) -> None:
 def _check_gene_ids(gene_ids: Sequence[str] | NDArray[Any]) -> NDArray[np.str_]:
     if isinstance(gene_ids, np.ndarray) and CHECKED.get(gene_ids):
         return gene_ids
-    given = np.asarray(gene_ids)
-    if given.ndim != 1 or (given.dtype.kind not in "UO" and given.size):
+    identifiers = np.asarray(gene_ids)
+    if identifiers.ndim != 1 or (identifiers.dtype.kind not in "UO" and identifiers.size):
         raise MalformedMatrixError(
-            f"Gene identifiers must be a list of strings; got dtype {given.dtype} with {given.ndim} dimension(s).",
+            f"Gene identifiers must be a list of strings; got dtype {identifiers.dtype} with {identifiers.ndim} "
+            "dimension(s).",
             field="gene_ids",
         )
-    genes = given.astype(np.str_) if given.size else np.zeros(0, dtype="U1")
+    genes = identifiers.astype(np.str_) if identifiers.size else np.zeros(0, dtype="U1")
     names, n_columns = np.unique(genes, return_counts=True)
     if len(names) < len(genes):
-        twice = names[n_columns > 1]
+        repeated = names[n_columns > 1]
         raise DuplicateGenesError(
-            f"{len(twice)} gene identifier(s) name more than one column (first: {twice[0]!r}). "
+            f"{len(repeated)} gene identifier(s) name more than one column (first: {repeated[0]!r}). "
             "Give each column its own identifier: Ensembl ids, or adata.var_names_make_unique().",
             field="gene_ids",
         )
@@ -282,20 +283,20 @@ def _check_totals(
 ) -> NDArray[np.float64]:
     if totals is None:
         return row_sums
-    given = np.asarray(totals)
-    if given.shape != row_sums.shape or given.dtype.kind not in "iuf":
+    values = np.asarray(totals)
+    if values.shape != row_sums.shape or values.dtype.kind not in "iuf":
         raise MalformedMatrixError(
-            f"Total counts have shape {given.shape} and dtype {given.dtype}; "
+            f"Total counts have shape {values.shape} and dtype {values.dtype}; "
             f"{len(row_sums)} numbers are needed, one a cell.",
             field="total_counts",
         )
-    given = given.astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(given) | (given < row_sums * (1 - 1e-6)))
+    values = values.astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(values) | (values < row_sums * (1 - 1e-6)))
     if len(bad):
         row = int(bad[0])
         raise MalformedMatrixError(
-            f"Total counts of row {first_row + row} are {given[row]:g}, but its genes sum to {row_sums[row]:g}; "
+            f"Total counts of row {first_row + row} are {values[row]:g}, but its genes sum to {row_sums[row]:g}; "
             "the total runs over all measured genes, so it cannot be smaller.",
             field="total_counts",
         )
-    return given
+    return values

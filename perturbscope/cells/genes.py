@@ -48,8 +48,8 @@ class PerArray(Generic[V]):
 
     def get(self, array: NDArray[Any]) -> V | None:
         """Return the value of this very array, not of an equal one; None if there is none."""
-        found = self._entries.get(id(array))
-        return found[1] if found is not None and found[0]() is array and not array.flags.writeable else None
+        entry = self._entries.get(id(array))
+        return entry[1] if entry is not None and entry[0]() is array and not array.flags.writeable else None
 
     def put(self, array: NDArray[Any], value: V) -> None:
         """Keep the value of a read-only array; ignore an array that can be written to."""
@@ -161,8 +161,7 @@ class GeneResolver:
         match = _ENSEMBL.match(identifier)
         if match:
             return match.group(1), False
-        found = self._aliases.get(identifier)
-        return found if found else (None, False)
+        return self._aliases.get(identifier, (None, False))
 
     def map(self, gene_ids: Sequence[str] | NDArray[np.str_], vocabulary: GeneVocabulary) -> GeneMapping:
         """Find the row of the vocabulary for each column.
@@ -177,13 +176,13 @@ class GeneResolver:
         """
         if not isinstance(gene_ids, np.ndarray):
             return _map(self, tuple(map(str, gene_ids)), vocabulary)
-        known = _MAPPED.get(gene_ids)
-        if known is None:
-            _MAPPED.put(gene_ids, known := {})
-        found = known.get((self, vocabulary))
-        if found is None:
-            found = known[self, vocabulary] = _map(self, tuple(map(str, gene_ids.tolist())), vocabulary)
-        return found
+        mappings = _MAPPED.get(gene_ids)
+        if mappings is None:
+            _MAPPED.put(gene_ids, mappings := {})
+        mapping = mappings.get((self, vocabulary))
+        if mapping is None:
+            mapping = mappings[self, vocabulary] = _map(self, tuple(map(str, gene_ids.tolist())), vocabulary)
+        return mapping
 
 
 _MAPPED: PerArray[dict[tuple[GeneResolver, GeneVocabulary], GeneMapping]] = PerArray()
@@ -282,11 +281,11 @@ class _Recent:
 
     def get(self, key: Hashable) -> NDArray[np.str_] | None:
         with self._lock:
-            found = self._entries.get(key)
-            if found is None:
+            entry = self._entries.get(key)
+            if entry is None:
                 return None
             self._entries.move_to_end(key)
-            return found[0]
+            return entry[0]
 
     def put(self, key: Hashable, genes: NDArray[np.str_], n_bytes: int) -> None:
         if n_bytes > LARGEST:

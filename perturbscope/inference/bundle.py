@@ -206,8 +206,8 @@ class Bundle:
             raise CorruptBundleError(f"{manifest_path} cannot be read: {error}.") from error
         manifest = Manifest.from_json(text, where=str(manifest_path))
         _verify_files(path, manifest)
-        read = GeneVocabulary.read(path / VOCABULARY)
-        vocabulary = _VOCABULARIES.setdefault((read.hash, read.source), read)
+        vocabulary = GeneVocabulary.read(path / VOCABULARY)
+        vocabulary = _VOCABULARIES.setdefault((vocabulary.hash, vocabulary.source), vocabulary)
         if vocabulary.hash != manifest.vocabulary_hash:
             raise VocabularyMismatchError(
                 f"{path}: {VOCABULARY} has the hash {vocabulary.hash[:12]}, but the weights were made with "
@@ -249,9 +249,9 @@ class Bundle:
             `path` exists and `overwrite` is false, or the files do not make a bundle.
         """
         path = Path(path)
-        strange = [name for name in files if not _is_plain(name)]
-        if strange:
-            raise BundleError(f"{strange[0]!r} is not a plain file name; a bundle has no folders.")
+        not_plain = [name for name in files if not _is_plain(name)]
+        if not_plain:
+            raise BundleError(f"{not_plain[0]!r} is not a plain file name; a bundle has no folders.")
         if path.exists() and not overwrite:
             raise BundleError(f"{path} exists already. Give another directory, or allow overwriting.")
         with atomic_directory(path) as staging:
@@ -285,11 +285,11 @@ def _verify_files(path: Path, manifest: Manifest) -> None:
         raise CorruptBundleError(f"{path / MANIFEST} lists no {min(unlisted) if unlisted else 'fp32 variant'}.")
     for name, digest in manifest.files.items():
         try:
-            found = sha256(path / name)
+            actual = sha256(path / name)
         except OSError as error:
             raise CorruptBundleError(f"{path / name} cannot be read: {error}. Fetch the bundle again.") from error
-        if found != digest:
+        if actual != digest:
             raise CorruptBundleError(
-                f"{path / name} has the SHA-256 {found[:12]}..., the manifest says {digest[:12]}.... "
+                f"{path / name} has the SHA-256 {actual[:12]}..., the manifest says {digest[:12]}.... "
                 "The file was changed or damaged; fetch the bundle again."
             )

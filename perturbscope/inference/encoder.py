@@ -103,20 +103,20 @@ class OnnxEncoder:
         family = bundle.family()
         names = ("attention_mask", *(spec.name for spec in family.inputs))
         gpu = gpu or GpuOptions()
-        chosen: list[Any] = [wanted]
+        session_providers: list[Any] = [wanted]
         if device != "cpu":
             half = variant.startswith("fp16")
-            chosen = [*providers(device, gpu, inputs=names, max_length=family.max_length, half=half)]
+            session_providers = [*providers(device, gpu, inputs=names, max_length=family.max_length, half=half)]
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
         try:
             if device == "cpu":
                 self._session: Any = ort.InferenceSession(
-                    cpu_graph(path), options, providers=chosen, disabled_optimizers=[*DISABLED_OPTIMIZERS]
+                    cpu_graph(path), options, providers=session_providers, disabled_optimizers=[*DISABLED_OPTIMIZERS]
                 )
             else:
-                self._session = ort.InferenceSession(str(path), options, providers=chosen)
+                self._session = ort.InferenceSession(str(path), options, providers=session_providers)
         except Exception as error:
             raise CorruptBundleError(f"ONNX Runtime cannot load {path}: {error}") from error
         # A provider that is listed can still fail to load its libraries; only the session knows.
@@ -128,11 +128,11 @@ class OnnxEncoder:
                 field="device",
             )
         self._names = {item.name for item in self._session.get_inputs()}
-        strange = self._names - set(names)
-        if strange or OUTPUT not in {item.name for item in self._session.get_outputs()}:
+        unknown = self._names - set(names)
+        if unknown or OUTPUT not in {item.name for item in self._session.get_outputs()}:
             raise CorruptBundleError(
                 f"{path} is not a graph of the family {bundle.manifest.family!r}: "
-                + (f"it wants the input {min(strange)!r}." if strange else f"it has no output {OUTPUT!r}.")
+                + (f"it wants the input {min(unknown)!r}." if unknown else f"it has no output {OUTPUT!r}.")
             )
         self.bound: BoundSession | None = None
         """Runs the session on bound memory of a GPU; None on the CPU."""

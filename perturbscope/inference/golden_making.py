@@ -49,15 +49,15 @@ def make_golden(
         Seed of the artificial cells.
     """
     exact = embedders["fp32"]
-    chosen, source = _choose(vocabulary, exact.family.max_length, cells, seed)
-    tokens = exact.tokenize(chosen)
+    golden_cells, source = _choose(vocabulary, exact.family.max_length, cells, seed)
+    tokens = exact.tokenize(golden_cells)
     vectors = _one_by_one(exact, tokens)
     cosines = {
         name: min(distance(vectors, values)[1] for values in (_one_by_one(other, tokens), other.embed_tokens(tokens)))
         for name, other in embedders.items()
         if name != "fp32"
     }
-    return Golden(chosen, digests_of(tokens), vectors, tolerance, cosines, source)
+    return Golden(golden_cells, digests_of(tokens), vectors, tolerance, cosines, source)
 
 
 def add_golden(path: str | Path, *, cells: CountMatrix | None = None, seed: int = 0) -> Bundle:

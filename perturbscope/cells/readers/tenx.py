@@ -56,8 +56,8 @@ class TenxSource(CellSource):
                 f"{path}: the matrix has {matrix.shape[0]} cells, but there are {len(barcodes)} barcodes.",
                 field="counts",
             )
-        chosen = symbols if _GENE_COLUMNS.get(gene_key or "id") == "gene_symbols" else ids
-        super().__init__(matrix, name_genes(chosen), path=path, chunk_cells=chunk_cells, root=root)
+        identifiers = symbols if _GENE_COLUMNS.get(gene_key or "id") == "gene_symbols" else ids
+        super().__init__(matrix, name_genes(identifiers), path=path, chunk_cells=chunk_cells, root=root)
         self.gene_symbols = name_genes(symbols)
         self._barcodes = barcodes
 

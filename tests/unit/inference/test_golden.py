@@ -170,9 +170,9 @@ def test_a_file_that_cannot_be_read(proven: Bundle, tmp_path: Path, changes: dic
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("rows", [99_999], "no row of the vocabulary"),
-        ("rows", [-1], "no row of the vocabulary"),
-        ("rows", [], "no row of the vocabulary"),
+        ("rows", [99_999], "not a row of the vocabulary"),
+        ("rows", [-1], "not a row of the vocabulary"),
+        ("rows", [], "not a row of the vocabulary"),
         ("counts", [-1], "cells that cannot be"),
         ("counts", [0.5], "cells that cannot be"),
         ("counts", [1, 2], "cells that cannot be"),
