@@ -265,7 +265,7 @@ async def test_what_is_no_stream_is_refused(
     [
         pytest.param(compressed, "is compressed", id="compressed"),
         pytest.param(
-            lambda cells: [*pieces(cells, 8)[:2], pieces(cells, 8)[0]], "no record batch", id="a second schema"
+            lambda cells: [*pieces(cells, 8)[:2], pieces(cells, 8)[0]], "not a record batch", id="a second schema"
         ),
         pytest.param(lambda cells: [*pieces(cells, 8)[:1], pieces(cells, 8)[1][:-16]], "cut off|cannot", id="half"),
         pytest.param(lambda cells: pieces(cells, 8)[:-1], "cut off", id="no end mark"),
