@@ -29,7 +29,7 @@ PARTS = {
     "service": "Service",
     "scaling": "Scale laws",
 }
-"""Titles of the parts by module of this package, in the order of the page. Each has ``run(options) -> Section``."""
+"""Titles of the parts by folder, in the order of the page; module ``part`` of each has ``run(options) -> Section``."""
 INTRODUCTION = """# Performance
 
 This page says how fast each part is, beside the programs that it replaces, and how far it is from what the machine can
@@ -55,7 +55,7 @@ def main() -> None:
     for part in [] if options.page else options.parts or PARTS:
         print(f"# {PARTS[part]}", flush=True)
         before, started = machine(), time.perf_counter()
-        section: Section = importlib.import_module(f"benchmarks.performance.{part}").run(wanted)
+        section: Section = importlib.import_module(f"benchmarks.performance.{part}.part").run(wanted)
         print(section.markdown, flush=True)
         if not options.quick:
             keep(part, section, wanted, before, time.perf_counter() - started)

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks.performance import gpu
-from benchmarks.performance.gpu_forms import LENGTHS, form_makers, packed, projected, steps
-from benchmarks.performance.gpu_shapes import LADDERS, _cost
+from benchmarks.performance.gpu import part
+from benchmarks.performance.gpu.forms import LENGTHS, form_makers, packed, projected, steps
+from benchmarks.performance.gpu.shapes import LADDERS, _cost
 from benchmarks.performance.harness import Options
 from export.forms import standard_attention
 from export.graph import build_graph
@@ -51,9 +51,9 @@ def test_a_piece_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPat
     def broken(options: Options) -> tuple[str, dict[str, object]]:
         raise OSError("no such thing")
 
-    monkeypatch.setattr(gpu, "OFFLINE", {"a": ("A", broken), "b": ("B", lambda options: ("| b |\n", {"b": 1}))})
-    monkeypatch.setattr(gpu, "cuda_here", lambda: "torch sees no GPU")
-    section = gpu.run(Options(quick=True))
+    monkeypatch.setattr(part, "OFFLINE", {"a": ("A", broken), "b": ("B", lambda options: ("| b |\n", {"b": 1}))})
+    monkeypatch.setattr(part, "cuda_here", lambda: "torch sees no GPU")
+    section = part.run(Options(quick=True))
     assert "Nothing here was measured on a GPU: torch sees no GPU" in section.markdown
     assert "Failed: no such thing" in section.markdown
     assert section.numbers["b"] == {"b": 1}

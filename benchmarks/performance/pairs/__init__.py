@@ -1,0 +1,1 @@
+"""All pairs of perturbations, and Wasserstein distances."""

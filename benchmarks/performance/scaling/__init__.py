@@ -1,0 +1,1 @@
+"""How costs grow with cells, genes and perturbations."""

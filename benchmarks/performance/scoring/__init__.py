@@ -1,0 +1,1 @@
+"""Scores at genome scale beside their peers."""

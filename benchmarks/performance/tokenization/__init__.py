@@ -1,0 +1,1 @@
+"""Tokenization beside its peers."""
