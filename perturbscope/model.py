@@ -138,7 +138,7 @@ class Model:
         metrics, seed, options
             See :class:`perturbscope.ScoreOptions`.
         layer, gene_key, total_counts_key, progress
-            As for :meth:`embed`.
+            See :meth:`embed`.
 
         Returns
         -------

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Writes *_pb2* beside the .proto files of perturbscope/protocol/proto and perturbscope/inference. Needs grpcio-tools and
-# mypy-protobuf at the versions of the development set, since their versions are part of what they write.
+# Writes the *_pb2* of perturbscope/protocol/proto and perturbscope/inference from their .proto. Needs grpcio-tools and
+# mypy-protobuf, at the versions of the development set: their version is part of what they write.
 # usage: scripts/generate_proto.sh [DIRECTORY]    default: the checkout itself
 set -eu
 cd "$(dirname "$0")/.."

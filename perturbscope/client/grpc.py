@@ -126,7 +126,7 @@ class GrpcClient(_OverGrpc, SyncBase):
     def embed_stream(
         self, chunks: Iterable[CountMatrix], *, progress: Callable[[int], None] | None = None
     ) -> Iterator[Embeddings]:
-        """As :meth:`SyncBase.embed_stream`, by one call with messages in both directions."""
+        """Embed a stream like :meth:`SyncBase.embed_stream`, in one call with messages in both directions."""
         flight, source, call = self._flight(), iter(chunks), self._stream()
         while not flight.done:
             try:

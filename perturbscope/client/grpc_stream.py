@@ -93,7 +93,7 @@ class StreamCall:
     async def results_async(
         self, flight: Flight, source: AsyncIterator[CountMatrix], progress: Progress
     ) -> AsyncGenerator[Embeddings, None]:
-        """As :meth:`results`, asynchronously."""
+        """Yield the results like :meth:`results`, asynchronously."""
         outbox: asyncio.Queue[Any] = asyncio.Queue()
         reading = _Reading(flight, self.target, progress)
         call = None

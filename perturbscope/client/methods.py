@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Conversations:
-    """What all clients have in common: their settings, and the conversations of their methods.
+    """The common part of all clients: their settings, and the conversations of their methods.
 
     Parameters
     ----------

@@ -219,7 +219,7 @@ def fill(flight: Flight, source: Iterator[CountMatrix]) -> Iterator[CountMatrix]
 
 
 async def fill_async(flight: Flight, source: AsyncIterator[CountMatrix]) -> AsyncIterator[CountMatrix]:
-    """As :func:`fill`, from an asynchronous source."""
+    """Fill parts like :func:`fill`, from an asynchronous source."""
     while flight.room:
         if (part := flight.part()) is not None:
             yield part

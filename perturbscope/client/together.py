@@ -57,7 +57,7 @@ def hold_together(hold: Callable[[Conversation[Embeddings]], Embeddings], step: 
 async def hold_together_async(
     hold: Callable[[Conversation[Embeddings]], Awaitable[Embeddings]], step: Together
 ) -> list[Embeddings]:
-    """As :func:`hold_together`, with tasks, which an error or the caller's cancellation cancels."""
+    """Do what :func:`hold_together` does with tasks, which an error or the caller's cancellation cancels."""
     results: dict[int, Embeddings] = {}
     waiting = iter(enumerate(step.conversations))
 

@@ -77,7 +77,7 @@ class Front:
         Parameters
         ----------
         route, transport, headers, peer, method
-            As of :class:`Call`.
+            See :class:`Call`.
         remaining
             Seconds that the caller waits, if the transport (gRPC) says so.
         """

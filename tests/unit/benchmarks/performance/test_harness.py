@@ -1,4 +1,4 @@
-"""What the parts of the performance benchmarks share. Nothing here is timed."""
+"""The common part of the performance benchmarks. Nothing here is timed."""
 
 import numpy as np
 import pytest
