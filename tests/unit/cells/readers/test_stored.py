@@ -96,12 +96,15 @@ def test_a_damaged_chunk_gives_the_error_of_libhdf5(tmp_path, packed):
         assert array._read_chunk(CHUNK) is None
         assert array[:CHUNK].tolist() == made[:CHUNK].tolist()
         try:
-            expected = made[:].tolist()
+            expected = made[:]
         except OSError:
             with pytest.raises(OSError):
                 array[:]
         else:
-            assert array[:].tolist() == expected
+            # The chunk lacks a byte; libhdf5 leaves whatever its memory held in the last value's place.
+            found, known = array[:], np.arange(len(expected)) != 2 * CHUNK - 1
+            assert len(found) == len(expected)
+            assert found[known].tolist() == expected[known].tolist()
 
 
 def test_a_chunk_that_unpacks_to_more_than_it_may_is_never_unpacked_whole(tmp_path, monkeypatch):
