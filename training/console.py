@@ -26,8 +26,6 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="replace a value of CONFIG; a dot goes one level down: --set loop.max_steps=10",
     )
     stage.add_argument("--overwrite", action="store_true", help="replace results of an earlier run")
-    # The deepspeed launcher adds it; the environment has the same number.
-    stage.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     return stage
 
 

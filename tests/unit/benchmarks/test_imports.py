@@ -19,7 +19,7 @@ def file_of(module: str) -> Path | None:
 
 @cache
 def names(file: Path) -> set[str]:
-    """What a module defines or imports at its top."""
+    """Return the names that a module defines or imports at its top."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
