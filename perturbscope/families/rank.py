@@ -14,13 +14,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneResolver
 from perturbscope.cells.vocabulary import GeneVocabulary
-from perturbscope.errors import CorruptBundleError, UnsupportedBundleError
+from perturbscope.errors import CorruptBundleError, InvalidParameterError, UnsupportedBundleError
 from perturbscope.families._ragged import BLOCK_VALUES, row_blocks, smallest
 from perturbscope.families._rank_order import RankedCounts, Ranking
+from perturbscope.families.edits import EditKind, TokenEdit
 from perturbscope.families.tokens import InputSpec, TokenizedCells, VocabularyCounts
 
 _CHUNK_VALUES = BLOCK_VALUES
@@ -88,6 +90,30 @@ class RankFamily:
         return TokenizedCells(
             {"input_ids": ids}, offsets, known.known_share, known.n_detected.astype(np.int32), known.coverage
         )
+
+    def bound(self, cells: CountMatrix) -> NDArray[np.int64]:
+        """See :meth:`Family.bound`: a token for each stored count, up to the longest cell."""
+        return np.minimum(np.diff(cells.counts.indptr).astype(np.int64), self.max_length)
+
+    def cost(self, length: int) -> int:
+        """See :meth:`Family.cost`: its tokens."""
+        return length
+
+    def gene_rows(self, tokens: TokenizedCells) -> NDArray[np.int32]:
+        """See :meth:`Family.gene_rows`."""
+        rows = np.full(len(self.vocabulary), -1, dtype=np.int32)
+        rows[self.vocabulary.tokens] = np.arange(len(self.vocabulary.gene_ids), dtype=np.int32)
+        found: NDArray[np.int32] = rows[tokens.arrays["input_ids"]]
+        return found
+
+    @property
+    def edits(self) -> frozenset[EditKind]:
+        """No edits yet."""
+        return frozenset()
+
+    def edit(self, tokens: TokenizedCells, edit: TokenEdit) -> TokenizedCells:
+        """See :meth:`Family.edit`."""
+        raise InvalidParameterError(f"The rank family cannot {edit.kind} a gene.", field="kind")
 
 
 def build(config: Mapping[str, Any], vocabulary: GeneVocabulary) -> RankFamily:

@@ -6,8 +6,8 @@ Tokens are ragged arrays whose first axis is length; a graph takes them padded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import EmptyCellError, UnknownGenesError
 
 TokenizedCell = Mapping[str, NDArray[Any]]
-"""Arrays of one cell by input name; the FIRST axis of each is the cell's length."""
+"""Arrays of one cell by input name; the FIRST axis of those per token is the cell's length."""
 
 
 class VocabularyCounts:
@@ -116,7 +116,7 @@ class VocabularyCounts:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input of a family's graph that is padded along its length.
+    """One input of a family's graph.
 
     Attributes
     ----------
@@ -127,9 +127,16 @@ class InputSpec:
     pad_value
         Value of the slots behind a cell's last token.
     trailing
-        Shape behind the length axis; () for a plain token sequence.
+        Shape behind the length axis, or for an input per cell behind the batch axis; () for one value.
     n_values
-        Number of different ids, 0 to ``n_values - 1``, of an input of ids; None for real numbers.
+        Number of different ids, 0 to ``n_values - 1``, of an input of ids; None for other numbers.
+    per
+        ``token``: the graph takes [batch, length, ...], padded. ``cell``: it takes [batch, ...], such as a label of the
+        cell's batch.
+    within_length
+        Whether the values are positions in the cell's own sequence, and so below its length.
+    pad_is_a_value
+        Whether a token may have the value `pad_value` too; false where padding has an id of its own.
     """
 
     name: str
@@ -137,6 +144,9 @@ class InputSpec:
     pad_value: float
     trailing: tuple[int, ...] = ()
     n_values: int | None = None
+    per: Literal["token", "cell"] = "token"
+    within_length: bool = False
+    pad_is_a_value: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,8 @@ class TokenizedCells:
         Genes of the vocabulary that each cell expresses, before truncation, int32 [n_cells].
     coverage
         Report on how the columns were matched to the vocabulary.
+    per_cell
+        Arrays of the inputs per cell by name, [n_cells, ...].
     """
 
     arrays: Mapping[str, NDArray[Any]]
@@ -162,13 +174,16 @@ class TokenizedCells:
     known_share: NDArray[np.float32]
     n_detected: NDArray[np.int32]
     coverage: GeneCoverage
+    per_cell: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, cell: int) -> TokenizedCell:
         rows = slice(int(self.offsets[cell]), int(self.offsets[cell + 1]))
-        return {name: array[rows] for name, array in self.arrays.items()}
+        return {name: array[rows] for name, array in self.arrays.items()} | {
+            name: array[cell] for name, array in self.per_cell.items()
+        }
 
     def __iter__(self) -> Iterator[TokenizedCell]:
         return (self[cell] for cell in range(len(self)))
@@ -177,6 +192,20 @@ class TokenizedCells:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each cell, int64 [n_cells]."""
         return np.diff(self.offsets)
+
+    def take(self, rows: NDArray[np.integer[Any]]) -> TokenizedCells:
+        """Return a copy of some cells, in the order of `rows`."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        take = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return TokenizedCells(
+            arrays={name: array[take] for name, array in self.arrays.items()},
+            offsets=offsets,
+            known_share=self.known_share[rows],
+            n_detected=self.n_detected[rows],
+            coverage=self.coverage,
+            per_cell={name: array[rows] for name, array in self.per_cell.items()},
+        )
 
 
 def concatenate(parts: Sequence[TokenizedCells]) -> TokenizedCells:
@@ -190,6 +219,7 @@ def concatenate(parts: Sequence[TokenizedCells]) -> TokenizedCells:
         known_share=np.concatenate([part.known_share for part in parts]),
         n_detected=np.concatenate([part.n_detected for part in parts]),
         coverage=parts[0].coverage,
+        per_cell={name: np.concatenate([part.per_cell[name] for part in parts]) for name in parts[0].per_cell},
     )
 
 
@@ -215,7 +245,8 @@ def pad(
 
     Returns
     -------
-    Each input [batch, length, ...] and ``attention_mask``, int64 [batch, length], 1 on tokens.
+    Each input, [batch, length, ...] or per cell [batch, ...], and ``attention_mask``, int64 [batch, length], 1 on
+    tokens.
     """
     starts, lengths = cells.offsets[rows], cells.lengths[rows]
     longest = int(lengths.max()) if length is None else length
@@ -223,6 +254,9 @@ def pad(
     take = (starts[:, None] + np.arange(longest))[mask]
     batch: dict[str, NDArray[Any]] = {}
     for spec in inputs:
+        if spec.per == "cell":
+            batch[spec.name] = cells.per_cell[spec.name][rows].astype(spec.dtype, copy=False)
+            continue
         padded = np.full((len(rows), longest, *spec.trailing), spec.pad_value, dtype=spec.dtype)
         padded[mask] = cells.arrays[spec.name][take]
         batch[spec.name] = padded
