@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def small_model(config: RankModelConfig = TINY_MODEL, *, seed: int = 0) -> BertF
     """Build an untrained model in evaluation mode; torch's global generator keeps its state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_model(config, small_vocabulary()).eval()
+        return cast("BertForMaskedLM", build_model(config, small_vocabulary()).eval())
 
 
 def small_checkpoint(path: Path, *, seed: int = 0) -> Path:

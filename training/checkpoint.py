@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import BundleError, CorruptBundleError, UnsupportedBundleError, VocabularyMismatchError
 from perturbscope.inference.bundle import VOCABULARY, sha256
 from training import families
+from training.config.strict import plain
 
 FORMAT_VERSION = 1
 WEIGHTS = "weights.safetensors"
@@ -121,9 +122,6 @@ def save_checkpoint(
         if not (path / CONFIG).is_file():
             raise BundleError(f"{path} is not a checkpoint, so it is not overwritten. Give another directory.")
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    options = (
-        asdict(model_config) if is_dataclass(model_config) and not isinstance(model_config, type) else model_config
-    )
     with atomic_directory(path) as staging:
         save_file(_stored(state), staging / WEIGHTS)
         (staging / WEIGHTS).chmod(0o644)
@@ -133,7 +131,7 @@ def save_checkpoint(
             "perturbscope_version": __version__,
             "family": family,
             "family_config": dict(family_config),
-            "model_config": dict(options),
+            "model_config": plain(model_config),
             "provenance": dict(provenance),
             "vocabulary_hash": vocabulary.hash,
             "weights_sha256": sha256(staging / WEIGHTS),

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from perturbscope.errors import InvalidParameterError, UnreadableFileError
 
 T = TypeVar("T")
+_LATER = "later"
 _NEEDED = {
     "int_type": "a whole number is needed",
     "int_from_float": "a whole number is needed",
@@ -85,6 +86,17 @@ def within(low: float, high: float = float("inf")) -> pydantic.AfterValidator:
     return pydantic.AfterValidator(check)
 
 
+def later(default: Any) -> Any:
+    """Return a field that an earlier version did not have; :func:`plain` leaves it out while it has its default.
+
+    So digests and stored configurations that do not use the field stay those of the earlier version.
+    """
+    metadata = {_LATER: True}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 def read(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file into the configuration `cls`.
 
@@ -136,12 +148,21 @@ def parse(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
 def plain(value: Any) -> Any:
     """Return a configuration as values that JSON and YAML hold; the inverse of :func:`parse`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        kept = (item for item in dataclasses.fields(value) if not _is_unused(item, getattr(value, item.name)))
+        return {item.name: plain(getattr(value, item.name)) for item in kept}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
+
+
+def _is_unused(item: dataclasses.Field[Any], value: Any) -> bool:
+    """Return whether a field of :func:`later` has its default."""
+    if _LATER not in item.metadata:
+        return False
+    factory = item.default_factory
+    return bool(value == (item.default if factory is dataclasses.MISSING else factory()))
 
 
 def _load(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:

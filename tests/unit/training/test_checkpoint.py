@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from perturbscope.errors import (
 )
 from tests.models import TINY_MODEL, small_batch, small_checkpoint, small_model, small_vocabulary
 from training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from training.families.rank.model import build_model
 
 
 @pytest.fixture
@@ -54,6 +56,14 @@ def test_round_trip(saved: Path) -> None:
         before = small_model()(ids, attention_mask=mask).logits
         after = checkpoint.model()(ids, attention_mask=mask).logits
     assert torch.equal(before, after)
+
+
+def test_fields_that_came_later_are_stored_only_where_they_are_used(saved: Path, tmp_path: Path) -> None:
+    assert not {"head", "classes"} & set(load_checkpoint(saved).model_config)
+    config = dataclasses.replace(TINY_MODEL, head="gene_classes", classes=("sensitive", "not"))
+    stored = load_checkpoint(save(tmp_path / "c", model=build_model(config, small_vocabulary()), model_config=config))
+    assert (stored.model_config["head"], stored.model_config["classes"]) == ("gene_classes", ["sensitive", "not"])
+    assert stored.model().classifier.out_features == 2
 
 
 def test_tied_tensors_are_stored_once_and_tied_again(saved: Path) -> None:

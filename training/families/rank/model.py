@@ -1,8 +1,9 @@
-"""The rank model: a BERT over the ranked genes of a cell, trained to restore masked genes.
+"""The rank model: a BERT over the ranked genes of a cell, trained to restore masked genes or to name classes.
 
 The architecture is that of Geneformer (Theodoris et al. 2023): post-LN blocks, learned absolute positions (the position
-of a gene is its rank), a head tied to the input embeddings, no CLS or EOS token. The masked-language task is that of
-Devlin et al. 2019, except that random replacements are drawn from genes only.
+of a gene is its rank), a head tied to the input embeddings. The masked-language task is that of Devlin et al. 2019,
+except that random replacements are drawn from genes only. A classifier of cells or of genes has the layers, and the
+names of weights, of transformers' classes, so that published weights fit.
 
 Shapes: B cells in the batch, L tokens, H hidden, M masked tokens of the batch.
 """
@@ -14,10 +15,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
 
 from perturbscope.cells.vocabulary import GeneVocabulary
-from training.config.strict import SectionError, configuration, parse, within
+from training.config.strict import SectionError, configuration, later, parse, within
 from training.families.rank.head import summed_cross_entropy
 from training.families.rank.packed import Layout, can_pack, states
 
@@ -25,6 +26,14 @@ IGNORED = -100
 """Label of a token that is not predicted; torch's cross-entropy ignores it."""
 _MASKED, _RANDOM = 0.8, 0.1
 """Shares of the selected tokens that become <mask>, and that become a random gene."""
+
+BertModels = BertForMaskedLM | BertForSequenceClassification | BertForTokenClassification
+"""Networks with each of the heads."""
+_NETWORKS: Mapping[str, type[BertModels]] = {
+    "masked_lm": BertForMaskedLM,
+    "cell_classes": BertForSequenceClassification,
+    "gene_classes": BertForTokenClassification,
+}
 
 
 @configuration
@@ -61,6 +70,10 @@ class RankModelConfig:
     """Rows of the token-type table; only row 0 is used, and 2 is the shape of published BERT weights."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation: torch's fused kernel, or plain matrix products."""
+    head: Literal["masked_lm", "cell_classes", "gene_classes"] = later("masked_lm")
+    """Head: restores masked genes, names the class of a cell, or names the class of each gene of a cell."""
+    classes: tuple[str, ...] = later(())
+    """Names of the classes, in the order of the outputs of the head; none for masked_lm."""
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
@@ -68,6 +81,19 @@ class RankModelConfig:
                 f"hidden is {self.hidden}, which {self.heads} heads do not divide. Choose a multiple of heads.",
                 field="hidden",
             )
+        if self.head == "masked_lm" and self.classes:
+            raise SectionError(
+                f"classes holds {len(self.classes)} names, but the head masked_lm has no classes. "
+                "Set head to cell_classes or gene_classes.",
+                field="classes",
+            )
+        if self.head != "masked_lm" and len(set(self.classes)) < 2:
+            raise SectionError(
+                f"classes holds {len(set(self.classes))} names; the head {self.head} needs at least 2.", field="classes"
+            )
+        if len(set(self.classes)) < len(self.classes):
+            twice = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise SectionError(f"classes names {twice!r} twice. Give each class a name of its own.", field="classes")
 
 
 def parse_config(options: Mapping[str, Any]) -> RankModelConfig:
@@ -81,8 +107,9 @@ def parse_config(options: Mapping[str, Any]) -> RankModelConfig:
     return parse(RankModelConfig, options, where="model")
 
 
-def build_model(config: RankModelConfig, vocabulary: GeneVocabulary) -> BertForMaskedLM:
+def build_model(config: RankModelConfig, vocabulary: GeneVocabulary) -> BertModels:
     """Make a new model over the tokens of `vocabulary`; weights come from the global generator of torch."""
+    labels: dict[str, Any] = {"id2label": dict(enumerate(config.classes))} if config.classes else {}
     bert = BertConfig(
         vocab_size=len(vocabulary),
         pad_token_id=vocabulary.special_tokens["<pad>"],
@@ -99,9 +126,10 @@ def build_model(config: RankModelConfig, vocabulary: GeneVocabulary) -> BertForM
         type_vocab_size=config.token_types,
         tie_word_embeddings=True,
         use_cache=False,
+        **labels,
     )
     bert._attn_implementation = config.attention
-    return BertForMaskedLM(bert)
+    return _NETWORKS[config.head](bert)
 
 
 def mask_batch(

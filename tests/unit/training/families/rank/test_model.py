@@ -4,6 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    PreTrainedModel,
+)
 
 from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import InvalidParameterError, UnsupportedBundleError
@@ -58,6 +65,40 @@ class TestModel:
         with pytest.raises(InvalidParameterError) as caught:
             parse_config({option: value})
         assert caught.value.field == f"model.{option}"
+
+    @pytest.mark.parametrize(
+        ("head", "published"),
+        [
+            ("masked_lm", BertForMaskedLM),
+            ("cell_classes", BertForSequenceClassification),
+            ("gene_classes", BertForTokenClassification),
+        ],
+    )
+    def test_each_head_takes_the_weights_of_transformers(self, head: str, published: type[PreTrainedModel]) -> None:
+        names = () if head == "masked_lm" else ("T cell", "B cell", "monocyte")
+        config = dataclasses.replace(TINY_MODEL, head=head, classes=names)
+        model = build_model(config, small_vocabulary())
+        ids, mask = small_batch()
+        labels = {"id2label": dict(enumerate(names))} if names else {}
+        other = published(BertConfig(**{**model.config.to_diff_dict(), **labels})).eval()
+        other.load_state_dict(model.state_dict())
+        logits = other(ids, attention_mask=mask).logits
+        torch.testing.assert_close(model.eval()(ids, attention_mask=mask).logits, logits)
+        width = len(names) or 62
+        assert logits.shape == ((3, width) if head == "cell_classes" else (*ids.shape, width))
+
+    @pytest.mark.parametrize(
+        ("head", "names", "problem"),
+        [
+            ("masked_lm", ["a", "b"], "holds 2 names, but the head masked_lm"),
+            ("gene_classes", ["a"], "at least 2"),
+            ("cell_classes", ["a", "b", "a"], "'a' twice"),
+        ],
+    )
+    def test_classes_that_do_not_suit_the_head(self, head: str, names: list[str], problem: str) -> None:
+        with pytest.raises(InvalidParameterError, match=problem) as caught:
+            parse_config({"head": head, "classes": names})
+        assert caught.value.field == "model.classes"
 
     def test_families_bear_the_names_of_the_tokenizers(self) -> None:
         assert set(families.FAMILIES) <= set(FAMILIES)
