@@ -37,7 +37,7 @@ class VocabularyCounts:
     Attributes
     ----------
     counts
-        CSR matrix, [n_cells, n_columns], with at most one column for each gene of the vocabulary.
+        CSR matrix, [n_cells, n_columns], in which no cell has two values of one gene of the vocabulary.
     indptr
         Bounds of the cells in `counts`, int64 [n_cells + 1].
     genes
@@ -71,12 +71,7 @@ class VocabularyCounts:
         self.counts = cells.counts
         self.genes = np.where(mapping.rows >= 0, mapping.rows, self.n_genes).astype(np.intp)
         if self.coverage.n_merged:
-            self.counts = sparse.csr_matrix(
-                (self.counts.data.astype(np.int64), self.genes[self.counts.indices], self.counts.indptr),
-                shape=(len(cells), self.n_genes + 1),
-            )
-            self.counts.sum_duplicates()
-            self.genes = np.arange(self.n_genes + 1)
+            self.counts = _merged(self.counts, self.genes, self.n_genes)
         self.indptr = self.counts.indptr.astype(np.int64, copy=False)
         self.n_detected = np.diff(self.indptr)
         self.known_share = np.ones(len(cells), dtype=np.float32)
@@ -112,6 +107,37 @@ class VocabularyCounts:
             )
         known_counts = np.add.reduceat(values * known, starts, dtype=np.int64)
         self.known_share[rows] = known_counts / np.add.reduceat(values, starts, dtype=np.int64)
+
+
+def _merged(counts: sparse.csr_matrix, genes: NDArray[np.intp], n_genes: int) -> sparse.csr_matrix:
+    """Return counts in which each cell has one value a gene: the sum, in the column of the first of them.
+
+    Few columns share a gene, so the other values are not touched.
+
+    Parameters
+    ----------
+    counts
+        Counts, [n_cells, n_columns].
+    genes
+        Gene of each column, or `n_genes` for an unknown gene, of which columns stay apart; [n_columns].
+    n_genes
+        Number of genes.
+    """
+    shared = np.bincount(genes, minlength=n_genes + 1) > 1
+    shared[n_genes] = False
+    places = np.flatnonzero(shared[genes].take(counts.indices))
+    cells = np.searchsorted(counts.indptr, places, side="right") - 1
+    _, first, of_value = np.unique(
+        cells * n_genes + genes[counts.indices[places]], return_index=True, return_inverse=True
+    )
+    sums = np.zeros(len(first), dtype=np.int64)
+    np.add.at(sums, of_value, counts.data[places])
+    wide = np.int64 if len(sums) and sums.max() > np.iinfo(np.int32).max else counts.data.dtype
+    data = counts.data.astype(wide)
+    data[places[first]] = sums
+    dropped = np.delete(places, first)
+    indptr = counts.indptr - np.searchsorted(dropped, counts.indptr)
+    return sparse.csr_matrix((np.delete(data, dropped), np.delete(counts.indices, dropped), indptr), counts.shape)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,20 @@ from numpy.typing import NDArray
 from perturbscope.cells.counts import MAX_COUNT, CountMatrix
 from perturbscope.cells.genes import GeneResolver
 from perturbscope.cells.vocabulary import GeneVocabulary
-from perturbscope.errors import CorruptBundleError, EmptyCellError, UnknownGenesError, UnsupportedBundleError
+from perturbscope.errors import (
+    CorruptBundleError,
+    EmptyCellError,
+    UnknownGenesError,
+    UnsupportedBundleError,
+    VocabularyMismatchError,
+)
 from perturbscope.families import rank
 from perturbscope.families._ragged import row_blocks
 from perturbscope.families.rank import RankFamily, build
 
 GENEFORMER = GeneVocabulary.geneformer_gc30m()
+GENEFORMER_2 = GeneVocabulary.geneformer_gc95m()
+VERSION_2 = {"max_length": 4096, "start": "<cls>", "end": "<eos>"}
 TOTAL = "total_umi_full_transcriptome"
 
 
@@ -112,6 +120,63 @@ def test_tokens_of_real_cells_are_those_of_the_published_algorithm(family, data_
     cells = read_cells(data_dir / f"{file}.h5ad", n_cells)
     assert len(cells) == n_cells
     assert tokens_of(cells, family) == plain_tokens(cells, family)
+
+
+def version_2(
+    counts: NDArray[np.integer], gene_ids: list[str], total: float, max_length: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Geneformer's second version, one cell: genes under one id by the mapping of ids, ``<cls>``, ``<eos>``, 2 less.
+
+    Returns the tokens, and the value that each gene is ranked by. The published sort is not stable, so that genes of
+    equal value have no order.
+    """
+    vocabulary = GENEFORMER_2
+    mapping = {gene_id: gene_id for gene_id in vocabulary.gene_ids} | dict(vocabulary.retired)
+    token = dict(zip(vocabulary.gene_ids, vocabulary.tokens.tolist(), strict=True))
+    median = dict(zip(vocabulary.gene_ids, vocabulary.medians.tolist(), strict=True))
+    summed: dict[str, int] = {}
+    for name, count in zip(gene_ids, counts.tolist(), strict=True):
+        if count and name.upper() in mapping:
+            summed[mapping[name.upper()]] = summed.get(mapping[name.upper()], 0) + count
+    names = list(summed)
+    values = np.array([summed[name] / total * 10_000 / median[name] for name in names])
+    best = np.argsort(-values)[: max_length - 2]
+    return np.array([2, *(token[names[place]] for place in best), 3]), values[best]
+
+
+@pytest.mark.parametrize("max_length", [4096, 700])
+@pytest.mark.parametrize(
+    ("file", "n_cells", "n_retired"),
+    [
+        ("pbmc3k_10x", 200, 137),
+        ("baron2016_pancreas", 100, 21),
+        ("kang2018_ifnb_pbmc", 100, 19),
+        ("datlinger_jurkat_cropseq", 200, 8),
+    ],
+)
+def test_tokens_of_real_cells_are_those_of_the_second_version(data_dir, file, n_cells, n_retired, max_length):
+    """Retired Ensembl ids count towards their successors, as in the published tokenizer."""
+    cells = read_cells(data_dir / f"{file}.h5ad", n_cells)
+    ensembl = np.flatnonzero(np.char.startswith(cells.gene_ids, "ENSG"))
+    cells = CountMatrix.from_matrix(cells.counts[:, ensembl], cells.gene_ids[ensembl], totals=cells.totals)
+    assert sum(name in GENEFORMER_2.retired for name in cells.gene_ids) == n_retired
+    family = build({**VERSION_2, "max_length": max_length}, GENEFORMER_2)
+    tokens = family.tokenize(cells)
+    assert (tokens.lengths <= family.bound(cells)).all()
+    if file == "baron2016_pancreas":
+        assert (tokens.lengths == max_length).any() == (max_length == 700)
+    for number, found in enumerate(tokens):
+        ids = found["input_ids"]
+        wanted, values = version_2(
+            cells.counts[number].toarray()[0], cells.gene_ids.tolist(), cells.totals[number], max_length
+        )
+        assert len(ids) == len(wanted)
+        assert (ids[0], ids[-1]) == (2, 3)
+        apart = ~np.isclose(values[1:], values[:-1], rtol=1e-12, atol=0)
+        alone = np.r_[True, apart] & np.r_[apart, len(wanted) < max_length]
+        np.testing.assert_array_equal(ids[1:-1][alone], wanted[1:-1][alone])
+        if len(wanted) < max_length:  # a cut may fall between equal genes
+            assert set(ids) == set(wanted)
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +393,54 @@ def test_tokens_need_not_be_consecutive_with_genes():
     family = build({}, vocabulary)
     assert tokens_of(matrix([1, 2, 3]), family) == [[4, 2, 0]]
     assert family.inputs[0].pad_value == 3
+
+
+# Special tokens at the ends
+
+
+def framed_vocabulary(n_genes: int = 5) -> GeneVocabulary:
+    """Genes 0, 1, 2, ... have the tokens 4, 5, 6, ..., and the median 1."""
+    special = {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3}
+    genes = tuple(gene(number) for number in range(n_genes))
+    return GeneVocabulary(genes, np.arange(4, n_genes + 4, dtype=np.int32), np.ones(n_genes), special, "a test")
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"start": "<cls>", "end": "<eos>"}, [[2, 8, 7, 3], [2, 6, 3]]),
+        ({"start": "<cls>"}, [[2, 8, 7, 6], [2, 6]]),
+        ({"end": "<eos>"}, [[8, 7, 6, 3], [6, 3]]),
+        ({}, [[8, 7, 6, 5], [6]]),
+    ],
+    ids=["both", "start", "end", "none"],
+)
+def test_special_tokens_at_the_ends_count_in_the_length(options, wanted):
+    family = build({"max_length": 4, **options}, framed_vocabulary())
+    cells = matrix([[1, 2, 3, 4, 5], [0, 0, 5, 0, 0]])
+    tokens = family.tokenize(cells)
+    assert [cell["input_ids"].tolist() for cell in tokens] == wanted
+    assert tokens.n_detected.tolist() == [5, 1]
+    assert family.bound(cells).tolist() == tokens.lengths.tolist()
+    genes = [[token - 4 if token > 3 else -1 for token in cell] for cell in wanted]
+    assert family.gene_rows(tokens).tolist() == [row for cell in genes for row in cell]
+
+
+@pytest.mark.parametrize("max_length", [4096, 300])
+def test_special_tokens_leave_the_genes_as_they_are(pancreas, monkeypatch, max_length):
+    framed = build({**VERSION_2, "max_length": max_length}, GENEFORMER_2)
+    plain = build({"max_length": max_length - 2}, GENEFORMER_2)
+    monkeypatch.setattr(rank, "_CHUNK_VALUES", 10_000)
+    assert [ids[1:-1] for ids in tokens_of(pancreas, framed)] == tokens_of(pancreas, plain)
+
+
+def test_special_tokens_that_cannot_be():
+    with pytest.raises(VocabularyMismatchError, match=r"start is '<cls>', but the .* are <pad>, <mask>\. Give the"):
+        build({"start": "<cls>"}, GENEFORMER)
+    with pytest.raises(VocabularyMismatchError, match=r"end is \['<eos>'\]"):
+        build({"end": ["<eos>"]}, GENEFORMER_2)
+    with pytest.raises(CorruptBundleError, match="max_length is 2, which leaves no room for a gene beside 2 special"):
+        build({**VERSION_2, "max_length": 2}, GENEFORMER_2)
 
 
 # What is refused
