@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from perturbscope.cells.data import read_text
 from perturbscope.errors import CorruptBundleError
 
+_RETIRED = "retired"
+"""Text in place of the median in the row of a retired id."""
+
 
 @dataclass(frozen=True, eq=False)
 class GeneVocabulary:
@@ -33,6 +36,8 @@ class GeneVocabulary:
         Name to token id; ``<pad>`` and ``<mask>`` at least.
     source
         Description of the cells that the medians were computed from.
+    retired
+        Retired Ensembl ids, each with the gene of `gene_ids` that it became: :meth:`row` finds that gene under them.
 
     Raises
     ------
@@ -45,13 +50,15 @@ class GeneVocabulary:
     medians: NDArray[np.float64]
     special_tokens: Mapping[str, int]
     source: str
+    retired: Mapping[str, str] = field(default_factory=dict)
     _index: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         problem = self._problem()
         if problem:
             raise CorruptBundleError(f"The gene vocabulary is not valid: {problem}.", field="vocabulary")
-        object.__setattr__(self, "_index", {gene: row for row, gene in enumerate(self.gene_ids)})
+        rows = {gene: row for row, gene in enumerate(self.gene_ids)}
+        object.__setattr__(self, "_index", {old: rows[new] for old, new in self.retired.items()} | rows)
 
     def _problem(self) -> str | None:
         if not len(self.gene_ids) == len(self.tokens) == len(self.medians):
@@ -65,6 +72,12 @@ class GeneVocabulary:
         bad = np.flatnonzero(~np.isfinite(self.medians) | (self.medians <= 0))
         if len(bad):
             return f"the median of {self.gene_ids[bad[0]]} is {self.medians[bad[0]]}, not a positive number"
+        lost = set(self.retired.values()) - set(self.gene_ids)
+        if lost:
+            return f"a retired id became {min(lost)}, which is not in it"
+        current = set(self.retired) & set(self.gene_ids)
+        if current:
+            return f"{min(current)} is retired, and a gene of it"
         missing = {"<pad>", "<mask>"} - set(self.special_tokens)
         if missing:
             return f"the special token {min(missing)} is missing"
@@ -81,12 +94,12 @@ class GeneVocabulary:
         return gene_id in self._index
 
     def row(self, gene_id: str) -> int:
-        """Return the row of a gene in `tokens` and `medians`, or -1."""
+        """Return the row of a gene in `tokens` and `medians`, or -1; a retired id has the row of its successor."""
         return self._index.get(gene_id, -1)
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 of genes, tokens, medians and special tokens (not of `source`)."""
+        """SHA-256 of genes, tokens, medians, special tokens and retired ids (not of `source`)."""
         return hashlib.sha256("\n".join(self._rows()).encode()).hexdigest()
 
     def _rows(self) -> list[str]:
@@ -96,10 +109,11 @@ class GeneVocabulary:
             f"{token}\t{gene}\t{float(median)!r}"
             for gene, token, median in zip(self.gene_ids, self.tokens.tolist(), self.medians.tolist(), strict=True)
         ]
-        return rows
+        tokens = self.tokens.tolist()
+        return rows + [f"{tokens[self.row(new)]}\t{old}\t{_RETIRED}" for old, new in sorted(self.retired.items())]
 
     def to_tsv(self) -> str:
-        """Return the vocabulary as text: a ``# source`` line, a header, one row a token."""
+        """Return the vocabulary as text: a ``# source`` line, a header, one row a token, one row a retired id."""
         return "\n".join([f"# source: {self.source}", "token\tgene_id\tmedian", *self._rows(), ""])
 
     @classmethod
@@ -116,6 +130,7 @@ class GeneVocabulary:
         genes: list[str] = []
         tokens: list[int] = []
         medians: list[float] = []
+        retired: dict[str, int] = {}
         for number, line in enumerate(io.StringIO(text), start=1):
             line = line.rstrip("\n")
             if line.startswith("# source: "):
@@ -124,7 +139,9 @@ class GeneVocabulary:
                 continue
             try:
                 token, gene, median = line.split("\t")
-                if median:
+                if median == _RETIRED:
+                    retired[gene] = int(token)
+                elif median:
                     genes.append(gene)
                     tokens.append(int(token))
                     medians.append(float(median))
@@ -135,12 +152,14 @@ class GeneVocabulary:
                     f"Line {number} of the gene vocabulary is {line[:60]!r}; token, gene_id and median are needed.",
                     field="vocabulary",
                 ) from error
+        gene_of = dict(zip(tokens, genes, strict=True))
         return cls(
             tuple(genes),
             np.asarray(tokens, dtype=np.int32),
             np.asarray(medians, dtype=np.float64),
             special,
             source,
+            {old: gene_of.get(token, f"the token {token}") for old, token in retired.items()},
         )
 
     @classmethod
@@ -152,9 +171,26 @@ class GeneVocabulary:
     @classmethod
     def geneformer_gc30m(cls) -> GeneVocabulary:
         """Return the published Geneformer V1 medians: 25,424 genes, 30 million cells (Theodoris et al. 2023)."""
-        return _geneformer_gc30m()
+        return _shipped("geneformer_gc30m")
+
+    @classmethod
+    def geneformer_gc95m(cls) -> GeneVocabulary:
+        """Return the published Geneformer V2 medians: 20,271 genes, 95 million cells, with ``<cls>`` and ``<eos>``.
+
+        With 3,423 retired Ensembl ids, which Geneformer's tokenizer counts towards their successors.
+        """
+        return _shipped("geneformer_gc95m")
+
+    @classmethod
+    def named(cls, name: str) -> GeneVocabulary | None:
+        """Return the shipped vocabulary of this name, one of :data:`SHIPPED`; None if there is none."""
+        return _shipped(name) if name in SHIPPED else None
+
+
+SHIPPED = ("geneformer_gc30m", "geneformer_gc95m")
+"""Names of the vocabularies that the library ships."""
 
 
 @functools.cache
-def _geneformer_gc30m() -> GeneVocabulary:
-    return GeneVocabulary.from_tsv(read_text("geneformer_gc30m.tsv.gz"))
+def _shipped(name: str) -> GeneVocabulary:
+    return GeneVocabulary.from_tsv(read_text(f"{name}.tsv.gz"))

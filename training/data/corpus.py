@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from perturbscope import __version__
 from perturbscope.cells.genes import GeneMapping, GeneResolver
 from perturbscope.cells.readers import CellSource
-from perturbscope.cells.vocabulary import GeneVocabulary
+from perturbscope.cells.vocabulary import SHIPPED, GeneVocabulary
 from perturbscope.errors import InvalidInputError, InvalidParameterError, UnreadableFileError
 from perturbscope.families import Family, load_family
 from perturbscope.families.tokens import TokenizedCells
@@ -102,13 +102,12 @@ def read_vocabulary(name: str) -> GeneVocabulary:
     UnreadableFileError
         There is no such file.
     """
-    if name == "geneformer_gc30m":
-        return GeneVocabulary.geneformer_gc30m()
     try:
-        return GeneVocabulary.read(Path(name))
+        return GeneVocabulary.named(name) or GeneVocabulary.read(Path(name))
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableFileError(
-            f"The vocabulary {name} cannot be read: {error}. Give a TSV file, or geneformer_gc30m.", field="vocabulary"
+            f"The vocabulary {name} cannot be read: {error}. Give a TSV file, or {' or '.join(SHIPPED)}.",
+            field="vocabulary",
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,7 +40,33 @@ def test_geneformer_gc30m_is_the_published_one():
     assert "Theodoris" in published.source or "Geneformer" in published.source
 
 
+def test_geneformer_gc95m_is_the_published_one():
+    published = GeneVocabulary.geneformer_gc95m()
+    assert len(published) == 20_275
+    assert len(published.gene_ids) == 20_271
+    assert published.special_tokens == {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3}
+    assert (published.tokens == np.arange(4, 20_275)).all()
+    assert list(published.gene_ids) == sorted(published.gene_ids)
+    assert published.medians[published.row("ENSG00000121410")] == 1.7629378614450941
+    assert len(published.retired) == 3_423
+    assert published.gene_ids[published.row("ENSG00000117289")] == "ENSG00000265972"  # TXNIP
+    assert GeneVocabulary.named("geneformer_gc95m") is published
+    assert GeneVocabulary.named("geneformer_gc30m") is GeneVocabulary.geneformer_gc30m()
+    assert GeneVocabulary.named("geneformer") is None
+
+
 # Reading and writing
+
+
+def test_retired_ids_find_their_successor_and_survive_as_text():
+    old = "ENSG00000999999"
+    original = replace(vocabulary(), retired={old: CD4})
+    assert original.hash != vocabulary().hash
+    read = GeneVocabulary.from_tsv(original.to_tsv())
+    assert (read.hash, read.retired, read.row(old)) == (original.hash, {old: CD4}, 1)
+    mapping = GeneResolver({}).map([old, CD4, f"{old}.3"], read)
+    assert mapping.rows.tolist() == [1, 1, 1]
+    assert (mapping.coverage.n_merged, mapping.coverage.n_by_symbol) == (2, 0)
 
 
 def test_text_round_trip():
@@ -104,6 +131,20 @@ def test_a_line_that_does_not_parse_is_named(line):
 def test_a_table_that_is_no_vocabulary(change, says):
     with pytest.raises(CorruptBundleError, match=says):
         vocabulary(**change)
+
+
+@pytest.mark.parametrize(
+    ("retired", "says"),
+    [
+        ({"ENSG00000999999": "ENSG00000888888"}, "a retired id became ENSG00000888888, which is not in it"),
+        ({CD3D: CD4}, f"{CD3D} is retired, and a gene of it"),
+    ],
+)
+def test_retired_ids_that_cannot_be(retired, says):
+    with pytest.raises(CorruptBundleError, match=says):
+        replace(vocabulary(), retired=retired)
+    with pytest.raises(CorruptBundleError, match="a retired id became the token 9, which"):
+        GeneVocabulary.from_tsv(vocabulary().to_tsv() + "9\tENSG00000999999\tretired\n")
 
 
 def test_rows_of_genes():
