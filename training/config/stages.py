@@ -102,7 +102,8 @@ class CorpusConfig:
     family: str = "rank"
     """Model family, whose tokenizer is used."""
     vocabulary: str = "geneformer_gc30m"
-    """``geneformer_gc30m``: the medians of Theodoris et al. 2023; or a TSV file written by ``training medians``."""
+    """``geneformer_gc30m``: the medians of Theodoris et al. 2023; ``geneformer_gc95m``: those of Geneformer V2; or a
+    TSV file written by ``training medians``."""
     max_length: Positive = 2048
     """Most tokens of a cell."""
     min_genes: Natural = 500
