@@ -17,13 +17,14 @@ TINY_MODEL = RankModelConfig(layers=3, hidden=32, heads=4, feed_forward=48, max_
 """Weights ten times as large as usual, so that blocks and positions matter in an untrained model."""
 
 
-def small_vocabulary(genes: int = 60, *, median: float = 1.0) -> GeneVocabulary:
-    """Make a vocabulary of made-up genes with one median."""
+def small_vocabulary(genes: int = 60, *, median: float = 1.0, ends: bool = False) -> GeneVocabulary:
+    """Make a vocabulary of made-up genes with one median; with a start and an end token if `ends`."""
+    special = {"<pad>": 0, "<mask>": 1, **({"<cls>": 2, "<eos>": 3} if ends else {})}
     return GeneVocabulary(
         gene_ids=tuple(f"ENSG{number:011d}" for number in range(genes)),
-        tokens=np.arange(2, genes + 2, dtype=np.int32),
+        tokens=np.arange(len(special), genes + len(special), dtype=np.int32),
         medians=np.full(genes, median),
-        special_tokens={"<pad>": 0, "<mask>": 1},
+        special_tokens=special,
         source="made up for tests",
     )
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from training import console
+from training import console, families
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.commands.corpus import build, corpus_of_checkpoint
 from training.config import strict
@@ -98,6 +98,7 @@ def _split_fingerprint(config: ContrastiveConfig, corpus: Corpus) -> str:
 
 def _facts(splits: Sequence[DataSplit], checkpoint: Checkpoint) -> dict[str, Any]:
     """Return facts for the provenance beyond data and hyper-parameters."""
+    half = families.load(checkpoint.family)
     return {
         "split": {
             split.name: {
@@ -107,7 +108,7 @@ def _facts(splits: Sequence[DataSplit], checkpoint: Checkpoint) -> dict[str, Any
             }
             for split in splits
         },
-        "untrained": "the last block and the language-model head: the embedding is taken before them",
+        "untrained": half.embedding(half.parse_config(checkpoint.model_config)).untrained,
         "parent": {"path": str(checkpoint.path), **checkpoint.provenance},
     }
 

@@ -14,7 +14,7 @@ from pydantic import AfterValidator
 
 from perturbscope.analysis.degs import DegOptions
 from perturbscope.errors import InvalidParameterError
-from training.config.strict import SectionError, configuration, within
+from training.config.strict import SectionError, configuration, later, within
 
 
 def _add_up_to_one(shares: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -106,6 +106,8 @@ class CorpusConfig:
     TSV file written by ``training medians``."""
     max_length: Positive = 2048
     """Most tokens of a cell."""
+    family_options: dict[str, Any] = later({})
+    """Further options of the family's tokenizer, such as ``start: <cls>``; those of the checkpoint in fine-tuning."""
     min_genes: Natural = 500
     """Fewest expressed genes of a cell that is kept (Theodoris et al. 2023)."""
     exclude_cancer: bool = True
@@ -128,6 +130,15 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise SectionError("A corpus needs at least one file under sources.", field="sources")
+        if "max_length" in self.family_options:
+            raise SectionError(
+                "family_options holds max_length, which is a key of its own. Move it there.", field="family_options"
+            )
+
+    @property
+    def family_config(self) -> dict[str, Any]:
+        """All options of the family's tokenizer."""
+        return {"max_length": self.max_length, **self.family_options}
 
 
 @configuration

@@ -1,18 +1,24 @@
 """Padded batches of a corpus, as tensors.
 
+A batch holds the inputs of a family by name, per token [B, L, ...] or per cell [B, ...], and ``attention_mask``,
+int64 [B, L].
+
 Shapes: B cells in the batch, L tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from perturbscope.families.tokens import pad
+from perturbscope.cells.genes import GeneCoverage
+from perturbscope.families import Family
+from perturbscope.families.tokens import InputSpec, TokenizedCells, pad
 from training.data.shards import Corpus
 
 
@@ -27,23 +33,12 @@ def padded(corpus: Corpus, numbers: NDArray[np.integer[Any]], *, multiple: int =
         Numbers of the cells in the corpus, in the order of the batch, [B].
     multiple
         Divisor of the padded length, which never exceeds the family's longest sequence.
-
-    Returns
-    -------
-    Inputs of the family by name, [B, L, ...] each, and ``attention_mask``, int64 [B, L].
     """
-    family = corpus.family
-    arrays = pad(corpus.cells(numbers), np.arange(len(numbers)), family.inputs)
-    fill = {spec.name: spec.pad_value for spec in family.inputs} | {"attention_mask": 0}
-    batch = {}
-    for name, array in arrays.items():
-        length = array.shape[1]
-        more = min(-(-length // multiple) * multiple, max(family.max_length, length)) - length
-        if more:
-            widths = [(0, 0), (0, more)] + [(0, 0)] * (array.ndim - 2)
-            array = np.pad(array, widths, constant_values=fill[name])
-        batch[name] = torch.from_numpy(array)
-    return batch
+    family, cells = corpus.family, corpus.cells(numbers)
+    longest = int(cells.lengths.max())
+    length = min(-(-longest // multiple) * multiple, max(family.max_length, longest))
+    arrays = pad(cells, np.arange(len(numbers)), family.inputs, length=length)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def by_length(corpus: Corpus, numbers: NDArray[np.integer[Any]], batch: int) -> list[NDArray[np.int64]]:
@@ -52,3 +47,63 @@ def by_length(corpus: Corpus, numbers: NDArray[np.integer[Any]], batch: int) -> 
         np.argsort(-corpus.lengths[numbers].astype(np.int64), kind="stable")
     ]
     return [order[start : start + batch] for start in range(0, len(order), batch)]
+
+
+def gene_tokens(batch: Mapping[str, Tensor], family: Family) -> Tensor:
+    """Return the id of the gene behind each token, -1 for special tokens and padding, int64 [B, L]."""
+    present_BL = batch["attention_mask"].bool()
+    real = present_BL.numpy()
+    lengths = real.sum(axis=1)
+    tokens = TokenizedCells(
+        arrays={spec.name: batch[spec.name].numpy()[real] for spec in family.inputs if spec.per == "token"},
+        offsets=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)]),
+        known_share=np.zeros(len(lengths), dtype=np.float32),
+        n_detected=lengths.astype(np.int32),
+        coverage=GeneCoverage(0, 0),
+        per_cell={spec.name: batch[spec.name].numpy() for spec in family.inputs if spec.per == "cell"},
+    )
+    rows = family.gene_rows(tokens)
+    ids = np.where(rows >= 0, family.vocabulary.tokens[rows], -1)
+    found_BL = torch.full(present_BL.shape, -1, dtype=torch.int64)
+    found_BL[present_BL] = torch.from_numpy(ids.astype(np.int64))
+    return found_BL
+
+
+def keep_tokens(batch: Mapping[str, Tensor], keep: Tensor, inputs: Sequence[InputSpec]) -> dict[str, Tensor]:
+    """Return a batch of some of its tokens, which close up in their order, padded to the longest cell.
+
+    Parameters
+    ----------
+    batch
+        A padded batch; not modified.
+    keep
+        Tokens to keep, bool [B, L]; none of the padding.
+    inputs
+        Inputs of the family; none holds positions in the cell's own sequence.
+    """
+    order_BL = torch.argsort((~keep).to(torch.uint8), dim=1, stable=True)
+    order_BL = order_BL[:, : int(keep.sum(dim=1).max())]
+    present_BL = keep.gather(1, order_BL)
+    kept = {"attention_mask": present_BL.to(batch["attention_mask"].dtype)}
+    for spec in inputs:
+        values = batch[spec.name]
+        if spec.per == "token":
+            wide = (*order_BL.shape, *(1 for _ in spec.trailing))
+            values = values.gather(1, order_BL.view(wide).expand(*order_BL.shape, *spec.trailing))
+            values = values.masked_fill(~present_BL.view(wide), spec.pad_value)
+        kept[spec.name] = values
+    return kept
+
+
+def stacked(batches: Sequence[Mapping[str, Tensor]], inputs: Sequence[InputSpec]) -> dict[str, Tensor]:
+    """Put batches one after the other, padded to the longest."""
+    longest = max(batch["attention_mask"].shape[1] for batch in batches)
+    fill = {spec.name: spec.pad_value for spec in inputs if spec.per == "token"} | {"attention_mask": 0}
+    joined = {}
+    for name in ("attention_mask", *(spec.name for spec in inputs)):
+        parts = [batch[name] for batch in batches]
+        if name in fill:
+            behind = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
+            parts = [nn.functional.pad(part, more, value=fill[name]) for part, more in zip(parts, behind, strict=True)]
+        joined[name] = torch.cat(parts)
+    return joined

@@ -84,7 +84,7 @@ def build_corpus(
                     field="corpus.path",
                 )
             return corpus
-    family = load_family(config.family, {"max_length": config.max_length}, vocabulary)
+    family = load_family(config.family, config.family_config, vocabulary)
     staging = Staging(path, fingerprint=wanted)
     with staging.open() as state:
         manifest_values = _write(staging, state, config, family, vocabulary, digests, progress)
@@ -194,7 +194,7 @@ def _write(
         "format_version": FORMAT_VERSION,
         "perturbscope_version": __version__,
         "family": config.family,
-        "family_config": {"max_length": config.max_length},
+        "family_config": config.family_config,
         "vocabulary_hash": vocabulary.hash,
         "vocabulary_source": vocabulary.source,
         "config": plain(config),

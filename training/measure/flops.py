@@ -11,7 +11,6 @@ The backward pass has two products for each product of the forward pass, so trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.vocabulary import GeneVocabulary
+from training import families
 from training.config.stages import ContrastiveConfig, PretrainConfig
+from training.data.corpus import read_vocabulary
+from training.families import TrainingFamily
+from training.families.specs import ModelSize
 
 TRAINING = 3
 """Forward passes that cost as much as a forward and a backward pass."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSize:
-    """Sizes of a model that decide the cost of a cell; the defaults are those of the rank model."""
-
-    layers: int = 6
-    hidden: int = 256
-    feed_forward: int = 512
-    vocabulary: int = 25_426
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +68,7 @@ def cell_cost(
     masked_share
         Share of the tokens at which the head is computed; 0 leaves it out.
     layers
-        Blocks that run; all by default. An embedding needs all but the last.
+        Blocks that run; all by default.
     """
     tokens = np.asarray(lengths, dtype=np.float64)
     mean, square = float(tokens.mean()), float((tokens**2).mean())
@@ -87,16 +81,31 @@ def cell_cost(
     )
 
 
-def model_size(config: PretrainConfig | ContrastiveConfig) -> ModelSize:
-    """Return the size of the model, from the configuration or from the checkpoint that it starts from."""
-    options: Mapping[str, Any] = {}
-    if isinstance(config, PretrainConfig):
-        options = config.model
-    elif Path(config.checkpoint).exists():
+def model_of(config: PretrainConfig | ContrastiveConfig) -> tuple[TrainingFamily, Any, GeneVocabulary]:
+    """Return family, configuration and genes of the model, from the stage or the checkpoint that it starts from.
+
+    A checkpoint that is not there yet is replaced by the family's default model.
+
+    Raises
+    ------
+    UnreadableFileError
+        The vocabulary that the configuration names cannot be read.
+    """
+    if isinstance(config, ContrastiveConfig) and Path(config.checkpoint).exists():
         from training.checkpoint import load_checkpoint  # imports torch
 
-        options = load_checkpoint(config.checkpoint).model_config
-    return ModelSize(**{name: int(options[name]) for name in ("layers", "hidden", "feed_forward") if name in options})
+        checkpoint = load_checkpoint(config.checkpoint)
+        half = families.load(checkpoint.family)
+        return half, half.parse_config(checkpoint.model_config), checkpoint.vocabulary
+    half = families.load(config.corpus.family)
+    options = {"max_length": config.corpus.max_length, **(config.model if isinstance(config, PretrainConfig) else {})}
+    return half, half.parse_config(options), read_vocabulary(config.corpus.vocabulary)
+
+
+def model_size(config: PretrainConfig | ContrastiveConfig) -> ModelSize:
+    """Return the size of the model of a stage. Raises as :func:`model_of`."""
+    half, model, vocabulary = model_of(config)
+    return half.size(model, vocabulary)
 
 
 def stage_cost(
@@ -106,7 +115,7 @@ def stage_cost(
     size: ModelSize | None = None,
     masked_share: float | None = None,
 ) -> CellCost:
-    """Return the mean cost of a cell in a stage: with the head for pre-training, without the last block otherwise.
+    """Return the mean cost of a cell in a stage: with the head for pre-training, else as far as the embedding goes.
 
     Parameters
     ----------
@@ -122,4 +131,5 @@ def stage_cost(
     size = size or model_size(config)
     if isinstance(config, PretrainConfig):
         return cell_cost(size, lengths, masked_share=config.mask_probability if masked_share is None else masked_share)
-    return cell_cost(size, lengths, layers=size.layers - 1)
+    layers = size.layers - 1 if size.embedding_layers is None else size.embedding_layers
+    return cell_cost(size, lengths, layers=layers)

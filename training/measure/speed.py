@@ -9,20 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.vocabulary import GeneVocabulary
-from training import families
+from perturbscope.families import load_family
+from perturbscope.families.tokens import pad
 from training.config.stages import ContrastiveConfig, PretrainConfig
-from training.data.corpus import read_vocabulary
-from training.families.rank.pooling import PooledEncoder
 from training.loop.engine import DTYPES, PlainEngine
 from training.loop.process import join, leave
 from training.measure.cost import Speed
-from training.measure.flops import model_size, stage_cost
+from training.measure.flops import model_of, stage_cost
 from training.objectives.losses import ContrastiveModule
 
 _WARM_UP = 2
@@ -49,8 +49,7 @@ def measure(
     process = join(loop)
     try:
         device = process.device
-        vocabulary = read_vocabulary(config.corpus.vocabulary)
-        module, batch = _stage(config, vocabulary, length)
+        module, batch = _stage(config, length)
         engine = PlainEngine(module, loop, config.optimizer, device)
         for _ in range(_WARM_UP):
             engine.micro_step(batch, lr=1e-5, last=True)
@@ -63,10 +62,10 @@ def measure(
         ceiling = _ceiling(device, DTYPES[loop.precision])
     finally:
         leave()
-    cells = len(batch["input_ids"])
-    masked_share = float((batch["labels"] >= 0).float().mean()) if "labels" in batch else None
-    size = replace(model_size(config), vocabulary=len(vocabulary))
-    cost = stage_cost(config, length, size=size, masked_share=masked_share)
+    cells = len(batch["attention_mask"])
+    half, _, _ = model_of(config)
+    masked_share = half.n_targets(batch) / int(batch["attention_mask"].sum()) if "similar" not in batch else None
+    cost = stage_cost(config, length, masked_share=masked_share)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     scaled = f", times {devices} devices (assumed to scale)" if devices > 1 else ""
     return Speed(
@@ -77,31 +76,33 @@ def measure(
     )
 
 
-def _stage(
-    config: PretrainConfig | ContrastiveConfig, vocabulary: GeneVocabulary, length: int
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the module of the stage, and a batch of random cells for it."""
-    family = families.load(config.corpus.family)
-    size = model_size(config)
-    options: dict[str, Any] = {"max_length": max(length, config.corpus.max_length)}
-    options |= {"layers": size.layers, "hidden": size.hidden, "feed_forward": size.feed_forward}
-    if isinstance(config, PretrainConfig):
-        options |= config.model
-    generator = torch.Generator().manual_seed(config.loop.seed)
+def _stage(config: PretrainConfig | ContrastiveConfig, length: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the module of the stage over a new model, and a batch of random cells for it."""
+    half, network, vocabulary = model_of(config)
+    options = {**config.corpus.family_config, "max_length": length}
+    family = load_family(config.corpus.family, options, vocabulary)
     torch.manual_seed(config.loop.seed)
-    model = family.build_model(family.parse_config(options), vocabulary)
-    genes = torch.tensor(vocabulary.tokens, dtype=torch.int64)
-    shape = (config.loop.micro_batch * (1 if isinstance(config, PretrainConfig) else 2), length)
-    ids = genes[torch.randint(len(genes), shape, generator=generator)]
-    batch = {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.int64)}
+    model = half.build_model(network, vocabulary)
+    n_cells = config.loop.micro_batch * (1 if isinstance(config, PretrainConfig) else 2)
+    cells = family.tokenize(_random_cells(vocabulary, n_cells, length, seed=config.loop.seed))
+    batch = {name: torch.from_numpy(array) for name, array in pad(cells, np.arange(n_cells), family.inputs).items()}
     if isinstance(config, PretrainConfig):
-        batch["input_ids"], batch["labels"] = family.mask_batch(
-            **batch, vocabulary=vocabulary, generator=generator, probability=config.mask_probability
-        )
-        return family.masked_lm(model), batch
+        generator = torch.Generator().manual_seed(config.loop.seed)
+        batch = half.mask(batch, family=family, generator=generator, probability=config.mask_probability)
+        return half.pretraining(model), batch
     batch["similar"] = torch.zeros(config.loop.micro_batch)
-    encoder: Any = PooledEncoder(model)  # type: ignore[arg-type]
-    return ContrastiveModule(encoder, config.loss), batch
+    return ContrastiveModule(half.encoder(model, network, family=family), config.loss), batch
+
+
+def _random_cells(vocabulary: GeneVocabulary, n_cells: int, length: int, *, seed: int) -> CountMatrix:
+    """Make counts of cells that each express `length` genes, or all of them."""
+    rng = np.random.default_rng(seed)
+    n_genes = len(vocabulary.gene_ids)
+    counts = np.zeros((n_cells, n_genes), dtype=np.int32)
+    for cell in counts:
+        expressed = rng.choice(n_genes, min(length, n_genes), replace=False)
+        cell[expressed] = rng.integers(1, 100, size=len(expressed))
+    return CountMatrix.from_matrix(counts, vocabulary.gene_ids)
 
 
 def _timed(work: Callable[[], None], device: torch.device) -> tuple[float, float]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BertForMaskedLM
 
 from training.checkpoint import Checkpoint
 from training.config.stages import ContrastiveConfig
 from training.data.batches import padded
 from training.data.shards import Corpus
 from training.data.splits import DataSplit
-from training.families.rank.pooling import PooledEncoder
 from training.loop.loop import Evaluate, derive_seed
 from training.loop.process import Process
 from training.objectives.groups import FinetuningTask, groups_of
@@ -39,7 +36,7 @@ class ContrastiveTask(FinetuningTask):
         process: Process,
     ) -> None:
         super().__init__(config, corpus, splits, checkpoint, process)
-        self.module: nn.Module = ContrastiveModule(PooledEncoder(cast("BertForMaskedLM", self.model)), config.loss)
+        self.module: nn.Module = ContrastiveModule(self._encoder, config.loss)
         self._train = PairSampler(
             groups_of(config, corpus, splits, "train"),
             batch=config.loop.micro_batch,

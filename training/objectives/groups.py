@@ -11,6 +11,7 @@ from torch import nn
 
 from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.results import ScoreOptions
+from training import families
 from training.checkpoint import Checkpoint
 from training.config.stages import ContrastiveConfig
 from training.data.batches import by_length, padded
@@ -57,6 +58,10 @@ class FinetuningTask:
         self.family_config: dict[str, Any] = checkpoint.family_config
         self.model_config: Any = checkpoint.model_config
         self.model: nn.Module = checkpoint.model().train()
+        half = families.load(checkpoint.family)
+        network = half.parse_config(checkpoint.model_config)
+        self._width = half.outputs(network)[0].width
+        self._encoder = half.encoder(self.model, network, family=corpus.family)
         self._validation_groups = groups_of(config, corpus, splits, "validation")
 
     def _validation_z(self, evaluate: Evaluate) -> dict[str, float]:

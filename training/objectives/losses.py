@@ -74,7 +74,7 @@ class ContrastiveModule(nn.Module):
     Parameters
     ----------
     encoder
-        Module from input ids and attention mask to embeddings.
+        Module from the inputs of a family by name to embeddings.
     config
         Margin and variants of the loss.
     """

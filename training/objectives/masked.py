@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from perturbscope.errors import InvalidParameterError
 from training import families
 from training.config.stages import PretrainConfig
-from training.data.augment import hide_genes
+from training.data.augment import check_hiding, hide_genes
 from training.data.batches import by_length, padded
 from training.data.length_sampler import LengthGroupedSampler
 from training.data.shards import Corpus
@@ -54,7 +55,8 @@ class MaskedTask:
         self.family_config: dict[str, Any] = corpus.manifest["family_config"]
         torch.manual_seed(derive_seed(config.loop.seed, _WEIGHTS))
         self.model: nn.Module = self._family.build_model(self.model_config, corpus.vocabulary)
-        self.module: nn.Module = self._family.masked_lm(self.model)
+        self.module: nn.Module = self._family.pretraining(self.model)
+        check_hiding(config.panel, corpus.family)
         self.train_cells, self.validation_cells = split_cells(len(corpus), config)
         self._sampler = LengthGroupedSampler(
             corpus.lengths[self.train_cells],
@@ -72,7 +74,7 @@ class MaskedTask:
         return len(self._sampler)
 
     def batch(self, epoch: int, index: int, seed: int) -> dict[str, Tensor]:
-        """Return masked cells, int64 [B, L]: ``input_ids``, ``attention_mask``, ``labels``."""
+        """Return corrupted cells with their targets; see :meth:`training.families.TrainingFamily.mask`."""
         if epoch != self._epoch:
             self._order = self._sampler.batches(epoch, rank=self._process.rank)
             self._epoch = epoch
@@ -92,7 +94,7 @@ class MaskedTask:
         batches = by_length(self._corpus, self.validation_cells, self._config.loop.micro_batch)
         for number in range(self._process.rank, len(batches), self._process.world_size):
             batch = self._masked(batches[number], derive_seed(self._config.loop.seed, _VALIDATION, number))
-            n = int((batch["labels"] >= 0).sum())
+            n = self._family.n_targets(batch)
             total += float(evaluate(batch)) * n
             n_masked += n
         loss_sum, count = self._process.mean([total, float(n_masked)])
@@ -102,24 +104,12 @@ class MaskedTask:
         return {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
 
     def _masked(self, numbers: NDArray[np.int64], seed: int, *, training: bool = False) -> dict[str, Tensor]:
-        batch = padded(self._corpus, numbers, multiple=self._config.sampler.pad_multiple)
-        if training and self._config.panel.share:
-            batch["input_ids"], batch["attention_mask"] = hide_genes(
-                batch["input_ids"],
-                batch["attention_mask"],
-                self._config.panel,
-                n_tokens=len(self._corpus.vocabulary),
-                seed=seed,
-            )
+        family, config = self._corpus.family, self._config
+        batch: Mapping[str, Tensor] = padded(self._corpus, numbers, multiple=config.sampler.pad_multiple)
+        if training and config.panel.share:
+            batch = hide_genes(batch, family, config.panel, seed=seed)
         generator = torch.Generator().manual_seed(seed)
-        batch["input_ids"], batch["labels"] = self._family.mask_batch(
-            batch["input_ids"],
-            batch["attention_mask"],
-            vocabulary=self._corpus.vocabulary,
-            generator=generator,
-            probability=self._config.mask_probability,
-        )
-        return batch
+        return self._family.mask(batch, family=family, generator=generator, probability=config.mask_probability)
 
 
 def split_cells(n_cells: int, config: PretrainConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

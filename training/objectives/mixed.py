@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import BertForMaskedLM
 
 from perturbscope.errors import InvalidParameterError
 from training.checkpoint import Checkpoint
 from training.config.stages import ContrastiveConfig, MixedConfig, PanelConfig
-from training.data.augment import hide_genes
-from training.data.batches import padded
+from training.data.augment import check_hiding, hide_genes
+from training.data.batches import padded, stacked
 from training.data.shards import Corpus
 from training.data.sources import expression_of, open_source
 from training.data.splits import DataSplit
-from training.families.rank.pooling import PooledEncoder
 from training.loop.loop import Evaluate, derive_seed
 from training.loop.process import Process
 from training.objectives.geometry import fit_geometry
@@ -52,6 +49,9 @@ class MixedTask(FinetuningTask):
                 raise InvalidParameterError(
                     f"mixed.{key} names {min(unknown)!r}; the data sets are {names}.", field=f"mixed.{key}"
                 )
+        for name, panel in (("panel", self._mixed.panel), *self._mixed.panels.items()):
+            where = "mixed.panel.share" if name == "panel" else f"mixed.panels.{name}.share"
+            check_hiding(panel, corpus.family, field=where)
         super().__init__(config, corpus, splits, checkpoint, process)
         self._pools = make_pools(config, corpus, splits)
         batch = config.loop.micro_batch
@@ -64,9 +64,7 @@ class MixedTask(FinetuningTask):
         )
         n_classes = 1 + max(int(train.classes.max()) for train, _ in self._pools)
         torch.manual_seed(derive_seed(config.loop.seed, _HEAD))
-        encoder = PooledEncoder(cast("BertForMaskedLM", self.model))
-        width = int(encoder.config.hidden_size)
-        self.module: nn.Module = MixedModule(encoder, self._mixed, width=width, n_classes=max(n_classes, 1))
+        self.module: nn.Module = MixedModule(self._encoder, self._mixed, width=self._width, n_classes=max(n_classes, 1))
         # The loop prepares the next batch in another thread: at the end of an epoch two epochs are asked for at once.
         self._order = functools.lru_cache(maxsize=2)(functools.partial(self._train.batches, rank=process.rank))
 
@@ -115,7 +113,7 @@ class MixedTask(FinetuningTask):
         if self._mixed.info_nce:
             views.append(None if seed is None else derive_seed(seed, _VIEW))
         panel = self._mixed.panels.get(pool.name, self._mixed.panel)
-        batch = _stacked([self._view(batch, panel, view) for view in views])
+        batch = stacked([self._view(batch, panel, view) for view in views], self._corpus.family.inputs)
         classes = pool.classes[places] if seed is not None else np.full(len(places), UNLABELLED)
         batch["classes"] = torch.from_numpy(classes.astype(np.int64))
         batch["contexts"] = torch.from_numpy(pool.contexts[places])
@@ -123,11 +121,10 @@ class MixedTask(FinetuningTask):
         batch["geometry"] = torch.from_numpy(pool.geometry[places])
         return batch
 
-    def _view(self, batch: dict[str, Tensor], panel: PanelConfig, seed: int | None) -> tuple[Tensor, Tensor]:
-        ids, mask = batch["input_ids"], batch["attention_mask"]
+    def _view(self, batch: Mapping[str, Tensor], panel: PanelConfig, seed: int | None) -> Mapping[str, Tensor]:
         if seed is None or not panel.share:
-            return ids, mask
-        return hide_genes(ids, mask, panel, n_tokens=len(self._corpus.vocabulary), seed=seed)
+            return batch
+        return hide_genes(batch, self._corpus.family, panel, seed=seed)
 
 
 def make_pools(
@@ -177,11 +174,3 @@ def make_pools(
         ]
         pools.append((pair[0], pair[1] if len(pair) > 1 else None))
     return pools
-
-
-def _stacked(views: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Stack views of the same cells to one batch, padded to the longest."""
-    longest = max(ids.shape[1] for ids, _ in views)
-    padded_views = [[nn.functional.pad(tensor, (0, longest - tensor.shape[1])) for tensor in view] for view in views]
-    ids, masks = zip(*padded_views, strict=True)
-    return {"input_ids": torch.cat(list(ids)), "attention_mask": torch.cat(list(masks))}

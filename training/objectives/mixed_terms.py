@@ -13,6 +13,8 @@ from training.config.stages import MixedConfig
 from training.objectives.losses import contrastive_loss
 from training.objectives.mixed_sampler import UNLABELLED
 
+FACTS = ("classes", "contexts", "is_control", "geometry")
+"""Tensors of a batch that are not inputs of the encoder."""
 _SELF = -1e9
 """Similarity of a cell with itself, or with a cell of another context; neither counts."""
 
@@ -76,7 +78,7 @@ class MixedModule(nn.Module):
     Parameters
     ----------
     encoder
-        Module from input ids and attention mask to embeddings.
+        Module from the inputs of a family by name to embeddings.
     config
         Weights of the terms.
     width
@@ -97,10 +99,11 @@ class MixedModule(nn.Module):
         Parameters
         ----------
         **batch
-            ``input_ids`` and ``attention_mask`` [B, L] (2B for two views), ``classes``,
+            Inputs of the encoder for B cells (2B for two views), and the :data:`FACTS` on them: ``classes``,
             ``contexts``, ``is_control`` [B], ``geometry`` [B, K].
         """
-        embeddings: Tensor = self.encoder(batch["input_ids"], batch["attention_mask"])
+        inputs = {name: tensor for name, tensor in batch.items() if name not in FACTS}
+        embeddings: Tensor = self.encoder(**inputs)
         if "classes" not in batch:
             return embeddings
         config, n = self._config, len(batch["classes"])

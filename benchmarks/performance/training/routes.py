@@ -232,13 +232,8 @@ def held_out_batch(corpus: Any, numbers: NDArray[np.int64]) -> dict[str, Any]:
     from training.data.batches import padded
 
     batch = padded(corpus, numbers)
-    batch["input_ids"], batch["labels"] = families.load(corpus.manifest["family"]).mask_batch(
-        batch["input_ids"],
-        batch["attention_mask"],
-        vocabulary=corpus.vocabulary,
-        generator=torch.Generator().manual_seed(1),
-    )
-    return batch
+    half = families.load(corpus.manifest["family"])
+    return half.mask(batch, family=corpus.family, generator=torch.Generator().manual_seed(1))
 
 
 def trainer(pace: Pace, job: Job, folder: Path, *, precision: str = "fp32") -> None:
@@ -273,9 +268,8 @@ def trainer(pace: Pace, job: Job, folder: Path, *, precision: str = "fp32") -> N
             batch_first=True,
             padding_value=pad,
         )
-        mask = (ids != pad).long()
-        ids, labels = family.mask_batch(ids, mask, vocabulary=corpus.vocabulary, generator=generator)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch = {"input_ids": ids, "attention_mask": (ids != pad).long()}
+        return family.mask(batch, family=corpus.family, generator=generator)
 
     class Steps(TrainerCallback):  # type: ignore[misc, unused-ignore]
         def on_train_begin(self, *_: Any, **__: Any) -> None:

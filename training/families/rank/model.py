@@ -1,11 +1,8 @@
 """The rank model: a BERT over the ranked genes of a cell, trained to restore masked genes or to name classes.
 
 The architecture is that of Geneformer (Theodoris et al. 2023): post-LN blocks, learned absolute positions (the position
-of a gene is its rank), a head tied to the input embeddings. The masked-language task is that of Devlin et al. 2019,
-except that random replacements are drawn from genes only. A classifier of cells or of genes has the layers, and the
+of a gene is its rank), a head tied to the input embeddings. A classifier of cells or of genes has the layers, and the
 names of weights, of transformers' classes, so that published weights fit.
-
-Shapes: B cells in the batch, L tokens, H hidden, M masked tokens of the batch.
 """
 
 from __future__ import annotations
@@ -13,19 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
 
 from perturbscope.cells.vocabulary import GeneVocabulary
 from training.config.strict import SectionError, configuration, later, parse, within
-from training.families.rank.head import summed_cross_entropy
-from training.families.rank.packed import Layout, can_pack, states
-
-IGNORED = -100
-"""Label of a token that is not predicted; torch's cross-entropy ignores it."""
-_MASKED, _RANDOM = 0.8, 0.1
-"""Shares of the selected tokens that become <mask>, and that become a random gene."""
 
 BertModels = BertForMaskedLM | BertForSequenceClassification | BertForTokenClassification
 """Networks with each of the heads."""
@@ -47,7 +35,7 @@ class RankModelConfig:
     """
 
     layers: Annotated[int, within(2, 1000)] = 6
-    """Number of transformer blocks; the last one serves pre-training only."""
+    """Number of transformer blocks; unless `layer` is last, the last one serves the head only."""
     hidden: Annotated[int, within(1, 2**16)] = 256
     """Width of a token and of a cell embedding."""
     heads: Annotated[int, within(1, 2**10)] = 4
@@ -74,6 +62,10 @@ class RankModelConfig:
     """Head: restores masked genes, names the class of a cell, or names the class of each gene of a cell."""
     classes: tuple[str, ...] = later(())
     """Names of the classes, in the order of the outputs of the head; none for masked_lm."""
+    layer: Literal["penultimate", "last"] = later("penultimate")
+    """Layer whose states are pooled to the cell embedding: the output of the last block but one, or of the last."""
+    pooling: Literal["mean", "cls"] = later("mean")
+    """Cell embedding: the mean over the genes of a cell, or the state of its start token."""
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
@@ -130,87 +122,3 @@ def build_model(config: RankModelConfig, vocabulary: GeneVocabulary) -> BertMode
     )
     bert._attn_implementation = config.attention
     return _NETWORKS[config.head](bert)
-
-
-def mask_batch(
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    vocabulary: GeneVocabulary,
-    generator: torch.Generator,
-    probability: float = 0.15,
-) -> tuple[Tensor, Tensor]:
-    """Mask tokens for the model to restore.
-
-    Each real token is selected independently with `probability` (so a short cell may have none). Of the selected tokens
-    80 % become ``<mask>``, 10 % a gene drawn uniformly, and 10 % stay.
-
-    Parameters
-    ----------
-    input_ids, attention_mask
-        A padded batch, int64 [B, L], on the generator's device; not modified.
-    vocabulary
-        Vocabulary with the mask token and the genes to draw from.
-    generator
-        Source of all randomness; the number of its draws depends on the shape of the batch only.
-    probability
-        Share of tokens to select.
-
-    Returns
-    -------
-    Corrupted ids, and labels: the true id of a selected token, :data:`IGNORED` elsewhere; both int64 [B, L].
-    """
-    shape, device = input_ids.shape, input_ids.device
-    genes = torch.tensor(vocabulary.tokens, dtype=torch.int64, device=device)
-    select = torch.rand(shape, generator=generator, device=device) < probability
-    fate = torch.rand(shape, generator=generator, device=device)
-    drawn = genes[torch.randint(len(genes), shape, generator=generator, device=device)]
-    select &= attention_mask.bool()
-    labels_BL = input_ids.masked_fill(~select, IGNORED)
-    corrupted_BL = input_ids.masked_fill(select & (fate < _MASKED), vocabulary.special_tokens["<mask>"])
-    replace = select & (fate >= _MASKED) & (fate < _MASKED + _RANDOM)
-    return torch.where(replace, drawn, corrupted_BL), labels_BL
-
-
-class MaskedLM(nn.Module):
-    """The masked-language loss, with the head and the output of the last block computed at the masked tokens only.
-
-    At 6 x 256 and a vocabulary of 25,000, a head at all tokens is two fifths of the forward pass, and 85 % of it would
-    be thrown away. If :func:`training.families.rank.packed.can_pack` allows, padding is not computed either, and the
-    loss is summed piece by piece; it is the same.
-
-    Parameters
-    ----------
-    model
-        Model to train; its modules are shared, not copied.
-    """
-
-    def __init__(self, model: BertForMaskedLM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy over the labelled tokens, float32 scalar; inputs are int64 [B, L].
-
-        A batch without labelled tokens has the loss 0 and a zero gradient for every parameter, so that a distributed
-        step still has all gradients.
-        """
-        labelled_BL = labels != IGNORED
-        labels_M = labels[labelled_BL]
-        bert, head = self.model.bert, self.model.cls
-        if can_pack(self.model.config, head.predictions.decoder.weight, training=self.training):
-            layout = Layout.of(attention_mask)
-            selected_T = layout.pack(labelled_BL)
-            hidden_MH = states(bert.embeddings, bert.encoder.layer, input_ids, layout, selected=selected_T)
-            words = head.predictions.decoder
-            total = summed_cross_entropy(head.predictions.transform(hidden_MH), words.weight, words.bias, labels_M)
-        else:
-            hidden_BLH = bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            logits_MV = head(hidden_BLH[labelled_BL])
-            total = nn.functional.cross_entropy(logits_MV.float(), labels_M, reduction="sum")
-        return total / max(len(labels_M), 1)
-
-
-def masked_lm(model: BertForMaskedLM) -> MaskedLM:
-    """Return the loss module over `model`."""
-    return MaskedLM(model)

@@ -17,6 +17,7 @@ from training.commands import cost as command
 from training.config import strict
 from training.config.stages import ContrastiveConfig, LossConfig, PretrainConfig
 from training.data.corpus import build_corpus
+from training.families.rank import masking
 from training.families.rank import model as rank
 from training.families.rank.pooling import PooledEncoder
 from training.measure.cost import HARDWARE, Speed, estimate, speed_of_log
@@ -52,9 +53,9 @@ def test_the_formulas_are_what_torch_counts(stage: str) -> None:
     size = ModelSize(layers=3, hidden=32, feed_forward=48, vocabulary=len(VOCABULARY))
     cells = {"input_ids": torch.randint(2, 60, (4, 40)), "attention_mask": torch.ones(4, 40, dtype=torch.int64)}
     if stage == "pretraining":
-        labels = torch.full((4, 40), rank.IGNORED)
+        labels = torch.full((4, 40), masking.IGNORED)
         labels[:, :10] = 7
-        stepped: Any = rank.masked_lm(model)
+        stepped: Any = masking.MaskedLM(model)
         cells["labels"] = labels
         expected = cell_cost(size, 40, masked_share=0.25)
     else:
@@ -76,7 +77,7 @@ def config(folder: Path) -> PretrainConfig:
 def test_the_published_week_comes_out(tmp_path: Path) -> None:
     values = pretrain_values(tmp_path, epochs=3)
     values["model"] = {}
-    values["corpus"]["max_length"] = 2048
+    values["corpus"] |= {"max_length": 2048, "vocabulary": "geneformer_gc30m"}
     paper = strict.parse(PretrainConfig, values)
     found = estimate(paper, hardware=HARDWARE["a10g"], devices=4, cells=33_000_000)
     (speed,) = found.speeds
@@ -96,7 +97,7 @@ def test_a_built_corpus_gives_cells_and_lengths(tmp_path: Path) -> None:
     found = estimate(plain, measured=given)
     assert found.passes == 117 * 2
     assert found.hours(given) == pytest.approx(117 * 2 / 10 / 3600)
-    size = ModelSize(layers=2, hidden=16, feed_forward=24)
+    size = ModelSize(layers=2, hidden=16, feed_forward=24, vocabulary=62)
     assert found.cost == cell_cost(size, corpus.lengths, masked_share=0.15)
     assert estimate(plain, measured=given, length=7).cost == cell_cost(size, 7, masked_share=0.15)
 

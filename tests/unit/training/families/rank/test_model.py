@@ -17,7 +17,8 @@ from perturbscope.errors import InvalidParameterError, UnsupportedBundleError
 from perturbscope.families import FAMILIES
 from tests.models import TINY_MODEL, small_batch, small_model, small_vocabulary
 from training import families
-from training.families.rank.model import IGNORED, MaskedLM, RankModelConfig, build_model, mask_batch, parse_config
+from training.families.rank.masking import IGNORED, MaskedLM, mask_batch
+from training.families.rank.model import RankModelConfig, build_model, parse_config
 
 
 def masked(ids, mask, *, seed=0, probability=0.15):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.models import TINY_MODEL, small_batch, small_model
-from training.families.rank.model import IGNORED, MaskedLM, masked_lm
+from training.families.rank.masking import IGNORED, MaskedLM
 from training.families.rank.packed import Layout, attend, can_pack, states
 
 LENGTHS = (12, 7, 1, 12, 40)
@@ -102,7 +102,7 @@ class TestLoss:
     def test_it_is_the_loss_of_the_padded_form(self) -> None:
         """A model with eager attention gets the padded batch."""
         packed, padded = (
-            masked_lm(small_model(dataclasses.replace(TINY_MODEL, attention=name))) for name in ("sdpa", "eager")
+            MaskedLM(small_model(dataclasses.replace(TINY_MODEL, attention=name))) for name in ("sdpa", "eager")
         )
         ids, mask = small_batch(lengths=LENGTHS)
         labels = torch.where(torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.3, ids, IGNORED)
