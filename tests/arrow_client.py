@@ -52,9 +52,9 @@ def stream_answers_from_arrow(source: io.IOBase) -> Iterator[StreamAnswer]:
             if batch.num_rows:
                 yield _chunk_from(batch, said, opened)
             elif "end" in said:
-                meta, warnings, _ = meta_from_dict(said["end"])
+                meta = meta_from_dict(said["end"])
                 n_cells = check.integer(said["end"].get("n_cells"), "n_cells")
-                yield StreamEnd(n_cells=n_cells, warnings=warnings, meta=meta)
+                yield StreamEnd(n_cells=n_cells, meta=meta)
                 return
             elif "error" in said:
                 error = said["error"]
@@ -74,7 +74,7 @@ def _said(metadata: Any) -> dict[str, Any]:
 
 def _opened_from(metadata: Any) -> StreamOpened:
     said = _said(metadata)
-    meta, _, _ = meta_from_dict(said)
+    meta = meta_from_dict(said)
     if meta.model_id is None or meta.vocabulary_hash is None or meta.coverage is None:
         raise InvalidParameterError("The answer names no model, or no gene coverage.", field="meta")
     return StreamOpened(
@@ -88,7 +88,7 @@ def _opened_from(metadata: Any) -> StreamOpened:
 
 def _chunk_from(batch: pa.RecordBatch, said: Mapping[str, Any], opened: StreamOpened) -> StreamChunk:
     table = pa.Table.from_batches([batch])
-    meta, _, _ = meta_from_dict({"timings": said.get("timings")})
+    meta = meta_from_dict({"timings": said.get("timings")})
     found = embeddings_of(
         replace(opened.meta, timings=meta.timings),
         vectors_from(table).copy(),

@@ -20,19 +20,12 @@ from perturbscope.errors import (
     UnauthenticatedError,
 )
 from perturbscope.protocol.checks import parse_json
+from perturbscope.protocol.messages import Answer, Request
+from perturbscope.protocol.operations import OPERATIONS, Operation
 
 Format = Literal["arrow", "json"]
 CODE, FIELD, RETRY_AFTER = "perturbscope-code", "perturbscope-field", "retry-after"
 """Keys of the trailing metadata of a failed gRPC call."""
-
-
-_RPCS: dict[type[protocol.Request], str] = {
-    protocol.EmbedRequest: "Embed",
-    protocol.ScoreRequest: "Score",
-    protocol.CompareRequest: "Compare",
-    protocol.ModelsRequest: "Models",
-}
-"""Name of the gRPC method for each type of request."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +38,18 @@ class HttpCall:
     content: bytes | None
 
 
-def http_call(request: protocol.Request, body: Format) -> HttpCall:
+def http_call(request: Request, body: Format) -> HttpCall:
     """Return a request as an HTTP call; its body and its answer are Arrow or JSON."""
-    if isinstance(request, protocol.ModelsRequest):
-        return HttpCall("GET", request.path, {"accept": protocol.JSON, **trace_headers()}, None)
+    operation = OPERATIONS.of(request)
+    if not operation.has_body:
+        return HttpCall("GET", operation.path, {"accept": protocol.JSON, **trace_headers()}, None)
     encode = protocol.request_to_arrow if body == "arrow" else protocol.request_to_json
     kind = protocol.ARROW if body == "arrow" else protocol.JSON
     headers = {"content-type": kind, "accept": kind, **trace_headers()}
-    return HttpCall("POST", request.path, headers, encode(request))
+    return HttpCall("POST", operation.path, headers, encode(request))
 
 
-def http_answer(request: protocol.Request, status: int, headers: Mapping[str, str], body: bytes) -> protocol.Answer:
+def http_answer(request: Request, status: int, headers: Mapping[str, str], body: bytes) -> Answer:
     """Decode the answer of an HTTP response.
 
     Parameters
@@ -68,28 +62,30 @@ def http_answer(request: protocol.Request, status: int, headers: Mapping[str, st
     Failure
         The server refused, or its response is not an answer.
     """
+    operation = OPERATIONS.of(request)
     if status != 200:
-        raise _http_failure(request.path, status, headers, body)
+        raise _http_failure(operation.path, status, headers, body)
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     decode = {protocol.JSON: protocol.answer_from_json, protocol.ARROW: protocol.answer_from_arrow}.get(kind)
-    if decode is None or (kind == protocol.ARROW and isinstance(request, protocol.ModelsRequest)):
+    if decode is None or (kind == protocol.ARROW and not operation.has_arrow):
         raise Failure(
             ServerError(
-                f"{request.path} answered with the content type {kind[:60]!r}, which PerturbScope does not send. "
+                f"{operation.path} answered with the content type {kind[:60]!r}, which PerturbScope does not send. "
                 "Check the address of the server."
             )
         )
-    return _decoded(decode, request, body, request.path)
+    return _decoded(decode, operation, body, operation.path)
 
 
-def grpc_call(request: protocol.Request) -> tuple[str, Any]:
+def grpc_call(request: Request) -> tuple[str, Any]:
     """Return a request as the name of a gRPC method and its protobuf message."""
-    return _RPCS[type(request)], protocol.request_to_proto(request)
+    return OPERATIONS.of(request).rpc, protocol.request_to_proto(request)
 
 
-def grpc_answer(request: protocol.Request, message: Any) -> protocol.Answer:
+def grpc_answer(request: Request, message: Any) -> Answer:
     """Decode the answer of a protobuf message. Raises :class:`Failure` if it cannot be read."""
-    return _decoded(protocol.answer_from_proto, request, message, _RPCS[type(request)])
+    operation = OPERATIONS.of(request)
+    return _decoded(protocol.answer_from_proto, operation, message, operation.rpc)
 
 
 def grpc_failure(
@@ -160,11 +156,9 @@ def _too_late(target: str) -> str:
     return f"No answer from {target} in time. Send fewer cells at a time, or allow a longer timeout."
 
 
-def _decoded(
-    decode: Callable[..., protocol.Answer], request: protocol.Request, body: Any, where: str
-) -> protocol.Answer:
+def _decoded(decode: Callable[..., Answer], operation: Operation[Any, Any], body: Any, where: str) -> Answer:
     try:
-        return decode(protocol.ANSWERS[type(request)], body)
+        return decode(operation.answer, body)
     except InvalidInputError as error:
         raise Failure(ServerError(f"The answer of {where} cannot be read: {error.message}")) from error
 

@@ -5,10 +5,9 @@ The folder imports cells, inference and scoring. For each of the formats ``json`
     request_to_<format>(request)      request_from_<format>(EmbedRequest, body)
     answer_to_<format>(answer)        answer_from_<format>(ScoreAnswer, body)
 
-A new request is a dataclass in :mod:`perturbscope.protocol.messages`, and a message in the .proto with the same fields.
-Lists of models do not travel as Arrow. Streams of cells, which have several messages in both directions, are in
-:mod:`perturbscope.protocol.streams`, as protobuf in :mod:`perturbscope.protocol.protobuf_streams` and as Arrow in
-:mod:`perturbscope.protocol.arrow_streams`.
+What travels follows from the fields of a message (:mod:`perturbscope.protocol.fields`). Models do not travel as Arrow.
+Streams of cells, which have several messages in both directions, are in :mod:`perturbscope.protocol.streams`, as
+protobuf in :mod:`perturbscope.protocol.protobuf_streams` and as Arrow in :mod:`perturbscope.protocol.arrow_streams`.
 
 JSON and Arrow are ``bytes``; protobuf is the message of :mod:`perturbscope.protocol.proto`. Input is not trusted: every
 decoder raises an error of :mod:`perturbscope.errors` that names the field, and counts always pass through
@@ -16,6 +15,7 @@ decoder raises an error of :mod:`perturbscope.errors` that names the field, and 
 """
 
 from perturbscope.protocol.arrow import answer_from_arrow, answer_to_arrow, request_from_arrow, request_to_arrow
+from perturbscope.protocol.fields import Meta
 from perturbscope.protocol.json import (
     answer_from_json,
     answer_to_json,
@@ -24,17 +24,13 @@ from perturbscope.protocol.json import (
     request_to_json,
 )
 from perturbscope.protocol.messages import (
-    ANSWERS,
-    Answer,
     CompareAnswer,
     CompareRequest,
     EmbedAnswer,
     EmbedRequest,
-    Meta,
     ModelInfo,
     ModelsAnswer,
     ModelsRequest,
-    Request,
     ScoreAnswer,
     ScoreRequest,
 )
@@ -46,11 +42,9 @@ HDF5 = "application/x-hdf5"
 """Body of a request that is an .h5ad file."""
 
 __all__ = [
-    "ANSWERS",
     "ARROW",
     "HDF5",
     "JSON",
-    "Answer",
     "CompareAnswer",
     "CompareRequest",
     "EmbedAnswer",
@@ -59,7 +53,6 @@ __all__ = [
     "ModelInfo",
     "ModelsAnswer",
     "ModelsRequest",
-    "Request",
     "ScoreAnswer",
     "ScoreRequest",
     "answer_from_arrow",

@@ -1,13 +1,12 @@
-"""Messages as one Arrow IPC stream: one row a cell in requests, the table in answers.
+"""Messages as one Arrow IPC stream: what has one entry a row is a column.
 
 Everything that is not a column is JSON in the schema's metadata, under the key ``perturbscope``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,102 +14,122 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, MalformedMatrixError
-from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.arrow_ipc import read_stream, write_stream
-from perturbscope.protocol.messages import AnyAnswer, AnyRequest, CompareAnswer, Request, ScoreAnswer
-from perturbscope.protocol.tables import (
-    Kind,
-    embed_meta,
-    embeddings_of,
-    kinds_of,
-    meta_from_dict,
-    meta_to_dict,
-    result_answer,
-    rows_of,
-)
+from perturbscope.protocol.fields import PER_ROW, SILENT, Field, Kind
+from perturbscope.protocol.tables import form_of, meta_from_dict, meta_to_dict, rows_of, table_of
 
+T = TypeVar("T")
 COUNTS = ("indices", "counts", "total_counts")
 """Columns of cells."""
-_LABELS = {"perturbations": "perturbation", "batches": "batch"}
-"""Column of each field of a request that has one label a cell."""
+OF_CELLS = ("gene_ids", "first_row")
+"""Names in the metadata that belong to cells."""
+_NOT_INSIDE: frozenset[Kind] = PER_ROW | {"cells"}
 _ARROW_TYPES: dict[Kind, Any] = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64()}
 
 
-def request_to_arrow(request: Request) -> bytes:
+def request_to_arrow(request: Any) -> bytes:
     """Encode a request.
 
-    Cells are the columns ``indices, counts, total_counts``, with ``gene_ids`` and ``first_row`` in the metadata;
-    embeddings are the column ``embedding``; labels are the columns ``perturbation`` and ``batch``. All other fields
-    stand in the metadata.
+    Cells are the columns ``indices, counts, total_counts``, with ``gene_ids`` and ``first_row`` in the metadata; what
+    has one entry a cell is a column of its own (``embedding``, ``perturbation``, ``batch``). All other fields stand in
+    the metadata.
     """
-    columns: dict[str, Any] = {}
-    meta: dict[str, Any] = {}
-    for name, value in ((item.name, getattr(request, item.name)) for item in fields(request)):
-        if name not in ("cells", "embeddings", *_LABELS):
-            meta[name] = value.to_dict() if name == "options" else value
-        elif value is None:
-            continue
-        elif name == "cells":
-            columns |= count_columns(value)
-            meta |= {"gene_ids": value.gene_ids.tolist(), "first_row": value.first_row}
-        else:
-            columns |= {"embedding": vectors(value)} if name == "embeddings" else {_LABELS[name]: _strings(value)}
-    return write_stream(columns, meta)
+    return _to_arrow(request)
 
 
-def request_from_arrow(kind: type[AnyRequest], body: bytes) -> AnyRequest:
+def request_from_arrow(kind: type[T], body: bytes) -> T:
     """Decode a request of this kind. Raises errors of :mod:`perturbscope.errors` for bad input."""
-    names, required = check.field_names(kind)
-    inside = [name for name in names if name not in ("cells", "embeddings", *_LABELS)]
+    form = form_of(kind)
+    cells, vectors = form.of("cells"), form.of("vectors")
+    columns, inside = form.of("labels", "numbers"), [item for item in form.fields if item.kind not in _NOT_INSIDE]
     table, meta = read_stream(body)
-    of_cells = ["gene_ids", "first_row"]
-    needed = [name for name in inside if name in required] + (of_cells[:1] if "cells" in required else [])
-    allowed = [name for name in (*of_cells, *inside) if name not in needed]
-    meta = check.mapping(meta, "metadata", required=needed, optional=allowed)
-    embedded = "embeddings" in names and "embedding" in table.column_names
-    labels = {name: column for name, column in _LABELS.items() if name in names}
-    expect_columns(table, (*(["embedding"] if embedded else COUNTS), *labels.values()))
+    needed = [item.name for item in inside if item.required]
+    needed += [OF_CELLS[0] for item in cells if item.required]
+    known = (*(OF_CELLS if cells else ()), *(item.name for item in inside))
+    meta = check.mapping(meta, "metadata", required=needed, optional=[name for name in known if name not in needed])
+    embedded = [item for item in vectors if item.column in table.column_names]
+    source = [item.column for item in embedded] or (COUNTS if cells else ())
+    expect_columns(table, (*source, *(item.column for item in columns)))
     if embedded and "gene_ids" in meta:
         raise InvalidParameterError("gene_ids are given with embeddings; give cells or embeddings.", field="gene_ids")
-    found: dict[str, Any] = {"embeddings": vectors_from(table)} if embedded else {"cells": _cells_from(table, meta)}
-    for name, column in labels.items():
-        if name in required or column in table.column_names:
-            found[name] = _labels(table, column)
-    for name in inside:
-        if name in required or meta.get(name) is not None:
-            found[name] = check.READERS[name](meta[name], name)
-    return kind(**found)
+    found: dict[str, Any] = {item.name: vectors_from(table, item.column) for item in embedded}
+    if not embedded:
+        found |= {item.name: _cells_from(table, meta) for item in cells}
+    for item in columns:
+        if item.required or item.column in table.column_names:
+            found[item.name] = _COLUMNS[item.kind](table, item)
+    for item in inside:
+        if item.required or meta.get(item.name) is not None:
+            found[item.name] = check.READERS[item.kind](meta[item.name], item.name)
+    made: T = form.make(**found)
+    return made
 
 
-def answer_to_arrow(answer: Embeddings | ScoreAnswer | CompareAnswer) -> bytes:
+def answer_to_arrow(answer: Any) -> bytes:
     """Encode an answer, with its ``meta`` in the metadata.
 
     Embeddings have the columns ``embedding, length, n_detected, known_share``, one row a cell; scores and comparisons
     those of their table.
     """
-    if isinstance(answer, Embeddings):
-        columns = {
-            "embedding": vectors(answer.values),
-            "length": pa.array(answer.lengths),
-            "n_detected": pa.array(answer.n_detected),
-            "known_share": pa.array(answer.known_share),
-        }
-        return write_stream(columns, meta_to_dict(embed_meta(answer), answer.warnings()))
-    result, kinds = answer.result, kinds_of(type(answer))
-    rows = rows_of(result.table, kinds)
-    columns = {name: pa.array([row[name] for row in rows], _ARROW_TYPES[kind]) for name, kind in kinds.items()}
-    return write_stream(columns, {**meta_to_dict(answer.meta, result.warnings), "provenance": result.provenance})
+    return _to_arrow(answer)
 
 
-def answer_from_arrow(kind: type[AnyAnswer], body: bytes) -> AnyAnswer:
+def answer_from_arrow(kind: type[T], body: bytes) -> T:
     """Decode an answer of this kind. Raises errors of :mod:`perturbscope.errors` that name the field."""
+    form = form_of(kind)
     table, metadata = read_stream(body)
-    meta = meta_from_dict(metadata)
-    if kind is not Embeddings:
-        return cast("AnyAnswer", result_answer(kind, table.to_pylist(), meta))
-    columns = [plain(table, name) for name in ("length", "n_detected", "known_share")]
-    return cast("AnyAnswer", embeddings_of(meta[0], vectors_from(table).copy(), *columns))
+    found: dict[str, Any] = {}
+    for item in form.fields:
+        if item.derived:
+            continue
+        if item.kind == "table":
+            found[item.name] = table_of(table.to_pylist(), item.columns)
+        elif item.kind == "meta":
+            found[item.name] = meta_from_dict(metadata)
+        elif item.kind in _COLUMNS:
+            if item.required or item.column in table.column_names:
+                found[item.name] = _COLUMNS[item.kind](table, item)
+        elif item.required or (isinstance(metadata, Mapping) and metadata.get(item.name) is not None):
+            given = check.mapping(metadata, "metadata", required=[item.name], optional=list(metadata))
+            found[item.name] = check.READERS[item.kind](given[item.name], item.name)
+    made: T = form.make(**found)
+    return made
+
+
+def _to_arrow(message: Any) -> bytes:
+    form = form_of(type(message))
+    values = form.take(message)
+    columns: dict[str, Any] = {}
+    meta: dict[str, Any] = {}
+    for item in form.fields:
+        value = values[item.name]
+        if item.derived or (value is None and item.kind in (*SILENT, *PER_ROW)):
+            continue
+        if item.kind == "cells":
+            columns |= count_columns(value)
+            meta |= {"gene_ids": value.gene_ids.tolist(), "first_row": value.first_row}
+        elif item.kind == "table":
+            rows = rows_of(value, item.columns)
+            columns |= {
+                name: pa.array([row[name] for row in rows], _ARROW_TYPES[kind]) for name, kind in item.columns.items()
+            }
+        elif item.kind == "meta":
+            meta |= meta_to_dict(value)
+        elif item.kind in PER_ROW:
+            columns[item.column] = vectors(value) if item.kind == "vectors" else _plain_column(value, item)
+        else:
+            meta[item.name] = value.to_dict() if item.kind == "options" and value is not None else value
+    return write_stream(columns, meta)
+
+
+def _table_columns(table: Any, item: Field) -> dict[str, Any]:
+    rows = rows_of(table, item.columns)
+    return {name: pa.array([row[name] for row in rows], _ARROW_TYPES[kind]) for name, kind in item.columns.items()}
+
+
+def _plain_column(values: Any, item: Field) -> Any:
+    return pa.array(values, pa.string()) if item.kind == "labels" else pa.array(values)
 
 
 def count_columns(cells: CountMatrix) -> dict[str, Any]:
@@ -201,22 +220,18 @@ def vectors(values: NDArray[np.float32]) -> Any:
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1])
 
 
-def vectors_from(table: pa.Table) -> NDArray[np.float32]:
-    """Return the vectors in the column ``embedding``, as a view."""
-    column = _column(table, "embedding")
+def vectors_from(table: pa.Table, name: str = "embedding") -> NDArray[np.float32]:
+    """Return the vectors in a column, as a view."""
+    column = _column(table, name)
     kind = column.type
     if not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type) or kind.list_size < 1:
         raise InvalidEmbeddingError(
-            f"The column 'embedding' has type {kind}; a fixed-size list of floats is needed.", field="embedding"
+            f"The column {name!r} has type {kind}; a fixed-size list of floats is needed.", field=name
         )
     values = column.flatten()
     if values.null_count:
-        raise InvalidEmbeddingError(f"The column 'embedding' has {values.null_count} nulls.", field="embedding")
+        raise InvalidEmbeddingError(f"The column {name!r} has {values.null_count} nulls.", field=name)
     return check.embedding_matrix(values.to_numpy(zero_copy_only=False).reshape(-1, kind.list_size))
-
-
-def _strings(labels: tuple[str, ...]) -> Any:
-    return pa.array(labels, pa.string())
 
 
 def _labels(table: pa.Table, name: str) -> tuple[str, ...]:
@@ -230,3 +245,23 @@ def _labels(table: pa.Table, name: str) -> tuple[str, ...]:
         raise InvalidParameterError(f"The column {name!r} has type {column.type}; strings are needed.", field=name)
     names = check.texts(column.to_pylist(), name)
     return names if codes is None else tuple(names[code] for code in codes)
+
+
+def _numbers(table: pa.Table, item: Field) -> NDArray[Any]:
+    if item.dtype.kind == "b":
+        column = _column(table, item.column)
+        if not pa.types.is_boolean(column.type):
+            raise MalformedMatrixError(
+                f"The column {item.column!r} has type {column.type}; booleans are needed.", field=item.column
+            )
+        flags: NDArray[Any] = column.to_numpy(zero_copy_only=False)
+        return flags
+    return check.numbers_as(plain(table, item.column), item.name, item.dtype)
+
+
+_COLUMNS: Mapping[Kind, Callable[[pa.Table, Field], Any]] = {
+    "vectors": lambda table, item: vectors_from(table, item.column).copy(),
+    "labels": lambda table, item: _labels(table, item.column),
+    "numbers": _numbers,
+}
+"""Function that reads each kind of field that is a column, or columns."""

@@ -200,12 +200,12 @@ class StreamAnswerWriter:
                 self._width = answer.width
                 columns = {name: column.type for name, column in self._columns(_Nothing(answer.width), 0).items()}
                 limits = {name: getattr(answer, name) for name in _LIMITS}
-                return self._writer.open(columns, {**meta_to_dict(answer.meta, []), **limits})
+                return self._writer.open(columns, {**meta_to_dict(answer.meta), **limits})
             case StreamChunk():
                 columns = self._columns(answer.embeddings, answer.first_row)
                 return self._writer.batch(columns, {"timings": answer.embeddings.timings})
             case StreamEnd():
-                end = {"n_cells": answer.n_cells, **meta_to_dict(answer.meta, answer.warnings)}
+                end = {"n_cells": answer.n_cells, **meta_to_dict(answer.meta)}
                 return self._last({"end": end}) + END
 
     def error(self, error: PerturbScopeError, row: int) -> bytes:

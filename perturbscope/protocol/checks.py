@@ -8,7 +8,6 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
 from itertools import chain
 from typing import Any
 
@@ -24,6 +23,7 @@ from perturbscope.errors import (
     MalformedMatrixError,
     UnreadableFileError,
 )
+from perturbscope.protocol.fields import Kind
 from perturbscope.scoring.results import ScoreOptions
 
 MAX_NAME = 512
@@ -226,6 +226,21 @@ def numbers(values: Any, field: str, error: type[InvalidInputError] = MalformedM
     return array
 
 
+def numbers_as(values: NDArray[Any], field: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return one number a row in the type of its field, after checking that they fit."""
+    kinds = {"f": "iuf", "b": "b"}.get(dtype.kind, "iu")
+    fits = values.ndim == 1 and values.dtype.kind in kinds
+    if fits and dtype.kind in "iu" and values.size:
+        limits = np.iinfo(dtype)
+        fits = int(values.min()) >= limits.min and int(values.max()) <= limits.max
+    if not fits:
+        raise InvalidParameterError(
+            f"{field} has shape {values.shape} and dtype {values.dtype}; one {dtype.name} a row is needed.", field=field
+        )
+    with np.errstate(over="ignore"):
+        return values.astype(dtype)
+
+
 def rows_of_numbers(values: Any, field: str = "embeddings") -> NDArray[np.float32]:
     """Return a list of lists of numbers as float32 [rows, width]; see :func:`embedding_matrix`."""
     if not isinstance(values, list) or not set(map(type, values)) <= {list}:
@@ -300,6 +315,20 @@ def integer(value: Any, field: str) -> int:
     return value
 
 
+def whole(value: Any, field: str) -> int:
+    """Return an integer of 64 bits with its sign."""
+    if type(value) is not int or not -(2**63) <= value < 2**63:
+        raise InvalidParameterError(f"{field} must be an integer; got {shown(value)}.", field=field)
+    return value
+
+
+def flag(value: Any, field: str) -> bool:
+    """Return true or false."""
+    if type(value) is not bool:
+        raise InvalidParameterError(f"{field} must be true or false; got {shown(value)}.", field=field)
+    return value
+
+
 def number(value: Any, field: str) -> float:
     """Return a number as a float."""
     if type(value) not in {int, float}:
@@ -310,18 +339,14 @@ def number(value: Any, field: str) -> float:
         raise InvalidParameterError(f"{field} is too large for a float.", field=field) from None
 
 
-READERS: Mapping[str, Callable[[Any, str], Any]] = {
-    "perturbations": texts,
-    "batches": texts,
+READERS: Mapping[Kind, Callable[[Any, str], Any]] = {
+    "labels": texts,
+    "texts": texts,
+    "text": text,
+    "integer": whole,
+    "number": number,
+    "flag": flag,
     "options": score_options,
-    "model": text,
     "pairs": pairs,
-    "control": text,
 }
-"""Function that reads each field of a request that is neither cells nor embeddings, from its value and its name."""
-
-
-def field_names(kind: type[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of all fields of a dataclass, and of those without a default, in their order."""
-    required = (item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING)
-    return tuple(item.name for item in fields(kind)), tuple(required)
+"""Function that reads each kind of field whose JSON value stands for itself, from its value and its name."""

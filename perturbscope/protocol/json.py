@@ -3,89 +3,63 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, fields
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
-from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol import checks as check
-from perturbscope.protocol.messages import (
-    Answer,
-    AnyAnswer,
-    AnyRequest,
-    ModelInfo,
-    ModelsAnswer,
-    Request,
-)
+from perturbscope.protocol.fields import SILENT, Field, Kind
 from perturbscope.protocol.tables import (
-    embed_meta,
-    embeddings_of,
-    kinds_of,
+    form_of,
     meta_from_dict,
     meta_to_dict,
-    result_answer,
+    record_of,
+    record_to_dict,
     rows_of,
+    table_of,
 )
 
+T = TypeVar("T")
 _CELLS = ("gene_ids", "indptr", "indices", "data")
-_PER_CELL = ("lengths", "n_detected", "known_share")
 _PIECE = 16_384
 """Numbers that are encoded at a time, which takes some milliseconds."""
 
 
-def request_to_json(request: Request) -> bytes:
+def request_to_json(request: Any) -> bytes:
     """Encode a request as an object with its fields, of `cells` and `embeddings` the one that is given."""
-    values = {item.name: getattr(request, item.name) for item in fields(request)}
-    return _dump(
-        {
-            name: _WRITERS[name](value) if name in _WRITERS else value
-            for name, value in values.items()
-            if value is not None or name not in ("cells", "embeddings")
-        }
-    )
+    return _to_json(request)
 
 
-def request_from_json(kind: type[AnyRequest], body: bytes) -> AnyRequest:
+def request_from_json(kind: type[T], body: bytes) -> T:
     """Decode a request of this kind. Raises errors of :mod:`perturbscope.errors` for bad input."""
-    names, required = check.field_names(kind)
-    optional = [name for name in names if name not in required]
-    data = check.mapping(check.parse_request(body), "body", required=required, optional=optional)
-    given = [name for name in names if name in required or data.get(name) is not None]
-    return kind(**{name: _READERS[name](data[name], name) for name in given})
+    form = form_of(kind)
+    optional = [name for name in form.names if name not in form.required]
+    data = check.mapping(check.parse_request(body), "body", required=form.required, optional=optional)
+    given = (item for item in form.fields if item.required or data.get(item.name) is not None)
+    made: T = form.make(**{item.name: _read(data[item.name], item) for item in given})
+    return made
 
 
-def answer_to_json(answer: Answer) -> bytes:
-    """Encode an answer.
+def answer_to_json(answer: Any) -> bytes:
+    """Encode an answer as an object with its fields.
 
     Embeddings are ``{"embeddings", "lengths", "n_detected", "known_share", "below_min_genes", "meta"}``, scores and
     comparisons ``{"results": [{column: value}], "meta"}``, models ``{"models": [{"name", ...}]}``, the default first.
     """
-    match answer:
-        case Embeddings():
-            return _embeddings_to_json(answer)
-        case ModelsAnswer():
-            return _dump({"models": [asdict(model) for model in answer.models]})
-        case _:
-            result = answer.result
-            meta = {**meta_to_dict(answer.meta, result.warnings), "provenance": result.provenance}
-            rows = rows_of(result.table, kinds_of(type(answer)))
-            return _dump({"results": check.finite(rows), "meta": check.finite(meta)})
+    return _to_json(answer)
 
 
-def answer_from_json(kind: type[AnyAnswer], body: bytes) -> AnyAnswer:
+def answer_from_json(kind: type[T], body: bytes) -> T:
     """Decode an answer of this kind. Raises errors of :mod:`perturbscope.errors` that name the field."""
-    data = check.parse_json(body)
-    found: Answer
-    if kind is Embeddings:
-        found = _embeddings_from(data)
-    elif kind is ModelsAnswer:
-        found = _models_from(data)
-    else:
-        data = _require(data, "answer", "results", "meta")
-        found = result_answer(kind, data["results"], meta_from_dict(data["meta"]))
-    return cast("AnyAnswer", found)
+    form = form_of(kind)
+    data = _require(check.parse_json(body), "answer", *form.required)
+    given = (item for item in form.fields if item.name in form.names and data.get(item.name) is not None)
+    made: T = form.make(**{item.name: _read(data[item.name], item) for item in given})
+    return made
 
 
 def error_to_json(error: PerturbScopeError) -> bytes:
@@ -93,7 +67,27 @@ def error_to_json(error: PerturbScopeError) -> bytes:
     return _dump({"error": error.to_dict()})
 
 
-def _dump(value: Mapping[str, Any] | list[Any]) -> bytes:
+def _to_json(message: Any) -> bytes:
+    form = form_of(type(message))
+    values = form.take(message)
+    return b"{" + b",".join(_pairs(form.fields, values)) + b"}"
+
+
+def _pairs(fields: tuple[Field, ...], values: Mapping[str, Any]) -> Iterator[bytes]:
+    for item in fields:
+        value = values[item.name]
+        if value is None and item.kind in SILENT:
+            continue
+        name = _dump(item.name) + b":"
+        if value is None:
+            yield name + b"null"
+        elif item.kind == "vectors":
+            yield name + _vectors_to_json(value)
+        else:
+            yield name + _dump(_WRITERS[item.kind](value, item) if item.kind in _WRITERS else value)
+
+
+def _dump(value: Any) -> bytes:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
@@ -107,47 +101,19 @@ def _require(value: Any, where: str, *names: str) -> dict[str, Any]:
     return value
 
 
-def _embeddings_to_json(answer: Embeddings) -> bytes:
-    rest = _dump(
-        {
-            "lengths": answer.lengths.tolist(),
-            "n_detected": answer.n_detected.tolist(),
-            "known_share": check.short_floats(answer.known_share),
-            "below_min_genes": answer.below_min_genes.tolist(),
-            "meta": check.finite(meta_to_dict(embed_meta(answer), answer.warnings())),
-        }
-    )
+def _vectors_to_json(values: NDArray[np.float32]) -> bytes:
     # Python's encoder lets no other thread run until it is done, and makes an object of every number: so, in pieces.
-    step = max(1, _PIECE // max(1, answer.values.shape[1]))
-    pieces = (
-        _dump(check.short_floats(answer.values[start : start + step]))[1:-1]
-        for start in range(0, len(answer.values), step)
-    )
-    return b'{"embeddings":[' + b",".join(pieces) + b"]," + rest[1:]
+    step = max(1, _PIECE // max(1, values.shape[1]))
+    pieces = (_dump(check.short_floats(values[start : start + step]))[1:-1] for start in range(0, len(values), step))
+    return b"[" + b",".join(pieces) + b"]"
 
 
-def _embeddings_from(value: Any) -> Embeddings:
-    data = _require(value, "answer", "embeddings", *_PER_CELL, "meta")
-    meta, _, _ = meta_from_dict(data["meta"])
-    columns = (check.numbers(data[name], name, InvalidParameterError) for name in _PER_CELL)
-    return embeddings_of(meta, check.rows_of_numbers(data["embeddings"]), *columns)
+def _read(value: Any, item: Field) -> Any:
+    read = _READERS.get(item.kind)
+    return check.READERS[item.kind](value, item.name) if read is None else read(value, item)
 
 
-def _models_from(value: Any) -> ModelsAnswer:
-    models = _require(value, "answer", "models")["models"]
-    if not isinstance(models, list):
-        raise InvalidParameterError("models must be a list.", field="models")
-    names = [item.name for item in fields(ModelInfo)]
-    needed = [item.name for item in fields(ModelInfo) if item.default is MISSING]
-    found = []
-    for item in models:
-        model = _require(item, "models", *needed)
-        texts = {name: check.text(model[name], name) for name in names if name != "width" and name in model}
-        found.append(ModelInfo(width=check.integer(model["width"], "width"), **texts))
-    return ModelsAnswer(models=tuple(found))
-
-
-def _cells_to_dict(cells: CountMatrix) -> dict[str, Any]:
+def _cells_to_dict(cells: CountMatrix, _: Field) -> dict[str, Any]:
     return {
         "gene_ids": cells.gene_ids.tolist(),
         "indptr": cells.counts.indptr.tolist(),
@@ -158,8 +124,8 @@ def _cells_to_dict(cells: CountMatrix) -> dict[str, Any]:
     }
 
 
-def _cells_from(value: Any, field: str) -> CountMatrix:
-    data = check.mapping(value, field, required=_CELLS, optional=["total_counts", "first_row"])
+def _cells_from(value: Any, item: Field) -> CountMatrix:
+    data = check.mapping(value, item.name, required=_CELLS, optional=["total_counts", "first_row"])
     totals = data.get("total_counts")
     return check.count_matrix(
         data["gene_ids"],
@@ -171,9 +137,43 @@ def _cells_from(value: Any, field: str) -> CountMatrix:
     )
 
 
-_WRITERS: Mapping[str, Callable[[Any], Any]] = {
+def _numbers_to_list(values: NDArray[Any], _: Field) -> list[Any]:
+    if values.dtype.kind != "f":
+        found: list[Any] = values.tolist()
+        return found
+    return check.finite(check.short_floats(values) if values.dtype == np.float32 else values.tolist())  # type: ignore[no-any-return]
+
+
+def _numbers_from(value: Any, item: Field) -> NDArray[Any]:
+    if item.dtype.kind == "f" and isinstance(value, list):
+        value = [np.nan if number is None else number for number in value]
+    if item.dtype.kind == "b":
+        if not isinstance(value, list) or not set(map(type, value)) <= {bool}:
+            raise InvalidParameterError(f"{item.name} must be a list of true and false.", field=item.name)
+        return np.array(value, dtype=np.bool_)
+    return check.numbers_as(check.numbers(value, item.name, InvalidParameterError), item.name, item.dtype)
+
+
+def _records_from(value: Any, item: Field) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise InvalidParameterError(f"{item.name} must be a list.", field=item.name)
+    needed = form_of(item.record).required
+    return tuple(record_of(item.record, _require(row, item.name, *needed)) for row in value)
+
+
+_WRITERS: Mapping[Kind, Callable[[Any, Field], Any]] = {
     "cells": _cells_to_dict,
-    "embeddings": check.short_floats,
-    "options": lambda options: options.to_dict(),
+    "numbers": _numbers_to_list,
+    "options": lambda options, _: options.to_dict(),
+    "meta": lambda meta, _: check.finite(meta_to_dict(meta)),
+    "table": lambda table, item: check.finite(rows_of(table, item.columns)),
+    "records": lambda rows, _: list(map(record_to_dict, rows)),
 }
-_READERS = {**check.READERS, "cells": _cells_from, "embeddings": check.rows_of_numbers}
+_READERS: Mapping[Kind, Callable[[Any, Field], Any]] = {
+    "cells": _cells_from,
+    "vectors": lambda value, item: check.rows_of_numbers(value, item.name),
+    "numbers": _numbers_from,
+    "meta": lambda value, _: meta_from_dict(value),
+    "table": lambda value, item: table_of(value, item.columns),
+    "records": _records_from,
+}

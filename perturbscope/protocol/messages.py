@@ -1,39 +1,64 @@
 """Requests and answers as dataclasses, independent of the format that they travel in.
 
-A format encodes a request field by field, in the order of the fields here; a field without a default is required.
+From their fields follow all formats; see :mod:`perturbscope.protocol.fields`. A field without a default is required.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
 from perturbscope.inference.embeddings import Embeddings
+from perturbscope.protocol.fields import Meta, PerRow
 from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
+
+Perturbations = Annotated[tuple[str, ...], PerRow("perturbation")]
+Batches = Annotated[tuple[str, ...], PerRow("batch")]
+Vectors = Annotated[NDArray[np.float32], PerRow("embedding")]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EmbedRequest:
-    """A request to embed cells."""
+    """A request to embed cells.
 
-    path: ClassVar[str] = "/v1/embed"
+    Attributes
+    ----------
+    cells
+        Raw counts.
+    model
+        Name, name@version or model_id of a model; the server's first one by default.
+    """
 
     cells: CountMatrix
-    """Raw counts."""
     model: str | None = None
-    """Name of a model; None: the server's default."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoreRequest:
     """A request to score perturbations against controls, from cells or from embeddings that the caller already has.
+
+    Attributes
+    ----------
+    cells
+        Raw counts; give either cells or embeddings.
+    embeddings
+        Vectors, float32 [n_cells, width]; give either cells or embeddings.
+    perturbations
+        Label of each cell.
+    batches
+        Batch of each cell; labels are permuted within batches.
+    options
+        Options of the statistic.
+    model
+        Name, name@version or model_id of a model; the server's first one by default. It has no effect on embeddings.
+    control
+        The label of control cells.
 
     Raises
     ------
@@ -43,22 +68,13 @@ class ScoreRequest:
         The embeddings are not a matrix of finite numbers.
     """
 
-    path: ClassVar[str] = "/v1/score"
-
     cells: CountMatrix | None = None
-    """Raw counts, or None."""
-    embeddings: NDArray[np.float32] | None = None
-    """float32 [n_cells, width], or None."""
-    perturbations: tuple[str, ...]
-    """Label of each cell."""
-    batches: tuple[str, ...] | None = None
-    """Batch of each cell; labels are permuted within batches."""
+    embeddings: Vectors | None = None
+    perturbations: Perturbations
+    batches: Batches | None = None
     options: ScoreOptions = field(default_factory=ScoreOptions)
-    """Options of the statistic."""
     model: str | None = None
-    """Name of a model; None: the server's default. It has no effect on embeddings."""
     control: str
-    """Label of the control cells."""
 
     def __post_init__(self) -> None:
         _check_labelled(self.cells, self.embeddings, self.perturbations, self.batches)
@@ -66,26 +82,36 @@ class ScoreRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CompareRequest:
-    """A request to compare perturbations with each other. Raises as :class:`ScoreRequest`."""
+    """A request to compare perturbations with each other. Raises as :class:`ScoreRequest`.
 
-    path: ClassVar[str] = "/v1/compare"
+    Attributes
+    ----------
+    cells
+        Raw counts; give either cells or embeddings.
+    embeddings
+        Vectors, float32 [n_cells, width]; give either cells or embeddings.
+    perturbations
+        Label of each cell.
+    batches
+        Batch of each cell; labels are permuted within batches.
+    options
+        Options of the statistic.
+    model
+        Name, name@version or model_id of a model; the server's first one by default. It has no effect on embeddings.
+    pairs
+        Pairs of labels to compare; all pairs by default.
+    control
+        The label of control cells, which all pairs leave out.
+    """
 
     cells: CountMatrix | None = None
-    """Raw counts, or None."""
-    embeddings: NDArray[np.float32] | None = None
-    """float32 [n_cells, width], or None."""
-    perturbations: tuple[str, ...]
-    """Label of each cell."""
-    batches: tuple[str, ...] | None = None
-    """Batch of each cell."""
+    embeddings: Vectors | None = None
+    perturbations: Perturbations
+    batches: Batches | None = None
     options: ScoreOptions = field(default_factory=ScoreOptions)
-    """Options of the statistic."""
     model: str | None = None
-    """Name of a model; None: the server's default. It has no effect on embeddings."""
     pairs: tuple[tuple[str, str], ...] | None = None
-    """Pairs of labels to compare; None: all pairs."""
     control: str | None = None
-    """Label of the control cells, which "all pairs" leaves out."""
 
     def __post_init__(self) -> None:
         _check_labelled(self.cells, self.embeddings, self.perturbations, self.batches)
@@ -97,90 +123,107 @@ class CompareRequest:
 class ModelsRequest:
     """A request for the models that a server offers."""
 
-    path: ClassVar[str] = "/v1/models"
-
 
 EmbedAnswer = Embeddings
 """The answer to :class:`EmbedRequest`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Meta:
-    """The model behind an answer. Its names and the coverage are None if the caller sent embeddings."""
-
-    model_id: str | None = None
-    vocabulary_hash: str | None = None
-    coverage: GeneCoverage | None = None
-    timings: dict[str, float] = field(default_factory=dict)
-    """Seconds by stage: ``tokenize``, ``queue``, ``inference``, ``score``."""
-    variant: str | None = None
-    """Graph of the model: ``fp32``, ``fp16``, ``int8``; None also if the server does not say."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoreAnswer:
-    """The answer to :class:`ScoreRequest`."""
+    """The answer to :class:`ScoreRequest`.
+
+    Attributes
+    ----------
+    result
+        Table of scores. Its `warnings` hold those of the embedding too.
+    meta
+        The model behind it.
+    """
 
     result: ScoreResult
-    """Its `warnings` hold those of the embedding too."""
     meta: Meta = field(default_factory=Meta)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CompareAnswer:
-    """The answer to :class:`CompareRequest`."""
+    """The answer to :class:`CompareRequest`.
+
+    Attributes
+    ----------
+    result
+        Table of pairs. Its `warnings` hold those of the embedding too.
+    meta
+        The model behind it.
+    """
 
     result: CompareResult
-    """Its `warnings` hold those of the embedding too."""
     meta: Meta = field(default_factory=Meta)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """One model that a server offers."""
+    """One model that a server offers.
+
+    Attributes
+    ----------
+    name
+        Name of the model in requests.
+    version
+        Version of its bundle.
+    model_id
+        Name, version and hash of the weights; it changes whenever they do.
+    family
+        Family of the tokenizer.
+    width
+        Dimensions of an embedding.
+    vocabulary_hash
+        Hash of the vocabulary.
+    layer
+        Hidden state that is pooled.
+    pooling
+        Method that turns the states of tokens into one vector.
+    licence
+        Licence of the weights.
+    variant
+        Graph that is served: fp32, fp16, int8.
+    device
+        Device that runs it: cpu or cuda.
+    golden
+        matched: the model gives the vectors that its bundle records; absent: it records none; empty if the server does
+        not say.
+    """
 
     name: str
-    """Name of the model in requests."""
     version: str
     model_id: str
-    """Name, version and hash of the weights; it changes whenever they do."""
     family: str
-    """Family of the tokenizer."""
     width: int
-    """Dimensions of an embedding."""
     vocabulary_hash: str
     layer: str
-    """Hidden state that is pooled."""
     pooling: str
-    """Method that turns the states of tokens into one vector."""
     licence: str
     variant: str
-    """Graph that is served: ``fp32``, ``fp16``, ``int8``."""
     device: str
-    """``cpu`` or ``cuda``."""
     golden: str = ""
-    """``matched`` if the model gives the vectors that its bundle records, ``absent`` if it records none; empty if the
-    server does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsAnswer:
-    """The answer to :class:`ModelsRequest`; the first model is the default."""
+    """The answer to :class:`ModelsRequest`.
+
+    Attributes
+    ----------
+    models
+        The models; the first is the default.
+    """
 
     models: tuple[ModelInfo, ...]
 
 
-Request = EmbedRequest | ScoreRequest | CompareRequest | ModelsRequest
-Answer = Embeddings | ScoreAnswer | CompareAnswer | ModelsAnswer
-AnyRequest = TypeVar("AnyRequest", bound=Request)
-AnyAnswer = TypeVar("AnyAnswer", bound=Answer)
-ANSWERS: Mapping[type[Request], type[Answer]] = {
-    EmbedRequest: Embeddings,
-    ScoreRequest: ScoreAnswer,
-    CompareRequest: CompareAnswer,
-    ModelsRequest: ModelsAnswer,
-}
-"""Type of the answer to each type of request."""
+Request: TypeAlias = Any
+"""A request of any operation of :mod:`perturbscope.protocol.operations`."""
+Answer: TypeAlias = Any
+"""The answer to a request of any operation."""
 
 
 def _check_labelled(

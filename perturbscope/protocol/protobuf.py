@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, fields
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
+from google.protobuf.message_factory import GetMessageClass
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import InvalidEmbeddingError, InvalidInputError, InvalidParameterError, MalformedMatrixError
-from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol import checks as check
-from perturbscope.protocol.messages import (
-    Answer,
-    AnyAnswer,
-    AnyRequest,
-    Meta,
-    ModelInfo,
-    ModelsAnswer,
-    Request,
-    ScoreAnswer,
-)
+from perturbscope.protocol.fields import Field, Form, Kind, Meta
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
-from perturbscope.protocol.tables import embed_meta, embeddings_of, kinds_of, meta_from_dict, result_answer, rows_of
+from perturbscope.protocol.tables import form_of, meta_from_dict, record_of, record_to_dict, rows_of, table_of
 from perturbscope.scoring.results import ScoreOptions
 
+T = TypeVar("T")
 _COUNT_DTYPES: dict[int, np.dtype[Any]] = {
     pb.COUNT_TYPE_INT32: np.dtype("<i4"),
     pb.COUNT_TYPE_FLOAT32: np.dtype("<f4"),
@@ -35,74 +26,69 @@ _COUNT_DTYPES: dict[int, np.dtype[Any]] = {
 }
 
 
-def request_to_proto(request: Request) -> Any:
+def request_to_proto(request: Any) -> Any:
     """Encode a request as the message of its name; None leaves a field absent."""
-    values = {item.name: getattr(request, item.name) for item in fields(request)}
-    for name, write in _WRITERS.items():
-        if values.get(name) is not None:
-            values[name] = write(values[name])
-    return getattr(pb, type(request).__name__)(**values)
+    return _to_proto(request)
 
 
-def request_from_proto(kind: type[AnyRequest], message: Any) -> AnyRequest:
+def request_from_proto(kind: type[T], message: Any) -> T:
     """Decode a request of this kind. Raises errors of :mod:`perturbscope.errors` for bad input.
 
     An absent field has its default, and so has an empty list; a required field must be present.
     """
-    names, required = check.field_names(kind)
-    found = {}
-    for name in names:
-        descriptor = message.DESCRIPTOR.fields_by_name[name]
-        value = getattr(message, name)
-        present = message.HasField(name) if descriptor.has_presence else len(value) > 0
-        if name == "cells" and name in required and not present:
-            raise InvalidParameterError("The request has no cells.", field=name)
-        if present or name in required:
-            found[name] = _READERS[name](value, name) if name in _READERS else check.READERS[name](value, name)
-    return kind(**found)
+    found: T = _from_proto(form_of(kind), message, "request")
+    return found
 
 
-def answer_to_proto(answer: Answer) -> Any:
+def answer_to_proto(answer: Any) -> Any:
     """Encode an answer."""
-    match answer:
-        case Embeddings():
-            return pb.EmbedAnswer(
-                embeddings=vectors_to_proto(answer.values),
-                lengths=answer.lengths,
-                n_detected=answer.n_detected,
-                known_share=answer.known_share,
-                meta=meta_to_proto(embed_meta(answer), answer.warnings()),
-            )
-        case ModelsAnswer():
-            return pb.ModelsAnswer(models=[pb.Model(**asdict(model)) for model in answer.models])
-        case _:
-            result = answer.result
-            rows: Any = rows_of(result.table, kinds_of(type(answer)))
-            meta = meta_to_proto(answer.meta, result.warnings, result.provenance)
-            if isinstance(answer, ScoreAnswer):
-                return pb.ScoreAnswer(results=[pb.Score(**row) for row in rows], meta=meta)
-            return pb.CompareAnswer(results=[pb.Comparison(**row) for row in rows], meta=meta)
+    return _to_proto(answer)
 
 
-def answer_from_proto(kind: type[AnyAnswer], message: Any) -> AnyAnswer:
+def answer_from_proto(kind: type[T], message: Any) -> T:
     """Decode an answer of this kind. Raises errors of :mod:`perturbscope.errors` that name the field."""
-    found: Answer
-    if kind is ModelsAnswer:
-        names = [item.name for item in fields(ModelInfo)]
-        models = (ModelInfo(**{name: getattr(model, name) for name in names}) for model in message.models)
-        found = ModelsAnswer(models=tuple(models))
-    elif kind is Embeddings:
-        found = embeddings_of(
-            meta_from(message.meta)[0],
-            vectors_from(message.embeddings).copy(),
-            np.fromiter(message.lengths, dtype=np.int64),
-            np.fromiter(message.n_detected, dtype=np.int64),
-            np.fromiter(message.known_share, dtype=np.float32),
-        )
-    else:
-        rows = [{name: getattr(row, name) for name in kinds_of(kind)} for row in message.results]
-        found = result_answer(kind, rows, meta_from(message.meta))
-    return cast("AnyAnswer", found)
+    found: T = _from_proto(form_of(kind), message, "answer")
+    return found
+
+
+def message_class(form: Form) -> Any:
+    """Return the class of the message of a form."""
+    return getattr(pb, form.name)
+
+
+def _to_proto(message: Any) -> Any:
+    form = form_of(type(message))
+    values = form.take(message)
+    made = message_class(form)
+    return made(
+        **{
+            item.name: _WRITERS[item.kind](value, item, made) if item.kind in _WRITERS else value
+            for item in form.fields
+            if not item.derived and (value := values[item.name]) is not None
+        }
+    )
+
+
+def _from_proto(form: Form, message: Any, what: str) -> Any:
+    found = {}
+    for item in form.fields:
+        if item.derived:
+            continue
+        value = getattr(message, item.name)
+        has_presence = message.DESCRIPTOR.fields_by_name[item.name].has_presence
+        present = message.HasField(item.name) if has_presence else len(value) > 0
+        if item.kind == "cells" and item.required and not present:
+            raise InvalidParameterError(f"The {what} has no cells.", field=item.name)
+        if present or item.required:
+            found[item.name] = _read(value, item)
+            if item.kind == "vectors" and what == "answer":
+                found[item.name] = found[item.name].copy()  # a view of the message cannot be written to
+    return form.make(**found)
+
+
+def _read(value: Any, item: Field) -> Any:
+    read = _READERS.get(item.kind)
+    return check.READERS[item.kind](value, item.name) if read is None else read(value, item)
 
 
 def _array(data: bytes, dtype: str | np.dtype[Any], field: str, error: type[InvalidInputError]) -> NDArray[Any]:
@@ -119,11 +105,11 @@ def _bytes(array: NDArray[Any], dtype: str) -> bytes:
     return np.ascontiguousarray(array, dtype=dtype).tobytes()
 
 
-def _cells_to_proto(cells: CountMatrix) -> pb.CountMatrix:
+def _cells_to_proto(cells: CountMatrix, *_: Any) -> pb.CountMatrix:
     return pb.CountMatrix(gene_ids=cells.gene_ids.tolist(), **arrays_to(cells), first_row=cells.first_row)
 
 
-def _cells_from(message: pb.CountMatrix, field: str) -> CountMatrix:
+def _cells_from(message: pb.CountMatrix, _: Field) -> CountMatrix:
     return check.count_matrix(list(message.gene_ids), **arrays_from(message), first_row=message.first_row)
 
 
@@ -172,21 +158,21 @@ def vectors_from(message: pb.EmbeddingMatrix) -> NDArray[np.float32]:
     return check.embedding_matrix(values.reshape(-1, message.width))
 
 
-def _options_from(message: pb.ScoreOptions, field: str) -> ScoreOptions:
+def _options_from(message: pb.ScoreOptions, item: Field) -> ScoreOptions:
     given = {descriptor.name: value for descriptor, value in message.ListFields()}
     if "metrics" in given:
         given["metrics"] = list(message.metrics)
-    return check.score_options(given, field)
+    return check.score_options(given, item.name)
 
 
-def meta_to_proto(meta: Meta, warnings: list[str], provenance: Mapping[str, Any] | None = None) -> pb.Meta:
-    """Encode the meta of an answer with its warnings and its provenance."""
+def meta_to_proto(meta: Meta) -> pb.Meta:
+    """Encode the meta of an answer."""
     message = pb.Meta(
         model_id=meta.model_id,
         vocabulary_hash=meta.vocabulary_hash,
-        warnings=warnings,
+        warnings=meta.warnings,
         timings=meta.timings,
-        provenance_json=check.dump_json(provenance) if provenance is not None else None,
+        provenance_json=check.dump_json(meta.provenance) if meta.provenance is not None else None,
         variant=meta.variant,
     )
     if meta.coverage is not None:
@@ -207,8 +193,8 @@ def coverage_from_proto(message: pb.GeneCoverage) -> dict[str, Any]:
     return {**values, "ambiguous": [(pair.a, pair.b) for pair in message.ambiguous]}
 
 
-def meta_from(message: pb.Meta) -> tuple[Meta, list[str], dict[str, Any]]:
-    """Return the meta, warnings and provenance of an answer."""
+def meta_from(message: pb.Meta) -> Meta:
+    """Return the meta of an answer."""
     values: dict[str, Any] = {
         "warnings": list(message.warnings),
         "timings": dict(message.timings),
@@ -223,17 +209,55 @@ def meta_from(message: pb.Meta) -> tuple[Meta, list[str], dict[str, Any]]:
     return meta_from_dict(values)
 
 
-_WRITERS: Mapping[str, Any] = {
+def _rows(made: Any, item: Field) -> Any:
+    """Return the class of the rows in a repeated field of a message class."""
+    return GetMessageClass(made.DESCRIPTOR.fields_by_name[item.name].message_type)
+
+
+def _table_to_proto(table: Any, item: Field, made: Any) -> list[Any]:
+    row = _rows(made, item)
+    return [row(**values) for values in rows_of(table, item.columns)]
+
+
+def _records_to_proto(records: tuple[Any, ...], item: Field, made: Any) -> list[Any]:
+    row = _rows(made, item)
+    return [row(**record_to_dict(record)) for record in records]
+
+
+def _table_from(rows: Any, item: Field) -> Any:
+    return table_of([{name: getattr(row, name) for name in item.columns} for row in rows], item.columns)
+
+
+def _records_from(rows: Any, item: Field) -> tuple[Any, ...]:
+    kinds = form_of(item.record).fields
+    names = [(field.name, field.kind == "texts") for field in kinds]
+    given = ({name: list(getattr(row, name)) if many else getattr(row, name) for name, many in names} for row in rows)
+    return tuple(record_of(item.record, values) for values in given)
+
+
+def _numbers_from(values: Any, item: Field) -> NDArray[Any]:
+    wide = {"f": np.float64, "b": np.bool_}.get(item.dtype.kind, np.int64)
+    return check.numbers_as(np.fromiter(values, dtype=wide, count=len(values)), item.name, item.dtype)
+
+
+_WRITERS: Mapping[Kind, Callable[[Any, Field, Any], Any]] = {
     "cells": _cells_to_proto,
-    "embeddings": vectors_to_proto,
-    "pairs": lambda pairs: [pb.Pair(a=a, b=b) for a, b in pairs],
-    "options": lambda options: pb.ScoreOptions(**options.to_dict()),
+    "vectors": lambda values, *_: vectors_to_proto(values),
+    "pairs": lambda pairs, *_: [pb.Pair(a=a, b=b) for a, b in pairs],
+    "options": lambda options, *_: pb.ScoreOptions(**options.to_dict()),
+    "meta": lambda meta, *_: meta_to_proto(meta),
+    "table": _table_to_proto,
+    "records": _records_to_proto,
 }
-_READERS: Mapping[str, Any] = {
+_READERS: Mapping[Kind, Callable[[Any, Field], Any]] = {
     "cells": _cells_from,
-    "embeddings": lambda matrix, _: vectors_from(matrix),
-    "perturbations": lambda labels, name: check.texts(list(labels), name),
-    "batches": lambda labels, name: check.texts(list(labels), name),
-    "pairs": lambda pairs, name: check.pairs([[pair.a, pair.b] for pair in pairs], name),
+    "vectors": lambda matrix, _: vectors_from(matrix),
+    "numbers": _numbers_from,
+    "labels": lambda labels, item: check.texts(list(labels), item.name),
+    "texts": lambda texts, item: check.texts(list(texts), item.name),
+    "pairs": lambda pairs, item: check.pairs([[pair.a, pair.b] for pair in pairs], item.name),
     "options": _options_from,
+    "meta": lambda meta, _: meta_from(meta),
+    "table": _table_from,
+    "records": _records_from,
 }

@@ -92,8 +92,8 @@ def stream_answer_to_proto(answer: StreamAnswer) -> pb.EmbedStreamAnswer:
             )
             return pb.EmbedStreamAnswer(chunk=chunk)
         case StreamEnd():
-            meta = meta_to_proto(answer.meta, answer.warnings)
-            return pb.EmbedStreamAnswer(end=pb.EmbedStreamEnd(n_cells=answer.n_cells, meta=meta))
+            end = pb.EmbedStreamEnd(n_cells=answer.n_cells, meta=meta_to_proto(answer.meta))
+            return pb.EmbedStreamAnswer(end=end)
 
 
 def stream_answer_from_proto(message: pb.EmbedStreamAnswer, opened: StreamOpened | None) -> StreamAnswer:
@@ -109,7 +109,7 @@ def stream_answer_from_proto(message: pb.EmbedStreamAnswer, opened: StreamOpened
         raise InvalidParameterError(f"The message {kind!r} of the stream is out of place.", field="opened")
     if opened is None:
         found = message.opened
-        meta, _, _ = meta_from_dict({"coverage": coverage_from_proto(found.coverage)})
+        meta = meta_from_dict({"coverage": coverage_from_proto(found.coverage)})
         if meta.coverage is None or not found.model_id:
             raise InvalidParameterError("The stream names no model, or no gene coverage.", field="opened")
         return StreamOpened(
@@ -125,8 +125,8 @@ def stream_answer_from_proto(message: pb.EmbedStreamAnswer, opened: StreamOpened
     if kind == "chunk":
         return StreamChunk(first_row=message.chunk.first_row, embeddings=_embeddings_from(message.chunk, opened))
     if kind == "end":
-        meta, warnings, _ = meta_from(message.end.meta)
-        return StreamEnd(n_cells=message.end.n_cells, warnings=warnings, meta=meta)
+        meta = meta_from(message.end.meta)
+        return StreamEnd(n_cells=message.end.n_cells, meta=meta)
     raise InvalidParameterError("A message of the stream is empty.", field="message")
 
 

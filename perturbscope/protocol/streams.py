@@ -17,7 +17,7 @@ from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import MalformedMatrixError
 from perturbscope.inference.embeddings import Embeddings, warnings_about
 from perturbscope.protocol import checks as check
-from perturbscope.protocol.messages import Meta
+from perturbscope.protocol.fields import Meta
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,10 +84,9 @@ class StreamEnd:
 
     n_cells: int
     """Cells of this stream."""
-    warnings: list[str] = field(default_factory=list)
     meta: Meta = field(default_factory=Meta)
-    """The model behind the vectors. Its seconds by stage are sums over all chunks, which overlap: they add up to more
-    than the stream took."""
+    """The model behind the vectors, with warnings about all cells. Its seconds by stage are sums over all chunks, which
+    overlap: they add up to more than the stream took."""
 
 
 StreamAnswer = StreamOpened | StreamChunk | StreamEnd
@@ -112,8 +111,9 @@ class StreamTotals:
 
     def end(self, opened: StreamOpened) -> StreamEnd:
         """Return the last message."""
-        warnings = warnings_about(self.n_cells, self.n_few_genes, self.n_little_known, opened.coverage)
-        return StreamEnd(n_cells=self.n_cells, warnings=warnings, meta=replace(opened.meta, timings=self.timings))
+        warnings = tuple(warnings_about(self.n_cells, self.n_few_genes, self.n_little_known, opened.coverage))
+        meta = replace(opened.meta, timings=self.timings, warnings=warnings)
+        return StreamEnd(n_cells=self.n_cells, meta=meta)
 
 
 def stream_start(gene_ids: object, model: object, first_row: object) -> StreamStart:

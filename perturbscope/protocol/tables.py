@@ -1,9 +1,11 @@
-"""The parts of answers: tables with the type of each column, and embeddings."""
+"""The forms of messages, those of embeddings and scores in particular, and the parts that all formats read alike."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,10 +15,10 @@ from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
 from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol import checks as check
-from perturbscope.protocol.messages import CompareAnswer, Meta, ScoreAnswer
+from perturbscope.protocol.fields import Field, Form, Kind, Meta, plain_form
+from perturbscope.protocol.messages import CompareAnswer, ScoreAnswer
 from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS, CompareResult, ScoreResult
 
-Kind = Literal["text", "integer", "number"]
 _TEXT = {"perturbation", "a", "b", "metric", "flags"}
 _INTEGER = {"n_cells", "n_controls", "n_a", "n_b"}
 
@@ -33,36 +35,38 @@ _CASTS: dict[Kind, Any] = {"text": str, "integer": int, "number": float}
 _DTYPES: dict[Kind, Any] = {"text": object, "integer": np.int64, "number": np.float64}
 
 
-def meta_to_dict(meta: Meta, warnings: Sequence[str]) -> dict[str, Any]:
-    """Return the JSON form of an answer's meta and warnings."""
-    return {
+def meta_to_dict(meta: Meta) -> dict[str, Any]:
+    """Return the JSON form of an answer's meta."""
+    found = {
         "model_id": meta.model_id,
         "vocabulary_hash": meta.vocabulary_hash,
         "coverage": meta.coverage.to_dict() if meta.coverage else None,
-        "warnings": list(warnings),
+        "warnings": list(meta.warnings),
         "timings": meta.timings,
         "variant": meta.variant,
     }
+    return found if meta.provenance is None else {**found, "provenance": meta.provenance}
 
 
-def meta_from_dict(value: Any) -> tuple[Meta, list[str], dict[str, Any]]:
-    """Read the meta, warnings and provenance of an answer. Fields that a newer server adds are ignored."""
+def meta_from_dict(value: Any) -> Meta:
+    """Read the meta of an answer. Fields that a newer server adds are ignored."""
     if not isinstance(value, Mapping):
         raise InvalidParameterError(f"meta must be an object; got {check.shown(value)}.", field="meta")
     timings = value.get("timings") or {}
-    provenance = value.get("provenance") or {}
+    provenance = value.get("provenance")
     if not isinstance(timings, Mapping):
         raise InvalidParameterError("timings must be an object of numbers.", field="timings")
-    if not isinstance(provenance, Mapping):
+    if provenance is not None and not isinstance(provenance, Mapping):
         raise InvalidParameterError("provenance must be an object.", field="provenance")
-    meta = Meta(
+    return Meta(
         model_id=check.optional_text(value.get("model_id"), "model_id"),
         vocabulary_hash=check.optional_text(value.get("vocabulary_hash"), "vocabulary_hash"),
         coverage=_coverage(value.get("coverage")),
         timings={str(stage): check.number(seconds, "timings") for stage, seconds in timings.items()},
         variant=check.optional_text(value.get("variant"), "variant"),
+        warnings=check.texts(value.get("warnings") or [], "warnings", longest=100_000),
+        provenance=None if provenance is None else dict(provenance),
     )
-    return meta, list(check.texts(value.get("warnings") or [], "warnings", longest=100_000)), dict(provenance)
 
 
 def _coverage(value: Any) -> GeneCoverage | None:
@@ -72,21 +76,6 @@ def _coverage(value: Any) -> GeneCoverage | None:
         return GeneCoverage.from_dict(value)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise InvalidParameterError(f"coverage cannot be read: {error!r}.", field="coverage") from error
-
-
-def kinds_of(kind: type[Any]) -> Mapping[str, Kind]:
-    """Return the type of each column of the table in an answer of this kind."""
-    return SCORE_KINDS if kind is ScoreAnswer else COMPARE_KINDS
-
-
-def result_answer(
-    kind: type[Any], rows: Any, meta: tuple[Meta, list[str], dict[str, Any]]
-) -> ScoreAnswer | CompareAnswer:
-    """Build an answer from the rows of its table, and its meta, warnings and provenance."""
-    about, warnings, provenance = meta
-    if kind is ScoreAnswer:
-        return ScoreAnswer(result=ScoreResult(table_of(rows, SCORE_KINDS), provenance, warnings), meta=about)
-    return CompareAnswer(result=CompareResult(table_of(rows, COMPARE_KINDS), provenance, warnings), meta=about)
 
 
 def rows_of(table: pd.DataFrame, kinds: Mapping[str, Kind]) -> list[dict[str, Any]]:
@@ -108,17 +97,6 @@ def table_of(rows: Any, kinds: Mapping[str, Kind]) -> pd.DataFrame:
             for name, kind in kinds.items()
         },
         columns=list(kinds),
-    )
-
-
-def embed_meta(answer: Embeddings) -> Meta:
-    """Return the model behind embeddings."""
-    return Meta(
-        model_id=answer.model_id,
-        vocabulary_hash=answer.vocabulary_hash,
-        coverage=answer.coverage,
-        timings=answer.timings,
-        variant=answer.variant,
     )
 
 
@@ -154,6 +132,111 @@ def embeddings_of(
         meta.timings,
         meta.variant,
     )
+
+
+def _take_embeddings(answer: Embeddings) -> dict[str, Any]:
+    return {
+        "embeddings": answer.values,
+        "lengths": answer.lengths,
+        "n_detected": answer.n_detected,
+        "known_share": answer.known_share,
+        "below_min_genes": answer.below_min_genes,
+        "meta": Meta(
+            model_id=answer.model_id,
+            vocabulary_hash=answer.vocabulary_hash,
+            coverage=answer.coverage,
+            timings=answer.timings,
+            variant=answer.variant,
+            warnings=tuple(answer.warnings()),
+        ),
+    }
+
+
+_EMBEDDINGS = Form(
+    "EmbedAnswer",
+    (
+        Field(name="embeddings", kind="vectors", column="embedding", doc="Vectors, in the order of the cells."),
+        Field(
+            name="lengths",
+            kind="numbers",
+            column="length",
+            dtype=np.dtype(np.int32),
+            doc="Tokens that the model saw of each cell.",
+        ),
+        Field(
+            name="n_detected",
+            kind="numbers",
+            column="n_detected",
+            dtype=np.dtype(np.int32),
+            doc="Genes of the vocabulary that each cell expresses.",
+        ),
+        Field(
+            name="known_share",
+            kind="numbers",
+            column="known_share",
+            dtype=np.dtype(np.float32),
+            doc="Share of each cell's counts in genes of the vocabulary.",
+        ),
+        Field(
+            name="below_min_genes",
+            kind="numbers",
+            dtype=np.dtype(np.bool_),
+            doc="Cells that express fewer than 500 genes.",
+            derived=True,
+        ),
+        Field(name="meta", kind="meta", doc="The model behind them, and warnings about doubtful cells."),
+    ),
+    _take_embeddings,
+    lambda embeddings, lengths, n_detected, known_share, meta: embeddings_of(
+        meta, embeddings, lengths, n_detected, known_share
+    ),
+)
+
+
+def _result_form(answer: type[Any], result: type[Any], kinds: Mapping[str, Kind]) -> Form:
+    """Return the form of a table of results: its warnings and its provenance travel in the meta."""
+
+    def take(value: Any) -> dict[str, Any]:
+        found = value.result
+        meta = replace(value.meta, warnings=tuple(found.warnings), provenance=found.provenance)
+        return {"results": found.table, "meta": meta}
+
+    def make(results: pd.DataFrame, meta: Meta) -> Any:
+        found = result(results, meta.provenance or {}, list(meta.warnings))
+        return answer(result=found, meta=replace(meta, warnings=(), provenance=None))
+
+    fields = (
+        Field(name="results", kind="table", columns=kinds, doc="The table; a number that is not defined is null."),
+        Field(name="meta", kind="meta", doc="The model behind it, its options and warnings."),
+    )
+    return Form(answer.__name__, fields, take, make)
+
+
+_FORMS: dict[type[Any], Form] = {
+    Embeddings: _EMBEDDINGS,
+    ScoreAnswer: _result_form(ScoreAnswer, ScoreResult, SCORE_KINDS),
+    CompareAnswer: _result_form(CompareAnswer, CompareResult, COMPARE_KINDS),
+}
+
+
+def _form(message: Any) -> Form:
+    return _FORMS.get(message) or plain_form(message)
+
+
+form_of: Callable[[Any], Form] = functools.cache(_form)
+"""Returns the form of a type of message. Raises TypeError if it has a field that no message can have."""
+
+
+def record_to_dict(row: Any) -> dict[str, Any]:
+    """Return one row of ``records`` as plain values."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(row).items()}
+
+
+def record_of(record: type[Any], values: Mapping[str, Any]) -> Any:
+    """Build one row of ``records`` from plain values. Fields that a newer server adds are ignored."""
+    form = form_of(record)
+    given = (item for item in form.fields if values.get(item.name) is not None)
+    return form.make(**{item.name: check.READERS[item.kind](values[item.name], item.name) for item in given})
 
 
 def _read(value: Any, name: str, kind: Kind) -> Any:

@@ -78,7 +78,7 @@ async def _columns(engine: Engine, columns: Columns, call: Call) -> Columns:
     return columns
 
 
-def _decoders(kind: type[protocol.Request]) -> Mapping[str, Callable[[bytes], Any]]:
+def _decoders(kind: type[Any]) -> Mapping[str, Callable[[bytes], Any]]:
     return {
         protocol.JSON: partial(protocol.request_from_json, kind),
         protocol.ARROW: partial(protocol.request_from_arrow, kind),

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.inference.embeddings import Embeddings
-from perturbscope.protocol.messages import CompareAnswer, CompareRequest, Meta, ScoreAnswer, ScoreRequest
+from perturbscope.protocol.fields import Meta
+from perturbscope.protocol.messages import CompareAnswer, CompareRequest, ScoreAnswer, ScoreRequest
 from perturbscope.tasks.trained_on import Fingerprint, Seen, find_seen
 from serving.access import limits
 from serving.call import Call

@@ -126,7 +126,7 @@ def seeds() -> dict[str, dict[str, bytes]]:
 
 
 def _written(message: Any, form: str) -> Any:
-    what = "request" if isinstance(message, protocol.Request) else "answer"
+    what = "request" if type(message).__name__.endswith("Request") else "answer"
     return getattr(protocol, f"{what}_to_{form}")(message)
 
 

@@ -212,7 +212,7 @@ def _tried(decoders: list[Callable[[bytes], Any]], data: bytes) -> bool:
     return True
 
 
-def _again(kind: type[protocol.Request], form: str) -> Callable[[Any], Any]:
+def _again(kind: type[Any], form: str) -> Callable[[Any], Any]:
     """Decode, go on as the server does, encode, decode: what was accepted once is accepted again."""
     read = partial(getattr(protocol, f"request_from_{form}"), kind)
     write = getattr(protocol, f"request_to_{form}")

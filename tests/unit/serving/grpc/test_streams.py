@@ -79,7 +79,7 @@ async def test_a_stream_has_the_vectors_of_one_request(
     assert (found.model_id, found.coverage) == (whole.model_id, whole.coverage)
     assert (opened.width, opened.chunks_in_progress) == (8, engine.settings.stream_chunks)
     assert end.n_cells == 24
-    assert end.warnings == whole.warnings()
+    assert end.meta.warnings == tuple(whole.warnings())
     assert set(end.meta.timings) == {"tokenize", "queue", "inference"}
     assert await call.code() is grpc.StatusCode.OK
 

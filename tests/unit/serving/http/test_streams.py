@@ -116,7 +116,7 @@ async def test_a_stream_has_the_vectors_of_one_request(
         np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
     assert (found.maker, found.coverage) == (whole.maker, whole.coverage)
     assert isinstance(end, StreamEnd)
-    assert (end.n_cells, end.warnings) == (24, whole.warnings())
+    assert (end.n_cells, list(end.meta.warnings)) == (24, whole.warnings())
     assert engine.admission.held_bytes == 0
 
 
