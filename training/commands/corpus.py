@@ -10,7 +10,7 @@ from rich.table import Table
 
 from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import InvalidParameterError
-from training import console
+from training import console, families
 from training.config import strict
 from training.config.stages import ContrastiveConfig, CorpusConfig
 from training.data.corpus import build_corpus
@@ -37,14 +37,22 @@ def corpus_of_checkpoint(config: ContrastiveConfig, checkpoint: Checkpoint) -> C
     Raises
     ------
     InvalidParameterError
-        Family or length do not suit the checkpoint.
+        Family, its options or the length do not suit the checkpoint.
     """
     cells = config.corpus
     if cells.family != checkpoint.family:
         raise InvalidParameterError(
             f"The checkpoint is of the family {checkpoint.family}, the corpus of {cells.family}.", field="corpus.family"
         )
-    longest = int(checkpoint.model_config["max_length"])
+    options = {name: value for name, value in checkpoint.family_config.items() if name != "max_length"}
+    for name, value in cells.family_options.items():
+        if options.get(name) != value:
+            raise InvalidParameterError(
+                f"corpus.family_options has {name} {value!r}, the checkpoint {options.get(name)!r}. Remove it: the "
+                "options of the checkpoint are used.",
+                field=f"corpus.family_options.{name}",
+            )
+    longest = families.load(checkpoint.family).parse_config(checkpoint.model_config).max_length
     if cells.max_length > longest:
         raise InvalidParameterError(
             f"corpus.max_length is {cells.max_length}, but the checkpoint's model takes {longest} tokens. Lower it.",
@@ -53,7 +61,7 @@ def corpus_of_checkpoint(config: ContrastiveConfig, checkpoint: Checkpoint) -> C
     contexts = (source.context_key for source in cells.sources if source.context_key is not None)
     labels = dict.fromkeys((*cells.labels, *(source.perturbation_key for source in cells.sources), *contexts))
     named = tuple(replace(source, name=name_of(source)) for source in cells.sources)
-    return replace(cells, labels=tuple(labels), sources=named)
+    return replace(cells, labels=tuple(labels), sources=named, family_options=options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -141,12 +141,10 @@ def _write(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Write all shards, or those that `saved` lacks. Returns the values of the manifest."""
-    narrow = "uint16" if len(vocabulary) <= 2**16 else "int32"
-    inputs = {spec.name: (narrow if spec.name == "input_ids" else spec.dtype, spec.trailing) for spec in family.inputs}
     at = _Position(**saved or {})
     labels = {name: {value: code for code, value in enumerate(at.labels.get(name, ()))} for name in config.labels}
     lengths: Counter[int] = Counter({int(length): count for length, count in at.lengths.items()})
-    with ShardsWriter(staging.path, inputs, config.labels, max_tokens=config.shard_tokens, written=at.shards) as shards:
+    with ShardsWriter(staging.path, family, config.labels, max_tokens=config.shard_tokens, written=at.shards) as shards:
         for number in range(len(at.sources), len(config.sources)):
             source = config.sources[number]
             dropped, kept = Counter(at.dropped), Counter(at.kept)

@@ -3,7 +3,8 @@
 A corpus is a directory::
 
     manifest.json                contents, sources and configuration of the corpus
-    shard-00000/<input>.npy      tokens of its cells, end to end; uint16 where the vocabulary fits
+    shard-00000/<input>.npy      values of an input per token, end to end; ids as uint16 where they fit
+    shard-00000/cell-<input>.npy values of an input per cell
     shard-00000/offsets.npy      cell i has the tokens offsets[i]:offsets[i + 1]; int64
     shard-00000/source.npy       number of each cell's source, int32
     shard-00000/row.npy          each cell's row in its source, int64
@@ -31,7 +32,7 @@ from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import CorruptBundleError
 from perturbscope.families import Family, load_family
-from perturbscope.families.tokens import TokenizedCells
+from perturbscope.families.tokens import InputSpec, TokenizedCells
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.tsv"
@@ -81,16 +82,19 @@ class ShardWriter:
     ----------
     path
         Directory to create.
-    inputs
-        Type and trailing shape of each input of the family, by name.
+    family
+        Family of the tokens.
     labels
         Names of the labels.
     """
 
-    def __init__(self, path: Path, inputs: Mapping[str, tuple[str, tuple[int, ...]]], labels: Sequence[str]) -> None:
+    def __init__(self, path: Path, family: Family, labels: Sequence[str]) -> None:
         path.mkdir()
         self.path = path
-        self._inputs = {name: ArrayWriter(path / f"{name}.npy", *kind) for name, kind in inputs.items()}
+        kinds = {spec: (_stored_type(spec, family.max_length), spec.trailing) for spec in family.inputs}
+        files = {spec: ArrayWriter(path / f"{stored_name(spec)}.npy", *kind) for spec, kind in kinds.items()}
+        self._inputs = {spec.name: file for spec, file in files.items() if spec.per == "token"}
+        self._cell_inputs = {spec.name: file for spec, file in files.items() if spec.per == "cell"}
         self._offsets = ArrayWriter(path / "offsets.npy", np.int64)
         self._offsets.append(np.zeros(1, dtype=np.int64))
         self._cells = {name: ArrayWriter(path / f"{name}.npy", dtype) for name, dtype in PER_CELL.items()}
@@ -102,6 +106,8 @@ class ShardWriter:
         """Add cells; `per_cell` has their ``source``, ``row`` and ``label-<name>``, [n] each."""
         for name, writer in self._inputs.items():
             writer.append(tokens.arrays[name])
+        for name, writer in self._cell_inputs.items():
+            writer.append(tokens.per_cell[name])
         self._offsets.append(tokens.offsets[1:] + self.n_tokens)
         facts = {"n_detected": tokens.n_detected, "known_share": tokens.known_share}
         for name, writer in self._cells.items():
@@ -111,7 +117,7 @@ class ShardWriter:
 
     def close(self) -> None:
         """Finish every file."""
-        for writer in (*self._inputs.values(), self._offsets, *self._cells.values()):
+        for writer in (*self._inputs.values(), *self._cell_inputs.values(), self._offsets, *self._cells.values()):
             writer.close()
 
 
@@ -122,7 +128,7 @@ class ShardsWriter:
     ----------
     path
         Directory of the corpus.
-    inputs, labels
+    family, labels
         See :class:`ShardWriter`.
     max_tokens
         Tokens after which a new shard begins.
@@ -133,14 +139,14 @@ class ShardsWriter:
     def __init__(
         self,
         path: Path,
-        inputs: Mapping[str, tuple[str, tuple[int, ...]]],
+        family: Family,
         labels: Sequence[str],
         *,
         max_tokens: int,
         written: Sequence[dict[str, Any]] = (),
     ) -> None:
         self._path = path
-        self._inputs = inputs
+        self._family = family
         self._labels = labels
         self._max_tokens = max_tokens
         self._open: ShardWriter | None = None
@@ -160,7 +166,7 @@ class ShardsWriter:
         if self._open is None or self.is_full:
             self.close()
             name = f"shard-{len(self.written):05d}"
-            self._open = ShardWriter(self._path / name, self._inputs, self._labels)
+            self._open = ShardWriter(self._path / name, self._family, self._labels)
             self.written.append({"name": name})
         self._open.append(tokens, per_cell)
         self.written[-1] |= {"cells": self._open.n_cells, "tokens": self._open.n_tokens}
@@ -206,8 +212,8 @@ class Corpus:
         for shard, offsets in zip(self.manifest["shards"], self._offsets, strict=True):
             if len(offsets) != shard["cells"] + 1 or offsets[-1] != shard["tokens"]:
                 raise CorruptBundleError(f"{self.path / shard['name']} does not fit the manifest. Build it again.")
-        self._tokens = {
-            spec.name: [self._map(at, spec.name) for at in range(len(self._shards))] for spec in self.family.inputs
+        self._inputs = {
+            spec: [self._map(at, stored_name(spec)) for at in range(len(self._shards))] for spec in self.family.inputs
         }
 
     def __len__(self) -> int:
@@ -250,13 +256,19 @@ class Corpus:
         lengths = np.array([stop - start for _, start, stop in bounds], dtype=np.int64)
         return TokenizedCells(
             arrays={
-                name: np.concatenate([maps[at][start:stop] for at, start, stop in bounds])
-                for name, maps in self._tokens.items()
+                spec.name: np.concatenate([maps[at][start:stop] for at, start, stop in bounds])
+                for spec, maps in self._inputs.items()
+                if spec.per == "token"
             },
             offsets=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]),
             known_share=np.zeros(len(numbers), dtype=np.float32),
             n_detected=lengths.astype(np.int32),
             coverage=GeneCoverage(0, 0),
+            per_cell={
+                spec.name: np.stack([maps[at][place] for at, place in zip(shards, places, strict=True)])
+                for spec, maps in self._inputs.items()
+                if spec.per == "cell"
+            },
         )
 
     def _map(self, shard: int, name: str) -> NDArray[Any]:
@@ -272,6 +284,19 @@ class Corpus:
                 )
             raise CorruptBundleError(f"{path} cannot be read: {error}. {remedy}") from error
         return mapped
+
+
+def stored_name(spec: InputSpec) -> str:
+    """Return the name of an input's file in a shard, without its ending."""
+    return spec.name if spec.per == "token" else f"cell-{spec.name}"
+
+
+def _stored_type(spec: InputSpec, max_length: int) -> str:
+    """Return the type in which values of an input are kept: the smallest for ids and for positions in the cell."""
+    n_values = max_length if spec.within_length else spec.n_values
+    if n_values is None:
+        return spec.dtype
+    return "uint16" if n_values <= 2**16 else "int32"
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -17,11 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from perturbscope.errors import ProviderUnavailableError, UnsupportedBundleError
+from perturbscope.errors import ProviderUnavailableError
+from perturbscope.families import load_family
+from perturbscope.families.tokens import pad
+from training import families
 from training.checkpoint import Checkpoint
+from training.data.batches import gene_tokens
 from training.data.shards import Corpus
+from training.families import Batch, Restorer
 from training.measure.mlm import GeneFrequencies, HitTally, Judged, RankTally, choose_masked, copied, judge
-from training.measure.unseen import EvaluateOptions, Heldout
+from training.measure.unseen import EvaluateOptions, Heldout, gene_tokens_by_rank
 
 LOGIT_VALUES = 16_000_000
 """Most logits in memory (64 MB of float32, a few times over)."""
@@ -71,15 +76,11 @@ def evaluate(
     Raises
     ------
     UnsupportedBundleError
-        The family has no head over genes that this module knows.
+        The model cannot restore genes.
     ProviderUnavailableError
         Torch finds no CUDA device.
     """
-    if checkpoint.family != "rank":
-        raise UnsupportedBundleError(
-            f"Masked evaluation knows the family 'rank', and this checkpoint is of {checkpoint.family!r}.",
-            field="family",
-        )
+    half = families.load(checkpoint.family)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ProviderUnavailableError("No CUDA device is available to torch. Use device cpu.", field="device")
     vocabulary = checkpoint.vocabulary
@@ -89,8 +90,9 @@ def evaluate(
     if frequencies is not None:
         tables = {"frequency": frequencies.overall(), "frequency at rank": frequencies.by_rank()}
         tallies |= {name: Tallies(HitTally(n_tokens)) for name in tables}
-    model = checkpoint.model(attention="sdpa").to(options.device)
-    head = _Head(model, genes, n_tokens, options.device)
+    family = load_family(checkpoint.family, checkpoint.family_config, vocabulary)
+    model = checkpoint.model().to(options.device)
+    head = _Head(half.restorer(model, family=family), genes, n_tokens, options.device)
     order = np.argsort([-len(tokens) for tokens in heldout.tokens], kind="stable")
     for start in range(0, len(order), options.batch):
         batch = order[start : start + options.batch].tolist()
@@ -103,8 +105,10 @@ def evaluate(
             )
             for i in batch
         ]
-        ids, attention = _padded(cells, masks, vocabulary.special_tokens["<pad>"], vocabulary.special_tokens["<mask>"])
-        judged, predicted = head.run(ids.to(options.device), attention.to(options.device), cells, masks)
+        padded = pad(heldout.inputs, np.asarray(batch), family.inputs)
+        inputs = {name: torch.from_numpy(array) for name, array in padded.items()}
+        is_gene = gene_tokens(inputs, family) >= 0
+        judged, predicted = head.run(inputs, is_gene, cells, masks)
         tallies["model"].hits.add(judged)
         for tokens, masked, guess in zip(cells, masks, predicted, strict=True):
             _ranks(tallies["model"]).add(tokens, guess)
@@ -123,26 +127,33 @@ def corpus_frequencies(corpus: Corpus, max_length: int, *, block: int = 2048) ->
     frequencies = GeneFrequencies(len(corpus.vocabulary), corpus.vocabulary.tokens, max_length)
     for start in range(0, len(corpus), block):
         cells = corpus.cells(np.arange(start, min(start + block, len(corpus))))
-        frequencies.add(cell["input_ids"] for cell in cells)
+        frequencies.add(gene_tokens_by_rank(cells, corpus.family))
     return frequencies
 
 
 class _Head:
     """The head of the model, applied to a bounded number of logits at a time."""
 
-    def __init__(self, model: nn.Module, genes: NDArray[Any], n_tokens: int, device: str) -> None:
-        self.model: Any = model
+    def __init__(self, restorer: Restorer, genes: NDArray[Any], n_tokens: int, device: str) -> None:
+        self._restorer = restorer
+        self._device = device
         special = np.setdiff1d(np.arange(n_tokens), genes)
         self.special = torch.from_numpy(special).to(device)
         self.rows = max(1, LOGIT_VALUES // n_tokens)
 
     @torch.inference_mode()
     def run(
-        self, input_ids: Tensor, attention_mask: Tensor, cells: list[NDArray[np.int64]], masks: list[NDArray[np.intp]]
+        self, inputs: Batch, is_gene: Tensor, cells: list[NDArray[np.int64]], masks: list[NDArray[np.intp]]
     ) -> tuple[Judged, list[NDArray[np.int64]]]:
-        """Return the judged masked tokens of a batch [B, L], and the best gene at every position of each cell."""
-        hidden_BLH = self.model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        states = hidden_BLH[attention_mask.bool()]
+        """Return the judged masked genes of a batch, and the best gene at the place of every gene of each cell.
+
+        `is_gene`, bool [B, L], tells the places of the genes, and `masks` which of a cell's genes are masked.
+        """
+        masked_BL = torch.zeros_like(is_gene)
+        for row, mask in enumerate(masks):
+            masked_BL[row, is_gene[row].nonzero().squeeze(1)[torch.from_numpy(mask)]] = True
+        hidden = {name: tensor.to(self._device) for name, tensor in self._restorer.hide(inputs, masked_BL).items()}
+        states = self._restorer.states(hidden)[is_gene.to(self._device)]
         truth = torch.from_numpy(np.concatenate(cells)).to(states.device)
         lengths = [len(tokens) for tokens in cells]
         starts = np.cumsum([0, *lengths[:-1]])
@@ -151,7 +162,7 @@ class _Head:
         best, parts = [], []
         for start in range(0, len(states), self.rows):
             rows = slice(start, start + self.rows)
-            logits_RV = self.model.cls(states[rows]).float()
+            logits_RV = self._restorer.logits(states[rows]).float()
             at = torch.from_numpy(np.flatnonzero(masked[rows])).to(states.device)
             own = truth[rows][at]
             loss = nn.functional.cross_entropy(logits_RV[at], own, reduction="none")
@@ -169,16 +180,3 @@ class _Head:
 def _ranks(tallies: Tallies) -> RankTally:
     assert tallies.ranks is not None  # noqa: S101, the model and the copier have one
     return tallies.ranks
-
-
-def _padded(
-    cells: list[NDArray[np.int64]], masks: list[NDArray[np.intp]], pad: int, mask: int
-) -> tuple[Tensor, Tensor]:
-    """Return masked ids and attention mask, int64 [B, L]."""
-    ids = np.full((len(cells), max(map(len, cells))), pad, dtype=np.int64)
-    attention = np.zeros_like(ids)
-    for row, (tokens, masked) in enumerate(zip(cells, masks, strict=True)):
-        ids[row, : len(tokens)] = tokens
-        ids[row, masked] = mask
-        attention[row, : len(tokens)] = 1
-    return torch.from_numpy(ids), torch.from_numpy(attention)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from perturbscope.cells.genes import GeneResolver
 from perturbscope.cells.readers import open_cells
 from perturbscope.errors import EmptyCellError, UnreadableFileError
-from perturbscope.families import load_family
+from perturbscope.families import Family, load_family
+from perturbscope.families.tokens import TokenizedCells, concatenate
 from perturbscope.inference.bundle import sha256
 from training.checkpoint import Checkpoint
 from training.config.stages import Natural, Positive
@@ -32,7 +33,7 @@ class EvaluateOptions:
     min_genes
         Fewest genes of the vocabulary in a cell.
     max_length
-        Most genes of a cell, highest ranks first (Zhao et al. 2025 use 2,000); never more than the model takes.
+        Most tokens of a cell, highest ranks first (Zhao et al. 2025 use 2,000); never more than the model takes.
     batch
         Cells in a forward pass.
     mask_probability
@@ -65,8 +66,10 @@ class Heldout:
     ----------
     name
         Name of the file.
+    inputs
+        All inputs of the model.
     tokens
-        Genes of each cell by rank, int64 [L] each.
+        Tokens of the genes of each cell by rank, without special tokens, int64 [number of genes] each.
     rows
         Row of each cell in the file.
     left_out
@@ -74,6 +77,7 @@ class Heldout:
     """
 
     name: str
+    inputs: TokenizedCells
     tokens: list[NDArray[np.int64]]
     rows: list[int]
     left_out: dict[str, int] = field(default_factory=dict)
@@ -94,9 +98,10 @@ def read_heldout(
     path = Path(path)
     vocabulary = checkpoint.vocabulary
     family = load_family(checkpoint.family, checkpoint.family_config, vocabulary)
-    length = min(options.max_length, family.max_length)
+    shorter = {"max_length": min(options.max_length, family.max_length)}
+    family = load_family(checkpoint.family, {**checkpoint.family_config, **shorter}, vocabulary)
     left_out: dict[str, int] = {}
-    tokens: list[NDArray[np.int64]] = []
+    parts: list[TokenizedCells] = []
     taken: list[int] = []
     with open_cells(
         path, layer=options.layer, gene_key=options.gene_key, total_counts_key=options.total_counts_key
@@ -118,17 +123,25 @@ def read_heldout(
             good = np.flatnonzero(counts.counts[:, mapping.rows >= 0].getnnz(axis=1) >= options.min_genes)
             left_out["too few genes"] = left_out.get("too few genes", 0) + len(rows) - len(good)
             if len(good):
-                tokenized = family.tokenize(counts[good])
-                tokens += [cell["input_ids"][:length].astype(np.int64) for cell in tokenized]
+                parts.append(family.tokenize(counts[good]))
                 taken += rows[good].tolist()
         left_out["empty"] = int(keep.sum()) - n_read
     left_out = {reason: count for reason, count in left_out.items() if count}
-    if not tokens:
+    if not parts:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         raise EmptyCellError(
             f"{path}: no cell is left to evaluate ({reasons}). Give other cells, or lower min_genes.", field="cells"
         )
-    return Heldout(path.name, tokens, taken, left_out)
+    inputs = concatenate(parts)
+    return Heldout(path.name, inputs, gene_tokens_by_rank(inputs, family), taken, left_out)
+
+
+def gene_tokens_by_rank(cells: TokenizedCells, family: Family) -> list[NDArray[np.int64]]:
+    """Return the tokens of the genes of each cell, in their order, without special tokens, int64."""
+    rows = family.gene_rows(cells)
+    tokens = np.where(rows >= 0, family.vocabulary.tokens[rows], -1).astype(np.int64)
+    of_cells = np.split(tokens, cells.offsets[1:-1])
+    return [of_cell[of_cell >= 0] for of_cell in of_cells]
 
 
 def _trained_rows(path: Path, corpus: Corpus) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from training.data.corpus import build_corpus
 from training.measure import masked_accuracy as module
 from training.measure.masked_accuracy import corpus_frequencies, evaluate
 from training.measure.mlm import HitTally, RankTally, choose_masked, judge
-from training.measure.unseen import EvaluateOptions, Heldout, read_heldout
+from training.measure.unseen import EvaluateOptions, read_heldout
 
 GENES = np.asarray(VOCABULARY.tokens)
 
@@ -129,7 +129,7 @@ def test_the_command_writes_a_table_and_json(folder, capsys):
     assert out.read_text() == first
 
 
-def test_bad_requests_are_named(folder, checkpoint, capsys):
+def test_bad_requests_are_named(folder, checkpoint, heldout, capsys):
     cells = str(folder / "cells.h5ad")
     assert main([str(folder / "checkpoint"), cells, "--out", str(folder / "scores.txt")]) == 2
     assert ".json" in capsys.readouterr().err
@@ -142,6 +142,6 @@ def test_bad_requests_are_named(folder, checkpoint, capsys):
     object.__setattr__(checkpoint, "family", "other")
     try:
         with pytest.raises(UnsupportedBundleError, match="other"):
-            evaluate(checkpoint, Heldout("x", [GENES[:5]], [0]), options=EvaluateOptions())
+            evaluate(checkpoint, heldout, options=EvaluateOptions())
     finally:
         object.__setattr__(checkpoint, "family", "rank")
