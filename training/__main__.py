@@ -13,6 +13,7 @@ COMMANDS = {
     "census": "list what the filters of a configuration would keep, without reading counts",
     "medians": "compute a vocabulary with the gene medians of a corpus",
     "corpus": "build token shards from raw counts",
+    "adopt": "turn published weights into a checkpoint",
     "pretrain": "pre-train a model on a corpus of cells",
     "finetune": "fine-tune a pre-trained model on perturbation data sets",
     "evaluate": "score a pre-trained checkpoint on cells it was not trained on",
