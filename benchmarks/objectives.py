@@ -25,7 +25,9 @@ from evaluation.retrieval import retrieve
 from evaluation.tables import markdown
 from perturbscope.cells.readers import open_cells
 from perturbscope.families import load_family
+from perturbscope.families.outputs import CELL_EMBEDDING, OutputSpec, cell_embedding
 from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.encoder import Values
 from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.results import ScoreOptions
 from training.checkpoint import load_checkpoint
@@ -107,10 +109,20 @@ class _TorchEncoder:
 
     module: PooledEncoder
 
-    def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> NDArray[np.float32]:
+    provider = ""
+
+    @property
+    def outputs(self) -> tuple[OutputSpec, ...]:
+        """The vectors of cells."""
+        return (cell_embedding(int(self.module.config.hidden_size)),)
+
+    def run(self, inputs: Mapping[str, NDArray[np.generic]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Values:
         with torch.inference_mode():
             tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
-            return self.module(**tensors).numpy()
+            return {CELL_EMBEDDING: self.module(**tensors).numpy()}
+
+    def close(self) -> None:
+        """Do nothing: the module is freed with the encoder."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,6 @@ def embedder_of(checkpoint: Path) -> Embedder:
     return Embedder(
         family,
         _TorchEncoder(module),
-        width=int(module.config.hidden_size),
         model_id=checkpoint.name,
         vocabulary_hash=found.vocabulary.hash,
     )

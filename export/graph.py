@@ -19,7 +19,7 @@ from onnx import ModelProto, TensorProto
 from transformers import BertForMaskedLM
 
 from export import GraphError
-from perturbscope.inference.encoder import OUTPUT
+from perturbscope.families.outputs import CELL_EMBEDDING
 from training.families.rank.pooling import PooledEncoder
 
 INPUTS = ("input_ids", "attention_mask")
@@ -179,7 +179,7 @@ def _trace(encoder: PooledEncoder) -> ModelProto:
     """Trace the encoder as a plain graph with dynamic batch and length."""
     ids_BL = torch.full((2, 3), 2, dtype=torch.int64)
     mask_BL = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.int64)
-    axes = {name: {0: "batch", 1: "length"} for name in INPUTS} | {OUTPUT: {0: "batch"}}
+    axes = {name: {0: "batch", 1: "length"} for name in INPUTS} | {CELL_EMBEDDING: {0: "batch"}}
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         # Only graphs of the tracing exporter can be fused. Its deprecation warnings, and the check of the mask's rank
         # in transformers (the same for all inputs), do not matter for this graph, which is compared with torch.
@@ -191,7 +191,7 @@ def _trace(encoder: PooledEncoder) -> ModelProto:
             (ids_BL, mask_BL),
             Path(folder) / "traced.onnx",
             input_names=list(INPUTS),
-            output_names=[OUTPUT],
+            output_names=[CELL_EMBEDDING],
             dynamic_axes=axes,
             opset_version=_OPSET,
             dynamo=False,

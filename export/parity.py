@@ -19,7 +19,7 @@ from transformers import BertForMaskedLM
 from export import ParityError
 from export.graph import INPUTS
 from perturbscope.cells.vocabulary import GeneVocabulary
-from perturbscope.inference.encoder import OUTPUT
+from perturbscope.families.outputs import CELL_EMBEDDING
 
 LENGTHS = (1, 7, 64)
 """Lengths, besides the longest, that are compared."""
@@ -67,7 +67,7 @@ def graph_runner(graph: ModelProto) -> Runner:
     session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def run(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], /) -> NDArray[np.float32]:
-        (output,) = session.run([OUTPUT], dict(zip(INPUTS, (input_ids, attention_mask), strict=True)))
+        (output,) = session.run([CELL_EMBEDDING], dict(zip(INPUTS, (input_ids, attention_mask), strict=True)))
         return np.asarray(output, dtype=np.float32)
 
     return run

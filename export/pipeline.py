@@ -19,8 +19,10 @@ from export.forms import standard_attention
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import BundleError, InvalidParameterError
 from perturbscope.families import Family, load_family
+from perturbscope.families.outputs import CELL_EMBEDDING, cell_embedding
 from perturbscope.inference.bundle import GOLDEN, MODEL_CARD, VOCABULARY, Bundle, Manifest, Variant
 from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.encoder import Values
 from perturbscope.inference.golden_making import make_golden
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.families.rank.pooling import LAYER, POOLING
@@ -229,15 +231,20 @@ def _compared_cells(
 class _GraphEncoder:
     """An encoder around a graph that is not in a bundle yet."""
 
-    def __init__(self, run: parity.Runner) -> None:
-        self._run = run
+    provider = ""
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        return self._run(*(inputs[name] for name in graph.INPUTS))
+    def __init__(self, run: parity.Runner, width: int) -> None:
+        self._run, self.outputs = run, (cell_embedding(width),)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Values:
+        return {CELL_EMBEDDING: self._run(*(inputs[name] for name in graph.INPUTS))}
+
+    def close(self) -> None:
+        """Do nothing: the graph is freed with the process."""
 
 
 def _embedder(family: Family, run: parity.Runner, width: int, variant: str) -> Embedder:
-    return Embedder(family, _GraphEncoder(run), width=width, model_id="", vocabulary_hash="", variant=variant)
+    return Embedder(family, _GraphEncoder(run, width), model_id="", vocabulary_hash="", variant=variant)
 
 
 def _embed(run: parity.Runner, sequences: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:

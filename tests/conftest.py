@@ -50,7 +50,6 @@ def fake_embedder() -> Embedder:
     return Embedder(
         load_family("rank", {}, vocabulary),
         FakeEncoder(TINY_WIDTH),
-        width=TINY_WIDTH,
         model_id="fake-1.0-000000000000",
         vocabulary_hash=vocabulary.hash,
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from perturbscope.families.outputs import CELL_EMBEDDING, cell_embedding
+from perturbscope.inference.encoder import Values
 
 
 class FakeEncoder:
@@ -34,6 +37,8 @@ class FakeEncoder:
         Shape [cells, longest] of each batch that arrived, in order.
     """
 
+    provider = ""
+
     def __init__(
         self,
         width: int = 8,
@@ -43,12 +48,13 @@ class FakeEncoder:
         gate: threading.Event | None = None,
     ) -> None:
         self.width = width
+        self.outputs = (cell_embedding(width),)
         self.delay = delay
         self.error = error
         self.gate = gate
         self.batches: list[tuple[int, int]] = []
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Values:
         tokens, mask = inputs["input_ids"], inputs["attention_mask"]
         self.batches.append((mask.shape[0], mask.shape[1]))
         if self.gate is not None:
@@ -61,4 +67,7 @@ class FakeEncoder:
         values[:, 0] = mask.sum(axis=1)
         values[:, 1] = tokens[:, 0]
         values[:, 2] = (tokens * mask).sum(axis=1) / mask.sum(axis=1)
-        return values
+        return {CELL_EMBEDDING: values}
+
+    def close(self) -> None:
+        """Do nothing: there is no model."""

@@ -15,8 +15,8 @@ All functions are pure.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -102,6 +102,9 @@ class BatchLimits:
     """Cells in one batch of any length."""
     buckets: Buckets | None = None
     """Shapes that batches are padded up to; None: each to its longest cell."""
+    cost: Callable[[int], int] | None = field(default=None, compare=False)
+    """What a cell padded to a length counts in `max_tokens` (:meth:`perturbscope.families.Family.cost`); None: its
+    length."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_attention", "max_cells"):
@@ -115,7 +118,7 @@ class BatchLimits:
             1,
             min(
                 self.max_cells,
-                self.max_tokens // length,
+                self.max_tokens // self.cost_of(length),
                 self.max_attention // (length * length),
             ),
         )
@@ -126,6 +129,17 @@ class BatchLimits:
         if self.buckets is None:
             return n_cells, longest
         return self.buckets.n_cells(n_cells), self.buckets.length(longest)
+
+    def cost_of(self, length: int) -> int:
+        """Return what a cell of `length` tokens counts in the budget of tokens."""
+        return length if self.cost is None else max(1, self.cost(length))
+
+    def costs_of(self, lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Return :meth:`cost_of` of each length, int64."""
+        if self.cost is None:
+            return lengths.astype(np.int64, copy=False)
+        distinct, places = np.unique(lengths, return_inverse=True)
+        return np.array([self.cost_of(int(length)) for length in distinct], dtype=np.int64)[places]
 
 
 def cpu_limits() -> BatchLimits:

@@ -3,7 +3,7 @@
 ::
 
     manifest.json    what the model is, how it was made, and the SHA-256 of every other file
-    model.onnx       graph: tokens -> cell embedding; variants beside it (model.fp16.onnx, ...)
+    model.onnx       graph: tokens -> outputs by name; variants beside it (model.fp16.onnx, ...)
     vocabulary.tsv   genes, tokens, medians
     MODEL_CARD.md    data, licence, cost, numbers
     golden.json      a few cells and their vectors, to test a server with (optional; see perturbscope.inference.golden)
@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,13 @@ from perturbscope.errors import (
     VocabularyMismatchError,
 )
 from perturbscope.families import Family, load_family
+from perturbscope.families.outputs import CELL_EMBEDDING, GENE_EMBEDDING, OutputSpec, cell_embedding
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_SINCE_2 = frozenset({"outputs", "task", "capabilities", "gene_panel"})
+"""Fields of the manifest that format 1 does not have: its model has one output, the cell embedding."""
+TASKS = ("embedding", "cell_classification", "gene_classification")
+"""What models are made for."""
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.tsv"
 MODEL_CARD = "MODEL_CARD.md"
@@ -70,7 +75,7 @@ class Manifest:
     family_config: dict[str, Any]
     """Options of the family."""
     width: int
-    """Dimensions of a cell embedding."""
+    """Dimensions of the cell embedding."""
     layer: str
     """Hidden state that is pooled."""
     pooling: str
@@ -87,11 +92,30 @@ class Manifest:
     """SPDX identifier or sentence."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of every file but the manifest."""
+    outputs: tuple[OutputSpec, ...] = ()
+    """Outputs of the graphs, the cell embedding among them; by default that alone."""
+    task: str = "embedding"
+    """What the model was made for, one of :data:`TASKS`."""
+    capabilities: tuple[str, ...] = ()
+    """What the model can be asked for; by default what its outputs allow, see :func:`capabilities_of`."""
+    gene_panel: tuple[str, ...] | None = None
+    """Ensembl ids of the only genes that the model was made for; None: those of the vocabulary."""
     format_version: int = FORMAT_VERSION
 
+    def __post_init__(self) -> None:
+        if not self.outputs:
+            object.__setattr__(self, "outputs", (cell_embedding(self.width),))
+        if not self.capabilities:
+            object.__setattr__(self, "capabilities", capabilities_of(self.outputs))
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes between which the model decides; None if it is no classifier."""
+        return next((spec.names for spec in self.outputs if spec.meaning == "logits"), None)
+
     def to_json(self) -> str:
-        """Return the manifest as JSON text."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        """Return the manifest as JSON text, in the newest format."""
+        return json.dumps(asdict(self) | {"format_version": FORMAT_VERSION}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, where: str) -> Manifest:
@@ -116,7 +140,7 @@ class Manifest:
                 "Upgrade perturbscope, or export the model again with this version.",
                 field="format_version",
             )
-        names = {item.name for item in fields(cls)}
+        names = {item.name for item in fields(cls)} - (_SINCE_2 if data["format_version"] == 1 else frozenset())
         missing, unknown = names - set(data), set(data) - names
         if missing or unknown:
             raise CorruptBundleError(f"{where}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}.")
@@ -125,6 +149,10 @@ class Manifest:
                 name: Variant(file=str(item["file"]), cosine=float(item["cosine"]))
                 for name, item in data["variants"].items()
             }
+            if data["format_version"] > 1:
+                data["outputs"] = tuple(_output(item) for item in data["outputs"])
+                data["capabilities"] = _texts(data["capabilities"])
+                data["gene_panel"] = None if data["gene_panel"] is None else _texts(data["gene_panel"])
             manifest = cls(**data)
             manifest._check_types()
             names_inside = [*manifest.files, *(variant.file for variant in manifest.variants.values())]
@@ -139,12 +167,31 @@ class Manifest:
         kinds: dict[Any, type] = {"str": str, "int": int}
         for item in fields(self):
             value = getattr(self, item.name)
-            if not isinstance(value, kinds.get(item.type, dict)):
+            if item.name not in _SINCE_2 - {"task"} and not isinstance(value, kinds.get(item.type, dict)):
                 raise TypeError(f"{item.name} is {value!r}")
-        if self.width < 1:
-            raise ValueError(f"width is {self.width}")
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}")
+        if len({spec.name for spec in self.outputs}) < len(self.outputs):
+            raise ValueError("two outputs have one name")
+        if cell_embedding(self.width) not in self.outputs:
+            raise ValueError(f"outputs hold no {CELL_EMBEDDING} of width {self.width}")
         if not all(isinstance(digest, str) for digest in self.files.values()):
             raise TypeError("a checksum is not a string")
+
+
+def capabilities_of(outputs: Sequence[OutputSpec], *, edits: bool = False) -> tuple[str, ...]:
+    """Return what a model with these outputs can be asked for.
+
+    ``embed`` (on which scores, comparisons and reports rest), ``gene_embedding``, ``classify_cells``,
+    ``classify_genes``; and ``edit_tokens`` if its family has `edits`.
+    """
+    found = {"embed"}
+    for spec in outputs:
+        if spec.meaning == "logits":
+            found.add("classify_cells" if spec.per == "cell" else "classify_genes")
+        elif spec.name == GENE_EMBEDDING:
+            found.add("gene_embedding")
+    return tuple(sorted(found | ({"edit_tokens"} if edits else set())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,6 +318,18 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _output(item: Mapping[str, Any]) -> OutputSpec:
+    """Read the description of an output. Raises TypeError, ValueError or KeyError."""
+    names = item["names"]
+    return OutputSpec(**{**item, "names": None if names is None else _texts(names)})
+
+
+def _texts(items: Any) -> tuple[str, ...]:
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise TypeError(f"{items!r} is no list of strings")
+    return tuple(items)
 
 
 def _is_plain(name: str) -> bool:

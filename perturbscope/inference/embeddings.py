@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.genes import GeneCoverage
+from perturbscope.families.outputs import OutputSpec
 
 MIN_GENES = 500
 """Cells with fewer expressed genes are below the usual quality floor of an atlas: flagged, not dropped."""
 Maker = tuple[str, str | None]
 """Id of a model and variant of its graph; only vectors of one maker are comparable."""
+
+
+@dataclass(frozen=True, eq=False)
+class OutputValues:
+    """Values of an output beside the cell embedding, for many cells.
+
+    Attributes
+    ----------
+    spec
+        Description of the output.
+    values
+        Values, float32: [n_cells, width] per cell; per token [number of genes in all cells, width], cells end to end,
+        without special tokens.
+    offsets
+        Bounds of the cells in values per token, int64 [n_cells + 1]; None for values per cell.
+    genes
+        Place of each row's gene in `gene_names`, int32 [number of rows]; None for values per cell.
+    gene_names
+        Ensembl ids to which `genes` points.
+    """
+
+    spec: OutputSpec
+    values: NDArray[np.float32]
+    offsets: NDArray[np.int64] | None = None
+    genes: NDArray[np.int32] | None = None
+    gene_names: tuple[str, ...] = ()
+
+    @property
+    def gene_ids(self) -> NDArray[np.object_]:
+        """Ensembl id of each row per token, [number of rows]."""
+        names: NDArray[np.object_] = np.array(self.gene_names, dtype=object)
+        return names[self.genes if self.genes is not None else np.empty(0, dtype=np.int32)]
+
+    def of_cell(self, cell: int) -> NDArray[np.float32]:
+        """Return the values of one cell, [width] or per token [number of its genes, width]."""
+        rows = cell if self.offsets is None else slice(int(self.offsets[cell]), int(self.offsets[cell + 1]))
+        values: NDArray[np.float32] = self.values[rows]
+        return values
 
 
 @dataclass(frozen=True)
@@ -38,6 +77,8 @@ class Embeddings:
         Seconds by stage: ``tokenize``, ``inference``, and on a server ``queue``.
     variant
         Graph of the model: ``fp32``, ``fp16``, ``int8``; None if that is not known.
+    outputs
+        Values of the other outputs that were asked for, by name.
     """
 
     values: NDArray[np.float32]
@@ -49,6 +90,7 @@ class Embeddings:
     vocabulary_hash: str
     timings: dict[str, float] = field(default_factory=dict)
     variant: str | None = None
+    outputs: Mapping[str, OutputValues] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -119,6 +161,7 @@ def gather(parts: Iterable[Embeddings], n_cells: int, values: NDArray[np.float32
     n_detected = np.empty(n_cells, dtype=np.int32)
     known_share = np.empty(n_cells, dtype=np.float32)
     timings: dict[str, float] = {}
+    others: dict[str, list[OutputValues]] = {}
     first: Embeddings | None = None
     start = 0
     for part in parts:
@@ -129,9 +172,39 @@ def gather(parts: Iterable[Embeddings], n_cells: int, values: NDArray[np.float32
         known_share[rows] = part.known_share
         for stage, seconds in part.timings.items():
             timings[stage] = timings.get(stage, 0.0) + seconds
+        for name, output in part.outputs.items():
+            others.setdefault(name, []).append(output)
         start += len(part)
     assert first is not None, "no part"  # noqa: S101  our own bug: a source has cells
     assert values is not None and start == n_cells, f"{start} of {n_cells} cells"  # noqa: S101, PT018
     return replace(
-        first, values=values, lengths=lengths, n_detected=n_detected, known_share=known_share, timings=timings
+        first,
+        values=values,
+        lengths=lengths,
+        n_detected=n_detected,
+        known_share=known_share,
+        timings=timings,
+        outputs={name: join_outputs(outputs) for name, outputs in others.items()},
     )
+
+
+def join_outputs(parts: Sequence[OutputValues]) -> OutputValues:
+    """Join the values of one output for the cells of several chunks."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    values = np.concatenate([part.values for part in parts])
+    if first.offsets is None:
+        return replace(first, values=values)
+    lengths = np.concatenate([np.diff(part.offsets) for part in parts if part.offsets is not None])
+    genes = [part.genes for part in parts if part.genes is not None]
+    names = first.gene_names
+    if any(part.gene_names is not names and part.gene_names != names for part in parts):
+        names = tuple(dict.fromkeys(name for part in parts for name in part.gene_names))
+        places = {name: place for place, name in enumerate(names)}
+        genes = [
+            np.array([places[name] for name in part.gene_names], dtype=np.int32)[own]
+            for part, own in zip(parts, genes, strict=True)
+        ]
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+    return OutputValues(first.spec, values, offsets, np.concatenate(genes), names)

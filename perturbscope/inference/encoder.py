@@ -1,39 +1,79 @@
-"""The encoder, which runs a model's graph in ONNX Runtime."""
+"""The encoder, which runs a model's graph in ONNX Runtime and returns its outputs by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.errors import CorruptBundleError, InferenceError, InvalidParameterError, ProviderUnavailableError
+from perturbscope.families.outputs import CELL_EMBEDDING, OutputSpec
+from perturbscope.families.tokens import InputSpec
 from perturbscope.inference.bundle import Bundle
-from perturbscope.inference.gpu import CUDA, TENSORRT, BoundSession, GpuOptions, Staged, cuda_runtime, providers
+from perturbscope.inference.gpu import (
+    CUDA,
+    TENSORRT,
+    BoundSession,
+    GpuOptions,
+    Staged,
+    cuda_runtime,
+    providers,
+    run_options,
+)
 from perturbscope.threads import usable_cores
 
 Device = Literal["cpu", "cuda", "tensorrt"]
 _PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": CUDA, "tensorrt": TENSORRT}
-OUTPUT = "cell_embedding"
-"""Name of the graph's output, float32 [batch, width]."""
+MASK = InputSpec("attention_mask", "int64", 0, n_values=2, pad_is_a_value=True)
+"""The input that every graph takes beside those of its family: 1 on tokens, 0 on padding."""
+_Fed = tuple[Mapping[str, NDArray[Any]], Sequence[str]]
+"""Inputs of a batch that stay where they are, and the outputs that are wanted."""
+Values = Mapping[str, NDArray[np.float32]]
+"""Outputs of a batch by name, float32: [batch, width] per cell, [batch, longest, width] per token."""
 
 
 class Encoder(Protocol):
-    """Turns padded inputs into one vector a cell; it knows nothing of requests."""
+    """Turns padded inputs into outputs by name; it knows nothing of requests."""
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Embed one batch.
+    @property
+    def outputs(self) -> tuple[OutputSpec, ...]:
+        """The outputs that it can compute."""
+        ...
+
+    @property
+    def provider(self) -> str:
+        """Execution provider that runs the graph; empty if there is none."""
+        ...
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Values:
+        """Compute outputs of one batch.
 
         Parameters
         ----------
         inputs
-            Arrays of :func:`perturbscope.families.tokens.pad`, each [batch, longest, ...].
-
-        Returns
-        -------
-        float32 [batch, width].
+            Arrays of :func:`perturbscope.families.tokens.pad`.
+        outputs
+            Names of the outputs that are wanted.
         """
+        ...
+
+    def close(self) -> None:
+        """Free the memory; :meth:`run` fails afterwards. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class StagedEncoder(Encoder, Protocol):
+    """An encoder that copies a batch to its device while another batch runs."""
+
+    def stage(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Any:
+        """Copy a batch to the device. Raises as :meth:`run`."""
+        ...
+
+    def finish(self, staged: Any) -> Values:
+        """Compute the outputs of a batch from :meth:`stage`. Raises as :meth:`run`."""
         ...
 
 
@@ -58,6 +98,8 @@ class OnnxEncoder:
     ----------
     provider
         Execution provider that runs the graph.
+    outputs
+        Outputs of the graph that the manifest describes.
 
     Raises
     ------
@@ -68,7 +110,7 @@ class OnnxEncoder:
     ProviderUnavailableError
         A GPU was asked for and ONNX Runtime could not use it.
     CorruptBundleError
-        ONNX Runtime cannot load the graph, or its inputs and output are not those of the family.
+        ONNX Runtime cannot load the graph, or its inputs and outputs are not those of the family and the manifest.
     """
 
     def __init__(
@@ -101,12 +143,12 @@ class OnnxEncoder:
             ort.preload_dlls()
         path = bundle.graph(variant)
         family = bundle.family()
-        names = ("attention_mask", *(spec.name for spec in family.inputs))
+        inputs = (MASK, *family.inputs)
         gpu = gpu or GpuOptions()
         session_providers: list[Any] = [wanted]
         if device != "cpu":
             half = variant.startswith("fp16")
-            session_providers = [*providers(device, gpu, inputs=names, max_length=family.max_length, half=half)]
+            session_providers = [*providers(device, gpu, inputs=inputs, max_length=family.max_length, half=half)]
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
@@ -128,15 +170,17 @@ class OnnxEncoder:
                 field="device",
             )
         self._names = {item.name for item in self._session.get_inputs()}
-        unknown = self._names - set(names)
-        if unknown or OUTPUT not in {item.name for item in self._session.get_outputs()}:
+        self.outputs: tuple[OutputSpec, ...] = bundle.manifest.outputs
+        unknown = self._names - {spec.name for spec in inputs}
+        missing = {spec.name for spec in self.outputs} - {item.name for item in self._session.get_outputs()}
+        if unknown or missing:
             raise CorruptBundleError(
                 f"{path} is not a graph of the family {bundle.manifest.family!r}: "
-                + (f"it wants the input {min(unknown)!r}." if unknown else f"it has no output {OUTPUT!r}.")
+                + (f"it wants the input {min(unknown)!r}." if unknown else f"it has no output {min(missing)!r}.")
             )
         self.bound: BoundSession | None = None
         """Runs the session on bound memory of a GPU; None on the CPU."""
-        self._width, self._gpu = bundle.manifest.width, gpu
+        self._gpu = gpu
         if device != "cpu":
             self.bind("cuda", capture=gpu.cuda_graphs and device == "cuda", runtime=cuda_runtime())
 
@@ -144,8 +188,7 @@ class OnnxEncoder:
         """Run on bound memory of ``cuda`` or ``cpu`` from now on; see :class:`BoundSession`."""
         self.bound = BoundSession(
             self._session,
-            output=OUTPUT,
-            width=self._width,
+            outputs=self.outputs,
             device=memory,
             device_id=self._gpu.device_id,
             capture=capture,
@@ -158,7 +201,7 @@ class OnnxEncoder:
             self.bound.close()
         self._session = None
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Values:
         """See :meth:`Encoder.run`.
 
         Raises
@@ -166,33 +209,35 @@ class OnnxEncoder:
         InferenceError
             The forward pass failed, for instance because memory ran out.
         """
-        return self.finish(self.stage(inputs))
+        return self.finish(self.stage(inputs, outputs))
 
-    def stage(self, inputs: Mapping[str, NDArray[Any]]) -> Staged | Mapping[str, NDArray[Any]]:
+    def stage(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Staged | _Fed:
         """Copy a batch to the device, possibly while another batch runs. Raises as :meth:`run`."""
         if self._session is None:
             raise InferenceError("The model was closed.")
         if self.bound is None:
-            return inputs
+            return inputs, outputs
         try:
-            return self.bound.stage(inputs)
+            return self.bound.stage(inputs, outputs)
         except Exception as error:
             raise _failed(inputs["attention_mask"].shape, error) from error
 
-    def finish(self, staged: Staged | Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Embed a batch from :meth:`stage`. Raises as :meth:`run`."""
+    def finish(self, staged: Staged | _Fed) -> Values:
+        """Compute the outputs of a batch from :meth:`stage`. Raises as :meth:`run`."""
         if self._session is None:
             raise InferenceError("The model was closed.")
-        shape = staged.shape if isinstance(staged, Staged) else staged["attention_mask"].shape
+        shape = staged.shape if isinstance(staged, Staged) else staged[0]["attention_mask"].shape
         try:
             if isinstance(staged, Staged):
                 assert self.bound is not None  # noqa: S101  nobody else stages
                 return self.bound.finish(staged)
-            feed = {name: array for name, array in staged.items() if name in self._names}
-            (output,) = self._session.run([OUTPUT], feed)
+            inputs, outputs = staged
+            feed = {name: array for name, array in inputs.items() if name in self._names}
+            options = None if len(outputs) == len(self.outputs) else run_options()
+            found = self._session.run([*outputs], feed, options)
         except Exception as error:
             raise _failed(shape, error) from error
-        return np.asarray(output, dtype=np.float32)
+        return {name: np.asarray(values, dtype=np.float32) for name, values in zip(outputs, found, strict=True)}
 
 
 def _failed(shape: tuple[int, ...], error: Exception) -> InferenceError:

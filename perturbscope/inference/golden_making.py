@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from scipy import sparse
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneResolver
 from perturbscope.cells.vocabulary import GeneVocabulary
+from perturbscope.families.outputs import Outputs, selected
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.bundle import GOLDEN, Bundle
 from perturbscope.inference.embedder import Embedder
-from perturbscope.inference.golden import TOLERANCE, Golden, cells_of, digests_of, distance
+from perturbscope.inference.golden import TOLERANCE, Golden, cells_of, comparable, digests_of, distance
 
 SHORT_LENGTHS = (1, 7)
 """Numbers of genes of the artificial cells beside real cells, which all have many."""
@@ -51,11 +52,12 @@ def make_golden(
     exact = embedders["fp32"]
     golden_cells, source = _choose(vocabulary, exact.family.max_length, cells, seed)
     tokens = exact.tokenize(golden_cells)
-    vectors = _one_by_one(exact, tokens)
+    names = [spec.name for spec in exact.outputs]
+    vectors = comparable(_one_by_one(exact, tokens, names))
     cosines = {
-        name: min(distance(vectors, values)[1] for values in (_one_by_one(other, tokens), other.embed_tokens(tokens)))
-        for name, other in embedders.items()
-        if name != "fp32"
+        variant: _lowest_cosines(vectors, (_one_by_one(other, tokens, names), other.infer(tokens, names)))
+        for variant, other in embedders.items()
+        if variant != "fp32"
     }
     return Golden(golden_cells, digests_of(tokens), vectors, tolerance, cosines, source)
 
@@ -139,5 +141,15 @@ def _spread(n_detected: NDArray[Any]) -> list[int]:
     return [int(cell) for cell in order[np.unique(at)]]
 
 
-def _one_by_one(embedder: Embedder, tokens: TokenizedCells) -> NDArray[np.float32]:
-    return np.concatenate([embedder.run(tokens, np.array([cell])) for cell in range(len(tokens))])
+def _one_by_one(embedder: Embedder, tokens: TokenizedCells, names: list[str]) -> Outputs:
+    found = Outputs.empty(selected(embedder.outputs, names), tokens.offsets)
+    for cell in range(len(tokens)):
+        rows = np.array([cell])
+        found.put(rows, embedder.run(tokens, rows, found.specs))
+    return found
+
+
+def _lowest_cosines(vectors: Mapping[str, NDArray[np.float32]], ways: Iterable[Outputs]) -> dict[str, float]:
+    """Return the lowest cosine of each output over several ways to compute it."""
+    found = [comparable(values) for values in ways]
+    return {name: min(distance(golden, values[name])[1] for values in found) for name, golden in vectors.items()}

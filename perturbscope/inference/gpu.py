@@ -10,7 +10,7 @@ import ctypes
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.errors import InvalidParameterError
+from perturbscope.families.outputs import OutputSpec
+from perturbscope.families.tokens import InputSpec
 from perturbscope.inference.batching import BatchLimits, Buckets
 
 CUDA: Final = "CUDAExecutionProvider"
@@ -36,6 +38,8 @@ _MAX_CAPTURED = 64
 """Most graphs that are captured; each keeps its memory until the session ends."""
 _MAX_KEPT = 64
 """Most shapes whose buffers are kept."""
+_Shape = tuple[int | str, ...]
+"""Numbers of cells and tokens of a batch, and names of the outputs that it computes."""
 _NUMPY: Final[dict[str, type[np.generic]]] = {
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
@@ -91,7 +95,7 @@ def gpu_limits(device: str, max_length: int, *, max_tokens: int = MAX_TOKENS) ->
 
 
 def providers(
-    device: str, options: GpuOptions, *, inputs: tuple[str, ...], max_length: int, half: bool
+    device: str, options: GpuOptions, *, inputs: Sequence[InputSpec], max_length: int, half: bool
 ) -> list[tuple[str, dict[str, str]]]:
     """Return the execution providers of a device with their options, in ONNX Runtime's form.
 
@@ -102,7 +106,7 @@ def providers(
     options
         Options of the GPU.
     inputs
-        Names of the graph's inputs, all [batch, length].
+        The graph's inputs, the mask among them.
     max_length
         Number of tokens of the longest cell.
     half
@@ -122,7 +126,8 @@ def providers(
         return [(CUDA, cuda)]
 
     def shapes(n_cells: int, length: int) -> str:
-        return ",".join(f"{name}:{n_cells}x{length}" for name in inputs)
+        of_tokens = {"token": (n_cells, length), "cell": (n_cells,)}
+        return ",".join(f"{spec.name}:{'x'.join(map(str, (*of_tokens[spec.per], *spec.trailing)))}" for spec in inputs)
 
     tensorrt = {
         "device_id": str(options.device_id),
@@ -202,11 +207,11 @@ class Staged:
     shape
         Numbers of cells and tokens.
     binding
-        Inputs and output, bound to their memory.
+        Inputs and outputs, bound to their memory.
     inputs
         Inputs by name, on the device.
-    output
-        Vectors, float32 [batch, width], on the device.
+    outputs
+        Outputs by name, float32 [batch, width] or per token [batch, length, width], on the device.
     runs
         Number of batches that ran in this memory.
     graph
@@ -216,13 +221,13 @@ class Staged:
     shape: tuple[int, int]
     binding: Any
     inputs: dict[str, Any]
-    output: Any
+    outputs: dict[str, Any]
     runs: int = 0
     graph: int = -1
 
 
 class BoundSession:
-    """A session on memory of the device that stays in place: buffers are kept for each shape.
+    """A session on memory of the device that stays in place: buffers are kept for each shape and choice of outputs.
 
     :meth:`stage` may be called by one thread while another is in :meth:`finish`.
 
@@ -230,10 +235,8 @@ class BoundSession:
     ----------
     session
         Session of ONNX Runtime.
-    output
-        Name of the output, float32 [batch, width].
-    width
-        Width of the output.
+    outputs
+        Outputs of the graph.
     device
         ``cuda``, or ``cpu`` (which works but is not faster).
     device_id
@@ -248,22 +251,20 @@ class BoundSession:
         self,
         session: Any,
         *,
-        output: str,
-        width: int,
+        outputs: Sequence[OutputSpec],
         device: str,
         device_id: int = 0,
         capture: bool = False,
         runtime: Any = None,
     ) -> None:
         self._session = session
-        self._output = output
-        self._width = width
+        self._outputs = {spec.name: spec for spec in outputs}
         self._device = device
         self._device_id = device_id
         self._capture = capture
         self._types = {item.name: _NUMPY[item.type] for item in session.get_inputs()}
         self._host = {name: PinnedBuffer(runtime) for name in self._types}
-        self._free: OrderedDict[tuple[int, int], list[Staged]] = OrderedDict()
+        self._free: OrderedDict[_Shape, list[Staged]] = OrderedDict()
         self._captured = 0
         self._lock = threading.RLock()
 
@@ -272,25 +273,25 @@ class BoundSession:
         """Number of graphs that were captured."""
         return self._captured
 
-    def stage(self, inputs: Mapping[str, NDArray[Any]]) -> Staged:
-        """Copy a batch to the device; `inputs` may be changed afterwards."""
+    def stage(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Staged:
+        """Copy a batch to the device, to compute some outputs of it; `inputs` may be changed afterwards."""
         arrays = {name: np.asarray(inputs[name], dtype=dtype) for name, dtype in self._types.items()}
         n_cells, length = inputs["attention_mask"].shape
         with self._lock:
-            kept = self._free.get((n_cells, length))
-            staged = kept.pop() if kept else self._allocate((n_cells, length), arrays)
+            kept = self._free.get((n_cells, length, *outputs))
+            staged = kept.pop() if kept else self._allocate((n_cells, length), arrays, outputs)
             for name, value in staged.inputs.items():
                 value.update_inplace(self._host[name].holding(arrays[name]))
         return staged
 
-    def finish(self, staged: Staged) -> NDArray[np.float32]:
-        """Run a staged batch once; returns float32 [batch, width] on the host."""
+    def finish(self, staged: Staged) -> dict[str, NDArray[np.float32]]:
+        """Run a staged batch once; returns its outputs by name on the host, float32."""
         options = self._options(staged)
         # While a graph is captured, a copy by another thread would spoil it.
         capturing = staged.graph > 0 and staged.runs <= _CAPTURE_AFTER + _CAPTURING
         with self._lock if capturing else nullcontext():
             self._session.run_with_iobinding(staged.binding, options)
-            values = np.array(staged.output.numpy(), dtype=np.float32)
+            values = {name: np.array(value.numpy(), dtype=np.float32) for name, value in staged.outputs.items()}
         with self._lock:
             self._give(staged)
         return values
@@ -305,26 +306,28 @@ class BoundSession:
 
     def _options(self, staged: Staged) -> Any:
         """Return the options of a run, which name the graph that it captures or replays, if any."""
-        if not self._capture:
-            return None
         import onnxruntime as ort
 
+        options = None if len(staged.outputs) == len(self._outputs) else run_options()
+        if not self._capture:
+            return options
         staged.runs += 1
         if staged.graph < 0 and staged.runs > _CAPTURE_AFTER and self._captured < _MAX_CAPTURED:
             self._captured += 1
             staged.graph = self._captured  # from 1: 0 is ONNX Runtime's own
-        options = ort.RunOptions()
+        options = options or ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(staged.graph))
         return options
 
     def _give(self, staged: Staged) -> None:
         """Keep buffers for the next batch of their shape; drop those of the least recent shape."""
-        self._free.setdefault(staged.shape, []).append(staged)
-        self._free.move_to_end(staged.shape)
+        key: _Shape = (*staged.shape, *staged.outputs)
+        self._free.setdefault(key, []).append(staged)
+        self._free.move_to_end(key)
         while len(self._free) > _MAX_KEPT:
             self._free.popitem(last=False)
 
-    def _allocate(self, shape: tuple[int, int], arrays: Mapping[str, NDArray[Any]]) -> Staged:
+    def _allocate(self, shape: tuple[int, int], arrays: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> Staged:
         import onnxruntime as ort
 
         def empty(dims: tuple[int, ...], dtype: Any) -> Any:
@@ -334,6 +337,20 @@ class BoundSession:
         inputs = {name: empty(array.shape, array.dtype) for name, array in arrays.items()}
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
-        output = empty((shape[0], self._width), np.float32)
-        binding.bind_ortvalue_output(self._output, output)
-        return Staged(shape, binding, inputs, output)
+        dims = {"cell": shape[:1], "token": shape}
+        bound = {
+            name: empty((*dims[spec.per], spec.width), np.float32)
+            for name, spec in ((name, self._outputs[name]) for name in outputs)
+        }
+        for name, value in bound.items():
+            binding.bind_ortvalue_output(name, value)
+        return Staged(shape, binding, inputs, bound)
+
+
+def run_options() -> Any:
+    """Return options with which a graph computes only what the outputs that are asked for need."""
+    import onnxruntime as ort
+
+    options = ort.RunOptions()
+    options.only_execute_path_to_fetches = True
+    return options

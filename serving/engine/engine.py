@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import PerArray
+from perturbscope.families.outputs import Outputs, OutputSpec, selected
 from perturbscope.families.tokens import TokenizedCells, concatenate
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.embeddings import Embeddings
@@ -105,21 +103,21 @@ class Engine:
         call.take(len(request.cells))
         return await self.embed_cells(request.model, request.cells, call)
 
-    async def embed_cells(self, name: str | None, cells: CountMatrix, call: Call) -> Embeddings:
+    async def embed_cells(
+        self, name: str | None, cells: CountMatrix, call: Call, outputs: Sequence[str] | None = None
+    ) -> Embeddings:
         """Embed cells, which are counted already, with the model of that name. Raises as :meth:`embed`."""
         with self.registry.lease(name) as model:
             call.model = model.embedder
+            specs = selected(model.embedder.outputs, outputs)
             limits.check_shape(self.settings, len(cells), cells.n_genes, int(cells.counts.nnz))
-            model.dispatcher.require_room(len(cells), _most_tokens(model, cells), call.caller.name, call.deadline)
-            call.reserve(self.memory(model, cells, call))
+            cost = int(model.embedder.limits.costs_of(model.embedder.family.bound(cells)).sum())
+            model.dispatcher.require_room(len(cells), cost, call.caller.name, call.deadline)
+            call.reserve(reserved_bytes(model.embedder, cells, specs, call))
             with call.stage("tokenize"):
                 tokens, seconds = await self.tokenize(model.embedder, cells)
-            values, timings = await self.infer_tokens(model, tokens, call)
+            values, timings = await self.infer_tokens(model, tokens, call, outputs)
             return model.embedder.describe(tokens, values, {"tokenize": seconds, **timings})
-
-    def memory(self, model: ServedModel, cells: CountMatrix, call: Call) -> int:
-        """Estimate the bytes that tokens, vectors and encoded answer of cells will take."""
-        return 4 * _most_tokens(model, cells) + 4 * len(cells) * model.embedder.width * (1 + call.growth)
 
     async def tokenize(self, embedder: Embedder, cells: CountMatrix) -> tuple[TokenizedCells, float]:
         """Tokenize cells, a thousand at a time; also return the seconds. Raises as :meth:`Embedder.tokenize`."""
@@ -136,16 +134,20 @@ class Engine:
         return tokens, sum(seconds for _, seconds in parts)
 
     async def infer_tokens(
-        self, model: ServedModel, tokens: TokenizedCells, call: Call | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, float]]:
-        """Return the vectors of tokenized cells, and seconds by stage. Raises as :meth:`Dispatcher.submit`."""
+        self,
+        model: ServedModel,
+        tokens: TokenizedCells,
+        call: Call | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> tuple[Outputs, dict[str, float]]:
+        """Return outputs of tokenized cells, and seconds by stage. Raises as :meth:`Dispatcher.submit`."""
         call = call or Call("", "http")
         call.model, call.model_id = model.embedder, model.info.model_id
         call.tokens += int(tokens.offsets[-1])
         turn = None if call.trace is None else call.trace.turn()
         with call.stage("queue", turn) as stage:
             values, timings = await model.dispatcher.submit(
-                tokens, flow=call.caller.name, deadline=call.deadline, tag=turn
+                tokens, outputs=outputs, flow=call.caller.name, deadline=call.deadline, tag=turn
             )
             stage.ended_with("inference", timings["inference"])
         return values, timings
@@ -177,9 +179,10 @@ class Engine:
         self.scores.close()
 
 
-def _most_tokens(model: ServedModel, cells: CountMatrix) -> int:
-    """Upper bound of the tokens of cells."""
-    return int(np.minimum(np.diff(cells.counts.indptr), model.embedder.family.max_length).sum())
+def reserved_bytes(embedder: Embedder, cells: CountMatrix, outputs: Sequence[OutputSpec], call: Call) -> int:
+    """Estimate the bytes that tokens, outputs and encoded answer of cells will take."""
+    rows = {"cell": len(cells), "token": int(embedder.family.bound(cells).sum())}
+    return 4 * rows["token"] + 4 * sum(rows[spec.per] * spec.width for spec in outputs) * (1 + call.growth)
 
 
 def _tokenize(embedder: Embedder, cells: CountMatrix, start: int) -> tuple[TokenizedCells, float]:

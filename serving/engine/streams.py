@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import DeadlineExceededError, LimitExceededError, OverloadedError
+from perturbscope.families.outputs import OutputSpec, selected
 from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamOpened, StreamStart, StreamTotals
 from serving.access import limits
 from serving.access.limits import Held
 from serving.call import GROWTH, Call
-from serving.engine.engine import Engine
+from serving.engine.engine import Engine, reserved_bytes
 from serving.models.loading import ServedModel
 from serving.telemetry.metrics import STREAMS
 
@@ -99,6 +100,8 @@ class _Stream:
         self._jobs: set[asyncio.Task[Any]] = set()
         self._genes: NDArray[np.str_] = np.zeros(0, dtype=np.str_)
         """Gene identifiers of all its cells, once they are checked."""
+        self._outputs: tuple[OutputSpec, ...] = ()
+        """Outputs that the stream asks for, once it is open."""
         self._unanswered = 0
         self._moved = time.monotonic()
         """Time on ``time.monotonic`` when a message was last read or an answer last taken."""
@@ -125,6 +128,7 @@ class _Stream:
 
     async def _open(self, model: ServedModel, start: StreamStart) -> StreamOpened:
         """Answer the start; refuse genes that no cell could be embedded with before there are cells."""
+        self._outputs = selected(model.embedder.outputs, None)
         settings, n_genes = self._settings, len(start.gene_ids)
         limits.check_shape(settings, 1, n_genes, n_genes)
         cells = await self._engine.work(start.every_gene)
@@ -162,7 +166,7 @@ class _Stream:
                 del message, found
                 limits.check_shape(self._settings, len(cells), cells.n_genes, int(cells.counts.nnz))
                 await self._when_there_is_room(functools.partial(self._call.take, len(cells)))
-                memory += await self._reserve(self._engine.memory(model, cells, self._call))
+                memory += await self._reserve(reserved_bytes(model.embedder, cells, self._outputs, self._call))
                 job = asyncio.ensure_future(self._embed(model, cells))
                 self._jobs.add(job)
                 self._in_progress.put_nowait(_Job(row, n_bytes, memory, job))
@@ -175,9 +179,9 @@ class _Stream:
         engine, call = self._engine, self._call
         with call.stage("tokenize"):
             tokens, seconds = await engine.tokenize(model.embedder, cells)
-        cost, flow = int(tokens.offsets[-1]), call.caller.name
+        cost, flow = int(model.embedder.limits.costs_of(tokens.lengths).sum()), call.caller.name
         await self._when_there_is_room(lambda: model.dispatcher.check_room(cost, flow))
-        values, timings = await engine.infer_tokens(model, tokens, call)
+        values, timings = await engine.infer_tokens(model, tokens, call, [spec.name for spec in self._outputs])
         return model.embedder.describe(tokens, values, {"tokenize": seconds, **timings})
 
     async def _reserve(self, n_bytes: int) -> int:

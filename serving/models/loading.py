@@ -150,7 +150,7 @@ class ServedModel:
             await self.dispatcher.submit(await asyncio.to_thread(self.embedder.tokenize, self.probe))
         else:
             tokens = await asyncio.to_thread(self.golden.tokenize, self.embedder)
-            values, _ = await self.dispatcher.submit(tokens)
+            values, _ = await self.dispatcher.submit(tokens, outputs=self.golden.outputs)
             self.golden.compare(values, variant=self.embedder.variant, provider=self.embedder.provider).require(
                 self.info.model_id
             )

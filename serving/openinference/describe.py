@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from perturbscope import __version__
+from perturbscope.families.outputs import OutputSpec
 from perturbscope.families.tokens import InputSpec
-from perturbscope.inference.encoder import OUTPUT
+from perturbscope.inference.encoder import MASK
 from perturbscope.protocol.messages import ModelInfo
 from serving.models.loading import ServedModel
-from serving.openinference.tensors import MASK, PROTOCOL_NAMES
+from serving.openinference.tensors import PROTOCOL_NAMES
 from serving.settings import Settings
 
 EXTENSIONS = ("binary_tensor_data", "model_repository", "model_configuration", "statistics")
@@ -25,16 +26,19 @@ def server() -> dict[str, Any]:
 
 
 def metadata(model: ServedModel, served: tuple[ModelInfo, ...]) -> dict[str, Any]:
-    """Describe the tensors of a model, [batch, length, ...] and [batch, width]; -1 means any size."""
+    """Describe the tensors of a model, [batch, length, ...]; -1 means any size."""
     return {
         "name": model.info.name,
         "versions": [info.version for info in served if info.name == model.info.name],
         "platform": PLATFORM,
         "inputs": [
-            {"name": spec.name, "datatype": PROTOCOL_NAMES[spec.dtype], "shape": [-1, -1, *spec.trailing]}
+            {"name": spec.name, "datatype": PROTOCOL_NAMES[spec.dtype], "shape": [-1, *_input_dims(spec)]}
             for spec in _inputs(model)
         ],
-        "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, model.embedder.width]}],
+        "outputs": [
+            {"name": spec.name, "datatype": "FP32", "shape": [-1, *_output_dims(spec)]}
+            for spec in model.embedder.outputs
+        ],
     }
 
 
@@ -46,12 +50,23 @@ def configuration(model: ServedModel, settings: Settings) -> dict[str, Any]:
         "backend": BACKEND,
         "max_batch_size": min(settings.max_cells, 2**31 - 1),
         "input": [
-            {"name": spec.name, "data_type": f"TYPE_{PROTOCOL_NAMES[spec.dtype]}", "dims": [-1, *spec.trailing]}
+            {"name": spec.name, "data_type": f"TYPE_{PROTOCOL_NAMES[spec.dtype]}", "dims": _input_dims(spec)}
             for spec in _inputs(model)
         ],
-        "output": [{"name": OUTPUT, "data_type": "TYPE_FP32", "dims": [model.embedder.width]}],
+        "output": [
+            {"name": spec.name, "data_type": "TYPE_FP32", "dims": _output_dims(spec)} for spec in model.embedder.outputs
+        ],
     }
 
 
 def _inputs(model: ServedModel) -> tuple[InputSpec, ...]:
-    return (*model.embedder.family.inputs, InputSpec(MASK, "int64", 0, n_values=2))
+    return (*model.embedder.family.inputs, MASK)
+
+
+def _input_dims(spec: InputSpec) -> list[int]:
+    """Return the sizes of the axes behind the batch."""
+    return [*spec.trailing] if spec.per == "cell" else [-1, *spec.trailing]
+
+
+def _output_dims(spec: OutputSpec) -> list[int]:
+    return [spec.width] if spec.per == "cell" else [-1, spec.width]

@@ -157,7 +157,7 @@ class InferInput(_Open):
 class InferOutput(_Open):
     """An output that the caller wants."""
 
-    name: Literal["cell_embedding"]
+    name: str = Field(max_length=512)
     parameters: dict[str, Any] = Field({}, description="binary_data: whether the output comes as bytes after the JSON.")
 
 
@@ -173,7 +173,7 @@ class InferBody(_Open):
 class InferredOutput(_Closed):
     """An output: numbers in `data`, or bytes after the JSON."""
 
-    name: Literal["cell_embedding"]
+    name: str
     datatype: Literal["FP32"]
     shape: list[int]
     parameters: dict[str, int] | None = None
@@ -181,7 +181,7 @@ class InferredOutput(_Closed):
 
 
 class Inferred(_Closed):
-    """Vectors of cells."""
+    """Outputs of the model for the cells."""
 
     id: str | None = None
     model_name: str

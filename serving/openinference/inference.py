@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 
 from perturbscope.errors import PerturbScopeError
+from perturbscope.families.outputs import OutputSpec
 from perturbscope.families.tokens import TokenizedCells
 from serving.call import Call
 from serving.engine.engine import Engine
 from serving.models.loading import ServedModel
 from serving.openinference.statistics import Statistics
-from serving.openinference.tensors import InferAnswer, InferRequest, tokens_of
+from serving.openinference.tensors import InferAnswer, InferOutput, InferRequest, padded, tokens_of
 
 
 class TokenEngine:
@@ -28,7 +29,7 @@ class TokenEngine:
         self.statistics = Statistics()
 
     async def infer(self, name: str, version: str, read: Callable[[], InferRequest], call: Call) -> InferAnswer:
-        """Return the vectors of the cells that `read` returns; it is called on a worker thread.
+        """Return outputs for the cells that `read` returns; it is called on a worker thread.
 
         Raises
         ------
@@ -45,7 +46,10 @@ class TokenEngine:
                 with call.stage("decode"):
                     request, tokens = await self.engine.work(_read, read, model, self.engine)
                 call.take(len(tokens))
-                values, timings = await self.engine.infer_tokens(model, tokens, call)
+                outputs = request.wanted(model.embedder.outputs)
+                call.reserve(_answer_bytes(request, outputs))
+                names = [spec.name for spec in outputs]
+                values, timings = await self.engine.infer_tokens(model, tokens, call, names)
             except PerturbScopeError:
                 self.statistics.failed(model.info, time.perf_counter() - started)
                 raise
@@ -54,9 +58,16 @@ class TokenEngine:
                 name=model.info.name,
                 version=model.info.version,
                 id=request.id,
-                values=values,
-                wants_bytes=request.wants_bytes,
+                outputs=[
+                    InferOutput(spec.name, padded(values, spec, request.length), request.wants_bytes(spec.name))
+                    for spec in outputs
+                ],
             )
+
+
+def _answer_bytes(request: InferRequest, outputs: tuple[OutputSpec, ...]) -> int:
+    """Estimate the bytes of outputs per token, with padding, and of their copies; vectors of cells are small."""
+    return 3 * 4 * sum(request.n_slots * spec.width for spec in outputs if spec.per == "token")
 
 
 def _read(read: Callable[[], InferRequest], model: ServedModel, engine: Engine) -> tuple[InferRequest, TokenizedCells]:

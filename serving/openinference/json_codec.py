@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from perturbscope.errors import InvalidParameterError, MalformedMatrixError
-from perturbscope.inference.encoder import OUTPUT
 from perturbscope.protocol import checks as check
 from serving.openinference.tensors import (
     MAX_INPUTS,
@@ -70,18 +69,22 @@ def request_from_body(body: bytes, json_length: str | None) -> InferRequest:
 
 def answer_to_body(answer: InferAnswer) -> tuple[bytes, dict[str, str]]:
     """Return the body of an answer, and its headers, the content type among them."""
-    output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": list(answer.values.shape)}
+    outputs: list[dict[str, Any]] = []
     raw = b""
-    if answer.wants_bytes:
-        raw = np.ascontiguousarray(answer.values, dtype="<f4").tobytes()
-        output["parameters"] = {_SIZE: len(raw)}
-    else:
-        output["data"] = list(chain.from_iterable(check.short_floats(answer.values)))
-    head = {"model_name": answer.name, "model_version": answer.version, "outputs": [output]}
+    for output in answer.outputs:
+        item: dict[str, Any] = {"name": output.name, "datatype": "FP32", "shape": list(output.values.shape)}
+        if output.wants_bytes:
+            data = np.ascontiguousarray(output.values, dtype="<f4").tobytes()
+            item["parameters"] = {_SIZE: len(data)}
+            raw += data
+        else:
+            item["data"] = list(chain.from_iterable(check.short_floats(output.values.reshape(len(output.values), -1))))
+        outputs.append(item)
+    head: dict[str, Any] = {"model_name": answer.name, "model_version": answer.version, "outputs": outputs}
     if answer.id:
         head["id"] = answer.id
     text = json.dumps(head, allow_nan=False, separators=(",", ":")).encode()
-    if not answer.wants_bytes:
+    if not raw:
         return text, {"content-type": "application/json"}
     return text + raw, {"content-type": "application/octet-stream", JSON_LENGTH: str(len(text))}
 

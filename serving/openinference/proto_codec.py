@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from perturbscope.errors import MalformedMatrixError
-from perturbscope.inference.encoder import OUTPUT
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.proto import open_inference_pb2 as messages
 from serving.openinference.tensors import (
@@ -65,9 +64,10 @@ def answer_to_proto(answer: InferAnswer) -> messages.ModelInferResponse:
         model_version=answer.version,
         id=answer.id,
         outputs=[
-            messages.ModelInferResponse.InferOutputTensor(name=OUTPUT, datatype="FP32", shape=answer.values.shape)
+            messages.ModelInferResponse.InferOutputTensor(name=output.name, datatype="FP32", shape=output.values.shape)
+            for output in answer.outputs
         ],
-        raw_output_contents=[np.ascontiguousarray(answer.values, dtype="<f4").tobytes()],
+        raw_output_contents=[np.ascontiguousarray(output.values, dtype="<f4").tobytes() for output in answer.outputs],
     )
 
 

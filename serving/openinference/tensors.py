@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import EmptyCellError, InvalidParameterError, LimitExceededError, MalformedMatrixError
 from perturbscope.families import Family
+from perturbscope.families.outputs import Outputs, OutputSpec
 from perturbscope.families.tokens import InputSpec, TokenizedCells
-from perturbscope.inference.encoder import OUTPUT
+from perturbscope.inference.encoder import MASK as ATTENTION_MASK
 from perturbscope.protocol.checks import printable
 from serving.access.limits import check_shape
 from serving.settings import Settings
 
-MASK = "attention_mask"
+MASK = ATTENTION_MASK.name
 DTYPES: dict[str, str] = {"INT32": "<i4", "INT64": "<i8", "FP32": "<f4"}
 """Numpy's names of the types that an input may have."""
 PROTOCOL_NAMES = {"int64": "INT64", "int32": "INT32", "float32": "FP32"}
@@ -74,23 +75,61 @@ class InferRequest:
     id: str = ""
     binary: bool = False
 
-    def __post_init__(self) -> None:
+    def wanted(self, outputs: Sequence[OutputSpec]) -> tuple[OutputSpec, ...]:
+        """Return the outputs that are wanted of those of a model.
+
+        Raises
+        ------
+        InvalidParameterError
+            The model has no output of a name.
+        """
+        known = [spec.name for spec in outputs]
         for name in self.outputs:
-            if name != OUTPUT:
+            if name not in known:
                 raise InvalidParameterError(
-                    f"The model has no output {shown_name(name)}; it has {OUTPUT!r}.", field=printable(name)
+                    f"The model has no output {shown_name(name)}; it has {', '.join(map(repr, known))}.",
+                    field=printable(name),
                 )
+        return tuple(spec for spec in outputs if not self.outputs or spec.name in self.outputs)
+
+    def wants_bytes(self, name: str) -> bool:
+        """Return whether an output is wanted as bytes."""
+        chosen = self.outputs.get(name)
+        return self.binary if chosen is None else chosen
 
     @property
-    def wants_bytes(self) -> bool:
-        """Whether the answer's tensor is wanted as bytes."""
-        chosen = self.outputs.get(OUTPUT)
-        return self.binary if chosen is None else chosen
+    def length(self) -> int:
+        """Number of tokens that the cells are padded to; known once the request is checked."""
+        return int(self.inputs[MASK].values.shape[1])
+
+    @property
+    def n_slots(self) -> int:
+        """Number of tokens of all cells, with padding; known once the request is checked."""
+        return int(self.inputs[MASK].values.size)
+
+
+@dataclass(frozen=True, eq=False)
+class InferOutput:
+    """One output of an answer.
+
+    Attributes
+    ----------
+    name
+        Name of the output.
+    values
+        float32 [cells, width], or per token [cells, length, width], 0 behind a cell's last token.
+    wants_bytes
+        Whether the values are wanted as bytes.
+    """
+
+    name: str
+    values: NDArray[np.float32]
+    wants_bytes: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class InferAnswer:
-    """Vectors of a request's cells.
+    """Outputs for a request's cells.
 
     Attributes
     ----------
@@ -98,17 +137,24 @@ class InferAnswer:
         Name and version of the model.
     id
         The caller's name for the request.
-    values
-        Vectors, float32 [cells, width].
-    wants_bytes
-        Whether the values are wanted as bytes.
+    outputs
+        The outputs that were asked for.
     """
 
     name: str
     version: str
     id: str
-    values: NDArray[np.float32]
-    wants_bytes: bool = True
+    outputs: Sequence[InferOutput]
+
+
+def padded(outputs: Outputs, spec: OutputSpec, length: int) -> NDArray[np.float32]:
+    """Return the values of an output in the form of the graph: [cells, width], or [cells, length, width] with zeros."""
+    values = outputs[spec.name]
+    if spec.per == "cell":
+        return values
+    slots = np.zeros((len(outputs), length, spec.width), dtype=np.float32)
+    slots[np.arange(length) < np.diff(outputs.offsets)[:, None]] = values
+    return slots
 
 
 def shown_name(name: str) -> str:
@@ -200,7 +246,7 @@ def tokens_of(request: InferRequest, family: Family, settings: Settings) -> Toke
     LimitExceededError
         Too many cells, or a cell that is longer than the model's longest.
     """
-    specs = (*family.inputs, InputSpec(MASK, "int64", 0, n_values=2))
+    specs = (*family.inputs, ATTENTION_MASK)
     _check_names(request.inputs, specs)
     mask_values = request.inputs[MASK].values
     for spec in reversed(specs):  # the mask first, for the others are held against it
@@ -211,13 +257,14 @@ def tokens_of(request: InferRequest, family: Family, settings: Settings) -> Toke
     if longest > family.max_length:
         raise LimitExceededError(
             f"The cell in row {int(lengths.argmax())} of {MASK!r} has {longest:,} tokens; the model takes "
-            f"{family.max_length:,}. Keep the first ones, which rank highest.",
+            f"{family.max_length:,}. Keep the first ones.",
             field=MASK,
         )
     mask = mask_values.astype(np.bool_)
-    arrays = {spec.name: _kept(spec, request.inputs[spec.name], mask) for spec in family.inputs}
+    values = {spec.name: _kept(spec, request.inputs[spec.name], mask, lengths) for spec in family.inputs}
     return TokenizedCells(
-        arrays=arrays,
+        arrays={spec.name: values[spec.name] for spec in family.inputs if spec.per == "token"},
+        per_cell={spec.name: values[spec.name] for spec in family.inputs if spec.per == "cell"},
         offsets=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)]),
         # The counts behind the tokens are not known here, and nothing is told of them.
         known_share=np.ones(len(lengths), dtype=np.float32),
@@ -247,16 +294,17 @@ def _check_form(spec: InputSpec, tensor: Tensor, mask_shape: tuple[int, ...]) ->
         raise MalformedMatrixError(
             f"The input {spec.name!r} has the datatype {tensor.datatype}; the model takes {wanted}.", field=spec.name
         )
-    shape, n_axes = tensor.values.shape, 2 + len(spec.trailing)
-    if len(shape) != n_axes or shape[2:] != spec.trailing:
-        axes = ", ".join(("batch", "length", *map(str, spec.trailing)))
+    names = ("batch",) if spec.per == "cell" else ("batch", "length")
+    shape, n_axes = tensor.values.shape, len(names) + len(spec.trailing)
+    if len(shape) != n_axes or shape[len(names) :] != spec.trailing:
+        axes = ", ".join((*names, *map(str, spec.trailing)))
         raise MalformedMatrixError(
             f"The input {spec.name!r} has the shape {list(shape[:8])}; [{axes}] is needed.", field=spec.name
         )
-    if shape[:2] != mask_shape:
+    if shape[: len(names)] != mask_shape[: len(names)]:
         raise MalformedMatrixError(
             f"The input {spec.name!r} has the shape {list(shape)}, but {MASK!r} has {list(mask_shape[:8])}; "
-            "batch and length must agree.",
+            f"{' and '.join(names)} must agree.",
             field=spec.name,
         )
 
@@ -283,18 +331,25 @@ def _lengths(mask: NDArray[Any]) -> NDArray[np.int64]:
     return lengths
 
 
-def _kept(spec: InputSpec, tensor: Tensor, mask: NDArray[np.bool_]) -> NDArray[Any]:
-    """Return the values of an input without padding, cells end to end, [tokens, ...]."""
-    kept = tensor.values[mask]
-    if spec.n_values is not None:
-        wrong = (kept < 0) | (kept >= spec.n_values) | (kept == spec.pad_value)
-        what = f"is no token of the vocabulary: ids lie in 0 to {spec.n_values - 1}, and {spec.pad_value} is padding"
+def _kept(spec: InputSpec, tensor: Tensor, mask: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[Any]:
+    """Return the values of an input without padding, cells end to end, [tokens, ...]; or per cell [cells, ...]."""
+    kept = tensor.values[mask] if spec.per == "token" else tensor.values
+    if spec.within_length:
+        limits = lengths if spec.per == "cell" else np.repeat(lengths, lengths)
+        wrong = (kept < 0) | (kept >= limits.reshape(-1, *[1] * (kept.ndim - 1)))
+        what = "is no position in its cell"
+    elif spec.n_values is not None:
+        wrong = (kept < 0) | (kept >= spec.n_values)
+        what = f"is no token of the vocabulary: ids lie in 0 to {spec.n_values - 1}"
+        if spec.per == "token" and not spec.pad_is_a_value:
+            wrong |= kept == spec.pad_value
+            what += f", and {spec.pad_value} is padding"
     else:
         wrong = ~np.isfinite(kept)
         what = "is not finite"
     if wrong.any():
         at = int(np.flatnonzero(wrong.reshape(len(kept), -1).any(axis=1))[0])
-        row = int(np.searchsorted(np.cumsum(mask.sum(axis=1)), at, side="right"))
+        row = at if spec.per == "cell" else int(np.searchsorted(np.cumsum(lengths), at, side="right"))
         value = kept.reshape(len(kept), -1)[at][wrong.reshape(len(kept), -1)[at]][0]
         raise InvalidParameterError(f"{value} in row {row} of the input {spec.name!r} {what}.", field=spec.name)
     return kept.astype(spec.dtype, copy=False)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.errors import InferenceError, PerturbScopeError
+from perturbscope.families.outputs import Outputs, OutputSpec, selected
 from perturbscope.families.tokens import TokenizedCells, concatenate
 from perturbscope.inference.batching import BatchLimits
 from perturbscope.inference.embedder import Embedder
@@ -25,7 +25,7 @@ SIMILAR = 2
 """Cells of several callers share a batch if their lengths differ by less than this factor from the first one's."""
 SHORT = 64
 """Tokens up to which all lengths count as similar: for cells this short, padding costs next to nothing."""
-_Vectors = tuple[NDArray[np.float32], float]
+_Answer = tuple[Outputs, float]
 
 
 class Submission:
@@ -35,8 +35,8 @@ class Submission:
     ----------
     tokens
         Cells of the caller.
-    width
-        Dimensions of a vector.
+    outputs
+        Outputs that the caller wants.
     flow
         Flow that the caller belongs to: the name of an API key.
     limits
@@ -45,18 +45,26 @@ class Submission:
         Object that the observer is told with each batch that holds cells of this submission; None: nothing.
     """
 
-    def __init__(self, tokens: TokenizedCells, width: int, flow: str, limits: BatchLimits, tag: object = None) -> None:
+    def __init__(
+        self,
+        tokens: TokenizedCells,
+        outputs: Sequence[OutputSpec],
+        flow: str,
+        limits: BatchLimits,
+        tag: object = None,
+    ) -> None:
         self.tokens = tokens
         self.flow = flow
         self.tag = tag
-        self.values: NDArray[np.float32] = np.empty((len(tokens), width), dtype=np.float32)
+        self.values = Outputs.empty(outputs, tokens.offsets)
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started = time.perf_counter()
         self.inference = 0.0
         """Seconds of the batches that held a cell of this submission."""
         self.answered = 0
-        """Cells whose vectors are in `values`."""
-        self.unanswered_tokens = int(tokens.offsets[-1] - tokens.offsets[0])
+        """Cells whose outputs are in `values`."""
+        self.unanswered_tokens = int(limits.costs_of(tokens.lengths).sum())
+        """Tokens of the cells that are not answered, as the budget of a batch counts them."""
         self.served = False
         """Whether a batch with a cell of this submission was begun."""
         self._limits = limits
@@ -75,7 +83,7 @@ class Submission:
 
     def turn(self) -> float:
         """Slots (padded tokens) of the batch that the cells would fill on their own."""
-        return self.longest * min(self._limits.capacity(self.longest), len(self))
+        return self._limits.cost_of(self.longest) * min(self._limits.capacity(self.longest), len(self))
 
     def up_to(self, length: int) -> int:
         """Number of remaining cells that have at most this length."""
@@ -127,7 +135,7 @@ def next_batch(share: FairShare[Submission], limits: BatchLimits) -> list[BatchP
         if start < stop:
             parts.append(BatchPart(submission, submission.take(start, stop)))
             n_cells += stop - start
-            share.charge(submission, (stop - start) * length)
+            share.charge(submission, (stop - start) * limits.cost_of(length))
         if n_cells >= limits.capacity(length):
             break
     for part in parts:
@@ -178,8 +186,10 @@ class BatchRunner:
         """
         return n_tokens / self._tokens_per_second if self._tokens_per_second else None
 
-    async def run(self, parts: list[BatchPart]) -> _Vectors:
-        """Return the vectors of a batch, in the order of its parts, and the seconds it took.
+    async def run(self, parts: list[BatchPart]) -> _Answer:
+        """Return the outputs of a batch, in the order of its parts, and the seconds it took.
+
+        Each output that a part wants is computed for all cells of the batch.
 
         Raises
         ------
@@ -192,14 +202,15 @@ class BatchRunner:
             part.submission.served = True
         values, seconds = await self._forward(parts)
         lengths = np.concatenate([part.submission.tokens.lengths[part.rows] for part in parts])
-        n_tokens = int(lengths.sum())
-        n_padded = math.prod(self._embedder.limits.shape(len(lengths), int(lengths.max())))
-        if n_padded * 4 >= self._embedder.limits.max_tokens:
-            speed = n_tokens / max(seconds, 1e-9)
+        limits = self._embedder.limits
+        n_slots, longest = limits.shape(len(lengths), int(lengths.max()))
+        n_tokens, n_padded = int(lengths.sum()), n_slots * longest
+        if n_slots * limits.cost_of(longest) * 4 >= limits.max_tokens:
+            speed = int(limits.costs_of(lengths).sum()) / max(seconds, 1e-9)
             self._tokens_per_second = (self._tokens_per_second + speed) / 2 if self._tokens_per_second else speed
         if self._probe is None:
             tokens, rows = _joined(parts)
-            self._probe = _selected(tokens, rows[[np.argmin(lengths)]])
+            self._probe = tokens.take(rows[[np.argmin(lengths)]])
         if self._observer is not None:
             self._observer.batch(
                 n_cells=len(lengths),
@@ -215,7 +226,7 @@ class BatchRunner:
         """Run a cell that the model answered before; True if the model fails on it now."""
         if self._probe is None:
             return False
-        submission = Submission(self._probe, self._embedder.width, "", self._embedder.limits)
+        submission = Submission(self._probe, selected(self._embedder.outputs, None), "", self._embedder.limits)
         try:
             await self._forward([BatchPart(submission, np.arange(1))])
         except PerturbScopeError:
@@ -236,7 +247,7 @@ class BatchRunner:
             # Nobody is left to be told, and without this reference cycle the model is freed at once.
             self._on_stall = _ignore
 
-    async def _forward(self, parts: list[BatchPart]) -> _Vectors:
+    async def _forward(self, parts: list[BatchPart]) -> _Answer:
         """Run a batch on the thread. One that hangs is waited for after all callers were told: nothing else can run."""
         running = self._thread.submit(lambda: self._infer(parts))
         done, _ = await asyncio.wait([running], timeout=self._max_seconds)
@@ -252,7 +263,7 @@ class BatchRunner:
         self.last_failed = False
         return vectors
 
-    async def _hung(self, running: asyncio.Future[_Vectors]) -> InferenceError:
+    async def _hung(self, running: asyncio.Future[_Answer]) -> InferenceError:
         """Wait for a forward pass that hangs; return the error that its callers were told."""
         error = self.stall_error()
         self.stalled.set()
@@ -266,11 +277,11 @@ class BatchRunner:
                 self.stalled.clear()
         return error
 
-    def _infer(self, parts: list[BatchPart]) -> _Vectors:
+    def _infer(self, parts: list[BatchPart]) -> _Answer:
         """Run a batch; called on the thread."""
         started = time.perf_counter()
         try:
-            values = self._embedder.run(*_joined(parts))
+            values = self._embedder.run(*_joined(parts), _wanted(parts, self._embedder.outputs))
         except PerturbScopeError:
             raise
         except BaseException as error:
@@ -293,13 +304,13 @@ class _Thread:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def submit(self, function: Callable[[], _Vectors]) -> asyncio.Future[_Vectors]:
+    def submit(self, function: Callable[[], _Answer]) -> asyncio.Future[_Answer]:
         """Run `function`; the future is done when it has returned or raised, and must not be cancelled."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[_Vectors] = loop.create_future()
+        future: asyncio.Future[_Answer] = loop.create_future()
 
         def job() -> None:
             try:
@@ -332,22 +343,14 @@ def _joined(parts: list[BatchPart]) -> tuple[TokenizedCells, NDArray[np.intp]]:
     """Tokens that hold the cells of a batch, and the rows of the batch's cells in them."""
     if len(parts) == 1:
         return parts[0].submission.tokens, parts[0].rows
-    tokens = concatenate([_selected(part.submission.tokens, part.rows) for part in parts])
+    tokens = concatenate([part.submission.tokens.take(part.rows) for part in parts])
     return tokens, np.arange(len(tokens))
 
 
-def _selected(tokens: TokenizedCells, rows: NDArray[np.intp]) -> TokenizedCells:
-    """A copy of some cells."""
-    lengths = tokens.lengths[rows]
-    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-    take = np.repeat(tokens.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return TokenizedCells(
-        arrays={name: array[take] for name, array in tokens.arrays.items()},
-        offsets=offsets,
-        known_share=tokens.known_share[rows],
-        n_detected=tokens.n_detected[rows],
-        coverage=tokens.coverage,
-    )
+def _wanted(parts: list[BatchPart], outputs: Sequence[OutputSpec]) -> tuple[OutputSpec, ...]:
+    """Return the outputs of a model that at least one part wants."""
+    wanted = {spec.name for part in parts for spec in part.submission.values.specs}
+    return tuple(spec for spec in outputs if spec.name in wanted)
 
 
 def _ignore(error: PerturbScopeError) -> None:

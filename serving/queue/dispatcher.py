@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from perturbscope.errors import (
     DeadlineExceededError,
@@ -15,6 +15,7 @@ from perturbscope.errors import (
     OverloadedError,
     PerturbScopeError,
 )
+from perturbscope.families.outputs import Outputs, selected
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.embedder import Embedder
 from serving.queue.batches import BatchPart, BatchRunner, Submission, next_batch
@@ -99,14 +100,22 @@ class Dispatcher:
         return self._runner.last_failed
 
     async def submit(
-        self, tokens: TokenizedCells, *, flow: str = "", deadline: float | None = None, tag: object = None
-    ) -> tuple[NDArray[np.float32], dict[str, float]]:
-        """Embed cells together with those of other callers.
+        self,
+        tokens: TokenizedCells,
+        *,
+        outputs: Sequence[str] | None = None,
+        flow: str = "",
+        deadline: float | None = None,
+        tag: object = None,
+    ) -> tuple[Outputs, dict[str, float]]:
+        """Compute outputs of cells, together with those of other callers.
 
         Parameters
         ----------
         tokens
             Cells of the caller, from :meth:`Embedder.tokenize`.
+        outputs
+            Names of outputs; the cell embedding is always computed, and alone by default.
         flow
             Flow that the caller belongs to (the name of an API key); callers of one flow share its part of the model.
         deadline
@@ -116,11 +125,13 @@ class Dispatcher:
 
         Returns
         -------
-        The vectors, float32 [n_cells, width], in the order of `tokens`, and the timings in seconds: ``inference`` of
-        the batches that held a cell of this caller, and ``queue`` for the rest of the time.
+        The outputs, in the order of `tokens`, and the timings in seconds: ``inference`` of the batches that held a cell
+        of this caller, and ``queue`` for the rest of the time.
 
         Raises
         ------
+        InvalidParameterError
+            The model has no such output.
         OverloadedError
             The queue is full, or the dispatcher is closing; ``retry_after`` says when to try again.
         DeadlineExceededError
@@ -128,9 +139,10 @@ class Dispatcher:
         InferenceError
             A forward pass with cells of this caller failed, or one hangs.
         """
-        cost = int(tokens.offsets[-1] - tokens.offsets[0])
+        specs = selected(self.embedder.outputs, outputs)
+        cost = int(self.embedder.limits.costs_of(tokens.lengths).sum())
         self.require_room(len(tokens), cost, flow, deadline)
-        submission = Submission(tokens, self.embedder.width, flow, self.embedder.limits, tag)
+        submission = Submission(tokens, specs, flow, self.embedder.limits, tag)
         if not len(tokens):
             return submission.values, {"queue": 0.0, "inference": 0.0}
         loop = asyncio.get_running_loop()
@@ -287,9 +299,10 @@ class Dispatcher:
         start = 0
         for part in parts:
             submission, stop = part.submission, start + len(part.rows)
-            submission.values[part.rows] = values[start:stop]
+            submission.values.put(part.rows, values, start)
             submission.answered += len(part.rows)
-            submission.unanswered_tokens -= int(submission.tokens.lengths[part.rows].sum())
+            lengths = submission.tokens.lengths[part.rows]
+            submission.unanswered_tokens -= int(self.embedder.limits.costs_of(lengths).sum())
             submission.inference += seconds
             if submission.answered == len(submission.tokens) and not submission.done.done():
                 submission.done.set_result(None)

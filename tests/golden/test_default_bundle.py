@@ -63,7 +63,7 @@ def test_rounding_as_of_an_accelerator_is_within_its_limit_and_beyond_that_of_th
     assert not on_cpu.passed
     assert 1e-4 < on_cpu.largest_difference < 1e-2
     assert on_cpu.lowest_cosine > 1 - 1e-6
-    values = embedder.embed_tokens(golden.tokenize(embedder))
+    values = embedder.infer(golden.tokenize(embedder))
     assert golden.compare(values, variant="fp32", provider="CUDAExecutionProvider").passed
 
 

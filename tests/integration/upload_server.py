@@ -23,7 +23,6 @@ def main(port: int) -> None:
     embedder = Embedder(
         load_family("rank", {}, vocabulary),
         FakeEncoder(TINY_WIDTH),
-        width=TINY_WIDTH,
         model_id="fake-1.0-000000000000",
         vocabulary_hash=vocabulary.hash,
     )

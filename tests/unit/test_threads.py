@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import PerturbScopeError
+from perturbscope.families.outputs import CELL_EMBEDDING
 from perturbscope.inference.batching import BatchLimits
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.encoder import Values
 from perturbscope.threads import ahead
+from tests.fakes import FakeEncoder
 
 PATIENCE = 60.0
 
@@ -156,8 +159,8 @@ def test_the_next_chunk_is_tokenized_while_one_is_run(tiny_bundle: Path, tiny_ce
     second = threading.Event()
     encoder = embedder.encoder
 
-    class Waiting:
-        def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    class Waiting(FakeEncoder):
+        def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Values:
             assert second.wait(PATIENCE)
             return encoder.run(inputs)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,11 @@ from benchmarks.performance.gpu.forms import projected
 from benchmarks.performance.harness import Options, table
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.families import Family
+from perturbscope.families.outputs import CELL_EMBEDDING, cell_embedding
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.encoder import Values
 from perturbscope.inference.gpu import gpu_limits
 from serving.queue import Dispatcher
 
@@ -38,18 +40,24 @@ class SleepingGpu:
         Speed relative to the projected H100; 0.25 is four times slower.
     """
 
+    provider = ""
+    outputs = (cell_embedding(WIDTH),)
+
     def __init__(self, speed: float = 1.0) -> None:
         self._speed = speed
         self.busy = 0.0
         """Seconds in which it computes, from call to return, the lateness of the sleep included."""
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Values:
         """Sleep, and return zeros."""
         n_cells, length = inputs["attention_mask"].shape
         started = time.perf_counter()
         time.sleep(n_cells / (projected("fp16", length) * self._speed))
         self.busy += time.perf_counter() - started
-        return np.zeros((n_cells, WIDTH), dtype=np.float32)
+        return {CELL_EMBEDDING: np.zeros((n_cells, WIDTH), dtype=np.float32)}
+
+    def close(self) -> None:
+        """Do nothing: there is no model."""
 
 
 def simulated(family: Family, speed: float, *, overlap: bool, max_tokens: int) -> Embedder:
@@ -57,7 +65,6 @@ def simulated(family: Family, speed: float, *, overlap: bool, max_tokens: int) -
     return Embedder(
         family,
         SleepingGpu(speed),
-        width=WIDTH,
         model_id="simulated",
         vocabulary_hash="simulated",
         limits=gpu_limits("cuda", family.max_length, max_tokens=max_tokens),

@@ -112,13 +112,13 @@ def test_a_foreign_vocabulary(tmp_path):
 
 
 def test_a_newer_format(copied):
-    edit_manifest(copied, format_version=2)
-    with pytest.raises(UnsupportedBundleError, match=r"has format 2; .* reads up to 1\. Upgrade perturbscope"):
+    edit_manifest(copied, format_version=3)
+    with pytest.raises(UnsupportedBundleError, match=r"has format 3; .* reads up to 2\. Upgrade perturbscope"):
         Bundle.open(copied)
 
 
 def test_a_newer_format_is_named_before_its_unknown_fields(copied):
-    edit_manifest(copied, format_version=2, adapters=[])
+    edit_manifest(copied, format_version=3, adapters=[])
     with pytest.raises(UnsupportedBundleError):
         Bundle.open(copied)
 

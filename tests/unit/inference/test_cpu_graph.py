@@ -12,9 +12,10 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from perturbscope.families.outputs import CELL_EMBEDDING
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.cpu_graph import DISABLED_OPTIMIZERS, MIN_FLASH_LENGTH, cpu_graph, rewritten
-from perturbscope.inference.encoder import OUTPUT, OnnxEncoder
+from perturbscope.inference.encoder import OnnxEncoder
 
 BUNDLE = Path(__file__).resolve().parents[3] / "bundles" / "default"
 HEADS, WIDTH = 2, 8
@@ -60,7 +61,7 @@ def fused() -> onnx.ModelProto:
         helper.make_node("EmbedLayerNormalization", embedding, ["embedded", "lengths"], epsilon=1e-12, **contrib),
         helper.make_node("Attention", ["embedded", "weight", "bias", "lengths"], ["mixed"], num_heads=HEADS, **contrib),
         helper.make_node(
-            "SkipLayerNormalization", ["mixed", "embedded", "gamma", "beta"], [OUTPUT], epsilon=1e-12, **contrib
+            "SkipLayerNormalization", ["mixed", "embedded", "gamma", "beta"], [CELL_EMBEDDING], epsilon=1e-12, **contrib
         ),
     ]
     inputs = [
@@ -70,7 +71,7 @@ def fused() -> onnx.ModelProto:
         nodes,
         "block",
         inputs,
-        [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(CELL_EMBEDDING, TensorProto.FLOAT, None)],
         [
             stored("words", 50, WIDTH),
             stored("positions", 400, WIDTH),
@@ -104,7 +105,7 @@ def test_vectors_are_those_of_the_graph_in_the_file(lengths):
 def test_the_shipped_bundle_gives_the_same_vectors(lengths):
     bundle = Bundle.open(BUNDLE)
     (wanted,) = session(bundle.graph().read_bytes()).run(None, batch(lengths))
-    found = OnnxEncoder(bundle, threads=1).run(batch(lengths))
+    found = OnnxEncoder(bundle, threads=1).run(batch(lengths))[CELL_EMBEDDING]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 

@@ -69,7 +69,7 @@ def test_a_cell_is_the_same_alone(embedder, tiny_cells):
 @pytest.mark.parametrize("max_tokens", [1, 40, 100_000])
 def test_a_cell_is_the_same_in_any_batch(embedder, tiny_cells, max_cells, max_tokens):
     limits = BatchLimits(max_cells=max_cells, max_tokens=max_tokens)
-    other = Embedder(embedder.family, embedder.encoder, width=8, model_id="m", vocabulary_hash="v", limits=limits)
+    other = Embedder(embedder.family, embedder.encoder, model_id="m", vocabulary_hash="v", limits=limits)
     np.testing.assert_allclose(
         other.embed(tiny_cells).values, embedder.embed(tiny_cells).values, atol=TOLERANCE, rtol=0
     )
@@ -176,8 +176,8 @@ def test_an_empty_cell_has_its_row_in_the_whole_input(fake_embedder, tiny_cells,
 
 
 def test_values_that_are_not_finite(fake_embedder, tiny_cells, monkeypatch):
-    def run(inputs):
-        return np.full((len(inputs["attention_mask"]), 8), np.nan, dtype=np.float32)
+    def run(inputs, outputs):
+        return {"cell_embedding": np.full((len(inputs["attention_mask"]), 8), np.nan, dtype=np.float32)}
 
     monkeypatch.setattr(fake_embedder.encoder, "run", run)
     with pytest.raises(InferenceError, match="not finite"):
@@ -186,7 +186,7 @@ def test_values_that_are_not_finite(fake_embedder, tiny_cells, monkeypatch):
 
 def test_values_of_the_wrong_width(fake_embedder, tiny_cells):
     fake_embedder.encoder = FakeEncoder(width=5)
-    with pytest.raises(InferenceError, match=r"shape \(\d+, 5\) for \d+ cells of width 8\."):
+    with pytest.raises(InferenceError, match=r"shape \(\d+, 5\) as cell_embedding of \d+ cells .* the width is 8\."):
         fake_embedder.embed(tiny_cells)
 
 
@@ -267,7 +267,7 @@ def test_a_stream_holds_few_chunks(fake_embedder: Embedder, tiny_cells: CountMat
 def test_an_embedder_of_a_cpu_has_its_batches(embedder, tiny_bundle):
     assert embedder.limits == cpu_limits()
     wide = BatchLimits(max_tokens=9)
-    assert Embedder.from_bundle(Bundle.open(tiny_bundle), threads=1, limits=wide).limits is wide
+    assert Embedder.from_bundle(Bundle.open(tiny_bundle), threads=1, limits=wide).limits == wide
 
 
 def test_vectors_of_many_chunks_are_held_once(fake_embedder, monkeypatch):

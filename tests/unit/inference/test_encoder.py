@@ -18,6 +18,7 @@ from perturbscope.errors import (
     InvalidParameterError,
     ProviderUnavailableError,
 )
+from perturbscope.families.outputs import CELL_EMBEDDING
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.encoder import OnnxEncoder
 from perturbscope.threads import usable_cores
@@ -55,7 +56,7 @@ def inputs(rows: list[list[int]]) -> dict[str, np.ndarray]:
 def test_the_graph_computes_what_it_says(bundle):
     weights = onnx.load(bundle.graph()).graph.initializer
     table = next(numpy_helper.to_array(item) for item in weights if item.name == "table")
-    values = OnnxEncoder(bundle, threads=1).run(inputs([[5, 9, 2], [7]]))
+    values = OnnxEncoder(bundle, threads=1).run(inputs([[5, 9, 2], [7]]))[CELL_EMBEDDING]
     assert values.shape == (2, TINY_WIDTH)
     assert values.dtype == np.float32
     np.testing.assert_allclose(values, [table[[5, 9, 2]].mean(axis=0), table[7]], atol=1e-6)
@@ -63,8 +64,8 @@ def test_the_graph_computes_what_it_says(bundle):
 
 def test_inputs_that_the_graph_does_not_take_are_left_out(bundle):
     batch = inputs([[5, 9]])
-    values = OnnxEncoder(bundle, threads=1).run(batch | {"counts": np.ones((1, 2))})
-    np.testing.assert_array_equal(values, OnnxEncoder(bundle, threads=1).run(batch))
+    values = OnnxEncoder(bundle, threads=1).run(batch | {"counts": np.ones((1, 2))})[CELL_EMBEDDING]
+    np.testing.assert_array_equal(values, OnnxEncoder(bundle, threads=1).run(batch)[CELL_EMBEDDING])
 
 
 def test_cpu_is_what_runs(bundle):
@@ -121,10 +122,10 @@ def test_a_forward_pass_that_fails_says_what_it_was_given(bundle):
 
 def test_the_encoder_is_fine_after_a_failure(bundle):
     encoder = OnnxEncoder(bundle, threads=1)
-    before = encoder.run(inputs([[5, 9]]))
+    before = encoder.run(inputs([[5, 9]]))[CELL_EMBEDDING]
     with pytest.raises(InferenceError):
         encoder.run(inputs([[10_000_000]]))
-    np.testing.assert_array_equal(encoder.run(inputs([[5, 9]])), before)
+    np.testing.assert_array_equal(encoder.run(inputs([[5, 9]]))[CELL_EMBEDDING], before)
 
 
 def test_cores_are_counted_where_the_system_knows_no_affinity(monkeypatch):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cli.app import app, run
 from perturbscope.errors import CorruptBundleError, GoldenMismatchError
+from perturbscope.families.outputs import CELL_EMBEDDING, Outputs, cell_embedding
 from perturbscope.inference.bundle import GOLDEN, Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.golden import Golden, GoldenResult, check_golden, read_golden
@@ -65,7 +66,7 @@ def test_made_cells_differ_in_length(proven: Bundle) -> None:
     golden = golden_of(proven)
     embedder = Embedder.from_bundle(proven, threads=1)
     assert golden.tokenize(embedder).lengths.tolist() == [1, 7, 64, 2046]  # two pairs are one gene by now
-    assert golden.vectors.shape == (4, TINY_WIDTH)
+    assert golden.vectors[CELL_EMBEDDING].shape == (4, TINY_WIDTH)
     assert golden.tolerance == 1e-4
 
 
@@ -112,11 +113,14 @@ def test_another_tokenizer_is_found_before_the_graph_runs(proven: Bundle) -> Non
 def compare(golden: Golden, *, error: float, variant: str, provider: str) -> GoldenResult:
     """The result for vectors at a relative distance of `error`, at a right angle."""
     rng = np.random.default_rng(0)
-    aside = rng.standard_normal(golden.vectors.shape)
-    along = (aside * golden.vectors).sum(axis=1) / (golden.vectors**2).sum(axis=1)
-    aside -= along[:, None] * golden.vectors
-    aside *= (np.linalg.norm(golden.vectors, axis=1) / np.linalg.norm(aside, axis=1))[:, None]
-    return golden.compare((golden.vectors + error * aside).astype(np.float32), variant=variant, provider=provider)
+    vectors = golden.vectors[CELL_EMBEDDING]
+    aside = rng.standard_normal(vectors.shape)
+    along = (aside * vectors).sum(axis=1) / (vectors**2).sum(axis=1)
+    aside -= along[:, None] * vectors
+    aside *= (np.linalg.norm(vectors, axis=1) / np.linalg.norm(aside, axis=1))[:, None]
+    moved = {CELL_EMBEDDING: (vectors + error * aside).astype(np.float32)}
+    outputs = Outputs((cell_embedding(TINY_WIDTH),), moved, np.arange(len(vectors) + 1))
+    return golden.compare(outputs, variant=variant, provider=provider)
 
 
 def test_an_accelerator_may_round_but_not_turn(proven: Bundle) -> None:
@@ -127,7 +131,7 @@ def test_an_accelerator_may_round_but_not_turn(proven: Bundle) -> None:
 
 
 def test_a_variant_is_held_to_its_own_record(proven: Bundle) -> None:
-    golden = replace(golden_of(proven), cosines={"int8": 0.999, "fp16": 1.0})
+    golden = replace(golden_of(proven), cosines={"int8": {CELL_EMBEDDING: 0.999}, "fp16": {CELL_EMBEDDING: 1.0}})
     assert compare(golden, error=0.05, variant="int8", provider=CUDA).passed
     assert not compare(golden, error=0.08, variant="int8", provider=CUDA).passed
     assert compare(golden, error=0.01, variant="fp16", provider=CUDA).passed
@@ -153,8 +157,8 @@ def test_real_cells_are_chosen_from_poor_to_rich(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "it has the format 2"),
-        ({"cells": []}, "its vectors have the shape"),
+        ({"format": 3}, "it has the format 3"),
+        ({"cells": []}, "it has no cells"),
         ({"cells": [{}]}, "vector"),
         ({"tolerance": "wide"}, "could not convert"),
         ({"tolerance": 0}, "tolerance is out of range"),
@@ -177,7 +181,7 @@ def test_a_file_that_cannot_be_read(proven: Bundle, tmp_path: Path, changes: dic
         ("counts", [0.5], "cells that cannot be"),
         ("counts", [1, 2], "cells that cannot be"),
         ("vector", [1.0], "inhomogeneous|shape"),
-        ("vector", [float("nan")] * TINY_WIDTH, "its vectors have the shape"),
+        ("vector", [float("nan")] * TINY_WIDTH, "its values of cell_embedding have the shape"),
     ],
 )
 def test_a_cell_that_cannot_be(proven: Bundle, tmp_path: Path, field: str, value: Any, message: str) -> None:

@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InferenceError, InvalidParameterError, ProviderUnavailableError
+from perturbscope.families.outputs import CELL_EMBEDDING
+from perturbscope.families.tokens import InputSpec
 from perturbscope.inference import gpu
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
-from perturbscope.inference.encoder import OnnxEncoder
+from perturbscope.inference.encoder import MASK, OnnxEncoder
 from perturbscope.inference.gpu import GpuOptions, PinnedBuffer, providers
 from tests.bundles import TINY_WIDTH
 
-NAMES = ("attention_mask", "input_ids")
+INPUTS = (MASK, InputSpec("input_ids", "int64", 0))
 
 
 @pytest.fixture
@@ -41,6 +43,10 @@ def batch(n_cells: int, length: int, *, seed: int = 0) -> dict[str, NDArray[Any]
     return {"input_ids": rng.integers(2, 30, mask.shape) * mask, "attention_mask": mask.astype(np.int64)}
 
 
+def vectors(encoder: OnnxEncoder, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    return encoder.run(inputs)[CELL_EMBEDDING]
+
+
 # Bound memory
 
 
@@ -48,23 +54,23 @@ def test_bound_memory_changes_no_vector(encoder: OnnxEncoder, tiny_bundle: Path)
     plain = OnnxEncoder(Bundle.open(tiny_bundle), threads=1)
     for seed, shape in enumerate([(3, 7), (1, 1), (3, 7), (8, 20), (3, 7)]):
         inputs = batch(*shape, seed=seed)
-        values = encoder.run(inputs)
+        values = vectors(encoder, inputs)
         assert values.dtype == np.float32
-        np.testing.assert_array_equal(values, plain.run(inputs))
+        np.testing.assert_array_equal(values, vectors(plain, inputs))
 
 
 def test_a_staged_batch_is_not_touched_by_the_next(encoder: OnnxEncoder) -> None:
     one, other = batch(2, 5, seed=1), batch(2, 5, seed=2)
-    expected = [encoder.run(one), encoder.run(other)]
+    expected = [vectors(encoder, one), vectors(encoder, other)]
     staged = [encoder.stage(one), encoder.stage(other)]
     one["input_ids"][:] = 2
-    found = [encoder.finish(item) for item in staged]
+    found = [encoder.finish(item)[CELL_EMBEDDING] for item in staged]
     np.testing.assert_array_equal(found, expected)
     assert not np.array_equal(found[0], found[1])
 
 
 def test_a_result_is_not_overwritten_by_the_next_batch(encoder: OnnxEncoder) -> None:
-    first = encoder.run(batch(2, 5, seed=1))
+    first = vectors(encoder, batch(2, 5, seed=1))
     kept = first.copy()
     encoder.run(batch(2, 5, seed=2))
     np.testing.assert_array_equal(first, kept)
@@ -89,7 +95,7 @@ def test_only_so_many_shapes_are_kept(encoder: OnnxEncoder, monkeypatch: pytest.
     assert encoder.bound is not None
     for length in (3, 4, 5, 3):
         encoder.run(batch(1, length))
-    assert list(encoder.bound._free) == [(1, 5), (1, 3)]
+    assert list(encoder.bound._free) == [(1, 5, CELL_EMBEDDING), (1, 3, CELL_EMBEDDING)]
 
 
 def test_one_thread_stages_while_another_runs(encoder: OnnxEncoder, tiny_bundle: Path) -> None:
@@ -99,7 +105,7 @@ def test_one_thread_stages_while_another_runs(encoder: OnnxEncoder, tiny_bundle:
 
     def every_second(start: int) -> None:
         for at in range(start, len(batches), 2):
-            found[at] = encoder.finish(encoder.stage(batches[at]))
+            found[at] = encoder.finish(encoder.stage(batches[at]))[CELL_EMBEDDING]
 
     threads = [threading.Thread(target=every_second, args=(start,)) for start in range(2)]
     for thread in threads:
@@ -107,7 +113,7 @@ def test_one_thread_stages_while_another_runs(encoder: OnnxEncoder, tiny_bundle:
     for thread in threads:
         thread.join()
     for values, inputs in zip(found, batches, strict=True):
-        np.testing.assert_array_equal(values, plain.run(inputs))
+        np.testing.assert_array_equal(values, vectors(plain, inputs))
 
 
 def test_the_embedder_goes_the_same_way(tiny_bundle: Path, tiny_cells: CountMatrix) -> None:
@@ -125,7 +131,7 @@ def test_a_failing_pass_says_what_it_was_given(encoder: OnnxEncoder) -> None:
     bad["input_ids"][0, 0] = 10_000_000
     with pytest.raises(InferenceError, match="forward pass of a batch of 2 x 3 tokens failed"):
         encoder.run(bad)
-    assert encoder.run(batch(2, 3)).shape == (2, TINY_WIDTH)
+    assert vectors(encoder, batch(2, 3)).shape == (2, TINY_WIDTH)
 
 
 def test_a_closed_model(encoder: OnnxEncoder) -> None:
@@ -162,7 +168,7 @@ def test_graphs_are_captured_for_shapes_that_come_often(tiny_bundle: Path, monke
 
 
 def test_cuda_keeps_float32_as_it_is() -> None:
-    ((name, options),) = providers("cuda", GpuOptions(), inputs=NAMES, max_length=512, half=False)
+    ((name, options),) = providers("cuda", GpuOptions(), inputs=INPUTS, max_length=512, half=False)
     assert name == "CUDAExecutionProvider"
     assert options["use_tf32"] == "0"
     assert options["enable_cuda_graph"] == "0"
@@ -171,13 +177,13 @@ def test_cuda_keeps_float32_as_it_is() -> None:
 
 def test_options_of_the_user() -> None:
     chosen = GpuOptions(device_id=1, memory=2**30, cuda_graphs=True)
-    ((_, options),) = providers("cuda", chosen, inputs=NAMES, max_length=512, half=False)
+    ((_, options),) = providers("cuda", chosen, inputs=INPUTS, max_length=512, half=False)
     assert (options["device_id"], options["gpu_mem_limit"], options["enable_cuda_graph"]) == ("1", str(2**30), "1")
 
 
 def test_tensorrt_gets_shapes_and_a_place_for_its_engines(tmp_path: Path) -> None:
     chosen = GpuOptions(engine_cache=tmp_path / "engines")
-    (name, options), (second, _) = providers("tensorrt", chosen, inputs=NAMES, max_length=512, half=True)
+    (name, options), (second, _) = providers("tensorrt", chosen, inputs=INPUTS, max_length=512, half=True)
     assert (name, second) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
     assert options["trt_profile_min_shapes"] == "attention_mask:1x1,input_ids:1x1"
     assert options["trt_profile_max_shapes"] == "attention_mask:32x512,input_ids:32x512"

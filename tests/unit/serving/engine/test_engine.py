@@ -92,7 +92,7 @@ async def test_wrong_labels_cost_no_embedding(engine: Engine, tiny_cells: CountM
 
 
 async def test_models_are_found_by_name_and_by_id(fake_embedder: Embedder, tiny_cells: CountMatrix) -> None:
-    second = Embedder(fake_embedder.family, FakeEncoder(4), width=4, model_id="second-1.0-0", vocabulary_hash="0")
+    second = Embedder(fake_embedder.family, FakeEncoder(4), model_id="second-1.0-0", vocabulary_hash="0")
     registry = ModelRegistry(Settings(), [served(fake_embedder, "first"), served(second, "second")])
     engine = Engine(registry, Settings())
     assert [model.name for model in engine.models().models] == ["first", "second"]

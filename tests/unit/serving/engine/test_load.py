@@ -73,9 +73,9 @@ def stage(request: pytest.FixtureRequest, fake_embedder: Embedder, monkeypatch: 
         object.__setattr__(fake_embedder.limits, "max_cells", 8)
         run = encoder_of(fake_embedder).run
 
-        def stepped(inputs: Any) -> Any:
+        def stepped(inputs: Any, outputs: Any) -> Any:
             held.step()
-            return run(inputs)
+            return run(inputs, outputs)
 
         monkeypatch.setattr(encoder_of(fake_embedder), "run", stepped)
     else:

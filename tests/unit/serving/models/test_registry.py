@@ -68,7 +68,7 @@ class FakeBundles:
         name, version, width = line.split()
         encoder = self.encoders[line] = FakeEncoder(int(width))
         family = self._embedder.family
-        embedder = Embedder(family, encoder, width=int(width), model_id=f"{name}-{version}-0", vocabulary_hash="0")
+        embedder = Embedder(family, encoder, model_id=f"{name}-{version}-0", vocabulary_hash="0")
         model = served(embedder, name)
         return replace(model, info=replace(model.info, version=version, model_id=embedder.model_id))
 
@@ -245,7 +245,7 @@ async def test_a_lease_keeps_its_model_through_unload_and_the_model_is_freed_aft
         assert loaded.model_bytes == 100
         tokens = model.embedder.tokenize(tiny_cells)
         values, _ = await model.dispatcher.submit(tokens)
-        assert values.shape == (24, 8)
+        assert values.cell_embedding.shape == (24, 8)
         assert "model_freed" not in events
     await until(lambda: "model_freed" in events)
     assert loaded.model_bytes == 0

@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import InferenceError, InvalidParameterError, OverloadedError
-from perturbscope.families import Family
-from perturbscope.families.tokens import InputSpec, TokenizedCells
+from perturbscope.families import Family, load_family
+from perturbscope.families.outputs import CELL_EMBEDDING, Outputs
+from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.batching import BatchLimits
 from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.encoder import Values
 from serving.queue import MAX_RETRY, MIN_RETRY, Dispatcher
 from tests.fakes import FakeEncoder
 
@@ -39,10 +42,10 @@ def cells(*lengths: int, name: int = 1) -> TokenizedCells:
     )
 
 
-def assert_own(values: NDArray[np.float32], lengths: Sequence[int], name: int = 1) -> None:
+def assert_own(outputs: Outputs, lengths: Sequence[int], name: int = 1) -> None:
     """These are the vectors of ``cells(*lengths, name=name)``, in order."""
-    np.testing.assert_array_equal(values[:, 0], lengths)
-    np.testing.assert_array_equal(values[:, 1], 1000 * name + np.arange(len(lengths)))
+    np.testing.assert_array_equal(outputs.cell_embedding[:, 0], lengths)
+    np.testing.assert_array_equal(outputs.cell_embedding[:, 1], 1000 * name + np.arange(len(lengths)))
 
 
 class PickyEncoder(FakeEncoder):
@@ -53,9 +56,9 @@ class PickyEncoder(FakeEncoder):
         self.poison = poison
         self.cause = error or InferenceError("poisoned")
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Values:
         values = super().run(inputs)
-        if self.poison in values[:, 1]:
+        if self.poison in values[CELL_EMBEDDING][:, 1]:
             raise self.cause
         return values
 
@@ -87,7 +90,7 @@ async def make(fake_embedder: Embedder) -> AsyncIterator[Make]:
 
 
 def embedder_of(family: Family, encoder: FakeEncoder, limits: BatchLimits | None = None) -> Embedder:
-    return Embedder(family, encoder, width=encoder.width, model_id="fake", vocabulary_hash="0", limits=limits)
+    return Embedder(family, encoder, model_id="fake", vocabulary_hash="0", limits=limits)
 
 
 def encoder_of(dispatcher: Dispatcher) -> FakeEncoder:
@@ -111,7 +114,7 @@ async def started(encoder: FakeEncoder, batches: int = 1) -> None:
 
 async def test_a_lone_caller_gets_its_cells_in_order(make: Make) -> None:
     values, timings = await make().submit(cells(5, 2, 9, 1))
-    assert values.dtype == np.float32
+    assert values.cell_embedding.dtype == np.float32
     assert_own(values, [5, 2, 9, 1])
     assert set(timings) == {"queue", "inference"}
 
@@ -157,18 +160,7 @@ def test_no_batch_passes_the_budget_and_every_cell_is_answered(callers: list[lis
     assert all(n == 1 or n * longest <= max_tokens for n, longest in encoder.batches)
 
 
-class _Family:
-    """The graph inputs of the rank family; nothing is tokenized in these tests."""
-
-    name = "rank"
-    inputs = (InputSpec("input_ids", "int64", 0),)
-    max_length = 2048
-
-    def tokenize(self, counts: CountMatrix) -> TokenizedCells:
-        raise AssertionError(counts)
-
-
-_FAMILY = _Family()
+_FAMILY = load_family("rank", {"max_length": 2048}, GeneVocabulary.geneformer_gc30m())
 
 
 async def test_batches_grow_only_while_the_worker_is_busy(make: Make, gate: threading.Event) -> None:
@@ -428,7 +420,7 @@ async def test_no_cells_need_no_model(make: Make) -> None:
         coverage=COVERAGE,
     )
     values, _ = await dispatcher.submit(empty)
-    assert values.shape == (0, dispatcher.embedder.width)
+    assert values.cell_embedding.shape == (0, dispatcher.embedder.width)
     assert encoder_of(dispatcher).batches == []
 
 
@@ -442,6 +434,6 @@ async def test_real_cells_come_back_as_offline(fake_embedder: Embedder, tiny_cel
     dispatcher = Dispatcher(fake_embedder)
     parts = [tiny_cells[rows] for rows in (slice(0, 5), slice(5, 6), slice(6, 24))]
     answers = await asyncio.gather(*(dispatcher.submit(fake_embedder.tokenize(part)) for part in parts))
-    together = np.concatenate([values for values, _ in answers])
+    together = np.concatenate([values.cell_embedding for values, _ in answers])
     np.testing.assert_array_equal(together, fake_embedder.embed(tiny_cells).values)
     await dispatcher.close()

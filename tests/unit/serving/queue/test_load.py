@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from perturbscope.errors import DeadlineExceededError, InferenceError, OverloadedError, PerturbScopeError
+from perturbscope.families.outputs import CELL_EMBEDDING
 from perturbscope.inference.batching import BatchLimits
 from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.encoder import Values
 from serving.queue import Dispatcher
 from tests.fakes import FakeEncoder
 from tests.unit.serving.queue.test_dispatcher import (
@@ -38,7 +40,7 @@ class SteppedEncoder(FakeEncoder):
         self.steps = threading.Semaphore(0)
         self.names: list[list[int]] = []
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Values:
         self.names.append(sorted({int(first) // 1000 for first in inputs["input_ids"][:, 0]}))
         assert self.steps.acquire(timeout=30), "the test never let the batch run"
         return super().run(inputs)
@@ -289,7 +291,7 @@ async def test_a_lost_model_is_told_to_all_at_once(make: Make) -> None:
 @pytest.mark.parametrize("error", [MemoryError("no room"), ValueError("bug"), SystemExit(1)])
 async def test_whatever_a_forward_pass_raises_hits_its_caller_alone(make: Make, error: BaseException) -> None:
     class Raising(PickyEncoder):
-        def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Values:
             if 3001 in inputs["input_ids"]:
                 raise error
             return FakeEncoder.run(self, inputs)
