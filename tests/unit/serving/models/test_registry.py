@@ -25,6 +25,7 @@ from perturbscope.errors import (
     OverloadedError,
     UnknownModelError,
 )
+from perturbscope.families.outputs import CELL_EMBEDDING
 from perturbscope.inference.bundle import GOLDEN, MANIFEST, Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.golden_making import add_golden, make_golden
@@ -724,7 +725,9 @@ async def test_after_a_failure_the_model_must_match_again(fake_embedder: Embedde
     encoder.error = None
     encoder.width = TINY_WIDTH
     right = encoder.run
-    encoder.run = lambda inputs: right(inputs) * np.float32(1.01)  # type: ignore[method-assign]
+    encoder.run = lambda inputs, outputs=(CELL_EMBEDDING,): {  # type: ignore[method-assign]
+        name: values * np.float32(1.01) for name, values in right(inputs, outputs).items()
+    }
     assert not await engine.ready()
     await engine.embed(EmbedRequest(cells=tiny_cells))
     assert not await engine.ready()  # a batch that ran does not prove the vectors
