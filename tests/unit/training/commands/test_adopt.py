@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
+import anndata
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM
+import transformers
+import yaml
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.vocabulary import GeneVocabulary
-from perturbscope.families import load_family
-from perturbscope.families.tokens import pad
+from perturbscope.families import Family, load_family
+from perturbscope.families.tokens import TokenizedCells, pad
 from tests.published import NAMES, RETIRED, genes, write_dictionaries, write_published
+from tests.training_data import contrastive_values, write_data_set
+from training import families
 from training.__main__ import main as training
-from training.checkpoint import load_checkpoint
+from training.checkpoint import Checkpoint, load_checkpoint
+from training.data.shards import Corpus
 
 ARCHITECTURES = ("BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification")
 
 
 def adopt(directory: Path, output: Path, *options: str | Path) -> int:
     return training(["adopt", "geneformer", str(directory), str(output), *map(str, options)])
+
+
+def tokens_and_batch(
+    checkpoint: Checkpoint, cells: CountMatrix
+) -> tuple[Family, TokenizedCells, dict[str, torch.Tensor]]:
+    family = load_family(checkpoint.family, checkpoint.family_config, checkpoint.vocabulary)
+    tokens = family.tokenize(cells)
+    padded = pad(tokens, np.arange(len(cells)), family.inputs)
+    return family, tokens, {name: torch.from_numpy(array) for name, array in padded.items()}
 
 
 def random_cells(vocabulary: GeneVocabulary, n_cells: int = 6) -> CountMatrix:
@@ -47,9 +64,7 @@ def test_the_checkpoint_computes_what_transformers_computes(tmp_path, capsys, ve
 
     checkpoint = load_checkpoint(tmp_path / "out")
     assert checkpoint.vocabulary.hash == genes(version).hash
-    family = load_family(checkpoint.family, checkpoint.family_config, checkpoint.vocabulary)
-    tokens = family.tokenize(random_cells(checkpoint.vocabulary))
-    batch = {name: torch.from_numpy(array) for name, array in pad(tokens, range(6), family.inputs).items()}
+    family, tokens, batch = tokens_and_batch(checkpoint, random_cells(checkpoint.vocabulary))
     ends_of_cells = {(int(cell["input_ids"][0]), int(cell["input_ids"][-1])) for cell in tokens}
     assert ends_of_cells == {(2, 3)} if version == "V2" else (2, 3) not in ends_of_cells
     assert int(tokens.lengths.max()) == family.max_length == 40
@@ -82,8 +97,90 @@ def test_the_real_dictionaries(tmp_path, version, vocabulary):
     adopted = checkpoint.model().state_dict()
     assert all(torch.equal(adopted[name], tensor) for name, tensor in published.state_dict().items())
     assert torch.equal(
-        AutoModelForMaskedLM.from_pretrained(directory).cls.predictions.bias, adopted["cls.predictions.bias"]
+        transformers.AutoModelForMaskedLM.from_pretrained(directory).cls.predictions.bias,
+        adopted["cls.predictions.bias"],
     )
+
+
+# Vectors
+
+
+@pytest.fixture(scope="module")
+def blood(data_dir: Path) -> CountMatrix:
+    """Eight real cells of 400 to 1,100 genes."""
+    cells = anndata.read_h5ad(data_dir / "pbmc3k_10x.h5ad")[:8]
+    return CountMatrix.from_matrix(cells.X, cells.var_names)
+
+
+@pytest.fixture(scope="module", params=["V1", "V2"])
+def published_cells(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, str]]:
+    """Directories of each architecture over the real genes of a version, made once."""
+    real = {"V1": GeneVocabulary.geneformer_gc30m(), "V2": GeneVocabulary.geneformer_gc95m()}
+
+    @functools.cache
+    def made(architecture: str) -> tuple[Path, str]:
+        root = tmp_path_factory.mktemp("vectors")
+        directory, _ = write_published(
+            root, request.param, architecture=architecture, vocabulary=real[request.param], positions=2048,
+            id2label={0: "a", 1: "b", 2: "c"},
+        )  # fmt: skip
+        return directory, request.param
+
+    return made
+
+
+def published_vectors(
+    hidden: tuple[torch.Tensor, ...], layer: str, pooling: str, tokens: TokenizedCells, n_special: int
+) -> torch.Tensor:
+    """The vectors of the published extractor: -1 names the last layer but one there, and 0 the last."""
+    states = hidden[-2 if layer == "penultimate" else -1]
+    if pooling == "cls":
+        return states[:, 0]
+    lengths = tokens.lengths.tolist()
+    if n_special == 0:
+        return torch.stack([cell[:length].mean(0) for cell, length in zip(states, lengths, strict=True)])
+    return torch.stack([cell[1 : length - 1].mean(0) for cell, length in zip(states, lengths, strict=True)])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layer", ["penultimate", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_vectors_of_real_cells_are_those_of_transformers(
+    tmp_path, capsys, blood, published_cells, architecture, layer, pooling
+):
+    directory, version = published_cells(architecture)
+    options = ("--layer", layer, "--pooling", pooling)
+    if (version, pooling) == ("V1", "cls"):
+        assert "Geneformer V1 has no <cls>" in refused(capsys, directory, tmp_path / "out", *options)
+        return
+    assert adopt(directory, tmp_path / "out", *options) == 0
+    checkpoint = load_checkpoint(tmp_path / "out")
+    family, tokens, batch = tokens_and_batch(checkpoint, blood)
+    half = families.load(checkpoint.family)
+    config = half.parse_config(checkpoint.model_config)
+    spec = half.export_spec(config, family=family)
+    model = checkpoint.model()
+    theirs = getattr(transformers, architecture).from_pretrained(directory).eval()
+    with torch.no_grad():
+        found = dict(zip([output.name for output in spec.outputs], spec.module(model)(**batch), strict=True))
+        trained = half.encoder(model, config, family=family)(**batch)
+        wanted = theirs(**batch, output_hidden_states=True)
+    vectors = published_vectors(wanted.hidden_states, layer, pooling, tokens, 2 if version == "V2" else 0)
+    differences = {"cell_embedding": found["cell_embedding"] - vectors, "encoder": trained - vectors}
+    real = batch["attention_mask"].bool()
+    states = wanted.hidden_states[-2 if layer == "penultimate" else -1]
+    differences["gene_embedding"] = (found["gene_embedding"] - states)[real]
+    if architecture == "BertForSequenceClassification":
+        differences["cell_logits"] = found["cell_logits"] - wanted.logits
+    elif architecture == "BertForTokenClassification":
+        differences["gene_logits"] = (found["gene_logits"] - wanted.logits)[real]
+    assert set(found) <= set(differences)
+    for name, difference in differences.items():
+        largest = float(difference.abs().max())
+        assert largest <= 2e-6, name
+    assert float(vectors.std(0).mean()) > 0.01
 
 
 def test_the_provenance_says_where_the_weights_come_from(tmp_path):
@@ -113,6 +210,32 @@ def test_classes_without_names_and_a_missing_mapping_are_said(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "mapping: none was found, so counts of retired Ensembl ids are not added to their successors" in said
     assert "classes: 2 without names; --classes gives them" in said
+
+
+# Fine-tuning
+
+
+@pytest.mark.parametrize("version", ["V1", "V2"])
+def test_adopted_weights_are_fine_tuned(tmp_path, version):
+    """By the existing command; the cells are tokenized with the special tokens of the checkpoint."""
+    directory, _ = write_published(tmp_path, version)
+    assert adopt(directory, tmp_path / "adopted", "--licence", "Apache-2.0") == 0
+    write_data_set(tmp_path / "perturbed.h5ad")
+    values = contrastive_values(tmp_path, max_steps=6) | {"checkpoint": str(tmp_path / "adopted")}
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(values))
+    assert training(["finetune", str(tmp_path / "finetune.yaml")]) == 0
+
+    adopted, tuned = (load_checkpoint(tmp_path / name) for name in ("adopted", "contrastive/checkpoint"))
+    assert tuned.vocabulary.hash == adopted.vocabulary.hash
+    assert tuned.family_config == adopted.family_config
+    assert tuned.provenance["parent"]["published"]["model"] == f"Geneformer {version}"
+    cells = Corpus(tmp_path / "contrastive-corpus").cells(np.arange(20))
+    ends = {(int(cell["input_ids"][0]), int(cell["input_ids"][-1])) for cell in cells}
+    assert (ends == {(2, 3)}) == (version == "V2")
+    assert cells.lengths.max() == 40
+    changed = {name for name, tensor in tuned.weights.items() if not torch.equal(tensor, adopted.weights[name])}
+    assert any("encoder.layer.1." in name for name in changed)
+    assert not any("encoder.layer.2." in name or name.startswith("cls.") for name in changed)
 
 
 # What is refused, in one line, with nothing written
