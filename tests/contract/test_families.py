@@ -1,34 +1,52 @@
 """The promises of every model family to batching, to the encoder and to callers.
 
-A new family is covered as soon as ``perturbscope/families/`` names it.
+A new family is covered as soon as ``perturbscope/families/`` names it; the toy family of the tests is another one.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.vocabulary import GeneVocabulary
-from perturbscope.errors import EmptyCellError, UnknownGenesError, UnsupportedBundleError
+from perturbscope.errors import EmptyCellError, InvalidParameterError, UnknownGenesError, UnsupportedBundleError
 from perturbscope.families import FAMILIES, Family, load_family
+from perturbscope.families.edits import TokenEdit
 from perturbscope.families.tokens import InputSpec, TokenizedCells, concatenate, pad
 from perturbscope.inference.batching import BatchLimits, form_batches
 
-CONFIGS: dict[str, dict[str, object]] = {"rank": {"max_length": 30}}
-"""Options for a family over cells of 40 genes: short enough that some cells are cut."""
+CONFIGS: dict[str, dict[str, object]] = {
+    "rank": {"max_length": 30},
+    "toy": {"max_length": 30},
+    "rank, start and end": {"max_length": 32, "start": "<cls>", "end": "<eos>"},
+}
+"""Options for a family over cells of 40 genes: short enough that some cells are cut. Up to a comma: its name."""
 
 
-@pytest.fixture(params=FAMILIES)
-def name(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=[*FAMILIES, *(case for case in CONFIGS if case not in FAMILIES)])
+def case(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
-def family(name: str) -> Family:
-    return load_family(name, CONFIGS.get(name, {}), GeneVocabulary.geneformer_gc30m())
+def name(case: str) -> str:
+    return case.partition(",")[0]
+
+
+@pytest.fixture
+def vocabulary() -> GeneVocabulary:
+    genes = GeneVocabulary.geneformer_gc30m()
+    special = {**genes.special_tokens, "<cls>": len(genes), "<eos>": len(genes) + 1}
+    return replace(genes, special_tokens=special)
+
+
+@pytest.fixture
+def family(name: str, case: str, vocabulary: GeneVocabulary) -> Family:
+    return load_family(name, CONFIGS.get(case, {}), vocabulary)
 
 
 @pytest.fixture
@@ -37,9 +55,10 @@ def tokens(family: Family, tiny_cells: CountMatrix) -> TokenizedCells:
 
 
 def assert_same(one: TokenizedCells, other: TokenizedCells) -> None:
-    assert set(one.arrays) == set(other.arrays)
-    for name, array in one.arrays.items():
-        np.testing.assert_array_equal(array, other.arrays[name])
+    for arrays, others in ((one.arrays, other.arrays), (one.per_cell, other.per_cell)):
+        assert set(arrays) == set(others)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, others[name])
     for name in ("offsets", "known_share", "n_detected"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
@@ -53,9 +72,10 @@ def test_a_family_knows_its_name(family, name):
     assert family.max_length >= 1
 
 
-def test_the_options_survive_a_manifest(family, name, tiny_cells):
-    config = json.loads(json.dumps(CONFIGS.get(name, {})))
-    again = load_family(name, config, GeneVocabulary.geneformer_gc30m())
+def test_the_options_survive_a_manifest(family, name, case, vocabulary, tiny_cells):
+    config = json.loads(json.dumps(CONFIGS.get(case, {})))
+    again = load_family(name, config, vocabulary)
+    assert again.vocabulary is vocabulary
     assert_same(again.tokenize(tiny_cells), family.tokenize(tiny_cells))
 
 
@@ -65,12 +85,61 @@ def test_unknown_options_are_refused(name):
 
 
 def test_inputs_describe_what_tokenize_gives(family, tokens):
-    assert set(tokens.arrays) == {spec.name for spec in family.inputs}
-    assert "attention_mask" not in tokens.arrays
+    assert set(tokens.arrays) == {spec.name for spec in family.inputs if spec.per == "token"}
+    assert set(tokens.per_cell) == {spec.name for spec in family.inputs if spec.per == "cell"}
+    assert "attention_mask" not in {*tokens.arrays, *tokens.per_cell}
     for spec in family.inputs:
-        assert tokens.arrays[spec.name].shape == (tokens.offsets[-1], *spec.trailing)
-        assert np.can_cast(tokens.arrays[spec.name].dtype, spec.dtype, "same_kind")
+        n = tokens.offsets[-1] if spec.per == "token" else len(tokens)
+        values = {**tokens.arrays, **tokens.per_cell}[spec.name]
+        assert values.shape == (n, *spec.trailing)
+        assert np.can_cast(values.dtype, spec.dtype, "same_kind")
         assert np.asarray(spec.pad_value).astype(spec.dtype) == spec.pad_value
+        if spec.n_values is not None:
+            assert 0 <= values.min() <= values.max() < spec.n_values
+            assert 0 <= spec.pad_value < spec.n_values
+        if spec.per == "token" and not spec.pad_is_a_value:
+            assert not (values == spec.pad_value).any()
+
+
+def test_lengths_are_within_their_bound_and_have_a_cost(family, tokens, tiny_cells):
+    bound = family.bound(tiny_cells)
+    assert (tokens.lengths <= bound).all()
+    assert bound.max() <= family.max_length
+    costs = [family.cost(length) for length in (1, 7, family.max_length)]
+    assert 1 <= costs[0] <= costs[1] <= costs[2]
+
+
+def test_every_token_is_a_gene_of_its_cell_or_special(family, tokens, tiny_cells, vocabulary):
+    rows = family.gene_rows(tokens)
+    assert rows.shape == (tokens.offsets[-1],)
+    for cell, (start, stop) in enumerate(zip(tokens.offsets, tokens.offsets[1:], strict=False)):
+        genes = rows[start:stop][rows[start:stop] >= 0]
+        assert len(genes) >= 1
+        assert len(set(genes.tolist())) == len(genes)
+        expressed = tiny_cells.gene_ids[tiny_cells.counts[cell].indices]
+        assert {vocabulary.gene_ids[row] for row in genes} <= set(expressed)
+
+
+@pytest.mark.parametrize("kind", ["delete", "mask", "move"])
+def test_an_edit_changes_the_cells_that_have_the_gene_or_is_refused(family, tokens, kind):
+    rows = family.gene_rows(tokens)
+    counts = [np.bincount(np.searchsorted(tokens.offsets, np.flatnonzero(rows == row), side="right") - 1, minlength=24)
+              for row in np.unique(rows[rows >= 0])]  # fmt: skip
+    at = int(np.argmin([abs(count.sum() - 12) for count in counts]))
+    gene, has_it = int(np.unique(rows[rows >= 0])[at]), counts[at] > 0
+    assert 0 < has_it.sum() < len(tokens)
+    edit = TokenEdit(kind=kind, gene=gene)
+    if kind not in family.edits:
+        with pytest.raises(InvalidParameterError) as caught:
+            family.edit(tokens, edit)
+        assert caught.value.field == "kind"
+        return
+    edited = family.edit(tokens, edit)
+    np.testing.assert_array_equal(edited.lengths, tokens.lengths - (has_it if kind == "delete" else 0))
+    assert ((family.gene_rows(edited) == gene).sum() == 0) == (kind != "move")
+    for cell in np.flatnonzero(~has_it):
+        for name, array in tokens[cell].items():
+            np.testing.assert_array_equal(array, edited[cell][name])
 
 
 def test_cells_are_ragged_rows(tokens, family, tiny_cells):
@@ -80,7 +149,7 @@ def test_cells_are_ragged_rows(tokens, family, tiny_cells):
     assert tokens.lengths.max() == family.max_length
     assert tokens.lengths.min() < family.max_length
     for cell, length in zip(tokens, tokens.lengths, strict=True):
-        assert {len(array) for array in cell.values()} == {length}
+        assert {len(cell[name]) for name in tokens.arrays} == {length}
 
 
 def test_cells_are_described(tokens, tiny_cells):
@@ -142,6 +211,9 @@ def test_padding_keeps_every_token_and_adds_nothing(family, tokens):
     np.testing.assert_array_equal(batch["attention_mask"].sum(axis=1), tokens.lengths[rows])
     for spec in family.inputs:
         padded = batch[spec.name]
+        if spec.per == "cell":
+            np.testing.assert_array_equal(padded, tokens.per_cell[spec.name][rows])
+            continue
         assert padded.shape == (3, longest, *spec.trailing)
         assert padded.dtype == np.dtype(spec.dtype)
         for slot, row in enumerate(rows):

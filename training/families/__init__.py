@@ -80,6 +80,10 @@ class TrainingFamily(Protocol):
         """Return how many targets a batch of :meth:`mask` has, over which its loss is a mean."""
         ...
 
+    def measures(self, loss: float) -> dict[str, float]:
+        """Return what else a mean loss of pre-training says, such as the perplexity, by name; may be empty."""
+        ...
+
     def pretraining(self, model: nn.Module) -> nn.Module:
         """Return a module over `model`, from a batch of :meth:`mask` by name to the mean loss over its targets.
 

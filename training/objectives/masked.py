@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,7 +88,7 @@ class MaskedTask:
         return {}
 
     def validate(self, evaluate: Evaluate) -> dict[str, float]:
-        """Measure cross-entropy and perplexity over masked tokens of held-out cells, with the same masks each time."""
+        """Measure the mean loss over the targets of held-out cells, with the same masks each time."""
         total, n_masked = 0.0, 0
         batches = by_length(self._corpus, self.validation_cells, self._config.loop.micro_batch)
         for number in range(self._process.rank, len(batches), self._process.world_size):
@@ -101,7 +100,8 @@ class MaskedTask:
         if not count:
             return {}
         loss = loss_sum / count
-        return {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
+        further = {f"validation_{name}": value for name, value in self._family.measures(loss).items()}
+        return {"validation_loss": loss, **further}
 
     def _masked(self, numbers: NDArray[np.int64], seed: int, *, training: bool = False) -> dict[str, Tensor]:
         family, config = self._corpus.family, self._config

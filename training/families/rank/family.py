@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -22,8 +23,8 @@ from training.families.rank.pooling import LAYER, POOLING, PooledEncoder
 from training.families.specs import BertFusion, Embedding, ExportSpec, ModelSize, Task
 
 __all__ = [
-    "build_model", "embedding", "encoder", "export_spec", "mask", "n_targets", "outputs", "parse_config", "pretraining",
-    "restorer", "size", "special_ids",
+    "build_model", "embedding", "encoder", "export_spec", "mask", "measures", "n_targets", "outputs", "parse_config",
+    "pretraining", "restorer", "size", "special_ids",
 ]  # fmt: skip
 
 _TASKS: dict[str, Task] = {
@@ -49,6 +50,11 @@ def mask(batch: Batch, *, family: Family, generator: torch.Generator, probabilit
 def n_targets(batch: Batch) -> int:
     """Return the number of labelled tokens."""
     return int((batch["labels"] != IGNORED).sum())
+
+
+def measures(loss: float) -> dict[str, float]:
+    """Return the perplexity of a mean cross-entropy."""
+    return {"perplexity": math.exp(min(loss, 700.0))}
 
 
 def pretraining(model: BertModels) -> MaskedLM:

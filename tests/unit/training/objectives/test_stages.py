@@ -18,6 +18,7 @@ from perturbscope.errors import (
     InvalidParameterError,
     TooFewCellsError,
 )
+from tests.models import small_vocabulary
 from tests.training_data import TARGETS, VOCABULARY, contrastive_values, pretrain_values
 from training.checkpoint import load_checkpoint
 from training.commands import finetune as finetune_command
@@ -138,6 +139,21 @@ def test_finetuning_separates_and_leaves_the_last_block_alone(finetuned: Path) -
     start, end = metrics["initial"], metrics["validation"][-1]
     assert end["validation_loss"] < start["validation_loss"]
     assert np.isfinite(end["validation_median_z"])
+
+
+def test_a_model_with_start_and_end_tokens_is_fine_tuned_with_them(tmp_path: Path) -> None:
+    vocabulary = small_vocabulary(ends=True)
+    values = pretrain_values(tmp_path, epochs=1)
+    (tmp_path / "genes.tsv").write_text(vocabulary.to_tsv())
+    values["corpus"]["family_options"] = {"start": "<cls>", "end": "<eos>"}
+    pretrain.pretrain(strict.parse(PretrainConfig, values))
+    finetune(strict.parse(ContrastiveConfig, contrastive_values(tmp_path, epochs=1)))
+    made = load_checkpoint(tmp_path / "contrastive" / "checkpoint")
+    assert made.family_config == {"max_length": 40, "start": "<cls>", "end": "<eos>"}
+    for cell in Corpus(tmp_path / "contrastive-corpus").cells(np.arange(5)):
+        ids = cell["input_ids"].tolist()
+        assert (ids[0], ids[-1], len(ids)) == (2, 3, 40)
+        assert not {2, 3} & set(ids[1:-1])
 
 
 def test_the_log_tells_both_kinds_apart_and_they_alternate(finetuned: Path) -> None:
