@@ -13,7 +13,7 @@ sentence about each field. These types are understood:
 ``tuple[tuple[str, str], ...]``                 pairs of strings
 ``ScoreOptions``                                options of a score
 ``Meta``                                        the model behind an answer
-``tuple[SomeDataclass, ...]``                   rows of these kinds: strings, numbers
+``tuple[SomeDataclass, ...]``                   strings, numbers, lists of strings, rows of these
 ==============================================  ===================================================================
 
 ``| None`` with the default None makes a field one that may be absent. All fields with one entry a row have the same

@@ -17,8 +17,8 @@ from perturbscope.protocol.tables import (
     form_of,
     meta_from_dict,
     meta_to_dict,
-    record_of,
     record_to_dict,
+    records_of,
     rows_of,
     table_of,
 )
@@ -155,10 +155,7 @@ def _numbers_from(value: Any, item: Field) -> NDArray[Any]:
 
 
 def _records_from(value: Any, item: Field) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise InvalidParameterError(f"{item.name} must be a list.", field=item.name)
-    needed = form_of(item.record).required
-    return tuple(record_of(item.record, _require(row, item.name, *needed)) for row in value)
+    return records_of(item.record, value, item.name)
 
 
 _WRITERS: Mapping[Kind, Callable[[Any, Field], Any]] = {

@@ -161,8 +161,49 @@ class CompareAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OutputInfo:
+    """One output of a model.
+
+    Attributes
+    ----------
+    name
+        Name of the output in requests.
+    per
+        cell or token: what has a row of values.
+    width
+        Number of values in a row.
+    meaning
+        embedding, logits or value.
+    names
+        Names of the columns, such as the classes of logits; empty: the columns have none.
+    """
+
+    name: str
+    per: str
+    width: int
+    meaning: str
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelProblem:
+    """A folder of bundles that is not served, or not as its files are now.
+
+    Attributes
+    ----------
+    name
+        Name of the folder.
+    problem
+        Sentence about why.
+    """
+
+    name: str
+    problem: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """One model that a server offers.
+    """One model that a server offers. Fields with a default are those that an older server does not send.
 
     Attributes
     ----------
@@ -191,6 +232,23 @@ class ModelInfo:
     golden
         matched: the model gives the vectors that its bundle records; absent: it records none; empty if the server does
         not say.
+    outputs
+        Outputs of the model, the cell embedding among them; empty if the server does not say.
+    task
+        What the model was made for: embedding, cell_classification or gene_classification; empty if the server does
+        not say.
+    capabilities
+        What the model can be asked for, embed among them.
+    classes
+        Names of the classes between which it decides; empty: it is no classifier.
+    max_length
+        Number of tokens of the longest cell that it reads; 0 if the server does not say.
+    vocabulary_genes
+        Number of genes of its vocabulary; 0 if the server does not say.
+    panel_genes
+        Number of the only genes that it was made for; 0: all of the vocabulary.
+    memory_bytes
+        Estimated bytes of memory that it takes, its largest batch included; 0 if the server does not say.
     """
 
     name: str
@@ -205,6 +263,14 @@ class ModelInfo:
     variant: str
     device: str
     golden: str = ""
+    outputs: tuple[OutputInfo, ...] = ()
+    task: str = ""
+    capabilities: tuple[str, ...] = ("embed",)
+    classes: tuple[str, ...] = ()
+    max_length: int = 0
+    vocabulary_genes: int = 0
+    panel_genes: int = 0
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,9 +281,12 @@ class ModelsAnswer:
     ----------
     models
         The models; the first is the default.
+    problems
+        Folders of bundles that are not served, or not as their files are now.
     """
 
     models: tuple[ModelInfo, ...]
+    problems: tuple[ModelProblem, ...] = ()
 
 
 Request: TypeAlias = Any

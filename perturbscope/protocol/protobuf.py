@@ -229,10 +229,21 @@ def _table_from(rows: Any, item: Field) -> Any:
 
 
 def _records_from(rows: Any, item: Field) -> tuple[Any, ...]:
-    kinds = form_of(item.record).fields
-    names = [(field.name, field.kind == "texts") for field in kinds]
-    given = ({name: list(getattr(row, name)) if many else getattr(row, name) for name, many in names} for row in rows)
-    return tuple(record_of(item.record, values) for values in given)
+    return tuple(record_of(item.record, _record_values(row, item.record)) for row in rows)
+
+
+def _record_values(row: Any, record: type[Any]) -> dict[str, Any]:
+    """Return the values of one row; an empty list of a field with a default is an absent one."""
+    values: dict[str, Any] = {}
+    for field in form_of(record).fields:
+        value = getattr(row, field.name)
+        if field.kind == "records":
+            value = [_record_values(inner, field.record) for inner in value]
+        elif field.kind == "texts":
+            value = list(value)
+        if value != [] or field.required:
+            values[field.name] = value
+    return values
 
 
 def _numbers_from(values: Any, item: Field) -> NDArray[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -229,14 +229,42 @@ form_of: Callable[[Any], Form] = functools.cache(_form)
 
 def record_to_dict(row: Any) -> dict[str, Any]:
     """Return one row of ``records`` as plain values."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(row).items()}
+    return {name: _plain(value) for name, value in vars(row).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [record_to_dict(item) if is_dataclass(item) else item for item in value]
+    return value
 
 
 def record_of(record: type[Any], values: Mapping[str, Any]) -> Any:
-    """Build one row of ``records`` from plain values. Fields that a newer server adds are ignored."""
+    """Build one row of ``records`` from plain values. Fields that a newer server adds are ignored.
+
+    Raises
+    ------
+    InvalidParameterError
+        A field without a default is missing, or one has the wrong form.
+    """
     form = form_of(record)
+    for name in form.required:
+        if values.get(name) is None:
+            raise InvalidParameterError(f"A row of {record.__name__} lacks {name!r}.", field=name)
     given = (item for item in form.fields if values.get(item.name) is not None)
-    return form.make(**{item.name: check.READERS[item.kind](values[item.name], item.name) for item in given})
+    return form.make(**{item.name: _read_field(values[item.name], item) for item in given})
+
+
+def records_of(record: type[Any], rows: Any, name: str) -> tuple[Any, ...]:
+    """Build the rows of ``records`` in the field `name` from a list of objects. Raises InvalidParameterError."""
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise InvalidParameterError(f"{name} must be a list of objects.", field=name)
+    return tuple(record_of(record, row) for row in rows)
+
+
+def _read_field(value: Any, item: Field) -> Any:
+    if item.kind == "records":
+        return records_of(item.record, value, item.name)
+    return check.READERS[item.kind](value, item.name)
 
 
 def _read(value: Any, name: str, kind: Kind) -> Any:

@@ -67,8 +67,8 @@ class Engine:
         return cls(ModelRegistry.open(settings, strict=strict), settings)
 
     def models(self) -> ModelsAnswer:
-        """Return the models that are served; the first is the default."""
-        return ModelsAnswer(models=self.registry.infos())
+        """Return the models that are served, the default first, and the folders that are not, with the reason."""
+        return ModelsAnswer(models=self.registry.infos(), problems=self.registry.problems())
 
     async def work(self, function: Callable[..., T], *args: Any) -> T:
         """Run what would block the event loop (decode, tokenize, encode) on a worker thread; small work at once.

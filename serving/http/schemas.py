@@ -174,6 +174,23 @@ class ColumnsAnswer(_Body):
     representations: list[str] = Field(description="Matrices of obsm, which can be scored in place of an embedding.")
 
 
+class Output(_Body):
+    """One output of a model."""
+
+    name: str = Field(description="Name of the output in requests.")
+    per: str = Field(description="cell or token: what has a row of values.")
+    width: int = Field(description="Number of values in a row.")
+    meaning: str = Field(description="embedding, logits or value.")
+    names: list[str] = Field(description="Names of the columns, such as the classes of logits; or none.")
+
+
+class Problem(_Body):
+    """A folder of bundles that is not served, or not as its files are now."""
+
+    name: str
+    problem: str
+
+
 class Model(_Body):
     """One model that is served."""
 
@@ -189,12 +206,21 @@ class Model(_Body):
     variant: str
     device: str
     golden: str = Field(description="matched: the model gives the vectors that its bundle records; or absent.")
+    outputs: list[Output]
+    task: str = Field(description="What the model was made for: embedding, cell_classification, gene_classification.")
+    capabilities: list[str] = Field(description="What the model can be asked for.")
+    classes: list[str] = Field(description="Classes between which it decides; empty: it is no classifier.")
+    max_length: int = Field(description="Tokens of the longest cell that it reads.")
+    vocabulary_genes: int
+    panel_genes: int = Field(description="Number of the only genes that it was made for; 0: all of the vocabulary.")
+    memory_bytes: int = Field(description="Estimated memory, its largest batch included.")
 
 
 class ModelsAnswer(_Body):
     """The models that are served; the first is the default."""
 
     models: list[Model]
+    problems: list[Problem]
 
 
 class Error(_Body):

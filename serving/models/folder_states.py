@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from perturbscope.errors import LimitExceededError, PerturbScopeError
+from perturbscope.protocol.messages import ModelProblem
 from serving.models.repository import Snapshot
 from serving.models.served import Entry
 from serving.telemetry import log
@@ -106,6 +107,14 @@ class FolderStates:
             self._failures.pop(folder, None)
             self.unloaded.discard(folder)
         return twice
+
+    def problems(self, entries: Iterable[Entry]) -> tuple[ModelProblem, ...]:
+        """List the folders that are not served, or not in their present form; not those unloaded on request."""
+        return tuple(
+            ModelProblem(name=line.folder or line.name, problem=line.reason)
+            for line in self.index(entries)
+            if line.reason and (line.state == "READY" or line.folder not in self.unloaded)
+        )
 
     def index(self, entries: Iterable[Entry]) -> tuple[IndexEntry, ...]:
         """List the models that are loaded, then the folders whose models are not."""

@@ -16,7 +16,7 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.encoder import Device
 from perturbscope.inference.golden import Golden, check_golden, read_golden
 from perturbscope.inference.gpu import GpuOptions, gpu_limits
-from perturbscope.protocol.messages import ModelInfo
+from perturbscope.protocol.messages import ModelInfo, OutputInfo
 from serving.queue import Dispatcher
 from serving.settings import Settings
 from serving.telemetry import log
@@ -95,21 +95,7 @@ class ServedModel:
         except BaseException:
             embedder.close()
             raise
-        manifest = bundle.manifest
-        info = ModelInfo(
-            name=manifest.name,
-            version=manifest.version,
-            model_id=bundle.model_id,
-            family=manifest.family,
-            width=manifest.width,
-            vocabulary_hash=manifest.vocabulary_hash,
-            layer=manifest.layer,
-            pooling=manifest.pooling,
-            licence=manifest.licence,
-            variant=settings.variant,
-            device=device,
-            golden="absent" if golden is None else "matched",
-        )
+        info = _describe(bundle, embedder, settings, golden)
         log.event(
             "model_loaded",
             "warning" if golden is None else "info",
@@ -123,9 +109,14 @@ class ServedModel:
             embedder,
             max_queued_tokens=settings.max_queued_tokens,
             max_batch_seconds=settings.inference_timeout,
-            observer=(metrics := ModelMetrics(manifest.name, manifest.version)),
+            observer=(metrics := ModelMetrics(info.name, info.version)),
         )
         return cls(info, embedder, dispatcher, probe, golden, metrics=metrics)
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What the model can be asked for; see :func:`perturbscope.inference.bundle.capabilities_of`."""
+        return self.embedder.capabilities
 
     @property
     def verified(self) -> bool:
@@ -172,6 +163,35 @@ def _first_check(embedder: Embedder, golden: Golden | None, probe: CountMatrix) 
     result = check_golden(embedder, golden)
     result.require(embedder.model_id)
     return {"largest_difference": result.largest_difference, "lowest_cosine": result.lowest_cosine}
+
+
+def _describe(bundle: Bundle, embedder: Embedder, settings: Settings, golden: Golden | None) -> ModelInfo:
+    """Return the description of a model for callers."""
+    manifest = bundle.manifest
+    return ModelInfo(
+        name=manifest.name,
+        version=manifest.version,
+        model_id=bundle.model_id,
+        family=manifest.family,
+        width=manifest.width,
+        vocabulary_hash=manifest.vocabulary_hash,
+        layer=manifest.layer,
+        pooling=manifest.pooling,
+        licence=manifest.licence,
+        variant=settings.variant,
+        device=settings.device,
+        golden="absent" if golden is None else "matched",
+        outputs=tuple(
+            OutputInfo(name=spec.name, per=spec.per, width=spec.width, meaning=spec.meaning, names=spec.names or ())
+            for spec in manifest.outputs
+        ),
+        task=manifest.task,
+        capabilities=embedder.capabilities,
+        classes=manifest.classes or (),
+        max_length=embedder.family.max_length,
+        vocabulary_genes=len(bundle.vocabulary.gene_ids),
+        panel_genes=len(manifest.gene_panel or ()),
+    )
 
 
 def estimate_bytes(path: Path, settings: Settings) -> int:

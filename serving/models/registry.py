@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ from perturbscope.errors import (
     PerturbScopeError,
     UnknownModelError,
 )
-from perturbscope.protocol.messages import ModelInfo
+from perturbscope.protocol.messages import ModelInfo, ModelProblem
 from serving.models.folder_states import FolderStates, IndexEntry
 from serving.models.loading import ServedModel, estimate_bytes
 from serving.models.repository import Repository, Snapshot
@@ -115,6 +116,10 @@ class ModelRegistry(ServedModels):
     def index(self) -> tuple[IndexEntry, ...]:
         """List the models that are loaded, then the folders whose models are not, each with the reason."""
         return self._folders.index(self.entries)
+
+    def problems(self) -> tuple[ModelProblem, ...]:
+        """List the folders that are not served, or not as their files are now, with the reason."""
+        return self._folders.problems(self.entries)
 
     @property
     def n_failed(self) -> int:
@@ -301,6 +306,7 @@ class ModelRegistry(ServedModels):
         """Load a bundle; on the loader's thread."""
         started = time.perf_counter()
         model = self._load(snapshot.path, self._settings)
+        model.info = replace(model.info, memory_bytes=n_bytes)
         seconds = round(time.perf_counter() - started, 3)
         log.event("model_prepared", model=model.info.model_id, folder=folder, bytes=n_bytes, seconds=seconds)
         return Entry(model, folder, snapshot, n_bytes)

@@ -119,6 +119,11 @@ class ServedModels:
         """The models themselves, to look at; a request that uses one leases it."""
         return tuple(entry.model for entry in self.entries)
 
+    def capable(self, capability: str) -> tuple[str, ...]:
+        """Return the shortest names of the models that have a capability, the default first."""
+        infos = self.infos()
+        return tuple(_shortest_name(info, infos) for info in infos if capability in info.capabilities)
+
     @property
     def default(self) -> ServedModel:
         """The model that answers a request that names none. Raises UnknownModelError."""

@@ -25,7 +25,9 @@ from perturbscope.protocol import (
     EmbedRequest,
     Meta,
     ModelInfo,
+    ModelProblem,
     ModelsAnswer,
+    OutputInfo,
     ScoreAnswer,
     ScoreRequest,
 )
@@ -175,13 +177,15 @@ def _answers(vectors: Any) -> list[tuple[str, Any]]:
     score: ScoreResult = score_perturbations(vectors, list(LABELS), control="control", options=OPTIONS)
     compare: CompareResult = compare_perturbations(vectors, ["A"] * 4 + ["B"] * 4, options=OPTIONS)
     names = ("name", "version", "model_id", "family", "vocabulary_hash", "layer", "pooling", "licence", "variant")
-    model = ModelInfo(width=3, device="cpu", **dict.fromkeys(names, "text"))
+    output = OutputInfo(name="class", per="cell", width=2, meaning="logits", names=("a", "b"))
+    model = ModelInfo(width=3, device="cpu", outputs=(output,), classes=("a", "b"), **dict.fromkeys(names, "text"))
+    problem = ModelProblem(name="folder", problem="text")
     embeddings = Embeddings(vectors, ones, ones, ones.astype(np.float32), coverage, "m-1-0", "0" * 8, {"queue": 0.1})
     return [
         ("embed", embeddings),
         ("score", ScoreAnswer(result=score, meta=meta)),
         ("compare", CompareAnswer(result=compare, meta=meta)),
-        ("models", ModelsAnswer(models=(model,))),
+        ("models", ModelsAnswer(models=(model,), problems=(problem,))),
     ]
 
 

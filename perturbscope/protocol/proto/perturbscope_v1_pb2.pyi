@@ -354,8 +354,22 @@ class ModelsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Output(_message.Message):
+    __slots__ = ("name", "per", "width", "meaning", "names")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PER_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    MEANING_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    per: str
+    width: int
+    meaning: str
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., per: _Optional[str] = ..., width: _Optional[int] = ..., meaning: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class Model(_message.Message):
-    __slots__ = ("name", "version", "model_id", "family", "width", "vocabulary_hash", "layer", "pooling", "licence", "variant", "device", "golden")
+    __slots__ = ("name", "version", "model_id", "family", "width", "vocabulary_hash", "layer", "pooling", "licence", "variant", "device", "golden", "outputs", "task", "capabilities", "classes", "max_length", "vocabulary_genes", "panel_genes", "memory_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
@@ -368,6 +382,14 @@ class Model(_message.Message):
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     GOLDEN_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_GENES_FIELD_NUMBER: _ClassVar[int]
+    PANEL_GENES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     model_id: str
@@ -380,10 +402,28 @@ class Model(_message.Message):
     variant: str
     device: str
     golden: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., model_id: _Optional[str] = ..., family: _Optional[str] = ..., width: _Optional[int] = ..., vocabulary_hash: _Optional[str] = ..., layer: _Optional[str] = ..., pooling: _Optional[str] = ..., licence: _Optional[str] = ..., variant: _Optional[str] = ..., device: _Optional[str] = ..., golden: _Optional[str] = ...) -> None: ...
+    outputs: _containers.RepeatedCompositeFieldContainer[Output]
+    task: str
+    capabilities: _containers.RepeatedScalarFieldContainer[str]
+    classes: _containers.RepeatedScalarFieldContainer[str]
+    max_length: int
+    vocabulary_genes: int
+    panel_genes: int
+    memory_bytes: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., model_id: _Optional[str] = ..., family: _Optional[str] = ..., width: _Optional[int] = ..., vocabulary_hash: _Optional[str] = ..., layer: _Optional[str] = ..., pooling: _Optional[str] = ..., licence: _Optional[str] = ..., variant: _Optional[str] = ..., device: _Optional[str] = ..., golden: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., task: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ..., classes: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., vocabulary_genes: _Optional[int] = ..., panel_genes: _Optional[int] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
+
+class ModelProblem(_message.Message):
+    __slots__ = ("name", "problem")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    problem: str
+    def __init__(self, name: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class ModelsAnswer(_message.Message):
-    __slots__ = ("models",)
+    __slots__ = ("models", "problems")
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+    problems: _containers.RepeatedCompositeFieldContainer[ModelProblem]
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., problems: _Optional[_Iterable[_Union[ModelProblem, _Mapping]]] = ...) -> None: ...

@@ -142,9 +142,26 @@ def compare_answers() -> st.SearchStrategy[protocol.CompareAnswer]:
     return st.builds(protocol.CompareAnswer, result=results, meta=metas)
 
 
-_model_texts = {name: names for name in protocol.ModelInfo.__annotations__ if name != "width"}
-model_infos = st.builds(protocol.ModelInfo, width=st.integers(1, 4096), **_model_texts)
-models_answers = st.builds(protocol.ModelsAnswer, models=st.lists(model_infos, max_size=3).map(tuple))
+_many = st.lists(names, max_size=3).map(tuple)
+_whole = st.integers(0, 2**40)
+_model_kinds: dict[str, st.SearchStrategy[Any]] = {
+    "str": names,
+    "int": _whole,
+    "tuple[str, ...]": _many,
+    "tuple[OutputInfo, ...]": st.lists(
+        st.builds(protocol.OutputInfo, name=names, per=names, width=_whole, meaning=names, names=_many), max_size=3
+    ).map(tuple),
+}
+model_infos = st.builds(
+    protocol.ModelInfo,
+    **{name: _model_kinds[str(kind)] for name, kind in protocol.ModelInfo.__annotations__.items()}
+    | {"capabilities": st.lists(names, min_size=1, max_size=3).map(tuple)},
+)
+models_answers = st.builds(
+    protocol.ModelsAnswer,
+    models=st.lists(model_infos, max_size=3).map(tuple),
+    problems=st.lists(st.builds(protocol.ModelProblem, name=names, problem=names), max_size=2).map(tuple),
+)
 
 MESSAGES: dict[str, st.SearchStrategy[Any]] = {
     "embed_request": embed_requests,
