@@ -68,6 +68,7 @@ def write_published(
     vocabulary: GeneVocabulary | None = None,
     layers: int = 3,
     width: int = 32,
+    heads: int = 4,
     positions: int = 40,
     seed: int = 0,
     **options: Any,
@@ -84,7 +85,7 @@ def write_published(
         Class of transformers.
     vocabulary
         Genes; by default :func:`genes`.
-    layers, width, positions, seed
+    layers, width, heads, positions, seed
         The network; its weights are ten times as large as usual, so that all of them matter.
     **options
         Further options of BertConfig.
@@ -99,7 +100,7 @@ def write_published(
         vocab_size=len(vocabulary),
         hidden_size=width,
         num_hidden_layers=layers,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         intermediate_size=2 * width,
         max_position_embeddings=positions,
         initializer_range=0.2,

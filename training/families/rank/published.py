@@ -109,10 +109,13 @@ def read_config(directory: Path) -> PublishedConfig:
         )
     path = directory / CONFIG
     values = _read_json(path)
-    architectures = values.get("architectures") or [f"{values.get('model_type')} model without a head"]
-    if architectures[0] not in HEADS:
+    named_there = values.get("architectures")
+    architecture = str(named_there[0]) if isinstance(named_there, list) and named_there else None
+    if architecture not in HEADS:
         raise InvalidParameterError(
-            f"{path} is of a {architectures[0]}; a {', a '.join(HEADS)} of Geneformer is needed.", field="directory"
+            f"{path} is of a {architecture or str(values.get('model_type')) + ' model without a head'}; "
+            f"a {' or a '.join(HEADS)} is needed.",
+            field="directory",
         )
     for name, allowed in _ONLY.items():
         if values.get(name) not in allowed:
@@ -130,10 +133,10 @@ def read_config(directory: Path) -> PublishedConfig:
         )
     return PublishedConfig(
         path=path,
-        architecture=architectures[0],
+        architecture=architecture,
         vocab_size=values["vocab_size"],
         options={name: values.get(key, _DEFAULTS.get(key)) for name, key in _FIELDS.items()},
-        classes=_classes(path, values) if architectures[0] != "BertForMaskedLM" else None,
+        classes=_classes(path, values) if architecture != "BertForMaskedLM" else None,
         transformers_version=values.get("transformers_version"),
     )
 
@@ -142,6 +145,8 @@ def _classes(path: Path, values: Mapping[str, Any]) -> tuple[str, ...] | None:
     names = values.get("id2label")
     if names is None:  # transformers leaves out the names of two classes if they are LABEL_0 and LABEL_1
         return None
+    if not isinstance(names, dict):
+        raise UnreadableFileError(f"{path}: id2label is {names!r}; names by number are needed.", field="directory")
     try:
         return named(names)
     except ValueError as error:

@@ -51,10 +51,11 @@ def test_a_configuration_becomes_ours(directory):
     [
         (
             {"architectures": ["BertForQuestionAnswering"]},
-            "is of a BertForQuestionAnswering; a BertForMaskedLM, a BertFor",
+            "is of a BertForQuestionAnswering; a BertForMaskedLM or a BertFor",
         ),
         ({"architectures": ["EsmForMaskedLM"], "model_type": "esm"}, "is of a EsmForMaskedLM"),
         ({"architectures": None}, "is of a bert model without a head"),
+        ({"architectures": "BertForMaskedLM"}, "is of a bert model without a head"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'; only 'absolute' is"),
         ({"is_decoder": True}, "is_decoder is True"),
         ({"model_type": "roberta"}, "model_type is 'roberta'; only 'bert' is supported"),
@@ -71,6 +72,12 @@ def test_another_architecture_is_named(directory, values, says):
 def test_a_configuration_that_is_none(directory):
     change(directory, hidden_size=None)
     with pytest.raises(UnreadableFileError, match="has no hidden_size; it is not the file of a BERT"):
+        read_config(directory)
+    change(directory, hidden_size=32, vocab_size="all")
+    with pytest.raises(UnreadableFileError, match="vocab_size is 'all'; a whole number is needed"):
+        read_config(directory)
+    change(directory, vocab_size=64, architectures=["BertForSequenceClassification"], id2label=["a", "b"])
+    with pytest.raises(UnreadableFileError, match=r"id2label is \['a', 'b'\]; names by number are needed"):
         read_config(directory)
     (directory / "config.json").write_text("[]")
     with pytest.raises(UnreadableFileError, match="holds no JSON object"):
