@@ -12,13 +12,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from transformers import BertForMaskedLM
+from torch import nn
 
 from evaluation.baselines import pca
 from evaluation.retrieval import retrieve
@@ -30,11 +29,11 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.encoder import Values
 from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.results import ScoreOptions
+from training import families
 from training.checkpoint import load_checkpoint
 from training.commands.finetune import finetune
 from training.config import strict
 from training.config.stages import ContrastiveConfig
-from training.families.rank.pooling import PooledEncoder
 
 CONFIG = Path("training/configs/default-contrastive.yaml")
 TOTALS = "total_umi_full_transcriptome"
@@ -107,14 +106,15 @@ EXPERIMENTS: dict[str, tuple[str, ...]] = {
 class _TorchEncoder:
     """A checkpoint's encoder behind the library's protocol, without the detour of an export."""
 
-    module: PooledEncoder
+    module: nn.Module
+    width: int
 
     provider = ""
 
     @property
     def outputs(self) -> tuple[OutputSpec, ...]:
         """The vectors of cells."""
-        return (cell_embedding(int(self.module.config.hidden_size)),)
+        return (cell_embedding(self.width),)
 
     def run(self, inputs: Mapping[str, NDArray[np.generic]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Values:
         with torch.inference_mode():
@@ -137,11 +137,13 @@ class Screen:
 def embedder_of(checkpoint: Path) -> Embedder:
     """Return an embedder that runs a checkpoint in torch."""
     found = load_checkpoint(checkpoint)
-    module = PooledEncoder(cast("BertForMaskedLM", found.model())).eval()
     family = load_family(found.family, found.family_config, found.vocabulary)
+    half = families.load(found.family)
+    config = half.parse_config(found.model_config)
+    module = half.encoder(found.model(), config, family=family).eval()
     return Embedder(
         family,
-        _TorchEncoder(module),
+        _TorchEncoder(module, half.outputs(config)[0].width),
         model_id=checkpoint.name,
         vocabulary_hash=found.vocabulary.hash,
     )
