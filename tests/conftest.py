@@ -11,7 +11,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.families import load_family
 from perturbscope.inference.embedder import Embedder
-from tests.bundles import TINY_WIDTH, write_tiny_bundle
+from tests.bundles import TINY_WIDTH, write_outputs_bundle, write_tiny_bundle
 from tests.fakes import FakeEncoder
 
 
@@ -41,6 +41,12 @@ def tiny_cells(rng: np.random.Generator) -> CountMatrix:
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real bundle that is read-only by convention: copy it before changing a byte."""
     return write_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def outputs_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real bundle with vectors of genes, a value a gene, and classes of cells; read-only by convention."""
+    return write_outputs_bundle(tmp_path_factory.mktemp("bundles") / "tiny-outputs")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ class OutputSpec:
     Attributes
     ----------
     name
-        Name of the graph's output.
+        Name of the graph's output, of ASCII letters, digits and ``_``: files and columns are called after it.
     per
         ``cell``: the graph returns [batch, width]. ``token``: it returns [batch, length, width].
     width
@@ -50,10 +50,12 @@ class OutputSpec:
     names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not (self.name.isascii() and self.name.isidentifier()):
+            raise ValueError(f"an output has the name {self.name!r}, which is not made of letters, digits and _")
         if self.per not in ("cell", "token") or self.meaning not in ("embedding", "logits", "value"):
             raise ValueError(f"the output {self.name!r} is per {self.per!r} and means {self.meaning!r}")
-        if self.width < 1:
-            raise ValueError(f"the output {self.name!r} has the width {self.width}")
+        if type(self.width) is not int or self.width < 1:
+            raise ValueError(f"the output {self.name!r} has the width {self.width!r}")
         if self.names is not None and len(self.names) != self.width:
             raise ValueError(f"the output {self.name!r} has {self.width} columns and {len(self.names)} names")
 

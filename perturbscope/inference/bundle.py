@@ -150,7 +150,7 @@ class Manifest:
                 for name, item in data["variants"].items()
             }
             if data["format_version"] > 1:
-                data["outputs"] = tuple(_output(item) for item in data["outputs"])
+                data["outputs"] = _outputs(data["outputs"])
                 data["capabilities"] = _texts(data["capabilities"])
                 data["gene_panel"] = None if data["gene_panel"] is None else _texts(data["gene_panel"])
             manifest = cls(**data)
@@ -320,10 +320,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _output(item: Mapping[str, Any]) -> OutputSpec:
-    """Read the description of an output. Raises TypeError, ValueError or KeyError."""
-    names = item["names"]
-    return OutputSpec(**{**item, "names": None if names is None else _texts(names)})
+def _outputs(items: Sequence[Mapping[str, Any]]) -> tuple[OutputSpec, ...]:
+    """Read the descriptions of outputs. Raises TypeError, ValueError or KeyError."""
+    if not items:
+        raise ValueError("there are no outputs")
+    found = []
+    for item in items:
+        names = item["names"]
+        found.append(OutputSpec(**{**item, "names": None if names is None else _texts(names)}))
+    return tuple(found)
 
 
 def _texts(items: Any) -> tuple[str, ...]:

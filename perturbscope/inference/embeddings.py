@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.genes import GeneCoverage
+from perturbscope.errors import InvalidParameterError
 from perturbscope.families.outputs import OutputSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MIN_GENES = 500
 """Cells with fewer expressed genes are below the usual quality floor of an atlas: flagged, not dropped."""
 Maker = tuple[str, str | None]
 """Id of a model and variant of its graph; only vectors of one maker are comparable."""
+_SUMMED = 65_536
+"""Rows that are summed at a time, which bounds the memory of their float64 copy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +60,108 @@ class OutputValues:
         rows = cell if self.offsets is None else slice(int(self.offsets[cell]), int(self.offsets[cell + 1]))
         values: NDArray[np.float32] = self.values[rows]
         return values
+
+    def genes_of(self, cell: int) -> NDArray[np.object_]:
+        """Return the Ensembl id of each row of :meth:`of_cell`, of an output per token."""
+        offsets, genes = self._per_token()
+        names = self.gene_names
+        return np.array([names[gene] for gene in genes[offsets[cell] : offsets[cell + 1]]], dtype=object)
+
+    @property
+    def cells(self) -> NDArray[np.int64]:
+        """Number of the cell of each row, of an output per token, int64 [number of rows]."""
+        offsets, _ = self._per_token()
+        return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+
+    def gene_means(self) -> pd.DataFrame:
+        """Average an output per token over the cells that have each gene; see :meth:`GeneSums.table`."""
+        sums = GeneSums()
+        sums.add(self)
+        return sums.table()
+
+    def classes(self) -> tuple[NDArray[np.object_], NDArray[np.float32]]:
+        """Return the best class of each row of logits and its probability by the softmax, both [number of rows].
+
+        Classes without names are named by the numbers of their columns.
+
+        Raises
+        ------
+        InvalidParameterError
+            The output is not logits.
+        """
+        if self.spec.meaning != "logits":
+            raise InvalidParameterError(
+                f"The output {self.spec.name!r} has no classes: it is {self.spec.meaning}.", field="outputs"
+            )
+        names = np.array(self.spec.names or [str(column) for column in range(self.spec.width)], dtype=object)
+        best = self.values.argmax(axis=1)
+        # The largest logit is subtracted, so no exponential overflows, and that of the best class is 1.
+        above = np.exp((self.values - self.values.max(axis=1, keepdims=True)).astype(np.float64))
+        return names[best], (1 / above.sum(axis=1)).astype(np.float32)
+
+    def _per_token(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        if self.offsets is None or self.genes is None:
+            raise InvalidParameterError(
+                f"The output {self.spec.name!r} has one row a cell, and no genes.", field="outputs"
+            )
+        return self.offsets, self.genes
+
+
+class GeneSums:
+    """Sums of an output per token by gene, over the cells of any number of chunks, in memory of one row a gene."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, int] = {}
+        self._names: tuple[str, ...] = ()
+        self._rows: NDArray[np.intp] = np.empty(0, dtype=np.intp)
+        self._sums: NDArray[np.float64] = np.empty((0, 0))
+        self._counts: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._columns: tuple[str, ...] = ()
+
+    def add(self, output: OutputValues) -> None:
+        """Add the rows of a chunk; all chunks are of one output.
+
+        Raises
+        ------
+        InvalidParameterError
+            The output is per cell.
+        """
+        from scipy import sparse
+
+        _, genes = output._per_token()
+        if output.gene_names is not self._names:
+            self._names = output.gene_names
+            self._rows = np.array([self._places.setdefault(name, len(self._places)) for name in self._names], np.intp)
+            more = len(self._places) - len(self._counts)
+            self._sums = np.concatenate(
+                [self._sums.reshape(-1, output.spec.width), np.zeros((more, output.spec.width))]
+            )
+            self._counts = np.concatenate([self._counts, np.zeros(more, dtype=np.int64)])
+            self._columns = output.spec.names or tuple(map(str, range(output.spec.width)))
+        for start in range(0, len(genes), _SUMMED):
+            rows = self._rows[genes[start : start + _SUMMED]]
+            found, places = np.unique(rows, return_inverse=True)
+            by_gene = sparse.csr_matrix((np.ones(len(rows)), (places, np.arange(len(rows)))))
+            self._sums[found] += by_gene @ output.values[start : start + _SUMMED]
+            self._counts[found] += np.bincount(places)
+
+    def table(self) -> pd.DataFrame:
+        """Return the means.
+
+        Returns
+        -------
+        One row a gene that at least one cell has, indexed by ``gene_id``, in the order of the vocabulary: ``n_cells``,
+        the number of cells that have the gene among their tokens, and one column a value, float32, named as the
+        output names them or ``0``, ``1``, ...
+        """
+        import pandas as pd
+
+        kept = np.flatnonzero(self._counts)
+        index = pd.Index(np.array([*self._places], dtype=object)[kept], name="gene_id")
+        means = (self._sums[kept] / self._counts[kept, None]).astype(np.float32)
+        table = pd.DataFrame(means, index=index, columns=list(self._columns))
+        table.insert(0, "n_cells", self._counts[kept])
+        return table
 
 
 @dataclass(frozen=True)
@@ -94,6 +203,11 @@ class Embeddings:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @property
+    def cell_embedding(self) -> NDArray[np.float32]:
+        """The vectors of the cells by the name of their output: `values`."""
+        return self.values
 
     @property
     def maker(self) -> Maker:

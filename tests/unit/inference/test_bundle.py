@@ -15,9 +15,10 @@ from perturbscope.errors import (
     UnsupportedBundleError,
     VocabularyMismatchError,
 )
+from perturbscope.families.outputs import OutputSpec, cell_embedding
 from perturbscope.inference import bundle as bundle_module
-from perturbscope.inference.bundle import MANIFEST, Bundle, Manifest, Variant, sha256
-from tests.bundles import tiny_files, tiny_manifest, write_tiny_bundle
+from perturbscope.inference.bundle import MANIFEST, Bundle, Manifest, Variant, capabilities_of, sha256
+from tests.bundles import CLASSES, TINY_OUTPUTS, TINY_WIDTH, tiny_files, tiny_manifest, write_tiny_bundle
 
 
 @pytest.fixture
@@ -215,6 +216,79 @@ def test_the_manifest_survives_text():
         files={"model.onnx": "0" * 64},
     )
     assert Manifest.from_json(manifest.to_json(), where="here") == manifest
+
+
+# Outputs
+
+
+def test_outputs_survive_text_and_say_what_the_model_can_do():
+    manifest = tiny_manifest(outputs=TINY_OUTPUTS, task="cell_classification", gene_panel=("ENSG1", "ENSG2"))
+    assert Manifest.from_json(manifest.to_json(), where="here") == manifest
+    assert json.loads(manifest.to_json())["format_version"] == 2
+    assert manifest.capabilities == ("classify_cells", "embed", "gene_embedding")
+    assert manifest.classes == CLASSES
+    assert capabilities_of(manifest.outputs[:1], edits=True) == ("edit_tokens", "embed")
+    of_genes = OutputSpec(name="gene_logits", per="token", width=1, meaning="logits")
+    assert capabilities_of([of_genes]) == ("classify_genes", "embed")
+
+
+def test_a_manifest_of_version_1_has_the_cell_embedding(copied):
+    data = json.loads((copied / MANIFEST).read_text())
+    for name in ("outputs", "task", "capabilities", "gene_panel"):
+        del data[name]
+    (copied / MANIFEST).write_text(json.dumps(data | {"format_version": 1}))
+    manifest = Bundle.open(copied).manifest
+    assert manifest.outputs == (cell_embedding(TINY_WIDTH),)
+    assert (manifest.capabilities, manifest.task, manifest.classes) == (("embed",), "embedding", None)
+    assert json.loads(manifest.to_json())["format_version"] == 2
+    edit_manifest(copied, task="embedding")
+    with pytest.raises(CorruptBundleError, match=r"unknown fields \['task'\]"):
+        Bundle.open(copied)
+
+
+def output(**changes) -> dict:
+    return {"name": "x", "per": "cell", "width": 2, "meaning": "logits", "names": ["a", "b"]} | changes
+
+
+CELL = output(name="cell_embedding", width=TINY_WIDTH, meaning="embedding", names=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"outputs": [CELL, output(), output(width=1, names=None)]}, "two outputs have one name"),
+        ({"outputs": [output()]}, "hold no cell_embedding of width 8"),
+        ({"outputs": []}, "there are no outputs"),
+        ({"outputs": [CELL | {"width": 9}]}, "hold no cell_embedding of width 8"),
+        ({"outputs": [CELL | {"per": "token"}]}, "hold no cell_embedding of width 8"),
+        ({"outputs": [CELL, output(names=["a"])]}, "'x' has 2 columns and 1 names"),
+        ({"outputs": [CELL, output(names="ab")]}, "'ab' is no list of strings"),
+        ({"outputs": [CELL, output(width=0, names=[])]}, "'x' has the width 0"),
+        ({"outputs": [CELL, output(width="2")]}, "'x' has the width '2'"),
+        ({"outputs": [CELL, output(width=2.0)]}, "'x' has the width 2.0"),
+        ({"outputs": [CELL, output(width=True, names=["a"])]}, "'x' has the width True"),
+        ({"outputs": [CELL, output(name=7)]}, "an output has the name 7"),
+        ({"outputs": [CELL, output(name="")]}, "an output has the name ''"),
+        ({"outputs": [CELL, output(name="../x")]}, "an output has the name '../x'"),
+        ({"outputs": [CELL, output(per="gene")]}, "is per 'gene'"),
+        ({"outputs": [CELL, output(per=["cell"])]}, "per"),
+        ({"outputs": [CELL, output(meaning="score")]}, "means 'score'"),
+        ({"outputs": [CELL, {"name": "x"}]}, "names"),
+        ({"outputs": [CELL, output(units="mV")]}, "units"),
+        ({"outputs": [CELL, "x"]}, "string indices"),
+        ({"outputs": {"x": CELL}}, "string indices"),
+        ({"outputs": None}, "there are no outputs"),
+        ({"task": "chat"}, "task is 'chat'"),
+        ({"task": None}, "task"),
+        ({"capabilities": "embed"}, "'embed' is no list of strings"),
+        ({"gene_panel": [1]}, r"\[1\] is no list of strings"),
+    ],
+    ids=str,
+)
+def test_outputs_that_cannot_be(copied, changes, message):
+    edit_manifest(copied, **changes)
+    with pytest.raises(CorruptBundleError, match=f"a field has the wrong form .*({message})"):
+        Bundle.open(copied)
 
 
 # Writing

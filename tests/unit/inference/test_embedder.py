@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +14,15 @@ from hypothesis import strategies as st
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.vocabulary import GeneVocabulary
-from perturbscope.errors import EmptyCellError, InferenceError, UnknownGenesError
+from perturbscope.errors import EmptyCellError, InferenceError, InvalidParameterError, UnknownGenesError
+from perturbscope.families.outputs import CELL_EMBEDDING, GENE_EMBEDDING
 from perturbscope.inference import embedder as embedder_module
 from perturbscope.inference.batching import BatchLimits, cpu_limits
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.embeddings import gather, join
+from perturbscope.inference.gpu import gpu_limits
+from tests.bundles import CLASSES, TINY_OUTPUTS, tiny_table, write_outputs_bundle
 from tests.fakes import FakeEncoder
 
 TOLERANCE = 1e-6
@@ -145,6 +149,91 @@ def test_progress_counts_every_cell(fake_embedder, tiny_cells, small_chunks):
 def test_timings_of_chunks_add_up(fake_embedder, tiny_cells):
     parts = list(fake_embedder.embed_stream(chunks(tiny_cells, 8)))
     assert join(parts).timings["tokenize"] == pytest.approx(sum(part.timings["tokenize"] for part in parts))
+
+
+# Outputs beside the cell embedding
+
+ALL = [spec.name for spec in TINY_OUTPUTS]
+
+
+@pytest.fixture(scope="module")
+def versatile(outputs_bundle: Path) -> Embedder:
+    """An embedder of the bundle with several outputs."""
+    return Embedder.from_bundle(Bundle.open(outputs_bundle), threads=1)
+
+
+@pytest.fixture(scope="module")
+def with_ends(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
+    """The same, of cells with special tokens at both ends."""
+    path = write_outputs_bundle(tmp_path_factory.mktemp("ends") / "bundle", ends=True)
+    return Embedder.from_bundle(Bundle.open(path), threads=1)
+
+
+@pytest.mark.parametrize("limits", [BatchLimits(max_cells=1), BatchLimits(max_tokens=90), gpu_limits("cuda", 2048)])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_outputs_of_any_batches_are_those_of_each_cell(versatile, tiny_cells, limits, overlap):
+    other = Embedder(
+        versatile.family, versatile.encoder, model_id="m", vocabulary_hash="v", limits=limits, overlap=overlap
+    )
+    tokens = other.tokenize(tiny_cells)
+    ids = tokens.arrays["input_ids"]
+    done = []
+    found = other.infer(tokens, ALL, done.append)
+    assert (sum(done), [spec.name for spec in found.specs]) == (24, ALL)
+    table = tiny_table(len(versatile.family.vocabulary))
+    np.testing.assert_array_equal(found[GENE_EMBEDDING], table[ids])
+    np.testing.assert_array_equal(found["gene_value"], ids[:, None] / 2)
+    means = [table[cell["input_ids"]].mean(axis=0) for cell in tokens]
+    np.testing.assert_allclose(found.cell_embedding, means, atol=TOLERANCE)
+    np.testing.assert_array_equal(found["cell_logits"], found.cell_embedding[:, : len(CLASSES)])
+
+
+def test_only_outputs_that_are_asked_for_are_in_the_answer(versatile, tiny_cells):
+    plain = versatile.embed(tiny_cells)
+    assert plain.outputs == {}
+    found = versatile.embed(tiny_cells, outputs=["cell_logits", CELL_EMBEDDING])
+    assert list(found.outputs) == ["cell_logits"]
+    np.testing.assert_array_equal(found.values, plain.values)
+    with pytest.raises(InvalidParameterError, match="no output 'gene_logits'; it has cell_embedding, gene_embedding,"):
+        versatile.embed(tiny_cells, outputs=["gene_logits"])
+
+
+@pytest.mark.parametrize("size", [1, 7, 24])
+@pytest.mark.parametrize("name", ["versatile", "with_ends"])
+def test_values_of_tokens_have_their_genes_and_leave_special_tokens_out(request, tiny_cells, small_chunks, name, size):
+    embedder = request.getfixturevalue(name)
+    found = join(list(embedder.embed_stream(chunks(tiny_cells, size), outputs=ALL)))
+    vocabulary = embedder.family.vocabulary
+    table, gene_of = tiny_table(len(vocabulary)), dict(zip(vocabulary.tokens, vocabulary.gene_ids, strict=True))
+    vectors, values = found.outputs[GENE_EMBEDDING], found.outputs["gene_value"]
+    for cell, tokens in enumerate(embedder.tokenize(tiny_cells)):
+        ids = [token for token in tokens["input_ids"] if token in gene_of]
+        assert len(tokens["input_ids"]) - len(ids) == (2 if name == "with_ends" else 0)
+        assert vectors.genes_of(cell).tolist() == [gene_of[token] for token in ids]
+        np.testing.assert_array_equal(vectors.of_cell(cell), table[ids])
+        np.testing.assert_array_equal(values.of_cell(cell)[:, 0], np.array(ids) / 2)
+    assert vectors.gene_ids.tolist() == np.concatenate([vectors.genes_of(cell) for cell in range(24)]).tolist()
+    assert vectors.cells.tolist() == np.repeat(np.arange(24), np.diff(vectors.offsets)).tolist()
+    assert found.outputs["cell_logits"].spec.names == CLASSES
+    assert found.outputs["cell_logits"].of_cell(3).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        (GENE_EMBEDDING, (3, 7, 8), r"shape \(3, 7, 8\) as gene_embedding of 3 cells of up to 9 tokens"),
+        (GENE_EMBEDDING, (3, 9, 5), "the width is 8"),
+        ("cell_logits", (3, 9, 3), "as cell_logits"),
+        ("cell_logits", (2, 3), "as cell_logits"),
+    ],
+)
+def test_an_output_of_another_shape(versatile, tiny_cells, monkeypatch, name, shape, message):
+    tokens = versatile.tokenize(CountMatrix.from_matrix(np.ones((3, 9), int), tiny_cells.gene_ids[:9]))
+    encoder = SimpleNamespace(run=lambda inputs, outputs: {name: np.zeros(shape, np.float32)})
+    monkeypatch.setattr(versatile, "encoder", encoder)
+    specs = [spec for spec in TINY_OUTPUTS if spec.name == name]
+    with pytest.raises(InferenceError, match=message):
+        versatile.run(tokens, np.arange(3), specs)
 
 
 # Bad input

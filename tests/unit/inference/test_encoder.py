@@ -18,11 +18,17 @@ from perturbscope.errors import (
     InvalidParameterError,
     ProviderUnavailableError,
 )
-from perturbscope.families.outputs import CELL_EMBEDDING
+from perturbscope.families.outputs import CELL_EMBEDDING, GENE_EMBEDDING
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.encoder import OnnxEncoder
 from perturbscope.threads import usable_cores
-from tests.bundles import TINY_WIDTH, tiny_files, tiny_manifest
+from tests.bundles import (
+    TINY_OUTPUTS,
+    TINY_WIDTH,
+    tiny_files,
+    tiny_manifest,
+    tiny_table,
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +66,27 @@ def test_the_graph_computes_what_it_says(bundle):
     assert values.shape == (2, TINY_WIDTH)
     assert values.dtype == np.float32
     np.testing.assert_allclose(values, [table[[5, 9, 2]].mean(axis=0), table[7]], atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", [None, "cpu"])
+def test_several_outputs_by_name(outputs_bundle, memory):
+    encoder = OnnxEncoder(Bundle.open(outputs_bundle), threads=1)
+    if memory:
+        encoder.bind(memory)
+    assert encoder.outputs == TINY_OUTPUTS
+    batch = inputs([[5, 9, 2], [7]])
+    everything = encoder.run(batch, [spec.name for spec in TINY_OUTPUTS])
+    table = tiny_table(len(Bundle.open(outputs_bundle).vocabulary))
+    np.testing.assert_array_equal(everything[GENE_EMBEDDING], table[batch["input_ids"]])
+    np.testing.assert_array_equal(everything["gene_value"], batch["input_ids"][..., None] / 2)
+    np.testing.assert_array_equal(everything["cell_logits"], everything[CELL_EMBEDDING][:, :3])
+    for names in (["gene_value"], ["cell_logits", CELL_EMBEDDING]):
+        for _ in range(2):
+            some = encoder.run(batch, names)
+            assert list(some) == names
+            for name in names:
+                assert some[name].dtype == np.float32
+                np.testing.assert_array_equal(some[name], everything[name])
 
 
 def test_inputs_that_the_graph_does_not_take_are_left_out(bundle):
@@ -107,6 +134,12 @@ def test_a_broken_graph(tmp_path, graph):
 def test_a_graph_without_the_output(tmp_path):
     with pytest.raises(CorruptBundleError, match="has no output 'cell_embedding'"):
         OnnxEncoder(bundle_with(renamed("cell_embedding", "logits"), tmp_path / "other"))
+
+
+def test_a_graph_without_an_output_of_the_manifest(tmp_path):
+    bundle = Bundle.write(tmp_path / "fewer", tiny_manifest(outputs=TINY_OUTPUTS), tiny_files())
+    with pytest.raises(CorruptBundleError, match="it has no output 'cell_logits'"):
+        OnnxEncoder(bundle)
 
 
 def test_a_graph_of_another_family(tmp_path):

@@ -8,18 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from typer.testing import CliRunner
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cli.app import app, run
 from perturbscope.errors import CorruptBundleError, GoldenMismatchError
 from perturbscope.families.outputs import CELL_EMBEDDING, Outputs, cell_embedding
-from perturbscope.inference.bundle import GOLDEN, Bundle
+from perturbscope.inference.bundle import GOLDEN, Bundle, Variant
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.golden import Golden, GoldenResult, check_golden, read_golden
 from perturbscope.inference.golden_making import add_golden
-from tests.bundles import TINY_WIDTH, masked_mean_graph, tiny_files, tiny_manifest, write_tiny_bundle
+from tests.bundles import (
+    TINY_OUTPUTS,
+    TINY_WIDTH,
+    masked_mean_graph,
+    tiny_files,
+    tiny_manifest,
+    tiny_table,
+    write_outputs_bundle,
+    write_tiny_bundle,
+)
 
 CUDA = "CUDAExecutionProvider"
 
@@ -225,3 +236,82 @@ def test_the_command_adds_them(tmp_path: Path) -> None:
         "4 cells: made of random genes and counts (seed 3)"
         in CliRunner().invoke(app, ["bundle", "info", str(path)]).stdout
     )
+
+
+# Models with several outputs
+
+
+@pytest.fixture(scope="module")
+def versatile(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle with outputs per token and classes, a second graph that is a little off, and golden vectors."""
+    folder = tmp_path_factory.mktemp("outputs")
+    plain = Bundle.open(write_outputs_bundle(folder / "plain"))
+    graph = onnx.load(plain.graph())
+    table = next(item for item in graph.graph.initializer if item.name == "table")
+    rounded = numpy_helper.to_array(table).astype(np.float16).astype(np.float32)
+    table.CopyFrom(numpy_helper.from_array(rounded, "table"))
+    files: dict[str, Path | bytes] = {name: plain.path / name for name in plain.manifest.files}
+    variants = {**plain.manifest.variants, "fp16": Variant(file="model.fp16.onnx", cosine=0.999)}
+    manifest = replace(plain.manifest, variants=variants)
+    bundle = Bundle.write(folder / "both", manifest, files | {"model.fp16.onnx": graph.SerializeToString()})
+    return add_golden(bundle.path)
+
+
+def test_golden_values_of_every_output(versatile: Bundle) -> None:
+    text = (versatile.path / GOLDEN).read_text()
+    assert json.loads(text)["format"] == 2
+    golden = golden_of(versatile)
+    assert golden.to_json(versatile.vocabulary) == text
+    assert golden.outputs == tuple(spec.name for spec in TINY_OUTPUTS)
+    assert {name: values.shape for name, values in golden.vectors.items()} == {
+        "cell_embedding": (4, TINY_WIDTH),
+        "gene_embedding": (12, TINY_WIDTH),  # of a cell the first and the last token, and the mean
+        "gene_value": (12, 1),
+        "cell_logits": (4, 3),
+    }
+    embedder = Embedder.from_bundle(versatile, threads=1)
+    table = tiny_table(len(versatile.vocabulary))
+    tokens = golden.tokenize(embedder)[2]["input_ids"]
+    first, last, mean = golden.vectors["gene_embedding"][6:9]
+    np.testing.assert_array_equal([first, last], table[tokens[[0, -1]]])
+    np.testing.assert_allclose(mean, table[tokens].mean(axis=0), atol=1e-6)
+    assert check_golden(embedder, golden).passed
+    assert set(golden.cosines["fp16"]) == set(golden.outputs)
+    assert 0.999 < golden.cosines["fp16"]["gene_embedding"] < 1
+    assert check_golden(Embedder.from_bundle(versatile, variant="fp16", threads=1), golden).passed
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in TINY_OUTPUTS])
+def test_an_output_that_is_off_is_found(versatile: Bundle, name: str) -> None:
+    golden = golden_of(versatile)
+    embedder = Embedder.from_bundle(versatile, threads=1)
+    found = embedder.infer(golden.tokenize(embedder), golden.outputs)
+    # The middle of the longest cell, which only a mean sees.
+    row = -1 if name.startswith("cell") else int(found.offsets[3]) + 1000
+    found.values[name][row] += 3e-4 * (1 if name.startswith("cell") else 2046)
+    result = golden.compare(found, variant="fp32", provider="CPUExecutionProvider")
+    assert not result.passed
+    assert 2e-4 < result.largest_difference < 6e-4  # values of a gene are large, and rounded
+    found.values[name][:] *= -1
+    assert not golden.compare(found, variant="fp16", provider=CUDA).passed
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {},
+        {"gene_embedding": [[0.0] * TINY_WIDTH] * 2},
+        {"gene_embedding": [[0.0] * 5] * 3},
+        {"gene_value": [[float("inf")]] * 3},
+        {"cell_logits": [["a", "b", "c"]]},
+        {"unheard_of": [[0.0]]},
+    ],
+    ids=str,
+)
+def test_golden_outputs_that_cannot_be(versatile: Bundle, tmp_path: Path, outputs: dict[str, Any]) -> None:
+    cells = json.loads((versatile.path / GOLDEN).read_text())["cells"]
+    cells[0]["outputs"] = outputs if "unheard_of" in outputs else {**cells[0]["outputs"], **outputs}
+    if not outputs:
+        del cells[1]["outputs"]["gene_value"]
+    with pytest.raises(CorruptBundleError, match=r"golden\.json cannot be read \((KeyError|ValueError)"):
+        read_golden(spoilt(versatile, tmp_path, cells=cells))

@@ -20,7 +20,7 @@ from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.encoder import MASK, OnnxEncoder
 from perturbscope.inference.gpu import GpuOptions, PinnedBuffer, providers
-from tests.bundles import TINY_WIDTH
+from tests.bundles import TINY_OUTPUTS, TINY_WIDTH
 
 INPUTS = (MASK, InputSpec("input_ids", "int64", 0))
 
@@ -96,6 +96,26 @@ def test_only_so_many_shapes_are_kept(encoder: OnnxEncoder, monkeypatch: pytest.
     for length in (3, 4, 5, 3):
         encoder.run(batch(1, length))
     assert list(encoder.bound._free) == [(1, 5, CELL_EMBEDDING), (1, 3, CELL_EMBEDDING)]
+
+
+def test_each_choice_of_outputs_has_its_own_buffers(outputs_bundle: Path) -> None:
+    encoder = bound_encoder(outputs_bundle)
+    names = [spec.name for spec in TINY_OUTPUTS]
+    inputs = batch(2, 5)
+    staged = [encoder.stage(inputs, chosen) for chosen in (names[:1], names[1:2], names)]
+    found = [encoder.finish(item) for item in staged]
+    assert [list(values) for values in found] == [names[:1], names[1:2], names]
+    np.testing.assert_array_equal(found[0][CELL_EMBEDDING], found[2][CELL_EMBEDDING])
+    np.testing.assert_array_equal(found[1]["gene_embedding"], found[2]["gene_embedding"])
+    assert found[2]["gene_embedding"].shape == (2, 5, TINY_WIDTH)
+    assert encoder.bound is not None
+    assert list(encoder.bound._free) == [(2, 5, *names[:1]), (2, 5, *names[1:2]), (2, 5, *names)]
+
+
+def test_shapes_of_inputs_per_cell_have_no_length() -> None:
+    inputs = (*INPUTS, InputSpec("label", "int64", 0, per="cell"), InputSpec("depth", "float32", 0, (3,), per="cell"))
+    (_, options), _ = providers("tensorrt", GpuOptions(), inputs=inputs, max_length=512, half=False)
+    assert options["trt_profile_max_shapes"] == "attention_mask:32x512,input_ids:32x512,label:32,depth:32x3"
 
 
 def test_one_thread_stages_while_another_runs(encoder: OnnxEncoder, tiny_bundle: Path) -> None:
