@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
+from perturbscope.families.outputs import OutputSpec
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.embeddings import Embeddings
 from perturbscope.inference.encoder import Device
@@ -91,6 +92,21 @@ class Server(Backend, Protocol):
         ...
 
 
+def local(backend: Backend) -> LocalBackend:
+    """Return a backend that can be asked for outputs beside the cell embedding.
+
+    Raises
+    ------
+    InvalidParameterError
+        The model is on a server.
+    """
+    if isinstance(backend, LocalBackend):
+        return backend
+    raise InvalidParameterError(
+        "A server is asked for the cell embedding alone; load the bundle here for its other outputs.", field="outputs"
+    )
+
+
 class LocalBackend:
     """A model in this process.
 
@@ -108,15 +124,26 @@ class LocalBackend:
         """See :attr:`Backend.model_id`."""
         return self.embedder.model_id
 
-    def embed_cells(self, cells: CountMatrix, *, progress: CellProgress | None = None) -> Embeddings:
+    @property
+    def outputs(self) -> tuple[OutputSpec, ...]:
+        """The outputs of the model."""
+        return self.embedder.outputs
+
+    def embed_cells(
+        self, cells: CountMatrix, *, outputs: Sequence[str] | None = None, progress: CellProgress | None = None
+    ) -> Embeddings:
         """See :meth:`Backend.embed_cells`; raises the errors of :meth:`Embedder.embed`."""
-        return self.embedder.embed(cells, progress=progress)
+        return self.embedder.embed(cells, outputs=outputs, progress=progress)
 
     def embed_stream(
-        self, chunks: Iterable[CountMatrix], *, progress: CellProgress | None = None
+        self,
+        chunks: Iterable[CountMatrix],
+        *,
+        outputs: Sequence[str] | None = None,
+        progress: CellProgress | None = None,
     ) -> Iterator[Embeddings]:
         """See :meth:`Backend.embed_stream`; raises the errors of :meth:`Embedder.embed`."""
-        return self.embedder.embed_stream(chunks, progress=progress)
+        return self.embedder.embed_stream(chunks, outputs=outputs, progress=progress)
 
     def close(self) -> None:
         """Release the encoder's session and its memory."""
