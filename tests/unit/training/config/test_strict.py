@@ -31,6 +31,14 @@ def minimal(tmp_path: Path) -> Path:
     return path
 
 
+def test_plain_values_leave_out_a_field_of_a_later_version_that_is_not_used(minimal: Path) -> None:
+    config = strict.read(PretrainConfig, minimal)
+    assert "family_options" not in strict.plain(config)["corpus"]
+    used = strict.read(PretrainConfig, minimal, ["corpus.family_options={start: <cls>}"])
+    assert strict.plain(used)["corpus"]["family_options"] == {"start": "<cls>"}
+    assert strict.parse(PretrainConfig, strict.plain(used)) == used != config
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid_and_say_what_they_cost(path: Path) -> None:
     kind = PretrainConfig if "pretrain" in path.stem else ContrastiveConfig

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from perturbscope.errors import EmptyCellError, InvalidParameterError, UnsupportedBundleError
-from tests.models import small_checkpoint
+from tests.models import TINY_MODEL, small_checkpoint, small_vocabulary
 from tests.training_data import VOCABULARY, pretrain_values, write_data_set
-from training.checkpoint import load_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.commands.evaluate import main
 from training.config import strict
 from training.config.stages import PretrainConfig
 from training.data.corpus import build_corpus
+from training.families.rank.model import build_model
 from training.measure import masked_accuracy as module
 from training.measure.masked_accuracy import corpus_frequencies, evaluate
 from training.measure.mlm import HitTally, RankTally, choose_masked, judge
@@ -60,6 +61,33 @@ def test_the_model_is_scored_as_the_definitions_say(checkpoint, heldout):
         ranks.add(tokens, logits.argmax(axis=1))
     assert found == pytest.approx(hits.summary() | ranks.summary(), rel=1e-4, nan_ok=True)
     assert found["instances"] == sum(round(0.15 * len(tokens)) for tokens in heldout.tokens)
+
+
+def test_start_and_end_tokens_are_neither_masked_nor_judged(folder):
+    vocabulary = small_vocabulary(ends=True)
+    torch.manual_seed(0)
+    path = save_checkpoint(
+        folder / "with-ends",
+        model=build_model(TINY_MODEL, vocabulary),
+        family="rank",
+        family_config={"max_length": 30, "start": "<cls>", "end": "<eos>"},
+        model_config=TINY_MODEL,
+        vocabulary=vocabulary,
+        provenance={},
+    )
+    checkpoint = load_checkpoint(path)
+    heldout = read_heldout(folder / "cells.h5ad", checkpoint, options=EvaluateOptions(cells=8))
+    assert max(map(len, heldout.tokens)) == 28
+    found = evaluate(checkpoint, heldout, options=EvaluateOptions(batch=3))["model"].summary()
+    hits, model = HitTally(len(vocabulary)), checkpoint.model()
+    for tokens, row in zip(heldout.tokens, heldout.rows, strict=True):
+        masked = choose_masked(len(tokens), np.random.default_rng([0, row]))
+        ids = np.concatenate([[2], tokens, [3]])
+        ids[1 + masked] = 1
+        with torch.inference_mode():
+            logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0, 1:-1].double().numpy()
+        hits.add(judge(logits[masked], tokens[masked], vocabulary.tokens))
+    assert {name: found[name] for name in hits.summary()} == pytest.approx(hits.summary(), rel=1e-4, nan_ok=True)
 
 
 def test_neither_batches_nor_the_bound_on_logits_change_a_score(checkpoint, heldout, monkeypatch):
