@@ -55,12 +55,12 @@ async def test_a_model_comes_and_goes(admin: httpx.AsyncClient, models: Path) ->
     loaded = await admin.post("/v1/models/one/load")
     assert loaded.status_code == 200, loaded.text
     assert (loaded.json()["name"], loaded.json()["golden"]) == ("tiny", "absent")
-    assert (await admin.get("/v1/models")).json() == {"models": [loaded.json()]}
+    assert (await admin.get("/v1/models")).json() == {"models": [loaded.json()], "problems": []}
     listed = {"name": "tiny", "version": "0.1", "folder": "one", "state": "READY", "reason": ""}
     assert (await admin.get("/v1/repository")).json() == {"bundles": [listed]}
     gone = await admin.post("/v1/models/tiny/unload", params={"version": "0.1"})
     assert gone.json() == loaded.json()
-    assert (await admin.get("/v1/models")).json() == {"models": []}
+    assert (await admin.get("/v1/models")).json() == {"models": [], "problems": []}
     assert (await admin.get("/v1/repository")).json()["bundles"][0]["reason"] == "It was unloaded on request."
 
 
@@ -72,7 +72,7 @@ async def test_the_right_is_needed(admin: httpx.AsyncClient, method: str, path: 
     refused = await admin.request(method, path, headers={"x-api-key": "someone"})
     assert refused.status_code == 403
     assert refused.json()["error"]["code"] == "permission_denied"
-    assert (await admin.get("/v1/models")).json() == {"models": []}
+    assert (await admin.get("/v1/models")).json() == {"models": [], "problems": []}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ async def test_the_right_is_needed(admin: httpx.AsyncClient, method: str, path: 
 async def test_a_name_is_never_a_path(admin: httpx.AsyncClient, name: str, status: int) -> None:
     refused = await admin.post(f"/v1/models/{name}/load")
     assert refused.status_code == status, refused.text
-    assert (await admin.get("/v1/models")).json() == {"models": []}
+    assert (await admin.get("/v1/models")).json() == {"models": [], "problems": []}
 
 
 async def test_a_corrupt_bundle_is_a_conflict_that_says_why(admin: httpx.AsyncClient, models: Path) -> None:
