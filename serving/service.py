@@ -104,10 +104,12 @@ class PerturbScope:
         for warning in safety.warnings(self._settings):
             log.logger.warning(warning)
         self._engine.registry.watch()
-        models = ", ".join(model.model_id for model in self._engine.models().models) or "no model"
+        served = self._engine.models().models
+        models = ", ".join(model.model_id for model in served) or "no model"
+        default = "; the first answers requests that name none" if len(served) > 1 else ""
         sys.stdout.write(
             f"HTTP on {_http_address(self._settings)}, gRPC on {self._settings.host}:{port}\n"
-            f"Serving {models} ({self._settings.variant}, {self._settings.device})\n"
+            f"Serving {models} ({self._settings.variant}, {self._settings.device}){default}\n"
         )
         sys.stdout.flush()
         log.event("started", models=models, variant=self._settings.variant, device=self._settings.device)

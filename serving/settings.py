@@ -29,7 +29,9 @@ Level = Literal["debug", "info", "warning", "error"]
 _MAY_BE_ZERO = ("threads", "repository_poll", "max_model_bytes", "max_batch_tokens")
 ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds ``serving/`` and ``bundles/``: the checkout, or the image's."""
-DEFAULT_BUNDLE = ROOT / "bundles" / "default"
+BUNDLES = ROOT / "bundles"
+"""The repository of a server whose settings name neither a bundle nor a repository."""
+DEFAULT_BUNDLE = BUNDLES / "default"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +45,12 @@ class Settings:
     """
 
     bundle: str = ""
-    """Bundle directories, separated by ``:``; the first one is the default model. Empty: the bundle that comes with the
-    server, or none if a repository is set."""
+    """Bundle directories, separated by ``:``; the first one is the default model, and without any of them the server is
+    not ready. Empty: those of the repository alone."""
     repository: str = ""
-    """Directory of bundle directories that may be added, changed and removed while the server runs; empty: none."""
+    """Directory of bundle directories that may be added, changed and removed while the server runs. If the settings
+    name no bundle, the one called default is the default model, or else the first by name. Empty: none if a bundle is
+    named, otherwise ``bundles/`` beside ``serving/``."""
     repository_poll: int = 10
     """Seconds between two scans of the repository; 0: models are loaded and unloaded only on request."""
     max_model_bytes: int = 0
@@ -157,15 +161,20 @@ class Settings:
                 f"TLS needs both {PREFIX}TLS_CERTIFICATE and {PREFIX}TLS_KEY; {PREFIX}TLS_CLIENT_CA needs them too.",
                 field="tls_certificate",
             )
-        if not self.bundles and not self.repository:
+        if self.bundle and not self.bundles:
             raise InvalidParameterError(f"{PREFIX}BUNDLE names no directory.", field="bundle")
 
     @property
     def bundles(self) -> tuple[Path, ...]:
-        """The bundle directories."""
-        if not self.bundle:
-            return () if self.repository else (DEFAULT_BUNDLE,)
+        """The bundle directories that the settings name."""
         return tuple(Path(part) for part in self.bundle.split(os.pathsep) if part)
+
+    @property
+    def repository_path(self) -> Path | None:
+        """The directory of bundle directories; None: only the named bundles are served."""
+        if self.repository:
+            return Path(self.repository)
+        return None if self.bundle else BUNDLES
 
     @property
     def batch_tokens(self) -> int:
@@ -198,8 +207,9 @@ class Settings:
                 try:
                     values[item.name] = int(text)
                 except ValueError as error:
+                    reason = _set_by_kubernetes(item.name, text)
                     raise InvalidParameterError(
-                        f"{_variable(item.name)} is {text!r}; a whole number is needed.", field=item.name
+                        f"{_variable(item.name)} is {text!r}; a whole number is needed.{reason}", field=item.name
                     ) from error
             else:
                 values[item.name] = text
@@ -212,6 +222,17 @@ class Settings:
 
 def _variable(name: str) -> str:
     return PREFIX + name.upper()
+
+
+def _set_by_kubernetes(name: str, text: str) -> str:
+    """Return why a port is an address, with the remedy; empty if it is none."""
+    if not name.endswith("_port") or "://" not in text:
+        return ""
+    service = f"{PREFIX}{name.removesuffix('_port')}".lower().replace("_", "-")
+    return (
+        f" Kubernetes sets it in every pod beside a Service called {service}: write enableServiceLinks: false into the "
+        f"pod's spec, or set {_variable(name)} there."
+    )
 
 
 def _check_names(environ: Mapping[str, str], known: Iterable[str]) -> None:

@@ -13,15 +13,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from perturbscope.errors import InvalidParameterError, PerturbScopeError, ProviderUnavailableError
+from perturbscope.errors import BundleError, InvalidParameterError, PerturbScopeError, ProviderUnavailableError
 from perturbscope.inference.bundle import Bundle
 from serving.commands import safety
-from serving.settings import DEFAULT_BUNDLE, PREFIX, ROOT, Settings
+from serving.models.repository import Repository
+from serving.settings import BUNDLES, DEFAULT_BUNDLE, PREFIX, ROOT, Settings
 from serving.telemetry import tracing
 
 
 def check(settings: Settings, *, http: bool = False) -> None:
     """Check bundles, repository, keys, certificates, device and ports.
+
+    Of the bundles in ``bundles/``, which are served where the settings name none, one must be good: a server finds out
+    by itself which of the others are not, and says so.
 
     Parameters
     ----------
@@ -37,8 +41,8 @@ def check(settings: Settings, *, http: bool = False) -> None:
     ProviderUnavailableError
         The device of the settings cannot be used.
     InvalidParameterError
-        The repository is no directory, a port is taken, a file of keys or certificates cannot be used, or traces are to
-        be sent over another protocol than gRPC.
+        The repository is no directory, there is no bundle at all, a port is taken, a file of keys or certificates
+        cannot be used, or traces are to be sent over another protocol than gRPC.
     """
     for path in settings.bundles:
         Bundle.open(path).graph(settings.variant)
@@ -47,12 +51,46 @@ def check(settings: Settings, *, http: bool = False) -> None:
             f"{PREFIX}REPOSITORY is {settings.repository}, which is no directory. Make it, or mount it.",
             field="repository",
         )
+    if not settings.bundles and not settings.repository:
+        _check_own_bundles(settings)
     safety.check(settings)
     check_device(settings)
     tracing.wanted()
     if http:
         check_port(settings.host, settings.http_port, "HTTP_PORT")
     check_port(settings.host, settings.grpc_port, "GRPC_PORT")
+
+
+def _check_own_bundles(settings: Settings) -> None:
+    """Check that one of the bundles that come with the server can be served. Raises as :func:`check`."""
+    errors = []
+    for path in _own_bundles():
+        try:
+            Bundle.open(path).graph(settings.variant)
+        except BundleError as error:
+            errors.append(error)
+        else:
+            return
+    if not errors:
+        raise InvalidParameterError(
+            f"{BUNDLES} holds no bundle, and none is named. Name one with --bundle DIR or {PREFIX}BUNDLE, or a folder "
+            f"of them with {PREFIX}REPOSITORY; or make one: python -m export CHECKPOINT {BUNDLES / 'NAME'}.",
+            field="bundle",
+        )
+    raise (
+        errors[0]
+        if len(errors) == 1
+        else BundleError(
+            f"None of the bundles in {BUNDLES} can be served: {' '.join(error.message for error in errors)}"
+        )
+    )
+
+
+def _own_bundles() -> list[Path]:
+    """The bundles that come with the server, the default one first."""
+    if not BUNDLES.is_dir():
+        return []
+    return [snapshot.path for snapshot in Repository((), BUNDLES).scan().bundles.values()]
 
 
 def check_device(settings: Settings) -> None:
@@ -104,7 +142,7 @@ def _try_device() -> int:
 
     settings = Settings.from_env()
     try:
-        ServedModel.load((*settings.bundles, DEFAULT_BUNDLE)[0], settings)
+        ServedModel.load((*settings.bundles, *_own_bundles(), DEFAULT_BUNDLE)[0], settings)
     except PerturbScopeError as error:
         sys.stderr.write(error.message.replace("\n", " ") + "\n")
         return 1

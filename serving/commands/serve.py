@@ -10,13 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
-from perturbscope.errors import InvalidParameterError, PerturbScopeError
+from perturbscope.errors import BundleError, InvalidParameterError, PerturbScopeError
 from serving.access import tls
 from serving.commands import preflight
 from serving.settings import PREFIX, ROOT, Settings
 
 OPTIONS = {
-    "bundle": "bundle directory; several separated by ':'",
+    "bundle": "bundle directory; several separated by ':'; by default every bundle in bundles/ beside serving/",
     "repository": "directory of bundle directories, which is watched",
     "variant": "graph of the bundle: fp32, fp16, fp16-flash, int8",
     "device": "cpu, cuda or tensorrt",
@@ -35,14 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns
     -------
-    2 for a bad option or setting, 1 if the server cannot start. Otherwise this process becomes BentoML's.
+    2 for a bad option, setting or bundle, 1 if the server cannot start. Otherwise this process becomes BentoML's.
     """
     try:
         settings = _settings(arguments)
         preflight.check(settings, http=True)
     except PerturbScopeError as error:
         sys.stderr.write(f"error: {error.message}\n")
-        return 2 if isinstance(error, InvalidParameterError) else 1
+        return 2 if isinstance(error, InvalidParameterError | BundleError) else 1
     return _become_bentoml(settings)
 
 
@@ -63,7 +63,9 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
     parser = argparse.ArgumentParser(
         prog="python -m serving",
         description="Serve PerturbScope bundles.",
-        epilog="Other commands: python -m serving keys, python -m serving healthcheck.",
+        epilog="Without --bundle and --repository, every bundle in bundles/ is served; the one called default, or else "
+        "the first by name, answers requests that name no model. Other commands: python -m serving keys, "
+        "python -m serving healthcheck.",
     )
     for name, text in OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (or {PREFIX}{name.upper()})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,14 +61,19 @@ class FolderStates:
         Folders that were unloaded on request, and so are not loaded again without one.
     missing
         Folders that the operator names and that could not be loaded: without them the server is not ready.
+    others
+        Reasons why folders of the repository are no bundles, by folder; those of the last scan.
     """
 
     def __init__(self) -> None:
         self.unloaded: set[str] = set()
         self.missing: set[str] = set()
+        self.others: dict[str, str] = {}
         self._failures: dict[str, _Failure] = {}
         self._absent: set[str] = set()
         """Folders with a model that were not there at the last scan."""
+        self._told: set[str] = set()
+        """Folders that are no bundles and that the log has named."""
 
     @property
     def n_failed(self) -> int:
@@ -108,13 +113,31 @@ class FolderStates:
             self.unloaded.discard(folder)
         return twice
 
+    def note_others(self, others: Mapping[str, str], *, at_once: bool = False) -> None:
+        """Remember the folders that are no bundles. Each is logged once, when a second scan finds it so.
+
+        Parameters
+        ----------
+        others
+            Reasons by folder.
+        at_once
+            Log at the first scan: at the start of the server nobody is expected to copy files.
+        """
+        self._told &= others.keys()
+        for folder, reason in others.items():
+            if folder not in self._told and (at_once or folder in self.others):
+                self._told.add(folder)
+                log.event("folder_ignored", "warning", folder=folder, reason=reason)
+        self.others = dict(others)
+
     def problems(self, entries: Iterable[Entry]) -> tuple[ModelProblem, ...]:
         """List the folders that are not served, or not in their present form; not those unloaded on request."""
-        return tuple(
-            ModelProblem(name=line.folder or line.name, problem=line.reason)
+        found = {
+            line.folder or line.name: line.reason
             for line in self.index(entries)
             if line.reason and (line.state == "READY" or line.folder not in self.unloaded)
-        )
+        }
+        return tuple(ModelProblem(name=name, problem=problem) for name, problem in {**found, **self.others}.items())
 
     def index(self, entries: Iterable[Entry]) -> tuple[IndexEntry, ...]:
         """List the models that are loaded, then the folders whose models are not."""

@@ -150,6 +150,14 @@ class ServedModel:
     async def close(self) -> None:
         """Finish the accepted requests, and free the graph. May be called twice."""
         await self.dispatcher.close()
+        self._free()
+
+    def discard(self) -> None:
+        """Free the graph of a model that no request has found."""
+        self.dispatcher.stop()
+        self._free()
+
+    def _free(self) -> None:
         self.embedder.close()
         if self.metrics is not None:
             self.metrics.close()

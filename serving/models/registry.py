@@ -6,6 +6,7 @@ Only loading leaves the event loop, for one thread, one model at a time.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +63,7 @@ class ModelRegistry(ServedModels):
     ) -> None:
         super().__init__()
         self._settings, self._load, self._estimate = settings, load, estimate
-        self.repository = Repository(settings.bundles, Path(settings.repository) if settings.repository else None)
+        self.repository = Repository(settings.bundles, settings.repository_path)
         self._folders = FolderStates()
         self._one_at_a_time = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="perturbscope-load")
@@ -90,28 +91,43 @@ class ModelRegistry(ServedModels):
             See :meth:`load`.
         """
         registry = cls(settings)
-        repository = registry.repository
         try:
-            folders = [*repository.named, *repository.scan()]
+            registry._open_all(strict=strict)
+        except BaseException:
+            for entry in registry.entries:
+                entry.model.discard()
+            raise
+        return registry
+
+    def _open_all(self, *, strict: bool) -> None:
+        """Load all bundles one after the other. Raises as :meth:`open`."""
+        folders = [*self.repository.named]
+        try:
+            scan = self.repository.scan()
+            folders += scan.bundles
+            self._folders.note_others(scan.others, at_once=True)
         except OSError as error:
             log.event("repository_unreadable", "error", reason=str(error))
-            folders = [*repository.named]
         for folder in folders:
             snapshot = None
             try:
-                path = repository.find(folder)
+                path = self.repository.find(folder)
                 snapshot = Snapshot.of(path)
-                n_bytes = registry._estimate(path, settings)
-                registry._check_room(folder, n_bytes)
-                registry.put(registry._make(folder, snapshot, n_bytes))
+                n_bytes = self._estimate(path, self._settings)
+                self._check_room(folder, n_bytes)
+                entry = self._make(folder, snapshot, n_bytes)
+                try:
+                    self.put(entry)
+                except PerturbScopeError:
+                    entry.model.discard()
+                    raise
             except PerturbScopeError as error:
-                named = folder in repository.named
+                named = folder in self.repository.named
                 if named and strict:
                     raise
-                registry._folders.record_failure(folder, snapshot, error)
+                self._folders.record_failure(folder, snapshot, error)
                 if named:
-                    registry._folders.missing.add(folder)
-        return registry
+                    self._folders.missing.add(folder)
 
     def index(self) -> tuple[IndexEntry, ...]:
         """List the models that are loaded, then the folders whose models are not, each with the reason."""
@@ -119,7 +135,11 @@ class ModelRegistry(ServedModels):
 
     def problems(self) -> tuple[ModelProblem, ...]:
         """List the folders that are not served, or not as their files are now, with the reason."""
-        return self._folders.problems(self.entries)
+        root = f"{self.repository.root}{os.sep}"
+        # Where the folders lie is none of the callers' business.
+        return tuple(
+            replace(item, problem=item.problem.replace(root, "")) for item in self._folders.problems(self.entries)
+        )
 
     @property
     def n_failed(self) -> int:
@@ -214,10 +234,12 @@ class ModelRegistry(ServedModels):
         two renames. A repository that is unreadable or empty of bundles changes nothing: it may have lost its disk.
         """
         try:
-            folders = await asyncio.to_thread(self.repository.scan)
+            scan = await asyncio.to_thread(self.repository.scan)
         except OSError as error:
             log.event("repository_unreadable", "error", reason=str(error))
             return
+        folders = scan.bundles
+        self._folders.note_others(scan.others)
         for folder, snapshot in folders.items():
             if self._closed:
                 return

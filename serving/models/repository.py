@@ -13,7 +13,7 @@ from pathlib import Path
 
 from perturbscope.errors import CorruptBundleError, InvalidParameterError, UnknownModelError
 from perturbscope.inference.bundle import MANIFEST
-from serving.settings import PREFIX
+from serving.settings import DEFAULT_BUNDLE, PREFIX
 
 _LONGEST_NAME = 255
 
@@ -45,6 +45,22 @@ class Snapshot:
         except OSError as error:
             raise CorruptBundleError(f"{path} cannot be read: {error}. Fetch the bundle again.") from error
         return cls(path, digest, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The folders of a repository at one time.
+
+    Attributes
+    ----------
+    bundles
+        Bundle folders by name; ``default`` comes first, the others follow by name.
+    others
+        Reasons why other folders are no bundles, by name.
+    """
+
+    bundles: Mapping[str, Snapshot]
+    others: Mapping[str, str]
 
 
 class Repository:
@@ -101,25 +117,40 @@ class Repository:
             )
         return path
 
-    def scan(self) -> Mapping[str, Snapshot]:
-        """Return the bundle folders of the repository by name.
-
-        A folder without a manifest is no bundle yet. Names that begin with a dot are left out: writers stage so.
+    def scan(self) -> Scan:
+        """Look at all folders of the repository. Names that begin with a dot are left out: writers stage so.
 
         Raises
         ------
         OSError
             The repository cannot be read now.
         """
-        snapshots = {}
-        for entry in sorted(self.root.iterdir()) if self.root else ():
+        bundles, others = {}, {}
+        for entry in sorted(self.root.iterdir(), key=_rank) if self.root else ():
+            if entry.name.startswith(".") or entry.name in self.named:
+                continue
             try:
-                plain = is_plain(entry.name) and entry.name not in self.named
-                if plain and (entry / MANIFEST).is_file() and self._lies_inside(entry):
-                    snapshots[entry.name] = Snapshot.of(entry)
-            except (OSError, CorruptBundleError):
-                continue  # it is being moved or written right now; the next scan will tell
-        return snapshots
+                if not entry.is_dir():
+                    continue  # a file beside the bundles
+                reason = self._reason_against(entry)
+                if reason:
+                    others[entry.name] = reason
+                else:
+                    bundles[entry.name] = Snapshot.of(entry)
+            except (OSError, CorruptBundleError) as error:
+                # It is being moved or written right now, perhaps; the next scan will tell.
+                others[entry.name] = error.message if isinstance(error, CorruptBundleError) else f"{error}."
+        return Scan(bundles, others)
+
+    def _reason_against(self, path: Path) -> str:
+        """Return why a folder is no bundle; empty if it may be one. Raises OSError."""
+        if not is_plain(path.name):
+            return "Its name has characters that the name of a bundle folder cannot have. Rename it."
+        if not self._lies_inside(path):
+            return "It is a link that leads out of the repository. Copy the bundle itself."
+        if not (path / MANIFEST).is_file():
+            return f"The folder has no {MANIFEST}, so it is no bundle. Put one there, or move the folder elsewhere."
+        return ""
 
     def _lies_inside(self, path: Path) -> bool:
         assert self.root is not None  # noqa: S101  callers have looked
@@ -129,6 +160,10 @@ class Repository:
         except (OSError, RuntimeError):
             return False  # links in a circle
         return target != root and target.is_relative_to(root)
+
+
+def _rank(path: Path) -> tuple[bool, str]:
+    return path.name != DEFAULT_BUNDLE.name, path.name
 
 
 def is_plain(name: str) -> bool:

@@ -223,6 +223,11 @@ class Dispatcher:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+        self.stop()
+
+    def stop(self) -> None:
+        """Refuse new callers and stop the thread, where there is nobody to be answered."""
+        self._closed = True
         self._runner.stop()
 
     def _dropped(self, n_cells: int, reason: Reason) -> None:

@@ -14,12 +14,13 @@ import collections
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.process_collector import ProcessCollector
 
 from perturbscope.errors import InferenceError, PerturbScopeError
+from serving.queue.observer import Reason
 from serving.telemetry import tracing
 
 if TYPE_CHECKING:
@@ -150,7 +151,6 @@ for _transport in ("http", "grpc"):
     for _metric in (UNAUTHENTICATED, STREAMS):
         _metric.labels(_transport)
 
-Reason = Literal["cancelled", "deadline", "overloaded"]
 _PER_MODEL = (
     *(MODEL_CELLS, MODEL_TOKENS, MODEL_PADDED, QUEUE_WAIT, BATCH_CELLS, BATCH_TOKENS, BATCH_PADDING, BATCH_SECONDS),
     *(BATCH_FAILURES, DROPPED_REQUESTS, DROPPED_CELLS),

@@ -10,13 +10,13 @@ import pytest
 from perturbscope.cli import options
 from perturbscope.client import access
 from perturbscope.errors import InvalidParameterError
-from serving.settings import DEFAULT_BUNDLE, Settings
+from serving.settings import BUNDLES, Settings
 
 
 def test_an_empty_environment_means_the_defaults() -> None:
     settings = Settings.from_env({})
     assert settings == Settings()
-    assert settings.bundles == (DEFAULT_BUNDLE,)
+    assert (settings.bundles, settings.repository_path) == ((), BUNDLES)
     assert (settings.http_port, settings.grpc_port, settings.device) == (3000, 3001, "cpu")
 
 
@@ -30,9 +30,13 @@ def test_every_setting_survives_the_environment() -> None:
     assert settings.bundles == (Path("/a"), Path("/b"))
 
 
-def test_a_repository_takes_the_place_of_the_default_bundle() -> None:
-    assert Settings(repository="/models").bundles == ()
-    assert Settings(repository="/models", bundle="/a").bundles == (Path("/a"),)
+def test_what_is_named_takes_the_place_of_the_bundles_that_come_with_the_server() -> None:
+    named = Settings(bundle="/a")
+    assert (named.bundles, named.repository_path) == ((Path("/a"),), None)
+    watched = Settings(repository="/models")
+    assert (watched.bundles, watched.repository_path) == ((), Path("/models"))
+    both = Settings(repository="/models", bundle="/a")
+    assert (both.bundles, both.repository_path) == ((Path("/a"),), Path("/models"))
     assert Settings(repository="/models", repository_poll=0, max_model_bytes=0).repository_poll == 0
 
 
@@ -44,6 +48,8 @@ def test_an_empty_variable_is_an_unset_one() -> None:
     ("variable", "value", "message"),
     [
         ("HTTP_PORT", "eighty", "PERTURBSCOPE_HTTP_PORT is 'eighty'; a whole number is needed"),
+        ("HTTP_PORT", "tcp://10.0.0.11:3000", "a Service called perturbscope-http: write enableServiceLinks: false"),
+        ("GRPC_PORT", "tcp://10.0.0.11:3001", "or set PERTURBSCOPE_GRPC_PORT there"),
         ("HTTP_PORT", "70000", "ports end at 65535"),
         ("GRPC_PORT", "3000", "cannot share the port 3000"),
         ("DEVICE", "tpu", "must be one of cpu, cuda"),

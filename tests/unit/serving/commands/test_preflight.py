@@ -14,6 +14,7 @@ from perturbscope.errors import BundleError, InvalidParameterError, ProviderUnav
 from serving.commands import preflight
 from serving.commands import serve as command
 from serving.settings import Settings
+from tests.bundles import write_tiny_bundle
 from tests.ports import free_ports
 
 
@@ -50,6 +51,30 @@ def test_a_repository_must_be_a_directory(tmp_path: Path, free: int) -> None:
         preflight.check(missing)
     (tmp_path / "models").mkdir()
     preflight.check(missing)
+
+
+def test_one_of_the_bundles_that_come_with_the_server_must_be_good(
+    tmp_path: Path, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundles = tmp_path / "bundles"
+    monkeypatch.setattr(preflight, "BUNDLES", bundles)
+    wanted = Settings(grpc_port=free, threads=1)
+    with pytest.raises(
+        InvalidParameterError, match=r"bundles holds no bundle.* Name one .* or make one: python -m export"
+    ):
+        preflight.check(wanted)
+    (bundles / "default").mkdir(parents=True)
+    (bundles / "default" / "manifest.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"default/manifest.json has no format_version"):
+        preflight.check(wanted)
+    (bundles / "other").mkdir()
+    (bundles / "other" / "manifest.json").write_text("[")
+    with pytest.raises(
+        BundleError, match=r"None of the bundles .*default/manifest.json has no.*other/manifest.json is"
+    ):
+        preflight.check(wanted)
+    write_tiny_bundle(bundles / "tiny")
+    preflight.check(wanted)
 
 
 def test_taken_ports_name_their_variable(tiny_bundle: Path, free: int, taken: int) -> None:
@@ -105,7 +130,7 @@ def test_options_override_the_environment_and_paths_become_absolute(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--bundle", "/nowhere"], 1, "/nowhere is not a bundle"),
+        (["--bundle", "/nowhere"], 2, "/nowhere is not a bundle"),
         (["--device", "tpu"], 2, "must be one of cpu, cuda"),
         (["--http-port", "3001"], 2, "cannot share the port"),
     ],

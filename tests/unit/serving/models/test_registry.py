@@ -491,6 +491,90 @@ async def test_a_folder_without_a_manifest_is_not_a_bundle_yet(registry: ModelRe
         await registry.load("a")
 
 
+async def test_all_bundles_of_a_repository_are_served_and_what_is_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        log, "event", lambda name, level="info", **facts: events.append((name, facts.get("folder", "")))
+    )
+    root = tmp_path / "bundles"
+    for name in ("another", "default", "third"):
+        write_tiny_bundle(root / name, name=name)
+    (root / "notes").mkdir()
+    (root / "README.md").write_text("not a folder")
+    (root / ".staged").mkdir()
+    (root / "outside").symlink_to(tmp_path)
+    manifest = json.loads((root / "third" / MANIFEST).read_text())
+    (root / "third" / MANIFEST).write_text(json.dumps(manifest | {"format_version": 99}))
+    monkeypatch.setattr("serving.settings.BUNDLES", root)
+    registry = ModelRegistry.open(Settings(threads=1))
+    assert names(registry) == ["default@0.1", "another@0.1"]
+    assert await registry.ready()
+    problems = {item.name: item.problem for item in registry.problems()}
+    assert list(problems) == ["third", "notes", "outside"]
+    assert problems["third"].startswith("third/manifest.json has format 99; this perturbscope reads up to")
+    assert "The folder has no manifest.json, so it is no bundle." in problems["notes"]
+    assert "a link that leads out of the repository" in problems["outside"]
+    assert str(root) not in str(problems)
+    assert [event for event in events if event[0] in ("folder_ignored", "model_not_loaded")] == [
+        ("folder_ignored", "notes"),
+        ("folder_ignored", "outside"),
+        ("model_not_loaded", "third"),
+    ]
+    assert registry.capable("embed") == ("default", "another")
+    assert registry.capable("classify_cells") == ()
+    (info, _) = registry.infos()
+    assert [(spec.name, spec.per, spec.width) for spec in info.outputs] == [("cell_embedding", "cell", TINY_WIDTH)]
+    assert (info.capabilities, info.task, info.memory_bytes) == (("embed",), "embedding", registry.model_bytes // 2)
+    assert registry.default.capabilities == ("embed",)
+    await registry.close()
+
+
+async def test_a_folder_that_is_being_copied_is_not_in_the_log(
+    registry: ModelRegistry, bundles: FakeBundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(log, "event", lambda name, level="info", **_: events.append(name))
+    (bundles.root / "a").mkdir()
+    await registry.poll()
+    assert [item.name for item in registry.problems()] == ["a"]
+    bundles.put("a", "m 1 8")
+    await registry.poll()
+    assert registry.problems() == ()
+    assert "folder_ignored" not in events
+    (bundles.root / "b").mkdir()
+    for _ in range(3):
+        await registry.poll()
+    assert events.count("folder_ignored") == 1
+
+
+async def test_what_is_loaded_and_not_served_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[ServedModel] = []
+    load = ServedModel.load
+
+    def recorded(path: Path, settings: Settings) -> ServedModel:
+        loaded.append(load(path, settings))
+        return loaded[-1]
+
+    def sessions() -> list[bool]:
+        return [model.embedder.encoder._session is not None for model in loaded]  # type: ignore[attr-defined]
+
+    # The registry takes its functions when it is made.
+    monkeypatch.setattr(ModelRegistry.__init__, "__kwdefaults__", {"load": recorded, "estimate": lambda *_: 100})
+    first, second = (write_tiny_bundle(tmp_path / name) for name in ("a", "b"))
+    with pytest.raises(InvalidParameterError, match="served already, from another folder"):
+        ModelRegistry.open(Settings(bundle=f"{first}:{second}", threads=1))
+    assert sessions() == [False, False]
+    loaded.clear()
+    registry = ModelRegistry.open(Settings(repository=str(tmp_path), threads=1))
+    assert names(registry) == ["tiny@0.1"]
+    assert sessions() == [True, False]
+    assert "served already, from another folder" in registry.problems()[0].problem
+    await registry.close()
+    assert sessions() == [False, False]
+
+
 async def test_what_was_unloaded_on_request_stays_so_until_someone_asks(
     loaded: ModelRegistry, bundles: FakeBundles
 ) -> None:
