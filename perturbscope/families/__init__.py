@@ -10,7 +10,7 @@ of its family: see :mod:`perturbscope.families.outputs`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.vocabulary import GeneVocabulary
-from perturbscope.errors import UnsupportedBundleError
+from perturbscope.errors import PerturbScopeError, UnsupportedBundleError
 from perturbscope.families.edits import EditKind, TokenEdit
 from perturbscope.families.tokens import InputSpec, TokenizedCells
 
@@ -97,13 +97,51 @@ def load_family(name: str, config: Mapping[str, Any], vocabulary: GeneVocabulary
     Raises
     ------
     UnsupportedBundleError
-        The family is not installed.
+        The family is not installed, does not take the options, or does not keep the contract of :class:`Family`.
+    BundleError
+        As the family raises for options that are wrong.
     """
     if name not in FAMILIES:
         raise UnsupportedBundleError(
             f"The family {name!r} is not installed; this version has {', '.join(FAMILIES)}. Upgrade perturbscope.",
             field="family",
         )
-    module = importlib.import_module(FAMILIES[name])
-    family: Family = module.build(config, vocabulary)
+    try:
+        family: Family = importlib.import_module(FAMILIES[name]).build(config, vocabulary)
+        broken = _broken_promises(family)
+    except PerturbScopeError:
+        raise
+    except Exception as error:
+        raise _unusable(name, f"cannot be built ({type(error).__name__}: {' '.join(str(error).split())})") from error
+    if broken:
+        raise _unusable(name, f"does not keep the contract of perturbscope.families.Family: {', '.join(broken)}")
     return family
+
+
+def _broken_promises(family: Any) -> list[str]:
+    """Return what an object lacks to be a :class:`Family`, as far as can be told without cells."""
+    missing = [f"it has no {name}" for name in sorted({*_VALUES, *_METHODS}) if not hasattr(family, name)]
+    if missing:
+        return missing
+    broken = [
+        f"its {name} is {getattr(family, name)!r:.80}" for name, is_right in _VALUES.items() if not is_right(family)
+    ]
+    return broken + [f"its {name} is no method" for name in _METHODS if not callable(getattr(family, name))]
+
+
+_VALUES: Mapping[str, Callable[[Any], bool]] = {
+    "name": lambda family: isinstance(family.name, str),
+    "vocabulary": lambda family: isinstance(family.vocabulary, GeneVocabulary),
+    "inputs": lambda family: bool(family.inputs) and all(isinstance(spec, InputSpec) for spec in family.inputs),
+    "max_length": lambda family: isinstance(family.max_length, int) and family.max_length > 0,
+    "edits": lambda family: isinstance(family.edits, frozenset),
+}
+_METHODS = ("tokenize", "bound", "cost", "gene_rows", "edit")
+
+
+def _unusable(name: str, reason: str) -> UnsupportedBundleError:
+    return UnsupportedBundleError(
+        f"The family {name!r} ({FAMILIES[name]}) {reason}. Correct that module, or install the perturbscope that the "
+        "bundle was made with.",
+        field="family",
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.errors import CorruptBundleError
+from perturbscope.errors import CorruptBundleError, PerturbScopeError, UnsupportedBundleError
 from perturbscope.inference.batching import BatchLimits
 from perturbscope.inference.bundle import MANIFEST, VOCABULARY, Bundle, Manifest
 from perturbscope.inference.embedder import Embedder
@@ -77,6 +77,22 @@ class ServedModel:
             The graph does not run.
         """
         bundle = Bundle.open(os.fspath(path))
+        try:
+            return cls._of(bundle, settings)
+        except PerturbScopeError:
+            raise
+        except Exception as error:
+            # Of what runs here only the code of the family is not known to raise errors of the one tree.
+            raise UnsupportedBundleError(
+                f"{bundle.model_id} of the family {bundle.manifest.family!r} does not run ({type(error).__name__}: "
+                f"{' '.join(str(error).split())}). Correct the family's module, or install the perturbscope that the "
+                "bundle was made with.",
+                field="family",
+            ) from error
+
+    @classmethod
+    def _of(cls, bundle: Bundle, settings: Settings) -> ServedModel:
+        """Build and check the model of an opened bundle. Raises as :meth:`load`, and what the family raises."""
         golden = read_golden(bundle)
         device = cast("Device", settings.device)
         embedder = Embedder.from_bundle(

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
+import types
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.vocabulary import GeneVocabulary
+from perturbscope.families import FAMILIES, rank
+from perturbscope.families.rank import RankFamily
+from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.bundle import MANIFEST
 from serving.call import ANYONE, Caller
 from serving.engine.engine import Engine
@@ -94,6 +103,48 @@ async def test_a_name_is_never_a_path(admin: httpx.AsyncClient, name: str, statu
     refused = await admin.post(f"/v1/models/{name}/load")
     assert refused.status_code == status, refused.text
     assert (await admin.get("/v1/models")).json() == {"models": [], "problems": []}
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        (types.SimpleNamespace(name="broken"), "it has no tokenize"),
+        (None, r"cannot be built \(TypeError: no options"),
+        ("rank", r"tiny-0\.1-\w+ of the family 'broken' does not run \(KeyError: 'input_ids'\)"),
+    ],
+)
+async def test_a_family_that_breaks_its_contract_is_a_conflict(
+    admin: httpx.AsyncClient, models: Path, monkeypatch: pytest.MonkeyPatch, family: Any, message: str
+) -> None:
+    """It lacks methods; its module fails; it fails on a cell."""
+
+    class Failing(RankFamily):
+        name = "broken"
+
+        def tokenize(self, cells: CountMatrix) -> TokenizedCells:
+            raise KeyError("input_ids")
+
+    def build(config: dict[str, Any], vocabulary: GeneVocabulary) -> Any:
+        if family is None:
+            raise TypeError("no\noptions")
+        right = rank.build(config, vocabulary)
+        return Failing(right.config, right.vocabulary, right.resolver) if family == "rank" else family
+
+    module = types.ModuleType("broken_family")
+    module.build = build  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "broken_family", module)
+    monkeypatch.setitem(FAMILIES, "broken", "broken_family")
+    assert (await admin.post("/v1/models/one/load")).status_code == 200
+    manifest = json.loads((models / "one" / MANIFEST).read_text())
+    (models / "one" / MANIFEST).write_text(json.dumps(manifest | {"family": "broken"}))
+    for path in ("/v1/models/one/load", "/v2/repository/models/one/load"):
+        refused = await admin.post(path)
+        assert refused.status_code == 409, refused.text
+        assert re.search(message, refused.text)
+        assert "The family 'broken'" in refused.text or family == "rank"
+    answer = (await admin.get("/v1/models")).json()
+    assert [info["family"] for info in answer["models"]] == ["rank"]
+    assert [item["name"] for item in answer["problems"]] == ["one"]
 
 
 async def test_a_corrupt_bundle_is_a_conflict_that_says_why(admin: httpx.AsyncClient, models: Path) -> None:
