@@ -21,6 +21,7 @@ The tree::
     ├── UnauthenticatedError              no API key, or one that is unknown, expired or revoked
     ├── PermissionDeniedError             the API key is good, but not for this
     ├── UnknownModelError                 the server has no such model
+    ├── UnsupportedOperationError         the model cannot do what is asked
     ├── BundleError
     │   ├── CorruptBundleError            a file is missing or its checksum differs
     │   ├── UnsupportedBundleError        newer format, or unknown family
@@ -173,6 +174,12 @@ class UnknownModelError(PerturbScopeError):
     """No model of that name is loaded."""
 
     code = "unknown_model"
+
+
+class UnsupportedOperationError(PerturbScopeError):
+    """The model cannot do what is asked of it."""
+
+    code = "unsupported_operation"
 
 
 class BundleError(PerturbScopeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -208,6 +209,68 @@ class Model:
             )
             result = screen.compare(pairs, progress)
         return _table(result)
+
+    def ask(
+        self,
+        operation: str,
+        cells: Any,
+        *,
+        layer: str | None = None,
+        gene_key: str | None = None,
+        total_counts_key: str | None = None,
+        progress: StageProgress | None = None,
+        **values: Any,
+    ) -> Any:
+        """Ask any operation of the table: ``model.count_tokens(cells)`` is ``model.ask("count_tokens", cells)``.
+
+        Parameters
+        ----------
+        operation
+            Name of an operation of :mod:`perturbscope.operations`.
+        cells
+            Raw counts; see the class.
+        layer, gene_key, total_counts_key
+            Location of the counts in `cells`; see :func:`perturbscope.open_cells`.
+        progress
+            Called with the operation, the number of cells that are done, and that of all cells.
+        values
+            Other fields of the request. Where `cells` has columns, a field with one entry a cell is given by the column
+            that holds it (``perturbation_key``).
+
+        Raises
+        ------
+        UnsupportedOperationError
+            The model cannot do it.
+        InvalidInputError
+            The cells are bad; the subclass and message say how, and in which row.
+        """
+        from perturbscope.operations import OPERATIONS
+        from perturbscope.tasks.requests import ask_source
+
+        found = OPERATIONS.named(operation)
+        if isinstance(cells, CountMatrix):
+            if (layer, gene_key, total_counts_key) != (None, None, None):
+                raise InvalidParameterError(
+                    "A CountMatrix has neither layers nor columns; leave layer, gene_key and total_counts_key out.",
+                    field="layer",
+                )
+            advance = count_stage(operation, len(cells), progress)
+            answer = self.backend.ask(found.asked(cells, **values), progress=advance)
+        else:
+            with opened(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
+                answer = ask_source(found, source, self.backend, values, progress=progress)
+        for warning in getattr(getattr(answer, "meta", None), "warnings", ()):
+            _log.warning(warning)
+        return answer
+
+    if not TYPE_CHECKING:  # a type checker knows `ask`; any other name would pass it here
+
+        def __getattr__(self, name: str) -> Any:
+            from perturbscope.operations import OPERATIONS
+
+            if name not in OPERATIONS:
+                raise AttributeError(f"A model has no attribute {name!r}; operations are {', '.join(OPERATIONS)}.")
+            return partial(self.ask, name)
 
     def close(self) -> None:
         """Free the model, or close the connections to its server."""

@@ -7,9 +7,10 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from perturbscope import __version__
@@ -27,8 +28,30 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 logger = logging.getLogger("perturbscope.cli")
 
+
+class Commands(TyperGroup):
+    """The commands that are written out here, and one for each further operation of the table."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all commands, for the help."""
+        from perturbscope.cli import operations
+
+        written = super().list_commands(ctx)
+        return [*written, *(name for name in operations.names() if name not in written)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command; None if there is none of that name."""
+        written = super().get_command(ctx, cmd_name)
+        if written is not None:
+            return written
+        from perturbscope.cli import operations
+
+        return operations.command(cmd_name)
+
+
 app = typer.Typer(
     name="perturbscope",
+    cls=Commands,
     help="See what a gene perturbation does to a cell.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

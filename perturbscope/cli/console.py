@@ -18,6 +18,7 @@ from perturbscope.errors import (
     PerturbScopeError,
     UnauthenticatedError,
     UnknownModelError,
+    UnsupportedOperationError,
 )
 from perturbscope.tasks.backends import StageProgress
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
-_CALLERS_ERRORS = (InvalidInputError, LimitExceededError, UnknownModelError, BundleError)
+_CALLERS_ERRORS = (InvalidInputError, LimitExceededError, UnknownModelError, UnsupportedOperationError, BundleError)
 _STAGES = {
     "embed": "Embedding",
     "score": "Scoring",

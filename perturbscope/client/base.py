@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client.conversation import Conversation, Failure, Pause, Reply, Step, Together
@@ -62,12 +62,19 @@ class SyncBase(Conversations):
         """Id of the model that answers; every access asks the server."""
         return _pick(self.models(), self.model).model_id
 
+    ask = blocking(Conversations._ask)
     models = blocking(Conversations._models)
     embed_cells = blocking(Conversations._embed_cells)
     score = blocking(Conversations._score)
     compare = blocking(Conversations._compare)
     score_cells = blocking(Conversations._score_cells)
     compare_cells = blocking(Conversations._compare_cells)
+
+    if not TYPE_CHECKING:  # a type checker knows `ask`; any other name would pass it here
+
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            conversation = self._operation(name)
+            return lambda *values, **fields: self._hold(conversation(*values, **fields))
 
     def embed_stream(
         self, chunks: Iterable[CountMatrix], *, progress: Callable[[int], None] | None = None
@@ -144,12 +151,23 @@ class AsyncBase(Conversations):
             return await hold_together_async(self._hold, step)
         return await self._exchange(step)
 
+    ask = awaitable(Conversations._ask)
     models = awaitable(Conversations._models)
     embed_cells = awaitable(Conversations._embed_cells)
     score = awaitable(Conversations._score)
     compare = awaitable(Conversations._compare)
     score_cells = awaitable(Conversations._score_cells)
     compare_cells = awaitable(Conversations._compare_cells)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            conversation = self._operation(name)
+
+            async def method(*values: Any, **fields: Any) -> Any:
+                return await self._hold(conversation(*values, **fields))
+
+            return method
 
     async def embed_stream(
         self,

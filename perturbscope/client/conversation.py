@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -24,8 +24,10 @@ from perturbscope.errors import (
     ServerUnreachableError,
     from_code,
 )
-from perturbscope.inference.embeddings import Embeddings, Maker, join
-from perturbscope.protocol.messages import Answer, EmbedRequest, Request
+from perturbscope.inference.embeddings import Embeddings, Maker
+from perturbscope.protocol.fields import Meta
+from perturbscope.protocol.messages import Answer, Request
+from perturbscope.protocol.operations import Operation
 
 T = TypeVar("T")
 LONGEST_HINT = 60.0
@@ -43,14 +45,16 @@ class Pause:
 class Together:
     """Hold several conversations, some at a time; the list of their results is sent back, in their order."""
 
-    conversations: Sequence[Conversation[Embeddings]]
+    conversations: Sequence[Conversation[Any]]
     at_a_time: int
-    each: Callable[[Embeddings], None]
+    each: Callable[[Any], None]
     """Function that is called with each result as it comes, one at a time, in the caller's thread."""
 
 
-Step = Request | Pause | Together
-Reply = Answer | list[Embeddings] | None
+Step: TypeAlias = Any
+"""A request, a :class:`Pause` or a :class:`Together`."""
+Reply: TypeAlias = Any
+"""The answer to a request, None, or a list of results."""
 Conversation = Generator[Step, Reply, T]
 
 
@@ -159,61 +163,78 @@ class ChunkLimits:
 
 
 @dataclass
-class InChunks:
-    """The chunks of one matrix on their way to a server; all of them learn from a limit that one of them meets."""
+class InChunks(Generic[T]):
+    """The chunks of one request on their way to a server; all of them learn from a limit that one of them meets."""
 
-    cells: CountMatrix
-    model: str | None
+    operation: Operation[Any, T]
+    request: Any
     policy: RetryPolicy
     rng: np.random.Generator
     most: int
     """Most cells of a request, as far as the server has not refused as many."""
 
-    def chunk(self, start: int, stop: int) -> Conversation[Embeddings]:
-        """Embed one chunk, in parts if the server refuses the whole."""
-        parts: list[Embeddings] = []
+    def chunk(self, start: int, stop: int) -> Conversation[T]:
+        """Ask for one chunk, in parts if the server refuses the whole."""
+        parts: list[T] = []
         while start < stop:
             end = min(stop, start + self.most)
-            request = EmbedRequest(cells=self.cells[start:end], model=self.model)
             try:
-                answer = yield from ask(request, self.policy, self.rng)
+                answer = yield from ask(self.operation.part(self.request, start, end), self.policy, self.rng)
             except LimitExceededError:
                 if end - start == 1:
                     raise
                 self.most = min(self.most, (end - start) // 2)
                 continue
-            part = expect(answer, Embeddings)
-            if len(part) != end - start:
-                raise ServerError(f"The server sent {len(part)} embeddings for {end - start} cells.")
+            part = expect(answer, self.operation.answer)
+            if (n := self.operation.rows(part)) != end - start:
+                raise ServerError(f"The server sent {n} rows for {end - start} cells.")
             parts.append(part)
             start = end
-        return _joined(parts)
+        return joined(self.operation, parts)
 
 
-def embed_in_chunks(
-    cells: CountMatrix,
+def ask_in_chunks(
+    operation: Operation[Any, T],
+    request: Any,
     *,
-    model: str | None,
     limits: ChunkLimits,
     policy: RetryPolicy,
     rng: np.random.Generator,
-    progress: Callable[[int], None] | None,
-) -> Conversation[Embeddings]:
-    """Embed cells, several chunks at a time; `progress` is called with the number of cells of each."""
-    embedding = InChunks(cells, model, policy, rng, limits.cells)
+    progress: Callable[[int], None] | None = None,
+) -> Conversation[T]:
+    """Ask for the cells of a request, several chunks at a time; `progress` is called with the number of cells of each.
+
+    A request without cells, and one whose answer does not follow cell by cell, is asked whole.
+    """
+    cells = [value for item in operation.takes.of("cells") if (value := getattr(request, item.name)) is not None]
+    if not operation.per_cell or len(cells) != 1:
+        answer = expect((yield from ask(request, policy, rng)), operation.answer)
+        if progress:
+            progress(operation.rows(request))
+        return answer
+    asking = InChunks(operation, request, policy, rng, limits.cells)
     parts = yield Together(
-        [embedding.chunk(start, stop) for start, stop in limits.split(cells)],
+        [asking.chunk(start, stop) for start, stop in limits.split(cells[0])],
         limits.at_a_time,
-        (lambda part: progress(len(part))) if progress else lambda _: None,
+        (lambda part: progress(operation.rows(part))) if progress else lambda _: None,
     )
-    return _joined(cast("list[Embeddings]", parts))
+    return joined(operation, cast("list[T]", parts))
 
 
-def _joined(parts: list[Embeddings]) -> Embeddings:
+def joined(operation: Operation[Any, T], parts: list[T]) -> T:
     """Join the parts, which one model must have made."""
-    for part in parts:
-        check_maker(parts[0].maker, part.maker)
-    return join(parts)
+    makers = [maker_of(part) for part in parts]
+    for maker in makers:
+        check_maker(makers[0], maker)
+    return operation.joined(parts)
+
+
+def maker_of(answer: Any) -> Maker:
+    """Return the model and its variant that made an answer."""
+    if isinstance(answer, Embeddings):
+        return answer.maker
+    meta = getattr(answer, "meta", None)
+    return (meta.model_id or "", meta.variant) if isinstance(meta, Meta) else ("", None)
 
 
 def check_maker(was: Maker, now: Maker) -> None:

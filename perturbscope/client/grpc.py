@@ -67,12 +67,17 @@ class _OverGrpc(Conversations):
             else channels.secure_channel(self._target, credentials, _OPTIONS)
         )
         self._stub = PerturbScopeStub(self._channel)
+        self._methods: dict[str, Any] = {}
         self._rpc_error = grpc.RpcError
 
     def _call(self, request: Request) -> Any:
         """Begin the call of one request."""
-        rpc, message = grpc_call(request)
-        return getattr(self._stub, rpc)(message, timeout=self._timeout, metadata=_traced(self._metadata))
+        path, message, answer = grpc_call(request)
+        if path not in self._methods:
+            self._methods[path] = self._channel.unary_unary(
+                path, request_serializer=type(message).SerializeToString, response_deserializer=answer.FromString
+            )
+        return self._methods[path](message, timeout=self._timeout, metadata=_traced(self._metadata))
 
     def _failure(self, error: grpc.RpcError) -> Failure:
         call = cast("Any", error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from functools import update_wrapper
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -11,18 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.client.conversation import ChunkLimits, Conversation, RetryPolicy, ask, embed_in_chunks, expect
+from perturbscope.client.conversation import ChunkLimits, Conversation, RetryPolicy, ask, ask_in_chunks, expect
 from perturbscope.client.streams import Flight
 from perturbscope.errors import InvalidEmbeddingError
 from perturbscope.inference.embeddings import Embeddings
+from perturbscope.operations import OPERATIONS
 from perturbscope.protocol.checks import embedding_matrix, texts
 from perturbscope.protocol.messages import (
     Answer,
     CompareAnswer,
     CompareRequest,
+    EmbedRequest,
     ModelInfo,
     ModelsAnswer,
     ModelsRequest,
+    Request,
     ScoreAnswer,
     ScoreRequest,
 )
@@ -58,6 +62,52 @@ class Conversations:
     def _flight(self) -> Flight:
         return Flight(model=self.model, limits=self._chunks, policy=self._policy, rng=self._rng)
 
+    def _ask(self, request: Request, *, progress: Callable[[int], None] | None = None) -> Conversation[Answer]:
+        """Ask a request of any operation; one that is answered cell by cell is divided into chunks.
+
+        Every operation of :data:`perturbscope.protocol.operations.OPERATIONS` is a method too: ``client.count_tokens(
+        cells)`` asks ``CountTokensRequest(cells=cells, model=...)``.
+
+        Parameters
+        ----------
+        request
+            The request; one that names no model asks that of the client.
+        progress
+            Called with the number of cells of each chunk.
+
+        Raises
+        ------
+        UnsupportedOperationError
+            The model cannot do it.
+        """
+        if self.model is not None and getattr(request, "model", self.model) is None:
+            request = replace(request, model=self.model)
+        return (
+            yield from ask_in_chunks(
+                OPERATIONS.of(request),
+                request,
+                limits=self._chunks,
+                policy=self._policy,
+                rng=self._rng,
+                progress=progress,
+            )
+        )
+
+    def _operation(self, name: str) -> Callable[..., Conversation[Answer]]:
+        """Return the conversation of an operation of the table, as a function of its fields."""
+        if name not in OPERATIONS:
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}; operations are {', '.join(OPERATIONS)}",
+                name=name,
+                obj=self,
+            )
+        operation = OPERATIONS[name]
+
+        def asking(*values: Any, progress: Callable[[int], None] | None = None, **fields: Any) -> Conversation[Answer]:
+            return self._ask(operation.asked(*values, **fields), progress=progress)
+
+        return asking
+
     def _models(self) -> Conversation[tuple[ModelInfo, ...]]:
         """List the models that the server offers; the first is the default."""
         answer = yield from ask(ModelsRequest(), self._policy, self._rng)
@@ -67,11 +117,7 @@ class Conversations:
         self, cells: CountMatrix, *, progress: Callable[[int], None] | None = None
     ) -> Conversation[Embeddings]:
         """Embed cells, in chunks that the server takes; `progress` is told the number of cells of each chunk."""
-        return (
-            yield from embed_in_chunks(
-                cells, model=self.model, limits=self._chunks, policy=self._policy, rng=self._rng, progress=progress
-            )
-        )
+        return expect((yield from self._ask(EmbedRequest(cells=cells), progress=progress)), Embeddings)
 
     def _score(
         self,
@@ -84,7 +130,7 @@ class Conversations:
     ) -> Conversation[ScoreResult]:
         """Score embeddings; see :func:`perturbscope.score_perturbations`."""
         source = {"embeddings": _matrix(embeddings)}
-        answer = yield from self._ask(ScoreRequest, source, perturbations, control, batches, options)
+        answer = yield from self._labelled(ScoreRequest, source, perturbations, control, batches, options)
         return expect(answer, ScoreAnswer).result
 
     def _score_cells(
@@ -98,7 +144,7 @@ class Conversations:
     ) -> Conversation[ScoreAnswer]:
         """Embed and score cells in one request, which must fit within the server's limits."""
         source = {"cells": cells}
-        answer = yield from self._ask(ScoreRequest, source, perturbations, control, batches, options)
+        answer = yield from self._labelled(ScoreRequest, source, perturbations, control, batches, options)
         return expect(answer, ScoreAnswer)
 
     def _compare(
@@ -113,7 +159,7 @@ class Conversations:
     ) -> Conversation[CompareResult]:
         """Compare perturbations; see :func:`perturbscope.compare_perturbations`."""
         source = {"embeddings": _matrix(embeddings), "pairs": _pairs(pairs)}
-        answer = yield from self._ask(CompareRequest, source, perturbations, control, batches, options)
+        answer = yield from self._labelled(CompareRequest, source, perturbations, control, batches, options)
         return expect(answer, CompareAnswer).result
 
     def _compare_cells(
@@ -128,10 +174,10 @@ class Conversations:
     ) -> Conversation[CompareAnswer]:
         """Embed and compare cells in one request, which must fit within the server's limits."""
         source = {"cells": cells, "pairs": _pairs(pairs)}
-        answer = yield from self._ask(CompareRequest, source, perturbations, control, batches, options)
+        answer = yield from self._labelled(CompareRequest, source, perturbations, control, batches, options)
         return expect(answer, CompareAnswer)
 
-    def _ask(
+    def _labelled(
         self,
         kind: Callable[..., ScoreRequest | CompareRequest],
         source: dict[str, Any],

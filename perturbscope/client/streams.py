@@ -36,6 +36,8 @@ from perturbscope.errors import (
     UnknownModelError,
 )
 from perturbscope.inference.embeddings import Embeddings, Maker, join
+from perturbscope.protocol.messages import EmbedRequest
+from perturbscope.protocol.operations import EMBED
 from perturbscope.protocol.streams import StreamStart
 
 T = TypeVar("T")
@@ -201,7 +203,8 @@ class Flight:
 
     def ask(self, part: CountMatrix) -> Conversation[Embeddings]:
         """Embed one part by requests of its own."""
-        embedding = InChunks(part, self._model, self._policy, self._rng, self._most)
+        request = EmbedRequest(cells=part, model=self._model)
+        embedding = InChunks(EMBED, request, self._policy, self._rng, self._most)
         answer = yield from embedding.chunk(0, len(part))
         self._most = min(self._most, embedding.most)
         return answer

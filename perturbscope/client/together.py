@@ -7,21 +7,21 @@ import contextvars
 import threading
 from collections.abc import Awaitable, Callable
 from queue import SimpleQueue
+from typing import TypeVar
 
 from perturbscope.client.conversation import Conversation, Together
-from perturbscope.inference.embeddings import Embeddings
 
-_Outcome = tuple[int, Embeddings | BaseException]
+T = TypeVar("T")
 
 
-def hold_together(hold: Callable[[Conversation[Embeddings]], Embeddings], step: Together) -> list[Embeddings]:
+def hold_together(hold: Callable[[Conversation[T]], T], step: Together) -> list[T]:
     """Return the results of the conversations of `step`, in their order.
 
     The first error is raised, and no new conversation begins after it. `step.each` is called in the caller's thread.
     """
-    results: dict[int, Embeddings] = {}
+    results: dict[int, T] = {}
     waiting = iter(enumerate(step.conversations))
-    outcomes: SimpleQueue[_Outcome] = SimpleQueue()
+    outcomes: SimpleQueue[tuple[int, T | BaseException]] = SimpleQueue()
     taking, stopped = threading.Lock(), threading.Event()
 
     def work() -> None:
@@ -54,11 +54,9 @@ def hold_together(hold: Callable[[Conversation[Embeddings]], Embeddings], step: 
     return [results[number] for number in range(len(results))]
 
 
-async def hold_together_async(
-    hold: Callable[[Conversation[Embeddings]], Awaitable[Embeddings]], step: Together
-) -> list[Embeddings]:
+async def hold_together_async(hold: Callable[[Conversation[T]], Awaitable[T]], step: Together) -> list[T]:
     """Do what :func:`hold_together` does with tasks, which an error or the caller's cancellation cancels."""
-    results: dict[int, Embeddings] = {}
+    results: dict[int, T] = {}
     waiting = iter(enumerate(step.conversations))
 
     async def work() -> None:

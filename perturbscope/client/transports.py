@@ -19,9 +19,12 @@ from perturbscope.errors import (
     ServerUnreachableError,
     UnauthenticatedError,
 )
+from perturbscope.operations import OPERATIONS
 from perturbscope.protocol.checks import parse_json
+from perturbscope.protocol.descriptors import method_of
 from perturbscope.protocol.messages import Answer, Request
-from perturbscope.protocol.operations import OPERATIONS, Operation
+from perturbscope.protocol.operations import Operation
+from perturbscope.protocol.protobuf import message_class
 
 Format = Literal["arrow", "json"]
 CODE, FIELD, RETRY_AFTER = "perturbscope-code", "perturbscope-field", "retry-after"
@@ -77,9 +80,10 @@ def http_answer(request: Request, status: int, headers: Mapping[str, str], body:
     return _decoded(decode, operation, body, operation.path)
 
 
-def grpc_call(request: Request) -> tuple[str, Any]:
-    """Return a request as the name of a gRPC method and its protobuf message."""
-    return OPERATIONS.of(request).rpc, protocol.request_to_proto(request)
+def grpc_call(request: Request) -> tuple[str, Any, Any]:
+    """Return a request as the path of a gRPC method, its protobuf message, and the class of the answer."""
+    operation = OPERATIONS.of(request)
+    return f"/{method_of(operation)}", protocol.request_to_proto(request), message_class(operation.gives)
 
 
 def grpc_answer(request: Request, message: Any) -> Answer:
@@ -122,6 +126,8 @@ def grpc_failure(
     if status == "RESOURCE_EXHAUSTED":
         # grpc itself refuses a message above the server's limit in this way, and says so in the text only.
         return Failure(LimitExceededError(text) if "larger than max" in text else OverloadedError(text))
+    if status == "UNIMPLEMENTED":
+        return Failure(ServerError(f"The server at {target} does not know this operation: {text}. Is it older?"))
     if status == "INVALID_ARGUMENT":
         return Failure(InvalidInputError(text))
     return Failure(ServerError(f"The server at {target} failed with {status}: {text}"))

@@ -140,6 +140,8 @@ class Field:
         Type of each column of a ``table``.
     record
         Type of a row of ``records``, a dataclass.
+    finite
+        Whether none of its numbers is NaN.
     derived
         Whether it follows from the others: JSON shows it, and nothing reads it.
     """
@@ -154,6 +156,7 @@ class Field:
     dtype: np.dtype[Any] = _FLOAT64
     columns: Mapping[str, Kind] = field(default_factory=dict)
     record: type[Any] = object
+    finite: bool = False
     derived: bool = False
 
 
@@ -236,6 +239,11 @@ def attributes_of(message: type[Any]) -> dict[str, str]:
         for name in names if line.startswith(" ") else ():
             found[name] = f"{found[name]} {line.strip()}" if name in found else line.strip()
     return found
+
+
+def summary_of(message: type[Any]) -> str:
+    """Return the first line of a class docstring, without the marks of its cross references."""
+    return re.sub(r":\w+:`~?([^`]*)`", r"\1", (message.__doc__ or "").partition("\n")[0])
 
 
 _SCALARS: Mapping[Any, Kind] = {str: "text", int: "integer", float: "number", bool: "flag"}

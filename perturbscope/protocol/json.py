@@ -141,7 +141,8 @@ def _numbers_to_list(values: NDArray[Any], _: Field) -> list[Any]:
     if values.dtype.kind != "f":
         found: list[Any] = values.tolist()
         return found
-    return check.finite(check.short_floats(values) if values.dtype == np.float32 else values.tolist())  # type: ignore[no-any-return]
+    shown: list[Any] = check.finite(check.short_floats(values) if values.dtype == np.float32 else values.tolist())
+    return shown
 
 
 def _numbers_from(value: Any, item: Field) -> NDArray[Any]:

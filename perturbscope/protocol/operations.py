@@ -8,14 +8,19 @@ the reference page. A further operation is a module in :mod:`perturbscope.operat
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from perturbscope.errors import InvalidParameterError
-from perturbscope.inference.embeddings import Embeddings
-from perturbscope.protocol.fields import Form
+import numpy as np
+
+from perturbscope.errors import InvalidParameterError, UnsupportedOperationError
+from perturbscope.inference.embeddings import Embeddings, join
+from perturbscope.protocol import checks as check
+from perturbscope.protocol.fields import PER_ROW, Field, Form
 from perturbscope.protocol.messages import (
     CompareAnswer,
     CompareRequest,
@@ -53,6 +58,9 @@ class Operation(Generic[Q, A]):
         answer.
     capability
         What the model must be able to do.
+    per_cell
+        Whether each row of the answer follows from one cell alone, so that clients may divide a request and join the
+        answers.
     """
 
     name: str
@@ -61,6 +69,66 @@ class Operation(Generic[Q, A]):
     answer: type[A]
     run: Callable[[Embedder, Q], A] | None = None
     capability: str = "embed"
+    per_cell: bool = False
+
+    def answered(self, model: Embedder, request: Q) -> A:
+        """Answer a request with a model.
+
+        Raises
+        ------
+        InvalidParameterError
+            Only a server can answer it.
+        """
+        if self.run is None:
+            raise InvalidParameterError(f"{self.name} is answered by a server alone; load its URL.")
+        return self.run(model, request)
+
+    def asked(self, *values: Any, **fields: Any) -> Q:
+        """Return a request; values without a name are its fields in their order, and lists may stand for tuples.
+
+        Raises
+        ------
+        TypeError
+            There is no such field, or a required one is missing.
+        InvalidInputError
+            The values do not go together.
+        """
+        named = dict(zip(self.takes.names, values, strict=False)) | fields
+        for item in self.takes.of("labels", "texts", "pairs"):
+            if isinstance(named.get(item.name), list):
+                named[item.name] = check.READERS[item.kind](named[item.name], item.name)
+        found: Q = self.takes.make(**named)
+        return found
+
+    def rows(self, message: Any) -> int:
+        """Return the number of rows of a request or answer; 0 if it has none."""
+        form = self.takes if isinstance(message, self.request) else self.gives
+        values = form.take(message)
+        return max((len(values[item.name]) for item in _rowed(form) if values[item.name] is not None), default=0)
+
+    def part(self, request: Q, start: int, stop: int) -> Q:
+        """Return the request for some rows alone."""
+        values = {item.name: getattr(request, item.name) for item in _rowed(self.takes)}
+        cut = {name: value[start:stop] for name, value in values.items() if value is not None}
+        return cast("Q", replace(cast("Any", request), **cut))
+
+    def joined(self, answers: Sequence[A]) -> A:
+        """Join the answers to the parts of a request; seconds are added up, and a warning is said once."""
+        if self.answer is Embeddings:
+            return cast("A", join(cast("list[Embeddings]", list(answers))))
+        values = dict(self.gives.take(answers[0]))
+        for item in self.gives.fields:
+            parts = [self.gives.take(answer)[item.name] for answer in answers]
+            if item.kind in PER_ROW and parts[0] is not None:
+                values[item.name] = tuple(chain(*parts)) if item.kind == "labels" else np.concatenate(parts)
+            elif item.kind == "meta":
+                seconds = Counter[str]()
+                for meta in parts:
+                    seconds.update(meta.timings)
+                warnings = tuple(dict.fromkeys(warning for meta in parts for warning in meta.warnings))
+                values[item.name] = replace(parts[0], timings=dict(seconds), warnings=warnings)
+        found: A = self.gives.make(**values)
+        return found
 
     @property
     def path(self) -> str:
@@ -91,6 +159,10 @@ class Operation(Generic[Q, A]):
     def gives(self) -> Form:
         """Form of the answer."""
         return form_of(self.answer)
+
+
+def _rowed(form: Form) -> tuple[Field, ...]:
+    return form.of("cells", *PER_ROW)
 
 
 class Operations(Mapping[str, Operation[Any, Any]]):
@@ -159,11 +231,45 @@ class Operations(Mapping[str, Operation[Any, Any]]):
         raise InvalidParameterError(f"A {type(request).__name__} is no request; give one of {kinds}.")
 
 
+def check_capability(
+    operation: Operation[Any, Any], name: str, capabilities: Sequence[str], able: Sequence[str] | None = None
+) -> None:
+    """Refuse what a model cannot do, before it costs anything.
+
+    Parameters
+    ----------
+    operation
+        Operation that is asked.
+    name
+        Name of the model.
+    capabilities
+        What it can do.
+    able
+        Models of the server that can do what is asked; None: there is no server.
+
+    Raises
+    ------
+    UnsupportedOperationError
+        The message says what the model can do, and which models of the server can do what is asked.
+    """
+    if operation.capability in capabilities:
+        return
+    remedy = f"Name one of the models that can: {', '.join(able)}." if able else "No model of this server can."
+    can = ", ".join(capabilities)
+    raise UnsupportedOperationError(
+        f"{operation.name} needs the capability {operation.capability!r}, and the model {name} has {can}. "
+        f"{'Load a model that can.' if able is None else remedy}",
+        field="model",
+    )
+
+
 def _embed(model: Embedder, request: EmbedRequest) -> Embeddings:
     return model.embed(request.cells)
 
 
-EMBED = Operation(name="embed", summary="Vectors of cells.", request=EmbedRequest, answer=Embeddings, run=_embed)
+EMBED = Operation(
+    name="embed", summary="Vectors of cells.", request=EmbedRequest, answer=Embeddings, run=_embed, per_cell=True
+)
 SCORE = Operation(
     name="score",
     summary="How far each perturbation moved its cells from control.",

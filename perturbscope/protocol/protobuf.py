@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -13,7 +14,9 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import InvalidEmbeddingError, InvalidInputError, InvalidParameterError, MalformedMatrixError
 from perturbscope.protocol import checks as check
+from perturbscope.protocol.descriptors import file_of
 from perturbscope.protocol.fields import Field, Form, Kind, Meta
+from perturbscope.protocol.operations import OPERATIONS
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.protocol.tables import form_of, meta_from_dict, record_of, record_to_dict, rows_of, table_of
 from perturbscope.scoring.results import ScoreOptions
@@ -51,9 +54,13 @@ def answer_from_proto(kind: type[T], message: Any) -> T:
     return found
 
 
+@functools.cache
 def message_class(form: Form) -> Any:
-    """Return the class of the message of a form."""
-    return getattr(pb, form.name)
+    """Return the class of the message of a form: a generated one, or one made from the dataclass."""
+    if form.name in pb.DESCRIPTOR.message_types_by_name:
+        return getattr(pb, form.name)
+    operation = next(each for each in OPERATIONS.values() if form in (each.takes, each.gives))
+    return GetMessageClass(file_of(operation).message_types_by_name[form.name])
 
 
 def _to_proto(message: Any) -> Any:

@@ -176,6 +176,7 @@ _EMBEDDINGS = Form(
             column="known_share",
             dtype=np.dtype(np.float32),
             doc="Share of each cell's counts in genes of the vocabulary.",
+            finite=True,
         ),
         Field(
             name="below_min_genes",

@@ -17,6 +17,7 @@ from perturbscope.inference.embeddings import Embeddings
 from perturbscope.inference.encoder import Device
 
 if TYPE_CHECKING:
+    from perturbscope.protocol.messages import Answer, Request
     from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 
 CellProgress = Callable[[int], None]
@@ -56,6 +57,10 @@ class Backend(Protocol):
         self, chunks: Iterable[CountMatrix], *, progress: CellProgress | None = None
     ) -> Iterator[Embeddings]:
         """Embed chunks of cells that all have the same genes, one result a chunk; only a few chunks are held."""
+        ...
+
+    def ask(self, request: Request, *, progress: CellProgress | None = None) -> Answer:
+        """Ask a request of any operation of :mod:`perturbscope.operations`."""
         ...
 
     def close(self) -> None:
@@ -144,6 +149,30 @@ class LocalBackend:
     ) -> Iterator[Embeddings]:
         """See :meth:`Backend.embed_stream`; raises the errors of :meth:`Embedder.embed`."""
         return self.embedder.embed_stream(chunks, outputs=outputs, progress=progress)
+
+    def ask(self, request: Request, *, progress: CellProgress | None = None) -> Answer:
+        """See :meth:`Backend.ask`.
+
+        Raises
+        ------
+        UnsupportedOperationError
+            The model cannot do it.
+        InvalidParameterError
+            The request is of no operation, of one that only a server answers, or names a model.
+        """
+        from perturbscope.operations import OPERATIONS
+        from perturbscope.protocol.operations import check_capability
+
+        operation = OPERATIONS.of(request)
+        if getattr(request, "model", None) is not None:
+            raise InvalidParameterError(
+                "model chooses among a server's models; a bundle holds one. Leave it out.", field="model"
+            )
+        check_capability(operation, self.model_id, self.embedder.capabilities)
+        answer = operation.answered(self.embedder, request)
+        if progress:
+            progress(operation.rows(request))
+        return answer
 
     def close(self) -> None:
         """Release the encoder's session and its memory."""

@@ -16,6 +16,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.fields import Meta
 from perturbscope.protocol.messages import CompareAnswer, CompareRequest, ScoreAnswer, ScoreRequest
+from perturbscope.tasks.requests import warned
 from perturbscope.tasks.trained_on import Fingerprint, Seen, find_seen
 from serving.access import limits
 from serving.call import Call
@@ -170,8 +171,10 @@ def annotated(answer: Any, warnings: list[str], seen: Seen | None) -> Any:
         scores = answer.report.scores
         scores = replace(scores, warnings=scores.warnings + warnings)
         return replace(answer, report=replace(answer.report, scores=seen.add_to(scores) if seen else scores))
-    result = replace(answer.result, warnings=answer.result.warnings + warnings)
-    return replace(answer, result=seen.add_to(result) if seen else result)
+    if isinstance(answer, ScoreAnswer | CompareAnswer):
+        result: Any = replace(answer.result, warnings=answer.result.warnings + warnings)
+        return replace(answer, result=seen.add_to(result) if seen else result)
+    return warned(answer, [*([seen.warning()] if seen else []), *warnings])
 
 
 def _in_turn(turns: Turns, job: Job, flow: str, score: Callable[..., Scored]) -> tuple[Scored, float]:

@@ -24,6 +24,7 @@ from perturbscope.errors import (
     UnauthenticatedError,
     UnknownModelError,
     UnsupportedMediaTypeError,
+    UnsupportedOperationError,
 )
 from serving.call import Call
 from serving.telemetry import log
@@ -43,6 +44,7 @@ STATUS: dict[type[PerturbScopeError], Status] = {
     UnauthenticatedError: Status(401, grpc.StatusCode.UNAUTHENTICATED),
     PermissionDeniedError: Status(403, grpc.StatusCode.PERMISSION_DENIED),
     UnknownModelError: Status(404, grpc.StatusCode.NOT_FOUND),
+    UnsupportedOperationError: Status(409, grpc.StatusCode.FAILED_PRECONDITION),
     BundleError: Status(409, grpc.StatusCode.FAILED_PRECONDITION),
     OverloadedError: Status(429, grpc.StatusCode.RESOURCE_EXHAUSTED),
     DeadlineExceededError: Status(504, grpc.StatusCode.DEADLINE_EXCEEDED),

@@ -11,13 +11,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from perturbscope import protocol
+from perturbscope.operations import OPERATIONS
+from perturbscope.protocol.descriptors import method_of
+from perturbscope.protocol.operations import Operation
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as messages
-from perturbscope.protocol.proto import perturbscope_v1_pb2_grpc as services
+from perturbscope.protocol.protobuf import message_class
 from serving.access import tls
 from serving.access.limits import LAST_WORDS, Held
 from serving.call import GROWTH, Call
 from serving.engine.engine import Engine
-from serving.engine.operations import COMPARE, EMBED, SCORE, RpcOperation
+from serving.engine.operations import Served, served
 from serving.grpc.edge import answered, begin
 from serving.grpc.health import Health
 from serving.grpc.interceptors import KeyInterceptor, MessageInterceptor
@@ -34,48 +37,56 @@ KEEPALIVE = 30
 """Seconds after which a silent connection with calls is pinged, and within which its client must answer."""
 
 
-class Servicer(services.PerturbScopeServicer):
-    """The service ``perturbscope.v1.PerturbScope``."""
+class Methods:
+    """The methods of the operations of the table, and of streams.
+
+    Parameters
+    ----------
+    engine
+        The engine that answers.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def Embed(self, request: Any, context: Any) -> Any:  # noqa: N802  gRPC's name
-        """Embed cells."""
-        return await self._answered(EMBED, request, context)
+    def handlers(self) -> dict[str, dict[str, Any]]:
+        """Return the handler of each method, by service."""
+        found: dict[str, dict[str, Any]] = {SERVICE: {}}
+        for operation in OPERATIONS.values():
+            service, _, method = method_of(operation).partition("/")
+            found.setdefault(service, {})[method] = grpc.unary_unary_rpc_method_handler(
+                self._method(served(operation), operation),
+                request_deserializer=message_class(operation.takes).FromString,
+                response_serializer=message_class(operation.gives).SerializeToString,
+            )
+        found[SERVICE]["EmbedStream"] = grpc.stream_stream_rpc_method_handler(
+            self._embed_stream,
+            request_deserializer=messages.EmbedStreamRequest.FromString,
+            response_serializer=messages.EmbedStreamAnswer.SerializeToString,
+        )
+        return found
 
-    async def Score(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Score every perturbation against the controls."""
-        return await self._answered(SCORE, request, context)
+    def _method(self, answers: Served, operation: Operation[Any, Any]) -> Callable[[Any, Any], Any]:
+        decode, route = partial(protocol.request_from_proto, operation.request), method_of(operation)
 
-    async def Compare(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Compare perturbations with each other."""
-        return await self._answered(COMPARE, request, context)
+        async def operate(request: Any, call: Call, held: Held) -> Any:
+            """Decode, call, encode."""
+            held(n_bytes := request.ByteSize())
+            held.reserve(GROWTH * n_bytes)
+            with call.stage("decode"):
+                decoded = await self._engine.work(decode, request)
+            answer = await answers.call(self._engine, decoded, call)
+            with call.stage("encode"):
+                return await self._engine.work(protocol.answer_to_proto, answer)
 
-    async def Models(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """List the models that are served."""
-        return await answered(self._engine.front, f"{SERVICE}/Models", self._models, request, context)
+        async def method(request: Any, context: Any) -> Any:
+            return await answered(self._engine.front, route, operate, request, context)
 
-    async def EmbedStream(self, requests: Any, context: Any) -> Any:  # type: ignore[override]  # noqa: N802
+        return method
+
+    async def _embed_stream(self, requests: Any, context: Any) -> Any:
         """Embed any number of cells, while they are sent."""
         await embed_stream(self._engine, begin(f"{SERVICE}/EmbedStream", context), context)
-
-    async def _answered(self, operation: RpcOperation, request: Any, context: Any) -> Any:
-        route = f"{SERVICE}/{operation.name.capitalize()}"
-        return await answered(self._engine.front, route, partial(self._operate, operation), request, context)
-
-    async def _operate(self, operation: RpcOperation, request: Any, call: Call, held: Held) -> Any:
-        """Decode, call, encode."""
-        held(n_bytes := request.ByteSize())
-        held.reserve(GROWTH * n_bytes)
-        with call.stage("decode"):
-            decoded = await self._engine.work(operation.from_proto, request)
-        answer = await operation.call(self._engine, decoded, call)
-        with call.stage("encode"):
-            return await self._engine.work(operation.to_proto, answer)
-
-    async def _models(self, request: Any, call: Call, held: Held) -> Any:
-        return protocol.answer_to_proto(self._engine.models())
 
 
 class GrpcServer:
@@ -109,8 +120,11 @@ class GrpcServer:
                 ("grpc.keepalive_timeout_ms", 1000 * KEEPALIVE),
             ],
         )
-        services.add_PerturbScopeServicer_to_server(Servicer(engine), self._server)
-        own = (SERVICE, *(register(self._server) for register in register_more))
+        methods = Methods(engine).handlers()
+        self._server.add_generic_rpc_handlers(
+            tuple(grpc.method_handlers_generic_handler(service, found) for service, found in methods.items())
+        )
+        own = (*methods, *(register(self._server) for register in register_more))
         self._health = Health(engine, own)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*own, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)

@@ -9,13 +9,11 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from perturbscope import __version__, protocol
-from serving.access.limits import Held
-from serving.call import Call
 from serving.engine.engine import Engine
-from serving.engine.operations import COLUMNS, COMPARE, EMBED, REPORT, SCORE, Operation
+from serving.engine.operations import all_served
 from serving.engine.reports import HTML
-from serving.http import admin, openapi, schemas, streams
-from serving.http.edge import Endpoint, OperationEndpoint
+from serving.http import admin, openapi, streams
+from serving.http.edge import OperationEndpoint
 from serving.http.gate import refused
 from serving.http.metrics_page import metrics_page
 from serving.http.upload_page import PAGE_HEADERS, screen_page
@@ -31,50 +29,9 @@ def build_app() -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    operations: list[tuple[Operation, type[Any], type[Any], str]] = [
-        (EMBED, schemas.EmbedBody, schemas.EmbedAnswer, "Vectors of cells."),
-        (SCORE, schemas.ScoreBody, schemas.ScoreAnswer, "How far each perturbation moved its cells from control."),
-        (COMPARE, schemas.CompareBody, schemas.CompareAnswer, "How far perturbations lie from each other."),
-    ]
-    for operation, body, answer, what in operations:
-        app.add_api_route(
-            operation.path,
-            OperationEndpoint(operation).answer,
-            methods=["POST"],
-            summary=what,
-            name=operation.name,
-            response_class=Response,
-            responses=openapi.responses(answer),
-            openapi_extra=openapi.request_body(operation, body),
-        )
-    app.add_api_route(
-        "/v1/models",
-        Endpoint("/v1/models", _models).answer,
-        methods=["GET"],
-        summary="The models that are served; the first is the default.",
-        name="models",
-        response_class=Response,
-        responses={200: {"model": schemas.ModelsAnswer}, **openapi.refusals((401, 403, 422, 429, 500, 504))},
-    )
-    for operation, file_body, described, what in (
-        (
-            REPORT,
-            schemas.ScoreBody,
-            {"content": {HTML: {"schema": {"type": "string"}}}},
-            "As /v1/score, as a page to read.",
-        ),
-        (COLUMNS, None, {"model": schemas.ColumnsAnswer}, "The labels of an .h5ad file, to choose from."),
-    ):
-        app.add_api_route(
-            operation.path,
-            OperationEndpoint(operation).answer,
-            methods=["POST"],
-            summary=what,
-            name=operation.name,
-            response_class=Response,
-            responses={**openapi.refusals(), 200: {"description": "The answer.", **described}},
-            openapi_extra=openapi.request_body(operation, file_body),
-        )
+    for served in all_served():
+        endpoint = OperationEndpoint(served).answer
+        app.add_api_route(served.path, endpoint, response_class=Response, **openapi.route(served))
     app.add_api_route(
         streams.PATH,
         _embed_stream,
@@ -105,10 +62,6 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 async def _embed_stream(request: Request) -> Response:
     return streams.StreamedAnswer(request)
-
-
-async def _models(request: Request, call: Call, held: Held) -> Response:
-    return Response(protocol.answer_to_json(request.app.state.engine.models()), media_type=protocol.JSON)
 
 
 async def _screen(request: Request) -> Response:

@@ -31,7 +31,7 @@ from serving.access.front import Front
 from serving.access.limits import Held, decoded_bytes, too_many_bytes
 from serving.call import GROWTH, JSON_GROWTH, REQUEST_ID, Call, Right
 from serving.engine.engine import Engine, size_of
-from serving.engine.operations import Operation
+from serving.engine.operations import Served
 from serving.engine.reports import HTML
 from serving.engine.scores import annotated
 from serving.engine.status import explain, status_of
@@ -87,7 +87,7 @@ class Endpoint:
 class OperationEndpoint(Endpoint):
     """The route of an operation of the engine: reads the body, calls the engine, encodes its answer."""
 
-    def __init__(self, operation: Operation) -> None:
+    def __init__(self, operation: Served) -> None:
         super().__init__(operation.path, self._operate)
         self._operation = operation
 
@@ -179,9 +179,11 @@ class LimitedBody:
         return decoded
 
 
-async def read_request(body: LimitedBody, operation: Operation, engine: Engine) -> Upload:
+async def read_request(body: LimitedBody, operation: Served, engine: Engine) -> Upload:
     """Read the request in a body of JSON or Arrow, or in an uploaded .h5ad file."""
     kind = body.content_type
+    if operation.operation is not None and not operation.uploads:
+        return Upload(operation.operation.request())
     if kind in operation.decode:
         if body.query:
             raise InvalidParameterError(

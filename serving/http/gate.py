@@ -23,6 +23,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from perturbscope import protocol
 from perturbscope.errors import InvalidParameterError, PermissionDeniedError, PerturbScopeError
+from perturbscope.operations import OPERATIONS
 from serving.access.front import Front
 from serving.call import REQUEST_ID, Call
 from serving.http.edge import error_body, error_response, peer_of
@@ -160,7 +161,7 @@ async def refused(request: Request, error: Exception) -> Response:
         return Response(status_code=204, headers=headers)
     path = request.url.path
     message = {
-        404: f"There is nothing at {path[:200]!r}. See /v1/openapi.json for what there is.",
+        404: f"There is nothing at {path[:200]!r}. Operations are {', '.join(OPERATIONS)}; see /v1/openapi.json.",
         405: f"{request.method[:20]} is not what {path[:200]!r} takes, but {headers.get('Allow')}.",
     }.get(error.status_code, str(error.detail))
     told = InvalidParameterError(message)

@@ -9,19 +9,20 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from perturbscope import protocol
+from perturbscope.protocol.operations import SCORE
 from serving.call import REQUEST_ID, SECONDS, TIMEOUT
-from serving.engine.operations import Operation
+from serving.engine.operations import Served
 from serving.http import schemas
 from serving.http.files import MULTIPART
 from serving.http.gate import OPEN
-from serving.uploads.requests import PARAMETERS
+from serving.uploads.requests import parameters_for
 
 BINARY = {"type": "string", "format": "binary"}
 _TEXTS = {
     401: "This server asks for an API key, and the request has none that it knows.",
     403: "The API key does not have the right to do this.",
     404: "There is no such model.",
-    409: "The bundle cannot be served; what was served still is.",
+    409: "The bundle cannot be served; what was served still is. Or the model cannot do what is asked.",
     413: "Larger than this server takes, or the body did not arrive in time.",
     415: "The content type is not understood.",
     422: "The input cannot be used; the message says why and what to do.",
@@ -31,6 +32,8 @@ _TEXTS = {
 }
 USUAL = (401, 403, 404, 413, 415, 422, 429, 500, 504)
 """Statuses with which a route that reads a body may refuse."""
+UNREAD = (401, 403, 422, 429, 500, 504)
+"""The same of a route that reads none."""
 _OPERATIONS = {"get", "post"}
 _HEADERS = {
     REQUEST_ID: {"description": "The caller's id of the request, or a new one.", "schema": {"type": "string"}},
@@ -89,10 +92,29 @@ def document(app: FastAPI, *, keys: bool) -> dict[str, Any]:
     return found
 
 
-def responses(answer: type[Any]) -> dict[int | str, dict[str, Any]]:
-    """Return the answers of a route that embeds cells."""
-    arrow = {"schema": BINARY}
-    return {200: {"model": answer, "description": "The answer.", "content": {protocol.ARROW: arrow}}, **refusals()}
+def route(served: Served) -> dict[str, Any]:
+    """Return what the document says about the route of an operation, as arguments of ``add_api_route``."""
+    if served.operation is None:
+        answer: dict[str, Any] = (
+            {"model": schemas.ColumnsAnswer}
+            if served.name == "columns"
+            else {"content": {media_type: {"schema": {"type": "string"}} for media_type in served.encode}}
+        )
+    else:
+        answer = {"model": schemas.given(served.operation)}
+        if protocol.ARROW in served.encode:
+            answer["content"] = {protocol.ARROW: {"schema": BINARY}}
+    conflicts = (409,) if served.operation is not None and served.operation.capability != "embed" else ()
+    return {
+        "methods": ["POST" if served.uploads else "GET"],
+        "summary": served.summary,
+        "name": served.name,
+        "responses": {
+            **refusals((*(USUAL if served.uploads else UNREAD), *conflicts)),
+            200: {"description": "The answer.", **answer},
+        },
+        "openapi_extra": _request_body(served) if served.uploads else None,
+    }
 
 
 def refusals(
@@ -102,18 +124,23 @@ def refusals(
     return {status: {"model": model, "description": _TEXTS[status]} for status in sorted(statuses)}
 
 
-def request_body(operation: Operation, body: type[Any] | None) -> dict[str, Any]:
+def _request_body(served: Served) -> dict[str, Any]:
     """Return the request body and parameters of a route."""
-    parameters = PARAMETERS[operation.name]
+    parameters = parameters_for(served.name)
     form = {"file": {**BINARY, "description": "An .h5ad file."}} | {
         name: {"type": "string", "description": text} for name, text in parameters.items()
     }
-    json_body = {"schema": schemas.inlined(body), "example": schemas.EXAMPLES[body.__name__]} if body else None
+    written: dict[str, Any] = {}
+    if served.decode:
+        operation = served.operation or SCORE
+        example = schemas.example(operation)
+        body = {"schema": schemas.body(operation), **({"example": example} if example else {})}
+        written = {protocol.JSON: body, protocol.ARROW: {"schema": BINARY}}
     return {
         "requestBody": {
             "required": True,
             "content": {
-                **({protocol.JSON: json_body, protocol.ARROW: {"schema": BINARY}} if json_body else {}),
+                **written,
                 protocol.HDF5: {"schema": BINARY},
                 "application/octet-stream": {"schema": BINARY},
                 MULTIPART: {"schema": {"type": "object", "properties": form, "required": ["file"]}},

@@ -1,4 +1,4 @@
-"""The bodies of requests and answers, for the OpenAPI document.
+"""The bodies of requests and answers, for the OpenAPI document: those of operations follow from their fields.
 
 Nothing is parsed with these models: :mod:`perturbscope.protocol` decodes, for every transport alike. A test checks
 real answers against them.
@@ -6,10 +6,16 @@ real answers against them.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model
 
+from perturbscope.protocol.fields import Kind, summary_of
+from perturbscope.protocol.messages import ModelInfo
+from perturbscope.protocol.operations import Operation
+from perturbscope.protocol.tables import form_of
 from perturbscope.scoring.results import ScoreOptions
 
 
@@ -20,9 +26,6 @@ class _Body(BaseModel):
 _Name = Annotated[str, Field(max_length=512)]
 _Index = Annotated[int, Field(ge=0, lt=2**63)]
 _Count = Annotated[int, Field(ge=0, description="A whole number; 1.0 is one.")]
-
-
-_MODEL = "Name, name@version or model_id of a model; the server's first one by default."
 
 
 class Cells(_Body):
@@ -36,35 +39,6 @@ class Cells(_Body):
         None, description="Total counts of each cell over all measured genes, if the matrix holds only some of them."
     )
     first_row: _Index = Field(0, description="Row of the first cell in the caller's file; for messages only.")
-
-
-class EmbedBody(_Body):
-    """Cells to embed."""
-
-    cells: Cells
-    model: _Name | None = Field(None, description=_MODEL)
-
-
-class _Labelled(_Body):
-    cells: Cells | None = Field(None, description="Raw counts; give either cells or embeddings.")
-    embeddings: list[list[float]] | None = Field(None, description="Vectors; give either cells or embeddings.")
-    perturbations: list[_Name] = Field(description="Label of each cell.", min_length=1)
-    batches: list[_Name] | None = Field(None, description="Batch of each cell; labels are permuted within batches.")
-    options: dict[str, Any] | None = Field(None, description="Options of scoring; see the schema ScoreOptions.")
-    model: _Name | None = Field(None, description=_MODEL)
-
-
-class ScoreBody(_Labelled):
-    """Cells, or embeddings, with their perturbations."""
-
-    control: _Name = Field(description="The label of control cells.")
-
-
-class CompareBody(_Labelled):
-    """Cells, or embeddings, with their perturbations."""
-
-    control: _Name | None = Field(None, description="The label of control cells, which all pairs leave out.")
-    pairs: list[tuple[_Name, _Name]] | None = Field(None, description="Pairs to compare; all by default.")
 
 
 class Coverage(_Body):
@@ -93,60 +67,7 @@ class Meta(_Body):
 class ScoreMeta(Meta):
     """Meta, with the provenance of the numbers."""
 
-    provenance: dict[str, Any] = Field(description="Metrics, estimator, null, sizes, seed, options.")
-
-
-class EmbedAnswer(_Body):
-    """Vectors, in the order of the cells."""
-
-    embeddings: list[list[float]]
-    lengths: list[int] = Field(description="Tokens that the model saw of each cell.")
-    n_detected: list[int] = Field(description="Genes of the vocabulary that each cell expresses.")
-    known_share: list[float] = Field(description="Share of each cell's counts in genes of the vocabulary.")
-    below_min_genes: list[bool] = Field(description="Cells that express fewer than 500 genes.")
-    meta: Meta
-
-
-class _Row(_Body):
-    metric: str
-    distance: float | None
-    null_mean: float | None
-    null_sd: float | None
-    z: float | None
-    p: float | None
-    q: float | None
-    flags: str = Field(description="Names of flags, joined by semicolons.")
-
-
-class ScoreRow(_Row):
-    """One perturbation by one metric; null if a number is not defined."""
-
-    perturbation: str
-    n_cells: int
-    n_controls: int
-
-
-class CompareRow(_Row):
-    """Two perturbations by one metric."""
-
-    a: str
-    b: str
-    n_a: int
-    n_b: int
-
-
-class ScoreAnswer(_Body):
-    """The table of scores."""
-
-    results: list[ScoreRow]
-    meta: ScoreMeta
-
-
-class CompareAnswer(_Body):
-    """The table of pairs."""
-
-    results: list[CompareRow]
-    meta: ScoreMeta
+    provenance: dict[str, Any] = Field({}, description="Metrics, estimator, null, sizes, seed, options.")
 
 
 class Label(_Body):
@@ -174,55 +95,6 @@ class ColumnsAnswer(_Body):
     representations: list[str] = Field(description="Matrices of obsm, which can be scored in place of an embedding.")
 
 
-class Output(_Body):
-    """One output of a model."""
-
-    name: str = Field(description="Name of the output in requests.")
-    per: str = Field(description="cell or token: what has a row of values.")
-    width: int = Field(description="Number of values in a row.")
-    meaning: str = Field(description="embedding, logits or value.")
-    names: list[str] = Field(description="Names of the columns, such as the classes of logits; or none.")
-
-
-class Problem(_Body):
-    """A folder of bundles that is not served, or not as its files are now."""
-
-    name: str
-    problem: str
-
-
-class Model(_Body):
-    """One model that is served."""
-
-    name: str = Field(description="Name of the model in requests.")
-    version: str
-    model_id: str = Field(description="Changes whenever the weights do.")
-    family: str
-    width: int = Field(description="Dimensions of an embedding.")
-    vocabulary_hash: str
-    layer: str
-    pooling: str
-    licence: str
-    variant: str
-    device: str
-    golden: str = Field(description="matched: the model gives the vectors that its bundle records; or absent.")
-    outputs: list[Output]
-    task: str = Field(description="What the model was made for: embedding, cell_classification, gene_classification.")
-    capabilities: list[str] = Field(description="What the model can be asked for.")
-    classes: list[str] = Field(description="Classes between which it decides; empty: it is no classifier.")
-    max_length: int = Field(description="Tokens of the longest cell that it reads.")
-    vocabulary_genes: int
-    panel_genes: int = Field(description="Number of the only genes that it was made for; 0: all of the vocabulary.")
-    memory_bytes: int = Field(description="Estimated memory, its largest batch included.")
-
-
-class ModelsAnswer(_Body):
-    """The models that are served; the first is the default."""
-
-    models: list[Model]
-    problems: list[Problem]
-
-
 class Error(_Body):
     """An error and its remedy."""
 
@@ -237,33 +109,120 @@ class ErrorAnswer(_Body):
     error: Error
 
 
+_NUMBERS: Mapping[str, Any] = {"i": int, "u": int, "b": bool, "f": float | None}
+_PLAIN: Mapping[Kind, Any] = {"text": str, "integer": int, "number": float, "flag": bool, "texts": list[str]}
+_TAKEN: Mapping[Kind, Any] = {
+    **_PLAIN,
+    "cells": Cells,
+    "vectors": list[list[float]],
+    "labels": Annotated[list[_Name], Field(min_length=1)],
+    "text": _Name,
+    "texts": list[_Name],
+    "pairs": list[tuple[_Name, _Name]],
+    "options": dict[str, Any],
+}
+"""Type of each kind of field in a request."""
+_GIVEN: Mapping[Kind, Any] = {**_PLAIN, "vectors": list[list[float]], "labels": list[str]}
+"""Type of each kind of field in an answer."""
+
+
+@functools.cache
+def taken(operation: Operation[Any, Any]) -> type[BaseModel]:
+    """Return the model of an operation's request."""
+    values: dict[str, Any] = {}
+    for item in operation.takes.fields:
+        kind = _list_of(_NUMBERS[item.dtype.kind]) if item.kind == "numbers" else _TAKEN[item.kind]
+        values[item.name] = (
+            (kind, Field(description=item.doc)) if item.required else (kind | None, Field(None, description=item.doc))
+        )
+    return create_model(operation.takes.name, __base__=_Body, __doc__=summary_of(operation.request), **values)
+
+
+@functools.cache
+def given(operation: Operation[Any, Any]) -> type[BaseModel]:
+    """Return the model of an operation's answer."""
+    form = operation.gives
+    values: dict[str, Any] = {}
+    for item in form.fields:
+        kind: Any
+        if item.kind == "numbers":
+            kind = _list_of(float if item.finite else _NUMBERS[item.dtype.kind])
+        elif item.kind == "meta":
+            kind = Meta if form.name == "EmbedAnswer" else ScoreMeta
+        elif item.kind == "table":
+            kind = _list_of(_row(form.name.replace("Answer", "Row"), item.columns))
+        elif item.kind == "records":
+            kind = _list_of(_record(item.record))
+        else:
+            kind = _GIVEN[item.kind]
+        values[item.name] = (kind | None if item.optional else kind, Field(description=item.doc))
+    return create_model(form.name, __base__=_Body, __doc__=summary_of(operation.answer), **values)
+
+
+def _list_of(item: Any) -> Any:
+    return list[item]
+
+
+def _row(name: str, columns: Mapping[str, Kind]) -> type[BaseModel]:
+    """Return the model of a row of a table, in which a number that is not defined is null."""
+    values: dict[str, Any] = {
+        column: (float | None if kind == "number" else _PLAIN[kind], Field()) for column, kind in columns.items()
+    }
+    return create_model(name, __base__=_Body, **values)
+
+
+def _record_of(record: Any) -> type[BaseModel]:
+    """Return the model of a row of records, whose fields an answer always has."""
+    values: dict[str, Any] = {
+        item.name: (
+            _list_of(_record(item.record)) if item.kind == "records" else _PLAIN[item.kind],
+            Field(description=item.doc),
+        )
+        for item in form_of(record).fields
+    }
+    return create_model(record.__name__.removesuffix("Info"), __base__=_Body, __doc__=summary_of(record), **values)
+
+
+_record: Callable[[Any], type[BaseModel]] = functools.cache(_record_of)
+Model = _record(ModelInfo)
+"""One model that is served."""
+
+
+_CELLS = {
+    "gene_ids": ["ENSG00000115415", "ENSG00000168610", "IRF1"],
+    "indptr": [0, 3, 5],
+    "indices": [0, 1, 2, 0, 2],
+    "data": [4, 1, 2, 7, 1],
+}
 _LABELLED: dict[str, Any] = {
     "embeddings": [[1.0, 0.0], [0.9, 0.1], [1.0, 0.2], [0.8, 0.0], [0.1, 1.0], [0.0, 0.9], [0.2, 1.0], [0.1, 0.8]],
     "perturbations": ["control", "control", "control", "control", "STAT1", "STAT1", "STAT1", "STAT1"],
     "control": "control",
     "options": {"min_cells": 4, "permutations": 19},
 }
-EXAMPLES: dict[str, dict[str, Any]] = {
-    "EmbedBody": {
-        "cells": {
-            "gene_ids": ["ENSG00000115415", "ENSG00000168610", "IRF1"],
-            "indptr": [0, 3, 5],
-            "indices": [0, 1, 2, 0, 2],
-            "data": [4, 1, 2, 7, 1],
-        }
-    },
-    "ScoreBody": _LABELLED,
-    "CompareBody": _LABELLED | {"pairs": [["STAT1", "control"]]},
-}
-"""Valid example bodies, by name of their class."""
+_EXAMPLES = {"score": _LABELLED, "compare": _LABELLED | {"pairs": [["STAT1", "control"]]}}
+
+
+def example(operation: Operation[Any, Any]) -> dict[str, Any] | None:
+    """Return a valid body of an operation; None if its fields do not tell one."""
+    if operation.name in _EXAMPLES:
+        return _EXAMPLES[operation.name]
+    required = [item for item in operation.takes.fields if item.required]
+    return {item.name: _CELLS for item in required} if {item.kind for item in required} == {"cells"} else None
+
+
+def body(operation: Operation[Any, Any]) -> dict[str, Any]:
+    """Return the JSON schema of an operation's request."""
+    schema = inlined(taken(operation))
+    for item in operation.takes.of("options"):
+        schema["properties"][item.name]["anyOf"][0] = TypeAdapter(ScoreOptions).json_schema()
+    return schema
 
 
 def inlined(model: type[BaseModel]) -> dict[str, Any]:
     """Return the JSON schema of a model without references, so that it can stand anywhere in a document."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
-    if "options" in schema.get("properties", {}):
-        schema["properties"]["options"]["anyOf"][0] = TypeAdapter(ScoreOptions).json_schema()
     resolved: dict[str, Any] = _resolve(schema, definitions)
     return resolved
 

@@ -12,11 +12,13 @@ import resource
 import signal
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 import pyarrow as pa
 
 from perturbscope.errors import LimitExceededError, PerturbScopeError
+from perturbscope.operations import OPERATIONS
 from serving.settings import Settings
 from serving.uploads.pipe import error_to_frame, frame, upload_to_frame
 from serving.uploads.requests import read_upload
@@ -48,6 +50,9 @@ def _read(line: bytes) -> None:
     # A matrix that is stored by columns is turned in temporary files, of at most 8 bytes a count.
     _bound(_BASE + _BYTES_A_VALUE * settings.max_values, largest_file=8 * settings.max_values)
     try:
+        if question["route"] not in (*OPERATIONS, "report", "columns"):
+            # The table of the server has one that was added after its start.
+            OPERATIONS.add(import_module(question["module"]).OPERATION)
         upload = read_upload(question["route"], Path(question["path"]), question["parameters"], settings)
         parts = upload_to_frame(upload)
     except PerturbScopeError as error:

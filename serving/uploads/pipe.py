@@ -11,7 +11,8 @@ from typing import Any
 from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import PerturbScopeError, from_code
-from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
+from perturbscope.operations import OPERATIONS
+from perturbscope.protocol import EmbedRequest
 from perturbscope.report import Absent
 from perturbscope.tasks.trained_on import Fingerprint
 from serving.engine.columns import Columns, LabelColumn
@@ -40,12 +41,6 @@ def upload_to_frame(upload: Upload) -> list[bytes]:
         "file": None if upload.file is None else asdict(upload.file),
     }
     match upload.request:
-        case EmbedRequest() as request:
-            return frame({**head, "kind": "embed"}, [protocol.request_to_arrow(request)])
-        case ScoreRequest() as request:
-            return frame({**head, "kind": "score"}, [protocol.request_to_arrow(request)])
-        case CompareRequest() as request:
-            return frame({**head, "kind": "compare"}, [protocol.request_to_arrow(request)])
         case ReportRequest(score=score, title=title, counts=counts):
             parts = [protocol.request_to_arrow(score)]
             if isinstance(counts, CountMatrix):
@@ -54,6 +49,8 @@ def upload_to_frame(upload: Upload) -> list[bytes]:
             return frame({**head, "kind": "report", "title": title, "absent": asdict(counts)}, parts)
         case Columns() as columns:
             return frame({**head, "kind": "columns", "columns": asdict(columns)})
+        case request:
+            return frame({**head, "kind": OPERATIONS.of(request).name}, [protocol.request_to_arrow(request)])
 
 
 def upload_from_parts(head: Mapping[str, Any], parts: Sequence[bytes]) -> Upload:
@@ -76,12 +73,6 @@ def upload_from_parts(head: Mapping[str, Any], parts: Sequence[bytes]) -> Upload
 
 def _request(head: Mapping[str, Any], parts: Sequence[bytes]) -> Any:
     match head["kind"]:
-        case "embed":
-            return protocol.request_from_arrow(protocol.EmbedRequest, parts[0])
-        case "score":
-            return protocol.request_from_arrow(protocol.ScoreRequest, parts[0])
-        case "compare":
-            return protocol.request_from_arrow(protocol.CompareRequest, parts[0])
         case "report":
             fields = {"score": protocol.request_from_arrow(protocol.ScoreRequest, parts[0]), "title": head["title"]}
             if len(parts) > 1:
@@ -89,7 +80,7 @@ def _request(head: Mapping[str, Any], parts: Sequence[bytes]) -> Any:
                     **fields, counts=protocol.request_from_arrow(protocol.EmbedRequest, parts[1]).cells
                 )
             return ReportRequest(**fields, counts=Absent(**head["absent"]))
-        case _:
+        case "columns":
             fields = dict(head["columns"])
             columns = [
                 LabelColumn(**{**column, "labels": tuple((str(label), int(n)) for label, n in column["labels"])})
@@ -97,3 +88,5 @@ def _request(head: Mapping[str, Any], parts: Sequence[bytes]) -> Any:
             ]
             representations = tuple(fields.pop("representations"))
             return Columns(**fields, columns=tuple(columns), representations=representations)
+        case name:
+            return protocol.request_from_arrow(OPERATIONS[name].request, parts[0])

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO
 
 from perturbscope.errors import UnreadableFileError
+from perturbscope.operations import OPERATIONS
 from perturbscope.threads import usable_cores
 from serving.settings import ROOT, Settings
 from serving.uploads.pipe import LENGTH, upload_from_parts
@@ -156,7 +157,14 @@ class FileReaders:
         with self._lock:
             reader = self._idle.pop() if self._idle else None
         reader = reader or _Reader()
-        question = {"route": route, "path": str(path), "parameters": parameters, "settings": asdict(settings)}
+        operation = OPERATIONS.get(route)
+        question = {
+            "route": route,
+            "module": operation.request.__module__ if operation else None,
+            "path": str(path),
+            "parameters": parameters,
+            "settings": asdict(settings),
+        }
         reading.begin(reader)
         try:
             head, parts = reader.ask(json.dumps(question).encode())

@@ -7,9 +7,9 @@ identifiers, and the columns of obs and the embedding that it names. uns is not 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +25,18 @@ from perturbscope.errors import (
     LimitExceededError,
     PerturbScopeError,
 )
-from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
+from perturbscope.operations import OPERATIONS
+from perturbscope.protocol.operations import SCORE
 from perturbscope.report import Absent
-from perturbscope.scoring.results import ScoreOptions
+from perturbscope.tasks.requests import REPRESENTATION, WHERE, parameters_of, request_of
 from perturbscope.tasks.trained_on import Fingerprint
 from serving.access.limits import check_shape, check_vectors
-from serving.engine.columns import Columns, read_columns
+from serving.engine.columns import read_columns
 from serving.engine.reports import TITLE, ReportRequest
 from serving.settings import Settings
 from serving.uploads.hdf5_checks import check_file
 
 FILE_NAME = "upload.h5ad"
-CELLS_PARAMETERS = {
-    "model": "Name of a model; the server's first one by default.",
-    "layer": "Where the raw counts are: X (default), a layer, or raw.",
-    "gene_key": "Column of var with the gene identifiers; the index by default.",
-    "total_counts_key": "Column of obs with each cell's total counts over all measured genes.",
-}
-LABEL_PARAMETERS = {
-    "perturbation_key": "Column of obs with the perturbation of each cell. Required.",
-    "batch_key": "Column of obs with the batch of each cell.",
-    "use_rep": "Matrix of obsm to score in place of the model's embedding.",
-    "options": "Options of scoring, a JSON object.",
-    "control": "Label of control cells.",
-}
-PARAMETERS: dict[str, dict[str, str]] = {
-    "embed": CELLS_PARAMETERS,
-    "score": CELLS_PARAMETERS | LABEL_PARAMETERS,
-    "report": CELLS_PARAMETERS | LABEL_PARAMETERS | {"title": "Heading of the page."},
-    "columns": {},
-    "compare": CELLS_PARAMETERS | LABEL_PARAMETERS | {"pairs": "Pairs to compare, a JSON list of lists of two."},
-}
-"""Query parameters (or form fields) that each route takes beside an uploaded file, with their descriptions."""
 _CHUNK_VALUES = 2**25
 
 
@@ -64,10 +44,20 @@ _CHUNK_VALUES = 2**25
 class Upload:
     """The request that a file makes, and warnings for its sender."""
 
-    request: EmbedRequest | ScoreRequest | CompareRequest | ReportRequest | Columns
+    request: Any
+    """Request of an operation of the table, a :class:`ReportRequest`, or :class:`serving.engine.columns.Columns`."""
     warnings: list[str] = field(default_factory=list)
     file: Fingerprint | None = None
     """Fingerprint of a file whose cells are embedded to be scored."""
+
+
+def parameters_for(route: str) -> dict[str, str]:
+    """Return the query parameters (or form fields) that a route takes beside an uploaded file, with descriptions."""
+    if route == "columns":
+        return {}
+    if route == "report":
+        return {**parameters_of(SCORE), "title": "Heading of the page."}
+    return parameters_of(OPERATIONS[route])
 
 
 def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings: Settings) -> Upload:
@@ -82,25 +72,19 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings:
     LimitExceededError
         The file has more cells, genes or counts than the server takes.
     """
-    unknown = sorted(set(parameters) - set(PARAMETERS[route]))
+    known = parameters_for(route)
+    unknown = sorted(set(parameters) - set(known))
     if unknown:
         raise InvalidParameterError(
-            f"Unknown parameter {unknown[0]!r}; there are {', '.join(PARAMETERS[route]) or 'none'}.", field=unknown[0]
+            f"Unknown parameter {unknown[0]!r}; there are {', '.join(known) or 'none'}.", field=unknown[0]
         )
     try:
         check_file(path, settings)
-        with open_cells(
-            path,
-            layer=parameters.get("layer"),
-            gene_key=parameters.get("gene_key"),
-            total_counts_key=parameters.get("total_counts_key"),
-        ) as source:
+        where: dict[str, Any] = {name: parameters.get(name) for name in WHERE}
+        with open_cells(path, **where) as source:
             if route == "columns":
                 return Upload(read_columns(source))
-            if route == "embed":
-                return Upload(EmbedRequest(cells=_read_cells(source, settings), model=parameters.get("model")))
-            upload = _labelled(route, source, parameters, settings)
-            return upload if parameters.get("use_rep") else replace(upload, file=Fingerprint.of(source))
+            return _asked(route, source, parameters, settings)
     except PerturbScopeError as error:
         # The caller knows its file, not where it lies here.
         error.message = error.message.replace(f"{path.parent}/", "")
@@ -108,45 +92,19 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings:
         raise
 
 
-def _labelled(route: str, source: CellSource, parameters: Mapping[str, str], settings: Settings) -> Upload:
-    """Return a request to score or compare the cells that have a label; the others are left out, with a warning."""
-    for name in ["perturbation_key"] if route == "compare" else ["perturbation_key", "control"]:
-        if not parameters.get(name):
-            raise InvalidParameterError(
-                f"{name} is missing: {PARAMETERS[route][name]} Give it as a query parameter or form field.", field=name
-            )
-    keys = [name for name in ("perturbation_key", "batch_key") if parameters.get(name)]
-    columns = [source.labels(parameters[name], field=name) for name in keys]
-    labelled = np.all([[bool(label and label.strip()) for label in column] for column in columns], axis=0)
-    rows = np.flatnonzero(labelled)
-    where = " and ".join(f"obs[{parameters[name]!r}]" for name in keys)
-    if not len(rows):
-        raise InvalidParameterError(f"No cell has a value in {where}.", field="perturbation_key")
-    common: dict[str, Any] = {
-        "perturbations": tuple(columns[0][rows].tolist()),
-        "batches": tuple(columns[1][rows].tolist()) if len(columns) > 1 else None,
-        "options": ScoreOptions.from_dict(_json(parameters, "options", dict) or {}),
-        "model": parameters.get("model"),
-        "control": parameters.get("control") or None,
-    }
-    if parameters.get("use_rep"):
+def _asked(route: str, source: CellSource, parameters: Mapping[str, str], settings: Settings) -> Upload:
+    operation = SCORE if route == "report" else OPERATIONS[route]
+    if parameters.get(REPRESENTATION):
         check_vectors(settings, source.n_cells)
-        common["embeddings"] = source.representation(parameters["use_rep"])[rows]
-    else:
-        cells = _read_cells(source, settings)
-        common["cells"] = cells if len(rows) == len(cells) else cells[rows]
-    n_left_out = source.n_cells - len(rows)
-    warnings = [f"{n_left_out} of {source.n_cells} cells have no value in {where} and were left out."]
-    warnings = warnings if n_left_out else []
-    if route == "compare":
-        return Upload(CompareRequest(**common, pairs=_pairs(_json(parameters, "pairs", list))), warnings)
-    score = ScoreRequest(**common)
-    if route == "score":
-        return Upload(score, warnings)
-    title = parameters.get("title") or TITLE
-    if not parameters.get("use_rep"):
-        return Upload(ReportRequest(score=score, title=title), warnings)
-    return Upload(ReportRequest(score=score, title=title, counts=_counts(source, rows, settings)), warnings)
+    read = partial(_read_cells, settings=settings)
+    request, rows, warnings = request_of(operation, source, parameters, read=read)
+    if route == "report":
+        title = parameters.get("title") or TITLE
+        request = ReportRequest(score=request, title=title)
+        if parameters.get(REPRESENTATION):
+            request = ReportRequest(score=request.score, title=title, counts=_counts(source, rows, settings))
+    embedded = operation.takes.of("labels") and not parameters.get(REPRESENTATION)
+    return Upload(request, warnings, Fingerprint.of(source) if embedded else None)
 
 
 def _counts(source: CellSource, rows: NDArray[np.intp], settings: Settings) -> CountMatrix | Absent:
@@ -177,25 +135,3 @@ def _read_cells(source: CellSource, settings: Settings) -> CountMatrix:
         parts[0].gene_ids,
         np.concatenate([part.totals for part in parts]),
     )
-
-
-def _json(parameters: Mapping[str, str], name: str, kind: type[Any]) -> Any:
-    if not parameters.get(name):
-        return None
-    expected = "an object" if kind is dict else "a list"
-    try:
-        value = json.loads(parameters[name])
-    except ValueError as error:
-        raise InvalidParameterError(f"{name} is not JSON ({error}); give {expected}.", field=name) from error
-    if not isinstance(value, kind):
-        raise InvalidParameterError(f"{name} is JSON, but not {expected}.", field=name)
-    return value
-
-
-def _pairs(value: list[Any] | None) -> tuple[tuple[str, str], ...] | None:
-    if value is None:
-        return None
-    for pair in value:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(label, str) for label in pair)):
-            raise InvalidParameterError("pairs must be a JSON list of lists of two labels.", field="pairs")
-    return tuple((a, b) for a, b in value)

@@ -29,10 +29,11 @@ from perturbscope.protocol.arrow_streams import (
     message_length,
     metadata_length,
 )
+from perturbscope.protocol.operations import COMPARE, EMBED, SCORE
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.protocol.proto.open_inference_pb2 import ModelInferRequest
 from perturbscope.protocol.protobuf_streams import stream_cells_from_proto, stream_start_from_proto
-from serving.engine.operations import COLUMNS, COMPARE, EMBED, REPORT, SCORE
+from serving.engine.operations import COLUMNS, REPORT
 from serving.openinference.json_codec import request_from_body
 from serving.openinference.proto_codec import request_from_proto
 from serving.settings import Settings

@@ -47,6 +47,7 @@ def test_the_codes_are_stable():
         "unsupported_media_type",
         "limit_exceeded",
         "unknown_model",
+        "unsupported_operation",
         "bundle",
         "corrupt_bundle",
         "unsupported_bundle",

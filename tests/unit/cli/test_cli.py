@@ -27,6 +27,7 @@ from perturbscope.errors import (
     LimitExceededError,
     ServerUnreachableError,
     UnknownModelError,
+    UnsupportedOperationError,
     error_classes,
 )
 from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS
@@ -403,7 +404,7 @@ def test_without_arguments_there_is_help(cli: Run) -> None:
 
 
 def test_every_error_has_its_exit_code() -> None:
-    callers = (InvalidInputError, LimitExceededError, UnknownModelError, BundleError)
+    callers = (InvalidInputError, LimitExceededError, UnknownModelError, UnsupportedOperationError, BundleError)
     for name, error in error_classes().items():
         assert console.exit_code(error("message")) == (2 if issubclass(error, callers) else 1), name
 

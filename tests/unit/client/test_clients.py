@@ -214,7 +214,7 @@ async def test_an_answer_for_fewer_cells_is_refused(
 ) -> None:
     server.change = lambda answer: fake_embedder.embed(tiny_cells[:3])
     client = connect()
-    with pytest.raises(ServerError, match="3 embeddings for 24 cells"):
+    with pytest.raises(ServerError, match="3 rows for 24 cells"):
         await done(client.embed_cells(tiny_cells))
     await done(client.close())
 

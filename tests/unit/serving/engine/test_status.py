@@ -16,6 +16,7 @@ from perturbscope.errors import (
     UnauthenticatedError,
     UnknownModelError,
     UnsupportedMediaTypeError,
+    UnsupportedOperationError,
     error_classes,
 )
 from serving.call import Call
@@ -43,7 +44,7 @@ def test_every_error_has_a_row_and_blame_is_the_same_on_both_transports(cls: typ
     assert (status.http == 415) == issubclass(cls, UnsupportedMediaTypeError)
     assert (status.http == 413) == issubclass(cls, LimitExceededError)
     assert (status.http == 404) == issubclass(cls, UnknownModelError)
-    assert (status.http == 409) == issubclass(cls, BundleError)
+    assert (status.http == 409) == issubclass(cls, BundleError | UnsupportedOperationError)
     assert (status.http == 401) == issubclass(cls, UnauthenticatedError)
     assert (status.http == 403) == issubclass(cls, PermissionDeniedError)
     assert (status.http == 504) == issubclass(cls, DeadlineExceededError)

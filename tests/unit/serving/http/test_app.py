@@ -20,6 +20,7 @@ from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
+from perturbscope.protocol.operations import COMPARE, EMBED, MODELS, SCORE
 from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS, ScoreOptions
 from serving.engine.engine import Engine
 from serving.http import openapi, schemas
@@ -61,7 +62,7 @@ async def test_embed_takes_and_gives_every_format(
     for reply in replies:
         assert reply.status_code == 200, reply.text
         assert reply.headers["content-type"] == protocol.JSON
-        schemas.EmbedAnswer.model_validate_json(reply.content)
+        schemas.given(EMBED).model_validate_json(reply.content)
         np.testing.assert_array_equal(protocol.answer_from_json(protocol.EmbedAnswer, reply.content).values, expected)
     for content, headers in (
         (protocol.request_to_arrow(request), ARROW),
@@ -87,7 +88,7 @@ async def test_score_takes_and_gives_every_format(http: httpx.AsyncClient, tiny_
     ]
     for reply in replies:
         assert reply.status_code == 200, reply.text
-        schemas.ScoreAnswer.model_validate_json(reply.content)
+        schemas.given(SCORE).model_validate_json(reply.content)
         answer = reply.json()
         assert answer["results"] == replies[0].json()["results"]
         assert tuple(answer["results"][0]) == SCORE_COLUMNS
@@ -117,7 +118,7 @@ async def test_compare_over_json_and_file(http: httpx.AsyncClient, tiny_cells: C
     second = await http.post("/v1/compare", params=parameters, content=h5ad.read_bytes(), headers=HDF5)
     for reply in (first, second):
         assert reply.status_code == 200, reply.text
-        schemas.CompareAnswer.model_validate_json(reply.content)
+        schemas.given(COMPARE).model_validate_json(reply.content)
         assert tuple(reply.json()["results"][0]) == COMPARE_COLUMNS
 
 
@@ -136,7 +137,7 @@ async def test_cells_without_a_label_are_left_out_with_a_warning(
 
 async def test_models(http: httpx.AsyncClient) -> None:
     reply = await http.get("/v1/models")
-    schemas.ModelsAnswer.model_validate_json(reply.content)
+    schemas.given(MODELS).model_validate_json(reply.content)
     assert reply.json()["models"][0]["name"] == "fake"
 
 
@@ -232,7 +233,7 @@ async def test_a_truncated_upload_is_refused_without_a_path_of_the_server(http: 
             "missing_column",
             "X_umap",
         ),
-        ("compare", {"perturbation_key": "perturbation", "pairs": '[["a"]]'}, "invalid_parameter", "two labels"),
+        ("compare", {"perturbation_key": "perturbation", "pairs": '[["a"]]'}, "invalid_parameter", "a pair has two"),
     ],
 )
 async def test_parameters_of_an_upload_are_checked(
@@ -429,6 +430,7 @@ async def test_unknown_paths_and_methods(http: httpx.AsyncClient) -> None:
     assert (reply.status_code, reply.headers["allow"], reply.content) == (204, "POST", b"")
     reply = await http.get("/v1/nothing")
     assert (reply.status_code, error_of(reply)["code"]) == (404, "invalid_parameter")
+    assert "Operations are embed, score, compare, models" in error_of(reply)["message"]
     assert reply.headers["x-request-id"]
 
 
@@ -461,8 +463,8 @@ async def test_what_the_document_calls_a_body_is_what_the_decoder_takes(
 ) -> None:
     score = ScoreRequest(cells=tiny_cells, perturbations=LABELS, control="control", batches=LABELS)
     compare = CompareRequest(cells=tiny_cells, perturbations=LABELS, pairs=(("KO", "control"),))
-    schemas.EmbedBody.model_validate(embed_json)
-    schemas.ScoreBody.model_validate_json(protocol.request_to_json(score))
-    schemas.CompareBody.model_validate_json(protocol.request_to_json(compare))
-    smallest = schemas.EmbedBody(cells=schemas.Cells(**embed_json["cells"])).model_dump(exclude_none=True)
+    schemas.taken(EMBED).model_validate(embed_json)
+    schemas.taken(SCORE).model_validate_json(protocol.request_to_json(score))
+    schemas.taken(COMPARE).model_validate_json(protocol.request_to_json(compare))
+    smallest = schemas.taken(EMBED)(cells=schemas.Cells(**embed_json["cells"])).model_dump(exclude_none=True)
     assert (await http.post("/v1/embed", json=smallest)).status_code == 200

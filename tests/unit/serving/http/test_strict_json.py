@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.http.schemas import EXAMPLES
+from perturbscope.protocol.operations import OPERATIONS
+from serving.http import schemas
 
 SPOILT: dict[str, bytes] = {
     "nothing": b"",
@@ -86,8 +87,8 @@ FIELDS: dict[str, list[tuple[str | int, ...]]] = {
 def example(route: str) -> dict[str, Any]:
     from serving.openinference.documents import EXAMPLE
 
-    named = {"/v1/embed": "EmbedBody", "/v1/score": "ScoreBody", "/v1/compare": "CompareBody"}
-    found = EXAMPLES[named[route]] if route in named else {**EXAMPLE, "parameters": {}}
+    operation = OPERATIONS.get(route.rpartition("/")[2])
+    found = schemas.example(operation) if operation is not None else {**EXAMPLE, "parameters": {}}
     copied: dict[str, Any] = json.loads(json.dumps(found))
     return copied
 
