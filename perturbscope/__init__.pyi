@@ -3,9 +3,10 @@ from .cells.readers import CellSource, cells_from_anndata, open_cells
 from .cells.vocabulary import GeneVocabulary
 from .client import AsyncClient, AsyncGrpcClient, Client, GrpcClient
 from .errors import PerturbScopeError
+from .families.outputs import OutputSpec
 from .inference.bundle import Bundle
 from .inference.embedder import Embedder
-from .inference.embeddings import Embeddings
+from .inference.embeddings import Embeddings, OutputValues
 from .model import Model, load
 from .scoring.control import score_perturbations
 from .scoring.pairs import compare_perturbations
@@ -24,6 +25,8 @@ __all__ = [
     "GeneVocabulary",
     "GrpcClient",
     "Model",
+    "OutputSpec",
+    "OutputValues",
     "PerturbScopeError",
     "ScoreOptions",
     "ScoreResult",

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
-from perturbscope.inference.embeddings import Embeddings
+from perturbscope.families.outputs import GENE_EMBEDDING, OutputSpec, selected
+from perturbscope.inference.embeddings import Embeddings, GeneSums, gather
 from perturbscope.inference.encoder import Device
-from perturbscope.tasks.backends import Backend, LocalBackend, StageProgress, count_stage, open_backend
-from perturbscope.tasks.screen import Screen, embed_source, opened
+from perturbscope.tasks.backends import (
+    Backend,
+    LocalBackend,
+    StageProgress,
+    chunk_cells,
+    count_stage,
+    embed_parts,
+    local,
+    open_backend,
+)
+from perturbscope.tasks.screen import Screen, opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,21 +60,60 @@ class Model:
         """Name, version and hash of the model's weights."""
         return self.backend.model_id
 
+    @property
+    def outputs(self) -> tuple[OutputSpec, ...]:
+        """What the model computes for each cell or gene; the first is the cell embedding.
+
+        Raises
+        ------
+        InvalidParameterError
+            The model is on a server.
+        """
+        return local(self.backend).outputs
+
+    @overload
     def embed(
         self,
         cells: Any,
         *,
+        outputs: None = None,
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
         progress: StageProgress | None = None,
-    ) -> NDArray[np.float32]:
+    ) -> NDArray[np.float32]: ...
+
+    @overload
+    def embed(
+        self,
+        cells: Any,
+        *,
+        outputs: str | Sequence[str],
+        layer: str | None = None,
+        gene_key: str | None = None,
+        total_counts_key: str | None = None,
+        progress: StageProgress | None = None,
+    ) -> Embeddings: ...
+
+    def embed(
+        self,
+        cells: Any,
+        *,
+        outputs: str | Sequence[str] | None = None,
+        layer: str | None = None,
+        gene_key: str | None = None,
+        total_counts_key: str | None = None,
+        progress: StageProgress | None = None,
+    ) -> NDArray[np.float32] | Embeddings:
         """Embed cells.
 
         Parameters
         ----------
         cells
             Raw counts; see the class.
+        outputs
+            Names of other :attr:`outputs` that are wanted beside the cell embedding, such as ``gene_embedding``. All
+            of them are held in memory: one float32 for each gene of each cell and value.
         layer, gene_key, total_counts_key
             Location of the counts in `cells`; see :func:`perturbscope.open_cells`.
         progress
@@ -71,40 +121,110 @@ class Model:
 
         Returns
         -------
-        float32 [n_cells, width], in the order of `cells`.
+        float32 [n_cells, width], in the order of `cells`. With `outputs` :class:`Embeddings`: ``.cell_embedding`` is
+        that array, and ``.outputs[name]`` has the values of each other output (:class:`OutputValues`).
 
         Raises
         ------
         InvalidInputError
-            The cells are bad; the subclass and message say how, and in which row.
+            The cells are bad; the subclass and message say how, and in which row. Or the model has no such output.
         """
-        return self.embeddings(
-            cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key, progress=progress
-        ).values
+        found = self.embeddings(
+            cells,
+            outputs=outputs,
+            layer=layer,
+            gene_key=gene_key,
+            total_counts_key=total_counts_key,
+            progress=progress,
+        )
+        return found.values if outputs is None else found
 
     def embeddings(
         self,
         cells: Any,
         *,
+        outputs: str | Sequence[str] | None = None,
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
         progress: StageProgress | None = None,
     ) -> Embeddings:
         """Embed cells as :meth:`embed`; also return their lengths, shares of known genes, and the genes' coverage."""
-        if isinstance(cells, CountMatrix):
-            if (layer, gene_key, total_counts_key) != (None, None, None):
-                raise InvalidParameterError(
-                    "A CountMatrix has neither layers nor columns; leave layer, gene_key and total_counts_key out.",
-                    field="layer",
-                )
-            result = self.backend.embed_cells(cells, progress=count_stage("embed", len(cells), progress))
-        else:
-            with opened(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
-                result = embed_source(source, self.backend, progress=progress)
+        names = [outputs] if isinstance(outputs, str) else outputs
+        counts = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
+        with self._parts(cells, names, counts, progress) as (parts, n_cells):
+            result = next(parts) if isinstance(cells, CountMatrix) else gather(parts, n_cells)
         for warning in result.warnings():
             _log.warning(warning)
         return result
+
+    def gene_means(
+        self,
+        cells: Any,
+        *,
+        output: str = GENE_EMBEDDING,
+        layer: str | None = None,
+        gene_key: str | None = None,
+        total_counts_key: str | None = None,
+        progress: StageProgress | None = None,
+    ) -> pd.DataFrame:
+        """Average an output per token by gene, over all cells that have the gene; only one chunk of them is in memory.
+
+        Parameters
+        ----------
+        cells
+            Raw counts; see the class. Give the cells of one perturbation to compare it with the controls.
+        output
+            Name of the output.
+        layer, gene_key, total_counts_key, progress
+            See :meth:`embed`.
+
+        Returns
+        -------
+        One row a gene, indexed by ``gene_id`` (Ensembl): ``n_cells``, the number of cells that have the gene among
+        their tokens, and one column a value, float32.
+
+        Raises
+        ------
+        InvalidInputError
+            As :meth:`embed`; or the output is per cell.
+        """
+        specs = selected(self.outputs, [output])
+        spec = next(spec for spec in specs if spec.name == output)
+        if spec.per != "token":
+            raise InvalidParameterError(f"The output {output!r} has one row a cell, and no genes.", field="output")
+        size = chunk_cells(specs, local(self.backend).max_length)
+        sums = GeneSums()
+        counts = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
+        with self._parts(cells, [output], counts, progress, size) as (parts, _):
+            for part in parts:
+                sums.add(part.outputs[output])
+        return sums.table()
+
+    @contextmanager
+    def _parts(
+        self,
+        cells: Any,
+        outputs: Sequence[str] | None,
+        counts: Mapping[str, str | None],
+        progress: StageProgress | None,
+        size: int | None = None,
+    ) -> Iterator[tuple[Iterator[Embeddings], int]]:
+        """Embed cells in chunks of at most `size`; gives the results in order, and the number of all cells."""
+        if not isinstance(cells, CountMatrix):
+            with opened(cells, **counts) as source:
+                chunks = source if size is None else source.chunks(size)
+                advance = count_stage("embed", source.n_cells, progress)
+                yield embed_parts(chunks, self.backend, outputs=outputs, progress=advance), source.n_cells
+            return
+        if any(value is not None for value in counts.values()):
+            raise InvalidParameterError(
+                "A CountMatrix has neither layers nor columns; leave layer, gene_key and total_counts_key out.",
+                field="layer",
+            )
+        advance = count_stage("embed", len(cells), progress)
+        pieces = (cells[start : start + size] for start in range(0, len(cells), size)) if size else cells
+        yield embed_parts(pieces, self.backend, outputs=outputs, progress=advance), len(cells)
 
     def score(
         self,

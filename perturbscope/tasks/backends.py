@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError
-from perturbscope.families.outputs import OutputSpec
+from perturbscope.families.outputs import OutputSpec, selected
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.embeddings import Embeddings
 from perturbscope.inference.encoder import Device
@@ -24,6 +25,8 @@ CellProgress = Callable[[int], None]
 """Called with the number of cells that were finished since the last call."""
 StageProgress = Callable[[str, int, int], None]
 """Called with the name of a stage (``embed``, or one of scoring), the amount that is done, and the total."""
+CHUNK_BYTES = 64 * 2**20
+"""Bytes of the values per token that are held at a time where they are not all wanted in memory."""
 
 
 def count_stage(stage: str, total: int, progress: StageProgress | None) -> CellProgress | None:
@@ -97,6 +100,45 @@ class Server(Backend, Protocol):
         ...
 
 
+def chunk_cells(outputs: Sequence[OutputSpec], max_length: int, *, most: int = 512) -> int:
+    """Return how many cells a chunk may have so that their values per token stay within :data:`CHUNK_BYTES`.
+
+    Parameters
+    ----------
+    outputs
+        Outputs that are wanted.
+    max_length
+        Number of tokens of the longest cell.
+    most
+        Number of cells that is enough in any case.
+    """
+    of_cell = 4 * max_length * sum(spec.width for spec in outputs if spec.per == "token")
+    return most if of_cell == 0 else min(most, max(1, CHUNK_BYTES // of_cell))
+
+
+def embed_parts(
+    cells: CountMatrix | Iterable[CountMatrix],
+    backend: Backend,
+    *,
+    outputs: Sequence[str] | None = None,
+    progress: CellProgress | None = None,
+) -> Iterator[Embeddings]:
+    """Embed a matrix, or chunks of one; gives the results in order.
+
+    Raises
+    ------
+    InvalidParameterError
+        The model has no such output.
+    """
+    if isinstance(cells, CountMatrix):
+        embed = backend.embed_cells if outputs is None else partial(local(backend).embed_cells, outputs=outputs)
+        return iter([embed(cells, progress=progress)])
+    if outputs is None:
+        return backend.embed_stream(cells, progress=progress)
+    selected(local(backend).outputs, outputs)  # refused before a cell is read
+    return local(backend).embed_stream(cells, outputs=outputs, progress=progress)
+
+
 def local(backend: Backend) -> LocalBackend:
     """Return a backend that can be asked for outputs beside the cell embedding.
 
@@ -133,6 +175,11 @@ class LocalBackend:
     def outputs(self) -> tuple[OutputSpec, ...]:
         """The outputs of the model."""
         return self.embedder.outputs
+
+    @property
+    def max_length(self) -> int:
+        """Number of tokens of the longest cell that the model reads."""
+        return self.embedder.family.max_length
 
     def embed_cells(
         self, cells: CountMatrix, *, outputs: Sequence[str] | None = None, progress: CellProgress | None = None

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import perturbscope
 from perturbscope import client
 from perturbscope.cells import readers
 from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import (
     ControlLabelMissingError,
     CorruptBundleError,
@@ -31,7 +33,9 @@ from perturbscope.errors import (
 from perturbscope.inference.embedder import Embedder
 from perturbscope.model import Model, load
 from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS
+from perturbscope.tasks import backends
 from perturbscope.tasks.backends import Backend, LocalBackend
+from tests.bundles import CLASSES, TINY_OUTPUTS, tiny_table
 from tests.fakes import FakeEncoder
 from tests.screens import make_screen
 
@@ -98,6 +102,73 @@ def test_embeddings_say_what_they_rest_on(model: Model, adata: ad.AnnData, caplo
     assert found.coverage.n_matched == 40
     assert found.lengths.tolist() == np.asarray((adata.X > 0).sum(axis=1)).ravel().tolist()
     assert "123 of 123 cells express fewer than 500 genes" in caplog.text
+
+
+@pytest.fixture
+def versatile(outputs_bundle: Path) -> Iterator[Model]:
+    with load(outputs_bundle) as model:
+        yield model
+
+
+def test_outputs_beside_the_cell_embedding(versatile: Model, adata: ad.AnnData, tmp_path: Path) -> None:
+    assert versatile.outputs == TINY_OUTPUTS
+    plain = versatile.embed(adata)
+    assert isinstance(plain, np.ndarray)
+    found = versatile.embed(adata, outputs=["gene_embedding", "cell_logits"])
+    assert (found.cell_embedding == plain).all()
+    vectors = found.outputs["gene_embedding"]
+    vocabulary = GeneVocabulary.geneformer_gc30m()
+    table = tiny_table(len(vocabulary))
+    tokens = dict(zip(vocabulary.gene_ids, vocabulary.tokens, strict=True))
+    for cell in (0, 77, 122):
+        genes = vectors.genes_of(cell)
+        assert sorted(genes) == sorted(adata.var_names[adata.X[cell].indices])
+        assert (vectors.of_cell(cell) == table[[tokens[gene] for gene in genes]]).all()
+    assert found.outputs["cell_logits"].spec.names == CLASSES
+    names, probabilities = found.outputs["cell_logits"].classes()
+    assert names.tolist() == [CLASSES[best] for best in plain[:, :3].argmax(axis=1)]
+    assert (probabilities > 1 / 3).all()
+    # One name will do, and files and matrices give the same.
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    matrix = CountMatrix.from_matrix(adata.X, list(adata.var_names))
+    for cells in (tmp_path / "a.h5ad", matrix):
+        again = versatile.embed(cells, outputs="gene_embedding")
+        assert list(again.outputs) == ["gene_embedding"]
+        assert (again.outputs["gene_embedding"].values == vectors.values).all()
+        assert (again.outputs["gene_embedding"].gene_ids == vectors.gene_ids).all()
+
+
+def test_means_of_genes_hold_one_chunk(
+    versatile: Model, adata: ad.AnnData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wanted = versatile.embed(adata, outputs="gene_embedding").outputs["gene_embedding"].gene_means()
+    n_cells = dict(zip(adata.var_names, (adata.X > 0).sum(axis=0).A1, strict=True))
+    assert wanted["n_cells"].to_dict() == {gene: n for gene, n in n_cells.items() if n}
+    sizes: list[int] = []
+    tokenize = Embedder.tokenize
+    monkeypatch.setattr(Embedder, "tokenize", lambda self, cells: (sizes.append(len(cells)), tokenize(self, cells))[1])
+    monkeypatch.setattr(backends, "CHUNK_BYTES", 4 * 2048 * 8 * 50)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    for cells in (adata, tmp_path / "a.h5ad", CountMatrix.from_matrix(adata.X, list(adata.var_names))):
+        sizes.clear()
+        pd.testing.assert_frame_equal(versatile.gene_means(cells), wanted, rtol=1e-6)
+        assert sizes == [50, 50, 23]
+    values = versatile.gene_means(adata, output="gene_value")
+    assert values.columns.tolist() == ["n_cells", "0"]
+
+
+def test_outputs_that_a_model_does_not_have(
+    versatile: Model, model: Model, adata: ad.AnnData, encoder: FakeEncoder
+) -> None:
+    with pytest.raises(InvalidParameterError, match="no output 'gene_embedding'; it has cell_embedding"):
+        model.embed(adata, outputs=["gene_embedding"])
+    with pytest.raises(InvalidParameterError, match="no output 'gene_embedding'"):
+        model.gene_means(adata)
+    with pytest.raises(InvalidParameterError, match="'cell_logits' has one row a cell, and no genes"):
+        versatile.gene_means(adata, output="cell_logits")
+    with load("http://localhost:9") as remote, pytest.raises(InvalidParameterError, match="cell embedding alone"):
+        remote.embed(adata, outputs=["gene_embedding"])
+    assert encoder.batches == []
 
 
 def test_progress_counts_cells_by_stage(model: Model, adata: ad.AnnData) -> None:
@@ -273,8 +344,8 @@ def test_load_of_an_address_gives_a_client() -> None:
         assert isinstance(model.backend, client.Client)
     with load("grpc://localhost:9") as model:
         assert isinstance(model.backend, client.GrpcClient)
-    backends: list[Backend] = [client.Client("http://localhost:9")]
-    backends[0].close()
+    backend: Backend = client.Client("http://localhost:9")
+    backend.close()
 
 
 def test_public_names_are_sorted_and_exist() -> None:

@@ -170,9 +170,13 @@ class CellSource(ABC):
         self.gene_ids = cells.gene_ids
         return cells
 
+    def chunks(self, size: int) -> Iterator[CountMatrix]:
+        """Read all cells in chunks of `size`, the last one perhaps smaller. Raises as :meth:`rows`."""
+        for start in range(0, self.n_cells, size):
+            yield self.rows(start, start + size)
+
     def __iter__(self) -> Iterator[CountMatrix]:
-        for start in range(0, self.n_cells, self.chunk_cells):
-            yield self.rows(start, start + self.chunk_cells)
+        return self.chunks(self.chunk_cells)
 
     def __len__(self) -> int:
         return self.n_cells
