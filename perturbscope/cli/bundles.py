@@ -29,7 +29,7 @@ def bundle_info(
         typer.echo(manifest.to_json(), nl=False)
         return
     variants = ", ".join(
-        f"{name} ({(path / item.file).stat().st_size / 2**20:.1f} MiB, cosine {item.cosine:.6g})"
+        f"{name} ({opened.size(name) / 2**20:.1f} MiB, cosine {item.cosine:.6g})"
         for name, item in sorted(manifest.variants.items())
     )
     console.show_facts(

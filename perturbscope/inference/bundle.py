@@ -4,6 +4,7 @@
 
     manifest.json    what the model is, how it was made, and the SHA-256 of every other file
     model.onnx       graph: tokens -> outputs by name; variants beside it (model.fp16.onnx, ...)
+    model.onnx.data  weights of a graph that is too large to hold them; the manifest lists it like every file
     vocabulary.tsv   genes, tokens, medians
     MODEL_CARD.md    data, licence, cost, numbers
     golden.json      a few cells and their vectors, to test a server with (optional; see perturbscope.inference.golden)
@@ -32,6 +33,7 @@ from perturbscope.errors import (
 )
 from perturbscope.families import Family, load_family
 from perturbscope.families.outputs import CELL_EMBEDDING, GENE_EMBEDDING, OutputSpec, cell_embedding
+from perturbscope.inference.external_data import external_files
 
 FORMAT_VERSION = 2
 _SINCE_2 = frozenset({"outputs", "task", "capabilities", "gene_panel"})
@@ -56,10 +58,18 @@ class Variant:
         Name of the file inside the bundle.
     cosine
         Lowest cosine to the fp32 embedding over the parity cells; 1.0 for fp32 itself.
+    data
+        Names of the files inside the bundle that the graph keeps weights in.
     """
 
     file: str
     cosine: float = 1.0
+    data: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The file of the graph, and those of its weights."""
+        return (self.file, *self.data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +156,7 @@ class Manifest:
             raise CorruptBundleError(f"{where}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}.")
         try:
             data["variants"] = {
-                name: Variant(file=str(item["file"]), cosine=float(item["cosine"]))
+                name: Variant(file=str(item["file"]), cosine=float(item["cosine"]), data=_texts(item.get("data", [])))
                 for name, item in data["variants"].items()
             }
             if data["format_version"] > 1:
@@ -155,7 +165,7 @@ class Manifest:
                 data["gene_panel"] = None if data["gene_panel"] is None else _texts(data["gene_panel"])
             manifest = cls(**data)
             manifest._check_types()
-            names_inside = [*manifest.files, *(variant.file for variant in manifest.variants.values())]
+            names_inside = [*manifest.files, *(file for item in manifest.variants.values() for file in item.files)]
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CorruptBundleError(f"{where}: a field has the wrong form ({error}).") from error
         for name in names_inside:
@@ -205,7 +215,9 @@ class Bundle:
     @property
     def model_id(self) -> str:
         """Name, version and the first digits of the fp32 graph's hash; it changes whenever the weights do."""
-        digest = self.manifest.files[self.manifest.variants["fp32"].file]
+        digest, *of_data = (self.manifest.files[name] for name in self.manifest.variants["fp32"].files)
+        if of_data:
+            digest = hashlib.sha256("\n".join([digest, *of_data]).encode()).hexdigest()
         return f"{self.manifest.name}-{self.manifest.version}-{digest[:12]}"
 
     def family(self) -> Family:
@@ -228,6 +240,11 @@ class Bundle:
             )
         return self.path / self.manifest.variants[variant].file
 
+    def size(self, variant: str = "fp32") -> int:
+        """Return the bytes of a variant's graph and of its weights. Raises as :meth:`graph`."""
+        self.graph(variant)
+        return sum((self.path / name).stat().st_size for name in self.manifest.variants[variant].files)
+
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
         """Open a bundle after checking every file.
@@ -235,7 +252,8 @@ class Bundle:
         Raises
         ------
         CorruptBundleError
-            The directory is not a bundle, or a file is missing, unlisted or changed.
+            The directory is not a bundle, a file is missing, unlisted or changed, or a graph keeps weights in a file
+            that is not one of the bundle.
         UnsupportedBundleError
             The bundle has a newer format, or a family that is not installed.
         VocabularyMismatchError
@@ -343,7 +361,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _verify_files(path: Path, manifest: Manifest) -> None:
-    needed = {VOCABULARY, *(variant.file for variant in manifest.variants.values())}
+    needed = {VOCABULARY, *(name for variant in manifest.variants.values() for name in variant.files)}
     unlisted = needed - set(manifest.files)
     if unlisted or "fp32" not in manifest.variants:
         raise CorruptBundleError(f"{path / MANIFEST} lists no {min(unlisted) if unlisted else 'fp32 variant'}.")
@@ -356,4 +374,20 @@ def _verify_files(path: Path, manifest: Manifest) -> None:
             raise CorruptBundleError(
                 f"{path / name} has the SHA-256 {actual[:12]}..., the manifest says {digest[:12]}.... "
                 "The file was changed or damaged; fetch the bundle again."
+            )
+    for variant in manifest.variants.values():
+        _verify_external(path, variant)
+
+
+def _verify_external(path: Path, variant: Variant) -> None:
+    """Check that a graph keeps its weights in files of the bundle: no runtime shall read another one for it."""
+    for name in sorted(external_files(path / variant.file)):
+        where = f"{path / variant.file} keeps weights in {name!r}"
+        if not _is_plain(name):
+            raise CorruptBundleError(f"{where}, which is not a plain file name; they must lie beside the graph.")
+        if name not in variant.data:
+            raise CorruptBundleError(f"{where}, which {MANIFEST} does not list as data of this graph.")
+        if (path / name).resolve().parent != path.resolve():
+            raise CorruptBundleError(
+                f"{where}, which is a link to {(path / name).resolve()}, outside the bundle. Put the file itself there."
             )

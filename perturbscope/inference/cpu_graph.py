@@ -9,7 +9,8 @@ serves accelerators too. Results differ by the rounding of another order of sums
 * ``Attention`` writes all scores of a head to memory. ``MultiHeadAttention`` keeps a tile of them in the cache, but
   only without a mask; so it takes batches of long cells without padding, and ``Attention`` all others.
 
-Nodes that do not have exactly the expected form are left alone.
+Nodes that do not have exactly the expected form are left alone. Weights in another file stay there: only the nodes
+around them change, and the runtime is told where the file lies (:data:`FOLDER`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ MIN_FLASH_LENGTH = 256
 """Length from which a batch without padding runs faster with its scores in the cache."""
 DISABLED_OPTIMIZERS = ("SkipLayerNormFusion", "EmbedLayerNormFusion")
 """Optimizers of ONNX Runtime that would put the slow operators back."""
+FOLDER = "session.model_external_initializers_file_folder_path"
+"""Option of a session whose graph is given as bytes: the folder of the files that the graph names."""
 _MAX_BYTES = 2**30
 """Bytes of the largest graph that is rewritten: protobuf ends at 2 GiB, and the copy takes as much memory again."""
 _CONTRIB = "com.microsoft"
@@ -33,7 +36,6 @@ _MIN_OPSET = 17
 """The first opset with LayerNormalization."""
 _FLOAT, _INT32, _INT64 = 1, 6, 7
 _TYPE_INT, _TYPE_GRAPH = 2, 5
-_EXTERNAL = 1
 
 
 def cpu_graph(path: Path) -> str | bytes:
@@ -52,7 +54,7 @@ def rewritten(graph: bytes) -> bytes | None:
         return None
     opset = max((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), default=0)
     stored = model.graph.initializer
-    if opset < _MIN_OPSET or any(item.data_location == _EXTERNAL for item in stored):
+    if opset < _MIN_OPSET:
         return None
     change = _Rewriting(stored)
     nodes = [new for node in model.graph.node for new in change.of(node)]

@@ -124,7 +124,7 @@ class OnnxEncoder:
     ) -> None:
         import onnxruntime as ort
 
-        from perturbscope.inference.cpu_graph import DISABLED_OPTIMIZERS, cpu_graph
+        from perturbscope.inference.cpu_graph import DISABLED_OPTIMIZERS, FOLDER, cpu_graph
 
         if device not in _PROVIDERS:
             raise InvalidParameterError(
@@ -154,6 +154,7 @@ class OnnxEncoder:
         options.log_severity_level = 3
         try:
             if device == "cpu":
+                options.add_session_config_entry(FOLDER, str(path.parent))
                 self._session: Any = ort.InferenceSession(
                     cpu_graph(path), options, providers=session_providers, disabled_optimizers=[*DISABLED_OPTIMIZERS]
                 )

@@ -24,29 +24,37 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'perturbscope/inference/onnx_graph.proto\x12\x17perturbscope.onnx_graph\"r\n\x05Model\x12-\n\x05graph\x18\x07 \x01(\x0b\x32\x1e.perturbscope.onnx_graph.Graph\x12:\n\x0copset_import\x18\x08 \x03(\x0b\x32$.perturbscope.onnx_graph.OperatorSet\".\n\x0bOperatorSet\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\xa8\x01\n\x05Graph\x12+\n\x04node\x18\x01 \x03(\x0b\x32\x1d.perturbscope.onnx_graph.Node\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x34\n\x0binitializer\x18\x05 \x03(\x0b\x32\x1f.perturbscope.onnx_graph.Tensor\x12.\n\x06output\x18\x0c \x03(\x0b\x32\x1e.perturbscope.onnx_graph.Value\"\x8b\x01\n\x04Node\x12\r\n\x05input\x18\x01 \x03(\t\x12\x0e\n\x06output\x18\x02 \x03(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07op_type\x18\x04 \x01(\t\x12\x35\n\tattribute\x18\x05 \x03(\x0b\x32\".perturbscope.onnx_graph.Attribute\x12\x0e\n\x06\x64omain\x18\x07 \x01(\t\"v\n\tAttribute\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\t\n\x01\x66\x18\x02 \x01(\x02\x12\t\n\x01i\x18\x03 \x01(\x03\x12)\n\x01g\x18\x06 \x01(\x0b\x32\x1e.perturbscope.onnx_graph.Graph\x12\x0c\n\x04ints\x18\x08 \x03(\x03\x12\x0c\n\x04type\x18\x14 \x01(\x05\"`\n\x06Tensor\x12\x0c\n\x04\x64ims\x18\x01 \x03(\x03\x12\x11\n\tdata_type\x18\x02 \x01(\x05\x12\x0c\n\x04name\x18\x08 \x01(\t\x12\x10\n\x08raw_data\x18\t \x01(\x0c\x12\x15\n\rdata_location\x18\x0e \x01(\x05\"B\n\x05Value\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x04type\x18\x02 \x01(\x0b\x32\x1d.perturbscope.onnx_graph.Type\"@\n\x04Type\x12\x38\n\x0btensor_type\x18\x01 \x01(\x0b\x32#.perturbscope.onnx_graph.TensorType\"\x1f\n\nTensorType\x12\x11\n\telem_type\x18\x01 \x01(\x05')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'perturbscope/inference/onnx_graph.proto\x12\x17perturbscope.onnx_graph\"\xe2\x01\n\x05Model\x12-\n\x05graph\x18\x07 \x01(\x0b\x32\x1e.perturbscope.onnx_graph.Graph\x12:\n\x0copset_import\x18\x08 \x03(\x0b\x32$.perturbscope.onnx_graph.OperatorSet\x12\x38\n\rtraining_info\x18\x14 \x03(\x0b\x32!.perturbscope.onnx_graph.Training\x12\x34\n\tfunctions\x18\x19 \x03(\x0b\x32!.perturbscope.onnx_graph.Function\"u\n\x08Training\x12\x36\n\x0einitialization\x18\x01 \x01(\x0b\x32\x1e.perturbscope.onnx_graph.Graph\x12\x31\n\talgorithm\x18\x02 \x01(\x0b\x32\x1e.perturbscope.onnx_graph.Graph\"t\n\x08\x46unction\x12+\n\x04node\x18\x07 \x03(\x0b\x32\x1d.perturbscope.onnx_graph.Node\x12;\n\x0f\x61ttribute_proto\x18\x0b \x03(\x0b\x32\".perturbscope.onnx_graph.Attribute\".\n\x0bOperatorSet\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\xeb\x01\n\x05Graph\x12+\n\x04node\x18\x01 \x03(\x0b\x32\x1d.perturbscope.onnx_graph.Node\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x34\n\x0binitializer\x18\x05 \x03(\x0b\x32\x1f.perturbscope.onnx_graph.Tensor\x12.\n\x06output\x18\x0c \x03(\x0b\x32\x1e.perturbscope.onnx_graph.Value\x12\x41\n\x12sparse_initializer\x18\x0f \x03(\x0b\x32%.perturbscope.onnx_graph.SparseTensor\"\x8b\x01\n\x04Node\x12\r\n\x05input\x18\x01 \x03(\t\x12\x0e\n\x06output\x18\x02 \x03(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07op_type\x18\x04 \x01(\t\x12\x35\n\tattribute\x18\x05 \x03(\x0b\x32\".perturbscope.onnx_graph.Attribute\x12\x0e\n\x06\x64omain\x18\x07 \x01(\t\"\x81\x03\n\tAttribute\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\t\n\x01\x66\x18\x02 \x01(\x02\x12\t\n\x01i\x18\x03 \x01(\x03\x12*\n\x01t\x18\x05 \x01(\x0b\x32\x1f.perturbscope.onnx_graph.Tensor\x12)\n\x01g\x18\x06 \x01(\x0b\x32\x1e.perturbscope.onnx_graph.Graph\x12\x0c\n\x04ints\x18\x08 \x03(\x03\x12\x30\n\x07tensors\x18\n \x03(\x0b\x32\x1f.perturbscope.onnx_graph.Tensor\x12.\n\x06graphs\x18\x0b \x03(\x0b\x32\x1e.perturbscope.onnx_graph.Graph\x12\x0c\n\x04type\x18\x14 \x01(\x05\x12<\n\rsparse_tensor\x18\x16 \x01(\x0b\x32%.perturbscope.onnx_graph.SparseTensor\x12=\n\x0esparse_tensors\x18\x17 \x03(\x0b\x32%.perturbscope.onnx_graph.SparseTensor\"\x97\x01\n\x06Tensor\x12\x0c\n\x04\x64ims\x18\x01 \x03(\x03\x12\x11\n\tdata_type\x18\x02 \x01(\x05\x12\x0c\n\x04name\x18\x08 \x01(\t\x12\x10\n\x08raw_data\x18\t \x01(\x0c\x12\x35\n\rexternal_data\x18\r \x03(\x0b\x32\x1e.perturbscope.onnx_graph.Entry\x12\x15\n\rdata_location\x18\x0e \x01(\x05\"#\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"q\n\x0cSparseTensor\x12/\n\x06values\x18\x01 \x01(\x0b\x32\x1f.perturbscope.onnx_graph.Tensor\x12\x30\n\x07indices\x18\x02 \x01(\x0b\x32\x1f.perturbscope.onnx_graph.Tensor\"B\n\x05Value\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x04type\x18\x02 \x01(\x0b\x32\x1d.perturbscope.onnx_graph.Type\"@\n\x04Type\x12\x38\n\x0btensor_type\x18\x01 \x01(\x0b\x32#.perturbscope.onnx_graph.TensorType\"\x1f\n\nTensorType\x12\x11\n\telem_type\x18\x01 \x01(\x05')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'perturbscope.inference.onnx_graph_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODEL']._serialized_start=68
-  _globals['_MODEL']._serialized_end=182
-  _globals['_OPERATORSET']._serialized_start=184
-  _globals['_OPERATORSET']._serialized_end=230
-  _globals['_GRAPH']._serialized_start=233
-  _globals['_GRAPH']._serialized_end=401
-  _globals['_NODE']._serialized_start=404
-  _globals['_NODE']._serialized_end=543
-  _globals['_ATTRIBUTE']._serialized_start=545
-  _globals['_ATTRIBUTE']._serialized_end=663
-  _globals['_TENSOR']._serialized_start=665
-  _globals['_TENSOR']._serialized_end=761
-  _globals['_VALUE']._serialized_start=763
-  _globals['_VALUE']._serialized_end=829
-  _globals['_TYPE']._serialized_start=831
-  _globals['_TYPE']._serialized_end=895
-  _globals['_TENSORTYPE']._serialized_start=897
-  _globals['_TENSORTYPE']._serialized_end=928
+  _globals['_MODEL']._serialized_start=69
+  _globals['_MODEL']._serialized_end=295
+  _globals['_TRAINING']._serialized_start=297
+  _globals['_TRAINING']._serialized_end=414
+  _globals['_FUNCTION']._serialized_start=416
+  _globals['_FUNCTION']._serialized_end=532
+  _globals['_OPERATORSET']._serialized_start=534
+  _globals['_OPERATORSET']._serialized_end=580
+  _globals['_GRAPH']._serialized_start=583
+  _globals['_GRAPH']._serialized_end=818
+  _globals['_NODE']._serialized_start=821
+  _globals['_NODE']._serialized_end=960
+  _globals['_ATTRIBUTE']._serialized_start=963
+  _globals['_ATTRIBUTE']._serialized_end=1348
+  _globals['_TENSOR']._serialized_start=1351
+  _globals['_TENSOR']._serialized_end=1502
+  _globals['_ENTRY']._serialized_start=1504
+  _globals['_ENTRY']._serialized_end=1539
+  _globals['_SPARSETENSOR']._serialized_start=1541
+  _globals['_SPARSETENSOR']._serialized_end=1654
+  _globals['_VALUE']._serialized_start=1656
+  _globals['_VALUE']._serialized_end=1722
+  _globals['_TYPE']._serialized_start=1724
+  _globals['_TYPE']._serialized_end=1788
+  _globals['_TENSORTYPE']._serialized_start=1790
+  _globals['_TENSORTYPE']._serialized_end=1821
 # @@protoc_insertion_point(module_scope)

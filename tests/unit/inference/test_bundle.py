@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 
 from perturbscope.cells.vocabulary import GeneVocabulary
@@ -18,6 +21,7 @@ from perturbscope.errors import (
 from perturbscope.families.outputs import OutputSpec, cell_embedding
 from perturbscope.inference import bundle as bundle_module
 from perturbscope.inference.bundle import MANIFEST, Bundle, Manifest, Variant, capabilities_of, sha256
+from perturbscope.inference.external_data import external_files
 from tests.bundles import CLASSES, TINY_OUTPUTS, TINY_WIDTH, tiny_files, tiny_manifest, write_tiny_bundle
 
 
@@ -381,3 +385,131 @@ def sha256_of(content: bytes, folder: Path) -> str:
     digest = sha256(file)
     file.unlink()
     return digest
+
+
+# Weights outside a graph
+
+
+def graph_with_weights_in(location: str, *, in_attribute: bool = False) -> bytes:
+    """A graph with one tensor in a file, as an initializer or as the value of a constant in a branch."""
+    tensor = onnx.TensorProto(name="w", dims=[4], data_type=onnx.TensorProto.FLOAT)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    model = onnx.ModelProto()
+    if in_attribute:
+        branch = onnx.GraphProto(node=[onnx.helper.make_node("Constant", [], ["w"], value=tensor)])
+        model.graph.node.append(onnx.helper.make_node("If", ["c"], ["o"], then_branch=branch))
+    else:
+        model.graph.initializer.append(tensor)
+    return model.SerializeToString()
+
+
+def with_weights(path: Path, location: str, *, listed: bool = True, in_attribute: bool = False) -> Path:
+    """Write a bundle whose graph keeps a tensor in a file."""
+    manifest = tiny_manifest(
+        variants={"fp32": Variant(file="model.onnx", data=("model.onnx.data",) if listed else ())},
+    )
+    graph = graph_with_weights_in(location, in_attribute=in_attribute)
+    return Bundle.write(path, manifest, tiny_files() | {"model.onnx": graph, "model.onnx.data": bytes(16)}).path
+
+
+@pytest.mark.parametrize("in_attribute", [False, True], ids=["initializer", "constant in a branch"])
+def test_weights_in_a_listed_file(tmp_path, in_attribute):
+    bundle = Bundle.open(with_weights(tmp_path / "b", "model.onnx.data", in_attribute=in_attribute))
+    assert bundle.size() == bundle.graph().stat().st_size + 16
+    assert Manifest.from_json(bundle.manifest.to_json(), where="here") == bundle.manifest
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "sub/model.onnx.data",
+        "..",
+        ".",
+        "",
+        "..\\x",
+        "*/_ORT_MEM_ADDR_/*",
+        "./model.onnx.data",
+    ],
+)
+@pytest.mark.parametrize("in_attribute", [False, True], ids=["initializer", "constant in a branch"])
+def test_weights_elsewhere_are_refused(tmp_path, location, in_attribute):
+    with pytest.raises(CorruptBundleError, match="not a plain file name") as caught:
+        with_weights(tmp_path / "b", location, in_attribute=in_attribute)
+    assert f"keeps weights in {location!r}" in caught.value.message
+    assert contents(tmp_path) == []
+
+
+@pytest.mark.parametrize(("location", "listed"), [("vocabulary.tsv", True), ("model.onnx.data", False)])
+def test_weights_in_a_file_that_is_no_data_of_the_graph(tmp_path, location, listed):
+    with pytest.raises(CorruptBundleError, match=f"weights in '{location}', which manifest.json does not list"):
+        with_weights(tmp_path / "b", location, listed=listed)
+
+
+def test_weights_that_are_changed_missing_or_unlisted(tmp_path):
+    path = with_weights(tmp_path / "b", "model.onnx.data")
+    (path / "model.onnx.data").write_bytes(bytes(15) + b"x")
+    with pytest.raises(CorruptBundleError, match=r"model\.onnx\.data has the SHA-256"):
+        Bundle.open(path)
+    (path / "model.onnx.data").unlink()
+    with pytest.raises(CorruptBundleError, match=r"model\.onnx\.data cannot be read"):
+        Bundle.open(path)
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    edit_manifest(path, files={name: digest for name, digest in files.items() if name != "model.onnx.data"})
+    with pytest.raises(CorruptBundleError, match=r"lists no model\.onnx\.data"):
+        Bundle.open(path)
+
+
+def test_weights_behind_a_link_out_of_the_bundle(tmp_path):
+    """The link leads to the very bytes that the manifest promises; what lies elsewhere can be changed elsewhere."""
+    path = with_weights(tmp_path / "b", "model.onnx.data")
+    (path / "model.onnx.data").rename(tmp_path / "outside")
+    (path / "model.onnx.data").symlink_to(tmp_path / "outside")
+    with pytest.raises(CorruptBundleError, match=rf"is a link to {tmp_path / 'outside'}, outside the bundle"):
+        Bundle.open(path)
+
+
+def test_a_bundle_behind_a_link_is_one(tmp_path):
+    (tmp_path / "link").symlink_to(with_weights(tmp_path / "b", "model.onnx.data"))
+    assert Bundle.open(tmp_path / "link").path == tmp_path / "link"
+
+
+def test_every_place_of_a_tensor_is_searched(tmp_path):
+    """Each place that ONNX has for a tensor, found in its own descriptors, is filled once."""
+    for number, model in enumerate(tensors_everywhere()):
+        path = tmp_path / f"{number}.onnx"
+        path.write_bytes(model.SerializeToString())
+        assert external_files(path) == {"here"}, model
+    assert number > 10
+
+
+def tensors_everywhere() -> Iterator[onnx.ModelProto]:
+    """Models with one external tensor each, at every path of fields from the model to a tensor, without repetition."""
+
+    def walk(descriptor: Any, fields: tuple[str, ...], seen: frozenset[str]) -> Iterator[tuple[str, ...]]:
+        if descriptor.name == "TensorProto":
+            yield fields
+        elif descriptor.name not in seen:
+            for item in descriptor.fields:
+                if item.message_type is not None:
+                    yield from walk(item.message_type, (*fields, item.name), seen | {descriptor.name})
+
+    for fields in walk(onnx.ModelProto.DESCRIPTOR, (), frozenset()):
+        model = onnx.ModelProto()
+        place: Any = model
+        for name in fields:
+            value = getattr(place, name)
+            place = value.add() if hasattr(value, "add") else value
+        place.data_location = onnx.TensorProto.EXTERNAL
+        place.external_data.add(key="location", value="here")
+        yield model
+
+
+def test_a_file_that_names_files_and_is_no_graph(tmp_path):
+    (tmp_path / "x").write_bytes(b"\xffnot a graph, but a location")
+    with pytest.raises(CorruptBundleError, match="is not an ONNX graph"):
+        external_files(tmp_path / "x")
+    (tmp_path / "y").write_bytes(b"")
+    assert external_files(tmp_path / "y") == set()
