@@ -15,12 +15,12 @@ class ExportError(PerturbScopeError):
 
 
 class GraphError(ExportError):
-    """The graph is not fused, or holds parts that a cell embedding does not need."""
+    """The graph is not fused, or holds parts that no output needs."""
 
     code = "wrong_graph"
 
 
 class ParityError(ExportError):
-    """The embeddings of a graph differ from those of the model by more than the tolerance."""
+    """The outputs of a graph differ from those of the model by more than the tolerance."""
 
     code = "parity_missed"

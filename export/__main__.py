@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+class LayerOption(StrEnum):
+    """Layers whose states make the cell embedding."""
+
+    PENULTIMATE = "penultimate"
+    LAST = "last"
+
+
+class PoolingOption(StrEnum):
+    """Ways from the states of tokens to a cell embedding."""
+
+    MEAN = "mean"
+    CLS = "cls"
+
+
 class VariantOption(StrEnum):
     """Names of the smaller graphs."""
 
@@ -35,6 +49,13 @@ def main(
     bundle_dir: Annotated[Path, typer.Argument(help="Bundle to create.")],
     name: Annotated[str, typer.Option(help="Name under which a server offers the model.")],
     version: Annotated[str, typer.Option(help="Version of the model.")],
+    layer: Annotated[
+        LayerOption | None, typer.Option(help="Layer that makes the cell embedding; default: the checkpoint's.")
+    ] = None,
+    pooling: Annotated[
+        PoolingOption | None,
+        typer.Option(help="Cell embedding: mean over genes, or state of the start token; default: the checkpoint's."),
+    ] = None,
     variant: Annotated[
         list[VariantOption] | None, typer.Option(help="Write this smaller graph, too; may be repeated.")
     ] = None,
@@ -65,6 +86,8 @@ def main(
                 bundle_dir,
                 name=name,
                 version=version,
+                layer=layer and layer.value,
+                pooling=pooling and pooling.value,
                 variants=[item.value for item in variant or []],
                 cells=_read_cells(cells),
                 card=_read_card(card),
@@ -105,12 +128,12 @@ def _summary(bundle: Bundle) -> None:
     table = Table(title=escape(f"{bundle.model_id} in {bundle.path}"), title_justify="left")
     for heading in ("graph", "MB", "largest difference", "lowest cosine", "mean cosine"):
         table.add_column(heading, justify="left" if heading == "graph" else "right")
-    for name, variant in sorted(manifest.variants.items(), key=lambda item: item[0] != "fp32"):
+    for name in sorted(manifest.variants, key=lambda name: name != "fp32"):
         measured = manifest.parity if name == "fp32" else manifest.parity["variants"][name]
         mean = measured.get("mean_cosine")
         table.add_row(
             f"{name} (to torch)" if name == "fp32" else f"{name} (to fp32)",
-            f"{(bundle.path / variant.file).stat().st_size / 1e6:.2f}",
+            f"{bundle.size(name) / 1e6:.2f}",
             f"{measured['max_abs_difference']:.1e}",
             f"{measured['lowest_cosine']:.6f}",
             "" if mean is None else f"{mean:.6f}",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from perturbscope.cells.vocabulary import GeneVocabulary
+from perturbscope.families.outputs import OutputSpec
 from perturbscope.inference.bundle import Manifest
 
 
@@ -21,8 +24,8 @@ def model_card(manifest: Manifest, vocabulary: GeneVocabulary) -> str:
         f"- Vocabulary: {len(vocabulary.gene_ids):,} genes, hash `{manifest.vocabulary_hash[:12]}`; "
         f"{vocabulary.source}",
         f"- Licence of the weights: {manifest.licence}",
-        f"- The graph holds {parity['blocks_in_graph']} of the model's {parity['blocks_of_model']} blocks, and no "
-        "language-model head.",
+        f"- Outputs: {', '.join(_named(spec) for spec in manifest.outputs)}",
+        *_blocks(parity),
         f"- torch {parity['torch']} against ONNX Runtime {parity['onnxruntime']}: largest difference "
         f"{parity['max_abs_difference']:.2g} over {len(parity['cases'])} batches (tolerance {parity['tolerance']:g}).",
         "",
@@ -43,3 +46,16 @@ def model_card(manifest: Manifest, vocabulary: GeneVocabulary) -> str:
         ]
     training = json.dumps(manifest.training, indent=2, sort_keys=True)
     return "\n".join([*lines, "## Training", "", "```json", training, "```", ""])
+
+
+def _named(spec: OutputSpec) -> str:
+    """Describe an output."""
+    columns = f" ({', '.join(spec.names)})" if spec.names else ""
+    return f"`{spec.name}`, {spec.meaning} of width {spec.width} per {spec.per}{columns}"
+
+
+def _blocks(parity: Mapping[str, Any]) -> list[str]:
+    """Say how much of the model the graph holds, if it has blocks that can be told apart."""
+    if not parity["blocks_in_graph"]:
+        return []
+    return [f"- The graph holds {parity['blocks_in_graph']} of the model's {parity['blocks_of_model']} blocks."]

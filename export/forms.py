@@ -58,7 +58,7 @@ def standard_attention(graph: ModelProto) -> ModelProto:
         _add_to_output_bias(standard, weights, node.output[0], b_v)
         fused = True
     if not fused:
-        raise GraphError("The graph has no fused attention; build it with the fusion.")
+        raise GraphError("The graph has no fused attention. Export without fp16-flash.")
     _add_types_to_positions(nodes, weights)
     _keep(standard, nodes)
     for domain in standard.opset_import:

@@ -1,43 +1,44 @@
-"""Parity: the exported graph against the torch model, and each variant against the exported graph.
+"""Parity: the exported graph against the torch model, and each variant against the exported graph, output by output.
 
-Shapes: B cells in the batch, L tokens, H hidden.
+Shapes: B cells in the batch, L tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto
-from transformers import BertForMaskedLM
+from torch import nn
 
 from export import ParityError
-from export.graph import INPUTS
+from export.files import Batch
+from export.graph import MASK
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.vocabulary import GeneVocabulary
-from perturbscope.families.outputs import CELL_EMBEDDING
+from perturbscope.families import Family
+from perturbscope.families.outputs import CELL_EMBEDDING, Outputs, OutputSpec
+from perturbscope.families.tokens import TokenizedCells, pad
+from perturbscope.inference.encoder import Values
+from perturbscope.inference.golden import cells_of, distance
 
 LENGTHS = (1, 7, 64)
-"""Lengths, besides the longest, that are compared."""
+"""Numbers of genes, besides those of the longest cell, that are compared."""
 BATCHES = (1, 3)
 """Batch sizes that are compared."""
+_MAX_ATTENTION = 2**25
+"""Most pairs of tokens in a batch: three cells of 2,048 tokens, or two of 4,096. A graph may store a score for each,
+each head and float32: 2.4 GB with 18 heads."""
+_ROWS = 2**14
+"""Rows that are compared at a time, in float64."""
 
-Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Token ids and attention mask, both [B, L], padded on the right."""
+Runner = Callable[[Batch], Values]
+"""Function from a padded batch to outputs by name, float32: [B, width] per cell, [B, L, width] per token."""
 Advance = Callable[[], None]
 """Called after each case."""
-
-
-class Runner(Protocol):
-    """A function that embeds a batch; float32 [B, H]."""
-
-    def __call__(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], /) -> NDArray[np.float32]:
-        """Embed one batch."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +48,11 @@ class ParityCase:
     Attributes
     ----------
     batch, length
-        Padded shape of the batch; the first cell has `length` tokens, the others at most as many.
+        Padded shape of the batch.
     max_abs_difference
-        Largest absolute difference over all values.
+        Largest absolute difference over all values of all outputs.
     lowest_cosine
-        Lowest cosine over all cells.
+        Lowest cosine over all cell embeddings.
     """
 
     batch: int
@@ -60,74 +61,57 @@ class ParityCase:
     lowest_cosine: float
 
 
-def graph_runner(graph: ModelProto) -> Runner:
-    """Return a function that runs a graph in ONNX Runtime on the CPU."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-    def run(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], /) -> NDArray[np.float32]:
-        (output,) = session.run([CELL_EMBEDDING], dict(zip(INPUTS, (input_ids, attention_mask), strict=True)))
-        return np.asarray(output, dtype=np.float32)
-
-    return run
-
-
-def torch_runner(model: BertForMaskedLM) -> Runner:
-    """Return a function that embeds by definition: the mean over tokens of ``hidden_states[-2]`` of the whole model.
-
-    It shares no code with the exported module, so it also shows that leaving the last block out changes nothing.
-    """
+def torch_runner(module: nn.Module, outputs: Sequence[OutputSpec]) -> Runner:
+    """Return a function that runs a module, from inputs by name to a tuple of its outputs."""
 
     @torch.inference_mode()
-    def run(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], /) -> NDArray[np.float32]:
-        output = model.bert(
-            input_ids=torch.tensor(input_ids),
-            attention_mask=torch.tensor(attention_mask),
-            output_hidden_states=True,
-        )
-        states_BLH = output.hidden_states[-2].numpy().astype(np.float64)
-        pooled = [states[mask > 0].mean(axis=0) for states, mask in zip(states_BLH, attention_mask, strict=True)]
-        return np.stack(pooled).astype(np.float32)
+    def run(batch: Batch) -> Values:
+        values = module(**{name: torch.from_numpy(array) for name, array in batch.items()})
+        return {spec.name: value.float().numpy() for spec, value in zip(outputs, values, strict=True)}
 
     return run
 
 
-def random_cells(
-    vocabulary: GeneVocabulary, lengths: Sequence[int], *, rng: np.random.Generator
-) -> list[NDArray[np.int64]]:
-    """Make cells of the given lengths, of genes in random order, each once unless there are too few genes."""
-    genes = vocabulary.tokens.astype(np.int64)
-    return [rng.choice(genes, size=length, replace=length > len(genes)) for length in lengths]
+def random_cells(vocabulary: GeneVocabulary, n_genes: Sequence[int], *, rng: np.random.Generator) -> CountMatrix:
+    """Make cells with random counts of the given numbers of genes of a vocabulary, or of all if there are too few."""
+    known = len(vocabulary.gene_ids)
+    rows = [rng.choice(known, size=min(number, known), replace=False) for number in n_genes]
+    counts = [rng.integers(1, 1000, size=len(part)) for part in rows]
+    return cells_of(rows, counts, vocabulary.gene_ids, [float(part.sum()) for part in counts])
 
 
-def pad_right(cells: Sequence[NDArray[np.int64]], pad_token: int) -> Batch:
-    """Pad token sequences on the right to one batch."""
-    lengths = np.array([len(cell) for cell in cells])
-    mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-    ids = np.full(mask.shape, pad_token, dtype=np.int64)
-    ids[mask > 0] = np.concatenate(cells)
-    return ids, mask
+def random_batch(family: Family, n_genes: Sequence[int], *, rng: np.random.Generator) -> Batch:
+    """Make a padded batch of :func:`random_cells`."""
+    tokens = family.tokenize(random_cells(family.vocabulary, n_genes, rng=rng))
+    return pad(tokens, np.arange(len(tokens)), family.inputs)
 
 
-def parity_batches(vocabulary: GeneVocabulary, max_length: int, *, seed: int = 0) -> Iterator[Batch]:
-    """Yield batches of :data:`BATCHES` cells at :data:`LENGTHS` and `max_length`, the length of their first cell."""
+def parity_batches(family: Family, *, seed: int = 0) -> Iterator[Batch]:
+    """Yield batches of :data:`BATCHES` cells, the first with :data:`LENGTHS` genes or with as many as fit."""
     rng = np.random.default_rng(seed)
-    pad_token = vocabulary.special_tokens["<pad>"]
-    for longest in sorted({*(length for length in LENGTHS if length < max_length), max_length}):
+    longest = family.max_length
+    for first in sorted({*(length for length in LENGTHS if length < longest), longest}):
         for batch in BATCHES:
-            lengths = [longest, *rng.integers(1, longest, size=batch - 1, endpoint=True).tolist()]
-            yield pad_right(random_cells(vocabulary, lengths, rng=rng), pad_token)
+            batch = max(min(batch, _MAX_ATTENTION // first**2), 1)
+            others = rng.integers(1, first, size=batch - 1, endpoint=True)
+            yield random_batch(family, [first, *others.tolist()], rng=rng)
 
 
 def check_parity(
-    reference: Runner, exported: Runner, batches: Iterator[Batch], *, tolerance: float, advance: Advance | None = None
+    reference: Runner,
+    exported: Runner,
+    batches: Iterable[Batch],
+    *,
+    outputs: Sequence[OutputSpec],
+    tolerance: float,
+    advance: Advance | None = None,
 ) -> dict[str, Any]:
-    """Compare two ways to embed, batch by batch.
+    """Compare two ways to compute outputs, batch by batch, without padding.
 
     Returns
     -------
-    Facts for the manifest: tolerance, largest absolute difference, lowest cosine, and the cases.
+    Facts for the manifest: tolerance, largest absolute difference over all outputs, lowest cosine of the cell
+    embedding, both of each output, and the cases.
 
     Raises
     ------
@@ -135,61 +119,93 @@ def check_parity(
         A difference is above `tolerance`, or is not a number.
     """
     cases = []
-    for ids, mask in batches:
-        expected, values = reference(ids, mask), exported(ids, mask)
-        case = ParityCase(
-            batch=ids.shape[0],
-            length=ids.shape[1],
-            max_abs_difference=float(np.abs(expected - values).max()),
-            lowest_cosine=float(cosines(expected, values).min()),
-        )
-        if not case.max_abs_difference <= tolerance:
-            raise ParityError(
-                f"A batch of {case.batch} x {case.length} tokens differs by {case.max_abs_difference:.3g} between "
-                f"torch and ONNX Runtime; the tolerance is {tolerance:.3g}. Nothing was written."
+    found: dict[str, list[tuple[float, float]]] = {spec.name: [] for spec in outputs}
+    for batch in batches:
+        expected, values = (_real(run(batch), batch, outputs) for run in (reference, exported))
+        n_cells, length = batch[MASK].shape
+        for name, distances in found.items():
+            distances.append(_distance(expected[name], values[name]))
+            if not distances[-1][0] <= tolerance:
+                raise ParityError(
+                    f"{name} of a batch of {n_cells} x {length} tokens differs by {distances[-1][0]:.3g} between torch "
+                    f"and ONNX Runtime; the tolerance is {tolerance:.3g}. Nothing was written."
+                )
+        cases.append(
+            ParityCase(
+                batch=n_cells,
+                length=length,
+                max_abs_difference=max(distances[-1][0] for distances in found.values()),
+                lowest_cosine=found[CELL_EMBEDDING][-1][1],
             )
-        cases.append(case)
+        )
         if advance:
             advance()
     return {
         "tolerance": tolerance,
         "max_abs_difference": max(case.max_abs_difference for case in cases),
         "lowest_cosine": min(case.lowest_cosine for case in cases),
+        "outputs": {
+            name: {
+                "max_abs_difference": max(largest for largest, _ in distances),
+                "lowest_cosine": min(cosine for _, cosine in distances),
+            }
+            for name, distances in found.items()
+        },
         "cases": [asdict(case) for case in cases],
     }
 
 
-def compare_variant(
-    name: str,
-    fp32: NDArray[np.float32],
-    variant: NDArray[np.float32],
-    *,
-    min_cosine: float,
-) -> dict[str, float]:
-    """Compare the embeddings of a variant with those of the float32 graph, cell by cell.
+def one_by_one(run: Runner, tokens: TokenizedCells, family: Family, outputs: Sequence[OutputSpec]) -> Outputs:
+    """Compute the outputs of cells one by one, and so without padding."""
+    found = Outputs.empty(outputs, tokens.offsets)
+    for cell, length in enumerate(tokens.lengths.tolist()):
+        rows = np.array([cell])
+        batch = pad(tokens, rows, family.inputs)
+        values = _real(run(batch), batch, outputs)
+        found.put(rows, Outputs(found.specs, values, np.array([0, length])))
+    return found
+
+
+def compare_variant(name: str, fp32: Outputs, variant: Outputs, *, min_cosine: float) -> dict[str, Any]:
+    """Compare the outputs of a variant with those of the float32 graph.
 
     Cells resemble each other, so the cosine of two raw vectors is near 1 even if the differences between cells are
     lost; for `mean_centred_cosine` the mean float32 vector is subtracted from both.
 
+    Returns
+    -------
+    Cosines and the largest difference of the cell embedding, and under ``outputs`` those of the other outputs.
+
     Raises
     ------
     ParityError
-        A cosine is below `min_cosine`, or is not a number.
+        A cosine of a cell embedding is below `min_cosine`, or a value is not a number.
     """
-    raw = cosines(fp32, variant)
-    centre = fp32.mean(axis=0)
-    measured = {
+    vectors, found = fp32.cell_embedding, variant.cell_embedding
+    raw = cosines(vectors, found)
+    centre = vectors.mean(axis=0)
+    measured: dict[str, Any] = {
         "lowest_cosine": float(raw.min()),
         "mean_cosine": float(raw.mean()),
-        "mean_centred_cosine": float(cosines(fp32 - centre, variant - centre).mean()),
-        "max_abs_difference": float(np.abs(fp32 - variant).max()),
+        "mean_centred_cosine": float(cosines(vectors - centre, found - centre).mean()),
+        "max_abs_difference": float(np.abs(vectors - found).max()),
     }
     if not measured["lowest_cosine"] >= min_cosine:
         raise ParityError(
             f"A cell of the variant {name} has the cosine {measured['lowest_cosine']:.5f} to float32; "
             f"{min_cosine:g} is the least allowed. Export without this variant. Nothing was written."
         )
-    return measured
+    others = {}
+    for spec in fp32.specs:
+        if spec.name != CELL_EMBEDDING:
+            largest, lowest = _distance(fp32[spec.name], variant[spec.name])
+            if not np.isfinite(largest):
+                raise ParityError(
+                    f"The variant {name} gives values of {spec.name} that are not finite. Export without this variant. "
+                    "Nothing was written."
+                )
+            others[spec.name] = {"lowest_cosine": lowest, "max_abs_difference": largest}
+    return measured | ({"outputs": others} if others else {})
 
 
 def cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -200,3 +216,18 @@ def cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
         values: NDArray[np.float64] = (a * b).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)
     return np.minimum(values, 1.0)
+
+
+def _real(values: Values, batch: Batch, outputs: Sequence[OutputSpec]) -> dict[str, NDArray[np.float32]]:
+    """Return the outputs of a padded batch without padding: those per token end to end."""
+    is_real = batch[MASK] > 0
+    return {spec.name: values[spec.name][is_real] if spec.per == "token" else values[spec.name] for spec in outputs}
+
+
+def _distance(expected: NDArray[np.float32], found: NDArray[np.float32]) -> tuple[float, float]:
+    """Return the largest difference and the lowest cosine; NaN, which no tolerance accepts, if a value is infinite."""
+    step = len(expected) if expected.shape[1] == 1 else _ROWS
+    with np.errstate(invalid="ignore"):
+        parts = [distance(expected[at : at + step], found[at : at + step]) for at in range(0, len(expected), step)]
+    largest, lowest = np.array(parts).T
+    return float(largest.max()), float(lowest.min())

@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto
-from transformers import BertForMaskedLM
 
 from export import ExportError, graph, parity
 from export.card import model_card
-from export.forms import standard_attention
+from export.files import GraphFiles
+from export.variants import VARIANTS, VariantName
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import BundleError, InvalidParameterError
 from perturbscope.families import Family, load_family
-from perturbscope.families.outputs import CELL_EMBEDDING, cell_embedding
-from perturbscope.inference.bundle import GOLDEN, MODEL_CARD, VOCABULARY, Bundle, Manifest, Variant
+from perturbscope.families.outputs import CELL_EMBEDDING
+from perturbscope.families.tokens import TokenizedCells
+from perturbscope.inference.bundle import (
+    GOLDEN,
+    MODEL_CARD,
+    VOCABULARY,
+    Bundle,
+    Manifest,
+    Variant,
+    capabilities_of,
+)
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.encoder import Values
 from perturbscope.inference.golden_making import make_golden
-from training.checkpoint import Checkpoint, load_checkpoint
-from training.families.rank.pooling import LAYER, POOLING
+from training import families
+from training.checkpoint import CONFIG, Checkpoint, load_checkpoint
+from training.families.specs import ExportSpec
 
-VariantName = Literal["fp16", "fp16-flash", "int8"]
-VARIANTS: dict[str, Callable[[ModelProto], ModelProto]] = {
-    "fp16": graph.half_precision,
-    "fp16-flash": lambda fp32: graph.half_precision(standard_attention(fp32)),
-    "int8": graph.eight_bit,
-}
-"""Variants, with the functions that make them from the float32 graph."""
 MIN_COSINE = 0.99
 """Default of the lowest cosine between a cell of a variant and of the float32 graph."""
-_FP32_FILE = "model.onnx"
 _COMPARED_CELLS = 32
 
 Progress = Callable[[str, int, int], None]
@@ -49,6 +52,8 @@ def export_checkpoint(
     *,
     name: str,
     version: str,
+    layer: str | None = None,
+    pooling: str | None = None,
     variants: Sequence[VariantName] = (),
     cells: CountMatrix | None = None,
     card: str | None = None,
@@ -69,6 +74,9 @@ def export_checkpoint(
         Directory to create.
     name, version
         Name and version under which a server offers the model.
+    layer, pooling
+        Options of the model's configuration that make the cell embedding (of the rank family: ``penultimate`` or
+        ``last``, ``mean`` or ``cls``); by default those of the checkpoint.
     variants
         Smaller graphs beside the float32 graph.
     cells
@@ -101,77 +109,105 @@ def export_checkpoint(
     """
     path = Path(bundle)
     _check_options(path, name=name, version=version, variants=variants, tolerance=tolerance, overwrite=overwrite)
+    _refuse_published(Path(checkpoint))
     source = load_checkpoint(checkpoint)
     family = load_family(source.family, source.family_config, source.vocabulary)
-    reference = cast("BertForMaskedLM", source.model())
-    _check_length(family, reference)
-    batches = list(parity.parity_batches(source.vocabulary, family.max_length, seed=seed))
+    half = families.load(source.family)
+    chosen = {option: value for option, value in (("layer", layer), ("pooling", pooling)) if value is not None}
+    config = half.parse_config({**source.model_config, **chosen})
+    _check_length(family, config.max_length)
+    spec = half.export_spec(config, family=family)
+    batches = list(parity.parity_batches(family, seed=seed))
     steps = _Steps(2 + len(batches) + 2 * len(variants) + bool(variants), progress)
+    example = parity.random_batch(family, (3, 2), rng=np.random.default_rng(seed))
 
-    fp32 = graph.build_graph(cast("BertForMaskedLM", source.model(attention="eager")))
-    steps.done("graph")
-    run_fp32 = parity.graph_runner(fp32)
-    result = parity.check_parity(
-        parity.torch_runner(reference),
-        run_fp32,
-        iter(batches),
-        tolerance=tolerance,
-        advance=lambda: steps.done("parity"),
-    )
-    facts = graph.graph_facts(fp32)
-    result |= {
-        "torch": torch.__version__,
-        "onnxruntime": ort.__version__,
-        "blocks_in_graph": facts.blocks,
-        "blocks_of_model": reference.config.num_hidden_layers,
-    }
-    files: dict[str, Path | bytes] = {_FP32_FILE: fp32.SerializeToString()}
-    listed = {"fp32": Variant(file=_FP32_FILE)}
-    embedders = {"fp32": _embedder(family, run_fp32, reference.config.hidden_size, "fp32")}
-    if variants:
-        sequences = _compared_cells(family, source, cells, seed=seed)
-        expected = _embed(run_fp32, sequences)
-        steps.done("float32 embeddings")
-        result["compared_cells"] = {
-            "kind": "random genes" if cells is None else "real cells",
-            "n": len(sequences),
-            "shortest": min(map(len, sequences)),
-            "longest": max(map(len, sequences)),
+    with TemporaryDirectory(prefix="perturbscope-export-") as folder:
+        graphs = GraphFiles(Path(folder))
+        fp32 = graph.build_graph(source.model(**{**chosen, **spec.overrides}), spec, example)
+        facts = graph.graph_facts(fp32)
+        graphs.add("fp32", fp32)
+        del fp32
+        steps.done("graph")
+        result = parity.check_parity(
+            parity.torch_runner(spec.reference(source.model(**chosen)), spec.outputs),
+            _runner(graphs, "fp32", spec),
+            batches,
+            outputs=spec.outputs,
+            tolerance=tolerance,
+            advance=lambda: steps.done("parity"),
+        )
+        result |= {
+            "torch": torch.__version__,
+            "onnxruntime": ort.__version__,
+            "blocks_in_graph": facts.blocks,
+            "blocks_of_model": half.size(config, source.vocabulary).layers,
         }
-        result["variants"] = {}
-        for variant in variants:
-            smaller = VARIANTS[variant](fp32)
-            steps.done(f"{variant} graph")
-            run_smaller = parity.graph_runner(smaller)
-            embedders[variant] = _embedder(family, run_smaller, reference.config.hidden_size, variant)
-            embeddings = _embed(run_smaller, sequences)
-            measured = parity.compare_variant(variant, expected, embeddings, min_cosine=min_cosine)
-            steps.done(f"{variant} embeddings")
-            file = f"model.{variant}.onnx"
-            files[file] = smaller.SerializeToString()
-            listed[variant] = Variant(file=file, cosine=measured["lowest_cosine"])
-            result["variants"][variant] = measured
-    manifest = Manifest(
-        name=name,
-        version=version,
-        family=source.family,
-        family_config=source.family_config,
-        width=reference.config.hidden_size,
-        layer=LAYER,
-        pooling=POOLING,
-        vocabulary_hash=source.vocabulary.hash,
-        variants=listed,
-        parity=result,
-        training=_training(source),
-        licence=licence or str(source.provenance.get("licence", "not stated")),
-    )
-    files[VOCABULARY] = source.vocabulary.to_tsv().encode()
-    golden = make_golden(embedders, source.vocabulary, cells=cells, tolerance=tolerance, seed=seed)
-    files[GOLDEN] = golden.to_json(source.vocabulary).encode()
-    files[MODEL_CARD] = (model_card(manifest, source.vocabulary) if card is None else card).encode()
-    written = Bundle.write(path, manifest, files, overwrite=overwrite)
+        listed = {"fp32": graphs.described("fp32")}
+        if variants:
+            result |= _add_variants(
+                graphs, listed, variants, family, spec, cells, min_cosine=min_cosine, seed=seed, steps=steps
+            )
+        manifest = Manifest(
+            name=name,
+            version=version,
+            family=source.family,
+            family_config=source.family_config,
+            width=spec.outputs[0].width,
+            layer=spec.embedding.layer,
+            pooling=spec.embedding.pooling,
+            vocabulary_hash=source.vocabulary.hash,
+            variants=listed,
+            parity=result,
+            training=_training(source),
+            licence=licence or str(source.provenance.get("licence", "not stated")),
+            outputs=spec.outputs,
+            task=spec.task,
+            capabilities=capabilities_of(spec.outputs, edits=bool(family.edits)),
+        )
+        embedders = {variant: _embedder(family, graphs, variant, spec) for variant in listed}
+        golden = make_golden(embedders, source.vocabulary, cells=cells, tolerance=tolerance, seed=seed)
+        files: dict[str, Path | bytes] = {
+            **graphs.files,
+            VOCABULARY: source.vocabulary.to_tsv().encode(),
+            GOLDEN: golden.to_json(source.vocabulary).encode(),
+            MODEL_CARD: (model_card(manifest, source.vocabulary) if card is None else card).encode(),
+        }
+        written = Bundle.write(path, manifest, files, overwrite=overwrite)
     steps.done("bundle")
     return written
+
+
+def _add_variants(
+    graphs: GraphFiles,
+    listed: dict[str, Variant],
+    variants: Sequence[VariantName],
+    family: Family,
+    spec: ExportSpec,
+    cells: CountMatrix | None,
+    *,
+    min_cosine: float,
+    seed: int,
+    steps: _Steps,
+) -> dict[str, Any]:
+    """Write the variants, add them to those that are listed, and return how far they are from float32."""
+    tokens = _compared_cells(family, cells, seed=seed)
+    expected = parity.one_by_one(_runner(graphs, "fp32", spec), tokens, family, spec.outputs)
+    steps.done("float32 embeddings")
+    found: dict[str, Any] = {}
+    for variant in variants:
+        graphs.add(variant, VARIANTS[variant](graphs.load("fp32")))
+        steps.done(f"{variant} graph")
+        values = parity.one_by_one(_runner(graphs, variant, spec), tokens, family, spec.outputs)
+        found[variant] = parity.compare_variant(variant, expected, values, min_cosine=min_cosine)
+        listed[variant] = graphs.described(variant, cosine=found[variant]["lowest_cosine"])
+        steps.done(f"{variant} embeddings")
+    compared = {
+        "kind": "random genes" if cells is None else "real cells",
+        "n": len(tokens),
+        "shortest": int(tokens.lengths.min()),
+        "longest": int(tokens.lengths.max()),
+    }
+    return {"compared_cells": compared, "variants": found}
 
 
 class _Steps:
@@ -206,8 +242,21 @@ def _check_options(
         raise BundleError(f"{path} exists already. Give another directory, or allow overwriting (--overwrite).")
 
 
-def _check_length(family: Family, model: BertForMaskedLM) -> None:
-    positions = model.config.max_position_embeddings
+def _refuse_published(path: Path) -> None:
+    """Raise InvalidParameterError for a directory as transformers saves it: it has a file of a checkpoint's name."""
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(config, dict) and "format_version" not in config and {"architectures", "model_type"} & set(config):
+        raise InvalidParameterError(
+            f"{path} is a Hugging Face directory, not a checkpoint; adopt it first: python -m training adopt "
+            f"geneformer {path} CHECKPOINT. Then export CHECKPOINT.",
+            field="checkpoint",
+        )
+
+
+def _check_length(family: Family, positions: int) -> None:
     if family.max_length > positions:
         raise ExportError(
             f"The tokenizer emits up to {family.max_length} tokens, the model has {positions} positions. "
@@ -215,17 +264,14 @@ def _check_length(family: Family, model: BertForMaskedLM) -> None:
         )
 
 
-def _compared_cells(
-    family: Family, source: Checkpoint, cells: CountMatrix | None, *, seed: int
-) -> list[NDArray[np.int64]]:
-    """Return token sequences to compare variants on: of the given cells, or random ones with lengths as in cells."""
+def _compared_cells(family: Family, cells: CountMatrix | None, *, seed: int) -> TokenizedCells:
+    """Tokenize cells to compare variants on: of the given ones, or random ones with lengths as in cells."""
     rng = np.random.default_rng(seed)
     if cells is None:
         lengths = rng.integers(max(family.max_length // 10, 1), family.max_length, size=_COMPARED_CELLS, endpoint=True)
-        return parity.random_cells(source.vocabulary, lengths.tolist(), rng=rng)
+        return family.tokenize(parity.random_cells(family.vocabulary, lengths.tolist(), rng=rng))
     tokens = family.tokenize(cells)
-    sample = np.sort(rng.permutation(len(tokens))[:_COMPARED_CELLS])
-    return [tokens[int(cell)]["input_ids"].astype(np.int64) for cell in sample]
+    return tokens.take(np.sort(rng.permutation(len(tokens))[:_COMPARED_CELLS]))
 
 
 class _GraphEncoder:
@@ -233,23 +279,23 @@ class _GraphEncoder:
 
     provider = ""
 
-    def __init__(self, run: parity.Runner, width: int) -> None:
-        self._run, self.outputs = run, (cell_embedding(width),)
+    def __init__(self, graphs: GraphFiles, variant: str, spec: ExportSpec) -> None:
+        self._graphs, self._variant, self.outputs = graphs, variant, spec.outputs
 
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Values:
-        return {CELL_EMBEDDING: self._run(*(inputs[name] for name in graph.INPUTS))}
+        return self._graphs.run(self._variant, inputs, outputs)
 
     def close(self) -> None:
-        """Do nothing: the graph is freed with the process."""
+        """Do nothing: the graphs are closed with their folder."""
 
 
-def _embedder(family: Family, run: parity.Runner, width: int, variant: str) -> Embedder:
-    return Embedder(family, _GraphEncoder(run, width), model_id="", vocabulary_hash="", variant=variant)
+def _embedder(family: Family, graphs: GraphFiles, variant: str, spec: ExportSpec) -> Embedder:
+    return Embedder(family, _GraphEncoder(graphs, variant, spec), model_id="", vocabulary_hash="", variant=variant)
 
 
-def _embed(run: parity.Runner, sequences: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
-    """Embed cells one by one, and so without padding; float32 [n, H]."""
-    return np.concatenate([run(ids[None, :], np.ones((1, len(ids)), dtype=np.int64)) for ids in sequences])
+def _runner(graphs: GraphFiles, variant: str, spec: ExportSpec) -> parity.Runner:
+    names = [item.name for item in spec.outputs]
+    return lambda batch: graphs.run(variant, batch, names)
 
 
 def _training(source: Checkpoint) -> dict[str, Any]:

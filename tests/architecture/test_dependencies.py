@@ -61,6 +61,19 @@ def test_no_module_imports_what_its_folder_may_not(folder: str) -> None:
     assert wrong == []
 
 
+def test_the_exporter_knows_no_family() -> None:
+    """It takes all families through :class:`training.families.TrainingFamily`."""
+    families = {path.stem for path in (ROOT / "training" / "families").iterdir() if path.is_dir()} - {"__pycache__"}
+    assert "rank" in families
+    wrong = [
+        f"{module.relative_to(ROOT)} names training.families.{family}"
+        for module in (ROOT / "export").rglob("*.py")
+        for family in families
+        if f"training.families.{family}" in module.read_text()
+    ]
+    assert wrong == []
+
+
 def test_the_evaluation_loads_scvi_only_when_a_model_is_trained() -> None:
     assert loaded_by("import evaluation.scvi, evaluation.__main__") & LEARNING == set()
 

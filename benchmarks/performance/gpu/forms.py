@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.performance.embedding.models import BUILT, paper_weights
 from benchmarks.performance.harness import Options, table
+from perturbscope.families.outputs import CELL_EMBEDDING, cell_embedding
 from perturbscope.inference.bundle import VOCABULARY, Bundle, Variant
 from training.measure.flops import ModelSize, cell_cost
 
@@ -112,7 +113,7 @@ def projection() -> tuple[str, dict[str, Any]]:
 def form_makers() -> dict[str, Callable[[ModelProto, ModelProto], ModelProto]]:
     """Return the functions that make each form from the fused and the plain float32 graph."""
     from export.forms import standard_attention
-    from export.graph import half_precision
+    from export.variants import half_precision
 
     return {
         "fp16": lambda fused, plain: half_precision(fused),
@@ -146,13 +147,8 @@ def forms_bundle() -> Path:
     source = Bundle.open(weights.bundle)
     if path.exists() and set(FORMS) <= set(Bundle.open(path).manifest.variants):
         return path
-    import onnx
-
-    from export.graph import build_graph
-
     assert weights.checkpoint is not None
-    fused = onnx.load(source.graph())
-    plain = build_graph(eager(weights.checkpoint), fuse=False)
+    fused, plain = (cell_graph(weights.checkpoint, fuse=fuse) for fuse in (True, False))
     files: dict[str, Path | bytes] = {
         "model.onnx": fused.SerializeToString(),
         VOCABULARY: source.vocabulary.to_tsv().encode(),
@@ -162,16 +158,29 @@ def forms_bundle() -> Path:
     for name, make in form_makers().items():
         files[f"model.{name}.onnx"] = make(fused, plain).SerializeToString()
         variants[name] = Variant(file=f"model.{name}.onnx")
-    manifest = dataclasses.replace(source.manifest, name="gpu-forms", variants=variants)
+    outputs = (cell_embedding(source.manifest.width),)
+    manifest = dataclasses.replace(
+        source.manifest, name="gpu-forms", variants=variants, outputs=outputs, capabilities=("embed",)
+    )
     return Bundle.write(path, manifest, files, overwrite=True).path
 
 
-def eager(checkpoint: Path) -> Any:
-    """Load a checkpoint's model as the exporter needs it."""
+def cell_graph(checkpoint: Path, *, fuse: bool) -> ModelProto:
+    """Build the graph of a checkpoint with the cell embedding as its only output."""
+    import numpy as np
+
+    from export.graph import build_graph
+    from export.parity import random_batch
+    from perturbscope.families import load_family
+    from training import families
     from training.checkpoint import load_checkpoint
 
-    model: Any = load_checkpoint(checkpoint).model(attention="eager")
-    return model
+    found = load_checkpoint(checkpoint)
+    half = families.load(found.family)
+    family = load_family(found.family, found.family_config, found.vocabulary)
+    spec = half.export_spec(half.parse_config(found.model_config), family=family, outputs=[])
+    example = random_batch(family, (3, 2), rng=np.random.default_rng(0))
+    return build_graph(found.model(**spec.overrides), spec, example, fuse=fuse)
 
 
 def forms(options: Options) -> tuple[str, dict[str, Any]]:
@@ -179,15 +188,16 @@ def forms(options: Options) -> tuple[str, dict[str, Any]]:
     import numpy as np
     import onnx
 
+    from export.files import graph_runner
     from export.graph import graph_facts
-    from export.parity import graph_runner
 
     bundle = Bundle.open(forms_bundle())
     rng = np.random.default_rng(0)
     length = 64 if options.quick else 512
     mask = (np.arange(length) < np.array([length, length // 2, 3])[:, None]).astype(np.int64)
     ids = rng.choice(bundle.vocabulary.tokens.astype(np.int64), mask.shape) * mask
-    exact = graph_runner(onnx.load(bundle.graph()))(ids, mask)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    exact = graph_runner(bundle.graph())(batch)[CELL_EMBEDDING]
     rows, numbers = [], {}
     for name, description in FORMS.items():
         graph = onnx.load(bundle.graph(name))
@@ -195,7 +205,7 @@ def forms(options: Options) -> tuple[str, dict[str, Any]]:
         kernels = sum(n for operator, n in operators.items() if operator not in LAUNCHED)
         found: dict[str, Any] = {"operators": operators, "nodes": kernels, "shapes": _shapes(graph)}
         try:
-            found["difference"] = float(np.abs(graph_runner(graph)(ids, mask) - exact).max())
+            found["difference"] = float(np.abs(graph_runner(graph)(batch)[CELL_EMBEDDING] - exact).max())
         except Exception as error:  # noqa: BLE001  an operator without a CPU kernel, which is to be shown
             found["difference"] = None
             found["refused"] = str(error).splitlines()[0]

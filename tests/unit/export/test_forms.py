@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from export import GraphError
+from export.files import graph_runner
 from export.forms import standard_attention
-from export.graph import build_graph, graph_facts, half_precision
-from export.parity import graph_runner
-from export.pipeline import VARIANTS
-from tests.models import TINY_MODEL, small_batch, small_model
+from export.graph import graph_facts
+from export.variants import VARIANTS, half_precision
+from perturbscope.families.outputs import CELL_EMBEDDING, GENE_EMBEDDING
+from tests.models import TINY_MODEL, small_batch, small_example, small_graph, small_model
 from training.families.rank.pooling import PooledEncoder
 
 EAGER = dataclasses.replace(TINY_MODEL, attention="eager")
@@ -38,32 +39,36 @@ def fused(encoder: PooledEncoder) -> onnx.ModelProto:
     model.bert.embeddings.load_state_dict(encoder.embeddings.state_dict())
     for mine, other in zip(model.bert.encoder.layer, encoder.blocks, strict=False):
         mine.load_state_dict(other.state_dict())
-    return build_graph(model)
+    return small_graph(model)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (40,), (40, 7, 1), (3, 40)], ids=str)
 def test_equals_the_torch_module(encoder: PooledEncoder, fused: onnx.ModelProto, lengths: tuple[int, ...]) -> None:
     ids, mask = small_batch(lengths=lengths)
     with torch.inference_mode():
-        expected = encoder(ids, mask).numpy()
-    found = graph_runner(standard_attention(fused))(ids.numpy(), mask.numpy())
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+        expected, (states, _) = encoder(ids, mask).numpy(), encoder.states(ids, mask)
+    found = graph_runner(standard_attention(fused))({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    np.testing.assert_allclose(found[CELL_EMBEDDING], expected, atol=1e-5)
+    is_real = mask.numpy() > 0
+    np.testing.assert_allclose(found[GENE_EMBEDDING][is_real], states.numpy()[is_real], atol=1e-5)
 
 
 def test_padding_changes_nothing(fused: onnx.ModelProto) -> None:
     run = graph_runner(standard_attention(fused))
-    ids, mask = (tensor.numpy() for tensor in small_batch(lengths=(12, 7, 1)))
-    wide = [np.pad(array, ((0, 0), (0, 20))) for array in (ids, mask)]
-    np.testing.assert_allclose(run(*wide), run(ids, mask), atol=1e-5)
+    batch = small_example(lengths=(12, 7, 1))
+    wide = {name: np.pad(array, ((0, 0), (0, 20))) for name, array in batch.items()}
+    np.testing.assert_allclose(run(wide)[CELL_EMBEDDING], run(batch)[CELL_EMBEDDING], atol=1e-5)
 
 
 def test_half_precision_is_near(fused: onnx.ModelProto) -> None:
-    ids, mask = (tensor.numpy() for tensor in small_batch(lengths=(40, 7, 1)))
+    batch = small_example(lengths=(40, 7, 1))
     half = VARIANTS["fp16-flash"](fused)
-    expected = graph_runner(fused)(ids, mask)
-    found, other = (graph_runner(graph)(ids, mask) for graph in (half, half_precision(fused)))
-    assert 0 < np.abs(found - expected).max() < 2e-2
-    assert np.abs(found - expected).max() < 2 * np.abs(other - expected).max()
+    expected, found, other = (graph_runner(graph)(batch) for graph in (fused, half, half_precision(fused)))
+    is_real = {CELL_EMBEDDING: slice(None), GENE_EMBEDDING: batch["attention_mask"] > 0}
+    for name, real in is_real.items():
+        near, also = (np.abs(values[name] - expected[name])[real].max() for values in (found, other))
+        assert 0 < near < 3e-2
+        assert near < 2 * also
 
 
 def test_all_of_it_runs_on_a_gpu(fused: onnx.ModelProto) -> None:
@@ -83,7 +88,7 @@ def test_the_graph_that_it_is_made_from_stays_as_it_was(fused: onnx.ModelProto) 
 
 def test_it_needs_a_fused_graph() -> None:
     with pytest.raises(GraphError, match="no fused attention"):
-        standard_attention(build_graph(small_model(EAGER), fuse=False))
+        standard_attention(small_graph(fuse=False))
 
 
 def test_it_needs_the_bias_behind_attention(fused: onnx.ModelProto) -> None:

@@ -9,10 +9,11 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from export import GraphError
-from export.graph import build_graph, check_graph, eight_bit, graph_facts, half_precision
-from export.parity import graph_runner
-from tests.models import TINY_MODEL, small_batch, small_model
-from training.families.rank.pooling import PooledEncoder
+from export.files import graph_runner
+from export.graph import build_graph, check_graph, graph_facts
+from export.variants import eight_bit, half_precision
+from perturbscope.families.outputs import CELL_EMBEDDING, GENE_EMBEDDING
+from tests.models import TINY_MODEL, small_example, small_graph, small_model, small_spec
 
 EAGER = dataclasses.replace(TINY_MODEL, attention="eager")
 MATRICES = 62 * 32 + 40 * 32 + 2 * 32 + 2 * (4 * 32 * 32 + 2 * 32 * 48)
@@ -21,7 +22,7 @@ MATRICES = 62 * 32 + 40 * 32 + 2 * 32 + 2 * (4 * 32 * 32 + 2 * 32 * 48)
 
 @pytest.fixture(scope="module")
 def graph() -> onnx.ModelProto:
-    return build_graph(small_model(EAGER))
+    return small_graph()
 
 
 def weights(graph: onnx.ModelProto) -> list[np.ndarray]:
@@ -48,7 +49,7 @@ def test_no_weight_of_the_last_block_is_in_the_graph(graph: onnx.ModelProto) -> 
     assert not any(array.shape in {last.shape, last.T.shape} and np.isin(last, array).all() for array in weights(graph))
 
 
-def test_inputs_and_output(graph: onnx.ModelProto) -> None:
+def test_inputs_and_outputs(graph: onnx.ModelProto) -> None:
     def shape(value: onnx.ValueInfoProto) -> tuple[str, int, list[str | int]]:
         tensor = value.type.tensor_type
         return value.name, tensor.elem_type, [axis.dim_param or axis.dim_value for axis in tensor.shape.dim]
@@ -57,25 +58,42 @@ def test_inputs_and_output(graph: onnx.ModelProto) -> None:
         ("input_ids", TensorProto.INT64, ["batch", "length"]),
         ("attention_mask", TensorProto.INT64, ["batch", "length"]),
     ]
-    assert [shape(value) for value in graph.graph.output] == [("cell_embedding", TensorProto.FLOAT, ["batch", 32])]
-    run = graph_runner(graph)
-    ids, mask = small_batch(lengths=(5, 2))
-    assert run(ids.numpy(), mask.numpy()).shape == (2, 32)
+    assert [shape(value) for value in graph.graph.output] == [
+        ("cell_embedding", TensorProto.FLOAT, ["batch", 32]),
+        ("gene_embedding", TensorProto.FLOAT, ["batch", "length", 32]),
+    ]
+    found = graph_runner(graph)(small_example(lengths=(5, 2)))
+    assert {name: values.shape for name, values in found.items()} == {
+        "cell_embedding": (2, 32),
+        "gene_embedding": (2, 5, 32),
+    }
 
 
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("lengths", [(1,), (40,), (40, 7, 1), (3, 40)], ids=str)
 def test_equals_the_torch_module(fuse: bool, lengths: tuple[int, ...], graph: onnx.ModelProto) -> None:
     model = small_model(EAGER)
-    run = graph_runner(graph if fuse else build_graph(model, fuse=False))
-    ids, mask = small_batch(lengths=lengths)
+    run = graph_runner(graph if fuse else small_graph(model, fuse=False))
+    batch = small_example(lengths=lengths)
+    is_real = batch["attention_mask"] > 0
     with torch.inference_mode():
-        expected = PooledEncoder(model)(ids, mask).numpy()
-    np.testing.assert_allclose(run(ids.numpy(), mask.numpy()), expected, atol=1e-5)
+        cells, genes = small_spec(EAGER).module(model)(*map(torch.from_numpy, batch.values()))
+    found = run(batch)
+    np.testing.assert_allclose(found[CELL_EMBEDDING], cells.numpy(), atol=1e-5)
+    np.testing.assert_allclose(found[GENE_EMBEDDING][is_real], genes.numpy()[is_real], atol=1e-5)
+
+
+def test_a_further_output_changes_nothing_of_the_cell_embedding(graph: onnx.ModelProto) -> None:
+    """The nodes before it are the same ones, and it needs one that nothing else needs."""
+    alone = build_graph(small_model(EAGER), small_spec(EAGER, outputs=[]), small_example())
+    before, after = graph_facts(alone).operators, graph_facts(graph).operators
+    assert {name: n - before.get(name, 0) for name, n in after.items() if n != before.get(name, 0)} == {"Cast": 1}
+    batch = small_example(lengths=(40, 7, 1))
+    assert np.array_equal(graph_runner(alone)(batch)[CELL_EMBEDDING], graph_runner(graph)(batch)[CELL_EMBEDDING])
 
 
 def test_the_same_model_gives_the_same_bytes(graph: onnx.ModelProto) -> None:
-    again = build_graph(small_model(EAGER))
+    again = small_graph()
     assert again.SerializeToString() == graph.SerializeToString()
     for variant in (half_precision, eight_bit):
         assert variant(graph).SerializeToString() == variant(again).SerializeToString()
@@ -100,10 +118,12 @@ def test_variants_are_smaller_and_near(graph: onnx.ModelProto, variant, kind: in
     stored = {item.data_type for item in smaller.graph.initializer if len(item.dims) == 2 and 62 in item.dims}
     assert TensorProto.FLOAT not in stored
     assert len(stored) == 1
-    ids, mask = (tensor.numpy() for tensor in small_batch(lengths=(40, 7, 1)))
-    found, expected = graph_runner(smaller)(ids, mask), graph_runner(graph)(ids, mask)
-    assert found.dtype == np.float32
-    assert 0 < np.abs(found - expected).max() < tolerance
+    batch = small_example(lengths=(40, 7, 1))
+    found, expected = graph_runner(smaller)(batch), graph_runner(graph)(batch)
+    for name, values in found.items():
+        assert values.dtype == np.float32
+        is_real = batch["attention_mask"] > 0 if name == GENE_EMBEDDING else slice(None)
+        assert 0 < np.abs(values[is_real] - expected[name][is_real]).max() < tolerance * (1 + (name == GENE_EMBEDDING))
 
 
 def test_the_half_precision_mean_cannot_overflow() -> None:
@@ -111,14 +131,14 @@ def test_the_half_precision_mean_cannot_overflow() -> None:
     model = small_model(EAGER)
     with torch.no_grad():
         model.bert.encoder.layer[-2].output.LayerNorm.bias.fill_(3000.0)
-    graph = build_graph(model)
-    ids, mask = (tensor.numpy() for tensor in small_batch(lengths=(40,)))
-    np.testing.assert_allclose(graph_runner(half_precision(graph))(ids, mask), 3000.0, atol=10)
+    found = graph_runner(half_precision(small_graph(model)))(small_example(lengths=(40,)))
+    for values in found.values():
+        np.testing.assert_allclose(values, 3000.0, atol=10)
 
 
 def test_fusion_needs_eager_attention() -> None:
     with pytest.raises(GraphError, match=r"fused|blocks"):
-        build_graph(small_model(dataclasses.replace(TINY_MODEL, attention="sdpa")))
+        small_graph(small_model(dataclasses.replace(TINY_MODEL, attention="sdpa")))
 
 
 class TestCheckGraph:
@@ -126,7 +146,7 @@ class TestCheckGraph:
         check_graph(graph, blocks=2, matrix_elements=MATRICES, fused=True)
 
     def test_a_block_too_many(self, graph: onnx.ModelProto) -> None:
-        with pytest.raises(GraphError, match="2 transformer blocks; the embedding needs 1"):
+        with pytest.raises(GraphError, match="2 transformer blocks; its outputs need 1"):
             check_graph(graph, blocks=1, matrix_elements=MATRICES, fused=True)
 
     def test_a_vocabulary_sized_head(self, graph: onnx.ModelProto) -> None:
@@ -137,7 +157,7 @@ class TestCheckGraph:
             check_graph(larger, blocks=2, matrix_elements=MATRICES, fused=True)
 
     def test_a_graph_that_is_not_fused(self) -> None:
-        plain = build_graph(small_model(EAGER), fuse=False)
+        plain = small_graph(fuse=False)
         check_graph(plain, blocks=2, matrix_elements=MATRICES, fused=False)
         with pytest.raises(GraphError, match="could not be fused"):
             check_graph(plain, blocks=2, matrix_elements=MATRICES, fused=True)

@@ -2,20 +2,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from export import ExportError, ParityError
+from export import ExportError, ParityError, files
 from export.__main__ import app
+from export.parity import random_cells
 from export.pipeline import export_checkpoint
+from export.variants import VARIANTS
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import BundleError, CorruptBundleError, InvalidParameterError
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
+from perturbscope.inference.encoder import OnnxEncoder
 from tests.models import TINY_MODEL, small_checkpoint, small_model, small_vocabulary
+from tests.published import write_published
 from training.checkpoint import save_checkpoint
 from training.families.rank.model import build_model
 
@@ -64,6 +70,10 @@ def test_a_bundle_that_serves(checkpoint: Path, target: Path, cells: CountMatrix
     ]
     assert (manifest.family, manifest.family_config, manifest.width) == ("rank", {"max_length": 40}, 32)
     assert manifest.layer == "hidden_states[-2]"
+    assert manifest.pooling == "mean over tokens, padding excluded"
+    assert [spec.name for spec in manifest.outputs] == ["cell_embedding", "gene_embedding"]
+    assert manifest.task == "embedding"
+    assert manifest.capabilities == ("edit_tokens", "embed", "gene_embedding")
     assert manifest.licence == "Apache-2.0"
     assert manifest.training["data"] == "none"
     assert manifest.training["model_config"]["layers"] == 3
@@ -72,10 +82,13 @@ def test_a_bundle_that_serves(checkpoint: Path, target: Path, cells: CountMatrix
     assert [(case["batch"], case["length"]) for case in parity["cases"]] == [(b, n) for n in (1, 7, 40) for b in (1, 3)]
     assert 0 <= parity["max_abs_difference"] <= parity["tolerance"] == 1e-4
     assert parity["lowest_cosine"] > 0.99999
+    assert set(parity["outputs"]) == {"cell_embedding", "gene_embedding"}
+    assert max(found["max_abs_difference"] for found in parity["outputs"].values()) == parity["max_abs_difference"]
     assert (parity["blocks_in_graph"], parity["blocks_of_model"]) == (2, 3)
     for name in ("fp16", "int8"):
         assert manifest.variants[name].cosine == parity["variants"][name]["lowest_cosine"]
         assert 0.9 < manifest.variants[name].cosine <= 1
+        assert 0.9 < parity["variants"][name]["outputs"]["gene_embedding"]["lowest_cosine"] <= 1
     assert parity["variants"]["fp16"]["lowest_cosine"] > parity["variants"]["int8"]["lowest_cosine"]
 
     assert [done for _, done, _ in stages] == list(range(1, len(stages) + 1))
@@ -158,6 +171,96 @@ def test_a_tokenizer_longer_than_the_positions_is_refused(tmp_path: Path, target
         export_checkpoint(path, target, name="tiny", version="1")
 
 
+def test_weights_of_a_large_graph_lie_beside_it(
+    checkpoint: Path, target: Path, cells: CountMatrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is lowered, so that the tiny graph is a large one: its vectors and variants are the same."""
+    small = export_checkpoint(checkpoint, target, name="tiny", version="1", variants=list(VARIANTS), min_cosine=0.9)
+    monkeypatch.setattr(files, "EXTERNAL_FROM", 2**10)
+    large = export_checkpoint(
+        checkpoint, target.parent / "large", name="tiny", version="1", variants=list(VARIANTS), min_cosine=0.9
+    )
+    for name, variant in large.manifest.variants.items():
+        assert variant.data == (f"{variant.file}.data",)
+        assert variant.data[0] in large.manifest.files
+        assert large.graph(name).stat().st_size < small.graph(name).stat().st_size
+        assert abs(large.size(name) - small.size(name)) < 5_000  # each tensor begins at a multiple of 64 bytes
+        vectors = [
+            Embedder.from_bundle(bundle, variant=name, threads=1).embed(cells, outputs=["gene_embedding"])
+            for bundle in (small, large)
+        ]
+        assert np.array_equal(vectors[0].values, vectors[1].values)
+        genes = [found.outputs["gene_embedding"].values for found in vectors]
+        assert np.array_equal(genes[0], genes[1])
+    assert large.manifest.parity == small.manifest.parity
+    assert (large.path / "golden.json").read_text() == (small.path / "golden.json").read_text()
+    session = OnnxEncoder(large, threads=1)._session  # rewritten for the processor, and so given as bytes
+    assert session._model_bytes is not None
+
+
+def test_other_weights_outside_the_graph_make_another_model_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "EXTERNAL_FROM", 2**10)
+    made = []
+    for number in range(2):
+        model = small_model()
+        with torch.no_grad():
+            model.bert.embeddings.word_embeddings.weight[5] += number
+        path = save_checkpoint(
+            tmp_path / f"c{number}",
+            model=model,
+            family="rank",
+            family_config={"max_length": 40},
+            model_config=TINY_MODEL,
+            vocabulary=small_vocabulary(),
+            provenance={},
+        )
+        made.append(export_checkpoint(path, tmp_path / f"b{number}", name="t", version="1"))
+    assert made[0].graph().read_bytes() == made[1].graph().read_bytes()
+    assert made[0].model_id != made[1].model_id
+
+
+@pytest.mark.parametrize(
+    ("layer", "pooling", "named"),
+    [
+        (None, None, ("hidden_states[-2]", "mean over genes, special tokens and padding excluded")),
+        ("last", "mean", ("hidden_states[-1]", "mean over genes, special tokens and padding excluded")),
+        ("last", "cls", ("hidden_states[-1]", "state of the start token")),
+    ],
+)
+def test_layer_and_pooling(tmp_path: Path, layer: str | None, pooling: str | None, named: tuple[str, str]) -> None:
+    vocabulary = small_vocabulary(ends=True)
+    torch.manual_seed(0)
+    model: Any = build_model(TINY_MODEL, vocabulary).eval()
+    path = save_checkpoint(
+        tmp_path / "c",
+        model=model,
+        family="rank",
+        family_config={"max_length": 40, "start": "<cls>", "end": "<eos>"},
+        model_config=TINY_MODEL,
+        vocabulary=vocabulary,
+        provenance={},
+    )
+    bundle = export_checkpoint(path, tmp_path / "b", name="t", version="1", layer=layer, pooling=pooling)
+    assert (bundle.manifest.layer, bundle.manifest.pooling) == named
+    embedder = Embedder.from_bundle(bundle, threads=1)
+    cells = random_cells(vocabulary, [9, 30], rng=np.random.default_rng(0))
+    tokens = embedder.tokenize(cells)
+    found = embedder.infer(tokens, ["gene_embedding"])
+    for cell, ids in enumerate(tokens):
+        with torch.inference_mode():
+            states = model.bert(torch.from_numpy(ids["input_ids"][None].astype(np.int64)), output_hidden_states=True)
+        state = states.hidden_states[-1 if layer == "last" else -2][0]
+        expected = state[0] if pooling == "cls" else state[1:-1].mean(dim=0)
+        np.testing.assert_allclose(found.cell_embedding[cell], expected, atol=1e-5)
+        part = slice(tokens.offsets[cell], tokens.offsets[cell + 1])
+        np.testing.assert_allclose(found["gene_embedding"][part], state, atol=1e-5)
+
+
+def test_the_state_of_a_start_token_needs_one(checkpoint: Path, target: Path) -> None:
+    with pytest.raises(InvalidParameterError, match="no start token"):
+        export_checkpoint(checkpoint, target, name="t", version="1", pooling="cls")
+
+
 def test_no_checkpoint(tmp_path: Path, target: Path) -> None:
     with pytest.raises(CorruptBundleError, match="not a checkpoint"):
         export_checkpoint(tmp_path, target, name="tiny", version="1")
@@ -207,9 +310,23 @@ class TestCommandLine:
         assert "tolerance is 1e-12" in result.stderr
         assert not target.exists()
 
+    def test_published_weights_are_to_be_adopted_first(self, target: Path, tmp_path: Path) -> None:
+        directory, _ = write_published(tmp_path, "V1")
+        result = self.run(directory, target)
+        assert result.exit_code == 2
+        (line,) = [line for line in result.stderr.splitlines() if "error" in line]
+        assert f"adopt it first: python -m training adopt geneformer {directory} CHECKPOINT" in line
+        assert not target.exists()
+
+    def test_layer_and_pooling_are_in_the_manifest(self, checkpoint: Path, target: Path) -> None:
+        assert self.run(checkpoint, target, "--layer", "last", "--pooling", "mean").exit_code == 0
+        assert json.loads((target / "manifest.json").read_text())["layer"] == "hidden_states[-1]"
+
     def test_bad_usage_exits_with_2(self, checkpoint: Path, target: Path, tmp_path: Path) -> None:
         assert self.run(checkpoint, target, "--tolerance", "2").exit_code == 2
         assert self.run(checkpoint, target, "--variant", "int4").exit_code == 2
+        assert self.run(checkpoint, target, "--layer", "first").exit_code == 2
+        assert self.run(checkpoint, target, "--pooling", "cls").exit_code == 2
         assert self.run(checkpoint, target, "--card", tmp_path / "missing.md").exit_code == 2
         assert self.run(checkpoint, target, "--cells", tmp_path / "missing.h5ad").exit_code == 2
         assert not target.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from training.families import Batch
 from training.families.rank.masking import IGNORED, MaskedLM, MaskedLMRestorer, mask_batch
 from training.families.rank.model import BertModels, RankModelConfig, build_model, parse_config
 from training.families.rank.outputs import RankOutputs, RankReference, output_specs
-from training.families.rank.pooling import LAYER, POOLING, PooledEncoder
+from training.families.rank.pooling import GENE_POOLING, LAYER, POOLING, PooledEncoder
 from training.families.specs import BertFusion, Embedding, ExportSpec, ModelSize, Task
 
 __all__ = [
@@ -116,6 +117,9 @@ def export_spec(config: RankModelConfig, *, family: Family, outputs: Sequence[st
     options = _pooling(config, family)
     names = [spec.name for spec in specs]
     has_logits = any(spec.meaning == "logits" for spec in specs)
+    described = embedding(config)
+    if options["special"] and config.pooling == "mean":
+        described = replace(described, pooling=GENE_POOLING)
 
     def module(model: Any) -> nn.Module:
         return PooledEncoder(model, **options) if names == [CELL_EMBEDDING] else RankOutputs(model, names, **options)
@@ -127,7 +131,7 @@ def export_spec(config: RankModelConfig, *, family: Family, outputs: Sequence[st
         inputs=family.inputs,
         outputs=specs,
         task=_TASKS[config.head],
-        embedding=embedding(config),
+        embedding=described,
         module=module,
         reference=reference,
         overrides={"attention": "eager"},  # the fusion cannot look into fused kernels

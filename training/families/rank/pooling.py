@@ -22,6 +22,8 @@ LAYER = "hidden_states[-2]"
 """Name of the pooled state in a manifest, by default."""
 POOLING = "mean over tokens, padding excluded"
 """Name of the pooling in a manifest, by default."""
+GENE_POOLING = "mean over genes, special tokens and padding excluded"
+"""Name of the same pooling if a cell has tokens that are not genes."""
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:

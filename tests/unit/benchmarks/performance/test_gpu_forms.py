@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -12,8 +10,7 @@ from benchmarks.performance.gpu.forms import LENGTHS, form_makers, packed, proje
 from benchmarks.performance.gpu.shapes import LADDERS, _cost
 from benchmarks.performance.harness import Options
 from export.forms import standard_attention
-from export.graph import build_graph
-from tests.models import TINY_MODEL, small_model
+from tests.models import small_graph
 from training.measure.flops import ModelSize, cell_cost
 
 
@@ -36,8 +33,7 @@ def test_what_ladders_cost() -> None:
 
 
 def test_every_form_can_be_made() -> None:
-    model = small_model(dataclasses.replace(TINY_MODEL, attention="eager"))
-    fused, plain = build_graph(model), build_graph(model, fuse=False)
+    fused, plain = small_graph(), small_graph(fuse=False)
     operators = {name: {node.op_type for node in make(fused, plain).graph.node} for name, make in form_makers().items()}
     assert {"RemovePadding", "RestorePadding", "PackedAttention"} <= operators["fp16-packed"]
     assert "Softmax" in operators["fp16-plain"]
