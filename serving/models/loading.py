@@ -235,7 +235,7 @@ def estimate_bytes(path: Path, settings: Settings) -> int:
         manifest = Manifest.from_json((path / MANIFEST).read_text(encoding="utf-8"), where=str(path / MANIFEST))
         if settings.variant not in manifest.variants:
             return 0
-        graph = (path / manifest.variants[settings.variant].file).stat().st_size
+        graph = sum((path / name).stat().st_size for name in manifest.variants[settings.variant].files)
         vocabulary = (path / VOCABULARY).stat().st_size
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptBundleError(f"{path} cannot be read: {error}. Fetch the bundle again.") from error
