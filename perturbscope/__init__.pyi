@@ -11,6 +11,7 @@ from .model import Model, load
 from .scoring.control import score_perturbations
 from .scoring.pairs import compare_perturbations
 from .scoring.results import CompareResult, ScoreOptions, ScoreResult
+from .tasks.token_files import read_gene_vectors
 
 __all__ = [
     "AsyncClient",
@@ -34,6 +35,7 @@ __all__ = [
     "compare_perturbations",
     "load",
     "open_cells",
+    "read_gene_vectors",
     "score_perturbations",
 ]
 

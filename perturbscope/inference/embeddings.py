@@ -259,8 +259,13 @@ def join(parts: list[Embeddings]) -> Embeddings:
     return gather(parts, sum(map(len, parts)))
 
 
-def gather(parts: Iterable[Embeddings], n_cells: int, values: NDArray[np.float32] | None = None) -> Embeddings:
-    """Join the results of one matrix's chunks as they arrive, so that vectors are in memory only once.
+def gather(
+    parts: Iterable[Embeddings],
+    n_cells: int,
+    values: NDArray[np.float32] | None = None,
+    outputs: Mapping[str, NDArray[np.float32]] | None = None,
+) -> Embeddings:
+    """Join the results of one matrix's chunks as they arrive, so that values per cell are in memory only once.
 
     Parameters
     ----------
@@ -270,12 +275,15 @@ def gather(parts: Iterable[Embeddings], n_cells: int, values: NDArray[np.float32
         Number of cells of all parts.
     values
         Array for the vectors, float32 [n_cells, width]; None: a new one.
+    outputs
+        Arrays for other outputs per cell by name; new ones for those that are not among them.
     """
     lengths = np.empty(n_cells, dtype=np.int32)
     n_detected = np.empty(n_cells, dtype=np.int32)
     known_share = np.empty(n_cells, dtype=np.float32)
     timings: dict[str, float] = {}
-    others: dict[str, list[OutputValues]] = {}
+    per_cell = dict(outputs or {})
+    per_token: dict[str, list[OutputValues]] = {}
     first: Embeddings | None = None
     start = 0
     for part in parts:
@@ -287,7 +295,12 @@ def gather(parts: Iterable[Embeddings], n_cells: int, values: NDArray[np.float32
         for stage, seconds in part.timings.items():
             timings[stage] = timings.get(stage, 0.0) + seconds
         for name, output in part.outputs.items():
-            others.setdefault(name, []).append(output)
+            if output.offsets is None:
+                if name not in per_cell:
+                    per_cell[name] = np.empty((n_cells, output.spec.width), dtype=np.float32)
+                per_cell[name][rows] = output.values
+            else:
+                per_token.setdefault(name, []).append(output)
         start += len(part)
     assert first is not None, "no part"  # noqa: S101  our own bug: a source has cells
     assert values is not None and start == n_cells, f"{start} of {n_cells} cells"  # noqa: S101, PT018
@@ -298,18 +311,26 @@ def gather(parts: Iterable[Embeddings], n_cells: int, values: NDArray[np.float32
         n_detected=n_detected,
         known_share=known_share,
         timings=timings,
-        outputs={name: join_outputs(outputs) for name, outputs in others.items()},
+        outputs={
+            name: OutputValues(output.spec, per_cell[name]) if output.offsets is None else _join(per_token[name])
+            for name, output in first.outputs.items()
+        },
     )
 
 
 def join_outputs(parts: Sequence[OutputValues]) -> OutputValues:
     """Join the values of one output for the cells of several chunks."""
+    if parts[0].offsets is not None:
+        return _join(parts)
+    return replace(parts[0], values=np.concatenate([part.values for part in parts]))
+
+
+def _join(parts: Sequence[OutputValues]) -> OutputValues:
+    """Join the values per token of several chunks."""
     first = parts[0]
     if len(parts) == 1:
         return first
     values = np.concatenate([part.values for part in parts])
-    if first.offsets is None:
-        return replace(first, values=values)
     lengths = np.concatenate([np.diff(part.offsets) for part in parts if part.offsets is not None])
     genes = [part.genes for part in parts if part.genes is not None]
     names = first.gene_names

@@ -9,19 +9,22 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.files import atomic, write_json
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cells.readers import CellSource
 from perturbscope.errors import BundleError, InvalidParameterError, UnreadableFileError
-from perturbscope.inference.embeddings import Embeddings, gather
-from perturbscope.tasks.backends import Backend, StageProgress, count_stage
+from perturbscope.families.outputs import OutputSpec
+from perturbscope.inference.embeddings import Embeddings, OutputValues, gather
+from perturbscope.tasks.backends import Backend, CellProgress, StageProgress, count_stage, embed_parts
+from perturbscope.tasks.token_files import TokenFile
 
 CHUNK_CELLS = 512
 """Cells of one chunk, the most that an interruption can lose; enough to sort cells by length."""
@@ -63,17 +66,37 @@ class PartialRun:
         Model, input and options, as JSON. Chunks of another identity are discarded.
     notice
         Called with a sentence about the chunks of an earlier run, if there are any.
+    outputs
+        Outputs beside the cell embedding that are wanted. Their values per token go to :meth:`token_file`.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], notice: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        notice: Callable[[str], None],
+        outputs: Sequence[OutputSpec] = (),
+    ) -> None:
         self.path = path
-        self._identity = {"format": FORMAT, **identity}
+        self.outputs = tuple(outputs)
+        self._per_cell = [spec for spec in outputs if spec.per == "cell"]
+        self._per_token = [spec for spec in outputs if spec.per == "token"]
+        self._identity = {"format": FORMAT, **identity, **_identity_of(self.outputs)}
         self._notice = notice
 
     @property
     def staging(self) -> Path:
         """Path at which the output is written, before it is moved to its name."""
         return self.path / "out.h5ad"
+
+    def token_file(self, name: str) -> Path:
+        """Path at which the Arrow file of an output per token is written; see :class:`TokenFile`."""
+        return self.path / f"{name}.arrow"
+
+    def written(self) -> int:
+        """Return the bytes of values per token that an earlier run has left."""
+        files = [self.token_file(spec.name) for spec in self._per_token]
+        return sum(file.stat().st_size for file in files if file.exists())
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -113,7 +136,8 @@ class PartialRun:
         earlier = _read_json(state)
         chunks = self._chunks()
         if chunks and earlier != self._identity:
-            changed = sorted(key for key in self._identity if (earlier or {}).get(key) != self._identity[key])
+            keys = {*self._identity, *(earlier or {})}
+            changed = sorted(key for key in keys if (earlier or {}).get(key) != self._identity.get(key))
             self._notice(
                 f"The {len(chunks)} chunks in {self.path} were made with another {', '.join(changed)}; "
                 "they are discarded."
@@ -121,7 +145,7 @@ class PartialRun:
         elif chunks:
             self._notice(f"Continuing an interrupted run: {len(chunks)} chunks are in {self.path}.")
         if earlier != self._identity:
-            for item in [*chunks, self.path / _MODEL]:
+            for item in [*chunks, self.path / _MODEL, *self.path.glob("*.arrow")]:
                 item.unlink(missing_ok=True)
             write_json(state, self._identity)
 
@@ -135,21 +159,50 @@ class PartialRun:
         ------
         BundleError
             The chunks were made with another model: a server has changed it meanwhile.
+        InvalidParameterError
+            The disk is full.
         """
         advance = count_stage("embed", source.n_cells, progress)
         starts = range(0, source.n_cells, source.chunk_cells)
         sizes = [self._n_cells(source, start) for start in starts]
-        todo = [number for number, size in enumerate(sizes) if self._load(number, size) is None]
-        if advance:
-            advance(source.n_cells - sum(sizes[number] for number in todo))
-        for run in _runs(todo):
-            chunks = (source.rows(starts[number], starts[number] + source.chunk_cells) for number in run)
-            for number, found in zip(run, backend.embed_stream(chunks, progress=advance), strict=True):
-                self._check_model(found)
-                self._save(number, found)
+        with ExitStack() as opened:
+            files = {
+                spec.name: opened.enter_context(TokenFile(self.token_file(spec.name), spec, self._about(), sizes))
+                for spec in self._per_token
+            }
+            whole = min((file.n_chunks for file in files.values()), default=len(sizes))
+            todo = [number for number, size in enumerate(sizes) if number >= whole or self._load(number, size) is None]
+            if advance:
+                advance(source.n_cells - sum(sizes[number] for number in todo))
+            for run in _runs(todo):
+                chunks = (source.rows(starts[number], starts[number] + source.chunk_cells) for number in run)
+                for number, found in zip(run, self._found(backend, chunks, advance), strict=True):
+                    self._check_model(found)
+                    for name, file in files.items():
+                        # Of a chunk whose values per cell are damaged, those per token may be there.
+                        if number == file.n_chunks:
+                            rows = slice(starts[number], starts[number] + sizes[number])
+                            file.append(source.cell_ids[rows], found.outputs[name])
+                    self._save(number, found)
+            for file in files.values():
+                file.finish()
         parts = (self._result(number, source, start) for number, start in enumerate(starts))
         width = self._result(0, source, 0).values.shape[1]
-        return gather(parts, source.n_cells, _mapped(self.path / _VALUES, source.n_cells, width))
+        values = _mapped(self.path / _VALUES, source.n_cells, width)
+        others = {
+            spec.name: _mapped(self.path / f"{spec.name}.f32", source.n_cells, spec.width) for spec in self._per_cell
+        }
+        return gather(parts, source.n_cells, values, others)
+
+    def _found(
+        self, backend: Backend, chunks: Iterator[CountMatrix], advance: CellProgress | None
+    ) -> Iterator[Embeddings]:
+        names = [spec.name for spec in self.outputs] or None
+        return embed_parts(chunks, backend, outputs=names, progress=advance)
+
+    def _about(self) -> dict[str, Any]:
+        """Return the facts about the model in the metadata of a file of values per token."""
+        return {key: self._identity[key] for key in ("model", "version") if key in self._identity}
 
     @staticmethod
     def _n_cells(source: CellSource, start: int) -> int:
@@ -170,6 +223,7 @@ class PartialRun:
             model["model_id"],
             model["vocabulary_hash"],
             variant=model.get("variant"),
+            outputs={spec.name: OutputValues(spec, rows[spec.name]) for spec in self._per_cell},
         )
 
     def _check_model(self, found: Embeddings) -> None:
@@ -199,12 +253,14 @@ class PartialRun:
             width = rows["values"].shape[1]
         except (OSError, ValueError, EOFError, LookupError):
             return None
-        return rows if len(rows) == n_cells and rows.dtype == _row_type(width) else None
+        return rows if len(rows) == n_cells and rows.dtype == _row_type(width, self._per_cell) else None
 
     def _save(self, number: int, found: Embeddings) -> None:
-        rows = np.empty(len(found), dtype=_row_type(found.values.shape[1]))
+        rows = np.empty(len(found), dtype=_row_type(found.values.shape[1], self._per_cell))
         for name in ("values", "lengths", "n_detected", "known_share"):
             rows[name] = getattr(found, name)
+        for spec in self._per_cell:
+            rows[spec.name] = found.outputs[spec.name].values
         with atomic(self._chunk(number)) as staging:
             np.save(staging, rows, allow_pickle=False)
 
@@ -225,8 +281,19 @@ def _mapped(path: Path, n_cells: int, width: int) -> NDArray[np.float32]:
         return np.asarray(np.memmap(file, dtype=np.float32, mode="r+", shape=(n_cells, width)))
 
 
-def _row_type(width: int) -> np.dtype[Any]:
-    return np.dtype([("values", "<f4", (width,)), ("lengths", "<i4"), ("n_detected", "<i4"), ("known_share", "<f4")])
+def _row_type(width: int, outputs: Sequence[OutputSpec]) -> np.dtype[Any]:
+    own = [("values", "<f4", (width,)), ("lengths", "<i4"), ("n_detected", "<i4"), ("known_share", "<f4")]
+    return np.dtype([*own, *((spec.name, "<f4", (spec.width,)) for spec in outputs)])
+
+
+def _identity_of(outputs: Sequence[OutputSpec]) -> dict[str, Any]:
+    """Return what the identity of a run with other outputs than the cell embedding has beside that of one without."""
+    if not outputs:
+        return {}
+    import pyarrow as pa
+
+    # Bytes of an Arrow file are continued only by the version that wrote them.
+    return {"outputs": [spec.name for spec in outputs], "pyarrow": pa.__version__}
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

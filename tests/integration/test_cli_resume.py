@@ -25,13 +25,13 @@ from pathlib import Path
 from perturbscope.cli.app import run
 from perturbscope.inference.embedder import Embedder
 signal.signal(signal.SIGINT, signal.default_int_handler)
-quick = Embedder.embed_tokens
-def waiting(self, tokens, progress=None):
+quick = Embedder.infer
+def waiting(self, tokens, outputs=None, progress=None):
     chunks = Path("out.h5ad.partial")
     while len(list(chunks.glob("chunk-*.npy"))) >= int(sys.argv[1]) and not Path("go").exists():
         time.sleep(0.01)
-    return quick(self, tokens, progress)
-Embedder.embed_tokens = waiting
+    return quick(self, tokens, outputs, progress)
+Embedder.infer = waiting
 sys.exit(run(sys.argv[2:]))
 """
 
@@ -59,9 +59,9 @@ def start(folder: Path, number: int, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def kill_after_chunks(folder: Path, number: int, how: signal.Signals) -> set[str]:
+def kill_after_chunks(folder: Path, number: int, how: signal.Signals, *more: str) -> set[str]:
     """Start a run, kill it after `number` chunks, and return the names of all its chunks."""
-    process = start(folder, number, *embed())
+    process = start(folder, number, *embed(*more))
     deadline = time.monotonic() + 60
     while len(list((folder / "out.h5ad.partial").glob("chunk-*.npy"))) < number:
         assert process.poll() is None, process.communicate()
@@ -186,3 +186,67 @@ def test_a_server_that_changes_its_model_stops_the_run(folder: Path, capfd: pyte
     assert run(embed()) == 2
     assert "The model changed during the run, from older-1.0" in capfd.readouterr().err
     assert not (folder / "out.h5ad").exists()
+
+
+OUTPUTS = ["--output", "gene_embedding", "--output", "cell_logits", "--output", "gene_value"]
+ARROWS = ["out.h5ad.gene_embedding.arrow", "out.h5ad.gene_value.arrow"]
+
+
+@pytest.fixture
+def versatile(folder: Path, outputs_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, with the bundle that has several outputs."""
+    monkeypatch.setenv("PERTURBSCOPE_BUNDLE", str(outputs_bundle))
+    return folder
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ["out.h5ad", *ARROWS]}
+
+
+def test_values_of_genes_survive_a_kill(versatile: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(embed(*OUTPUTS)) == 0
+    wanted = results(versatile)
+    for name in wanted:
+        (versatile / name).unlink()
+    kill_after_chunks(versatile, 2, signal.SIGKILL, *OUTPUTS)
+    partial = versatile / "out.h5ad.partial"
+    begun = {name: (partial / name).read_bytes() for name in ("gene_embedding.arrow", "gene_value.arrow")}
+    kept = kill_after_chunks(versatile, 5, signal.SIGINT, *OUTPUTS)
+    assert len(kept) == 5
+    for name, content in begun.items():  # taken over, not made again
+        assert len(content) < (partial / name).stat().st_size
+        assert (partial / name).read_bytes().startswith(content)
+    assert not any((versatile / name).exists() for name in wanted)
+    assert run(embed(*OUTPUTS)) == 0
+    assert "Continuing an interrupted run: 5 chunks" in capfd.readouterr().err
+    assert results(versatile) == wanted
+    assert not partial.exists()
+
+
+def test_damage_to_any_part_costs_only_that_part(versatile: Path) -> None:
+    assert run(embed(*OUTPUTS)) == 0
+    wanted = results(versatile)
+    kill_after_chunks(versatile, 5, signal.SIGKILL, *OUTPUTS)
+    partial = versatile / "out.h5ad.partial"
+    # Chunk 1 lost its values per cell; one file ends inside of chunk 3, the other is gone.
+    (partial / "chunk-000001.npy").write_bytes(b"not an array")
+    with (partial / "gene_embedding.arrow").open("r+b") as file:
+        file.truncate((partial / "gene_embedding.arrow").stat().st_size * 7 // 10)
+    (partial / "gene_value.arrow").unlink()
+    assert run(embed(*OUTPUTS)) == 0
+    assert results(versatile) == wanted
+
+
+def test_chunks_with_other_outputs_are_not_mixed(versatile: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kill_after_chunks(versatile, 2, signal.SIGKILL)
+    assert run(embed("--output", "gene_embedding")) == 0
+    assert "made with another outputs, pyarrow; they are discarded" in capfd.readouterr().err
+    kill_after_chunks(versatile, 2, signal.SIGKILL, "--output", "gene_embedding")
+    (versatile / "out.h5ad").unlink()
+    assert run(embed("--output", "cell_logits")) == 0
+    assert "made with another outputs; they are discarded" in capfd.readouterr().err
+    kill_after_chunks(versatile, 2, signal.SIGKILL, "--output", "gene_embedding")
+    (versatile / "out.h5ad").unlink()
+    assert run(embed()) == 0
+    assert "made with another outputs, pyarrow; they are discarded" in capfd.readouterr().err
+    assert list(ad.read_h5ad("out.h5ad").obsm) == ["X_pca", "X_perturbscope"]
