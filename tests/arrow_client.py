@@ -13,8 +13,9 @@ import pyarrow as pa
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, ServerError, from_code
 from perturbscope.protocol import checks as check
-from perturbscope.protocol.arrow import count_columns, plain, vectors_from
+from perturbscope.protocol.arrow import count_columns, outputs_from, plain, vectors_from
 from perturbscope.protocol.arrow_ipc import END, FAILURES, KEY
+from perturbscope.protocol.outputs import spec_from_dict, spec_to_dict
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamEnd, StreamOpened, StreamStart
 from perturbscope.protocol.tables import embeddings_of, meta_from_dict
 
@@ -23,7 +24,12 @@ _LIMITS = ("width", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes")
 
 def stream_request_to_arrow(start: StreamStart, chunks: Iterable[CountMatrix]) -> Iterator[bytes]:
     """Yield the bytes of a request: the schema, one piece a chunk, and the end-of-stream mark."""
-    meta = {"gene_ids": start.gene_ids.tolist(), "model": start.model, "first_row": start.first_row}
+    meta = {
+        "gene_ids": start.gene_ids.tolist(),
+        "model": start.model,
+        "first_row": start.first_row,
+        "outputs": start.outputs,
+    }
     for number, cells in enumerate(chunks):
         batch = pa.record_batch(count_columns(cells))
         if number == 0:
@@ -82,6 +88,7 @@ def _opened_from(metadata: Any) -> StreamOpened:
         vocabulary_hash=meta.vocabulary_hash,
         coverage=meta.coverage,
         variant=meta.variant,
+        outputs=tuple(map(spec_from_dict, said.get("outputs", []))),
         **{name: check.integer(said.get(name), name) for name in _LIMITS},
     )
 
@@ -93,5 +100,6 @@ def _chunk_from(batch: pa.RecordBatch, said: Mapping[str, Any], opened: StreamOp
         replace(opened.meta, timings=meta.timings),
         vectors_from(table).copy(),
         *(plain(table, name) for name in ("length", "n_detected", "known_share")),
+        outputs_from(table, list(map(spec_to_dict, opened.outputs))),
     )
     return StreamChunk(first_row=int(plain(table, "row")[0]), embeddings=found)

@@ -77,7 +77,11 @@ class SyncBase(Conversations):
             return lambda *values, **fields: self._hold(conversation(*values, **fields))
 
     def embed_stream(
-        self, chunks: Iterable[CountMatrix], *, progress: Callable[[int], None] | None = None
+        self,
+        chunks: Iterable[CountMatrix],
+        *,
+        outputs: Sequence[str] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> Iterator[Embeddings]:
         """Embed any number of cells, one result a chunk, in order and in bounded memory.
 
@@ -89,6 +93,8 @@ class SyncBase(Conversations):
         ----------
         chunks
             Cells; all chunks have the same genes. Rows are numbered from the `first_row` of the first chunk.
+        outputs
+            Names of outputs that are wanted beside the cell embedding.
         progress
             Called with the number of cells of each part.
 
@@ -99,7 +105,7 @@ class SyncBase(Conversations):
         UnknownModelError, ServerError
             The server has replaced its model.
         """
-        flight, source = self._flight(), iter(chunks)
+        flight, source = self._flight(outputs), iter(chunks)
         waiting: deque[Later[Embeddings]] = deque()
         while True:
             for part in fill(flight, source):
@@ -173,10 +179,11 @@ class AsyncBase(Conversations):
         self,
         chunks: Iterable[CountMatrix] | AsyncIterable[CountMatrix],
         *,
+        outputs: Sequence[str] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> AsyncIterator[Embeddings]:
         """See :meth:`Client.embed_stream`; `chunks` may be either kind of iterable."""
-        flight, source = self._flight(), each(chunks)
+        flight, source = self._flight(outputs), each(chunks)
         waiting: deque[asyncio.Task[Embeddings]] = deque()
         try:
             while True:

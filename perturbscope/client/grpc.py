@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -129,10 +129,14 @@ class GrpcClient(_OverGrpc, SyncBase):
         return grpc_answer(request, reply)
 
     def embed_stream(
-        self, chunks: Iterable[CountMatrix], *, progress: Callable[[int], None] | None = None
+        self,
+        chunks: Iterable[CountMatrix],
+        *,
+        outputs: Sequence[str] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> Iterator[Embeddings]:
         """Embed a stream like :meth:`SyncBase.embed_stream`, in one call with messages in both directions."""
-        flight, source, call = self._flight(), iter(chunks), self._stream()
+        flight, source, call = self._flight(outputs), iter(chunks), self._stream()
         while not flight.done:
             try:
                 yield from call.results(flight, source, progress)
@@ -160,10 +164,11 @@ class AsyncGrpcClient(_OverGrpc, AsyncBase):
         self,
         chunks: Iterable[CountMatrix] | AsyncIterable[CountMatrix],
         *,
+        outputs: Sequence[str] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> AsyncIterator[Embeddings]:
         """See :meth:`GrpcClient.embed_stream`; `chunks` may be either kind of iterable."""
-        flight, source, call = self._flight(), each(chunks), self._stream()
+        flight, source, call = self._flight(outputs), each(chunks), self._stream()
         while not flight.done:
             try:
                 async with contextlib.aclosing(call.results_async(flight, source, progress)) as results:

@@ -59,8 +59,9 @@ class Conversations:
         self._chunks = chunks or ChunkLimits()
         self._rng = np.random.default_rng(seed)
 
-    def _flight(self) -> Flight:
-        return Flight(model=self.model, limits=self._chunks, policy=self._policy, rng=self._rng)
+    def _flight(self, outputs: Sequence[str] | None) -> Flight:
+        names = None if outputs is None else texts(list(outputs), "outputs")
+        return Flight(model=self.model, outputs=names, limits=self._chunks, policy=self._policy, rng=self._rng)
 
     def _ask(self, request: Request, *, progress: Callable[[int], None] | None = None) -> Conversation[Answer]:
         """Ask a request of any operation; one that is answered cell by cell is divided into chunks.
@@ -114,10 +115,18 @@ class Conversations:
         return expect(answer, ModelsAnswer).models
 
     def _embed_cells(
-        self, cells: CountMatrix, *, progress: Callable[[int], None] | None = None
+        self,
+        cells: CountMatrix,
+        *,
+        outputs: Sequence[str] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> Conversation[Embeddings]:
-        """Embed cells, in chunks that the server takes; `progress` is told the number of cells of each chunk."""
-        return expect((yield from self._ask(EmbedRequest(cells=cells), progress=progress)), Embeddings)
+        """Embed cells, in chunks that the server takes; `progress` is told the number of cells of each chunk.
+
+        `outputs` names outputs that are wanted beside the cell embedding; :class:`ModelInfo` lists those of a model.
+        """
+        names = None if outputs is None else texts(list(outputs), "outputs")
+        return expect((yield from self._ask(EmbedRequest(cells=cells, outputs=names), progress=progress)), Embeddings)
 
     def _score(
         self,

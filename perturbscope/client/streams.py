@@ -67,11 +67,20 @@ class Flight:
         Most cells and counts of a part, and most parts in flight.
     policy, rng
         When to try again.
+    outputs
+        Names of outputs that are wanted beside the cell embedding.
     """
 
     def __init__(
-        self, *, model: str | None, limits: ChunkLimits, policy: RetryPolicy, rng: np.random.Generator
+        self,
+        *,
+        model: str | None,
+        limits: ChunkLimits,
+        policy: RetryPolicy,
+        rng: np.random.Generator,
+        outputs: tuple[str, ...] | None = None,
     ) -> None:
+        self._outputs = outputs
         self._model, self._limits, self._policy, self._rng = model, limits, policy, rng
         self._most = limits.cells
         self._chunks: deque[_Chunk] = deque()
@@ -172,6 +181,7 @@ class Flight:
             gene_ids=head.cells.gene_ids,
             model=self._maker[0] if self._maker else self._model,
             first_row=head.cells.first_row + head.answered,
+            outputs=self._outputs,
         )
 
     def retry(self, failure: Failure) -> Pause:
@@ -203,7 +213,7 @@ class Flight:
 
     def ask(self, part: CountMatrix) -> Conversation[Embeddings]:
         """Embed one part by requests of its own."""
-        request = EmbedRequest(cells=part, model=self._model)
+        request = EmbedRequest(cells=part, model=self._model, outputs=self._outputs)
         embedding = InChunks(EMBED, request, self._policy, self._rng, self._most)
         answer = yield from embedding.chunk(0, len(part))
         self._most = min(self._most, embedding.most)

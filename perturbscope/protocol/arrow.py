@@ -14,14 +14,18 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, MalformedMatrixError
+from perturbscope.inference.embeddings import OutputValues
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.arrow_ipc import read_stream, write_stream
 from perturbscope.protocol.fields import PER_ROW, SILENT, Field, Kind
+from perturbscope.protocol.outputs import genes_of, output_of, spec_from_dict, spec_to_dict
 from perturbscope.protocol.tables import form_of, meta_from_dict, meta_to_dict, rows_of, table_of
 
 T = TypeVar("T")
 COUNTS = ("indices", "counts", "total_counts")
 """Columns of cells."""
+OUTPUT, GENES = "outputs.", "gene_ids"
+"""Beginning of the name of an output's column, and the column of the genes behind outputs per token."""
 OF_CELLS = ("gene_ids", "first_row")
 """Names in the metadata that belong to cells."""
 _NOT_INSIDE: frozenset[Kind] = PER_ROW | {"cells"}
@@ -87,6 +91,8 @@ def answer_from_arrow(kind: type[T], body: bytes) -> T:
             found[item.name] = table_of(table.to_pylist(), item.columns)
         elif item.kind == "meta":
             found[item.name] = meta_from_dict(metadata)
+        elif item.kind == "outputs":
+            found[item.name] = outputs_from(table, metadata.get(item.name) or [])
         elif item.kind in _COLUMNS:
             if item.required or item.column in table.column_names:
                 found[item.name] = _COLUMNS[item.kind](table, item)
@@ -116,6 +122,9 @@ def _to_arrow(message: Any) -> bytes:
             }
         elif item.kind == "meta":
             meta |= meta_to_dict(value)
+        elif item.kind == "outputs":
+            columns |= output_columns(value)
+            meta[item.name] = [spec_to_dict(output.spec) for output in value.values()]
         elif item.kind in PER_ROW:
             columns[item.column] = vectors(value) if item.kind == "vectors" else _plain_column(value, item)
         else:
@@ -135,7 +144,7 @@ def _plain_column(values: Any, item: Field) -> Any:
 def count_columns(cells: CountMatrix) -> dict[str, Any]:
     """Return the columns of cells; :func:`counts_from` reads them."""
     indptr = cells.counts.indptr
-    kind, offsets = (pa.ListArray, np.int32) if indptr[-1] < 2**31 else (pa.LargeListArray, np.int64)
+    kind, offsets = _list_kind(int(indptr[-1]))
     starts = pa.array(indptr.astype(offsets))
     return {
         "indices": kind.from_arrays(starts, pa.array(cells.counts.indices)),
@@ -182,15 +191,23 @@ def plain(table: pa.Table, name: str) -> NDArray[Any]:
 
 def _ragged(table: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Return the starts and the values of a column of lists of numbers."""
+    starts, values = _lists(table, name, "lists of numbers", _is_number)
+    return starts, values.to_numpy(zero_copy_only=False)
+
+
+def _lists(
+    table: pa.Table, name: str, what: str = "lists", fits: Callable[[pa.DataType], bool] = bool
+) -> tuple[NDArray[np.int64], Any]:
+    """Return the starts and the values of a column of lists, after checking that no list has a null."""
     column = _column(table, name)
     kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not _is_number(kind.value_type):
-        raise MalformedMatrixError(f"The column {name!r} has type {kind}; lists of numbers are needed.", field=name)
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not fits(kind.value_type):
+        raise MalformedMatrixError(f"The column {name!r} has type {kind}; {what} are needed.", field=name)
     values = column.flatten()
     if values.null_count:
         raise MalformedMatrixError(f"The column {name!r} has {values.null_count} nulls in its lists.", field=name)
     starts = column.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
-    return starts - starts[0], values.to_numpy(zero_copy_only=False)
+    return starts - starts[0], values
 
 
 def _cells_from(table: pa.Table, meta: Mapping[str, Any]) -> CountMatrix:
@@ -245,6 +262,58 @@ def _labels(table: pa.Table, name: str) -> tuple[str, ...]:
         raise InvalidParameterError(f"The column {name!r} has type {column.type}; strings are needed.", field=name)
     names = check.texts(column.to_pylist(), name)
     return names if codes is None else tuple(names[code] for code in codes)
+
+
+def output_columns(outputs: Mapping[str, OutputValues]) -> dict[str, Any]:
+    """Return the columns of outputs beside the cell embedding; :func:`outputs_from` reads them.
+
+    An output per cell is the column ``outputs.<name>`` of vectors. One per token is a column of lists of vectors, one
+    for each gene that the model read; ``gene_ids`` has their names, the same for all such outputs.
+    """
+    columns: dict[str, Any] = {}
+    for name, output in outputs.items():
+        rows = vectors(output.values)
+        if output.offsets is not None:
+            kind, offsets = _list_kind(int(output.offsets[-1]))
+            starts = pa.array(output.offsets.astype(offsets))
+            rows = kind.from_arrays(starts, rows)
+            names, codes = genes_of(output)
+            genes = pa.DictionaryArray.from_arrays(codes, pa.array(names, pa.string()))
+            columns[GENES] = kind.from_arrays(starts, genes)
+        columns[OUTPUT + name] = rows
+    return columns
+
+
+def _list_kind(n_values: int) -> tuple[Any, Any]:
+    return (pa.ListArray, np.int32) if n_values < 2**31 else (pa.LargeListArray, np.int64)
+
+
+def outputs_from(table: pa.Table, specs: Any) -> dict[str, OutputValues]:
+    """Return the outputs of an answer, whose descriptions are in its metadata. Raises errors that name the field."""
+    if not isinstance(specs, list):
+        raise InvalidParameterError("outputs must be a list of descriptions.", field="outputs")
+    found = {}
+    for spec in map(spec_from_dict, specs):
+        column = OUTPUT + spec.name
+        if spec.per == "cell":
+            found[spec.name] = output_of(spec, vectors_from(table, column).copy(), table.num_rows)
+            continue
+        starts, rows = _lists(table, column)
+        starts_of_genes, genes = _lists(table, GENES)
+        if not pa.types.is_fixed_size_list(rows.type) or not pa.types.is_dictionary(genes.type):
+            raise InvalidParameterError(f"The column {column!r} has the type {rows.type}.", field="outputs")
+        values = rows.flatten()
+        if rows.null_count or values.null_count or genes.null_count or not np.array_equal(starts, starts_of_genes):
+            raise InvalidParameterError(f"The column {column!r} has nulls, or does not fit gene_ids.", field="outputs")
+        found[spec.name] = output_of(
+            spec,
+            values.to_numpy(zero_copy_only=False).reshape(-1, rows.type.list_size).copy(),
+            table.num_rows,
+            offsets=starts,
+            genes=genes.indices.to_numpy(zero_copy_only=False).copy(),
+            gene_names=check.texts(genes.dictionary.to_pylist(), GENES),
+        )
+    return found
 
 
 def _numbers(table: pa.Table, item: Field) -> NDArray[Any]:

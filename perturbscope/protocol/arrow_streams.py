@@ -2,15 +2,17 @@
 
 The request is the Arrow form of an embed request (:func:`perturbscope.protocol.request_to_arrow`) in as many
 record batches as the caller likes: columns ``indices, counts`` and perhaps ``total_counts``, one row a cell, and in the
-schema's metadata, under ``perturbscope``, the JSON object ``{"gene_ids", "model", "first_row"}``. The length of a
-request is unbounded, that of a batch is bounded, and batches are not compressed.
+schema's metadata, under ``perturbscope``, the JSON object ``{"gene_ids", "model", "first_row", "outputs"}``. The length
+of a request is unbounded, that of a batch is bounded, and batches are not compressed.
 
 The answer has one batch for each of the request, in order, with the columns ``row, embedding, length, n_detected,
-known_share``. ``row`` is the number of the cell, counted from ``first_row`` on. All other information is JSON, again
-under ``perturbscope``:
+known_share``, and those of the outputs that were asked for (:func:`perturbscope.protocol.arrow.output_columns`).
+``row`` is the number of the cell, counted from ``first_row`` on. All other information is JSON, again under
+``perturbscope``:
 
 - in the schema's metadata, the model behind the vectors: ``{"model_id", "vocabulary_hash", "coverage", "variant",
-  "width", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes"}``;
+  "width", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes"}``, and with outputs their descriptions,
+  ``"outputs"``;
 - in a batch's own metadata, ``{"timings"}``;
 - in the metadata of a last batch without rows, ``{"end": {"n_cells", "warnings", "timings", ...}}``.
 
@@ -38,9 +40,10 @@ from perturbscope.errors import (
     PerturbScopeError,
     UnreadableFileError,
 )
-from perturbscope.inference.embeddings import Embeddings
+from perturbscope.families.outputs import OutputSpec
+from perturbscope.inference.embeddings import Embeddings, OutputValues
 from perturbscope.protocol import checks as check
-from perturbscope.protocol.arrow import COUNTS, counts_from, expect_columns, vectors
+from perturbscope.protocol.arrow import COUNTS, counts_from, expect_columns, output_columns, vectors
 from perturbscope.protocol.arrow_ipc import (
     END,
     FAILURES,
@@ -52,6 +55,7 @@ from perturbscope.protocol.arrow_ipc import (
     message_kind,
     refuse_compressed,
 )
+from perturbscope.protocol.outputs import spec_to_dict
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamEnd, StreamOpened, StreamStart, stream_start
 from perturbscope.protocol.tables import meta_to_dict
 
@@ -125,9 +129,9 @@ class StreamRequestReader:
             if name not in schema.names:
                 raise MalformedMatrixError(f"The column {name!r} is missing.", field=name)
         parsed = check.parse_json(metadata[KEY], "metadata")
-        given = check.mapping(parsed, "metadata", required=["gene_ids"], optional=["first_row", "model"])
+        given = check.mapping(parsed, "metadata", required=["gene_ids"], optional=["first_row", "model", "outputs"])
         self._schema = schema.remove_metadata()
-        return stream_start(given["gene_ids"], given.get("model"), given.get("first_row", 0))
+        return stream_start(given["gene_ids"], given.get("model"), given.get("first_row", 0), given.get("outputs"))
 
     def cells(self, message: bytes, genes: NDArray[np.str_], first_row: int) -> CountMatrix:
         """Read a record batch of cells with these genes; `first_row` is the number of its first cell.
@@ -191,16 +195,17 @@ class StreamAnswerWriter:
 
     def __init__(self) -> None:
         self._writer = _Writer()
-        self._width = 0
+        self._nothing = _Nothing(0, ())
 
     def write(self, answer: StreamAnswer) -> bytes:
         """Return the bytes of the next part of the answer; the last part ends with the end-of-stream mark."""
         match answer:
             case StreamOpened():
-                self._width = answer.width
-                columns = {name: column.type for name, column in self._columns(_Nothing(answer.width), 0).items()}
+                self._nothing = _Nothing(answer.width, answer.outputs)
+                columns = {name: column.type for name, column in self._columns(self._nothing, 0).items()}
                 limits = {name: getattr(answer, name) for name in _LIMITS}
-                return self._writer.open(columns, {**meta_to_dict(answer.meta), **limits})
+                outputs = {"outputs": list(map(spec_to_dict, answer.outputs))} if answer.outputs else {}
+                return self._writer.open(columns, {**meta_to_dict(answer.meta), **limits, **outputs})
             case StreamChunk():
                 columns = self._columns(answer.embeddings, answer.first_row)
                 return self._writer.batch(columns, {"timings": answer.embeddings.timings})
@@ -213,7 +218,7 @@ class StreamAnswerWriter:
         return self._last({"error": error.to_dict(), "row": row})
 
     def _last(self, meta: Mapping[str, Any]) -> bytes:
-        return self._writer.batch(self._columns(_Nothing(self._width), 0), meta)
+        return self._writer.batch(self._columns(self._nothing, 0), meta)
 
     @staticmethod
     def _columns(found: Embeddings | _Nothing, first_row: int) -> dict[str, Any]:
@@ -223,6 +228,7 @@ class StreamAnswerWriter:
             "length": pa.array(found.lengths),
             "n_detected": pa.array(found.n_detected),
             "known_share": pa.array(found.known_share),
+            **output_columns(found.outputs),
         }
 
 
@@ -232,7 +238,17 @@ _LIMITS = ("width", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes")
 class _Nothing:
     """Embeddings of no cell, for the columns of an empty batch."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, outputs: tuple[OutputSpec, ...]) -> None:
         self.values = np.zeros((0, width), dtype=np.float32)
         self.lengths = self.n_detected = np.zeros(0, dtype=np.int32)
         self.known_share = np.zeros(0, dtype=np.float32)
+        start, genes = np.zeros(1, dtype=np.int64), self.lengths
+        self.outputs = {
+            spec.name: OutputValues(
+                spec,
+                np.zeros((0, spec.width), dtype=np.float32),
+                start if spec.per == "token" else None,
+                genes if spec.per == "token" else None,
+            )
+            for spec in outputs
+        }

@@ -53,6 +53,7 @@ Kind = Literal[
     "meta",
     "table",
     "records",
+    "outputs",
 ]
 """What a field holds. ``table`` and ``records`` are rows with columns of several types: scores, pairs, models."""
 
@@ -76,7 +77,7 @@ Vectors: TypeAlias = Annotated[NDArray[np.float32], PerRow()]
 """float32 [n, width], one vector a row."""
 PER_ROW: frozenset[Kind] = frozenset({"vectors", "numbers", "labels"})
 """Kinds with one entry a row, which are columns in Arrow; all others but cells stand in its metadata."""
-SILENT: frozenset[Kind] = frozenset({"cells", "vectors", "texts"})
+SILENT: frozenset[Kind] = frozenset({"cells", "vectors", "texts", "outputs"})
 """Kinds that are left out where they are None; others are null in JSON."""
 
 

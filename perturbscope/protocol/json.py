@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,8 +12,10 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, PerturbScopeError
+from perturbscope.inference.embeddings import OutputValues
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.fields import SILENT, Field, Kind
+from perturbscope.protocol.outputs import genes_of, output_of, spec_from_dict, spec_to_dict
 from perturbscope.protocol.tables import (
     form_of,
     meta_from_dict,
@@ -57,8 +60,12 @@ def answer_from_json(kind: type[T], body: bytes) -> T:
     """Decode an answer of this kind. Raises errors of :mod:`perturbscope.errors` that name the field."""
     form = form_of(kind)
     data = _require(check.parse_json(body), "answer", *form.required)
-    given = (item for item in form.fields if item.name in form.names and data.get(item.name) is not None)
-    made: T = form.make(**{item.name: _read(data[item.name], item) for item in given})
+    found: dict[str, Any] = {}
+    for item in form.fields:
+        if not item.derived and (item.required or data.get(item.name) is not None):
+            whole = item.kind == "outputs"
+            found[item.name] = _outputs_from(data[item.name], found) if whole else _read(data[item.name], item)
+    made: T = form.make(**found)
     return made
 
 
@@ -83,6 +90,8 @@ def _pairs(fields: tuple[Field, ...], values: Mapping[str, Any]) -> Iterator[byt
             yield name + b"null"
         elif item.kind == "vectors":
             yield name + _vectors_to_json(value)
+        elif item.kind == "outputs":
+            yield name + b"{" + b",".join(map(_output_to_json, value.values())) + b"}"
         else:
             yield name + _dump(_WRITERS[item.kind](value, item) if item.kind in _WRITERS else value)
 
@@ -106,6 +115,53 @@ def _vectors_to_json(values: NDArray[np.float32]) -> bytes:
     step = max(1, _PIECE // max(1, values.shape[1]))
     pieces = (_dump(check.short_floats(values[start : start + step]))[1:-1] for start in range(0, len(values), step))
     return b"[" + b",".join(pieces) + b"]"
+
+
+def _output_to_json(output: OutputValues) -> bytes:
+    """Encode one output as ``"name": {"per", "width", "meaning", "names", "values"}``; per token with ``gene_ids``."""
+    said = spec_to_dict(output.spec)
+    head = _dump(said.pop("name")) + b":" + _dump(said)[:-1] + b',"values":'
+    if output.offsets is None:
+        return head + _vectors_to_json(output.values) + b"}"
+    cells = [slice(int(start), int(stop)) for start, stop in pairwise(output.offsets)]
+    values = b",".join(_vectors_to_json(output.values[rows]) for rows in cells)
+    genes, codes = genes_of(output)
+    spelled = list(map(_dump, genes))
+    ids = b",".join(b"[" + b",".join(spelled[code] for code in codes[rows]) + b"]" for rows in cells)
+    return head + b"[" + values + b'],"gene_ids":[' + ids + b"]}"
+
+
+def _outputs_from(value: Any, found: Mapping[str, Any]) -> dict[str, OutputValues]:
+    n_cells = len(found["embeddings"])
+    if not isinstance(value, dict):
+        raise InvalidParameterError(f"outputs must be an object; got {check.shown(value)}.", field="outputs")
+    return {name: _output_from(name, item, n_cells) for name, item in value.items()}
+
+
+def _output_from(name: str, value: Any, n_cells: int) -> OutputValues:
+    value = _require(value, "outputs", "per", "width", "meaning", "values")
+    spec = spec_from_dict({**value, "name": name})
+    rows = value["values"]
+    if spec.per == "cell":
+        return output_of(spec, check.rows_of_numbers(rows, "outputs"), n_cells)
+    genes = _require(value, "outputs", "gene_ids")["gene_ids"]
+    for part in (rows, genes):
+        if not isinstance(part, list) or not all(isinstance(each, list) for each in part):
+            raise InvalidParameterError(f"The output {name!r} must have one list a cell.", field="outputs")
+    lengths = list(map(len, genes))
+    if lengths != list(map(len, rows)):
+        raise InvalidParameterError(f"The output {name!r} must have one row for each gene of a cell.", field="outputs")
+    ids = check.texts(list(chain.from_iterable(genes)), "gene_ids")
+    places = {gene: place for place, gene in enumerate(dict.fromkeys(ids))}
+    values = check.rows_of_numbers(list(chain.from_iterable(rows)), "outputs") if ids else np.zeros((0, spec.width))
+    return output_of(
+        spec,
+        values,
+        n_cells,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        genes=np.array([places[gene] for gene in ids], dtype=np.int32),
+        gene_names=tuple(places),
+    )
 
 
 def _read(value: Any, item: Field) -> Any:

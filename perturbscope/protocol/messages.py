@@ -33,10 +33,14 @@ class EmbedRequest:
         Raw counts.
     model
         Name, name@version or model_id of a model; the server's first one by default.
+    outputs
+        Names of outputs that are wanted beside the cell embedding, such as gene_embedding; the model's description
+        lists them.
     """
 
     cells: CountMatrix
     model: str | None = None
+    outputs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

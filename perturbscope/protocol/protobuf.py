@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import InvalidEmbeddingError, InvalidInputError, InvalidParameterError, MalformedMatrixError
+from perturbscope.families.outputs import OutputSpec
+from perturbscope.inference.embeddings import OutputValues
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.descriptors import file_of
 from perturbscope.protocol.fields import Field, Form, Kind, Meta
 from perturbscope.protocol.operations import OPERATIONS
+from perturbscope.protocol.outputs import genes_of, output_of, spec_from_dict
 from perturbscope.protocol.proto import perturbscope_v1_pb2 as pb
 from perturbscope.protocol.tables import form_of, meta_from_dict, record_of, record_to_dict, rows_of, table_of
 from perturbscope.scoring.results import ScoreOptions
@@ -77,7 +80,7 @@ def _to_proto(message: Any) -> Any:
 
 
 def _from_proto(form: Form, message: Any, what: str) -> Any:
-    found = {}
+    found: dict[str, Any] = {}
     for item in form.fields:
         if item.derived:
             continue
@@ -87,6 +90,9 @@ def _from_proto(form: Form, message: Any, what: str) -> Any:
         if item.kind == "cells" and item.required and not present:
             raise InvalidParameterError(f"The {what} has no cells.", field=item.name)
         if present or item.required:
+            if item.kind == "outputs":
+                found[item.name] = outputs_from_proto(value, len(found["embeddings"]))
+                continue
             found[item.name] = _read(value, item)
             if item.kind == "vectors" and what == "answer":
                 found[item.name] = found[item.name].copy()  # a view of the message cannot be written to
@@ -258,6 +264,53 @@ def _numbers_from(values: Any, item: Field) -> NDArray[Any]:
     return check.numbers_as(np.fromiter(values, dtype=wide, count=len(values)), item.name, item.dtype)
 
 
+def spec_to_proto(spec: OutputSpec) -> pb.Output:
+    """Encode the description of an output."""
+    return pb.Output(name=spec.name, per=spec.per, width=spec.width, meaning=spec.meaning, names=spec.names or ())
+
+
+def spec_from_proto(message: pb.Output) -> OutputSpec:
+    """Decode the description of an output. Raises InvalidParameterError."""
+    said = {name: getattr(message, name) for name in ("name", "per", "width", "meaning")}
+    return spec_from_dict({**said, "names": list(message.names)})
+
+
+def outputs_to_proto(outputs: Mapping[str, OutputValues]) -> list[pb.NamedOutput]:
+    """Encode outputs beside the cell embedding."""
+    found = []
+    for output in outputs.values():
+        message = pb.NamedOutput(output=spec_to_proto(output.spec), values=_bytes(output.values, "<f4"))
+        if output.offsets is not None:
+            names, codes = genes_of(output)
+            message.offsets, message.genes = _bytes(output.offsets, "<i8"), _bytes(codes, "<i4")
+            message.gene_ids.extend(names)
+        found.append(message)
+    return found
+
+
+def outputs_from_proto(messages: Iterable[pb.NamedOutput], n_cells: int) -> dict[str, OutputValues]:
+    """Decode outputs beside the cell embedding. Raises errors of :mod:`perturbscope.errors`."""
+    found = {}
+    for message in messages:
+        spec = spec_from_proto(message.output)
+        values = _array(message.values, "<f4", "outputs", InvalidEmbeddingError)
+        offsets = genes = None
+        if message.HasField("offsets"):
+            offsets = _array(message.offsets, "<i8", "outputs", InvalidParameterError)
+            genes = _array(message.genes, "<i4", "outputs", InvalidParameterError).copy()
+        if len(values) % spec.width:
+            raise InvalidEmbeddingError(f"The output {spec.name!r} has no rows of {spec.width}.", field="outputs")
+        found[spec.name] = output_of(
+            spec,
+            values.reshape(-1, spec.width).copy(),
+            n_cells,
+            offsets=offsets,
+            genes=genes,
+            gene_names=check.texts(list(message.gene_ids), "gene_ids"),
+        )
+    return found
+
+
 _WRITERS: Mapping[Kind, Callable[[Any, Field, Any], Any]] = {
     "cells": _cells_to_proto,
     "vectors": lambda values, *_: vectors_to_proto(values),
@@ -266,6 +319,7 @@ _WRITERS: Mapping[Kind, Callable[[Any, Field, Any], Any]] = {
     "meta": lambda meta, *_: meta_to_proto(meta),
     "table": _table_to_proto,
     "records": _records_to_proto,
+    "outputs": lambda outputs, *_: outputs_to_proto(outputs),
 }
 _READERS: Mapping[Kind, Callable[[Any, Field], Any]] = {
     "cells": _cells_from,

@@ -18,6 +18,10 @@ from perturbscope.protocol.protobuf import (
     coverage_to_proto,
     meta_from,
     meta_to_proto,
+    outputs_from_proto,
+    outputs_to_proto,
+    spec_from_proto,
+    spec_to_proto,
     vectors_from,
     vectors_to_proto,
 )
@@ -27,7 +31,9 @@ from perturbscope.protocol.tables import embeddings_of, meta_from_dict
 
 def stream_start_to_proto(start: StreamStart) -> pb.EmbedStreamRequest:
     """Encode the first message of a stream."""
-    message = pb.EmbedStreamStart(gene_ids=start.gene_ids.tolist(), model=start.model, first_row=start.first_row)
+    message = pb.EmbedStreamStart(
+        gene_ids=start.gene_ids.tolist(), model=start.model, first_row=start.first_row, outputs=start.outputs
+    )
     return pb.EmbedStreamRequest(start=message)
 
 
@@ -43,7 +49,8 @@ def stream_start_from_proto(message: pb.EmbedStreamRequest) -> StreamStart:
             "The first message of the stream has no `start`; it must name the genes of all cells.", field="start"
         )
     start = message.start
-    return stream_start(list(start.gene_ids), start.model if start.HasField("model") else None, start.first_row)
+    model = start.model if start.HasField("model") else None
+    return stream_start(list(start.gene_ids), model, start.first_row, list(start.outputs) or None)
 
 
 def stream_cells_from_proto(message: pb.EmbedStreamRequest, genes: NDArray[np.str_], first_row: int) -> CountMatrix:
@@ -78,6 +85,7 @@ def stream_answer_to_proto(answer: StreamAnswer) -> pb.EmbedStreamAnswer:
                 max_chunk_bytes=answer.max_chunk_bytes,
                 width=answer.width,
                 variant=answer.variant,
+                outputs=map(spec_to_proto, answer.outputs),
             )
             return pb.EmbedStreamAnswer(opened=opened)
         case StreamChunk():
@@ -89,6 +97,7 @@ def stream_answer_to_proto(answer: StreamAnswer) -> pb.EmbedStreamAnswer:
                 n_detected=found.n_detected,
                 known_share=found.known_share,
                 timings=found.timings,
+                outputs=outputs_to_proto(found.outputs),
             )
             return pb.EmbedStreamAnswer(chunk=chunk)
         case StreamEnd():
@@ -121,6 +130,7 @@ def stream_answer_from_proto(message: pb.EmbedStreamAnswer, opened: StreamOpened
             max_chunk_cells=found.max_chunk_cells,
             max_chunk_bytes=found.max_chunk_bytes,
             variant=found.variant if found.HasField("variant") else None,
+            outputs=tuple(map(spec_from_proto, found.outputs)),
         )
     if kind == "chunk":
         return StreamChunk(first_row=message.chunk.first_row, embeddings=_embeddings_from(message.chunk, opened))
@@ -137,4 +147,5 @@ def _embeddings_from(chunk: pb.EmbedStreamChunk, opened: StreamOpened) -> Embedd
         np.fromiter(chunk.lengths, dtype=np.int64),
         np.fromiter(chunk.n_detected, dtype=np.int64),
         np.fromiter(chunk.known_share, dtype=np.float32),
+        outputs_from_proto(chunk.outputs, len(chunk.lengths)),
     )

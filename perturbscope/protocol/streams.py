@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import MalformedMatrixError
+from perturbscope.families.outputs import OutputSpec
 from perturbscope.inference.embeddings import Embeddings, warnings_about
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.fields import Meta
@@ -36,6 +37,8 @@ class StreamStart:
     """Name or id of a model; None: the server's default. A stream that continues another gives the id of its model."""
     first_row: int = 0
     """Number of the first cell in the caller's file; the cells after it are counted on."""
+    outputs: tuple[str, ...] | None = None
+    """Names of outputs that are wanted beside the cell embedding."""
 
     def every_gene(self) -> CountMatrix:
         """Return one cell that expresses every gene once; tokenizing it gives the coverage of the genes."""
@@ -58,6 +61,8 @@ class StreamOpened:
     max_chunk_cells: int
     max_chunk_bytes: int
     variant: str | None = None
+    outputs: tuple[OutputSpec, ...] = ()
+    """Outputs that each chunk has beside the cell embedding."""
 
     @property
     def meta(self) -> Meta:
@@ -116,11 +121,12 @@ class StreamTotals:
         return StreamEnd(n_cells=self.n_cells, meta=meta)
 
 
-def stream_start(gene_ids: object, model: object, first_row: object) -> StreamStart:
+def stream_start(gene_ids: object, model: object, first_row: object, outputs: object = None) -> StreamStart:
     """Build a start from untrusted parts. Raises errors of :mod:`perturbscope.errors` that name the field."""
     names = check.texts(gene_ids, "gene_ids", MalformedMatrixError)
     return StreamStart(
         gene_ids=np.array(names, dtype=np.str_) if names else np.zeros(0, dtype="U1"),
         model=check.optional_text(model, "model"),
         first_row=check.integer(first_row, "first_row"),
+        outputs=None if outputs is None else check.texts(outputs, "outputs"),
     )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError
-from perturbscope.inference.embeddings import Embeddings
+from perturbscope.inference.embeddings import Embeddings, OutputValues
 from perturbscope.protocol import checks as check
 from perturbscope.protocol.fields import Field, Form, Kind, Meta, plain_form
 from perturbscope.protocol.messages import CompareAnswer, ScoreAnswer
@@ -106,6 +106,7 @@ def embeddings_of(
     lengths: NDArray[Any],
     n_detected: NDArray[Any],
     known_share: NDArray[Any],
+    outputs: Mapping[str, OutputValues],
 ) -> Embeddings:
     """Build embeddings from the parts of an answer, after checking that they agree."""
     for name, array, kinds in (
@@ -131,6 +132,7 @@ def embeddings_of(
         meta.vocabulary_hash,
         meta.timings,
         meta.variant,
+        outputs,
     )
 
 
@@ -149,6 +151,7 @@ def _take_embeddings(answer: Embeddings) -> dict[str, Any]:
             variant=answer.variant,
             warnings=tuple(answer.warnings()),
         ),
+        "outputs": answer.outputs or None,
     }
 
 
@@ -186,10 +189,16 @@ _EMBEDDINGS = Form(
             derived=True,
         ),
         Field(name="meta", kind="meta", doc="The model behind them, and warnings about doubtful cells."),
+        Field(
+            name="outputs",
+            kind="outputs",
+            required=False,
+            doc="Values of the outputs that were asked for, by name; absent if none were.",
+        ),
     ),
     _take_embeddings,
-    lambda embeddings, lengths, n_detected, known_share, meta: embeddings_of(
-        meta, embeddings, lengths, n_detected, known_share
+    lambda embeddings, lengths, n_detected, known_share, meta, outputs=None: embeddings_of(
+        meta, embeddings, lengths, n_detected, known_share, outputs or {}
     ),
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from perturbscope.cells.counts import CountMatrix
@@ -101,7 +101,7 @@ class Engine:
         """
         call = call or Call("", "http")
         call.take(len(request.cells))
-        return await self.embed_cells(request.model, request.cells, call)
+        return await self.embed_cells(request.model, request.cells, call, request.outputs)
 
     async def embed_cells(
         self, name: str | None, cells: CountMatrix, call: Call, outputs: Sequence[str] | None = None
@@ -201,5 +201,7 @@ def size_of(value: Any) -> int:
         inner = getattr(value, name, None)
         if inner is not None:
             nbytes = getattr(inner, "nbytes", None)
-            return int(nbytes) if isinstance(nbytes, int) else size_of(inner)
+            others = getattr(value, "outputs", None)
+            more = sum(other.values.nbytes for other in others.values()) if isinstance(others, Mapping) else 0
+            return more + (int(nbytes) if isinstance(nbytes, int) else size_of(inner))
     return 0

@@ -95,6 +95,17 @@ class ColumnsAnswer(_Body):
     representations: list[str] = Field(description="Matrices of obsm, which can be scored in place of an embedding.")
 
 
+class OutputAnswer(_Body):
+    """Values of one output beside the cell embedding."""
+
+    per: str = Field(description="cell: values has one row a cell; token: one list a cell, with one row a gene.")
+    width: int = Field(description="Number of values in a row.")
+    meaning: str = Field(description="embedding, logits or value.")
+    names: list[str] | None = Field(description="Names of the values in a row, such as classes.")
+    values: list[Any] = Field(description="Rows of numbers, or per token lists of them.")
+    gene_ids: list[list[str]] = Field([], description="Per token: Ensembl id behind each row of each cell.")
+
+
 class Error(_Body):
     """An error and its remedy."""
 
@@ -122,7 +133,12 @@ _TAKEN: Mapping[Kind, Any] = {
     "options": dict[str, Any],
 }
 """Type of each kind of field in a request."""
-_GIVEN: Mapping[Kind, Any] = {**_PLAIN, "vectors": list[list[float]], "labels": list[str]}
+_GIVEN: Mapping[Kind, Any] = {
+    **_PLAIN,
+    "vectors": list[list[float]],
+    "labels": list[str],
+    "outputs": dict[str, OutputAnswer],
+}
 """Type of each kind of field in an answer."""
 
 
@@ -155,7 +171,8 @@ def given(operation: Operation[Any, Any]) -> type[BaseModel]:
             kind = _list_of(_record(item.record))
         else:
             kind = _GIVEN[item.kind]
-        values[item.name] = (kind | None if item.optional else kind, Field(description=item.doc))
+        absent: dict[str, Any] = {"default": {}} if item.kind == "outputs" else {}
+        values[item.name] = (kind | None if item.optional else kind, Field(description=item.doc, **absent))
     return create_model(form.name, __base__=_Body, __doc__=summary_of(operation.answer), **values)
 
 

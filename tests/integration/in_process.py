@@ -56,8 +56,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(folder: Path, **settings: Any) -> Iterator[Running]:
-    """Run a server over a repository with one model, on its own event loop."""
+def running(folder: Path, *, bundle: Path | None = None, **settings: Any) -> Iterator[Running]:
+    """Run a server over a repository with one model, on its own event loop; `bundle` may be another default."""
     made = [make_key("pipeline"), make_key("operator", rights=("infer", "admin"))]
     (folder / "keys.json").write_bytes(keys_to_json(tuple(key for key, _ in made)))
     (folder / "models").mkdir()
@@ -65,7 +65,7 @@ def running(folder: Path, **settings: Any) -> Iterator[Running]:
         write_tiny_bundle(folder / "models" / name, name=name)
     (port,) = free_ports(1)
     chosen = Settings(
-        bundle=str(folder / "models" / MODEL),
+        bundle=str(bundle or folder / "models" / MODEL),
         repository=str(folder / "models"),
         repository_poll=0,
         keys=str(folder / "keys.json"),

@@ -45,36 +45,56 @@ class EmbeddingMatrix(_message.Message):
     def __init__(self, values: _Optional[bytes] = ..., width: _Optional[int] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("cells", "model")
+    __slots__ = ("cells", "model", "outputs")
     CELLS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     cells: CountMatrix
     model: str
-    def __init__(self, cells: _Optional[_Union[CountMatrix, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
+    outputs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, cells: _Optional[_Union[CountMatrix, _Mapping]] = ..., model: _Optional[str] = ..., outputs: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class NamedOutput(_message.Message):
+    __slots__ = ("output", "values", "offsets", "gene_ids", "genes")
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    GENE_IDS_FIELD_NUMBER: _ClassVar[int]
+    GENES_FIELD_NUMBER: _ClassVar[int]
+    output: Output
+    values: bytes
+    offsets: bytes
+    gene_ids: _containers.RepeatedScalarFieldContainer[str]
+    genes: bytes
+    def __init__(self, output: _Optional[_Union[Output, _Mapping]] = ..., values: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., gene_ids: _Optional[_Iterable[str]] = ..., genes: _Optional[bytes] = ...) -> None: ...
 
 class EmbedAnswer(_message.Message):
-    __slots__ = ("embeddings", "lengths", "n_detected", "known_share", "meta")
+    __slots__ = ("embeddings", "lengths", "n_detected", "known_share", "meta", "outputs")
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     N_DETECTED_FIELD_NUMBER: _ClassVar[int]
     KNOWN_SHARE_FIELD_NUMBER: _ClassVar[int]
     META_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     embeddings: EmbeddingMatrix
     lengths: _containers.RepeatedScalarFieldContainer[int]
     n_detected: _containers.RepeatedScalarFieldContainer[int]
     known_share: _containers.RepeatedScalarFieldContainer[float]
     meta: Meta
-    def __init__(self, embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., n_detected: _Optional[_Iterable[int]] = ..., known_share: _Optional[_Iterable[float]] = ..., meta: _Optional[_Union[Meta, _Mapping]] = ...) -> None: ...
+    outputs: _containers.RepeatedCompositeFieldContainer[NamedOutput]
+    def __init__(self, embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., n_detected: _Optional[_Iterable[int]] = ..., known_share: _Optional[_Iterable[float]] = ..., meta: _Optional[_Union[Meta, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[NamedOutput, _Mapping]]] = ...) -> None: ...
 
 class EmbedStreamStart(_message.Message):
-    __slots__ = ("gene_ids", "model", "first_row")
+    __slots__ = ("gene_ids", "model", "first_row", "outputs")
     GENE_IDS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     gene_ids: _containers.RepeatedScalarFieldContainer[str]
     model: str
     first_row: int
-    def __init__(self, gene_ids: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., first_row: _Optional[int] = ...) -> None: ...
+    outputs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, gene_ids: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., first_row: _Optional[int] = ..., outputs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CellChunk(_message.Message):
     __slots__ = ("indptr", "indices", "data", "data_type", "total_counts")
@@ -99,7 +119,7 @@ class EmbedStreamRequest(_message.Message):
     def __init__(self, start: _Optional[_Union[EmbedStreamStart, _Mapping]] = ..., cells: _Optional[_Union[CellChunk, _Mapping]] = ...) -> None: ...
 
 class EmbedStreamOpened(_message.Message):
-    __slots__ = ("model_id", "vocabulary_hash", "coverage", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes", "width", "variant")
+    __slots__ = ("model_id", "vocabulary_hash", "coverage", "chunks_in_progress", "max_chunk_cells", "max_chunk_bytes", "width", "variant", "outputs")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_HASH_FIELD_NUMBER: _ClassVar[int]
     COVERAGE_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +128,7 @@ class EmbedStreamOpened(_message.Message):
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     vocabulary_hash: str
     coverage: GeneCoverage
@@ -116,10 +137,11 @@ class EmbedStreamOpened(_message.Message):
     max_chunk_bytes: int
     width: int
     variant: str
-    def __init__(self, model_id: _Optional[str] = ..., vocabulary_hash: _Optional[str] = ..., coverage: _Optional[_Union[GeneCoverage, _Mapping]] = ..., chunks_in_progress: _Optional[int] = ..., max_chunk_cells: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., width: _Optional[int] = ..., variant: _Optional[str] = ...) -> None: ...
+    outputs: _containers.RepeatedCompositeFieldContainer[Output]
+    def __init__(self, model_id: _Optional[str] = ..., vocabulary_hash: _Optional[str] = ..., coverage: _Optional[_Union[GeneCoverage, _Mapping]] = ..., chunks_in_progress: _Optional[int] = ..., max_chunk_cells: _Optional[int] = ..., max_chunk_bytes: _Optional[int] = ..., width: _Optional[int] = ..., variant: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ...) -> None: ...
 
 class EmbedStreamChunk(_message.Message):
-    __slots__ = ("first_row", "embeddings", "lengths", "n_detected", "known_share", "timings")
+    __slots__ = ("first_row", "embeddings", "lengths", "n_detected", "known_share", "timings", "outputs")
     class TimingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -133,13 +155,15 @@ class EmbedStreamChunk(_message.Message):
     N_DETECTED_FIELD_NUMBER: _ClassVar[int]
     KNOWN_SHARE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     first_row: int
     embeddings: EmbeddingMatrix
     lengths: _containers.RepeatedScalarFieldContainer[int]
     n_detected: _containers.RepeatedScalarFieldContainer[int]
     known_share: _containers.RepeatedScalarFieldContainer[float]
     timings: _containers.ScalarMap[str, float]
-    def __init__(self, first_row: _Optional[int] = ..., embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., n_detected: _Optional[_Iterable[int]] = ..., known_share: _Optional[_Iterable[float]] = ..., timings: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    outputs: _containers.RepeatedCompositeFieldContainer[NamedOutput]
+    def __init__(self, first_row: _Optional[int] = ..., embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., n_detected: _Optional[_Iterable[int]] = ..., known_share: _Optional[_Iterable[float]] = ..., timings: _Optional[_Mapping[str, float]] = ..., outputs: _Optional[_Iterable[_Union[NamedOutput, _Mapping]]] = ...) -> None: ...
 
 class EmbedStreamEnd(_message.Message):
     __slots__ = ("n_cells", "meta")

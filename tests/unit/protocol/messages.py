@@ -14,7 +14,8 @@ from scipy import sparse
 from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
-from perturbscope.inference.embeddings import Embeddings
+from perturbscope.families.outputs import OutputSpec
+from perturbscope.inference.embeddings import Embeddings, OutputValues
 from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
@@ -63,7 +64,12 @@ def labelled(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-embed_requests = st.builds(protocol.EmbedRequest, cells=cells(), model=models)
+embed_requests = st.builds(
+    protocol.EmbedRequest,
+    cells=cells(),
+    model=models,
+    outputs=st.none() | st.lists(names, min_size=1, max_size=2).map(tuple),
+)
 score_requests = st.builds(lambda parts, control: protocol.ScoreRequest(**parts, control=control), labelled(), names)
 compare_requests = st.builds(
     lambda parts, pairs, control: protocol.CompareRequest(**parts, pairs=pairs, control=control),
@@ -111,7 +117,27 @@ def embed_answers(draw: st.DrawFn) -> Embeddings:
         draw(names),
         draw(timings),
         draw(st.none() | names),
+        draw(st.just({}) | outputs(n)),
     )
+
+
+@st.composite
+def outputs(draw: st.DrawFn, n: int) -> dict[str, OutputValues]:
+    """Outputs per cell, with names of their columns, and per token, which all have the same genes."""
+    lengths = draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    genes = tuple(draw(st.lists(names, min_size=1, max_size=4, unique=True)))
+    codes = draw(arrays.arrays(np.int32, int(offsets[-1]), elements=st.integers(0, len(genes) - 1)))
+    found = {}
+    for name in draw(st.lists(st.sampled_from(["gene_embedding", "logits", "x_1"]), min_size=1, unique=True)):
+        per = draw(st.sampled_from(["cell", "token"]))
+        width = draw(st.integers(1, 3))
+        columns = draw(st.none() | st.lists(names, min_size=width, max_size=width).map(tuple))
+        spec = OutputSpec(name=name, per=per, width=width, meaning="logits", names=columns)
+        rows = n if per == "cell" else int(offsets[-1])
+        values = draw(arrays.arrays(np.float32, (rows, width), elements=FLOATS))
+        found[name] = OutputValues(spec, values, *((offsets, codes, genes) if per == "token" else ()))
+    return found
 
 
 def _tables(kinds: dict[str, str]) -> st.SearchStrategy[pd.DataFrame]:
@@ -191,6 +217,12 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, pd.DataFrame):
         pd.testing.assert_frame_equal(one, other, check_exact=True)
         return True
+    if isinstance(one, OutputValues):
+        # Only genes that occur travel, so their places differ.
+        parts = ("spec", "values", "offsets", "gene_ids")
+        return all(same(getattr(one, part), getattr(other, part)) for part in parts)
+    if isinstance(one, dict) and one and isinstance(next(iter(one.values())), OutputValues):
+        return list(one) == list(other) and all(same(one[name], other[name]) for name in one)
     if hasattr(one, "__dataclass_fields__"):
         return all(same(getattr(one, name), getattr(other, name)) for name in one.__dataclass_fields__)
     if isinstance(one, float):
