@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from perturbscope.cli import console
+
+if TYPE_CHECKING:
+    from perturbscope.families.outputs import OutputSpec
 
 app = typer.Typer(name="bundle", help="Inspect a model bundle.", no_args_is_help=True)
 
@@ -22,6 +25,7 @@ def bundle_info(
     """Check the files of a bundle and describe it."""
     from perturbscope.inference.bundle import Bundle
     from perturbscope.inference.golden import read_golden
+    from perturbscope.inference.memory import CPU_BATCH_TOKENS, estimate_bytes
 
     opened = Bundle.open(path)
     manifest, golden = opened.manifest, read_golden(opened)
@@ -32,14 +36,22 @@ def bundle_info(
         f"{name} ({opened.size(name) / 2**20:.1f} MiB, cosine {item.cosine:.6g})"
         for name, item in sorted(manifest.variants.items())
     )
+    memory = ", ".join(f"{name} {estimate_bytes(path, name) / 2**20:,.0f} MiB" for name in sorted(manifest.variants))
     console.show_facts(
         opened.model_id,
         [
             ("family", f"{manifest.family} {json.dumps(manifest.family_config)}"),
             ("embedding", f"{manifest.width} dimensions: {manifest.pooling}, {manifest.layer}"),
+            ("outputs", "; ".join(map(_output, manifest.outputs))),
+            ("task", manifest.task),
+            ("capabilities", ", ".join(manifest.capabilities)),
+            *([("classes", _several(manifest.classes))] if manifest.classes else []),
+            ("longest cell", f"{opened.family().max_length} tokens"),
             ("vocabulary", f"{len(opened.vocabulary.gene_ids)} genes, {manifest.vocabulary_hash[:12]}"),
+            ("gene panel", f"{len(manifest.gene_panel)} genes" if manifest.gene_panel else "all of the vocabulary"),
             ("medians", opened.vocabulary.source),
             ("variants", variants),
+            ("memory", f"{memory}, estimated for batches of {CPU_BATCH_TOKENS:,} tokens"),
             ("parity", _scalars(manifest.parity)),
             ("golden", f"{len(golden.cells)} cells: {golden.source}" if golden else "none"),
             ("training", _scalars(manifest.training)),
@@ -47,6 +59,18 @@ def bundle_info(
             ("format", manifest.format_version),
         ],
     )
+
+
+def _output(spec: OutputSpec) -> str:
+    """An output in words: ``class: 3 logits per cell (a, b, c)``."""
+    names = f" ({_several(spec.names)})" if spec.names else ""
+    return f"{spec.name}: {spec.width} {'logits' if spec.meaning == 'logits' else 'numbers'} per {spec.per}{names}"
+
+
+def _several(names: Sequence[str], shown: int = 10) -> str:
+    """Names in a line, the first of them if they are many."""
+    more = f", ... {len(names)} in all" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _scalars(facts: Mapping[str, Any]) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import cast
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.errors import CorruptBundleError, PerturbScopeError, UnsupportedBundleError
+from perturbscope.errors import PerturbScopeError, UnsupportedBundleError
+from perturbscope.inference import memory
 from perturbscope.inference.batching import BatchLimits
-from perturbscope.inference.bundle import MANIFEST, VOCABULARY, Bundle, Manifest
+from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.encoder import Device
 from perturbscope.inference.golden import Golden, check_golden, read_golden
@@ -21,14 +22,6 @@ from serving.queue import Dispatcher
 from serving.settings import Settings
 from serving.telemetry import log
 from serving.telemetry.metrics import ModelMetrics
-
-_FILE_COPIES = 2
-"""Bytes of memory of a loaded graph or vocabulary per byte of its file: measured 2.1 for bundles/default."""
-_HEAD_WIDTH, _SCORE_BYTES, _STATE_BYTES = 32, 8, 32
-"""Memory of a batch: two float32 scores for each pair of tokens and each attention head, a head being 32 wide, and
-eight float32 values per token and dimension. Measured for bundles/default: 304 MiB, where this estimates 320."""
-_MAX_LENGTH = 2048
-"""Tokens of a cell if the configuration of the family does not say."""
 
 
 @dataclass(eq=False)
@@ -219,27 +212,11 @@ def _describe(bundle: Bundle, embedder: Embedder, settings: Settings, golden: Go
 
 
 def estimate_bytes(path: Path, settings: Settings) -> int:
-    """Estimate the bytes of memory of a bundle's model before it is loaded.
-
-    The estimate is twice the size of its files, and the working memory of one full batch (``batch_tokens``), which ONNX
-    Runtime keeps: see the constants above. For bundles/default and batches of 4,096 tokens it is 110 MiB (measured:
-    116), and for batches of 16,384 tokens 350 MiB (measured: 365). It is 0 if the bundle lacks the variant: loading
-    raises the error.
+    """Estimate the bytes of memory of a bundle's model before it is loaded; 0 if the bundle lacks the variant.
 
     Raises
     ------
-    CorruptBundleError
-        The manifest or a file cannot be read.
+    CorruptBundleError, UnsupportedBundleError
+        See :func:`perturbscope.inference.memory.estimate_bytes`.
     """
-    try:
-        manifest = Manifest.from_json((path / MANIFEST).read_text(encoding="utf-8"), where=str(path / MANIFEST))
-        if settings.variant not in manifest.variants:
-            return 0
-        graph = sum((path / name).stat().st_size for name in manifest.variants[settings.variant].files)
-        vocabulary = (path / VOCABULARY).stat().st_size
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorruptBundleError(f"{path} cannot be read: {error}. Fetch the bundle again.") from error
-    length = manifest.family_config.get("max_length")
-    longest = length if isinstance(length, int) else _MAX_LENGTH
-    per_token = manifest.width * (longest * _SCORE_BYTES // _HEAD_WIDTH + _STATE_BYTES)
-    return _FILE_COPIES * (graph + vocabulary) + settings.batch_tokens * per_token
+    return memory.estimate_bytes(path, settings.variant, batch_tokens=settings.batch_tokens)
