@@ -64,6 +64,11 @@ def warn(message: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(Text.assemble(("Warning: ", "yellow"), message))
 
 
+def note(message: str) -> None:
+    """Print a line that is no result on stderr."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(message))
+
+
 def say(message: str) -> None:
     """Print one line on stdout."""
     Console(soft_wrap=True, highlight=False).print(Text(message))

@@ -65,12 +65,20 @@ class CountsIn:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFrom:
-    """Source of the model: a bundle for this process, or a server."""
+    """Source of the model: a bundle for this process, or a server.
+
+    The first of these that there is: the option, the environment variable PERTURBSCOPE_BUNDLE (of several directories
+    in it, as a server takes them, the first), ``bundles/default`` in the working directory, the only bundle in
+    ``bundles/`` there.
+    """
 
     bundle: Annotated[
         Path | None,
         typer.Option(
-            "--bundle", metavar="DIR", help=f"Model bundle; default: ${BUNDLE_VARIABLE}.", rich_help_panel=_MODEL
+            "--bundle",
+            metavar="DIR",
+            help=f"Model bundle; default: ${BUNDLE_VARIABLE}, or bundles/default, or the only one in bundles/.",
+            rich_help_panel=_MODEL,
         ),
     ] = None
     server: Annotated[
@@ -101,7 +109,7 @@ class ModelFrom:
     @contextmanager
     def open(self) -> Iterator[Backend]:
         """Open the one source of a model that was chosen."""
-        from perturbscope.tasks.backends import open_backend
+        from perturbscope.tasks.backends import default_bundle, open_backend
 
         sources = [("--bundle", self.bundle), ("--server", self.server), ("--grpc", self.grpc)]
         chosen = [name for name, value in sources if value]
@@ -113,19 +121,16 @@ class ModelFrom:
         if grpc and "://" not in grpc:
             # Users who name authorities to trust do not want to go without them.
             grpc = f"{'grpcs' if os.environ.get(CA_VARIABLE) else 'grpc'}://{grpc}"
-        address = self.server or grpc or self.bundle or os.environ.get(BUNDLE_VARIABLE)
-        if not address:
-            raise InvalidParameterError(
-                "No model was chosen. Give --bundle DIR, --server URL or --grpc HOST:PORT, or set "
-                f"{BUNDLE_VARIABLE} to a bundle's directory.",
-                field="bundle",
-            )
+        named = self.bundle or os.environ.get(BUNDLE_VARIABLE, "").split(os.pathsep)[0]
+        address = self.server or grpc or named or default_bundle()
         if self.server and "://" not in self.server:
             raise InvalidParameterError(
                 f"--server {self.server} is not a URL; did you mean http://{self.server}?", field="server"
             )
         opened = open_backend(str(address), device=self.device, variant=self.variant, model=self.model)
         with closing(opened) as backend:
+            if isinstance(address, Path) and address != self.bundle:
+                console.note(f"Using {address} ({backend.model_id}).")
             yield backend
 
 

@@ -226,6 +226,34 @@ class LocalBackend:
         self.embedder.close()
 
 
+def default_bundle(folder: Path = Path("bundles")) -> Path:
+    """Find the bundle for whoever names none: the one called default in a folder of bundles, or else the only one.
+
+    Raises
+    ------
+    InvalidParameterError
+        The folder holds no bundle, or several and none that is called default.
+    """
+    from perturbscope.inference.bundle import MANIFEST
+
+    found = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith("."))
+    chosen = [path for path in found if path.name == "default"] or found
+    if len(chosen) == 1:
+        return chosen[0]
+    if not found:
+        raise InvalidParameterError(
+            f"No model was chosen, and {folder}/ here holds no bundle. Give --bundle DIR, --server URL or --grpc "
+            "HOST:PORT, or set PERTURBSCOPE_BUNDLE to a bundle's directory. A clone of PerturbScope has one in "
+            "bundles/default; python -m export CHECKPOINT DIR makes one.",
+            field="bundle",
+        )
+    raise InvalidParameterError(
+        f"No model was chosen, and {folder}/ here holds {', '.join(path.name for path in found)}, none of them called "
+        f"default. Give one: --bundle {found[0]}.",
+        field="bundle",
+    )
+
+
 def open_backend(
     address: str,
     *,

@@ -248,6 +248,12 @@ def test_bundle_info_and_verify(cli: Run, tiny_bundle: Path) -> None:
     assert code == 0
     assert "tiny-0.1-" in out
     assert "25424 genes" in out
+    facts = dict(re.findall(r"^\W*([a-z]+(?: [a-z]+)?)\s+│?\s*(.*?)\s*│?$", out, flags=re.M))
+    assert facts["outputs"] == "cell_embedding: 8 numbers per cell"
+    assert (facts["task"], facts["capabilities"]) == ("embedding", "embed")
+    assert facts["longest cell"].endswith(" tokens")
+    assert facts["gene panel"] == "all of the vocabulary"
+    assert re.fullmatch(r"fp32 \d+ MiB, estimated for batches of 4,096 tokens", facts["memory"])
     code, out, _ = cli("bundle", "info", tiny_bundle, "--json")
     assert json.loads(out)["width"] == 8
     code, out, _ = cli("bundle", "verify", tiny_bundle)
@@ -393,6 +399,29 @@ def test_without_any_model_the_message_says_how_to_choose_one(cli: Run, monkeypa
     code, _, err = cli(*EMBED)
     assert code == 2
     assert "--bundle DIR, --server URL or --grpc HOST:PORT, or set PERTURBSCOPE_BUNDLE" in err
+
+
+def test_in_a_clone_the_default_bundle_is_used_and_named(
+    cli: Run, folder: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERTURBSCOPE_BUNDLE", f"{tiny_bundle}:/elsewhere")  # as a server would take several
+    code, out, err = cli(*EMBED)
+    assert code == 0, err
+    assert "Using" not in err
+    model_id = out.split(" by ")[1].split(";")[0]
+    monkeypatch.delenv("PERTURBSCOPE_BUNDLE")
+    shutil.copytree(tiny_bundle, folder / "bundles" / "mine")
+    (folder / "bundles" / "no bundle").mkdir()
+    code, out, err = cli(*EMBED)
+    assert (code, err.splitlines()[0]) == (0, f"Using bundles/mine ({model_id}).")
+    shutil.copytree(tiny_bundle, folder / "bundles" / "yours")
+    code, _, err = cli(*EMBED)
+    assert code == 2
+    assert "bundles/ here holds mine, yours, none of them called default. Give one: --bundle bundles/mine." in err
+    shutil.copytree(tiny_bundle, folder / "bundles" / "default")
+    code, out, err = cli("score", "in.h5ad", "out.csv", *LABELS, *FAST, "--top", 0)
+    assert (code, out, err.splitlines()[0]) == (0, "", f"Using bundles/default ({model_id}).")
+    assert "Using" not in cli(*EMBED, "--bundle", "bundles/yours")[2]
 
 
 def test_without_arguments_there_is_help(cli: Run) -> None:
