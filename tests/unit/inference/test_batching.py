@@ -70,6 +70,18 @@ def test_attention_limits_long_cells_more_than_tokens_do():
     assert [limits.capacity(length) for length in (2048, 1024, 512, 64, 1, 0)] == [1, 4, 16, 256, 256, 256]
 
 
+def test_the_cost_of_a_cell_is_the_familys():
+    """A family may attend to more than a cell's own tokens: here a cell costs its length squared."""
+    limits = BatchLimits(max_tokens=1000, cost=lambda length: length * length)
+    assert [limits.capacity(length) for length in (1, 10, 20, 32, 100)] == [256, 10, 2, 1, 1]
+    lengths = np.array([10, 20, 20, 20, 10, 31])
+    assert [lengths[batch].tolist() for batch in form_batches(lengths, limits)] == [[31], [20, 20], [20, 10], [10]]
+    np.testing.assert_array_equal(limits.costs_of(lengths), lengths**2)
+    assert limits.costs_of(lengths).dtype == np.int64
+    free = BatchLimits(max_tokens=1000, cost=lambda length: 0)
+    assert (free.cost_of(5), free.capacity(5)) == (1, 256)
+
+
 def test_nothing_to_batch():
     assert form_batches([], BatchLimits()) == []
     assert padding_share([], []) == 0.0

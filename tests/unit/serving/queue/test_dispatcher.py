@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,12 +19,14 @@ from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import InferenceError, InvalidParameterError, OverloadedError
 from perturbscope.families import Family, load_family
-from perturbscope.families.outputs import CELL_EMBEDDING, Outputs
+from perturbscope.families.outputs import CELL_EMBEDDING, GENE_EMBEDDING, Outputs
+from perturbscope.families.rank import RankFamily
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.batching import BatchLimits
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.encoder import Values
 from serving.queue import MAX_RETRY, MIN_RETRY, Dispatcher
+from tests.bundles import TINY_OUTPUTS
 from tests.fakes import FakeEncoder
 
 COVERAGE = GeneCoverage(n_genes=1, n_matched=1)
@@ -61,6 +63,32 @@ class PickyEncoder(FakeEncoder):
         if self.poison in values[CELL_EMBEDDING][:, 1]:
             raise self.cause
         return values
+
+
+class ManyOutputs(FakeEncoder):
+    """Also gives the token ids, halved, and the first values of each cell's vector as classes.
+
+    `asked` has the outputs that each batch was asked for.
+    """
+
+    def __init__(self, gate: threading.Event | None = None) -> None:
+        super().__init__(gate=gate)
+        self.outputs = tuple(spec for spec in TINY_OUTPUTS if spec.name != GENE_EMBEDDING)
+        self.asked: list[list[str]] = []
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] = (CELL_EMBEDDING,)) -> Values:
+        self.asked.append(list(outputs))
+        values = dict(super().run(inputs))
+        values["gene_value"] = inputs["input_ids"][..., None].astype(np.float32) / 2
+        values["cell_logits"] = values[CELL_EMBEDDING][:, :3]
+        return {name: values[name] for name in outputs}
+
+
+class CostlyFamily(RankFamily):
+    """A family of which a token counts for ten."""
+
+    def cost(self, length: int) -> int:
+        return 10 * length
 
 
 @pytest.fixture
@@ -135,6 +163,76 @@ async def test_a_large_caller_runs_from_its_longest_cells_on(make: Make) -> None
     assert_own(values, [100, 200, 100, 200, 80, 90])
 
 
+async def test_callers_who_want_other_outputs_share_a_batch(make: Make, gate: threading.Event) -> None:
+    encoder = ManyOutputs(gate)
+    dispatcher = make(encoder)
+    busy = asyncio.create_task(dispatcher.submit(cells(1)))
+    await started(encoder)
+    wanted = [None, ["gene_value"], ["cell_logits", "gene_value"], ["cell_logits"]]
+    lengths = [[3, 5], [4, 2], [2], [6, 1]]
+    waiting = [
+        asyncio.create_task(dispatcher.submit(cells(*lengths[name], name=name + 2), outputs=wanted[name]))
+        for name in range(4)
+    ]
+    await settle()
+    gate.set()
+    await busy
+    answers = [(await task)[0] for task in waiting]
+    assert [shape[0] for shape in encoder.batches] == [1, 7]
+    assert encoder.asked == [[CELL_EMBEDDING], [CELL_EMBEDDING, "gene_value", "cell_logits"]]
+    for name, (outputs, names) in enumerate(zip(answers, wanted, strict=True)):
+        assert set(outputs.values) == {CELL_EMBEDDING, *(names or ())}
+        assert_own(outputs, lengths[name], name + 2)
+        if names and "gene_value" in names:
+            ids = cells(*lengths[name], name=name + 2).arrays["input_ids"]
+            np.testing.assert_array_equal(outputs["gene_value"], ids[:, None] / 2)
+        if names and "cell_logits" in names:
+            np.testing.assert_array_equal(outputs["cell_logits"], outputs.cell_embedding[:, :3])
+
+
+async def test_values_per_token_of_many_batches_are_put_together(make: Make) -> None:
+    encoder = ManyOutputs()
+    dispatcher = make(encoder, BatchLimits(max_tokens=20))
+    lengths = [7, 3, 12, 1, 9, 3, 20]
+    outputs, _ = await dispatcher.submit(cells(*lengths), outputs=["gene_value"])
+    assert len(encoder.batches) > 3
+    assert_own(outputs, lengths)
+    np.testing.assert_array_equal(outputs["gene_value"][:, 0], cells(*lengths).arrays["input_ids"] / 2)
+
+
+async def test_an_output_that_the_model_does_not_have(make: Make) -> None:
+    dispatcher = make(ManyOutputs())
+    with pytest.raises(InvalidParameterError, match="no output 'gene_embedding'; it has cell_embedding, gene_value"):
+        await dispatcher.submit(cells(3), outputs=["gene_embedding"])
+    assert encoder_of(dispatcher).batches == []
+    assert dispatcher.pending_tokens == 0
+
+
+async def test_the_cost_of_a_family_counts_in_batches_and_in_the_queue(gate: threading.Event) -> None:
+    family = CostlyFamily(_FAMILY.config, _FAMILY.vocabulary, _FAMILY.resolver)
+    encoder = FakeEncoder(gate=gate)
+    embedder = embedder_of(family, encoder, BatchLimits(max_tokens=100))
+    dispatcher = Dispatcher(embedder, max_queued_tokens=480)
+    first = asyncio.create_task(dispatcher.submit(cells(5, 5, 4, 2)))
+    await started(encoder)
+    assert dispatcher.pending_tokens == 160
+    waiting = [asyncio.create_task(dispatcher.submit(cells(12))) for _ in range(4)]
+    await settle()
+    refused = [task for task in waiting if task.done()]
+    assert refused  # the queue has room for 64 tokens, but not for what they cost
+    with pytest.raises(OverloadedError, match=r"tokens, and this request would add 120; the limit is 480"):
+        await refused[0]
+    gate.set()
+    assert_own((await first)[0], [5, 5, 4, 2])
+    for task in waiting:
+        if task not in refused:
+            assert_own((await task)[0], [12])
+    # Two cells of five tokens count for 100, and a batch has no room for more.
+    assert encoder.batches == [(2, 5), *[(1, 12)] * (4 - len(refused)), (2, 4)]
+    assert dispatcher.pending_tokens == 0
+    await dispatcher.close()
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     callers=st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=12), min_size=1, max_size=8),
@@ -160,7 +258,7 @@ def test_no_batch_passes_the_budget_and_every_cell_is_answered(callers: list[lis
     assert all(n == 1 or n * longest <= max_tokens for n, longest in encoder.batches)
 
 
-_FAMILY = load_family("rank", {"max_length": 2048}, GeneVocabulary.geneformer_gc30m())
+_FAMILY = cast("RankFamily", load_family("rank", {"max_length": 2048}, GeneVocabulary.geneformer_gc30m()))
 
 
 async def test_batches_grow_only_while_the_worker_is_busy(make: Make, gate: threading.Event) -> None:
