@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # --no-compile: byte code is written when a module is first imported, and most of torch never is.
 PIP := $(PY) -m pip --disable-pip-version-check install --no-compile
-SETS := serving training evaluation census dev
+SETS := serving training evaluation census dev build
 PINS := $(SETS:%=requirements/%.txt)
 # The first interpreter that is new enough; `make PYTHON=/path/to/python3.11` overrides the search.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3 python,\
@@ -16,7 +16,7 @@ export BENTOML_DO_NOT_TRACK := True
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve setup test lint demo bundle quality bench planted peers objectives reliability fuzz audit proto lock image image-test clean
+.PHONY: help serve setup test lint demo bundle quality bench planted peers objectives reliability fuzz audit proto lock notice image image-test clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -69,7 +69,7 @@ reliability: setup ## benchmarks/reliability.md: faults against the real service
 fuzz: setup ## fuzz the wire decoders with atheris, each for half a minute (Linux)
 	$(PY) -m benchmarks.reliability --only decoders
 
-audit: setup ## check the pinned dependencies for known vulnerabilities
+audit: setup ## check the pinned dependencies for known vulnerabilities; writes a dated report to runs/audit
 	scripts/audit.sh
 
 proto: setup ## write the *_pb2* modules from the .proto files
@@ -77,6 +77,9 @@ proto: setup ## write the *_pb2* modules from the .proto files
 
 lock: setup ## pin requirements/*.txt again from requirements/*.in and pyproject.toml
 	UV=$(VENV)/bin/uv scripts/lock.sh
+
+notice: setup ## write NOTICE again: licences of what the images hold (on Linux on x86-64)
+	$(PY) scripts/notice.py
 
 image: ## build the CPU image with docker or buildah (TARGET=gpu: the GPU image)
 	scripts/image.sh $(or $(TARGET),cpu)
@@ -97,13 +100,16 @@ $(PY):
 		echo "$(PYTHON) is older than 3.11 or has no venv module (Debian, Ubuntu: install python3-venv)." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.serving: requirements/serving.txt pyproject.toml | $(PY)
-	$(PIP) -r requirements/serving.txt
-	$(PIP) --no-deps --editable .
+# The pins are complete (tests say so), so nothing is solved again, and each file that pip takes has a hash in them.
+$(VENV)/.serving: requirements/serving.txt requirements/build.txt pyproject.toml | $(PY)
+	$(PIP) --require-hashes --no-deps -r requirements/serving.txt -r requirements/build.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# One call for all sets, so that pip proves that they fit together.
-$(VENV)/.everything: $(PINS) pyproject.toml | $(PY)
-	$(PIP) $(PINS:%=-r %)
-	$(PIP) --no-deps --editable .
+# torch has no hash (scripts/lock.sh says why), so it comes after what has one; pip check proves that all fits together.
+$(VENV)/.everything: $(PINS) requirements/torch.txt pyproject.toml | $(PY)
+	$(PIP) --require-hashes --no-deps $(PINS:%=-r %)
+	$(PIP) -r requirements/torch.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	$(PY) -m pip --disable-pip-version-check check
 	@touch $@ $(VENV)/.serving

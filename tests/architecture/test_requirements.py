@@ -13,9 +13,13 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
-SETS = ("serving", "serving-gpu", "training", "evaluation", "census", "dev", "fuzz", "peers")
-INSTALLED = ("serving", "training", "evaluation", "census", "dev")  # what `make setup` puts into one environment
-PIN = re.compile(r"(?P<name>[a-z0-9][a-z0-9.-]*)==(?P<version>[0-9][A-Za-z0-9.]*)\s+# via .+")
+SETS = ("serving", "serving-gpu", "training", "evaluation", "census", "dev", "build", "fuzz", "peers")
+INSTALLED = ("serving", "training", "evaluation", "census", "dev", "build")  # what `make setup` installs together
+PIN = re.compile(
+    r"(?P<name>[a-z0-9][a-z0-9.-]*)==(?P<version>[0-9][A-Za-z0-9.]*)"
+    r"(?P<hashes>(?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n    # via .+"
+)
+TORCH = re.compile(r"torch==(?P<version>[0-9.]+)")
 
 
 def lines(name: str) -> list[str]:
@@ -23,9 +27,16 @@ def lines(name: str) -> list[str]:
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
+def entries(name: str) -> list[str]:
+    """The pins of a set, each with the lines of its hashes."""
+    return re.split(r"\n(?=\S)", "\n".join(lines(f"{name}.txt")))
+
+
 def pins(name: str) -> dict[str, Version]:
-    found = [PIN.fullmatch(line) for line in lines(f"{name}.txt")]
-    return {match["name"]: Version(match["version"]) for match in found if match}
+    """The pins of a set; torch, which has a file of its own, is in those that it was solved with."""
+    found = [PIN.fullmatch(entry) for entry in entries(name)]
+    found += [TORCH.fullmatch(line) for line in lines("torch.txt")] if name in ("training", "evaluation") else []
+    return {match.groupdict().get("name", "torch"): Version(match["version"]) for match in found if match}
 
 
 def wanted(name: str) -> list[Requirement]:
@@ -38,9 +49,33 @@ def wanted(name: str) -> list[Requirement]:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_every_line_is_one_exact_public_version(name: str) -> None:
-    wrong = [line for line in lines(f"{name}.txt") if not PIN.fullmatch(line)]
-    assert wrong == [], "a URL, an option, a range or a local version"
+def test_every_line_is_one_exact_public_version_with_hashes(name: str) -> None:
+    wrong = [entry for entry in entries(name) if not PIN.fullmatch(entry)]
+    assert wrong == [], "a URL, an option, a range, a local version or no hash"
+
+
+def test_torch_alone_has_no_hash() -> None:
+    (line,) = lines("torch.txt")
+    assert TORCH.fullmatch(line)
+    assert not [name for name in SETS if any(entry.startswith("torch==") for entry in entries(name))]
+    assert Requirement(line) in wanted("training")
+
+
+def test_the_wheel_is_built_with_what_is_pinned() -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert [Requirement(text) for text in build] == [Requirement(f"hatchling=={pins('build')['hatchling']}")]
+
+
+def test_every_install_asks_for_hashes() -> None:
+    for file, command in (("Makefile", r"\$\(PIP\) .*"), ("Dockerfile", r"pip (?:install|wheel) [^;&\n]*")):
+        calls = re.findall(command, (ROOT / file).read_text())
+        assert len(calls) >= 4
+        for call in calls:
+            of_files = "-r " in call and "torch.txt" not in call
+            # The others take what lies here, and download nothing to build it with.
+            assert ("--require-hashes" in call) == of_files, call
+            assert of_files or "torch.txt" in call or "--no-build-isolation" in call or "--no-index" in call, call
+            assert file == "Makefile" or not of_files or "--only-binary :all:" in call, call
 
 
 @pytest.mark.parametrize("name", SETS)
