@@ -9,8 +9,11 @@
 # API keys are made by `python -m serving keys`, there or here. The service runs as user 10001, which must be able to
 # read the files; it needs no capability and writes only to /tmp.
 #
-# BASE_IMAGE may be any Debian bookworm; Python is installed where it is missing.
+# BASE_IMAGE may be any Debian bookworm; Python is installed where it is missing. A tag can be moved to another image, so a
+# release is built from name:tag@sha256:...: scripts/pin_base.sh writes it here, and scripts/image.sh --release asks for it.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
+# The folder that is served unless PERTURBSCOPE_BUNDLE names another.
+ARG BUNDLE=bundles/default
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS base
@@ -27,10 +30,23 @@ RUN if ! python3 -c 'import venv, ensurepip'; then \
     echo 'perturbscope:x:10001:10001:PerturbScope:/tmp:/usr/sbin/nologin' >> /etc/passwd; \
     echo 'perturbscope:x:10001:' >> /etc/group
 
+# What is downloaded has a hash in requirements/, and is a wheel: no package runs code of its own to be installed.
 # Private package index: --build-arg PIP_INDEX_URL=..., or PIP_CONFIG_FILE=... with that file mounted for the build.
-FROM base AS library
+FROM base AS wheel
 ARG PIP_INDEX_URL
 ARG PIP_CONFIG_FILE
+WORKDIR /src
+ENV PATH=/opt/build/bin:$PATH \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1
+COPY requirements/build.txt requirements/build.txt
+RUN python3 -m venv /opt/build; \
+    pip install --require-hashes --only-binary :all: -r requirements/build.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY perturbscope perturbscope
+RUN pip wheel --no-build-isolation --no-deps --wheel-dir /wheels .
+
+FROM base AS install
 WORKDIR /src
 ENV PATH=/opt/venv/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -39,32 +55,43 @@ ENV PATH=/opt/venv/bin:$PATH \
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends binutils && rm -rf /var/lib/apt/lists/*; \
     python3 -m venv /opt/venv
-COPY pyproject.toml README.md LICENSE ./
-COPY perturbscope perturbscope
-RUN pip wheel --no-deps --wheel-dir /wheels .
+# dpkg's list as the image will have it: this stage has more packages.
+COPY --from=base /var/lib/dpkg/status dpkg-status
 
-FROM library AS install-cpu
+FROM install AS install-cpu
 ARG PIP_INDEX_URL
 ARG PIP_CONFIG_FILE
 COPY requirements/serving.txt requirements/serving.txt
-RUN pip install -r requirements/serving.txt && pip install --no-deps /wheels/*.whl && pip check
-COPY scripts/slim_venv.sh scripts/slim_venv.sh
-RUN scripts/slim_venv.sh /opt/venv
+RUN pip install --require-hashes --only-binary :all: --report report.json -r requirements/serving.txt
+COPY --from=wheel /wheels /wheels
+COPY scripts/slim_venv.sh scripts/distributions.py scripts/sbom.py scripts/
+RUN pip install --no-deps --no-index /wheels/*.whl; \
+    pip check; \
+    scripts/slim_venv.sh /opt/venv
+ARG BUNDLE
+COPY ${BUNDLE} bundle
+RUN python scripts/sbom.py --report report.json --dpkg-status dpkg-status --bundle bundle --output sbom.cdx.json
 
-FROM library AS install-gpu
+FROM install AS install-gpu
 ARG PIP_INDEX_URL
 ARG PIP_CONFIG_FILE
 COPY requirements/serving-gpu.txt requirements/serving-gpu.txt
-RUN pip install -r requirements/serving-gpu.txt && pip install --no-deps /wheels/*.whl
-COPY scripts/slim_venv.sh scripts/slim_venv.sh
-RUN scripts/slim_venv.sh /opt/venv
+RUN pip install --require-hashes --only-binary :all: --report report.json -r requirements/serving-gpu.txt
+COPY --from=wheel /wheels /wheels
+COPY scripts/slim_venv.sh scripts/distributions.py scripts/sbom.py scripts/
+RUN pip install --no-deps --no-index /wheels/*.whl; \
+    scripts/slim_venv.sh /opt/venv
+ARG BUNDLE
+COPY ${BUNDLE} bundle
+RUN python scripts/sbom.py --report report.json --dpkg-status dpkg-status --bundle bundle --output sbom.cdx.json
 
 FROM base AS runtime
 WORKDIR /app
 # The code and the bundle belong to root: the service can read and not change them.
 COPY serving serving
-ARG BUNDLE=bundles/default
+ARG BUNDLE
 COPY ${BUNDLE} bundles/default
+COPY LICENSE NOTICE ./
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -85,6 +112,8 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PERTURBSCOPE_DEVICE=cuda
 COPY --from=install-gpu /opt/venv /opt/venv
+COPY --from=install-gpu /src/sbom.cdx.json ./
 
 FROM runtime AS cpu
 COPY --from=install-cpu /opt/venv /opt/venv
+COPY --from=install-cpu /src/sbom.cdx.json ./

@@ -2,7 +2,10 @@
 # Builds the service's image with docker, or with buildah where no docker engine answers (as root; installed by
 # apt-get if it is missing).
 #
-#   scripts/image.sh [cpu|gpu]
+#   scripts/image.sh [--release] [cpu|gpu]
+#
+#   --release    refuse a base image that is not named by its digest, and changes that are in no commit: what is published
+#                can then be traced to both (deploy/release.md). Otherwise a tag is used with a warning.
 #
 #   IMAGE        name of the result                    default perturbscope:TARGET
 #   BUNDLE       folder below bundles/ that is baked in default bundles/default
@@ -84,19 +87,44 @@ for root, name in volumes.items():
 PYTHON
 }
 
+base_image() { # the base that is built from: the setting, else the Dockerfile's
+    echo "${BASE_IMAGE:-$(sed -n 's/^ARG BASE_IMAGE=//p' "$root/Dockerfile")}"
+}
+
+by_digest() { # by_digest IMAGE: does the name say which bytes it means?
+    [[ "$1" =~ ^[a-z0-9][a-z0-9./:_-]*@sha256:[0-9a-f]{64}$ ]]
+}
+
+releasable() { # fails if an image that was built now could not be traced
+    local base
+    base="$(base_image)"
+    by_digest "$base" ||
+        fail "a release needs a base image by digest, and $base is a tag; run scripts/pin_base.sh, or set BASE_IMAGE=NAME@sha256:..."
+    if ! git -C "$root" diff --quiet HEAD -- || [ -n "$(git -C "$root" ls-files --others --exclude-standard)" ]; then
+        fail "a release is built from a commit, and there are changes that are in none"
+    fi
+}
+
 build() { # build TARGET IMAGE
-    local target="$1" image="$2" settings options=()
+    local target="$1" image="$2" base settings revision options=()
     [ -f "$root/$BUNDLE/manifest.json" ] || fail "$BUNDLE holds no bundle; name one below bundles/ as BUNDLE=bundles/NAME"
     options=(--target "$target" --build-arg "BUNDLE=$BUNDLE" --tag "$image" --file "$root/Dockerfile")
+    revision="$(git -C "$root" rev-parse HEAD 2>/dev/null || true)"
+    [ -z "$revision" ] || options+=(--label "org.opencontainers.image.revision=$revision")
+    options+=(--label org.opencontainers.image.licenses=Apache-2.0)
     if [ "$(engine)" = docker ]; then
-        [ -z "${BASE_IMAGE:-}" ] || options+=(--build-arg "BASE_IMAGE=$BASE_IMAGE")
+        by_digest "$(base_image)" || say "warning: $(base_image) is a tag, and may be another image tomorrow (scripts/pin_base.sh)"
+        options+=(--build-arg "BASE_IMAGE=$(base_image)" --label "org.opencontainers.image.base.name=$(base_image)")
         docker build "${options[@]}" "$root"
     else
         need buildah
         mkdir -p "$STORE"
         settings="$(mktemp -d)"
         mapfile -t pip < <(pip_options "$settings")
-        options+=(--build-arg "BASE_IMAGE=${BASE_IMAGE:-$(debian_base)}" "${pip[@]}")
+        base="${BASE_IMAGE:-}"
+        # A release starts from what the Dockerfile names; anything else from a base that needs no registry.
+        [ -n "$base" ] || { [ -n "${RELEASE:-}" ] && base="$(base_image)" || base="$(debian_base)"; }
+        options+=(--build-arg "BASE_IMAGE=$base" "${pip[@]}")
         # --format docker: OCI images have no HEALTHCHECK and no SHELL.
         store bud --isolation chroot --format docker "${options[@]}" "$root"
         rm -rf "$settings"
@@ -104,6 +132,12 @@ build() { # build TARGET IMAGE
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    RELEASE=""
+    if [ "${1:-}" = --release ]; then
+        RELEASE=yes
+        shift
+        releasable
+    fi
     target="${1:-cpu}"
     build "$target" "${IMAGE:-perturbscope:$target}"
 fi

@@ -1,4 +1,4 @@
-"""Check an image from inside, beside its service: embed a cell over HTTP and gRPC, and look at user and packages.
+"""Check an image from inside, beside its service: embed a cell over HTTP and gRPC, look at user, packages and bill.
 
 usage: python3 image_check.py [HTTP_PORT [GRPC_PORT]]
 """
@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import urllib.request
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,29 @@ check(f"not root (uid {os.getuid()})", os.getuid() != 0)
 for package in ("torch", "transformers", "deepspeed", "jax", "tensorflow"):
     check(f"no {package}", importlib.util.find_spec(package) is None)
 check("the code, the bundle and the packages are read-only", not any(map(writable, ("/app", "/opt/venv", "/etc"))))
+
+# The bill of materials lists what is here, each package with the hash of the wheel that pip took.
+bill = json.loads(Path("/app/sbom.cdx.json").read_text())
+listed = {part["name"]: part for part in [bill["metadata"]["component"], *bill["components"]]}
+installed = {
+    found.metadata["Name"].lower().replace("_", "-").replace(".", "-"): found.version
+    for found in metadata.distributions()
+}
+check(
+    f"the bill of materials lists the {len(installed)} packages that are installed",
+    installed
+    == {name: part["version"] for name, part in listed.items() if part.get("purl", "").startswith("pkg:pypi/")},
+)
+without = [name for name in installed if name != "perturbscope" and not listed[name].get("hashes")]
+check(f"each with the hash of its wheel{': not ' if without else ''}{', '.join(without)}", not without)
+kinds = [part.get("purl", part["type"]).partition("/")[0] for part in bill["components"]]
+check(
+    f"and {kinds.count('pkg:deb')} packages of Debian, the interpreter and the model",
+    kinds.count("pkg:deb") > 50 and "pkg:generic" in kinds and "machine-learning-model" in kinds,
+)
+notice = Path("/app/NOTICE").read_text()
+unnamed = [name for name in installed if name not in ("perturbscope", "onnxruntime-gpu") and f"\n{name} " not in notice]
+check(f"NOTICE names every package{': not ' if unnamed else ''}{', '.join(unnamed)}", not unnamed)
 
 start = time.perf_counter()
 request = urllib.request.Request(

@@ -97,6 +97,7 @@ def test_dockerfile_makes_what_the_readme_promises() -> None:
     assert "gpu" in names
     runtime = stages[names.index("runtime")]
     for line in (
+        "COPY LICENSE NOTICE ./",
         "EXPOSE 3000 3001",
         "USER 10001:10001",
         "HEALTHCHECK ",
@@ -106,6 +107,7 @@ def test_dockerfile_makes_what_the_readme_promises() -> None:
         assert line in runtime
     for final in ("cpu", "gpu"):
         assert stages[names.index(final)].startswith(f"runtime AS {final}")
+        assert "/src/sbom.cdx.json ./" in stages[names.index(final)]
         assert "USER" not in stages[names.index(final)]
     assert "requirements/training" not in text
     assert "--mount" not in text, "a builder without BuildKit must do"
@@ -116,7 +118,7 @@ def test_the_image_takes_only_what_it_needs() -> None:
         line[1:].partition("/")[0] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")
     }
     assert allowed == {
-        *("Dockerfile", "LICENSE", "README.md", "pyproject.toml"),
+        *("Dockerfile", "LICENSE", "NOTICE", "README.md", "pyproject.toml"),
         *("bundles", "perturbscope", "requirements", "scripts", "serving"),
     }
 

@@ -13,7 +13,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "benchmarks").rglob("*.md")),
     ROOT / "data/README.md",
-    ROOT / "deploy/README.md",
+    *sorted((ROOT / "deploy").glob("*.md")),
 ]
 FOLDERS = "perturbscope|serving|training|export|evaluation|benchmarks|tests|scripts|docs|deploy|examples|requirements"
 
