@@ -25,7 +25,6 @@ from perturbscope.tasks.backends import (
     chunk_cells,
     count_stage,
     embed_parts,
-    local,
     open_backend,
 )
 from perturbscope.tasks.screen import Screen, opened
@@ -62,14 +61,8 @@ class Model:
 
     @property
     def outputs(self) -> tuple[OutputSpec, ...]:
-        """What the model computes for each cell or gene; the first is the cell embedding.
-
-        Raises
-        ------
-        InvalidParameterError
-            The model is on a server.
-        """
-        return local(self.backend).outputs
+        """What the model computes for each cell or gene, the cell embedding among them."""
+        return self.backend.outputs
 
     @overload
     def embed(
@@ -193,7 +186,7 @@ class Model:
         spec = next(spec for spec in specs if spec.name == output)
         if spec.per != "token":
             raise InvalidParameterError(f"The output {output!r} has one row a cell, and no genes.", field="output")
-        size = chunk_cells(specs, local(self.backend).max_length)
+        size = chunk_cells(specs, self.backend.max_length)
         sums = GeneSums()
         counts = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
         with self._parts(cells, [output], counts, progress, size) as (parts, _):

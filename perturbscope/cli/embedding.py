@@ -49,7 +49,6 @@ def embed(
     from perturbscope.cells.readers import open_cells
     from perturbscope.families.outputs import CELL_EMBEDDING, selected
     from perturbscope.tasks.backends import chunk_cells as chunk_of
-    from perturbscope.tasks.backends import local
     from perturbscope.tasks.embedded_file import provenance_of, write_embedded
     from perturbscope.tasks.resume import CHUNK_CELLS, PartialRun, fingerprint
     from perturbscope.tasks.trained_on import seen_by
@@ -63,11 +62,9 @@ def embed(
     ):
         # A server that does not answer is found before the file is read.
         model_id = backend.model_id
-        outputs = (
-            [spec for spec in selected(local(backend).outputs, output) if spec.name != CELL_EMBEDDING] if output else []
-        )
+        outputs = [spec for spec in selected(backend.outputs, output) if spec.name != CELL_EMBEDDING] if output else []
         if outputs and chunk_cells is None:
-            source.chunk_cells = chunk_of(outputs, local(backend).max_length, most=CHUNK_CELLS)
+            source.chunk_cells = chunk_of(outputs, backend.max_length, most=CHUNK_CELLS)
         files = {spec.name: out.with_name(f"{out.name}.{spec.name}.arrow") for spec in outputs if spec.per == "token"}
         seen = seen_by(backend, source)
         identity = {

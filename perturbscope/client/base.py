@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
@@ -16,8 +17,10 @@ from perturbscope.client.methods import Conversations, awaitable, blocking
 from perturbscope.client.streams import Flight, Later, each, fill, fill_async
 from perturbscope.client.together import hold_together, hold_together_async
 from perturbscope.errors import UnknownModelError
+from perturbscope.families.outputs import OutputSpec, cell_embedding
 from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.messages import Answer, ModelInfo, Request
+from perturbscope.protocol.outputs import spec_from_dict
 
 T = TypeVar("T")
 TIMEOUT = 600.0
@@ -60,7 +63,23 @@ class SyncBase(Conversations):
     @property
     def model_id(self) -> str:
         """Id of the model that answers; every access asks the server."""
-        return _pick(self.models(), self.model).model_id
+        return self._info().model_id
+
+    @property
+    def outputs(self) -> tuple[OutputSpec, ...]:
+        """Outputs of the model that answers, the cell embedding among them; every access asks the server."""
+        info = self._info()
+        if not info.outputs:  # a server from before there were others
+            return (cell_embedding(info.width),)
+        return tuple(spec_from_dict(asdict(output)) for output in info.outputs)
+
+    @property
+    def max_length(self) -> int:
+        """Number of tokens of the longest cell that the model reads, 0 if the server does not say; asks the server."""
+        return self._info().max_length
+
+    def _info(self) -> ModelInfo:
+        return _pick(self.models(), self.model)
 
     ask = blocking(Conversations._ask)
     models = blocking(Conversations._models)

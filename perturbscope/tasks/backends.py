@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +26,8 @@ StageProgress = Callable[[str, int, int], None]
 """Called with the name of a stage (``embed``, or one of scoring), the amount that is done, and the total."""
 CHUNK_BYTES = 64 * 2**20
 """Bytes of the values per token that are held at a time where they are not all wanted in memory."""
+_LONG = 4096
+"""Length of the longest cell of a model that does not say it."""
 
 
 def count_stage(stage: str, total: int, progress: StageProgress | None) -> CellProgress | None:
@@ -52,12 +53,28 @@ class Backend(Protocol):
         """Name, version and hash of the model's weights."""
         ...
 
-    def embed_cells(self, cells: CountMatrix, *, progress: CellProgress | None = None) -> Embeddings:
-        """Embed cells, in their order."""
+    @property
+    def outputs(self) -> tuple[OutputSpec, ...]:
+        """The outputs of the model, the cell embedding among them."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Number of tokens of the longest cell that the model reads; 0 if a server does not say."""
+        ...
+
+    def embed_cells(
+        self, cells: CountMatrix, *, outputs: Sequence[str] | None = None, progress: CellProgress | None = None
+    ) -> Embeddings:
+        """Embed cells, in their order; `outputs` names what is wanted beside the cell embedding."""
         ...
 
     def embed_stream(
-        self, chunks: Iterable[CountMatrix], *, progress: CellProgress | None = None
+        self,
+        chunks: Iterable[CountMatrix],
+        *,
+        outputs: Sequence[str] | None = None,
+        progress: CellProgress | None = None,
     ) -> Iterator[Embeddings]:
         """Embed chunks of cells that all have the same genes, one result a chunk; only a few chunks are held."""
         ...
@@ -108,11 +125,11 @@ def chunk_cells(outputs: Sequence[OutputSpec], max_length: int, *, most: int = 5
     outputs
         Outputs that are wanted.
     max_length
-        Number of tokens of the longest cell.
+        Number of tokens of the longest cell; 0 if it is not known.
     most
         Number of cells that is enough in any case.
     """
-    of_cell = 4 * max_length * sum(spec.width for spec in outputs if spec.per == "token")
+    of_cell = 4 * (max_length or _LONG) * sum(spec.width for spec in outputs if spec.per == "token")
     return most if of_cell == 0 else min(most, max(1, CHUNK_BYTES // of_cell))
 
 
@@ -130,28 +147,11 @@ def embed_parts(
     InvalidParameterError
         The model has no such output.
     """
+    if outputs is not None:
+        selected(backend.outputs, outputs)  # refused before a cell is read
     if isinstance(cells, CountMatrix):
-        embed = backend.embed_cells if outputs is None else partial(local(backend).embed_cells, outputs=outputs)
-        return iter([embed(cells, progress=progress)])
-    if outputs is None:
-        return backend.embed_stream(cells, progress=progress)
-    selected(local(backend).outputs, outputs)  # refused before a cell is read
-    return local(backend).embed_stream(cells, outputs=outputs, progress=progress)
-
-
-def local(backend: Backend) -> LocalBackend:
-    """Return a backend that can be asked for outputs beside the cell embedding.
-
-    Raises
-    ------
-    InvalidParameterError
-        The model is on a server.
-    """
-    if isinstance(backend, LocalBackend):
-        return backend
-    raise InvalidParameterError(
-        "A server is asked for the cell embedding alone; load the bundle here for its other outputs.", field="outputs"
-    )
+        return iter([backend.embed_cells(cells, outputs=outputs, progress=progress)])
+    return backend.embed_stream(cells, outputs=outputs, progress=progress)
 
 
 class LocalBackend:
@@ -173,12 +173,12 @@ class LocalBackend:
 
     @property
     def outputs(self) -> tuple[OutputSpec, ...]:
-        """The outputs of the model."""
+        """See :attr:`Backend.outputs`."""
         return self.embedder.outputs
 
     @property
     def max_length(self) -> int:
-        """Number of tokens of the longest cell that the model reads."""
+        """See :attr:`Backend.max_length`."""
         return self.embedder.family.max_length
 
     def embed_cells(

@@ -166,8 +166,6 @@ def test_outputs_that_a_model_does_not_have(
         model.gene_means(adata)
     with pytest.raises(InvalidParameterError, match="'cell_logits' has one row a cell, and no genes"):
         versatile.gene_means(adata, output="cell_logits")
-    with load("http://localhost:9") as remote, pytest.raises(InvalidParameterError, match="cell embedding alone"):
-        remote.embed(adata, outputs=["gene_embedding"])
     assert encoder.batches == []
 
 
