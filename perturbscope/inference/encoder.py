@@ -20,7 +20,6 @@ from perturbscope.inference.gpu import (
     Staged,
     cuda_runtime,
     providers,
-    run_options,
 )
 from perturbscope.threads import usable_cores
 
@@ -79,6 +78,9 @@ class StagedEncoder(Encoder, Protocol):
 
 class OnnxEncoder:
     """A bundle's graph in ONNX Runtime; ready once constructed.
+
+    The graph computes all of its outputs in every pass, and only those that are asked for are copied: the option of
+    ONNX Runtime that skips the others (``only_execute_path_to_fetches``) has an effect in builds for training alone.
 
     Parameters
     ----------
@@ -234,8 +236,7 @@ class OnnxEncoder:
                 return self.bound.finish(staged)
             inputs, outputs = staged
             feed = {name: array for name, array in inputs.items() if name in self._names}
-            options = None if len(outputs) == len(self.outputs) else run_options()
-            found = self._session.run([*outputs], feed, options)
+            found = self._session.run([*outputs], feed)
         except Exception as error:
             raise _failed(shape, error) from error
         return {name: np.asarray(values, dtype=np.float32) for name, values in zip(outputs, found, strict=True)}

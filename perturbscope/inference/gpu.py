@@ -308,14 +308,13 @@ class BoundSession:
         """Return the options of a run, which name the graph that it captures or replays, if any."""
         import onnxruntime as ort
 
-        options = None if len(staged.outputs) == len(self._outputs) else run_options()
         if not self._capture:
-            return options
+            return None
         staged.runs += 1
         if staged.graph < 0 and staged.runs > _CAPTURE_AFTER and self._captured < _MAX_CAPTURED:
             self._captured += 1
             staged.graph = self._captured  # from 1: 0 is ONNX Runtime's own
-        options = options or ort.RunOptions()
+        options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(staged.graph))
         return options
 
@@ -345,12 +344,3 @@ class BoundSession:
         for name, value in bound.items():
             binding.bind_ortvalue_output(name, value)
         return Staged(shape, binding, inputs, bound)
-
-
-def run_options() -> Any:
-    """Return options with which a graph computes only what the outputs that are asked for need."""
-    import onnxruntime as ort
-
-    options = ort.RunOptions()
-    options.only_execute_path_to_fetches = True
-    return options
