@@ -26,7 +26,7 @@ Format = Literal["auto", "json", "text"]
 """Forms of the log."""
 Level = Literal["debug", "info", "warning", "error"]
 """Levels of the log."""
-_MAY_BE_ZERO = ("threads", "repository_poll", "max_model_bytes", "max_batch_tokens")
+_MAY_BE_ZERO = ("threads", "repository_poll", "max_model_bytes", "max_batch_tokens", "connection_age")
 ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds ``serving/`` and ``bundles/``: the checkout, or the image's."""
 BUNDLES = ROOT / "bundles"
@@ -91,6 +91,9 @@ class Settings:
     """Seconds within which a request body must arrive."""
     head_timeout: int = 30
     """Seconds within which an HTTP client must send the head of a request, and a gRPC client finish its handshake."""
+    connection_age: int = 0
+    """Seconds after which a gRPC connection takes no further calls, so that its client connects anew, and to new
+    replicas; calls in progress have ``request_timeout`` more. 0: connections may grow old."""
     file_timeout: int = 120
     """Seconds within which an uploaded file must be read; a damaged one can keep libhdf5 busy for ever."""
     stream_chunks: int = 4

@@ -41,6 +41,11 @@ class Held:
         self.n_received = 0
         """Bytes of the body that have arrived."""
 
+    @property
+    def limit(self) -> int:
+        """Bytes that all requests together may hold, and so the most that this one can."""
+        return self._admission.settings.max_held_bytes
+
     def __call__(self, n_bytes: int) -> None:
         """Hold `n_bytes` more of the body."""
         limit = self._admission.settings.max_body_bytes
@@ -73,7 +78,7 @@ class Held:
         LimitExceededError
             The request needs more than the server ever gives.
         """
-        limit = self._admission.settings.max_held_bytes
+        limit = self.limit
         if self.n_bytes + self.n_reserved + n_bytes > limit:
             raise LimitExceededError(
                 f"The request would need about {self.n_bytes + self.n_reserved + n_bytes:,} bytes of memory; this "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
@@ -13,15 +14,18 @@ from serving.access.front import Front
 from serving.access.limits import Held
 from serving.call import REQUEST_ID, Call, Right
 from serving.engine.status import explain, status_of
+from serving.grpc.received import Unread
 
 _MAX_MESSAGE, _MAX_FIELD = 2000, 200
 """Bytes of an error that are sent. Clients refuse more than 8 KiB of trailing metadata, where a byte may take three."""
+_LAST_WORDS = 5.0
+"""Seconds within which the status of a stream must be sent; one behind answers that nobody reads never is."""
 Work = Callable[[Any, Call, Held], Awaitable[Any]]
-"""Answers a request message; it calls the last argument with the number of bytes that it was sent."""
+"""Answers a request message, whose memory is held."""
 
 
-async def answered(front: Front, route: str, work: Work, request: Any, context: Any, right: Right = "infer") -> Any:
-    """Let a caller in, work, answer; grpc.aio cancels this when the caller does, or its deadline passes.
+async def answered(front: Front, route: str, work: Work, request: Unread, context: Any, right: Right = "infer") -> Any:
+    """Let a caller in, read its message, work, answer; grpc.aio cancels this when the caller does, or too late.
 
     Parameters
     ----------
@@ -32,7 +36,7 @@ async def answered(front: Front, route: str, work: Work, request: Any, context: 
     work
         Makes the answer.
     request
-        The request message.
+        The request message, which is not read yet.
     context
         The call's context of grpc.aio.
     right
@@ -41,7 +45,7 @@ async def answered(front: Front, route: str, work: Work, request: Any, context: 
     call = begin(route, context)
     try:
         async with front.admitted(call, right) as held:
-            answer = await work(request, call, held)
+            answer = await work(await request.message(call, held), call, held)
     except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
         await abort(error, call, context)
     except BaseException:
@@ -49,6 +53,20 @@ async def answered(front: Front, route: str, work: Work, request: Any, context: 
         raise
     Front.finish(call, "OK")
     return answer
+
+
+async def streamed(front: Front, call: Call, context: Any, work: Callable[[Call, Held], Awaitable[None]]) -> None:
+    """Let a caller in, and answer its stream; `work` reads and writes the messages."""
+    try:
+        async with front.admitted(call) as held:
+            await work(call, held)
+    except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
+        async with asyncio.timeout(_LAST_WORDS):
+            await abort(error, call, context)
+    except BaseException:
+        Front.finish(call, "CANCELLED", "client_gone")
+        raise
+    Front.finish(call, "OK")
 
 
 def begin(route: str, context: Any) -> Call:

@@ -7,17 +7,24 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1._async import HealthServicer
 
 from serving.engine.engine import Engine
+from serving.queue.fairness import Room
 
+WATCHERS = 1000
+"""Watchers at a time. What they send is not read, but up to 64 KiB of it lie here."""
 EVERY = 5.0
 """Seconds after which watchers hear of a change; ``Check`` always tells the present state."""
 
 
 class Health(HealthServicer):  # type: ignore[misc]  # grpc_health has no types
     """Tells SERVING while every model answers.
+
+    Anyone may ask, so what is asked is not read (see :class:`serving.grpc.interceptors.MessageInterceptor`): the
+    services share the models, and the state is that of all, whatever name was given.
 
     Parameters
     ----------
@@ -31,13 +38,28 @@ class Health(HealthServicer):  # type: ignore[misc]  # grpc_health has no types
         super().__init__()
         self._engine = engine
         self._names = ("", *services)
+        self._watchers = Room(WATCHERS, by_size=False)
         self._follower: asyncio.Task[None] | None = None
 
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802  gRPC's name
         """Tell the present state of a service."""
-        if request.service in self._names:
-            await self.refresh()
+        await self.refresh()
         return await super().Check(request, context)
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Tell the state of a service, and every change of it."""
+        host = (context.peer() or "").rpartition(":")[0]
+        if self._watchers.missing(1, host):
+            # Clients take any other status for ill health.
+            await context.abort(
+                grpc.StatusCode.UNIMPLEMENTED,
+                "There are as many watchers as may be, of all or of this address. Check.",
+            )
+        self._watchers.take(1, host)
+        try:
+            await super().Watch(request, context)
+        finally:
+            self._watchers.give(1, host)
 
     async def refresh(self) -> None:
         """Update the state from the models."""

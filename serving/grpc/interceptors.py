@@ -1,22 +1,21 @@
-"""Interceptors of every gRPC method: a key is asked for, and messages that protobuf cannot read are called so.
+"""Interceptors of every gRPC method: nothing is read of a call before its caller was let in.
 
-gRPC reads and decodes a whole message before its method is called, and so before :class:`serving.access.front.Front`
-sees it. :class:`KeyInterceptor` turns a stranger away at the headers, from reflection too. :class:`MessageInterceptor`
-makes unreadable bytes the caller's mistake.
+:class:`KeyInterceptor` turns a stranger away at the headers, from reflection too. :class:`MessageInterceptor` leaves
+the message of everyone else on the wire, until :class:`serving.access.front.Front` has let the call in.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
-from perturbscope.errors import PerturbScopeError, UnauthenticatedError, UnreadableFileError
+from perturbscope.errors import PerturbScopeError, UnauthenticatedError
 from serving.access.front import Front
+from serving.engine.engine import Engine
 from serving.grpc.edge import abort, begin, headers_of
+from serving.grpc.received import Message, Unread
 
 OPEN = frozenset(
     {
@@ -72,64 +71,56 @@ class _Refusal:
 
 
 class MessageInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc,name-defined,unused-ignore]
-    """Turns what protobuf cannot read into a typed error; grpc itself would say UNKNOWN, and log it as a bug.
+    """Leaves the message of a call unread, until the method asks for it.
 
-    In a stream, such a message becomes an empty one, which the stream refuses as it refuses one without a body.
+    gRPC's own handlers of one message read and decode it before the method runs, whoever sent it, and however much
+    memory it takes. Handlers of streams read when they are told to, so every method becomes one. A method without a key
+    never reads: an empty message stands for what was sent.
+
+    Parameters
+    ----------
+    engine
+        Has the limits, and the threads that decode.
     """
 
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
     async def intercept_service(self, continuation: Continuation, details: Any) -> Any:
-        """Return the handler of a method, whose messages are read with care."""
+        """Return the handler of a method, whose messages are read late."""
         handler = await continuation(details)
-        if handler is None or handler.request_deserializer is None:
-            return handler
-        read = handler.request_deserializer
+        if handler is None:
+            return None
+        kind = handler.request_deserializer.__self__
         if handler.request_streaming:
-            kind = getattr(read, "__self__", None)
-            return handler if kind is None else handler._replace(request_deserializer=_Careful(read, _Empty(kind)))
-        if handler.response_streaming or not inspect.iscoroutinefunction(handler.unary_unary):
-            return handler
-        answer = _Readable(handler.unary_unary, details.method.removeprefix("/")).answer
-        return handler._replace(request_deserializer=_Careful(read, _Unreadable), unary_unary=answer)
+            return handler._replace(request_deserializer=_AsSent(kind, self._engine))
+        if handler.response_streaming:
+            answer, make = _Late(handler.unary_stream, kind, self._engine), grpc.stream_stream_rpc_method_handler
+        else:
+            answer, make = _Late(handler.unary_unary, kind, self._engine), grpc.stream_unary_rpc_method_handler
+        method = answer.without_message if details.method in OPEN else answer.with_message
+        return make(method, None, handler.response_serializer)
 
 
-class _Unreadable:
-    """Stands for a message that could not be read."""
+class _Late:
+    """A method that is called with its message unread."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
+    def __init__(self, method: Callable[[Any, Any], Awaitable[Any]], kind: Any, engine: Engine) -> None:
+        self._method, self._kind, self._engine = method, kind, engine
 
+    async def without_message(self, _: Any, context: Any) -> Any:
+        return await self._method(self._kind(), context)
 
-class _Empty:
-    """Makes an empty message in place of one that could not be read."""
-
-    def __init__(self, kind: Callable[[], Any]) -> None:
-        self._kind = kind
-
-    def __call__(self, why: str) -> Any:
-        return self._kind()
+    async def with_message(self, _: Any, context: Any) -> Any:
+        patience = self._engine.settings.body_timeout
+        return await self._method(Unread(context, self._kind, self._engine.work, patience), context)
 
 
-class _Careful:
-    """A deserializer that returns `otherwise(why)` for bytes that protobuf cannot read."""
+class _AsSent:
+    """The deserializer of a stream, which leaves its messages as they were sent."""
 
-    def __init__(self, read: Callable[[bytes], Any], otherwise: Callable[[str], Any]) -> None:
-        self._read, self._otherwise = read, otherwise
+    def __init__(self, kind: Any, engine: Engine) -> None:
+        self._kind, self._engine = kind, engine
 
-    def __call__(self, data: bytes) -> Any:
-        try:
-            return self._read(data)
-        except DecodeError as error:
-            return self._otherwise(str(error)[:200].rstrip("."))
-
-
-class _Readable:
-    """A method that is called with messages that could be read, and refuses the others."""
-
-    def __init__(self, method: Callable[[Any, Any], Awaitable[Any]], route: str) -> None:
-        self._method, self._route = method, route
-
-    async def answer(self, request: Any, context: Any) -> Any:
-        if not isinstance(request, _Unreadable):
-            return await self._method(request, context)
-        error = UnreadableFileError(f"The message is no protobuf of this method: {request.why}.", field="body")
-        return await abort(error, begin(self._route, context), context)
+    def __call__(self, data: bytes) -> Message:
+        return Message(data, self._kind, self._engine.work)

@@ -18,14 +18,16 @@ from perturbscope.protocol.proto import perturbscope_v1_pb2 as messages
 from perturbscope.protocol.protobuf import message_class
 from serving.access import tls
 from serving.access.limits import LAST_WORDS, Held
-from serving.call import GROWTH, Call
+from serving.call import Call
 from serving.engine.engine import Engine
 from serving.engine.operations import Served, served
 from serving.grpc.edge import answered, begin
 from serving.grpc.health import Health
 from serving.grpc.interceptors import KeyInterceptor, MessageInterceptor
+from serving.grpc.received import Unread
+from serving.grpc.reflection import Reflection
 from serving.grpc.streams import embed_stream
-from serving.settings import PREFIX
+from serving.settings import PREFIX, Settings
 
 SERVICE: str = messages.DESCRIPTOR.services_by_name["PerturbScope"].full_name
 _ENVELOPE = 64 * 2**10
@@ -35,6 +37,9 @@ Register = Callable[[Any], str]
 """Adds a service to a server of grpc.aio, and returns the service's full name."""
 KEEPALIVE = 30
 """Seconds after which a silent connection with calls is pinged, and within which its client must answer."""
+
+PING = 5.0
+"""Seconds between two pings of a client at least."""
 
 
 class Methods:
@@ -71,15 +76,13 @@ class Methods:
 
         async def operate(request: Any, call: Call, held: Held) -> Any:
             """Decode, call, encode."""
-            held(n_bytes := request.ByteSize())
-            held.reserve(GROWTH * n_bytes)
             with call.stage("decode"):
                 decoded = await self._engine.work(decode, request)
             answer = await answers.call(self._engine, decoded, call)
             with call.stage("encode"):
                 return await self._engine.work(protocol.answer_to_proto, answer)
 
-        async def method(request: Any, context: Any) -> Any:
+        async def method(request: Unread, context: Any) -> Any:
             return await answered(self._engine.front, route, operate, request, context)
 
         return method
@@ -87,6 +90,17 @@ class Methods:
     async def _embed_stream(self, requests: Any, context: Any) -> Any:
         """Embed any number of cells, while they are sent."""
         await embed_stream(self._engine, begin(f"{SERVICE}/EmbedStream", context), context)
+
+
+def _ages(settings: Settings) -> list[tuple[str, int]]:
+    """Return the options that end old connections, so that clients look for replicas that are new."""
+    if not settings.connection_age:
+        return []
+    grace = settings.request_timeout
+    return [
+        ("grpc.max_connection_age_ms", 1000 * settings.connection_age),
+        ("grpc.max_connection_age_grace_ms", 1000 * grace),
+    ]
 
 
 class GrpcServer:
@@ -108,16 +122,24 @@ class GrpcServer:
         self._grace = engine.settings.shutdown_grace
         self._credentials = tls.grpc_credentials(engine.settings)
         self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(engine.front), MessageInterceptor()],
+            interceptors=[KeyInterceptor(engine.front), MessageInterceptor(engine)],
             options=[
                 ("grpc.max_receive_message_length", largest),
                 ("grpc.max_send_message_length", -1),
+                # Identity alone: what is compressed is refused, and never grows to what nobody counted.
+                ("grpc.compression_enabled_algorithms_bitset", 1),
+                # 64 KiB of a message lie here before it is read. With the probe, a fast caller can have it be 48 MiB.
+                ("grpc.http2.bdp_probe", 0),
                 # Two servers on one port would each get a random half of the calls.
                 ("grpc.so_reuseport", 0),
                 # A connection that never says what it wants, and one whose client does not live any more, end.
                 ("grpc.server_handshake_timeout_ms", 1000 * engine.settings.head_timeout),
                 ("grpc.keepalive_time_ms", 1000 * KEEPALIVE),
                 ("grpc.keepalive_timeout_ms", 1000 * KEEPALIVE),
+                # Clients may ping, too, with calls and without; the third ping that comes too soon ends a connection.
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", int(1000 * PING)),
+                *_ages(engine.settings),
             ],
         )
         methods = Methods(engine).handlers()
@@ -128,7 +150,7 @@ class GrpcServer:
         self._health = Health(engine, own)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*own, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        Reflection(engine.front, names).register(self._server)
 
     async def start(self) -> int:
         """Listen, and say so in the health service.

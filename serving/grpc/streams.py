@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import grpc
@@ -17,15 +16,11 @@ from perturbscope.protocol.protobuf_streams import (
     stream_start_from_proto,
 )
 from perturbscope.protocol.streams import StreamAnswer, StreamStart
-from serving.access.front import Front
 from serving.access.limits import Held
 from serving.call import Call
 from serving.engine.engine import Engine
 from serving.engine.streams import answer_stream, check_chunk
-from serving.grpc.edge import abort
-
-_LAST_WORDS = 5.0
-"""Seconds within which a status must be sent; one behind answers that nobody reads never is."""
+from serving.grpc.edge import streamed
 
 
 class GrpcPipe:
@@ -43,12 +38,15 @@ class GrpcPipe:
 
     async def next(self) -> tuple[Any, int] | None:
         """See :meth:`Pipe.next`."""
-        message = await self._context.read()
-        if message is grpc.aio.EOF:
+        sent = await self._context.read()
+        if sent is grpc.aio.EOF:
             return None
-        n_bytes = message.ByteSize()
+        n_bytes = len(sent)
         check_chunk(n_bytes, self._limit)
         self._held(n_bytes)
+        message = await sent.decoded(self._held)
+        # Only the first message has items, the genes, which the stream keeps in another form.
+        self._held.release_reserved(sent.items)
         return message, n_bytes
 
     def decode_start(self, message: Any) -> StreamStart:
@@ -70,13 +68,8 @@ class GrpcPipe:
 
 async def embed_stream(engine: Engine, call: Call, context: Any) -> None:
     """Answer one stream; grpc.aio cancels this when the caller does, or its deadline passes."""
-    try:
-        async with engine.front.admitted(call) as held:
-            await answer_stream(engine, call, held, GrpcPipe(context, held, engine.settings.chunk_bytes))
-    except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
-        async with asyncio.timeout(_LAST_WORDS):
-            await abort(error, call, context)
-    except BaseException:
-        Front.finish(call, "CANCELLED", "client_gone")
-        raise
-    Front.finish(call, "OK")
+
+    async def answer(call: Call, held: Held) -> None:
+        await answer_stream(engine, call, held, GrpcPipe(context, held, engine.settings.chunk_bytes))
+
+    await streamed(engine.front, call, context, answer)

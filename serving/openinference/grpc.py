@@ -89,10 +89,13 @@ class InferenceServicer(services.GRPCInferenceServiceServicer):
 
         Each request is a call of its own: admitted, counted and logged as if it had come alone.
         """
-        async for request in requests:
+        async for sent in requests:
+            request = messages.ModelInferRequest()
             call = begin(f"{SERVICE}/ModelStreamInfer", context)
             try:
                 async with self._engine.front.admitted(call) as held:
+                    held(len(sent))
+                    request = await sent.decoded(held)
                     answer = messages.ModelStreamInferResponse(infer_response=await self._infer(request, call, held))
             except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
                 told = explain(error, call)
@@ -111,7 +114,6 @@ class InferenceServicer(services.GRPCInferenceServiceServicer):
         return await answered(self._engine.front, f"{SERVICE}/{method}", work, request, context, right)
 
     async def _infer(self, request: messages.ModelInferRequest, call: Call, held: Held) -> messages.ModelInferResponse:
-        held(request.ByteSize())
         answer = await self._tokens.infer(
             request.model_name, request.model_version, lambda: request_from_proto(request), call
         )

@@ -19,7 +19,6 @@ from serving.grpc import health as serving_health
 from serving.grpc.server import GrpcServer
 from tests.apps import grpc_server_of
 from tests.fakes import FakeEncoder
-from tests.unit.serving.grpc.test_server import failure
 
 NAMES = ("", "perturbscope.v1.PerturbScope", "inference.GRPCInferenceService")
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -60,10 +59,6 @@ async def test_the_state_follows_the_models(
     assert await states(channel) == [NOT_SERVING] * 3
     fake_embedder.encoder.error = None
     assert await states(channel) == [SERVING] * 3
-    status, _, _ = await failure(
-        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="nothing"))
-    )
-    assert status is grpc.StatusCode.NOT_FOUND
 
 
 async def test_who_watches_is_told_of_a_change(

@@ -1,14 +1,18 @@
-"""Bytes that protobuf cannot read are the caller's mistake, with every method."""
+"""Messages are read late or never; bytes that protobuf cannot read are the caller's mistake, with every method."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 
 import grpc
 import pytest
 
 from serving.engine.engine import Engine
+from serving.grpc import health
+from serving.grpc.interceptors import OPEN
 from tests.apps import grpc_server_of
+from tests.unit.serving.conftest import MakeEngine
 
 UNARY = (
     "perturbscope.v1.PerturbScope/Embed",
@@ -43,3 +47,45 @@ async def test_bytes_that_are_no_message_are_refused(
     await server.stop()
     assert "Traceback" not in caplog.text
     assert not [record for record in caplog.records if record.name.startswith("grpc")]
+
+
+async def test_a_message_that_does_not_come_is_not_waited_for(make_engine: MakeEngine) -> None:
+    engine = make_engine(body_timeout=1)
+    server = grpc_server_of(engine)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel:
+        for method in UNARY:
+            call = channel.stream_unary(f"/{method}")()
+            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "did not arrive within 1 seconds" in await call.details()
+            empty = channel.stream_unary(f"/{method}")()
+            await empty.done_writing()
+            assert await empty.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert engine.admission.in_progress == 0
+    await server.stop()
+
+
+async def test_open_methods_answer_before_anything_is_sent(engine: Engine) -> None:
+    server = grpc_server_of(engine)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel, asyncio.timeout(30):
+        for method in OPEN:
+            call = channel.stream_stream(method)()
+            assert await call.read() is not grpc.aio.EOF, method
+            call.cancel()
+    await server.stop()
+
+
+async def test_one_address_does_not_take_all_watches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "WATCHERS", 8)
+    server = grpc_server_of(engine)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel, asyncio.timeout(30):
+        calls = [channel.stream_stream("/grpc.health.v1.Health/Watch")() for _ in range(8)]
+        for call in calls[:6]:
+            await call.read()
+        for call in calls[6:]:
+            assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
+        calls[0].cancel()
+        await asyncio.sleep(0.1)
+        assert await channel.stream_stream("/grpc.health.v1.Health/Watch")().read() is not grpc.aio.EOF
+        for call in calls:
+            call.cancel()
+    await server.stop()

@@ -131,7 +131,7 @@ async def test_grpc_is_one_trace_below_the_callers_span(
     assert attributes["rpc.method"] == EMBED
     assert attributes["rpc.response.status_code"] == "OK"
     assert attributes["perturbscope.request_id"] == dict(await call.trailing_metadata())["x-request-id"]
-    check_tree(spans, root, {"decode", "tokenize", "queue", "inference", "encode"})
+    check_tree(spans, root, {"receive", "decode", "tokenize", "queue", "inference", "encode"})
 
 
 async def test_a_score_shows_where_its_time_went(
