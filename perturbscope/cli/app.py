@@ -19,6 +19,7 @@ from perturbscope.cli.embedding import embed
 from perturbscope.cli.enrichment import degs, enrich
 from perturbscope.cli.mapping import map_pairs
 from perturbscope.cli.options import CA_VARIABLE, KEY_FILE_VARIABLE, KEY_VARIABLE
+from perturbscope.cli.reference import operations
 from perturbscope.cli.report import report
 from perturbscope.cli.scoring import compare, score
 from perturbscope.errors import PerturbScopeError
@@ -34,19 +35,19 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all commands, for the help."""
-        from perturbscope.cli import operations
+        from perturbscope.cli.operations import names
 
         written = super().list_commands(ctx)
-        return [*written, *(name for name in operations.names() if name not in written)]
+        return [*written, *(name for name in names() if name not in written)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command; None if there is none of that name."""
         written = super().get_command(ctx, cmd_name)
         if written is not None:
             return written
-        from perturbscope.cli import operations
+        from perturbscope.cli.operations import command
 
-        return operations.command(cmd_name)
+        return command(cmd_name)
 
 
 app = typer.Typer(
@@ -64,6 +65,7 @@ app.command("map")(map_pairs)
 app.command()(degs)
 app.command()(enrich)
 app.command()(report)
+app.command()(operations)
 app.add_typer(bundles.app)
 
 

@@ -28,6 +28,7 @@ from perturbscope.protocol.tables import (
 
 T = TypeVar("T")
 _CELLS = ("gene_ids", "indptr", "indices", "data")
+_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 _PIECE = 16_384
 """Numbers that are encoded at a time, which takes some milliseconds."""
 
@@ -85,7 +86,7 @@ def _pairs(fields: tuple[Field, ...], values: Mapping[str, Any]) -> Iterator[byt
         value = values[item.name]
         if value is None and item.kind in SILENT:
             continue
-        name = _dump(item.name) + b":"
+        name = f'"{item.name}":'.encode()
         if value is None:
             yield name + b"null"
         elif item.kind == "vectors":
@@ -97,7 +98,7 @@ def _pairs(fields: tuple[Field, ...], values: Mapping[str, Any]) -> Iterator[byt
 
 
 def _dump(value: Any) -> bytes:
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def _require(value: Any, where: str, *names: str) -> dict[str, Any]:
@@ -193,12 +194,11 @@ def _cells_from(value: Any, item: Field) -> CountMatrix:
     )
 
 
-def _numbers_to_list(values: NDArray[Any], _: Field) -> list[Any]:
-    if values.dtype.kind != "f":
-        found: list[Any] = values.tolist()
-        return found
-    shown: list[Any] = check.finite(check.short_floats(values) if values.dtype == np.float32 else values.tolist())
-    return shown
+def _numbers_to_list(values: NDArray[Any], item: Field) -> list[Any]:
+    found: list[Any] = check.short_floats(values) if values.dtype == np.float32 else values.tolist()
+    if values.dtype.kind == "f" and not item.finite:
+        found = check.finite(found)
+    return found
 
 
 def _numbers_from(value: Any, item: Field) -> NDArray[Any]:

@@ -86,7 +86,7 @@ def _from_proto(form: Form, message: Any, what: str) -> Any:
             continue
         value = getattr(message, item.name)
         has_presence = message.DESCRIPTOR.fields_by_name[item.name].has_presence
-        present = message.HasField(item.name) if has_presence else len(value) > 0
+        present = message.HasField(item.name) if has_presence else item.required or len(value) > 0
         if item.kind == "cells" and item.required and not present:
             raise InvalidParameterError(f"The {what} has no cells.", field=item.name)
         if present or item.required:

@@ -214,6 +214,13 @@ def test_the_command(
     assert run(["--help"]) == 0
     assert "count-tokens" in capsys.readouterr().out
     assert run(["count-genes", file]) == 2
+    assert run(["operations"]) == 0
+    page = capsys.readouterr().out
+    assert "## count_tokens\n\nThe number of tokens of each cell.\n" in page
+    assert "| `most` | integer | metadata | May be absent. Largest number that is reported. Default: 1000000. |" in page
+    assert run(["operations", "--proto", "count_tokens"]) == 0
+    assert capsys.readouterr().out == proto_of(OPERATION)
+    assert run(["operations", "--proto", "count_genes"]) == 2
     assert run(["count-tokens", file, "--most", "some"]) == 2
 
 
