@@ -78,14 +78,16 @@ async def test_one_address_does_not_take_all_watches(engine: Engine, monkeypatch
     monkeypatch.setattr(health, "WATCHERS", 8)
     server = grpc_server_of(engine)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{await server.start()}") as channel, asyncio.timeout(30):
-        calls = [channel.stream_stream("/grpc.health.v1.Health/Watch")() for _ in range(8)]
-        for call in calls[:6]:
-            await call.read()
-        for call in calls[6:]:
-            assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
+        watch = channel.stream_stream("/grpc.health.v1.Health/Watch")
+        calls = []
+        for _ in range(6):
+            calls.append(watch())
+            await calls[-1].read()
+        assert await watch().code() is grpc.StatusCode.UNIMPLEMENTED
         calls[0].cancel()
         await asyncio.sleep(0.1)
-        assert await channel.stream_stream("/grpc.health.v1.Health/Watch")().read() is not grpc.aio.EOF
+        calls.append(watch())
+        await calls[-1].read()
         for call in calls:
             call.cancel()
     await server.stop()
