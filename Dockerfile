@@ -3,17 +3,17 @@
 #   docker build -t perturbscope .
 #   docker run -p 3000:3000 -p 3001:3001 --read-only --tmpfs /tmp perturbscope
 #   docker run ... -v /my/bundle:/bundle:ro -e PERTURBSCOPE_BUNDLE=/bundle perturbscope
+#   docker run ... -v /my/bundles:/models:ro -e PERTURBSCOPE_REPOSITORY=/models perturbscope
 #   docker run ... -v /my/secrets:/secrets:ro -e PERTURBSCOPE_KEYS=/secrets/keys.json \
 #       -e PERTURBSCOPE_TLS_CERTIFICATE=/secrets/server.pem -e PERTURBSCOPE_TLS_KEY=/secrets/server.key perturbscope
 #
 # API keys are made by `python -m serving keys`, there or here. The service runs as user 10001, which must be able to
-# read the files; it needs no capability and writes only to /tmp.
+# read the files; it needs no capability and writes only to /tmp. It serves every bundle of bundles/; the one called
+# default, or else the first by name, is the default model. --build-arg BUNDLE=bundles/NAME takes along only that one.
 #
 # BASE_IMAGE may be any Debian bookworm; Python is installed where it is missing. A tag can be moved to another image, so a
 # release is built from name:tag@sha256:...: scripts/pin_base.sh writes it here, and scripts/image.sh --release asks for it.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
-# The folder that is served unless PERTURBSCOPE_BUNDLE names another.
-ARG BUNDLE=bundles/default
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS base
@@ -46,6 +46,12 @@ COPY pyproject.toml README.md LICENSE ./
 COPY perturbscope perturbscope
 RUN pip wheel --no-build-isolation --no-deps --wheel-dir /wheels .
 
+FROM base AS bundles
+ARG BUNDLE
+COPY bundles /bundles
+RUN mkdir /served; \
+    if [ -n "${BUNDLE:-}" ]; then cp -r "/${BUNDLE}" /served/; else cp -r /bundles/. /served/; fi
+
 FROM base AS install
 WORKDIR /src
 ENV PATH=/opt/venv/bin:$PATH \
@@ -68,9 +74,9 @@ COPY scripts/slim_venv.sh scripts/distributions.py scripts/sbom.py scripts/
 RUN pip install --no-deps --no-index /wheels/*.whl; \
     pip check; \
     scripts/slim_venv.sh /opt/venv
-ARG BUNDLE
-COPY ${BUNDLE} bundle
-RUN python scripts/sbom.py --report report.json --dpkg-status dpkg-status --bundle bundle --output sbom.cdx.json
+COPY --from=bundles /served bundles
+RUN for manifest in bundles/*/manifest.json; do set -- "$@" --bundle "${manifest%/manifest.json}"; done; \
+    python scripts/sbom.py --report report.json --dpkg-status dpkg-status "$@" --output sbom.cdx.json
 
 FROM install AS install-gpu
 ARG PIP_INDEX_URL
@@ -81,16 +87,15 @@ COPY --from=wheel /wheels /wheels
 COPY scripts/slim_venv.sh scripts/distributions.py scripts/sbom.py scripts/
 RUN pip install --no-deps --no-index /wheels/*.whl; \
     scripts/slim_venv.sh /opt/venv
-ARG BUNDLE
-COPY ${BUNDLE} bundle
-RUN python scripts/sbom.py --report report.json --dpkg-status dpkg-status --bundle bundle --output sbom.cdx.json
+COPY --from=bundles /served bundles
+RUN for manifest in bundles/*/manifest.json; do set -- "$@" --bundle "${manifest%/manifest.json}"; done; \
+    python scripts/sbom.py --report report.json --dpkg-status dpkg-status "$@" --output sbom.cdx.json
 
 FROM base AS runtime
 WORKDIR /app
-# The code and the bundle belong to root: the service can read and not change them.
+# The code and the bundles belong to root: the service can read and not change them.
 COPY serving serving
-ARG BUNDLE
-COPY ${BUNDLE} bundles/default
+COPY --from=bundles /served bundles
 COPY LICENSE NOTICE ./
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -99,8 +104,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     BENTOML_HOME=/tmp/bentoml \
     BENTOML_DO_NOT_TRACK=True \
     HDF5_PLUGIN_PRELOAD=:: \
-    PERTURBSCOPE_HOST=0.0.0.0 \
-    PERTURBSCOPE_BUNDLE=/app/bundles/default
+    PERTURBSCOPE_HOST=0.0.0.0
 EXPOSE 3000 3001
 USER 10001:10001
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 \

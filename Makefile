@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE := 1
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-serve: $(VENV)/.serving ## install the serving set (no torch) and serve bundles/default: HTTP on 3000, gRPC on 3001
+serve: $(VENV)/.serving ## install the serving set (no torch) and serve every model in bundles/: HTTP on 3000, gRPC on 3001
 	exec $(PY) -m serving
 
 setup: $(VENV)/.everything ## install everything: serving, training, export, checks

@@ -8,7 +8,7 @@
 #                can then be traced to both (deploy/release.md). Otherwise a tag is used with a warning.
 #
 #   IMAGE        name of the result                    default perturbscope:TARGET
-#   BUNDLE       folder below bundles/ that is baked in default bundles/default
+#   BUNDLE       the one bundle that is baked in        default all of bundles/
 #   BASE_IMAGE   image to start from                   default docker: the Dockerfile's; buildah: a fresh Debian
 #                                                      bookworm made by debootstrap, so that no registry is needed
 #   STORE        where buildah keeps its images        default ~/.cache/perturbscope/images
@@ -19,7 +19,7 @@ set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 STORE="${STORE:-${XDG_CACHE_HOME:-$HOME/.cache}/perturbscope/images}"
-BUNDLE="${BUNDLE:-bundles/default}"
+BUNDLE="${BUNDLE:-}"
 
 say() { printf '+ %s\n' "$*" >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -107,7 +107,9 @@ releasable() { # fails if an image that was built now could not be traced
 
 build() { # build TARGET IMAGE
     local target="$1" image="$2" base settings revision options=()
-    [ -f "$root/$BUNDLE/manifest.json" ] || fail "$BUNDLE holds no bundle; name one below bundles/ as BUNDLE=bundles/NAME"
+    [ -z "$BUNDLE" ] || [ -f "$root/$BUNDLE/manifest.json" ] ||
+        fail "$BUNDLE holds no bundle; name one below bundles/ as BUNDLE=bundles/NAME"
+    compgen -G "$root/bundles/*/manifest.json" >/dev/null || fail "bundles/ holds no bundle"
     options=(--target "$target" --build-arg "BUNDLE=$BUNDLE" --tag "$image" --file "$root/Dockerfile")
     revision="$(git -C "$root" rev-parse HEAD 2>/dev/null || true)"
     [ -z "$revision" ] || options+=(--label "org.opencontainers.image.revision=$revision")
