@@ -413,9 +413,9 @@ def test_what_cannot_be_served_is_said_in_one_line(bundle: Path, tmp_path: Path)
     damaged = write_tiny_bundle(tmp_path / "damaged")
     (damaged / "model.onnx").write_bytes((damaged / "model.onnx").read_bytes()[:-1] + b"\0")
     for settings, code, message in (
-        ({"bundle": tmp_path / "nothing"}, 1, "is not a bundle"),
-        ({"bundle": damaged}, 1, "SHA-256"),
-        ({"bundle": bundle, "variant": "int4"}, 1, "has no variant 'int4'"),
+        ({"bundle": tmp_path / "nothing"}, 2, "is not a bundle"),
+        ({"bundle": damaged}, 2, "SHA-256"),
+        ({"bundle": bundle, "variant": "int4"}, 2, "has no variant 'int4'"),
         ({"bundle": bundle, "max_cells": "many"}, 2, "PERTURBSCOPE_MAX_CELLS is 'many'"),
     ):
         ended = start(**{**ports, **settings})
