@@ -11,13 +11,14 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from perturbscope.errors import BundleError, InvalidParameterError, PerturbScopeError, ProviderUnavailableError
 from perturbscope.inference.bundle import Bundle
 from serving.commands import safety
 from serving.models.repository import Repository
-from serving.settings import BUNDLES, DEFAULT_BUNDLE, PREFIX, ROOT, Settings
+from serving.settings import BUNDLES, PREFIX, ROOT, Settings
 from serving.telemetry import tracing
 
 
@@ -63,14 +64,9 @@ def check(settings: Settings, *, http: bool = False) -> None:
 
 def _check_own_bundles(settings: Settings) -> None:
     """Check that one of the bundles that come with the server can be served. Raises as :func:`check`."""
-    errors = []
-    for path in _own_bundles():
-        try:
-            Bundle.open(path).graph(settings.variant)
-        except BundleError as error:
-            errors.append(error)
-        else:
-            return
+    good, errors = _first_good(_bundles_in(BUNDLES), settings.variant)
+    if good is not None:
+        return
     if not errors:
         raise InvalidParameterError(
             f"{BUNDLES} holds no bundle, and none is named. Name one with --bundle DIR or {PREFIX}BUNDLE, or a folder "
@@ -86,15 +82,29 @@ def _check_own_bundles(settings: Settings) -> None:
     )
 
 
-def _own_bundles() -> list[Path]:
-    """The bundles that come with the server, the default one first."""
-    if not BUNDLES.is_dir():
+def _bundles_in(folder: Path | None) -> list[Path]:
+    """The bundles of a repository, the default one first; none if it cannot be read."""
+    try:
+        return [snapshot.path for snapshot in Repository((), folder).scan().bundles.values()]
+    except OSError:
         return []
-    return [snapshot.path for snapshot in Repository((), BUNDLES).scan().bundles.values()]
+
+
+def _first_good(paths: Iterable[Path], variant: str) -> tuple[Path | None, list[BundleError]]:
+    """Return the first bundle that can be opened and has the variant, and what is wrong with those before it."""
+    errors = []
+    for path in paths:
+        try:
+            Bundle.open(path).graph(variant)
+        except BundleError as error:
+            errors.append(error)
+        else:
+            return path, errors
+    return None, errors
 
 
 def check_device(settings: Settings) -> None:
-    """Run the default model on the device. Raises ProviderUnavailableError if that fails."""
+    """Run a model on the device, the default one if it is good. Raises ProviderUnavailableError if that fails."""
     if settings.device == "cpu":
         return
     import onnxruntime as ort
@@ -141,8 +151,12 @@ def _try_device() -> int:
     from serving.models.loading import ServedModel
 
     settings = Settings.from_env()
+    paths = (*settings.bundles, *_bundles_in(BUNDLES), *_bundles_in(settings.repository_path))
+    path, _ = _first_good(paths, settings.variant)
+    if path is None:
+        return 0  # a repository that is filled later
     try:
-        ServedModel.load((*settings.bundles, *_own_bundles(), DEFAULT_BUNDLE)[0], settings)
+        ServedModel.load(path, settings)
     except PerturbScopeError as error:
         sys.stderr.write(error.message.replace("\n", " ") + "\n")
         return 1
