@@ -53,9 +53,9 @@ What their files say is below.
 """
 
 GPU = """\
-The GPU image has onnxruntime-gpu in place of onnxruntime, and libraries of NVIDIA, which are not free software: each is
-licensed under the terms in its own package, and whoever passes the image on has to keep to those terms. They were not
-read by scripts/notice.py, as they are not installed where it runs:
+The GPU image has onnxruntime-gpu (MIT) in place of onnxruntime, and libraries of NVIDIA, which are not free software:
+their metadata say LicenseRef-NVIDIA-Proprietary. Whoever passes the image on has to keep to the terms of NVIDIA. The
+texts of these packages are not here, as they are not installed where scripts/notice.py runs:
 """
 
 COPYRIGHT = re.compile(
