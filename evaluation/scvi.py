@@ -22,7 +22,7 @@ from perturbscope.errors import InvalidParameterError
 
 Architecture = Literal["linear", "5L"]
 MIN_TRAINING_CELLS = 50
-INSTALL = "pip install -r requirements/evaluation.txt"
+INSTALL = "pip install -r requirements/evaluation.txt, after -r requirements/torch.txt where torch is missing, too"
 
 
 @dataclass(frozen=True, kw_only=True)
