@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import PerArray
+from perturbscope.errors import InvalidParameterError
 from perturbscope.families.outputs import Outputs, OutputSpec, selected
 from perturbscope.families.tokens import TokenizedCells, concatenate
 from perturbscope.inference.embedder import Embedder
@@ -109,7 +110,7 @@ class Engine:
         """Embed cells, which are counted already, with the model of that name. Raises as :meth:`embed`."""
         with self.registry.lease(name) as model:
             call.model = model.embedder
-            specs = selected(model.embedder.outputs, outputs)
+            specs = self.wanted(model, outputs)
             limits.check_shape(self.settings, len(cells), cells.n_genes, int(cells.counts.nnz))
             cost = int(model.embedder.limits.costs_of(model.embedder.family.bound(cells)).sum())
             model.dispatcher.require_room(len(cells), cost, call.caller.name, call.deadline)
@@ -118,6 +119,23 @@ class Engine:
                 tokens, seconds = await self.tokenize(model.embedder, cells)
             values, timings = await self.infer_tokens(model, tokens, call, outputs)
             return model.embedder.describe(tokens, values, {"tokenize": seconds, **timings})
+
+    def wanted(self, model: ServedModel, outputs: Sequence[str] | None) -> tuple[OutputSpec, ...]:
+        """Return the outputs of a model that a caller names; the cell embedding is always among them.
+
+        Raises
+        ------
+        InvalidParameterError
+            The model has no output of a name; the message says which models of this server have it.
+        """
+        try:
+            return selected(model.embedder.outputs, outputs)
+        except InvalidParameterError as error:
+            known = {spec.name for spec in model.embedder.outputs}
+            missing = next(name for name in outputs or () if name not in known)
+            able = [info.name for info in self.registry.infos() if missing in {spec.name for spec in info.outputs}]
+            remedy = f"Name one of the models that have it: {', '.join(able)}." if able else "No model here has it."
+            raise InvalidParameterError(f"{error.message} {remedy}", field=error.field) from error
 
     async def tokenize(self, embedder: Embedder, cells: CountMatrix) -> tuple[TokenizedCells, float]:
         """Tokenize cells, a thousand at a time; also return the seconds. Raises as :meth:`Embedder.tokenize`."""

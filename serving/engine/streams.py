@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import DeadlineExceededError, LimitExceededError, OverloadedError
-from perturbscope.families.outputs import CELL_EMBEDDING, OutputSpec, selected
+from perturbscope.families.outputs import CELL_EMBEDDING, OutputSpec
 from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamOpened, StreamStart, StreamTotals
 from serving.access import limits
@@ -128,7 +128,7 @@ class _Stream:
 
     async def _open(self, model: ServedModel, start: StreamStart) -> StreamOpened:
         """Answer the start; refuse genes that no cell could be embedded with before there are cells."""
-        self._outputs = selected(model.embedder.outputs, start.outputs)
+        self._outputs = self._engine.wanted(model, start.outputs)
         settings, n_genes = self._settings, len(start.gene_ids)
         limits.check_shape(settings, 1, n_genes, n_genes)
         cells = await self._engine.work(start.every_gene)

@@ -18,6 +18,7 @@ from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import EmbedRequest, ModelInfo
+from perturbscope.protocol.messages import OutputInfo
 from perturbscope.protocol.proto.perturbscope_v1_pb2_grpc import PerturbScopeStub
 from serving.engine.engine import Engine
 from serving.grpc.server import GrpcServer
@@ -46,6 +47,10 @@ def served(embedder: Embedder, name: str = "fake", **options: int) -> ServedMode
         variant="fp32",
         device="cpu",
         golden="absent",
+        outputs=tuple(
+            OutputInfo(name=spec.name, per=spec.per, width=spec.width, meaning=spec.meaning, names=spec.names or ())
+            for spec in embedder.outputs
+        ),
     )
     probe = CountMatrix.from_matrix([[1]], ["ENSG00000000003"])
     return ServedModel(info, embedder, Dispatcher(embedder, **options), probe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,18 +18,20 @@ from perturbscope.errors import (
     ControlLabelMissingError,
     CorruptBundleError,
     InferenceError,
+    InvalidParameterError,
     LimitExceededError,
     OverloadedError,
     ProviderUnavailableError,
     UnknownModelError,
 )
+from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import CompareRequest, EmbedRequest, ScoreRequest
 from perturbscope.scoring.results import ScoreOptions
 from serving.engine.engine import Engine
 from serving.models.registry import ModelRegistry
 from serving.settings import Settings
-from tests.bundles import TINY_WIDTH, write_tiny_bundle
+from tests.bundles import TINY_WIDTH, write_outputs_bundle, write_tiny_bundle
 from tests.fakes import FakeEncoder
 from tests.unit.serving.conftest import FAST, LABELS, MakeEngine, served
 
@@ -83,6 +86,24 @@ async def test_compare_takes_pairs(engine: Engine, tiny_cells: CountMatrix) -> N
         CompareRequest(cells=tiny_cells, perturbations=labels, pairs=(("control", "A"),), options=OPTIONS)
     )
     assert chosen.result.table[["a", "b"]].to_numpy().tolist() == [["control", "A"]]
+
+
+async def test_an_unknown_output_names_the_models_that_have_it(
+    fake_embedder: Embedder, tiny_cells: CountMatrix, tmp_path: Path
+) -> None:
+    rich = Embedder.from_bundle(Bundle.open(write_outputs_bundle(tmp_path / "rich")), threads=1)
+    models = [served(fake_embedder, "plain"), served(rich, "rich")]
+    engine = Engine(ModelRegistry(Settings(), models), Settings())
+    ask = functools.partial(EmbedRequest, cells=tiny_cells, model="plain")
+    with pytest.raises(
+        InvalidParameterError, match=r"has no output 'gene_value'; .* models that have it: rich"
+    ) as caught:
+        await engine.embed(ask(outputs=("gene_value",)))
+    assert caught.value.field == "outputs"
+    with pytest.raises(InvalidParameterError, match=r"has no output 'nothing'; .* No model here has it"):
+        await engine.embed(ask(outputs=("nothing",)))
+    assert set((await engine.embed(ask(outputs=("gene_value",), model="rich"))).outputs) == {"gene_value"}
+    await engine.close()
 
 
 async def test_wrong_labels_cost_no_embedding(engine: Engine, tiny_cells: CountMatrix, fake_embedder: Embedder) -> None:
