@@ -300,8 +300,13 @@ def outputs_from(table: pa.Table, specs: Any) -> dict[str, OutputValues]:
             continue
         starts, rows = _lists(table, column)
         starts_of_genes, genes = _lists(table, GENES)
-        if not pa.types.is_fixed_size_list(rows.type) or not pa.types.is_dictionary(genes.type):
-            raise InvalidParameterError(f"The column {column!r} has the type {rows.type}.", field="outputs")
+        wanted = pa.list_(pa.float32(), spec.width)
+        if rows.type != wanted or not pa.types.is_dictionary(genes.type):
+            raise InvalidParameterError(
+                f"The column {column!r} has lists of {rows.type}, and gene_ids of {genes.type}; lists of {wanted} and "
+                "of a dictionary are needed.",
+                field="outputs",
+            )
         values = rows.flatten()
         if rows.null_count or values.null_count or genes.null_count or not np.array_equal(starts, starts_of_genes):
             raise InvalidParameterError(f"The column {column!r} has nulls, or does not fit gene_ids.", field="outputs")

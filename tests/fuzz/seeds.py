@@ -18,7 +18,8 @@ from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.cells.vocabulary import GeneVocabulary
-from perturbscope.inference.embeddings import Embeddings
+from perturbscope.families.outputs import OutputSpec
+from perturbscope.inference.embeddings import Embeddings, OutputValues
 from perturbscope.protocol import (
     CompareAnswer,
     CompareRequest,
@@ -93,7 +94,7 @@ def seeds() -> dict[str, dict[str, bytes]]:
     matrix = cells()
     vectors = np.random.default_rng(2).standard_normal((8, 3)).astype(np.float32)
     requests: list[tuple[str, Any]] = [
-        ("embed", EmbedRequest(cells=matrix, model="m")),
+        ("embed", EmbedRequest(cells=matrix, model="m", outputs=("value", "classes"))),
         ("score", ScoreRequest(cells=matrix, perturbations=LABELS, control="control", options=OPTIONS)),
         (
             "compare",
@@ -133,7 +134,7 @@ def _written(message: Any, form: str) -> Any:
 
 
 def _streams(matrix: CountMatrix) -> dict[str, bytes]:
-    start = StreamStart(gene_ids=matrix.gene_ids, model="m", first_row=3)
+    start = StreamStart(gene_ids=matrix.gene_ids, model="m", first_row=3, outputs=("value",))
     return {
         "request-arrow": b"\0" + b"".join(stream_request_to_arrow(start, [matrix[:4], matrix[4:]])),
         "start-proto": b"\2" + stream_start_to_proto(start).SerializeToString(deterministic=True),
@@ -180,13 +181,30 @@ def _answers(vectors: Any) -> list[tuple[str, Any]]:
     output = OutputInfo(name="class", per="cell", width=2, meaning="logits", names=("a", "b"))
     model = ModelInfo(width=3, device="cpu", outputs=(output,), classes=("a", "b"), **dict.fromkeys(names, "text"))
     problem = ModelProblem(name="folder", problem="text")
-    embeddings = Embeddings(vectors, ones, ones, ones.astype(np.float32), coverage, "m-1-0", "0" * 8, {"queue": 0.1})
+    outputs = _outputs(len(vectors))
+    embeddings = Embeddings(
+        vectors, ones, ones, ones.astype(np.float32), coverage, "m-1-0", "0" * 8, {"queue": 0.1}, "fp32", outputs
+    )
     return [
         ("embed", embeddings),
         ("score", ScoreAnswer(result=score, meta=meta)),
         ("compare", CompareAnswer(result=compare, meta=meta)),
         ("models", ModelsAnswer(models=(model,), problems=(problem,))),
     ]
+
+
+def _outputs(n_cells: int) -> dict[str, OutputValues]:
+    """An output per token, of one gene in the first cell and two in the others, and one per cell."""
+    value = OutputSpec(name="value", per="token", width=1, meaning="value")
+    classes = OutputSpec(name="classes", per="cell", width=2, meaning="logits", names=("a", "b"))
+    offsets = np.maximum(2 * np.arange(n_cells + 1) - 1, 0)
+    genes = (np.arange(offsets[-1]) % 3).astype(np.int32)
+    values = np.arange(2 * offsets[-1], dtype=np.float32)[:, None]
+    names = ("ENSG00000115415", "ENSG00000168610", "ENSG00000125347")
+    return {
+        "value": OutputValues(value, values[: offsets[-1]], offsets, genes, names),
+        "classes": OutputValues(classes, values[: 2 * n_cells].reshape(-1, 2)),
+    }
 
 
 def main(folder: Path) -> None:

@@ -127,6 +127,8 @@ VALUES = "outputs.gene_value"
         {VALUES: None},
         {VALUES: LISTS},
         {VALUES: pa.array([1.0, 2.0])},
+        {VALUES: pa.array([[[], []], [[]]], pa.list_(pa.list_(pa.float32(), 0)))},
+        {VALUES: pa.array([[["a"], ["b"]], [["c"]]], pa.list_(pa.list_(pa.string(), 1)))},
         {"gene_ids": None},
         {"gene_ids": pa.array([["a", "b"], ["a"]])},
         {"gene_ids": pa.array([["a"], ["a", "b"]], pa.list_(pa.dictionary(pa.int32(), pa.string())))},
