@@ -11,6 +11,8 @@ import ast
 import asyncio
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,6 +75,23 @@ def test_the_operation_is_one_module() -> None:
     ]
     assert found == TOUCHED
     assert len((ROOT / TOUCHED[0]).read_text().splitlines()) < 80
+
+
+def test_its_module_is_found_in_its_folder(tmp_path: Path) -> None:
+    """A copy of the package with the module among its operations has the command; nothing registers it."""
+    shutil.copytree(ROOT / "perturbscope", tmp_path / "perturbscope", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / TOUCHED[0], tmp_path / "perturbscope" / "operations")
+    done = subprocess.run(
+        [sys.executable, "-m", "perturbscope.cli", "count-tokens", "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert OPERATION.summary in done.stdout
 
 
 def test_json_and_arrow_over_http(server: Running, tiny_cells: CountMatrix, lengths: list[int]) -> None:
