@@ -22,6 +22,7 @@ PAGE = HERE.parent / "performance.md"
 PARTS = {
     "tokenization": "Tokenization",
     "embedding": "Embedding on CPU",
+    "published": "Published weights",
     "gpu": "Embedding on GPU",
     "training": "Training",
     "scoring": "Scoring at genome scale",

@@ -69,7 +69,7 @@ def ours(job: Job, variant: str = "fp32") -> Ready:
 def extractor(job: Job, by_length: bool = True, head: bool = False, batch: int | None = None) -> Ready:
     """Run the model in transformers as Geneformer's ``EmbExtractor`` does.
 
-    It runs all blocks on batches that are padded to their longest cell, and averages ``hidden_states[-2]`` over tokens.
+    It runs all blocks on batches that are padded to their longest cell, and averages ``hidden_states[-2]`` over genes.
 
     Parameters
     ----------
@@ -84,11 +84,14 @@ def extractor(job: Job, by_length: bool = True, head: bool = False, batch: int |
     """
     import torch
 
+    from perturbscope.inference.bundle import Bundle
+
     torch.set_num_threads(usable_cores())
     whole = job.weights.torch()
     model: Any = whole if head else whole.bert
     cells = tokens(job.weights.bundle, job.source, job.n_cells)
     lengths = cells.lengths
+    ends = Bundle.open(job.weights.bundle).manifest.family_config
     order = np.argsort(-lengths, kind="stable") if by_length else np.arange(len(lengths))
     batch = batch or -(-len(order) // BATCHES)
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
@@ -103,6 +106,10 @@ def extractor(job: Job, by_length: bool = True, head: bool = False, batch: int |
             for place, row in enumerate(rows):
                 ids[place, : lengths[row]] = torch.tensor(cells[row]["input_ids"].astype(np.int64))
             output = model(input_ids=ids, attention_mask=mask.to(torch.int64), output_hidden_states=True)
+            if "start" in ends:
+                mask[:, 0] = False
+            if "end" in ends:
+                mask[torch.arange(len(rows)), torch.tensor(lengths[rows] - 1)] = False
             states = output.hidden_states[-2].masked_fill(~mask[:, :, None], 0.0)
             values[rows] = (states.sum(dim=1) / mask.sum(dim=1, keepdim=True)).numpy()
         return values

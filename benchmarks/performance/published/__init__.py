@@ -1,0 +1,1 @@
+"""Published weights, adopted and exported, beside the published extractor."""
