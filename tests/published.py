@@ -70,6 +70,7 @@ def write_published(
     width: int = 32,
     heads: int = 4,
     positions: int = 40,
+    init_sd: float = 0.2,
     seed: int = 0,
     **options: Any,
 ) -> tuple[Path, PreTrainedModel]:
@@ -85,8 +86,8 @@ def write_published(
         Class of transformers.
     vocabulary
         Genes; by default :func:`genes`.
-    layers, width, heads, positions, seed
-        The network; its weights are ten times as large as usual, so that all of them matter.
+    layers, width, heads, positions, init_sd, seed
+        The network; its weights are ten times as large as usual by default, so that all of them matter.
     **options
         Further options of BertConfig.
 
@@ -103,7 +104,7 @@ def write_published(
         num_attention_heads=heads,
         intermediate_size=2 * width,
         max_position_embeddings=positions,
-        initializer_range=0.2,
+        initializer_range=init_sd,
         hidden_act="relu",
         hidden_dropout_prob=0.02,
         attention_probs_dropout_prob=0.02,

@@ -23,7 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Shapes of Geneformer-V1-10M and of the smallest V2, gf-12L-38M-i4096."""
 SMALL = {"V2, 2 x 32": {"version": "V2", "layers": 2, "width": 32, "heads": 4, "positions": 4096}}
-CELLS = {"PBMC 3k": 24, "mix": 30}
+CELLS = {"PBMC 3k": 16, "mix": 18}
 """Cells of each source; see :func:`benchmarks.performance.embedding.models.tokens`."""
 OURS, EXTRACTOR = "PerturbScope", "published extractor"
 
@@ -66,7 +66,7 @@ def written(root: Path, shape: dict[str, Any]) -> Path:
     from tests.published import write_published
 
     name = "geneformer_gc30m" if shape["version"] == "V1" else "geneformer_gc95m"
-    return write_published(root, vocabulary=GeneVocabulary.named(name), **shape)[0]
+    return write_published(root, vocabulary=GeneVocabulary.named(name), init_sd=0.02, **shape)[0]
 
 
 def adopted(directory: Path, output: Path) -> float:
