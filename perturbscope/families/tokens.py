@@ -5,6 +5,7 @@ Tokens are ragged arrays whose first axis is length; a graph takes them padded.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -214,7 +215,7 @@ class TokenizedCells:
     def __iter__(self) -> Iterator[TokenizedCell]:
         return (self[cell] for cell in range(len(self)))
 
-    @property
+    @functools.cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each cell, int64 [n_cells]."""
         return np.diff(self.offsets)

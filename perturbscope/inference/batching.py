@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 
 from perturbscope.errors import InvalidParameterError
 
+_FEW = 64
+"""Cells up to which their costs are asked one by one, which takes less time than to find equal lengths."""
+
 
 @dataclass(frozen=True)
 class Buckets:
@@ -138,6 +141,8 @@ class BatchLimits:
         """Return :meth:`cost_of` of each length, int64."""
         if self.cost is None:
             return lengths.astype(np.int64, copy=False)
+        if len(lengths) <= _FEW:
+            return np.array([self.cost_of(length) for length in lengths.tolist()], dtype=np.int64)
         distinct, places = np.unique(lengths, return_inverse=True)
         return np.array([self.cost_of(int(length)) for length in distinct], dtype=np.int64)[places]
 
