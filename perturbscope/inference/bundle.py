@@ -280,7 +280,11 @@ class Bundle:
                 field="vocabulary",
             )
         bundle = cls(path, manifest, vocabulary)
-        bundle.family()
+        family = bundle.family()
+        if manifest.format_version == 1 and family.edits:
+            # Format 1 does not tell what a model can do; its family does.
+            able = capabilities_of(manifest.outputs, edits=True)
+            bundle = cls(path, replace(manifest, capabilities=able), vocabulary)
         return bundle
 
     @staticmethod

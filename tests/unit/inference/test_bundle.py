@@ -243,7 +243,7 @@ def test_a_manifest_of_version_1_has_the_cell_embedding(copied):
     (copied / MANIFEST).write_text(json.dumps(data | {"format_version": 1}))
     manifest = Bundle.open(copied).manifest
     assert manifest.outputs == (cell_embedding(TINY_WIDTH),)
-    assert (manifest.capabilities, manifest.task, manifest.classes) == (("embed",), "embedding", None)
+    assert (manifest.capabilities, manifest.task, manifest.classes) == (("edit_tokens", "embed"), "embedding", None)
     assert json.loads(manifest.to_json())["format_version"] == 2
     edit_manifest(copied, task="embedding")
     with pytest.raises(CorruptBundleError, match=r"unknown fields \['task'\]"):
