@@ -14,7 +14,7 @@ from serving.access.front import Front
 from serving.access.limits import Held
 from serving.call import REQUEST_ID, Call, Right
 from serving.engine.status import explain, status_of
-from serving.grpc.received import Unread
+from serving.grpc.received import Incoming
 
 _MAX_MESSAGE, _MAX_FIELD = 2000, 200
 """Bytes of an error that are sent. Clients refuse more than 8 KiB of trailing metadata, where a byte may take three."""
@@ -24,7 +24,9 @@ Work = Callable[[Any, Call, Held], Awaitable[Any]]
 """Answers a request message, whose memory is held."""
 
 
-async def answered(front: Front, route: str, work: Work, request: Unread, context: Any, right: Right = "infer") -> Any:
+async def answered(
+    front: Front, route: str, work: Work, request: Incoming, context: Any, right: Right = "infer"
+) -> Any:
     """Let a caller in, read its message, work, answer; grpc.aio cancels this when the caller does, or too late.
 
     Parameters
@@ -45,7 +47,7 @@ async def answered(front: Front, route: str, work: Work, request: Unread, contex
     call = begin(route, context)
     try:
         async with front.admitted(call, right) as held:
-            answer = await work(await request.message(call, held), call, held)
+            answer = await work(await request.only(call, held), call, held)
     except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
         await abort(error, call, context)
     except BaseException:

@@ -15,7 +15,8 @@ from perturbscope.errors import PerturbScopeError, UnauthenticatedError
 from serving.access.front import Front
 from serving.engine.engine import Engine
 from serving.grpc.edge import abort, begin, headers_of
-from serving.grpc.received import Message, Unread
+from serving.grpc.inflow import Inflow
+from serving.grpc.received import Incoming
 
 OPEN = frozenset(
     {
@@ -71,11 +72,11 @@ class _Refusal:
 
 
 class MessageInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc,name-defined,unused-ignore]
-    """Leaves the message of a call unread, until the method asks for it.
+    """Leaves the messages of a call unread, until the method asks for them.
 
     gRPC's own handlers of one message read and decode it before the method runs, whoever sent it, and however much
-    memory it takes. Handlers of streams read when they are told to, so every method becomes one. A method without a key
-    never reads: an empty message stands for what was sent.
+    memory it takes. Handlers of streams read when they are told to, so every method becomes one, and is called with
+    :class:`Incoming`. A method without a key never reads: an empty message stands for what was sent.
 
     Parameters
     ----------
@@ -84,43 +85,29 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc,name-
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine, self._inflow = engine, Inflow(engine.admission)
 
     async def intercept_service(self, continuation: Continuation, details: Any) -> Any:
         """Return the handler of a method, whose messages are read late."""
         handler = await continuation(details)
         if handler is None:
             return None
-        kind = handler.request_deserializer.__self__
-        if handler.request_streaming:
-            return handler._replace(request_deserializer=_AsSent(kind, self._engine))
+        own = handler.stream_stream or handler.unary_stream or handler.unary_unary
+        late = _Late(own, handler.request_deserializer.__self__, self._engine, self._inflow)
+        answer = late.without_message if details.method in OPEN else late.with_messages
         if handler.response_streaming:
-            answer, make = _Late(handler.unary_stream, kind, self._engine), grpc.stream_stream_rpc_method_handler
-        else:
-            answer, make = _Late(handler.unary_unary, kind, self._engine), grpc.stream_unary_rpc_method_handler
-        method = answer.without_message if details.method in OPEN else answer.with_message
-        return make(method, None, handler.response_serializer)
+            return grpc.stream_stream_rpc_method_handler(answer, None, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
 
 
 class _Late:
-    """A method that is called with its message unread."""
+    """A method that is called with its messages unread."""
 
-    def __init__(self, method: Callable[[Any, Any], Awaitable[Any]], kind: Any, engine: Engine) -> None:
-        self._method, self._kind, self._engine = method, kind, engine
+    def __init__(self, method: Callable[[Any, Any], Awaitable[Any]], kind: Any, engine: Engine, inflow: Inflow) -> None:
+        self._method, self._kind, self._engine, self._inflow = method, kind, engine, inflow
 
     async def without_message(self, _: Any, context: Any) -> Any:
         return await self._method(self._kind(), context)
 
-    async def with_message(self, _: Any, context: Any) -> Any:
-        patience = self._engine.settings.body_timeout
-        return await self._method(Unread(context, self._kind, self._engine.work, patience), context)
-
-
-class _AsSent:
-    """The deserializer of a stream, which leaves its messages as they were sent."""
-
-    def __init__(self, kind: Any, engine: Engine) -> None:
-        self._kind, self._engine = kind, engine
-
-    def __call__(self, data: bytes) -> Message:
-        return Message(data, self._kind, self._engine.work)
+    async def with_messages(self, _: Any, context: Any) -> Any:
+        return await self._method(Incoming(context, self._kind, self._engine, self._inflow), context)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,6 +11,8 @@ from google.protobuf.message import DecodeError
 from perturbscope.errors import InvalidParameterError, LimitExceededError, UnreadableFileError
 from serving.access.limits import Held
 from serving.call import GROWTH, Call
+from serving.engine.engine import Engine
+from serving.grpc.inflow import Inflow
 from serving.grpc.weight import weigh
 
 Work = Callable[..., Awaitable[Any]]
@@ -62,26 +63,31 @@ class Message:
             self._data = b""
 
 
-class Unread:
-    """The only message of a call, which gRPC has not read yet: it lies with the caller until it is asked for.
+class Incoming:
+    """The messages of a call, which gRPC has not read yet: they lie with the caller until they are asked for.
 
     Parameters
     ----------
     context
         The call's context of grpc.aio.
     kind
-        Class of the message.
-    work
-        Decodes what is large on a worker thread.
-    patience
-        Seconds within which the message must arrive.
+        Class of the messages.
+    engine
+        Has the limits, and the threads that decode.
+    inflow
+        Reads.
     """
 
-    def __init__(self, context: Any, kind: Any, work: Work, patience: float) -> None:
-        self._context, self._kind, self._work, self._patience = context, kind, work, patience
+    def __init__(self, context: Any, kind: Any, engine: Engine, inflow: Inflow) -> None:
+        self._context, self._kind, self._engine, self._inflow = context, kind, engine, inflow
 
-    async def message(self, call: Call, held: Held) -> Any:
-        """Read and decode the message. The memory of its bytes, and for decoding them, is held from here on.
+    async def next(self, call: Call, patience: float | None = None) -> Message | None:
+        """Read a message of a caller that was let in; None at the end. Raises as :meth:`Inflow.read`."""
+        data = await self._inflow.read(self._context, call.caller.name, patience)
+        return None if data is grpc.aio.EOF else Message(data, self._kind, self._engine.work)
+
+    async def only(self, call: Call, held: Held) -> Any:
+        """Read and decode the one message of a call. The memory of its bytes, and for decoding them, is held from then.
 
         Raises
         ------
@@ -90,19 +96,19 @@ class Unread:
         LimitExceededError
             It did not arrive in time.
         PerturbScopeError
-            As :meth:`Message.decoded`.
+            As :meth:`next` and :meth:`Message.decoded`.
         """
+        patience = self._engine.settings.body_timeout
         with call.stage("receive"):
             try:
-                async with asyncio.timeout(self._patience):
-                    data = await self._context.read()
+                message = await self.next(call, patience)
             except TimeoutError as error:
                 raise LimitExceededError(
-                    f"The message did not arrive within {self._patience} seconds. Send less at a time.", field="body"
+                    f"The message did not arrive within {patience} seconds. Send less at a time.", field="body"
                 ) from error
-        if data is grpc.aio.EOF:
+        if message is None:
             raise InvalidParameterError("The call ended without a message that could be read.", field="body")
-        held(len(data))
-        held.reserve(GROWTH * len(data))
+        held(len(message))
+        held.reserve(GROWTH * len(message))
         with call.stage("decode"):
-            return await Message(data, self._kind, self._work).decoded(held)
+            return await message.decoded(held)

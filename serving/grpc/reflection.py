@@ -13,6 +13,7 @@ from serving.access.front import Front
 from serving.access.limits import Held
 from serving.call import Call
 from serving.grpc.edge import begin, streamed
+from serving.grpc.received import Incoming
 
 _LONGEST = 4096
 """Bytes of one question; a question is a name."""
@@ -37,18 +38,18 @@ class Reflection(ReflectionServicer):  # type: ignore[misc]  # grpc_reflection h
         """Add the service to a server of grpc.aio."""
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(self, server)
 
-    async def ServerReflectionInfo(self, requests: Any, context: Any) -> None:  # noqa: N802  gRPC's name
+    async def ServerReflectionInfo(self, requests: Incoming, context: Any) -> None:  # noqa: N802  gRPC's name
         """Answer each question of a stream."""
 
         async def answer(call: Call, held: Held) -> None:
-            async for reply in ReflectionServicer.ServerReflectionInfo(self, _questions(requests, held), context):
+            async for reply in ReflectionServicer.ServerReflectionInfo(self, _questions(requests, call, held), context):
                 await context.write(reply)
 
         await streamed(self._front, begin("grpc.reflection.v1alpha.ServerReflection", context), context, answer)
 
 
-async def _questions(requests: Any, held: Held) -> AsyncIterator[Any]:
-    async for sent in requests:
+async def _questions(requests: Incoming, call: Call, held: Held) -> AsyncIterator[Any]:
+    while (sent := await requests.next(call)) is not None:
         if len(sent) > _LONGEST:
             raise LimitExceededError(f"A question of reflection has {_LONGEST} bytes at most.", field="body")
         yield await sent.decoded(held)

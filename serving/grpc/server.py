@@ -24,7 +24,7 @@ from serving.engine.operations import Served, served
 from serving.grpc.edge import answered, begin
 from serving.grpc.health import Health
 from serving.grpc.interceptors import KeyInterceptor, MessageInterceptor
-from serving.grpc.received import Unread
+from serving.grpc.received import Incoming
 from serving.grpc.reflection import Reflection
 from serving.grpc.streams import embed_stream
 from serving.settings import PREFIX, Settings
@@ -82,14 +82,14 @@ class Methods:
             with call.stage("encode"):
                 return await self._engine.work(protocol.answer_to_proto, answer)
 
-        async def method(request: Unread, context: Any) -> Any:
+        async def method(request: Incoming, context: Any) -> Any:
             return await answered(self._engine.front, route, operate, request, context)
 
         return method
 
-    async def _embed_stream(self, requests: Any, context: Any) -> Any:
+    async def _embed_stream(self, requests: Incoming, context: Any) -> Any:
         """Embed any number of cells, while they are sent."""
-        await embed_stream(self._engine, begin(f"{SERVICE}/EmbedStream", context), context)
+        await embed_stream(self._engine, begin(f"{SERVICE}/EmbedStream", context), requests, context)
 
 
 def _ages(settings: Settings) -> list[tuple[str, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,13 +20,14 @@ from serving.call import Call
 from serving.engine.engine import Engine
 from serving.engine.streams import answer_stream, check_chunk
 from serving.grpc.edge import streamed
+from serving.grpc.received import Incoming
 
 
 class GrpcPipe:
     """The messages of one ``EmbedStream`` call; see :class:`serving.engine.streams.Pipe`."""
 
-    def __init__(self, context: Any, held: Held, limit: int) -> None:
-        self._context, self._held, self._limit = context, held, limit
+    def __init__(self, requests: Incoming, context: Any, call: Call, held: Held, limit: int) -> None:
+        self._requests, self._context, self._call, self._held, self._limit = requests, context, call, held, limit
 
     async def start(self) -> tuple[Any, int]:
         """See :meth:`Pipe.start`."""
@@ -38,8 +38,8 @@ class GrpcPipe:
 
     async def next(self) -> tuple[Any, int] | None:
         """See :meth:`Pipe.next`."""
-        sent = await self._context.read()
-        if sent is grpc.aio.EOF:
+        sent = await self._requests.next(self._call)
+        if sent is None:
             return None
         n_bytes = len(sent)
         check_chunk(n_bytes, self._limit)
@@ -66,10 +66,10 @@ class GrpcPipe:
         await self._context.write(message)
 
 
-async def embed_stream(engine: Engine, call: Call, context: Any) -> None:
+async def embed_stream(engine: Engine, call: Call, requests: Incoming, context: Any) -> None:
     """Answer one stream; grpc.aio cancels this when the caller does, or its deadline passes."""
 
     async def answer(call: Call, held: Held) -> None:
-        await answer_stream(engine, call, held, GrpcPipe(context, held, engine.settings.chunk_bytes))
+        await answer_stream(engine, call, held, GrpcPipe(requests, context, call, held, engine.settings.chunk_bytes))
 
     await streamed(engine.front, call, context, answer)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 from google.protobuf.json_format import ParseDict
 
+from perturbscope.errors import PerturbScopeError
 from perturbscope.protocol.proto import open_inference_pb2 as messages
 from perturbscope.protocol.proto import open_inference_pb2_grpc as services
 from serving.access.front import Front
 from serving.access.limits import Held
 from serving.call import Call, Right
 from serving.engine.status import explain
-from serving.grpc.edge import Work, answered, begin
+from serving.grpc.edge import Work, abort, answered, begin, headers_of
+from serving.grpc.received import Incoming, Message
 from serving.openinference import describe, repository
 from serving.openinference.inference import TokenEngine
 from serving.openinference.proto_codec import answer_to_proto, request_from_proto
@@ -84,31 +85,38 @@ class InferenceServicer(services.GRPCInferenceServiceServicer):
         """Return the vectors of tokenized cells."""
         return await self._answered("ModelInfer", self._infer, request, context)
 
-    async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    async def ModelStreamInfer(self, requests: Incoming, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """Answer each request of a stream, in their order, with vectors or the message of an error.
 
         Each request is a call of its own: admitted, counted and logged as if it had come alone.
         """
-        async for sent in requests:
-            request = messages.ModelInferRequest()
-            call = begin(f"{SERVICE}/ModelStreamInfer", context)
-            try:
-                async with self._engine.front.admitted(call) as held:
-                    held(len(sent))
-                    request = await sent.decoded(held)
-                    answer = messages.ModelStreamInferResponse(infer_response=await self._infer(request, call, held))
-            except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
-                told = explain(error, call)
-                Front.finish(call, "OK", told.code)
-                answer = messages.ModelStreamInferResponse(
-                    error_message=told.message, infer_response=messages.ModelInferResponse(id=request.id)
-                )
-            except BaseException:
-                Front.finish(call, "CANCELLED", "client_gone")
-                raise
-            else:
-                Front.finish(call, "OK")
-            yield answer
+        route = f"{SERVICE}/ModelStreamInfer"
+        first = Call(route, "grpc", headers_of(context.invocation_metadata()), context.peer() or "")
+        try:
+            first.caller = self._engine.front.doorkeeper.caller(first.headers, first.peer)
+            while (sent := await requests.next(first)) is not None:
+                await context.write(await self._one_of_many(sent, begin(route, context)))
+        except PerturbScopeError as error:
+            await abort(error, first, context)
+
+    async def _one_of_many(self, sent: Message, call: Call) -> messages.ModelStreamInferResponse:
+        request = messages.ModelInferRequest()
+        try:
+            async with self._engine.front.admitted(call) as held:
+                held(len(sent))
+                request = await sent.decoded(held)
+                answer = messages.ModelStreamInferResponse(infer_response=await self._infer(request, call, held))
+        except Exception as error:  # noqa: BLE001  the edge of the server: every request gets an answer
+            told = explain(error, call)
+            Front.finish(call, "OK", told.code)
+            return messages.ModelStreamInferResponse(
+                error_message=told.message, infer_response=messages.ModelInferResponse(id=request.id)
+            )
+        except BaseException:
+            Front.finish(call, "CANCELLED", "client_gone")
+            raise
+        Front.finish(call, "OK")
+        return answer
 
     async def _answered(self, method: str, work: Work, request: Any, context: Any, right: Right = "infer") -> Any:
         return await answered(self._engine.front, f"{SERVICE}/{method}", work, request, context, right)

@@ -151,3 +151,37 @@ def test_a_message_over_the_limit_is_refused_at_its_first_bytes(service: Any) ->
         call = channel.unary_unary(EMBED).future(bytes(300 * MIB), metadata=key, timeout=60)
         assert outcomes([call]) == {"RESOURCE_EXHAUSTED"}
         assert grown() < MOST
+
+
+@pytest.mark.parametrize("method", ["Embed", "EmbedStream"])
+def test_messages_are_held_while_they_arrive(tmp_path: Path, tiny_bundle: Path, method: str) -> None:
+    """One caller sends 2 GB at a time to a service that gives 160 MB to all; another is answered meanwhile."""
+    keys = tmp_path / "keys.json"
+    made = {}
+    for name in ("greedy", "other"):
+        with (tmp_path / name).open("w") as file, contextlib.redirect_stdout(file):
+            assert command.main(["add", "--file", str(keys), "--name", name]) == 0
+        made[name] = (("authorization", f"Bearer {(tmp_path / name).read_text().strip()}"),)
+    held = 160 * MIB
+    with RunningServer(
+        tmp_path, bundle=tiny_bundle, keys=keys, max_body_bytes=100 * MIB, max_held_bytes=held
+    ) as running:
+        large = field(1, field(2, bytes(96 * MIB)))
+        with growth(running) as grown, channel_of(running) as channel, channel_of(running) as second:
+            greedy = [
+                channel.stream_stream(f"/perturbscope.v1.PerturbScope/{method}")(
+                    iter([large]), metadata=made["greedy"], timeout=120
+                )
+                for _ in range(20)
+            ]
+            seconds = []
+            while any(call.is_active() for call in greedy):
+                began = time.monotonic()
+                models = second.unary_unary("/perturbscope.v1.PerturbScope/Models")
+                assert models(b"", metadata=made["other"], timeout=60)
+                seconds.append(time.monotonic() - began)
+                time.sleep(0.05)
+            assert grown() < held + MOST
+        assert max(seconds) < 5
+        assert outcomes(greedy) <= {"RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"}
+        assert "RESOURCE_EXHAUSTED" in outcomes(greedy)
