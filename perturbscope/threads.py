@@ -1,4 +1,9 @@
-"""Threads: the number of cores, work on all of them, and work that one thread does ahead of another."""
+"""Threads: the number of cores, work on all of them, work that one thread does ahead of another, and its early end.
+
+A computation that may take long calls :func:`checkpoint` between steps of less than a tenth of a second. Alone that does
+nothing. Within :func:`interruptible` it calls a function that may raise, and so end the computation, or wait, and so
+halt it: a server ends a score that nobody waits for, and lets short ones pass long ones.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -22,6 +28,7 @@ T = TypeVar("T")
 _lock = threading.Lock()
 _limits: list[Any] = []
 _users = 0
+_check: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None)
 
 
 def usable_cores() -> int:
@@ -29,6 +36,26 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextmanager
+def interruptible(check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` at each :func:`checkpoint` inside, also at those of threads that :func:`in_order` begins there.
+
+    Several threads may call it at once. An error that it raises ends the computation.
+    """
+    token = _check.set(check)
+    try:
+        yield
+    finally:
+        _check.reset(token)
+
+
+def checkpoint() -> None:
+    """Let a computation be ended or halted here; see :func:`interruptible`. It takes a tenth of a microsecond alone."""
+    check = _check.get()
+    if check is not None:
+        check()
 
 
 @contextmanager
@@ -53,12 +80,13 @@ def in_order(work: Callable[[Input], Output], items: Iterable[Input]) -> Iterato
 
     A matrix product of a few milliseconds does not gain from a second thread, but two of them side by side do. At most
     two items a core are begun before they are asked for, so little work is lost if the caller stops, and little goes on
-    if it waits. Close the generator if you leave it early.
+    if it waits. Close the generator if you leave it early. The checkpoints of `work` are those of the caller.
     """
     waiting: deque[Future[Output]] = deque()
     left = iter(items)
     cores = usable_cores()
-    with single_blas(), ThreadPoolExecutor(cores) as pool:
+    # A new thread knows nothing of its caller's context.
+    with single_blas(), ThreadPoolExecutor(cores, initializer=_check.set, initargs=(_check.get(),)) as pool:
         try:
             for item in islice(left, 2 * cores):
                 waiting.append(pool.submit(work, item))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from perturbscope.errors import SolverError
 from perturbscope.scoring.distances import Floats, check_pair, pairwise_distances
-from perturbscope.threads import in_order
+from perturbscope.threads import checkpoint, in_order
 
 Pick = tuple[NDArray[np.intp], NDArray[np.intp]]
 """Rows and columns of a matrix of distances."""
@@ -118,8 +118,12 @@ def picked_costs(
         The solver did not reach the optimum.
     """
 
+    def cost(pick: Pick) -> float:
+        checkpoint()
+        return solve(distances[np.ix_(*pick)])
+
     def costs(batch: list[Pick]) -> list[float]:
-        return [solve(distances[np.ix_(*pick)]) for pick in batch]
+        return [cost(pick) for pick in batch]
 
     source = iter(picks)
     first = next(source, None)

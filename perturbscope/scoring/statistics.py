@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from perturbscope.threads import checkpoint
+
 CHUNK = 256
 """Exchanges of labels evaluated in one matrix product."""
 
@@ -96,6 +98,7 @@ class Exchange:
             members = np.zeros((count, self.size), dtype=np.float32)
             members[:, self.fixed] = 1
             for cells, of_a in self.blocks:
+                checkpoint()
                 np.put_along_axis(members, cells[random_subsets(len(cells), of_a, count, rng)], 1, axis=1)
             yield members.T
 

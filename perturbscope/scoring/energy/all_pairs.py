@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.scoring.distances import product
 from perturbscope.scoring.labels import Vectors
 from perturbscope.scoring.results import Estimator
 from perturbscope.threads import in_order
@@ -135,14 +136,14 @@ def _sums(
     left: NDArray[np.float32], right: NDArray[np.float32], squares: NDArray[np.float32], a: _Piece, b: _Piece
 ) -> NDArray[np.float64]:
     """Sum the distances between the groups of two pieces; `squares` is scratch space for a matrix of them."""
-    np.matmul(left, right.T, out=squares)
+    product(left, right.T, squares)
     if a is b:
         np.fill_diagonal(squares, 0)
     with np.errstate(invalid="ignore"):
         sums = _sums_of_roots(squares, a, b)
     if np.isnan(sums).any():
         # Rounding has made the squared distance of two nearly equal cells negative.
-        np.matmul(left, right.T, out=squares)
+        product(left, right.T, squares)
         np.maximum(squares, 0, out=squares)
         if a is b:
             np.fill_diagonal(squares, 0)

@@ -22,7 +22,7 @@ from perturbscope.scoring.energy.all_pairs import energies, euclidean_sums
 from perturbscope.scoring.labels import Vectors
 from perturbscope.scoring.results import Estimator
 from perturbscope.scoring.statistics import correlation, generator
-from perturbscope.threads import in_order
+from perturbscope.threads import checkpoint, in_order
 
 RANK_SHARE, MIN_RANK = 4, 512
 """Landmarks for one feature, and fewest features."""
@@ -156,6 +156,7 @@ class _Features:
         """Return the mean features of some cells, and the mean squared distance of their features from it."""
         total, squares = np.zeros(self.rank), 0.0
         for start in range(0, len(cells), CHUNK):
+            checkpoint()
             part = (rows[cells[start : start + CHUNK]] - self.origin).astype(np.float32)
             features = _kernel(part, self.landmarks) @ self.weights
             total += features.sum(axis=0, dtype=np.float64)

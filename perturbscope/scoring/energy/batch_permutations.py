@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.scoring.distances import row_by_row
 from perturbscope.scoring.energy.matrix import DenseGroup, Subsets, to_numpy
-from perturbscope.scoring.energy.permutations import CHUNK
+from perturbscope.scoring.energy.permutations import CHUNK, smallest
 from perturbscope.scoring.energy.pool import Group, Labels
 from perturbscope.scoring.statistics import generator
-from perturbscope.threads import in_order
+from perturbscope.threads import checkpoint, in_order
 
 TABLE = 2**24
 """Most sums among controls that are kept: 128 MiB."""
@@ -86,6 +88,7 @@ class BatchPermutations:
             places = [np.empty((draws, 0), dtype=np.int32)]
             marks = [np.empty((draws, 0), dtype=bool)]
             for code, n in sizes.items():
+                checkpoint()
                 drawn = self._draw(code, n, number, draws)
                 stays[:, np.flatnonzero(batches == code)] = drawn.kept
                 orders = self._order(code, number, draws, n)[:, :n]
@@ -145,11 +148,14 @@ class BatchPermutations:
         group = np.repeat(np.arange(len(keys)), counts)
 
         def one(draw: int) -> NDArray[np.float64]:
+            checkpoint()
             order = joined[draw].astype(np.intp)
             table = to_numpy(self._part(order))
             for block in blocks:
+                checkpoint()
                 np.cumsum(table[block], axis=0, out=table[block])
             for block in blocks:
+                checkpoint()
                 np.cumsum(table[:, block], axis=1, out=table[:, block])
             k = taken[which, draw]
             taking = k > 0
@@ -158,6 +164,7 @@ class BatchPermutations:
             edges = np.concatenate([[0], np.cumsum(lengths)])
             totals = np.empty(len(keys))
             for first in range(0, len(keys), _ROWS):
+                checkpoint()
                 last = min(first + _ROWS, len(keys))
                 subsets = Subsets(places[edges[first] : edges[last]], lengths[first:last], len(order))
                 totals[first:last] = subsets.dots(subsets.sums(table))
@@ -187,7 +194,7 @@ class BatchPermutations:
         rng = generator(self._seed, "exchange", "batch", self._numbers[code], n, number)
         taken = rng.hypergeometric(len(self._cells[code]), n, n, size=draws).astype(np.int32)
         # Taking the n - k smallest random keys makes every subset equally likely.
-        rank = np.argsort(np.argsort(rng.random((draws, n)), axis=1), axis=1)
+        rank = row_by_row(_ranks, rng.random((draws, n)))
         drawn = _Drawn(taken, rank < (n - taken)[:, None])
         with self._lock:
             if self._held < KEPT and (code, n, number) not in self._drawn:
@@ -204,10 +211,10 @@ class BatchPermutations:
             if order is not None and order.shape[1] >= depth:
                 return order
             keys = generator(self._seed, "orders", "batch", self._numbers[code], number).random((draws, len(cells)))
-            if depth < len(cells):
-                first = np.argpartition(keys, depth - 1, axis=1)[:, :depth]
-                first = np.take_along_axis(first, np.argsort(np.take_along_axis(keys, first, axis=1), axis=1), axis=1)
-            else:
-                first = np.argsort(keys, axis=1)
+            first = row_by_row(partial(smallest, depth=depth), keys)
             self._orders[code, number] = cells[first].astype(np.int32)
             return self._orders[code, number]
+
+
+def _ranks(keys: NDArray[np.float64]) -> NDArray[np.intp]:
+    return np.argsort(np.argsort(keys, axis=1), axis=1)

@@ -19,6 +19,9 @@ from array_api_compat import device as array_device
 from numpy.typing import NDArray
 from scipy import sparse
 
+from perturbscope.scoring.distances import STEP_PRODUCTS, product
+from perturbscope.threads import checkpoint
+
 TILE = 2**18
 """Distances of a tile: a mebibyte of float32."""
 DEVICE_TILE = 2**26
@@ -27,7 +30,9 @@ CLOSE = 0.01
 """Squared distance, as a share of the cell's from the origin, below which float32 is not exact enough."""
 _ROWS = 512
 """Rows of a matrix that are converted to float64 at a time; sums over subsets of so few cells use the whole matrix."""
-DENSE = 1 / 6
+SPARSE = 6
+"""Dense products that take the time of a sparse one."""
+DENSE = 1 / SPARSE
 """Share of cells marked above which subsets are dense matrices: a product takes 26 ps of a core for each float32
 multiplication when dense and 160 ps when sparse (AMD EPYC 9004, OpenBLAS and scipy)."""
 
@@ -120,7 +125,8 @@ def distances(x: Points, y: Points | None = None) -> Any:
     step = max(1, (TILE if x.compute.on_host else DEVICE_TILE) // len(others))
     for start in range(0, len(x), step):
         rows = slice(start, min(start + step, len(x)))
-        tile = x.left[rows, :] @ xp.matrix_transpose(others.right)
+        checkpoint()
+        tile = _times(x.left[rows, :], xp.matrix_transpose(others.right))
         diagonal = None
         if y is None:
             diagonal = xp.eye(rows.stop - start, len(others), k=start, dtype=xp.bool, device=device)
@@ -138,8 +144,13 @@ def _exact(x: NDArray[np.float64], y: NDArray[np.float64], compute: Compute) -> 
     a, b = compute.put(x), compute.put(y)
     xp = array_namespace(a)
     sizes = xp.sum(a * a, axis=1)[:, None] + xp.sum(b * b, axis=1)[None, :]
-    tile = sizes - 2 * (a @ xp.matrix_transpose(b))
+    tile = sizes - 2 * _times(a, xp.matrix_transpose(b))
     return xp.astype(xp.where(tile < 1e-14 * sizes, xp.zeros_like(tile), tile), xp.float32)
+
+
+def _times(a: Any, b: Any) -> Any:
+    """Return the product of two matrices of any library; in numpy with checkpoints."""
+    return product(a, b) if is_numpy_array(a) and b.ndim == 2 else a @ b
 
 
 def sums(matrix: Any, axis: int) -> NDArray[np.float64]:
@@ -205,8 +216,23 @@ class Subsets:
     def sums(self, matrix: Any) -> Any:
         """Sum the rows of `matrix` [size, n] or [size] over each subset: [R, n] or [R], in the dtype of `matrix`."""
         if self.sparse and is_numpy_array(matrix):
-            return self._matrix @ matrix
-        return self._on(matrix) @ matrix
+            return self._sparse_sums(matrix)
+        return _times(self._on(matrix), matrix)
+
+    def _sparse_sums(self, matrix: NDArray[Any]) -> NDArray[Any]:
+        """Return the sparse product, some subsets at a time."""
+        columns = 1 if matrix.ndim == 1 else matrix.shape[1]
+        step = max(1, STEP_PRODUCTS // SPARSE // max(1, columns * len(self._indices) // max(1, len(self.counts))))
+        found: NDArray[Any]
+        if len(self.counts) <= step:
+            checkpoint()
+            found = self._matrix @ matrix
+            return found
+        found = np.empty((len(self.counts), *matrix.shape[1:]), dtype=matrix.dtype)
+        for start in range(0, len(found), step):
+            checkpoint()
+            found[start : start + step] = self._matrix[start : start + step] @ matrix
+        return found
 
     def dots(self, rows: Any) -> NDArray[np.float64]:
         """Sum row r of `rows` [R, size] over subset r: float64 [R]."""
@@ -274,6 +300,7 @@ class DenseGroup:
         """See :class:`perturbscope.scoring.energy.pool.Group`."""
         totals = np.zeros((len(orders), orders.shape[1] + 1))
         for order, row in zip(orders, totals, strict=True):
+            checkpoint()
             # What a cell adds: its distances to those before it, in both directions.
             added = np.tril(to_numpy(self.part(order, order)), -1).sum(axis=1, dtype=np.float64)
             np.cumsum(2 * added, out=row[1:])
@@ -281,8 +308,12 @@ class DenseGroup:
 
     def squares(self) -> float:
         """See :class:`perturbscope.scoring.energy.pool.Group`."""
-        tiles = (to_numpy(self.matrix[i : i + _ROWS]).astype(np.float64) for i in range(0, self.size, _ROWS))
-        return sum(float(np.vdot(tile, tile)) for tile in tiles)
+        total = 0.0
+        for start in range(0, self.size, _ROWS):
+            checkpoint()
+            tile = to_numpy(self.matrix[start : start + _ROWS]).astype(np.float64)
+            total += float(np.vdot(tile, tile))
+        return total
 
     def link(self, other: DenseGroup) -> DenseLink:
         """See :class:`perturbscope.scoring.energy.pool.Group`."""

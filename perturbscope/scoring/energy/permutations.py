@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.scoring.distances import row_by_row
 from perturbscope.scoring.energy.matrix import DenseGroup, Subsets
 from perturbscope.scoring.energy.pool import Group, Labels
 from perturbscope.scoring.statistics import generator
@@ -71,7 +73,7 @@ class Permutations:
         taken = rng.hypergeometric(m, n, n, size=draws)
         # Taking the n - k smallest random keys makes every subset equally likely.
         keys = rng.random((draws, n))
-        cut = np.sort(keys, axis=1)[np.arange(draws), np.minimum(n - taken, n - 1)]
+        cut = row_by_row(_sorted, keys)[np.arange(draws), np.minimum(n - taken, n - 1)]
         rows, cells = np.nonzero((taken == 0)[:, None] | (keys < cut[:, None]))
         of_group = Subsets(cells, np.bincount(rows, minlength=draws), n)
         depth = int(taken.max(initial=0))
@@ -103,8 +105,7 @@ class Permutations:
         m = self._controls.size
         depth = min(m, max(64, 2 * depth))
         keys = generator(self._seed, "orders", m, number).random((draws, m))
-        first = np.argpartition(keys, depth - 1, axis=1)[:, :depth] if depth < m else np.tile(np.arange(m), (draws, 1))
-        first = np.take_along_axis(first, np.argsort(np.take_along_axis(keys, first, axis=1), axis=1), axis=1)
+        first = row_by_row(partial(smallest, depth=depth), keys)
         if number == 0:
             self._orders = first
         return first
@@ -117,3 +118,14 @@ class Permutations:
         self._within = self._controls.growing(orders)
         self._rows = np.zeros_like(self._within)
         np.cumsum(self._controls.row_sums[orders], axis=1, out=self._rows[:, 1:])
+
+
+def smallest(keys: NDArray[np.float64], depth: int) -> NDArray[np.intp]:
+    """Return the columns of the `depth` smallest keys of each row, ascending by key: [R, depth]."""
+    n, m = keys.shape
+    first = np.argpartition(keys, depth - 1, axis=1)[:, :depth] if depth < m else np.tile(np.arange(m), (n, 1))
+    return np.take_along_axis(first, np.argsort(np.take_along_axis(keys, first, axis=1), axis=1), axis=1)
+
+
+def _sorted(keys: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.sort(keys, axis=1)
