@@ -1,8 +1,8 @@
 """Threads: the number of cores, work on all of them, work that one thread does ahead of another, and its early end.
 
-A computation that may take long calls :func:`checkpoint` between steps of less than a tenth of a second. Alone that does
-nothing. Within :func:`interruptible` it calls a function that may raise, and so end the computation, or wait, and so
-halt it: a server ends a score that nobody waits for, and lets short ones pass long ones.
+A computation that may take long calls :func:`checkpoint` between steps of less than a tenth of a second. Alone that
+does nothing. Within :func:`interruptible` it calls a function that may raise, and so end the computation, or wait, and
+so halt it: a server ends a score that nobody waits for, and lets short ones pass long ones.
 """
 
 from __future__ import annotations

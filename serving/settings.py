@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from perturbscope.errors import InvalidParameterError
+from perturbscope.errors import InvalidParameterError, near
 from perturbscope.inference.encoder import Device
 from perturbscope.inference.gpu import MAX_TOKENS
 
@@ -247,8 +246,8 @@ def _check_names(environ: Mapping[str, str], known: Iterable[str]) -> None:
             continue
         if _is_service_link(variable, environ):
             continue
-        near = sorted(other for other in names if name in other)[:3] or difflib.get_close_matches(name, names)
-        remedy = f"Is {' or '.join(PREFIX + other for other in near)} meant? " if near else ""
+        close = sorted(other for other in names if name in other)[:3] or near(name, names)
+        remedy = f"Is {' or '.join(PREFIX + other for other in close)} meant? " if close else ""
         raise InvalidParameterError(
             f"The environment variable {variable} is not a setting of the server. {remedy}Correct its name, or unset "
             "it; serving/settings.py lists all settings.",

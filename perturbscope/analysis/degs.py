@@ -25,7 +25,7 @@ from scipy import sparse, special
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneResolver
 from perturbscope.errors import InvalidParameterError, MissingColumnError, TooFewCellsError
-from perturbscope.scoring.labels import check_labels, require_control
+from perturbscope.scoring.labels import check_labels, codes_of, require_control
 from perturbscope.scoring.statistics import benjamini_hochberg, correlation, generator
 
 DEG_COLUMNS = ("perturbation", "n_cells", "n_degs", "n_tested")
@@ -236,9 +236,10 @@ def deg_table(
     """
     options = options or DegOptions()
     labels = check_labels(perturbations, len(cells), "perturbations")
-    names, sizes = np.unique(labels, return_counts=True)
-    require_control(control, names.tolist())
-    others = [name for name in names.tolist() if name != control]
+    names, codes = codes_of(labels)
+    sizes = np.bincount(codes)
+    require_control(control, names)
+    others = [name for name in names if name != control]
     columns = target_columns(cells.gene_ids, others) if targets is None else dict(targets)
     outside = [name for name, column in columns.items() if not 0 <= column < cells.n_genes]
     if outside:
@@ -250,9 +251,9 @@ def deg_table(
     if len(rows) > options.max_controls:
         rows = np.sort(generator(seed, "degs", control).choice(rows, options.max_controls, replace=False))
     tester = RankTester(log_normalized(cells[rows]))
-    members = np.argsort(labels, kind="stable")
-    starts = dict(zip(names.tolist(), (np.cumsum(sizes) - sizes).tolist(), strict=True))
-    size_of = dict(zip(names.tolist(), sizes.tolist(), strict=True))
+    members = np.argsort(codes, kind="stable")
+    starts = dict(zip(names, (np.cumsum(sizes) - sizes).tolist(), strict=True))
+    size_of = dict(zip(names, sizes.tolist(), strict=True))
     counts = []
     for name in others:
         group = members[starts[name] : starts[name] + size_of[name]]
@@ -296,12 +297,13 @@ def deg_null(
     """
     options = options or DegOptions()
     labels = check_labels(perturbations, len(cells), "perturbations")
-    names, counts = np.unique(labels, return_counts=True)
-    require_control(control, names.tolist())
+    names, codes = codes_of(labels)
+    counts = np.bincount(codes)
+    require_control(control, names)
     if splits < 1:
         raise InvalidParameterError(f"splits is {splits}; it must be 1 or more.", field="splits")
     if sizes is None:
-        others = counts[names != control]
+        others = np.delete(counts, names.index(control))
         sizes = np.quantile(others, [0, 0.25, 0.5], method="lower").tolist() if len(others) else []
     rng = generator(seed, "deg null", control)
     rows = np.flatnonzero(labels == control)

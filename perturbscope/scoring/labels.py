@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypedDict
 
 import numpy as np
@@ -17,10 +17,12 @@ from perturbscope.errors import (
     MalformedMatrixError,
     TooFewCellsError,
     TooFewControlsError,
+    near,
 )
-from perturbscope.scoring.distances import Floats, check_rows, unit_rows
+from perturbscope.scoring.distances import STEP_VALUES, Floats, check_rows, unit_rows
 from perturbscope.scoring.results import ScoreOptions
 from perturbscope.scoring.statistics import generator
+from perturbscope.threads import checkpoint
 
 MIN_CONTROLS = 4
 """Fewest controls from which the null's unbiased moments can be estimated."""
@@ -29,6 +31,12 @@ _ROWS = 65_536
 MAX_COPIES = 0.1
 """Share of cells with the vector of another cell above which copies are suspected. A few shallow cells are equal by
 chance; cells that occur twice, in files that were joined, are not exchangeable, and their p is too small."""
+_STEP = 4096
+"""Labels or rows that are worked on between two checkpoints, a few milliseconds."""
+_MANY = 20_000
+"""Labels up to which all are looked through for one that is spelled like a missing one."""
+_SHOWN = 100
+"""Characters of a label that a message quotes."""
 
 
 class Vectors:
@@ -51,6 +59,7 @@ class Vectors:
         self._values, self._unit = values, unit
         if unit:
             for start in range(0, len(values), _ROWS):
+                checkpoint()
                 rows = values[start : start + _ROWS]
                 if not rows.any(axis=1).all():
                     unit_rows(rows, numbers=np.arange(start, start + len(rows)))
@@ -66,6 +75,17 @@ class Vectors:
     def __getitem__(self, positions: NDArray[np.intp] | slice) -> NDArray[np.float64]:
         """Return the vectors at some positions, float64 [n, width]."""
         rows = self._values[positions]
+        step = max(1, STEP_VALUES // self.width)
+        if len(rows) <= step:
+            checkpoint()
+            return self._prepared(rows)
+        prepared = np.empty(rows.shape)
+        for start in range(0, len(rows), step):
+            checkpoint()
+            prepared[start : start + step] = self._prepared(rows[start : start + step])
+        return prepared
+
+    def _prepared(self, rows: Floats) -> NDArray[np.float64]:
         return unit_rows(rows) if self._unit else rows.astype(np.float64)
 
     def mean(self) -> NDArray[np.float64]:
@@ -142,15 +162,14 @@ class Groups:
         """
         values = check_rows(embeddings)
         labels = check_labels(perturbations, len(values), "perturbations")
-        codes, batch_names = None, np.empty(0, dtype=np.str_)
+        codes, batch_names = None, list[str]()
         if batches is not None:
-            batch_names, codes = np.unique(check_labels(batches, len(values), "batches"), return_inverse=True)
+            batch_names, codes = codes_of(check_labels(batches, len(values), "batches"))
         rows = Vectors(values, unit=options.normalize)
-        names, inverse = np.unique(labels, return_inverse=True)
+        names, inverse = codes_of(labels)
         order = np.argsort(inverse, kind="stable")
-        members = dict(
-            zip(names.tolist(), np.split(order, np.cumsum(np.bincount(inverse))[:-1].astype(int)), strict=True)
-        )
+        ends = np.cumsum(np.bincount(inverse)).tolist()
+        members = {name: order[i:j] for name, (i, j) in zip(names, pairwise([0, *ends]), strict=True)}
         sizes = {name: len(cells) for name, cells in members.items()}
         if control is not None:
             _check_control(control, sizes, options)
@@ -159,7 +178,7 @@ class Groups:
                 rng = generator(options.seed, "sample", name)
                 members[name] = np.sort(rng.choice(cells, options.max_cells, replace=False))
         copies = _copies(values, members, control)
-        return cls(rows, members, sizes, codes, _similar(list(members)), _similar(batch_names.tolist()), copies)
+        return cls(rows, members, sizes, codes, _similar(list(members)), _similar(batch_names), copies)
 
     def pooled_batches(self, a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.intp] | None:
         """Return the batches of the cells at positions `a`, then `b`; None without batches."""
@@ -186,7 +205,9 @@ class Groups:
         large = [name for name in names if self.sizes[name] >= options.min_cells]
         if not large:
             largest = max(names, key=lambda name: self.sizes[name], default=None)
-            detail = f"the largest, {largest!r}, has {self.sizes[largest]}" if largest else "there is no label to score"
+            detail = "there is no label to score"
+            if largest:
+                detail = f"the largest, {quoted(largest)}, has {self.sizes[largest]}"
             raise TooFewCellsError(
                 f"No perturbation has {options.min_cells} cells or more; {detail}. "
                 "Give more cells, or lower min_cells and read the result with care.",
@@ -237,8 +258,11 @@ class Groups:
         return warnings
 
 
-def check_labels(values: Sequence[str], n: int, field: str) -> NDArray[np.str_]:
-    """Return one label a cell as strings [n]; `field` names the argument in messages.
+def check_labels(values: Sequence[str], n: int, field: str) -> NDArray[np.object_]:
+    """Return one label a cell as strings, objects [n]; `field` names the argument in messages.
+
+    Cells with the same label may share its string: an array of numpy's strings would take the room of the longest label
+    for each cell.
 
     Raises
     ------
@@ -257,10 +281,26 @@ def check_labels(values: Sequence[str], n: int, field: str) -> NDArray[np.str_]:
             "Leave these cells out, or give them a label of their own.",
             field=field,
         )
-    return column.astype(str)
+    labels = np.empty(n, dtype=object)
+    for start in range(0, n, _STEP):
+        checkpoint()
+        labels[start : start + _STEP] = [str(value) for value in column[start : start + _STEP]]
+    return labels
 
 
-def require_control(control: str, names: Sequence[str]) -> None:
+def codes_of(labels: NDArray[np.object_]) -> tuple[list[str], NDArray[np.intp]]:
+    """Return the different labels, sorted, and the position among them of each: as ``np.unique``, in linear time."""
+    codes, found = pd.factorize(labels)
+    checkpoint()
+    names = found.tolist()
+    order = sorted(range(len(names)), key=names.__getitem__)
+    checkpoint()
+    rank = np.empty(len(names), dtype=np.intp)
+    rank[order] = np.arange(len(names))
+    return [names[i] for i in order], rank[codes]
+
+
+def require_control(control: str, names: Collection[str]) -> None:
     """Refuse a control label that is none of `names`, and suggest similar ones.
 
     Raises
@@ -270,21 +310,38 @@ def require_control(control: str, names: Sequence[str]) -> None:
     """
     if control in names:
         return
+    alike = _spelled_like([*([control] if len(control) <= _SHOWN else []), *_USUAL], names)
     key = _key(control)
-    close = [name for name in names if _key(name) == key]
-    close += [name for name in difflib.get_close_matches(control, list(names), n=3) if name not in close]
-    usual = ("control", "ctrl", "non-targeting", "nt", "unperturbed", "vehicle", "dmso")
-    close += [name for name in names if _key(name) in usual and name not in close]
+    close = dict.fromkeys([*(name for name in alike if _key(name) == key), *near(control, names), *alike])
     hint = f"Similar labels: {', '.join(map(repr, close))}." if close else f"Labels: {_listing(list(names))}."
-    raise ControlLabelMissingError(f"No cell has the control label {control!r}. {hint}", field="control")
+    raise ControlLabelMissingError(f"No cell has the control label {quoted(control)}. {hint}", field="control")
+
+
+_USUAL = ("control", "ctrl", "non-targeting", "nt", "unperturbed", "vehicle", "dmso")
+
+
+def _spelled_like(labels: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return at most ten of the names that differ from a label only in case or white space."""
+    keys = set(map(_key, labels))
+    if len(names) > _MANY:
+        known = set(names)
+        forms = (str.lower, str.upper, str.title, str.capitalize)
+        return sorted({form(key) for key in keys for form in forms} & known)[:10]
+    longest = 2 * max(map(len, keys)) + 8
+    return [name for name in names if len(name) <= longest and _key(name) in keys][:10]
+
+
+def quoted(label: str) -> str:
+    """Return a label as a message shows it: in quotes, and cut if it is long."""
+    return repr(label) if len(label) <= _SHOWN else f"{label[:_SHOWN]!r}... ({len(label):,} characters)"
 
 
 def _check_control(control: str, sizes: dict[str, int], options: ScoreOptions) -> None:
-    require_control(control, list(sizes))
+    require_control(control, sizes)
     floor = max(options.min_cells, MIN_CONTROLS)
     if sizes[control] < floor:
         raise TooFewControlsError(
-            f"{sizes[control]} cells carry the control label {control!r}; at least {floor} are needed. "
+            f"{sizes[control]} cells carry the control label {quoted(control)}; at least {floor} are needed. "
             "Give more control cells, or lower min_cells and read the result with care.",
             field="control",
         )
@@ -297,16 +354,26 @@ def _key(label: str) -> str:
 def _copies(
     rows: NDArray[np.floating[Any]], members: dict[str, NDArray[np.intp]], control: str | None
 ) -> dict[str, float]:
-    keys = np.fromiter((hash(row.tobytes()) for row in rows), dtype=np.int64, count=len(rows))
-    controls = np.empty(0, dtype=np.int64) if control is None else np.unique(keys[members[control]])
-    copies = {}
-    for name, cells in members.items():
-        _, inverse, counts = np.unique(keys[cells], return_inverse=True, return_counts=True)
-        shared = counts[inverse] > 1
-        if name != control:
-            shared |= np.isin(keys[cells], controls)
-        copies[name] = float(shared.mean())
-    return copies
+    keys = np.empty(len(rows), dtype=np.int64)
+    for start in range(0, len(rows), _STEP):
+        checkpoint()
+        keys[start : start + _STEP] = [hash(row.tobytes()) for row in rows[start : start + _STEP]]
+    cells = np.concatenate(list(members.values()))
+    sizes = np.array([len(part) for part in members.values()])
+    label = np.repeat(np.arange(len(members)), sizes)
+    keys = keys[cells]
+    checkpoint()
+    # Cells of one label with one key are neighbours in this order.
+    order = np.lexsort((keys, label))
+    checkpoint()
+    same = (np.diff(label[order]) == 0) & (np.diff(keys[order]) == 0)
+    shared = np.zeros(len(cells), dtype=bool)
+    shared[order[1:][same]] = shared[order[:-1][same]] = True
+    if control is not None:
+        of_control = label == list(members).index(control)
+        shared |= np.isin(keys, keys[of_control]) & ~of_control
+    counts = np.bincount(label[shared], minlength=len(members))
+    return dict(zip(members, (counts / sizes).tolist(), strict=True))
 
 
 def _similar(names: list[str]) -> dict[str, str]:
@@ -322,4 +389,6 @@ def _similar(names: list[str]) -> dict[str, str]:
 
 
 def _listing(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(name if len(name) <= _SHOWN else quoted(name) for name in names[:limit]) + (
+        f" and {len(names) - limit} more" if len(names) > limit else ""
+    )

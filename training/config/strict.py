@@ -7,7 +7,6 @@ checks the types; this module reads the files and says what is wrong, where, and
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import re
@@ -19,7 +18,7 @@ import pydantic
 import yaml
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from perturbscope.errors import InvalidParameterError, UnreadableFileError
+from perturbscope.errors import InvalidParameterError, UnreadableFileError, near
 
 T = TypeVar("T")
 _LATER = "later"
@@ -271,7 +270,7 @@ def _keys(hint: Any, location: Sequence[int | str]) -> list[str]:
 
 
 def _closest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = near(name, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

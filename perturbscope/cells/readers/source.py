@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -21,6 +20,7 @@ from perturbscope.errors import (
     LimitExceededError,
     MalformedMatrixError,
     MissingColumnError,
+    near,
 )
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class CellSource(ABC):
 def missing_column(what: str, name: str, available: Sequence[str], *, field: str) -> MissingColumnError:
     """Return the error for a `name` that does not exist; it lists what does exist, and the closest name."""
     folded = {item.casefold(): item for item in available}
-    close = difflib.get_close_matches(name.casefold(), folded, n=1)
+    close = near(name.casefold(), folded, n=1)
     shown = ", ".join(map(repr, available[:_SHOWN])) + (", ..." if len(available) > _SHOWN else "")
     hint = f" Did you mean {folded[close[0]]!r}?" if close else ""
     return MissingColumnError(f"There is no {what} {name!r}; there are: {shown or 'none'}.{hint}", field=field)

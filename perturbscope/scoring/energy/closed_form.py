@@ -79,12 +79,7 @@ class LinearGroup:
         for start in range(0, u.shape[1], step):
             gram = u.T @ u if step == u.shape[1] else product(u.T[start : start + step], u)
             squares += float((gram * gram).sum())
-        return (
-            2 * self.size * float(h @ h)
-            + 2 * float(h.sum()) ** 2
-            + squares
-            - 4 * float((h @ u) @ self.total)
-        )
+        return 2 * self.size * float(h @ h) + 2 * float(h.sum()) ** 2 + squares - 4 * float((h @ u) @ self.total)
 
     def link(self, other: LinearGroup) -> LinearLink:
         """See :class:`perturbscope.scoring.energy.pool.Group`."""
