@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,10 @@ from perturbscope.cells.genes import GeneResolver
 from perturbscope.errors import InvalidParameterError, MissingColumnError, TooFewCellsError
 from perturbscope.scoring.labels import check_labels, codes_of, require_control
 from perturbscope.scoring.statistics import benjamini_hochberg, correlation, generator
+from perturbscope.threads import checkpoint
 
+STEP_KEYS = 2**20
+"""Stored values that are sorted or looked up between two checkpoints: a tenth of a second."""
 DEG_COLUMNS = ("perturbation", "n_cells", "n_degs", "n_tested")
 """Columns of a table of counts, in order."""
 
@@ -122,12 +125,11 @@ class RankTester:
         self._n_genes = int(controls.shape[1])
         if self._n < 1:
             raise TooFewCellsError("There are no control cells to compare with.", field="control")
-        keys = np.sort(_keys(controls))
-        self._keys = keys
+        keys = self._keys = _sorted(_keys(controls), self._n_genes)
         genes = keys >> 32
         self._starts = np.searchsorted(genes, np.arange(self._n_genes + 1))
         self._nonzero = np.diff(self._starts)
-        unique, counts = np.unique(keys, return_counts=True)
+        unique, counts = _runs(keys)
         self._ties = np.bincount(unique >> 32, weights=_tie(counts), minlength=self._n_genes)
         self._mean = _mean_counts(controls)
 
@@ -142,10 +144,9 @@ class RankTester:
         n, m = int(group.shape[0]), self._n
         if n < 1:
             raise TooFewCellsError("A perturbation without cells cannot be tested.", field="perturbation")
-        unique, counts = np.unique(_keys(group), return_counts=True)
+        unique, counts = _runs(_sorted(_keys(group), self._n_genes))
         genes = unique >> 32
-        below = np.searchsorted(self._keys, unique, side="left")
-        upto = np.searchsorted(self._keys, unique, side="right")
+        below, upto = (_places(self._keys, unique, side) for side in ("left", "right"))
         zeros_m = m - self._nonzero
         nonzero_n = np.bincount(genes, weights=counts, minlength=self._n_genes)
         zeros_n = n - nonzero_n
@@ -375,6 +376,42 @@ def _keys(values: sparse.csr_matrix) -> NDArray[np.int64]:
     data = np.ascontiguousarray(values.data, dtype=np.float32)
     keys: NDArray[np.int64] = (values.indices.astype(np.int64) << 32) | data.view(np.int32).astype(np.int64)
     return keys[data > 0]
+
+
+def _sorted(keys: NDArray[np.int64], n_genes: int) -> NDArray[np.int64]:
+    """Return sorted keys; many are sorted some genes at a time, with a checkpoint between."""
+    if len(keys) <= STEP_KEYS:
+        checkpoint()
+        return np.sort(keys)
+    genes = (keys >> 32).astype(np.int32)
+    ends = np.cumsum(np.bincount(genes, minlength=n_genes))
+    part_of = (ends - 1) // STEP_KEYS  # of each gene
+    parts = part_of[genes]
+    checkpoint()
+    return np.concatenate([_sorted_part(keys, parts == part) for part in np.unique(part_of)])
+
+
+def _sorted_part(keys: NDArray[np.int64], mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    checkpoint()
+    return np.sort(keys[mask])
+
+
+def _runs(keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
+    """Return the different values of sorted keys, and how often each occurs."""
+    checkpoint()
+    first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else np.empty(0, dtype=np.intp)
+    checkpoint()
+    return keys[first], np.diff(np.append(first, len(keys)))
+
+
+def _places(keys: NDArray[np.int64], values: NDArray[np.int64], side: Literal["left", "right"]) -> NDArray[np.intp]:
+    """Return ``np.searchsorted(keys, values, side)``, with checkpoints."""
+    places = np.empty(len(values), dtype=np.intp)
+    for start in range(0, len(values), STEP_KEYS):
+        checkpoint()
+        part = slice(start, start + STEP_KEYS)
+        places[part] = np.searchsorted(keys, values[part], side)
+    return places
 
 
 def _tie(counts: NDArray[np.number]) -> NDArray[np.float64]:

@@ -216,7 +216,7 @@ def umap_in_process(
     embeddings, n_neighbors, min_dist, seed
         See :func:`umap_coordinates`.
     check
-        Called a few times a second; an error that it raises ends the process and is raised here.
+        Called twenty times a second; an error that it raises ends the process and is raised here.
     """
     options = json.dumps({"n_neighbors": n_neighbors, "min_dist": min_dist, "seed": seed})
     command = [sys.executable, "-m", "perturbscope.analysis.umap", options]
@@ -229,7 +229,7 @@ def umap_in_process(
             while process.poll() is None:
                 check()
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(0.25)
+                    process.wait(0.05)
         finally:
             process.kill()
             process.wait()

@@ -24,6 +24,7 @@ from perturbscope.scoring.labels import MIN_CONTROLS, Groups
 from perturbscope.scoring.results import FLAGS, Metric, ScoreOptions, provenance
 from perturbscope.scoring.scorers import GroupMaker, Scored, make_scorer
 from perturbscope.scoring.statistics import Uniformity, generator, uniformity
+from perturbscope.threads import checkpoint
 
 MAX_CALIBRATION_CELLS = 1000
 """Most controls used, since each of many splits is scored in full."""
@@ -212,6 +213,7 @@ def _batch_parts(
     for _ in range(20 * splits):
         if len(seen) == splits:
             return
+        checkpoint()
         order = rng.permutation(names)
         reach = np.cumsum([np.count_nonzero(batches == name) for name in order])
         key = frozenset(order[: int(np.searchsorted(reach, size)) + 1].tolist())

@@ -39,8 +39,8 @@ TILE_VALUES = 4_000_000
 """Values of a pairwise matrix computed at a time in float64 (32 MB)."""
 LARGEST_VALUE = 1e15
 """Largest magnitude of a value: sums of squared distances of thousands of cells must stay within float32."""
-CHECKED_ROWS = 65_536
-"""Rows that are checked together."""
+CHECKED_VALUES = 2**23
+"""Values that are checked together."""
 STEP_PRODUCTS = 2**30
 """Multiplications of a matrix product between two checkpoints: 25 ms of a core in float32, 50 ms in float64."""
 STEP_VALUES = 2**18
@@ -104,7 +104,8 @@ def check_rows(values: Any, *, name: str = "embeddings", numbers: NDArray[np.int
             field=name,
         )
     # In parts, since a mask and a copy of millions of cells would take more memory than the cells.
-    parts = [rows[start : start + CHECKED_ROWS] for start in range(0, len(rows), CHECKED_ROWS)]
+    step = max(1, CHECKED_VALUES // rows.shape[1])
+    parts = [rows[start : start + step] for start in range(0, len(rows), step)]
     bad = np.flatnonzero(np.concatenate([~np.isfinite(part).all(axis=1) for part in _steps(parts)]))
     if len(bad):
         raise InvalidEmbeddingError(

@@ -378,7 +378,9 @@ def _copies(
 
 def _similar(names: list[str]) -> dict[str, str]:
     by_key: dict[str, list[str]] = {}
-    for name in names:
+    for number, name in enumerate(names):
+        if number % _STEP == 0:
+            checkpoint()
         by_key.setdefault(_key(name), []).append(name)
     return {
         name: next(other for other in same if other != name)

@@ -25,7 +25,7 @@ from serving.access.front import Front
 from serving.access.keys import doorkeeper
 from serving.access.limits import Admission
 from serving.call import Call
-from serving.engine.scores import Scores
+from serving.engine.scores import STUCK, Scores
 from serving.engine.threads import Workers
 from serving.models.loading import ServedModel
 from serving.models.registry import ModelRegistry
@@ -171,8 +171,8 @@ class Engine:
         return values, timings
 
     async def ready(self) -> bool:
-        """Tell whether the models answer. One that failed last is tried with one cell, so that it can recover."""
-        if self.admission.closed:
+        """Tell whether models and scores answer. A model that failed last is tried with one cell: it can recover."""
+        if self.admission.closed or self.scores.stuck_seconds > STUCK:
             return False
         return await self.registry.ready()
 

@@ -13,19 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
+from perturbscope.errors import DeadlineExceededError
 from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.fields import Meta
 from perturbscope.protocol.messages import CompareAnswer, CompareRequest, ScoreAnswer, ScoreRequest
 from perturbscope.tasks.requests import warned
 from perturbscope.tasks.trained_on import Fingerprint, Seen, find_seen
+from perturbscope.threads import interruptible
 from serving.access import limits
 from serving.call import Call
 from serving.engine.reports import ReportAnswer, ReportRequest, make_report
-from serving.engine.threads import Job, Turns
+from serving.engine.threads import GoneError, Job, Turns
 from serving.models.registry import ModelRegistry
 from serving.settings import Settings
 
 Scored = TypeVar("Scored")
+STUCK = 60.0
+"""Seconds after which a score that has reached no step holds up all others for too long: the server is not ready."""
+_LAST_STEP = 1.0
+"""Seconds for which a request that is cancelled waits for its score to end; nearly all end within a tenth of one."""
 
 
 class Scores:
@@ -108,6 +114,16 @@ class Scores:
         with self._registry.lease(asked.model) as model:
             return find_seen(model.embedder.training, file)
 
+    @property
+    def abandoned(self) -> int:
+        """Number of scores that compute although nobody waits for them any more."""
+        return self._turns.abandoned
+
+    @property
+    def stuck_seconds(self) -> float:
+        """Seconds since one of the scores that compute has reached a step, the most of all; a tenth is usual."""
+        return self._turns.held()
+
     def close(self) -> None:
         """Begin no more scores."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -148,18 +164,25 @@ class Scores:
         return embedded.values, meta, embedded.warnings()
 
     async def _scored(self, score: Callable[..., Scored], call: Call) -> tuple[Scored, float]:
-        """Score on a thread of its own, when it is its turn. When the caller goes, it ends at its next progress."""
-        job = self._turns.new()
+        """Score on a thread of its own, when it is its turn. It ends at its next step when the caller goes."""
+        job = self._turns.new(call.deadline)
         self.n_jobs += 1
         try:
+            running = asyncio.get_running_loop().run_in_executor(
+                self._threads, _in_turn, self._turns, job, call.caller.name, score
+            )
             with call.stage("score_queue") as stage:
-                scored, seconds = await asyncio.get_running_loop().run_in_executor(
-                    self._threads, _in_turn, self._turns, job, call.caller.name, score
-                )
+                scored, seconds = await asyncio.shield(running)
                 stage.ended_with("score", seconds)
         except asyncio.CancelledError:
             self._turns.cancel(job)
+            # What the request holds is given back when this returns: its thread should have ended by then.
+            await asyncio.wait([running], timeout=_LAST_STEP)
             raise
+        except GoneError as error:  # the score has looked at the clock before the event loop did
+            raise DeadlineExceededError(
+                "The time that the caller allowed is over. Allow more, or ask for fewer permutations."
+            ) from error
         finally:
             self.n_jobs -= 1
         return scored, seconds
@@ -178,7 +201,7 @@ def annotated(answer: Any, warnings: list[str], seen: Seen | None) -> Any:
 
 
 def _in_turn(turns: Turns, job: Job, flow: str, score: Callable[..., Scored]) -> tuple[Scored, float]:
-    with turns.turn(job, flow):
+    with turns.turn(job, flow), interruptible(job.step):
         return score(progress=lambda stage, done, total: job.step()), job.computed()
 
 

@@ -41,10 +41,19 @@ class Workers:
 
 
 class Job:
-    """A score that is computed turn by turn."""
+    """A score that is computed turn by turn.
 
-    def __init__(self, turns: Turns) -> None:
-        self._turns = turns
+    Parameters
+    ----------
+    turns
+        The turns that it takes.
+    ends
+        Time on ``time.monotonic`` after which nobody waits for it; None: never.
+    """
+
+    def __init__(self, turns: Turns, ends: float | None = None) -> None:
+        self._turns, self._ends = turns, ends
+        self._passing = threading.Lock()
         self.began = 0.0
         """Time at which its turn began, on ``time.monotonic``; 0 between turns."""
         self.seconds = 0.0
@@ -57,11 +66,24 @@ class Job:
         return self.seconds + (time.monotonic() - self.began if self.began else 0.0)
 
     def step(self) -> None:
-        """Let others compute that had less; called between two steps of the computation. Raises :class:`GoneError`."""
-        if self.gone:
+        """Let others compute that had less; called between two steps of the computation, by any of its threads.
+
+        Raises
+        ------
+        GoneError
+            Nobody waits for it any more.
+        """
+        now = time.monotonic()
+        if self.gone or (self._ends is not None and now >= self._ends):
             raise GoneError
-        if time.monotonic() - self.began >= _SLICE:
-            self._turns.pass_on(self)
+        if now - self.began < _SLICE:
+            return
+        # All of its threads wait here until it is its turn again; the first of them hands it on.
+        with self._passing:
+            if self.gone:
+                raise GoneError
+            if time.monotonic() - self.began >= _SLICE:
+                self._turns.pass_on(self)
 
 
 class GoneError(Exception):
@@ -71,9 +93,9 @@ class GoneError(Exception):
 class Turns:
     """A fixed number of scores compute at a time; all others wait, each on a thread of its own.
 
-    After each step (one perturbation by one metric) a score hands its turn to the one that had least: flows share
-    equally, and so do the scores of one flow (:mod:`serving.queue.fairness`). So a short score waits for one step of a
-    long one, not for its minutes.
+    After a tenth of a second, at its next checkpoint (:func:`perturbscope.threads.checkpoint`), a score hands its turn
+    to the one that had least: flows share equally, and so do the scores of one flow (:mod:`serving.queue.fairness`). So
+    a short score waits for one step of a long one, not for its minutes.
 
     Parameters
     ----------
@@ -85,12 +107,26 @@ class Turns:
         self._free = at_a_time
         self._share: FairShare[Job] = FairShare(1.0)
         self._waiting: set[Job] = set()
+        self._joined: set[Job] = set()
         self._changed = threading.Condition()
+
+    @property
+    def abandoned(self) -> int:
+        """Number of jobs that nobody waits for, and that have not ended yet."""
+        with self._changed:
+            return sum(job.gone for job in self._joined)
+
+    def held(self) -> float:
+        """Return the seconds for which one job has computed without reaching a step, the most of all."""
+        now = time.monotonic()
+        with self._changed:
+            return max((now - job.began for job in self._joined if job.began), default=0.0)
 
     @contextlib.contextmanager
     def turn(self, job: Job, flow: str) -> Iterator[None]:
         """Wait for the first turn, and compute inside; in the job's own thread. Raises :class:`GoneError`."""
         with self._changed:
+            self._joined.add(job)
             self._share.join(job, flow)
             try:
                 self._take(job)
@@ -105,9 +141,9 @@ class Turns:
                     self._give(job)
                 self._leave(job)
 
-    def new(self) -> Job:
-        """Return a new job; it joins with :meth:`turn`."""
-        return Job(self)
+    def new(self, ends: float | None = None) -> Job:
+        """Return a new job; it joins with :meth:`turn`. See :class:`Job`."""
+        return Job(self, ends)
 
     def cancel(self, job: Job) -> None:
         """End a job at its next step, or before its first turn."""
@@ -122,6 +158,7 @@ class Turns:
             self._take(job)
 
     def _leave(self, job: Job) -> None:
+        self._joined.discard(job)
         self._share.leave(job)
         self._changed.notify_all()
 

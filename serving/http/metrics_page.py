@@ -60,6 +60,12 @@ def server_states(engine: Engine) -> Iterator[Metric]:
         ("held_bytes", "Bytes of requests in progress.", admission.held_bytes),
         ("held_bytes_limit", "Bytes above this number are refused.", settings.max_held_bytes),
         ("score_jobs_in_progress", "Scores that are computed or wait for their turn.", engine.scores.n_jobs),
+        ("score_jobs_abandoned", "Scores that compute although their callers have gone.", engine.scores.abandoned),
+        (
+            "score_step_seconds",
+            "Seconds since a score that computes could last be ended or halted, the most of all scores.",
+            engine.scores.stuck_seconds,
+        ),
         ("score_workers", "Scores that are computed at a time.", settings.score_workers),
         ("shutting_down", "1 from the signal to stop to the end, else 0.", int(admission.closed)),
         (
