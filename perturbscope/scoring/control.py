@@ -9,13 +9,13 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from perturbscope.scoring.energy.matrix import Compute
 from perturbscope.scoring.labels import Groups
 from perturbscope.scoring.results import (
     SCORE_COLUMNS,
+    Rows,
     ScoreOptions,
     ScoreResult,
     flag_warnings,
@@ -82,7 +82,7 @@ def score_perturbations(
     control_flags = ["controls_subsampled"] if groups.sizes[control] > len(controls) else []
     control_flags += ["duplicated_vectors"] if groups.has_copies(control) else []
     done, total = 0, len(scorable) * len(options.metrics)
-    rows = []
+    rows = Rows(SCORE_COLUMNS)
     for metric in options.metrics:
         scorer = make_scorer(metric, groups, controls, options, GroupMaker(metric, groups, options, compute))
         # By size, since groups of equal size share exchanges of labels.
@@ -98,21 +98,19 @@ def score_perturbations(
         for name in ordered:
             scored = by_name.get(name, NOT_SCORED)
             flags = list(dict.fromkeys([*groups.label_flags(name, options), *control_flags, *scored.flags]))
-            rows.append(
-                {
-                    "perturbation": name,
-                    "n_cells": groups.sizes[name],
-                    "n_controls": len(controls),
-                    "metric": metric,
-                    **scored.columns(),
-                    "flags": ";".join(flags),
-                }
+            rows.add(
+                perturbation=name,
+                n_cells=groups.sizes[name],
+                n_controls=len(controls),
+                metric=metric,
+                **scored.columns(),
+                flags=";".join(flags),
             )
-    table = with_q(pd.DataFrame(rows, columns=list(SCORE_COLUMNS)), options)
+    table = with_q(rows.frame(), options)
     table["rank"] = table["metric"].map(options.metrics.index)
     table = table.sort_values(["rank", "z", "distance", "perturbation"], ascending=[True, False, False, True])
     table = table.drop(columns="rank").reset_index(drop=True)
-    warnings = groups.warnings(names, options) + flag_warnings(table, table["perturbation"])
+    warnings = groups.warnings(names, options) + flag_warnings(table, ["perturbation"])
     warnings += _option_warnings(options, groups, list(scorable))
     facts = {
         "control": control,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from perturbscope.errors import InvalidParameterError
@@ -18,6 +18,7 @@ from perturbscope.scoring.results import (
     COMPARE_COLUMNS,
     CompareResult,
     Metric,
+    Rows,
     ScoreOptions,
     flag_warnings,
     permutations_by_metric,
@@ -35,6 +36,7 @@ from perturbscope.scoring.scorers import (
     is_constant,
 )
 from perturbscope.scoring.statistics import Exchange, empirical_p, generator
+from perturbscope.threads import checkpoint
 
 
 def compare_perturbations(
@@ -79,34 +81,33 @@ def compare_perturbations(
     options = options or ScoreOptions()
     groups = Groups.of(embeddings, perturbations, batches, options, control=control)
     control_flags = ["duplicated_vectors"] if control is not None and groups.has_copies(control) else []
-    to_compare = _pairs(pairs, groups, control)
-    names = list(dict.fromkeys(name for pair in to_compare for name in pair))
+    to_compare = _Pairs.of(pairs, groups, control)
+    names = to_compare.names
     scorable = set(groups.scorable(names, options))
-    rows = []
+    label_flags = {name: groups.label_flags(name, options) for name in names}
+    rows = Rows(COMPARE_COLUMNS)
     done, total = 0, len(to_compare) * len(options.metrics)
     for metric in options.metrics:
         comparer = _Comparer(metric, groups, control, options)
         for a, b in to_compare:
-            flags = list(dict.fromkeys(groups.label_flags(a, options) + groups.label_flags(b, options) + control_flags))
+            flags = list(dict.fromkeys(label_flags[a] + label_flags[b] + control_flags))
             scored = NOT_SCORED
             if a in scorable and b in scorable:
                 scored = comparer.compare(a, b)
-            rows.append(
-                {
-                    "a": a,
-                    "b": b,
-                    "n_a": groups.sizes[a],
-                    "n_b": groups.sizes[b],
-                    "metric": metric,
-                    **scored.columns(),
-                    "flags": ";".join([*flags, *scored.flags]),
-                }
+            rows.add(
+                a=a,
+                b=b,
+                n_a=groups.sizes[a],
+                n_b=groups.sizes[b],
+                metric=metric,
+                **scored.columns(),
+                flags=";".join([*flags, *scored.flags]),
             )
             done += 1
             if progress:
                 progress("compare", done, total)
-    table = with_q(pd.DataFrame(rows, columns=list(COMPARE_COLUMNS)), options)
-    warnings = groups.warnings(names, options) + flag_warnings(table, table["a"] + " - " + table["b"])
+    table = with_q(rows.frame(), options)
+    warnings = groups.warnings(names, options) + flag_warnings(table, ["a", "b"])
     warnings += resolution_warnings(len(to_compare), options)
     facts = {
         "control": control,
@@ -204,22 +205,39 @@ def _scored(
     return Scored(distance, mean, sd, p, tuple([*flags, "null_sd_zero"] if sd == 0 else flags))
 
 
-def _pairs(pairs: Sequence[tuple[str, str]] | None, groups: Groups, control: str | None) -> list[tuple[str, str]]:
-    if pairs is None:
-        every_pair = list(combinations([name for name in groups.members if name != control], 2))
-        if not every_pair:
-            raise InvalidParameterError(
-                "There are no two perturbations to compare; give at least two labels.", field="perturbations"
-            )
-        return every_pair
-    if not len(pairs):
-        raise InvalidParameterError("pairs is empty; leave it out to compare all pairs.", field="pairs")
-    for pair in pairs:
-        if isinstance(pair, str) or len(pair) != 2 or pair[0] == pair[1]:
-            raise InvalidParameterError(f"A pair must be two different labels, not {pair!r}.", field="pairs")
-        for name in pair:
-            if name not in groups.members:
+@dataclass(frozen=True)
+class _Pairs:
+    """The pairs to compare: those that were named, or all pairs of `names`, which are never held at a time."""
+
+    names: list[str]
+    named: list[tuple[str, str]] | None
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[str, str]] | None, groups: Groups, control: str | None) -> _Pairs:
+        """Check the pairs; raises as :func:`compare_perturbations`."""
+        if pairs is None:
+            names = [name for name in groups.members if name != control]
+            if len(names) < 2:
                 raise InvalidParameterError(
-                    f"The pair {tuple(pair)!r} names {name!r}, which no cell is labelled with.", field="pairs"
+                    "There are no two perturbations to compare; give at least two labels.", field="perturbations"
                 )
-    return [(str(a), str(b)) for a, b in pairs]
+            return cls(names, None)
+        if not len(pairs):
+            raise InvalidParameterError("pairs is empty; leave it out to compare all pairs.", field="pairs")
+        for pair in pairs:
+            checkpoint()
+            if isinstance(pair, str) or len(pair) != 2 or pair[0] == pair[1]:
+                raise InvalidParameterError(f"A pair must be two different labels, not {pair!r}.", field="pairs")
+            for name in pair:
+                if name not in groups.members:
+                    raise InvalidParameterError(
+                        f"The pair {tuple(pair)!r} names {name!r}, which no cell is labelled with.", field="pairs"
+                    )
+        named = [(str(a), str(b)) for a, b in pairs]
+        return cls(list(dict.fromkeys(name for pair in named for name in pair)), named)
+
+    def __len__(self) -> int:
+        return len(self.names) * (len(self.names) - 1) // 2 if self.named is None else len(self.named)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return combinations(self.names, 2) if self.named is None else iter(self.named)

@@ -1,0 +1,397 @@
+"""The cost of a score before it is made: seconds of one core, and bytes of memory, from sizes and options alone.
+
+The operations of the code are counted: distances, products of labels with distances, sorted random keys, transport
+problems. Each kind has a price, the seconds of one operation, measured on one core of an AMD EPYC (Zen 4, OpenBLAS).
+The estimate is for limits and warnings: it is within a factor of three of what such a core takes, and on another
+machine it is off by that machine's speed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perturbscope.scoring import statistics
+from perturbscope.scoring.calibration import CALIBRATION_PERMUTATIONS, MAX_CALIBRATION_CELLS
+from perturbscope.scoring.distances import TILE_VALUES
+from perturbscope.scoring.energy import batch_permutations, permutations
+from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS
+from perturbscope.scoring.results import Metric, ScoreOptions
+from perturbscope.scoring.scorers import NULL_REPEATS, shared_size
+from perturbscope.threads import usable_cores
+
+PRODUCT, SPARSE_PRODUCT = 26e-12, 200e-12
+"""One float32 multiplication of a dense and of a sparse matrix product; float64 takes twice as long."""
+DISTANCE = 1.5e-9
+"""One distance between two cells, beside its products."""
+KEY = 20e-9
+"""One random key of an exchange of labels: drawn, sorted, marked."""
+MARK = 10e-9
+"""One cell that an exchange marks, when its sums are looked up."""
+VALUE = 4e-9
+"""One value of a vector that is checked, scaled or summed."""
+LABEL, CELL, ROW = 5e-6, 3e-6, 30e-6
+"""A label, the label of a cell, and a row of the table."""
+GROUP = 500e-6
+"""A group, or a pair of groups, that is scored, whatever its size."""
+ASSIGN_SQUARE, ASSIGN_CUBE, PROBLEM = 40e-9, 0.1e-9, 30e-6
+"""An assignment of n cells: its square, its cube, and the problem itself (scipy)."""
+TRANSPORT, TRANSPORT_PROBLEM = 150e-9, 200e-6
+"""A transport problem between n and m cells, for each of n m, and the problem itself (POT)."""
+GROWING = 9e-9
+"""One distance among the first controls of a random order, when sums over growing subsets are kept."""
+
+ROW_BYTES = 1_500
+"""Bytes of a row of the table, from its parts to its encoded form (JSON takes the most)."""
+LABEL_BYTES = 1_000
+"""Bytes of what is known of a label."""
+DEG_BYTES, DEG_SECONDS = 60, 300e-9
+"""Bytes and seconds for a stored count of the cells whose genes are tested for differential expression."""
+MAP_SECONDS = 30.0
+"""The map of the cells: umap-learn compiles itself for most of it."""
+PAIR_MAP_GROUPS, PAIR_MAP_CELLS = 61, 300
+"""Groups, and cells of each, of the report's distances between perturbations."""
+SPLITS = 200
+"""Splits of the controls, of each kind, that a report scores."""
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass
+class Cost:
+    """The cost of one request.
+
+    Attributes
+    ----------
+    parts
+        Seconds of one core by the option that lowers them: ``permutations``, ``max_cells`` ...; ``cells``: what depends
+        on cells and labels alone, ``report``: maps and tables of a report.
+    n_bytes
+        Most bytes of memory held at a time, beside the vectors themselves.
+    n_rows
+        Rows of the table.
+    """
+
+    parts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    n_bytes: int = 0
+    n_rows: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of one core."""
+        return float(sum(self.parts.values()))
+
+    def options(self) -> str:
+        """Name the options that lower most of the cost, with the time that each stands for."""
+        ordered = sorted(self.parts.items(), key=lambda part: -part[1])
+        largest = [(name, seconds) for name, seconds in ordered if seconds > 0.1 * self.seconds]
+        return ", ".join(f"{name} ({duration(seconds)})" for name, seconds in largest)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in words: ``12 seconds``, ``3 minutes``, ``5.9 hours``."""
+    for name, size in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {name}"
+    return f"{seconds:.{0 if seconds >= 10 else 1}f} seconds"
+
+
+def score_cost(
+    sizes: Mapping[str, int],
+    control: str,
+    options: ScoreOptions,
+    *,
+    width: int,
+    batches: int = 0,
+    cores: int | None = None,
+) -> Cost:
+    """Estimate the cost of :func:`perturbscope.score_perturbations`.
+
+    Parameters
+    ----------
+    sizes
+        Number of cells of each label.
+    control
+        Label of the control cells.
+    options
+        Options of the score.
+    width
+        Dimensions of a vector.
+    batches
+        Number of batches within which labels are exchanged; 0: there are none.
+    cores
+        Number of threads that score, which counts for the bytes; default: the cores that this process may use.
+    """
+    used = _used(sizes, control, options)
+    controls = min(sizes.get(control, 0), options.max_cells)
+    large = used[used >= options.min_cells]
+    cost = _basis(sizes, options, width=width, n_rows=(len(used)) * len(options.metrics))
+    cost.n_bytes += _score_bytes(used, controls, options, width, batches, sum(sizes.values()), cores or usable_cores())
+    n, counts = (values.astype(np.float64) for values in np.unique(large, return_counts=True))
+    for metric in options.metrics:
+        if metric == "wasserstein":
+            _transport_scores(cost, n, counts, controls, options, width)
+        else:
+            _energy_scores(cost, n, counts, controls, options, width, batches, _is_dense(metric, options))
+    return cost
+
+
+def compare_cost(
+    sizes: Mapping[str, int],
+    control: str | None,
+    options: ScoreOptions,
+    *,
+    width: int,
+    pairs: Sequence[tuple[str, str]] | None = None,
+    batches: int = 0,
+) -> Cost:
+    """Estimate the cost of :func:`perturbscope.compare_perturbations`; parameters as :func:`score_cost`.
+
+    `pairs` are the pairs to compare, or None for all; labels that no cell has count as empty.
+    """
+    used = _used(sizes, control, options)
+    if pairs is None:
+        n_pairs = len(used) * (len(used) - 1) // 2
+        compared, n, m, counts = used, *_pairs_of_sizes(used[used >= options.min_cells])
+    else:
+        n_pairs = len(pairs)
+        size_of = {name: min(size, options.max_cells) for name, size in sizes.items()}
+        both = np.array([(size_of.get(a, 0), size_of.get(b, 0)) for a, b in pairs], dtype=np.float64).reshape(-1, 2)
+        both = both[(both >= options.min_cells).all(axis=1)]
+        ends, repeated = np.unique(both, axis=0, return_counts=True)
+        n, m, counts = ends[:, 0], ends[:, 1], repeated.astype(np.float64)
+        compared = np.array([size_of.get(name, 0) for name in {name for pair in pairs for name in pair}], dtype=int)
+    cost = _basis(sizes, options, width=width, n_rows=n_pairs * len(options.metrics))
+    controls = 0 if control is None else min(sizes.get(control, 0), options.max_cells)
+    cost.n_bytes += _compare_bytes(compared, controls, options, width, sum(sizes.values()))
+    large = compared[compared >= options.min_cells].astype(np.float64)
+    for metric in options.metrics:
+        cost.parts["pairs"] += float((counts * (GROUP + 4 * VALUE * width * (n + m))).sum())
+        if metric == "wasserstein":
+            n_used, m_used = (np.minimum(values, MAX_TRANSPORT_CELLS) for values in (n, m))
+            distances = (n_used + m_used) ** 2 * (2 * PRODUCT * width + 2 * DISTANCE)
+            problem = np.where(n_used == m_used, _assignment(n_used), TRANSPORT_PROBLEM + TRANSPORT * n_used * m_used)
+            draw = problem + KEY * (n_used + m_used)
+            cost.parts["max_cells"] += float((counts * (distances + problem)).sum())
+            cost.parts["wasserstein_permutations"] += options.wasserstein_permutations * float((counts * draw).sum())
+            continue
+        dense = _is_dense(metric, options)
+        cost.parts["max_cells"] += _group_seconds(large, width, dense) + _moments_seconds(controls, width, dense)
+        draw = 2 * KEY * (n + m)
+        taken = n * m / np.maximum(n + m, 1)
+        if dense:
+            cost.parts["max_cells"] += float((counts * _distances(n, m, width)).sum())
+            draw += _product(taken, m, m) + _product(n - taken, n, n) + _product(taken, m, n) + 2 * MARK * (n + m)
+        else:
+            draw += 2 * _product(taken, m, width) + 2 * _product(n - taken, n, width) + VALUE * width
+        cost.parts["permutations"] += options.permutations * float((counts * draw).sum())
+    return cost
+
+
+def report_cost(
+    sizes: Mapping[str, int],
+    control: str,
+    options: ScoreOptions,
+    *,
+    width: int,
+    batches: int = 0,
+    n_counts: int = 0,
+    cores: int | None = None,
+) -> Cost:
+    """Estimate the cost of a score and its report page; parameters as :func:`score_cost`.
+
+    `n_counts` is the number of stored counts of cells whose genes are tested, 0 if there are none.
+    """
+    cost = score_cost(sizes, control, options, width=width, batches=batches, cores=cores)
+    cells = np.sort(np.fromiter(sizes.values(), dtype=np.int64))[::-1][:PAIR_MAP_GROUPS].astype(np.float64)
+    mapped = float(np.minimum(cells, max(min(options.max_cells, PAIR_MAP_CELLS), options.min_cells)).sum())
+    dense = _is_dense(options.metrics[0], options) or options.metrics[0] == "wasserstein"
+    cost.parts["report"] += MAP_SECONDS + DEG_SECONDS * n_counts + mapped**2 / 2 * (PRODUCT * width + DISTANCE) * dense
+    largest = max(MAX_CALIBRATION_CELLS, options.min_cells)
+    controls = min(sizes.get(control, 0), options.max_cells, largest)
+    half = np.array([controls / 2])
+    for metric in options.metrics:
+        if metric == "wasserstein":
+            continue
+        few = Cost()
+        is_dense = _is_dense(metric, options)
+        _energy_scores(few, half, np.ones(1), controls // 2, _calibration(options), width, batches, is_dense)
+        cost.parts["report"] += SPLITS * (2 if batches else 1) * few.seconds
+    cost.n_bytes += DEG_BYTES * n_counts + 16 * controls**2
+    return cost
+
+
+def _calibration(options: ScoreOptions) -> ScoreOptions:
+    return ScoreOptions(
+        repeats=options.repeats, permutations=min(options.permutations, CALIBRATION_PERMUTATIONS), min_cells=2
+    )
+
+
+def _used(sizes: Mapping[str, int], control: str | None, options: ScoreOptions) -> NDArray[np.int64]:
+    """Return the numbers of cells that are used of each perturbation."""
+    others = [size for name, size in sizes.items() if name != control]
+    return np.minimum(np.array(others, dtype=np.int64), options.max_cells)
+
+
+def _basis(sizes: Mapping[str, int], options: ScoreOptions, *, width: int, n_rows: int) -> Cost:
+    cells = sum(sizes.values())
+    seconds = CELL * cells + LABEL * len(sizes) + VALUE * cells * width * (1 + len(options.metrics)) + ROW * n_rows
+    return Cost(defaultdict(float, cells=seconds), LABEL_BYTES * len(sizes) + ROW_BYTES * n_rows, n_rows)
+
+
+def _is_dense(metric: Metric, options: ScoreOptions) -> bool:
+    """Whether the distances between all cells are formed."""
+    return metric == "e_distance" and options.ground == "euclidean"
+
+
+def _pairs_of_sizes(used: NDArray[np.int64]) -> tuple[Numbers, Numbers, Numbers]:
+    """Return the sizes of all pairs of groups, and how many pairs have them; there are few different sizes."""
+    sizes, counts = (values.astype(np.float64) for values in np.unique(used, return_counts=True))
+    i, j = np.triu_indices(len(sizes))
+    pairs = np.where(i == j, counts[i] * (counts[i] - 1) / 2, counts[i] * counts[j])
+    return sizes[i], sizes[j], pairs
+
+
+def _distances(n: Numbers, m: Numbers | float, width: int) -> Numbers:
+    seconds: Numbers = n * m * (PRODUCT * width + DISTANCE)
+    return seconds
+
+
+def _product(marked: Numbers, cells: Numbers | float, columns: Numbers | float) -> Numbers:
+    """Return the seconds of a product of one exchange's marks with a matrix [cells, columns]."""
+    seconds: Numbers = np.minimum(SPARSE_PRODUCT * marked, PRODUCT * cells) * columns
+    return seconds
+
+
+def _assignment(n: Numbers) -> Numbers:
+    seconds: Numbers = PROBLEM + ASSIGN_SQUARE * n**2 + ASSIGN_CUBE * n**3
+    return seconds
+
+
+def _group_seconds(n: Numbers, width: int, dense: bool) -> float:
+    """Return the seconds to make groups of n cells."""
+    return float((_distances(n, n, width) if dense else VALUE * n * width).sum())
+
+
+def _moments_seconds(controls: int, width: int, dense: bool) -> float:
+    """Return the seconds to make the group of the controls, and its moments."""
+    own = np.array([float(controls)])
+    squares = DISTANCE / 2 * controls**2 if dense else PRODUCT * controls * width**2
+    return _group_seconds(own, width, dense) + squares
+
+
+def _energy_scores(
+    cost: Cost,
+    n: Numbers,
+    counts: Numbers,
+    controls: int,
+    options: ScoreOptions,
+    width: int,
+    batches: int,
+    dense: bool,
+) -> None:
+    """Add the cost of scores of `counts` groups of `n` cells by an energy distance."""
+    parts, m, draws = cost.parts, float(controls), options.permutations
+    parts["max_cells"] += _moments_seconds(controls, width, dense)
+    parts["cells"] += float((counts * (GROUP + VALUE * width * (n + m))).sum())
+    made = _distances(n, n + m, width) if dense else VALUE * n * width
+    parts["max_cells"] += float((counts * made).sum())
+    # Samples of as many controls, where there are more.
+    size = np.minimum(n, m)
+    if dense:
+        few = _product(size, m, m) if m <= 512 else _distances(size, size, width) + VALUE * size * width
+    else:
+        few = VALUE * size * width / 2
+    sample = np.where(n < m, few + KEY * m, 0.0)
+    parts["repeats"] += options.repeats * float((counts * sample).sum())
+    # Exchanges. Those of one size are drawn once, but for many draws and within batches.
+    taken = n * m / np.maximum(n + m, 1)
+    shared = draws <= permutations.CHUNK and not batches
+    drawn = np.where(shared, 1.0, counts) if n.size else counts
+    if batches:
+        # Draws of a batch are kept by its number of cells, of which there are a few.
+        keys = 3 * MARK * (n + taken) + 4 * KEY * n * np.minimum(1.0, 4 / np.maximum(counts, 1))
+    else:
+        keys = KEY * n + MARK * taken + (0.0 if shared else KEY * m)
+    within = _product(taken, m, m) if dense else _product(2 * taken, 2 * m, width)
+    among = float((drawn * within).sum())
+    if dense and n.size and (shared or batches):
+        # What growing subsets, or a table of all groups, would cost.
+        depth = min(m, float((n if batches else 2 * taken).max()) * (batches or 1))
+        few_batches = min(batches, 64) if batches else 0
+        kept = GROWING * depth**2 + SPARSE_PRODUCT * depth * few_batches * float(counts.sum())
+        if batches or depth <= 2 * permutations.MAX_DEPTH:
+            among = min(among, kept + float(within.max()))
+    if dense:
+        other = _product(n - taken, n, n) + _product(taken, m, n) + MARK * (n + taken)
+    else:
+        other = _product(2 * (n - taken), 2 * n, width) + VALUE * width + MARK * n
+    once = KEY * m * (batches or 1) if shared or batches else 0.0
+    total = float((drawn * keys).sum()) + among + float((counts * other).sum()) + once
+    parts["permutations"] += draws * total
+
+
+def _transport_scores(
+    cost: Cost, n: Numbers, counts: Numbers, controls: int, options: ScoreOptions, width: int
+) -> None:
+    """Add the cost of Wasserstein scores of `counts` groups of `n` cells."""
+    parts, m = cost.parts, float(controls)
+    fixed = options.null == "fixed"
+    limit = controls if fixed else controls // 2
+    size = np.minimum(n, min(limit, MAX_TRANSPORT_CELLS))
+    solved = _assignment(size)
+    a_distance = 2 * PRODUCT * width + 2 * DISTANCE
+    parts["max_cells"] += (m * m + float((counts * (n * m + 4 * size**2)).sum())) * a_distance
+    parts["cells"] += float((counts * (GROUP + VALUE * width * (n + m))).sum())
+    parts["repeats"] += options.repeats * float((counts * (solved + KEY * m)).sum())
+    parts["wasserstein_permutations"] += options.wasserstein_permutations * float(
+        (counts * (solved + 2 * KEY * size)).sum()
+    )
+    nulls = {options.null_size if fixed else min(shared_size(int(value)), limit) for value in size}
+    of_null = np.array(sorted(nulls), dtype=np.float64)
+    few = min(options.repeats, NULL_REPEATS)
+    parts["null_draws"] += options.null_draws * float((few * _assignment(of_null) + (1 + few) * KEY * m).sum())
+
+
+def _score_bytes(
+    used: NDArray[np.int64],
+    controls: int,
+    options: ScoreOptions,
+    width: int,
+    batches: int,
+    cells: int,
+    cores: int,
+) -> int:
+    """Return the peak bytes of a score.
+
+    The distances grow: float32, between the controls, and between one perturbation a core and itself and the controls.
+    Exchanged labels are evaluated some hundreds at a time; those within batches are summed up beforehand, for all
+    perturbations, in one table a core.
+    """
+    largest = int(used.max(initial=0))
+    pool = controls + largest
+    draws = min(options.permutations, permutations.CHUNK)
+    held = _held_bytes(pool, max(pool, controls), controls**2 + largest**2, draws, width, cells)
+    held += (min(cores, len(used)) - 1) * (4 * largest * (largest + controls) + 16 * (draws + width) * largest)
+    if batches:
+        sums, kept = 8 * draws * len(used), draws * int(used.sum())
+        held += cores * 8 * controls**2 + min(sums, 8 * batch_permutations.TABLE) + min(kept, batch_permutations.KEPT)
+    return held
+
+
+def _compare_bytes(used: NDArray[np.int64], controls: int, options: ScoreOptions, width: int, cells: int) -> int:
+    """Return the peak bytes of a comparison, which holds the distances among the cells of every group."""
+    pool = int(np.sort(used)[-2:].sum())
+    squares = controls**2 + int((used**2).sum())
+    draws = min(options.permutations, statistics.CHUNK)
+    return _held_bytes(pool, max(pool, controls), squares, draws, width, cells)
+
+
+def _held_bytes(pool: int, side: int, squares: int, draws: int, width: int, cells: int) -> int:
+    # Beside the distances: tiles of them in float64; random keys, their order and the labels that they become; vectors.
+    tiles = 3 * 8 * min(TILE_VALUES, side**2)
+    return tiles + 4 * (squares + pool**2 // 2) + 32 * draws * pool + 16 * width * (pool + cells)
