@@ -13,9 +13,9 @@ between controls and controls, which do not differ, and so shows from which size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -77,11 +77,14 @@ class DegCount(NamedTuple):
 
 def log_normalized(cells: CountMatrix) -> sparse.csr_matrix:
     """Return log(1 + counts per 10,000 of the cell's total), float32 [n_cells, n_genes]."""
-    scale = np.repeat(10_000.0 / cells.totals, np.diff(cells.counts.indptr))
-    return sparse.csr_matrix(
-        (np.log1p(cells.counts.data * scale).astype(np.float32), cells.counts.indices, cells.counts.indptr),
-        shape=cells.counts.shape,
-    )
+    counts, scale = cells.counts, 10_000.0 / cells.totals
+    values = np.empty(len(counts.data), dtype=np.float32)
+    for first, last in _spans(counts.indptr):
+        checkpoint()
+        part = slice(counts.indptr[first], counts.indptr[last])
+        sizes = np.diff(counts.indptr[first : last + 1])
+        values[part] = np.log1p(counts.data[part] * np.repeat(scale[first:last], sizes))
+    return sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,12 @@ class RankTester:
         if self._n < 1:
             raise TooFewCellsError("There are no control cells to compare with.", field="control")
         keys = self._keys = _sorted(_keys(controls), self._n_genes)
-        genes = keys >> 32
-        self._starts = np.searchsorted(genes, np.arange(self._n_genes + 1))
+        self._starts = np.searchsorted(keys, np.arange(self._n_genes + 1) << 32)
         self._nonzero = np.diff(self._starts)
-        unique, counts = _runs(keys)
-        self._ties = np.bincount(unique >> 32, weights=_tie(counts), minlength=self._n_genes)
+        self._ties = np.zeros(self._n_genes)
+        for first, last in _spans(self._starts):
+            unique, counts = _runs(keys[self._starts[first] : self._starts[last]])
+            self._ties += np.bincount(unique >> 32, weights=_tie(counts), minlength=self._n_genes)
         self._mean = _mean_counts(controls)
 
     def test(self, group: sparse.csr_matrix) -> RankTest:
@@ -371,11 +375,27 @@ def correlate_degs(scores: pd.DataFrame, degs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["metric", "against", "n", "pearson", "spearman"])
 
 
+def _spans(starts: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Yield runs of rows or genes, which begin at `starts`, of about :data:`STEP_KEYS` stored values each."""
+    first, n = 0, len(starts) - 1
+    while first < n:
+        last = int(np.searchsorted(starts, starts[first] + STEP_KEYS, side="right")) - 1
+        last = min(max(last, first + 1), n)
+        yield first, last
+        first = last
+
+
 def _keys(values: sparse.csr_matrix) -> NDArray[np.int64]:
     """Return stored values as integers that sort by gene, then value: bits of positive floats sort as the floats."""
     data = np.ascontiguousarray(values.data, dtype=np.float32)
-    keys: NDArray[np.int64] = (values.indices.astype(np.int64) << 32) | data.view(np.int32).astype(np.int64)
-    return keys[data > 0]
+    keys = np.empty(len(data), dtype=np.int64)
+    for start in range(0, len(data), STEP_KEYS):
+        checkpoint()
+        part = slice(start, start + STEP_KEYS)
+        np.left_shift(values.indices[part], 32, out=keys[part], dtype=np.int64)
+        keys[part] |= data[part].view(np.int32)
+    positive = data > 0
+    return keys if positive.all() else keys[positive]
 
 
 def _sorted(keys: NDArray[np.int64], n_genes: int) -> NDArray[np.int64]:
@@ -383,17 +403,19 @@ def _sorted(keys: NDArray[np.int64], n_genes: int) -> NDArray[np.int64]:
     if len(keys) <= STEP_KEYS:
         checkpoint()
         return np.sort(keys)
-    genes = (keys >> 32).astype(np.int32)
-    ends = np.cumsum(np.bincount(genes, minlength=n_genes))
-    part_of = (ends - 1) // STEP_KEYS  # of each gene
-    parts = part_of[genes]
-    checkpoint()
-    return np.concatenate([_sorted_part(keys, parts == part) for part in np.unique(part_of)])
-
-
-def _sorted_part(keys: NDArray[np.int64], mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    checkpoint()
-    return np.sort(keys[mask])
+    starts = np.zeros(n_genes + 1, dtype=np.int64)
+    for start in range(0, len(keys), STEP_KEYS):
+        checkpoint()
+        starts[1:] += np.bincount(keys[start : start + STEP_KEYS] >> 32, minlength=n_genes)
+    starts = np.cumsum(starts)
+    ordered = np.empty_like(keys)
+    for first, last in _spans(starts):
+        checkpoint()
+        part = ordered[starts[first] : starts[last]]
+        part[:] = keys[(keys >= first << 32) & (keys < last << 32)]
+        checkpoint()
+        part.sort()
+    return ordered
 
 
 def _runs(keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
