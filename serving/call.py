@@ -130,7 +130,7 @@ class Call:
     growth
         Memory of the encoded answer, as a multiple of its vectors.
     charge
-        Takes cells from the caller's share; None if it has no share.
+        Takes cells, and seconds of score work, from the caller's share; None if it has no share.
     model
         The model that embedded the cells, once it is known: the request stays with it, whatever is loaded later.
     """
@@ -154,7 +154,7 @@ class Call:
     started: float = field(default_factory=time.perf_counter)
     held: Memory | None = field(default=None, repr=False)
     growth: int = GROWTH
-    charge: Callable[[int], None] | None = field(default=None, repr=False)
+    charge: Callable[..., None] | None = field(default=None, repr=False)
     model: Embedder | None = field(default=None, repr=False)
 
     def remaining(self) -> float | None:
@@ -172,6 +172,11 @@ class Call:
         if self.charge is not None:
             self.charge(cells)
         self.cells += cells
+
+    def take_work(self, seconds: float) -> None:
+        """Count the estimated seconds of one core of a score, before it begins. Raises as :meth:`take`."""
+        if self.charge is not None:
+            self.charge(0, seconds)
 
     def reserve(self, n_bytes: int, remedy: str | None = None) -> None:
         """Hold memory that the call will need. Raises as :meth:`serving.access.limits.Held.reserve`."""

@@ -117,6 +117,11 @@ class Settings:
     """Seconds after which a forward pass counts as hung: callers get an error, and the model is not ready."""
     max_permutations: int = 100_000
     """Permutations and null draws that one score request may ask for."""
+    max_score_seconds: int = 600
+    """Seconds of one core that a score, comparison or report may take, as estimated before it begins. Scores take
+    turns, so a long one delays others little."""
+    max_pairs: int = 100_000
+    """Pairs of perturbations that one request may compare: all pairs of 447."""
     max_group_cells: int = 5_000
     """Largest max_cells, cells of one group, that a score request may ask for; memory grows with its square."""
     score_workers: int = 1

@@ -49,8 +49,9 @@ ROW_BYTES = 1_500
 """Bytes of a row of the table, from its parts to its encoded form (JSON takes the most)."""
 LABEL_BYTES = 1_000
 """Bytes of what is known of a label."""
-DEG_BYTES, DEG_SECONDS = 60, 300e-9
-"""Bytes and seconds for a stored count of the cells whose genes are tested for differential expression."""
+DEG_SECONDS, DEG_CONTROLS, DEG_BYTES, DEG_CONTROL_BYTES = 300e-9, 5_000, 90, 45
+"""Differential expression: seconds for a stored count; most controls; bytes for a count of the largest perturbation,
+and of a control."""
 MAP_SECONDS = 30.0
 """The map of the cells: umap-learn compiles itself for most of it."""
 PAIR_MAP_GROUPS, PAIR_MAP_CELLS = 61, 300
@@ -211,8 +212,7 @@ def report_cost(
     mapped = float(np.minimum(cells, max(min(options.max_cells, PAIR_MAP_CELLS), options.min_cells)).sum())
     dense = _is_dense(options.metrics[0], options) or options.metrics[0] == "wasserstein"
     cost.parts["report"] += MAP_SECONDS + DEG_SECONDS * n_counts + mapped**2 / 2 * (PRODUCT * width + DISTANCE) * dense
-    largest = max(MAX_CALIBRATION_CELLS, options.min_cells)
-    controls = min(sizes.get(control, 0), options.max_cells, largest)
+    controls = min(sizes.get(control, 0), options.max_cells, max(MAX_CALIBRATION_CELLS, options.min_cells))
     half = np.array([controls / 2])
     for metric in options.metrics:
         if metric == "wasserstein":
@@ -221,7 +221,9 @@ def report_cost(
         is_dense = _is_dense(metric, options)
         _energy_scores(few, half, np.ones(1), controls // 2, _calibration(options), width, batches, is_dense)
         cost.parts["report"] += SPLITS * (2 if batches else 1) * few.seconds
-    cost.n_bytes += DEG_BYTES * n_counts + 16 * controls**2
+    largest = max((size for name, size in sizes.items() if name != control), default=0)
+    tested = DEG_BYTES * largest + DEG_CONTROL_BYTES * min(sizes.get(control, 0), DEG_CONTROLS)
+    cost.n_bytes += tested * n_counts // max(1, sum(sizes.values())) + 16 * controls**2
     return cost
 
 

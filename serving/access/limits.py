@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from perturbscope.errors import LimitExceededError, OverloadedError
 from perturbscope.protocol import JSON
-from perturbscope.scoring import statistics
-from perturbscope.scoring.distances import TILE_VALUES
-from perturbscope.scoring.energy import batch_permutations, permutations
+from perturbscope.scoring.cost import Cost, duration
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.threads import usable_cores
 from serving.call import GROWTH
 from serving.queue.fairness import Room
 from serving.settings import PREFIX, Settings
@@ -203,60 +199,6 @@ def decoded_bytes(media_type: str, body: bytes) -> int:
     )
 
 
-def score_bytes(
-    labels: Sequence[str],
-    control: str | None,
-    options: ScoreOptions,
-    *,
-    pairs: bool,
-    width: int,
-    batches: bool = False,
-    cores: int | None = None,
-) -> int:
-    """Estimate the peak bytes of a score of cells, or, with `pairs`, of a comparison.
-
-    The distances grow: float32, between all cells of a group, and of two groups, of which at most ``max_cells`` cells
-    each are used. A score holds those of the controls and of one perturbation a core at a time, a
-    comparison those of every group. Exchanged labels are evaluated some hundreds at a time; those within batches are
-    summed up beforehand, for all perturbations, in one table a core.
-
-    Parameters
-    ----------
-    labels
-        Label of each cell.
-    control
-        Label of the control cells.
-    options
-        Options of the score.
-    pairs
-        Whether perturbations are compared with each other.
-    width
-        Dimensions of a vector.
-    batches
-        Whether labels are exchanged within batches.
-    cores
-        Number of threads that score; default: the cores that this process may use.
-    """
-    sizes = {name: min(n, options.max_cells) for name, n in Counter(labels).items()}
-    controls = sizes.pop(control, 0) if control is not None else 0
-    largest = sorted(sizes.values(), reverse=True)[:2]
-    pool = sum(largest) if pairs else controls + sum(largest[:1])
-    squares = controls**2 + sum(n**2 for n in (sizes.values() if pairs else largest[:1]))
-    draws = min(options.permutations, statistics.CHUNK if pairs else permutations.CHUNK)
-    # Beside the distances: tiles of them in float64; random keys, their order and the labels that they become; vectors.
-    tiles = 3 * 8 * min(TILE_VALUES, max(pool, controls) ** 2)
-    held = tiles + 4 * (squares + pool**2 // 2) + 32 * draws * pool + 16 * width * (pool + len(labels))
-    if not pairs:
-        more, cores = sum(largest[:1]), cores or usable_cores()
-        held += (min(cores, len(sizes)) - 1) * (4 * more * (more + controls) + 16 * draws * more + 16 * width * more)
-        if batches:
-            sums, kept = 8 * draws * len(sizes), draws * sum(sizes.values())
-            held += (
-                cores * 8 * controls**2 + min(sums, 8 * batch_permutations.TABLE) + min(kept, batch_permutations.KEPT)
-            )
-    return held
-
-
 def check_shape(settings: Settings, n_cells: int, n_genes: int, n_values: int) -> None:
     """Refuse a matrix that is too large; it may be called before the matrix is read.
 
@@ -302,6 +244,27 @@ def check_options(settings: Settings, options: ScoreOptions) -> None:
                 f"({PREFIX}MAX_PERMUTATIONS, {PREFIX}MAX_GROUP_CELLS).",
                 field=name,
             )
+
+
+def check_pairs(settings: Settings, n_pairs: int) -> None:
+    """Refuse a comparison of too many pairs, before any of them is made. Raises :class:`LimitExceededError`."""
+    if n_pairs > settings.max_pairs:
+        raise LimitExceededError(
+            f"The request compares {n_pairs:,} pairs of perturbations; this server takes {settings.max_pairs:,} "
+            f"({PREFIX}MAX_PAIRS). Name the pairs that matter (pairs), or compare with the library.",
+            field="pairs",
+        )
+
+
+def check_cost(settings: Settings, cost: Cost) -> None:
+    """Refuse a score that would compute for too long. Raises :class:`LimitExceededError`."""
+    if cost.seconds > settings.max_score_seconds:
+        raise LimitExceededError(
+            f"The score would take about {duration(cost.seconds)} of a processor core; this server takes "
+            f"{duration(settings.max_score_seconds)} ({PREFIX}MAX_SCORE_SECONDS). Most of it stands for "
+            f"{cost.options()}: ask for less of that, send fewer perturbations at a time, or score with the library.",
+            field="options",
+        )
 
 
 def too_many_bytes(limit: int, media_type: str = "") -> LimitExceededError:

@@ -16,6 +16,8 @@ from perturbscope.errors import LimitExceededError, RateLimitedError
 from serving.call import Caller
 
 _MINUTE = 60.0
+CELLS_A_SECOND = 50
+"""Cells of a caller's share that a second of score work (one core, as estimated) counts as."""
 FAILURES_PER_MINUTE = 30
 """Bad keys of one address that are answered and logged as bad keys."""
 _PEERS = 4096
@@ -58,8 +60,20 @@ class RateLimiter:
         self._clock = clock
         self._buckets: dict[tuple[str, str], Bucket] = {}
 
-    def take(self, caller: Caller, cells: int = 0, *, requests: int = 0) -> None:
+    def take(self, caller: Caller, cells: int = 0, work: float = 0.0, *, requests: int = 0) -> None:
         """Take from the caller's allowance; a request that is refused takes nothing.
+
+        Parameters
+        ----------
+        caller
+            The sender of the request.
+        cells
+            Cells to embed or score.
+        work
+            Seconds of one core that a score is estimated to take. Whole seconds count as :data:`CELLS_A_SECOND` cells
+            each, so that a caller without a short score's time is not refused for it.
+        requests
+            Requests.
 
         Raises
         ------
@@ -70,14 +84,17 @@ class RateLimiter:
         """
         for what, n, per_minute in (
             ("requests", requests, caller.requests_per_minute),
-            ("cells", cells, caller.cells_per_minute),
+            ("cells", cells + CELLS_A_SECOND * int(work), caller.cells_per_minute),
         ):
             if n == 0 or per_minute is None:
                 continue
             if n > per_minute:
+                cost = f"has {n:,} {what}"
+                if work:
+                    cost = f"needs about {work:,.0f} seconds of scoring, which count as {n:,} cells"
                 raise LimitExceededError(
-                    f"The request has {n:,} {what}; the API key {caller.name!r} may have {per_minute:,} a minute. "
-                    "Send fewer at a time.",
+                    f"The request {cost}; the API key {caller.name!r} may have {per_minute:,} a minute. "
+                    f"{'Ask for fewer permutations or perturbations' if work else 'Send fewer'} at a time.",
                     field=what,
                 )
             now = self._clock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +18,8 @@ from perturbscope.errors import DeadlineExceededError
 from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.fields import Meta
 from perturbscope.protocol.messages import CompareAnswer, CompareRequest, ScoreAnswer, ScoreRequest
+from perturbscope.report import Absent
+from perturbscope.scoring.cost import Cost, compare_cost, report_cost, score_cost
 from perturbscope.tasks.requests import warned
 from perturbscope.tasks.trained_on import Fingerprint, Seen, find_seen
 from perturbscope.threads import interruptible
@@ -100,7 +103,7 @@ class Scores:
 
     async def report(self, request: ReportRequest, call: Call | None = None) -> ReportAnswer:
         """Make the result page of a score. Raises as :meth:`score`."""
-        call, embeddings, meta, warnings = await self._begin(request.score, call)
+        call, embeddings, meta, warnings = await self._begin(request, call)
         report, seconds = await self._scored(partial(make_report, request, embeddings, meta, warnings), call)
         return ReportAnswer(report=report, meta=_timed(meta, seconds))
 
@@ -129,28 +132,40 @@ class Scores:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _begin(
-        self, request: ScoreRequest | CompareRequest, call: Call | None
+        self, request: ScoreRequest | CompareRequest | ReportRequest, call: Call | None
     ) -> tuple[Call, NDArray[np.float32], Meta, list[str]]:
         """Count and check a request, embed its cells, and hold the memory of its score.
 
-        The memory is held before the score begins: scores that wait for their turn keep what they have computed.
+        What would take too long is refused before its cells are embedded. The memory is held before the score begins:
+        scores that wait for their turn keep what they have computed.
         """
         call = call or Call("", "http")
-        call.take(len(request.perturbations))
-        limits.check_options(self._settings, request.options)
-        embeddings, meta, warnings = await self._embeddings(request, call)
-        needed = await self._work(_score_bytes, request, embeddings.shape[1])
-        call.reserve(needed, "Ask for smaller groups (max_cells), or compare fewer perturbations at a time.")
+        asked = request.score if isinstance(request, ReportRequest) else request
+        call.take(len(asked.perturbations))
+        limits.check_options(self._settings, asked.options)
+        if asked.embeddings is not None:
+            limits.check_vectors(self._settings, len(asked.embeddings))
+        # Without arguments it is done on a thread: the number of pairs, say, is not in the size of a request.
+        cost = await self._work(partial(_cost, request, self._width(asked), self._settings))
+        limits.check_cost(self._settings, cost)
+        call.take_work(cost.seconds)
+        embeddings, meta, warnings = await self._embeddings(asked, call)
+        call.reserve(cost.n_bytes, "Ask for smaller groups (max_cells), or compare fewer perturbations at a time.")
         return call, embeddings, meta, warnings
+
+    def _width(self, request: ScoreRequest | CompareRequest) -> int:
+        """Return the dimensions of the vectors to be scored."""
+        if request.embeddings is not None:
+            return int(request.embeddings.shape[1])
+        with self._registry.lease(request.model) as model:
+            return model.embedder.width
 
     async def _embeddings(
         self, request: ScoreRequest | CompareRequest, call: Call
     ) -> tuple[NDArray[np.float32], Meta, list[str]]:
         """Return the vectors to be scored: the caller's own, or those of the cells."""
         if request.cells is None:
-            vectors = cast("NDArray[np.float32]", request.embeddings)
-            limits.check_vectors(self._settings, len(vectors))
-            return vectors, Meta(), []
+            return cast("NDArray[np.float32]", request.embeddings), Meta(), []
         # A missing control label should not cost the embedding of all cells.
         await self._work(_check_labels, request)
         embedded = await self._embed(request.model, request.cells, call)
@@ -205,15 +220,26 @@ def _in_turn(turns: Turns, job: Job, flow: str, score: Callable[..., Scored]) ->
         return score(progress=lambda stage, done, total: job.step()), job.computed()
 
 
-def _score_bytes(request: ScoreRequest | CompareRequest, width: int) -> int:
-    return limits.score_bytes(
-        request.perturbations,
-        request.control,
-        request.options,
-        pairs=isinstance(request, CompareRequest),
-        width=width,
-        batches=request.batches is not None,
-    )
+def _cost(request: ScoreRequest | CompareRequest | ReportRequest, width: int, settings: Settings) -> Cost:
+    """Estimate the cost of a request.
+
+    Raises
+    ------
+    LimitExceededError
+        A comparison has too many pairs, or a score too many perturbations.
+    """
+    asked = request.score if isinstance(request, ReportRequest) else request
+    sizes = Counter(asked.perturbations)
+    batches = 0 if asked.batches is None else len(set(asked.batches))
+    if isinstance(asked, CompareRequest):
+        others = len(sizes) - (asked.control in sizes)
+        limits.check_pairs(settings, others * (others - 1) // 2 if asked.pairs is None else len(asked.pairs))
+        return compare_cost(sizes, asked.control, asked.options, width=width, pairs=asked.pairs, batches=batches)
+    if not isinstance(request, ReportRequest):
+        return score_cost(sizes, asked.control, asked.options, width=width, batches=batches)
+    counts = request.counts if asked.cells is None else asked.cells
+    n_counts = 0 if isinstance(counts, Absent) else int(counts.counts.nnz)
+    return report_cost(sizes, asked.control, asked.options, width=width, batches=batches, n_counts=n_counts)
 
 
 def _check_labels(request: ScoreRequest | CompareRequest) -> None:

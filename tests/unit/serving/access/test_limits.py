@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tracemalloc
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -17,9 +18,10 @@ from perturbscope.errors import InvalidInputError, LimitExceededError, Overloade
 from perturbscope.protocol import EmbedRequest, ScoreRequest
 from perturbscope.protocol.checks import parse_json
 from perturbscope.scoring.control import score_perturbations
+from perturbscope.scoring.cost import compare_cost, score_cost
 from perturbscope.scoring.pairs import compare_perturbations
 from perturbscope.scoring.results import ScoreOptions
-from serving.access.limits import Admission, decoded_bytes, score_bytes
+from serving.access.limits import Admission, decoded_bytes
 from serving.call import Call
 from serving.engine.engine import LARGE, size_of
 from serving.settings import Settings
@@ -198,7 +200,8 @@ def test_a_score_takes_no_more_than_was_held(
     run(values, labels, batches=batches, control="control", options=options)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    held = score_bytes(labels, "control", options, pairs=pairs, width=width, batches=batched)
+    estimate = compare_cost if pairs else score_cost
+    held = estimate(Counter(labels), "control", options, width=width, batches=3 if batched else 0).n_bytes
     assert held / 8 < peak < held
 
 
