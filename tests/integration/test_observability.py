@@ -198,7 +198,7 @@ def test_a_trace_of_the_caller_reaches_the_collector_whole(watched: Watched, kin
     found = watched.collector.trace(mine.trace_id, done=lambda spans: any(span.name == name for span in spans))
     (root,) = [span for span in found if span.name == name]
     assert root.parent_span_id == mine.span_id.to_bytes(8, "big")
-    stages = {"decode", "tokenize", "queue", "inference", "encode"} | ({"receive"} if kind == "http" else set())
+    stages = {"receive", "decode", "tokenize", "queue", "inference", "encode"}
     assert {span.name for span in found if span.parent_span_id == root.span_id} == stages
     (inference,) = [span for span in found if span.name == "inference"]
     assert {span.name for span in found if span.parent_span_id == inference.span_id} == {"batch"}

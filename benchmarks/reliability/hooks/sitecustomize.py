@@ -39,12 +39,12 @@ class _Hook(MetaPathFinder):
 def _patch(module: Any) -> None:
     run, folder = module.OnnxEncoder.run, Path(os.environ["PERTURBSCOPE_TRIAL"])
 
-    def troubled(self: Any, inputs: Any) -> Any:
+    def troubled(self: Any, inputs: Any, outputs: Any) -> Any:
         while (folder / "hang").exists():
             time.sleep(0.05)
         if (folder / "raise").exists():
             raise RuntimeError("CUDA failure 999: unknown error; GPU=0 (simulated)")
-        return run(self, inputs)
+        return run(self, inputs, outputs)
 
     module.OnnxEncoder.run = troubled
 
