@@ -24,7 +24,7 @@ _INTEGERS = frozenset({
 
 
 def half_precision(graph: ModelProto) -> ModelProto:
-    """Return the graph in float16, with float32 outputs.
+    """Return the graph in float16, with inputs and outputs as they are in float32.
 
     The nodes in the scope of a submodule ``pooling``, and all that depends on them, stay float32: a sum over tokens
     could overflow.
@@ -45,7 +45,8 @@ def half_precision(graph: ModelProto) -> ModelProto:
     _replace(body.graph.node, body_nodes)
     _replace(body.graph.output, [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in crossing])
     _replace(body.graph.initializer, [item for item in graph.graph.initializer if item.name in in_body])
-    converted: ModelProto = convert_float_to_float16(body, disable_shape_infer=is_large(graph))
+    inputs = [item.name for item in graph.graph.input]
+    converted: ModelProto = convert_float_to_float16(body, keep_io_types=inputs, disable_shape_infer=is_large(graph))
     narrow = {name: f"{name}/float16" for name in crossing}
     for node in converted.graph.node:
         _replace(node.input, [narrow.get(name, name) for name in node.input])
