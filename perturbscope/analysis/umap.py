@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -39,6 +40,8 @@ from perturbscope.scoring.statistics import generator
 NEIGHBORS, MIN_DIST, MAX_CELLS = 15, 0.1, 5000
 _ROWS = 1024
 """Rows of the distance matrix that are in memory at a time."""
+_one_map = threading.Lock()
+"""Held while a process makes a map, which takes some hundred MiB: one is made at a time."""
 
 
 class Projector(Protocol):
@@ -209,7 +212,7 @@ def umap_in_process(
     seed: int = 0,
     check: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float32]:
-    """Run :func:`umap_coordinates` in a process of its own.
+    """Run :func:`umap_coordinates` in a process of its own, one at a time.
 
     Parameters
     ----------
@@ -220,9 +223,18 @@ def umap_in_process(
     """
     options = json.dumps({"n_neighbors": n_neighbors, "min_dist": min_dist, "seed": seed})
     command = [sys.executable, "-m", "perturbscope.analysis.umap", options]
+    while not _one_map.acquire(timeout=0.05):
+        check()
+    try:
+        return _run(command, check_rows(embeddings).astype(np.float32), check)
+    finally:
+        _one_map.release()
+
+
+def _run(command: list[str], values: NDArray[np.float32], check: Callable[[], None]) -> NDArray[np.float32]:
     # Files and not pipes: a pipe that nobody reads while the other side waits would stop both.
     with tempfile.TemporaryFile() as sent, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as errors:
-        np.save(sent, check_rows(embeddings).astype(np.float32), allow_pickle=False)
+        np.save(sent, values, allow_pickle=False)
         sent.seek(0)
         process = subprocess.Popen(command, stdin=sent, stdout=answer, stderr=errors)  # noqa: S603  ours, no shell
         try:

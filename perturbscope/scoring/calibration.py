@@ -146,7 +146,7 @@ def calibrate(
             field="group_size",
         )
     rng = generator(options.seed, "calibrate")
-    parts = {"cell": [rng.choice(len(controls), size, replace=False) for _ in range(splits)]}
+    parts = {"cell": list(_cell_parts(len(controls), size, splits, rng))}
     if groups.batches is not None:
         by_batch = list(_batch_parts(groups.batches[controls], size, options.min_cells, splits, rng))
         if by_batch:
@@ -201,6 +201,13 @@ def _missing(metric: Metric, kind: str, calibrated: bool, scored: Sequence[Score
     why = "; ".join(f"{flag}: {FLAGS[flag]}" for flag in flags)
     outcome = "and are left out" if calibrated else "so that there is no such calibration"
     return f"{metric}: {len(missing)} of {len(scored)} splits by {kind} have no p or no z {outcome} ({why})."
+
+
+def _cell_parts(n: int, size: int, splits: int, rng: np.random.Generator) -> Iterator[NDArray[np.intp]]:
+    """Yield random subsets of `size` of n cells."""
+    for _ in range(splits):
+        checkpoint()
+        yield rng.choice(n, size, replace=False)
 
 
 def _batch_parts(
