@@ -34,7 +34,7 @@ MARK = 10e-9
 """One cell that an exchange marks, when its sums are looked up."""
 VALUE = 4e-9
 """One value of a vector that is checked, scaled or summed."""
-LABEL, CELL, ROW = 5e-6, 3e-6, 30e-6
+LABEL, CELL, ROW = 5e-6, 2e-6, 5e-6
 """A label, the label of a cell, and a row of the table."""
 GROUP = 500e-6
 """A group, or a pair of groups, that is scored, whatever its size."""

@@ -19,7 +19,7 @@ from perturbscope.inference.batching import BatchLimits
 from perturbscope.inference.bundle import Bundle
 from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.encoder import Values
-from perturbscope.threads import ahead
+from perturbscope.threads import ahead, checkpoint, in_order, interruptible
 from tests.fakes import FakeEncoder
 
 PATIENCE = 60.0
@@ -185,3 +185,31 @@ def test_a_bad_chunk_is_an_error_after_the_good_ones(tiny_bundle: Path, tiny_cel
 
 def test_only_an_accelerator_overlaps(tiny_bundle: Path) -> None:
     assert not Embedder.from_bundle(Bundle.open(tiny_bundle), threads=1).overlap
+
+
+def test_a_checkpoint_asks_only_within_its_context() -> None:
+    asked: list[int] = []
+    checkpoint()
+    with interruptible(lambda: asked.append(1)):
+        checkpoint()
+        with interruptible(lambda: asked.append(2)):
+            checkpoint()
+        checkpoint()
+    checkpoint()
+    assert asked == [1, 2, 1]
+
+
+def test_work_on_all_cores_ends_with_the_error_of_a_checkpoint() -> None:
+    begun: list[int] = []
+
+    def over() -> None:
+        raise KeyError("over")
+
+    def work(number: int) -> int:
+        begun.append(number)
+        checkpoint()
+        return number
+
+    with interruptible(over), pytest.raises(KeyError, match="over"):
+        list(in_order(work, range(10_000)))
+    assert len(begun) < 1000
