@@ -52,8 +52,16 @@ def _become_bentoml(settings: Settings) -> NoReturn:
     command += tls.bentoml_options(settings)
     # An uploaded file may ask HDF5 for a plugin: no library is ever loaded for one.
     closed = {"HDF5_PLUGIN_PRELOAD": "::"}
+    # gRPC writes a line of its own to stderr for each message that it refuses, and callers choose how many those are.
     # glibc gives each of the many threads a heap of its own, up to eight per core, and each keeps its largest size.
-    environment = {"BENTOML_DO_NOT_TRACK": "True", "MALLOC_ARENA_MAX": "2", **os.environ, **settings.to_env(), **closed}
+    environment = {
+        "BENTOML_DO_NOT_TRACK": "True",
+        "MALLOC_ARENA_MAX": "2",
+        "GRPC_VERBOSITY": "NONE",
+        **os.environ,
+        **settings.to_env(),
+        **closed,
+    }
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # noqa: S606  no shell is wanted
 

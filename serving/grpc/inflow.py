@@ -16,7 +16,7 @@ import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote
 
 from perturbscope.errors import OverloadedError
@@ -29,6 +29,7 @@ _IGNORED = 2**20
 """Bytes of a connection that are not held: the window of a stream, and what belongs to no message."""
 _FRAMES, _HEAD = 128, 1024
 """What is around a message: a part of its bytes, and the headers of its call."""
+_NOWHERE = (-1, 0)
 _RECEIVED = 128
 """Where ``tcpi_bytes_received`` stands in the kernel's ``struct tcp_info``."""
 
@@ -70,18 +71,19 @@ class Inflow:
         peer = unquote(context.peer() or "")
         connection = self._connections.get(peer)
         if connection is None:
-            connection = self._connections[peer] = _Connection()
-        read = _Read(flow)
+            connection = self._connections[peer] = _Connection(self._received(peer))
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        read = _Read(flow, task)
         connection.reads[read] = None
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(TICK, self._look)
-        size = 0
+        size, cancelled = 0, task.cancelling()
         try:
-            async with asyncio.timeout(patience) as read.timeout:
+            async with asyncio.timeout(patience):
                 message = await context.read()
             size = len(message) if isinstance(message, bytes) else 0
-        except TimeoutError:
-            if read.refusal:
+        except asyncio.CancelledError:
+            if read.refusal and task.uncancel() <= cancelled:
                 raise OverloadedError(read.refusal) from None
             raise
         finally:
@@ -92,17 +94,21 @@ class Inflow:
                 del self._connections[peer]
             elif connection.held:
                 self._hold(connection, max(0, connection.held - (1 + GROWTH) * size))
+            if size > _IGNORED:
+                self._look()  # gRPC held the event loop up while it copied the message, and others went on sending
         return message
 
     def _look(self) -> None:
         """Hold what has arrived since the last time, and see again later, while there are readers."""
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         for peer, connection in self._connections.items():
             received = self._received(peer)
-            if received is None:
+            if received is None or connection.begun is None:
                 continue
             arrived = received - connection.begun - connection.given
-            if connection.begun < 0 or arrived < 0:
+            if arrived < 0:
                 connection.begun, connection.given, arrived = received, 0, 0
             try:
                 self._hold(connection, (1 + GROWTH) * max(0, arrived - _IGNORED))
@@ -128,9 +134,12 @@ class Inflow:
         """Bytes that a connection has received; None if the system does not say."""
         for again in (False, True):
             if again:
-                self._sockets = dict(_sockets())
-            number, inode = self._sockets.get(peer, (-1, 0))
-            if number >= 0:
+                self._sockets = {peer: _NOWHERE, **dict(_sockets())}
+            found = self._sockets.get(peer)
+            if found == _NOWHERE:
+                break
+            if found is not None:
+                number, inode = found
                 with contextlib.suppress(OSError):
                     if os.fstat(number).st_ino == inode:
                         return _bytes_received(number)
@@ -140,19 +149,18 @@ class Inflow:
 class _Read:
     """A reader that waits for its message."""
 
-    def __init__(self, flow: str) -> None:
-        self.flow = flow
-        self.timeout = asyncio.timeout(None)
+    def __init__(self, flow: str, task: asyncio.Task[Any]) -> None:
+        self.flow, self.task = flow, task
         self.refusal = ""
 
 
 class _Connection:
     """A connection that has readers."""
 
-    def __init__(self) -> None:
+    def __init__(self, begun: int | None) -> None:
         self.reads: dict[_Read, None] = {}
-        self.begun = -1
-        """Bytes that it had received when it was looked at first."""
+        self.begun = begun
+        """Bytes that it had received when the first of them came; None if the system does not say."""
         self.given = 0
         """Bytes of messages that readers were given since."""
         self.held = 0
@@ -167,11 +175,10 @@ class _Connection:
     def refuse(self, refusal: str) -> None:
         """End the readers of the flow that sent too much."""
         flow = self.flow if self.held else self.busiest()
-        now = asyncio.get_running_loop().time()
         for read in self.reads:
             if read.flow == flow and not read.refusal:
                 read.refusal = refusal
-                read.timeout.reschedule(now)
+                read.task.cancel()
 
 
 def _sockets() -> Iterator[tuple[str, tuple[int, int]]]:

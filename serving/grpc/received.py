@@ -51,6 +51,8 @@ class Message:
         OverloadedError, LimitExceededError
             The items need more memory than there is.
         """
+        if not self._data:
+            return self._kind()
         try:
             items = await self._work(weigh, self._data, self._kind.DESCRIPTOR, held.limit)
             held.reserve(items, _FEWER)
