@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -30,3 +31,20 @@ def test_what_a_page_names_is_there(page: Path) -> None:
         if not path.with_suffix(".py").is_file() and not (path / "__main__.py").is_file():
             lost.append(path.relative_to(ROOT).as_posix())
     assert not lost
+
+
+def test_every_event_of_the_servers_log_is_in_the_operations_page() -> None:
+    emitted = {
+        node.args[0].value
+        for path in (ROOT / "serving").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("event", "log.event")
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+    }
+    page = (ROOT / "docs/operations.md").read_text()
+    table = page[page.index("| event | when |") :].partition("\n\n")[0]
+    documented = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines())))
+    assert "started" in emitted
+    assert emitted <= documented
