@@ -7,6 +7,8 @@ so halt it: a server ends a score that nobody waits for, and lets short ones pas
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import queue
 import threading
@@ -21,6 +23,8 @@ from typing import Any, Generic, TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from perturbscope.container import cpu_quota
+
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 T = TypeVar("T")
@@ -31,11 +35,33 @@ _users = 0
 _check: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None)
 
 
+_quota = functools.cache(cpu_quota)
+
+
 def usable_cores() -> int:
-    """Return the number of cores that this process may use; on macOS, which does not tell, all of the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the number of threads that can run at a time in this process; at least 1.
+
+    That is the cores that it may run on, or fewer if its container has a quota of processor time (``docker run
+    --cpus``), rounded up. On macOS, which tells neither, it is all cores of the machine. The quota is read once.
+    """
+    cores = _all_cores()
+    quota = _quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def blas_variables() -> dict[str, str]:
+    """Return variables that hold BLAS, OpenMP and numba to :func:`usable_cores`; empty where they see the same.
+
+    These libraries count the cores of the machine when they are loaded, and a quota is nothing that they know: under
+    ``--cpus=2`` on 64 cores each of them would begin 64 threads. To be set before numpy is imported.
+    """
+    cores = usable_cores()
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    return dict.fromkeys(names, str(cores)) if cores < _all_cores() else {}
+
+
+def _all_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -73,6 +99,9 @@ def single_blas() -> Iterator[None]:
             _users -= 1
             if _users == 0:
                 _limits.pop().restore_original_limits()
+                if (cores := usable_cores()) < _all_cores():
+                    # What BLAS had before are all cores of the machine.
+                    threadpool_limits(cores, "blas")
 
 
 def in_order(work: Callable[[Input], Output], items: Iterable[Input]) -> Iterator[Output]:

@@ -10,6 +10,12 @@ from __future__ import annotations
 
 def main() -> None:
     """Entry point of the ``perturbscope`` command."""
+    import os
+
+    from perturbscope.threads import blas_variables
+
+    # Before numpy is imported, which counts cores then.
+    os.environ.update({name: value for name, value in blas_variables().items() if name not in os.environ})
     from perturbscope.cli import app
 
     app.main()

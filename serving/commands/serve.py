@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from perturbscope.errors import BundleError, InvalidParameterError, PerturbScopeError
+from perturbscope.threads import blas_variables
 from serving.access import tls
 from serving.commands import preflight
 from serving.settings import PREFIX, ROOT, Settings
@@ -58,6 +59,7 @@ def _become_bentoml(settings: Settings) -> NoReturn:
         "BENTOML_DO_NOT_TRACK": "True",
         "MALLOC_ARENA_MAX": "2",
         "GRPC_VERBOSITY": "NONE",
+        **blas_variables(),
         **os.environ,
         **settings.to_env(),
         **closed,

@@ -13,15 +13,12 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 
-from perturbscope import __version__
+from perturbscope import __version__, container
 from serving.telemetry.metrics import REGISTRY
 
 if TYPE_CHECKING:
     from serving.engine.engine import Engine
     from serving.models.loading import ServedModel
-
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Files with a container's memory limit, of cgroup version 2 and 1."""
 
 
 class Exposition(CollectorRegistry):
@@ -73,7 +70,11 @@ def server_states(engine: Engine) -> Iterator[Metric]:
             "Resident memory of this process, BentoML's above it, and the readers of files below.",
             memory(),
         ),
-        ("memory_limit_bytes", "Memory that the process may use: the container's limit, or the machine's.", _MEMORY),
+        (
+            "memory_limit_bytes",
+            "Memory that the process may use: the container's limit, or the machine's.",
+            container.memory(),
+        ),
     ):
         yield _gauge(f"perturbscope_{name}", text, [({}, value)])
     build = {"version": __version__, "python": platform.python_version(), "onnxruntime": _onnxruntime()}
@@ -177,19 +178,7 @@ def _gauge(name: str, text: str, values: Iterable[tuple[Mapping[str, str], float
     return family
 
 
-def _memory_limit() -> int:
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in CGROUP_LIMITS:
-        text = _read(path).strip()
-        if text.isdigit():
-            return min(int(text), machine)
-    return machine
-
-
 def _onnxruntime() -> str:
     import onnxruntime
 
     return str(onnxruntime.__version__)
-
-
-_MEMORY = _memory_limit()

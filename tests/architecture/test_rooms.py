@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # From the ground up: a room is a folder or a module at the top of the package, and imports rooms to its left alone.
 ORDER = {
     "perturbscope": (
-        "errors", "threads", "cells", "families", "inference", "scoring", "analysis", "protocol", "operations",
-        "client", "tasks", "report", "model", "cli",
+        "errors", "container", "threads", "cells", "families", "inference", "scoring", "analysis", "protocol",
+        "operations", "client", "tasks", "report", "model", "cli",
     ),
     "serving": (
         "settings", "call", "queue", "telemetry", "models", "access", "engine", "commands", "uploads", "grpc", "http",

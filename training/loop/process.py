@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from perturbscope.errors import InvalidParameterError, ProviderUnavailableError
+from perturbscope.threads import usable_cores
 from training.config.stages import LoopConfig
 
 _PATIENCE = timedelta(hours=24)
@@ -73,8 +74,8 @@ def join(config: LoopConfig) -> Process:
             field="loop.deepspeed",
         )
     device = _device(config, int(os.environ.get("LOCAL_RANK", "0")))
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    # torch counts the cores of the machine, and knows nothing of a container's quota.
+    torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
     if config.deepspeed is None:
         return Process(rank=rank, world_size=world_size, device=device)
     if not dist.is_initialized():
