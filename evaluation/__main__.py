@@ -51,7 +51,7 @@ def main(
     scvi: Annotated[bool | None, typer.Option(help="Train the two scVI baselines.")] = None,
     scvi_epochs: Annotated[int | None, typer.Option(help="Most epochs of scVI (500 in the paper).")] = None,
     perturbation_key: str = "perturbation",
-    control: str = "control",
+    control: Annotated[list[str] | None, typer.Option(help="Label of control cells; repeat for more.")] = None,
     batch_key: str | None = None,
     guide_key: str | None = None,
     context_key: str | None = None,
@@ -112,8 +112,10 @@ def _config(path: Path | None, screens: list[Path], given: dict[str, Any]) -> Ev
             raise InvalidParameterError(
                 f"{len(held_out)} files of held-out cells for {len(screens)} screens; give one each.", field="held_out"
             )
-        names = ("perturbation_key", "control", "batch_key", "guide_key", "context_key", "split_key")
+        names = ("perturbation_key", "batch_key", "guide_key", "context_key", "split_key")
         common = {name: given[name] for name in (*names, "total_counts_key")}
+        controls = given["control"] or ["control"]
+        common["control"] = controls if len(controls) > 1 else controls[0]
         keep: dict[str, list[str]] = {}
         for item in given["keep"] or []:
             column, value = next(iter(_pairs([item], "keep", "COLUMN=VALUE").items()))

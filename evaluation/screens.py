@@ -17,6 +17,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import CellSource, open_cells
 from perturbscope.cells.readers.source import missing_column
 from perturbscope.errors import ControlLabelMissingError, InvalidParameterError
+from perturbscope.scoring.cleaning import clean_labels, control_labels
 
 SYMBOL_KEYS = ("gene_symbol", "gene_symbols", "gene_name", "symbol", "feature_name")
 """Columns of var that are tried if no `symbol_key` is given."""
@@ -116,7 +117,7 @@ def open_screen(
     *,
     name: str | None = None,
     perturbation_key: str = "perturbation",
-    control: str = "control",
+    control: str | Sequence[str] = "control",
     batch_key: str | None = None,
     guide_key: str | None = None,
     context_key: str | None = None,
@@ -138,7 +139,7 @@ def open_screen(
     name
         Name of the screen; default the file's name without its suffix.
     perturbation_key, control
-        Column of obs with the labels, and the label of control cells.
+        Column of obs with the labels, and the label of control cells, or several.
     batch_key, guide_key, context_key
         Columns of obs, if there are any; see :class:`EvaluationScreen`. A cell without a batch or context is left out;
         one without a guide has the guide ``unknown``.
@@ -182,21 +183,23 @@ def open_screen(
             raise InvalidParameterError(
                 f"No cell of {path} is left: of {source.n_cells} cells, {left_out} were left out.", field="keep"
             )
-        if not (labels[kept] == control).any():
-            known = ", ".join(map(repr, sorted(set(labels[kept].tolist()))[:10]))
-            raise ControlLabelMissingError(
-                f"No cell of {path} that is kept has the control label {control!r}; there are: {known}.",
-                field="control",
-            )
+        for label in control_labels(control):
+            if not (labels[kept] == label).any():
+                known = ", ".join(map(repr, sorted(set(labels[kept].tolist()))[:10]))
+                raise ControlLabelMissingError(
+                    f"No cell of {path} that is kept has the control label {label!r}; there are: {known}.",
+                    field="control",
+                )
         rows = np.flatnonzero(kept)
+        cleaned = clean_labels(labels[rows].tolist(), control)
         if "guides" in columns:
             columns["guides"] = np.where(columns["guides"] == None, GUIDE_UNKNOWN, columns["guides"])  # noqa: E711
         taken: dict[str, list[str]] = {key: values[rows].tolist() for key, values in columns.items()}
         return EvaluationScreen(
             name=name or path.name.removesuffix(".h5ad"),
             cells=source.read()[rows],
-            perturbations=taken["perturbations"],
-            control=control,
+            perturbations=list(cleaned.labels),
+            control=str(cleaned.control),
             batches=taken.get("batches"),
             guides=taken.get("guides"),
             contexts=taken.get("contexts"),
@@ -208,6 +211,7 @@ def open_screen(
                 "n_cells_read": source.n_cells,
                 "n_cells": len(rows),
                 "left_out": left_out,
+                **cleaned.facts,
                 "kept": {key: _values(value) for key, value in (keep or {}).items()},
                 "keys": {
                     "perturbation": perturbation_key,

@@ -224,7 +224,7 @@ class Model:
         cells: Any,
         *,
         perturbation_key: str,
-        control: str,
+        control: str | Sequence[str],
         use_rep: str | None = None,
         batch_key: str | None = None,
         metrics: Sequence[str] = ("e_distance",),
@@ -244,7 +244,7 @@ class Model:
         perturbation_key
             Column of obs with the perturbation of each cell.
         control
-            The label of control cells.
+            The label of control cells, or several: the cells of all of them are one group.
         use_rep
             Score this matrix of obsm (``X_pca``, ``X_scVI``, ...) in place of embedding the cells.
         batch_key
@@ -288,7 +288,7 @@ class Model:
         cells: Any,
         *,
         perturbation_key: str,
-        control: str | None = None,
+        control: str | Sequence[str] | None = None,
         pairs: Sequence[tuple[str, str]] | None = None,
         use_rep: str | None = None,
         batch_key: str | None = None,

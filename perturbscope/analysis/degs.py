@@ -25,6 +25,7 @@ from scipy import sparse, special
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import GeneResolver
 from perturbscope.errors import InvalidParameterError, MissingColumnError, TooFewCellsError
+from perturbscope.scoring.cleaning import clean_labels
 from perturbscope.scoring.labels import check_labels, codes_of, require_control
 from perturbscope.scoring.statistics import benjamini_hochberg, correlation, generator
 from perturbscope.threads import checkpoint
@@ -202,7 +203,7 @@ def deg_table(
     cells: CountMatrix,
     perturbations: Sequence[str],
     *,
-    control: str,
+    control: str | Sequence[str],
     targets: Mapping[str, int] | None = None,
     options: DegOptions | None = None,
     seed: int = 0,
@@ -217,7 +218,7 @@ def deg_table(
     perturbations
         Label of each cell.
     control
-        Label of the control cells.
+        Label of the control cells, or several.
     targets
         Column of the gene that each perturbation targets, if it is measured; by default a label that is a gene's name
         stands for that gene (:func:`target_columns`).
@@ -240,7 +241,9 @@ def deg_table(
         No cell has the control label.
     """
     options = options or DegOptions()
-    labels = check_labels(perturbations, len(cells), "perturbations")
+    cleaned = clean_labels(perturbations, control)
+    control = str(cleaned.control)
+    labels = check_labels(cleaned.labels, len(cells), "perturbations")
     names, codes = codes_of(labels)
     sizes = np.bincount(codes)
     require_control(control, names)
@@ -273,7 +276,7 @@ def deg_null(
     cells: CountMatrix,
     perturbations: Sequence[str],
     *,
-    control: str,
+    control: str | Sequence[str],
     sizes: Sequence[int] | None = None,
     splits: int = 20,
     options: DegOptions | None = None,
@@ -301,7 +304,9 @@ def deg_null(
         See :func:`deg_table`.
     """
     options = options or DegOptions()
-    labels = check_labels(perturbations, len(cells), "perturbations")
+    cleaned = clean_labels(perturbations, control)
+    control = str(cleaned.control)
+    labels = check_labels(cleaned.labels, len(cells), "perturbations")
     names, codes = codes_of(labels)
     counts = np.bincount(codes)
     require_control(control, names)

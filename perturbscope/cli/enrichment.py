@@ -66,7 +66,7 @@ def degs(
             raise InvalidParameterError(f"No cell has a value in obs[{perturbation_key!r}].", field="perturbation_key")
         counts = source.read()
         row_labels = labels[rows].tolist()
-        targets = target_columns(counts.gene_ids, sorted(set(row_labels) - {control}))
+        targets = target_columns(counts.gene_ids, sorted(set(row_labels) - set(control)))
         table = deg_table(
             counts[rows], row_labels, control=control, targets=targets, options=chosen, seed=seed, progress=progress
         )
@@ -89,7 +89,13 @@ def degs(
             f"{len(unknown)} of {len(table)} perturbations are not named by a gene that was measured, so their own "
             f"gene could not be left out: {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}."
         )
-    facts = {"kind": "degs", "version": release(), "options": asdict(chosen), "control": control, "seed": seed}
+    facts = {
+        "kind": "degs",
+        "version": release(),
+        "options": asdict(chosen),
+        "control": control if len(control) > 1 else control[0],
+        "seed": seed,
+    }
     facts["null"] = null.to_dict("records")
     facts |= {"perturbation_key": perturbation_key, "input": cells.name, **vars(counts_in), "warnings": warnings}
     write_table(out, table, facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import wraps
@@ -35,7 +35,7 @@ In = Annotated[
 ]
 OutTable = Annotated[Path, typer.Argument(metavar="OUT", help="The .parquet or .csv file to write.")]
 PerturbationKey = Annotated[str, typer.Option(metavar="COL", help="Column of obs with each cell's perturbation.")]
-Control = Annotated[str, typer.Option(metavar="LABEL", help="The label of control cells.")]
+Control = Annotated[list[str], typer.Option(metavar="LABEL", help="A label of control cells; repeatable.")]
 BatchKey = Annotated[
     str | None, typer.Option(metavar="COL", help="Column of obs; labels are permuted within its batches.")
 ]
@@ -181,7 +181,7 @@ class ScreenIn:
 
     @contextmanager
     def open(
-        self, cells: Path, options: ScoreOptions, *, control: str | None = None, batch_key: str | None = None
+        self, cells: Path, options: ScoreOptions, *, control: Sequence[str] | None = None, batch_key: str | None = None
     ) -> Iterator[tuple[Screen, CellSource, StageProgress]]:
         """Read the screen, embed it if need be, and keep file, model and progress bars open for the work with it."""
         from perturbscope.cells.readers import open_cells
@@ -198,7 +198,7 @@ class ScreenIn:
                 source,
                 backend,
                 perturbation_key=self.perturbation_key,
-                control=control,
+                control=control or None,
                 use_rep=self.use_rep,
                 batch_key=batch_key,
                 options=options,

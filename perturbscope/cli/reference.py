@@ -27,6 +27,7 @@ _TYPES = {
     "number": "number",
     "flag": "true or false",
     "texts": "strings",
+    "names": "string or strings",
     "pairs": "pairs of strings",
     "options": "options of a score",
     "meta": "meta",

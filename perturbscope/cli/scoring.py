@@ -49,7 +49,8 @@ def compare(
     screen: options.ScreenIn,
     testing: options.Testing,
     control: Annotated[
-        str | None, typer.Option(metavar="LABEL", help="The label of control cells: z by their null; not compared.")
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="A label of control cells: z by their null; not compared. Repeatable."),
     ] = None,
     top: options.Top = 20,
 ) -> None:

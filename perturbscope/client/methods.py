@@ -17,7 +17,7 @@ from perturbscope.client.streams import Flight
 from perturbscope.errors import InvalidEmbeddingError
 from perturbscope.inference.embeddings import Embeddings
 from perturbscope.operations import OPERATIONS
-from perturbscope.protocol.checks import embedding_matrix, texts
+from perturbscope.protocol.checks import embedding_matrix, names, texts
 from perturbscope.protocol.messages import (
     Answer,
     CompareAnswer,
@@ -60,8 +60,8 @@ class Conversations:
         self._rng = np.random.default_rng(seed)
 
     def _flight(self, outputs: Sequence[str] | None) -> Flight:
-        names = None if outputs is None else texts(list(outputs), "outputs")
-        return Flight(model=self.model, outputs=names, limits=self._chunks, policy=self._policy, rng=self._rng)
+        wanted = None if outputs is None else texts(list(outputs), "outputs")
+        return Flight(model=self.model, outputs=wanted, limits=self._chunks, policy=self._policy, rng=self._rng)
 
     def _ask(self, request: Request, *, progress: Callable[[int], None] | None = None) -> Conversation[Answer]:
         """Ask a request of any operation; one that is answered cell by cell is divided into chunks.
@@ -125,15 +125,15 @@ class Conversations:
 
         `outputs` names outputs that are wanted beside the cell embedding; :class:`ModelInfo` lists those of a model.
         """
-        names = None if outputs is None else texts(list(outputs), "outputs")
-        return expect((yield from self._ask(EmbedRequest(cells=cells, outputs=names), progress=progress)), Embeddings)
+        wanted = None if outputs is None else texts(list(outputs), "outputs")
+        return expect((yield from self._ask(EmbedRequest(cells=cells, outputs=wanted), progress=progress)), Embeddings)
 
     def _score(
         self,
         embeddings: NDArray[Any],
         perturbations: Sequence[str],
         *,
-        control: str,
+        control: str | Sequence[str],
         batches: Sequence[str] | None = None,
         options: ScoreOptions | None = None,
     ) -> Conversation[ScoreResult]:
@@ -147,7 +147,7 @@ class Conversations:
         cells: CountMatrix,
         perturbations: Sequence[str],
         *,
-        control: str,
+        control: str | Sequence[str],
         batches: Sequence[str] | None = None,
         options: ScoreOptions | None = None,
     ) -> Conversation[ScoreAnswer]:
@@ -162,7 +162,7 @@ class Conversations:
         perturbations: Sequence[str],
         *,
         pairs: Sequence[tuple[str, str]] | None = None,
-        control: str | None = None,
+        control: str | Sequence[str] | None = None,
         batches: Sequence[str] | None = None,
         options: ScoreOptions | None = None,
     ) -> Conversation[CompareResult]:
@@ -177,7 +177,7 @@ class Conversations:
         perturbations: Sequence[str],
         *,
         pairs: Sequence[tuple[str, str]] | None = None,
-        control: str | None = None,
+        control: str | Sequence[str] | None = None,
         batches: Sequence[str] | None = None,
         options: ScoreOptions | None = None,
     ) -> Conversation[CompareAnswer]:
@@ -191,7 +191,7 @@ class Conversations:
         kind: Callable[..., ScoreRequest | CompareRequest],
         source: dict[str, Any],
         perturbations: Sequence[str],
-        control: str | None,
+        control: str | Sequence[str] | None,
         batches: Sequence[str] | None,
         options: ScoreOptions | None,
     ) -> Conversation[Answer]:
@@ -199,7 +199,7 @@ class Conversations:
         request = kind(
             **source,
             perturbations=texts(list(perturbations), "perturbations"),
-            control=control,
+            control=control if control is None else names(_one_or_list(control), "control"),
             batches=None if batches is None else texts(list(batches), "batches"),
             options=options or ScoreOptions(),
             model=self.model,
@@ -244,6 +244,10 @@ def _matrix(embeddings: NDArray[Any]) -> NDArray[np.float32]:
     if array.dtype.kind not in "iuf":
         raise InvalidEmbeddingError(f"Embeddings have dtype {array.dtype}; numbers are needed.", field="embeddings")
     return embedding_matrix(array)
+
+
+def _one_or_list(control: str | Sequence[str]) -> str | list[str]:
+    return control if isinstance(control, str) else list(control)
 
 
 def _pairs(pairs: Sequence[tuple[str, str]] | None) -> tuple[tuple[str, str], ...] | None:

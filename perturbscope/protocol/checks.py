@@ -295,6 +295,16 @@ def score_options(value: Any, field: str = "options") -> ScoreOptions:
     return ScoreOptions.from_dict(value)
 
 
+def names(value: Any, field: str) -> str | tuple[str, ...]:
+    """Return one text, or a list of several as a tuple; a list of one is that text."""
+    if isinstance(value, str):
+        return text(value, field)
+    found = texts(value, field)
+    if not found:
+        raise InvalidParameterError(f"{field} is an empty list; give a string or a list of strings.", field=field)
+    return found if len(found) > 1 else found[0]
+
+
 def pairs(value: Any, field: str = "pairs") -> tuple[tuple[str, str], ...]:
     """Return a list of pairs of labels as tuples."""
     if not isinstance(value, list):
@@ -342,6 +352,7 @@ def number(value: Any, field: str) -> float:
 READERS: Mapping[Kind, Callable[[Any, str], Any]] = {
     "labels": texts,
     "texts": texts,
+    "names": names,
     "text": text,
     "integer": whole,
     "number": number,

@@ -10,6 +10,8 @@ sentence about each field. These types are understood:
 ``Labels`` (``Annotated[..., PerRow(...)]``)    one string a row
 ``str``, ``int``, ``float``, ``bool``           one value
 ``tuple[str, ...]``                             some strings
+``str | tuple[str, ...]``                       one string or several; in protobuf the several have a field of
+                                                their own, whose name ends in s
 ``tuple[tuple[str, str], ...]``                 pairs of strings
 ``ScoreOptions``                                options of a score
 ``Meta``                                        the model behind an answer
@@ -48,6 +50,7 @@ Kind = Literal[
     "number",
     "flag",
     "texts",
+    "names",
     "pairs",
     "options",
     "meta",
@@ -256,6 +259,8 @@ def _type_of(hint: Any, where: str, name: str) -> dict[str, Any]:
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     optional = type(None) in choices
     (hint, *others) = (choice for choice in choices if choice is not type(None))
+    if {hint, *others} == {str, tuple[str, ...]}:
+        return {"kind": "names", "optional": optional}
     if get_origin(hint) is Annotated:
         hint, mark = get_args(hint)[0], next((item for item in get_args(hint) if isinstance(item, PerRow)), None)
     kind = _kind_of(hint, mark)

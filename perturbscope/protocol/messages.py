@@ -62,7 +62,7 @@ class ScoreRequest:
     model
         Name, name@version or model_id of a model; the server's first one by default. It has no effect on embeddings.
     control
-        The label of control cells.
+        The label of control cells, or several of them.
 
     Raises
     ------
@@ -78,7 +78,7 @@ class ScoreRequest:
     batches: Batches | None = None
     options: ScoreOptions = field(default_factory=ScoreOptions)
     model: str | None = None
-    control: str
+    control: str | tuple[str, ...]
 
     def __post_init__(self) -> None:
         _check_labelled(self.cells, self.embeddings, self.perturbations, self.batches)
@@ -105,7 +105,7 @@ class CompareRequest:
     pairs
         Pairs of labels to compare; all pairs by default.
     control
-        The label of control cells, which all pairs leave out.
+        The label of control cells, or several, which all pairs leave out.
     """
 
     cells: CountMatrix | None = None
@@ -115,7 +115,7 @@ class CompareRequest:
     options: ScoreOptions = field(default_factory=ScoreOptions)
     model: str | None = None
     pairs: tuple[tuple[str, str], ...] | None = None
-    control: str | None = None
+    control: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_labelled(self.cells, self.embeddings, self.perturbations, self.batches)

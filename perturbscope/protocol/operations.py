@@ -94,7 +94,7 @@ class Operation(Generic[Q, A]):
             The values do not go together.
         """
         named = dict(zip(self.takes.names, values, strict=False)) | fields
-        for item in self.takes.of("labels", "texts", "pairs"):
+        for item in self.takes.of("labels", "texts", "names", "pairs"):
             if isinstance(named.get(item.name), list):
                 named[item.name] = check.READERS[item.kind](named[item.name], item.name)
         found: Q = self.takes.make(**named)

@@ -72,7 +72,7 @@ def _to_proto(message: Any) -> Any:
     made = message_class(form)
     return made(
         **{
-            item.name: _WRITERS[item.kind](value, item, made) if item.kind in _WRITERS else value
+            _place(item, value): _WRITERS[item.kind](value, item, made) if item.kind in _WRITERS else value
             for item in form.fields
             if not item.derived and (value := values[item.name]) is not None
         }
@@ -83,6 +83,9 @@ def _from_proto(form: Form, message: Any, what: str) -> Any:
     found: dict[str, Any] = {}
     for item in form.fields:
         if item.derived:
+            continue
+        if item.kind == "names" and (several := getattr(message, _several(item))):
+            found[item.name] = _names_from(getattr(message, item.name), several, item)
             continue
         value = getattr(message, item.name)
         has_presence = message.DESCRIPTOR.fields_by_name[item.name].has_presence
@@ -97,6 +100,21 @@ def _from_proto(form: Form, message: Any, what: str) -> Any:
             if item.kind == "vectors" and what == "answer":
                 found[item.name] = found[item.name].copy()  # a view of the message cannot be written to
     return form.make(**found)
+
+
+def _several(item: Field) -> str:
+    """Return the name of the field for several strings, beside that for one."""
+    return f"{item.name}s"
+
+
+def _place(item: Field, value: Any) -> str:
+    return _several(item) if item.kind == "names" and not isinstance(value, str) else item.name
+
+
+def _names_from(one: str, several: Iterable[str], item: Field) -> Any:
+    if one:
+        raise InvalidParameterError(f"Both of {item.name} and {_several(item)} are given; give one.", field=item.name)
+    return check.names(list(several), item.name)
 
 
 def _read(value: Any, item: Field) -> Any:

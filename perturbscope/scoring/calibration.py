@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from perturbscope.errors import InvalidParameterError
+from perturbscope.scoring.cleaning import clean_labels
 from perturbscope.scoring.labels import MIN_CONTROLS, Groups
 from perturbscope.scoring.results import FLAGS, Metric, ScoreOptions, provenance
 from perturbscope.scoring.scorers import GroupMaker, Scored, make_scorer
@@ -89,7 +90,7 @@ def calibrate(
     embeddings: ArrayLike,
     perturbations: Sequence[str],
     *,
-    control: str,
+    control: str | Sequence[str],
     batches: Sequence[str] | None = None,
     options: ScoreOptions | None = None,
     splits: int = 200,
@@ -135,6 +136,8 @@ def calibrate(
         permutations=min(options.permutations, CALIBRATION_PERMUTATIONS),
         max_cells=max(min(options.max_cells, MAX_CALIBRATION_CELLS), options.min_cells),
     )
+    cleaned = clean_labels(perturbations, control)
+    perturbations, control = cleaned.labels, str(cleaned.control)
     groups = Groups.of(embeddings, perturbations, batches, options, control=control)
     controls = groups.members[control]
     others = [size for name, size in groups.sizes.items() if name != control and size >= options.min_cells]
@@ -181,7 +184,9 @@ def calibrate(
     if groups.has_copies(control):
         warnings.append(f"duplicated_vectors: {FLAGS['duplicated_vectors']} ({control}).")
     facts = {"control": control, "n_controls_used": len(controls), "splits": splits, "group_size": size}
-    return Calibration(tuple(sets), provenance("calibrate", options, **groups.facts, **facts), warnings)
+    return Calibration(
+        tuple(sets), provenance("calibrate", options, **groups.facts, **facts, **cleaned.facts), warnings
+    )
 
 
 def _control_warnings(groups: Groups, control: str, options: ScoreOptions) -> list[str]:

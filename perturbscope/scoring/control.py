@@ -11,6 +11,7 @@ from contextlib import closing
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from perturbscope.scoring.cleaning import clean_labels
 from perturbscope.scoring.energy.matrix import Compute
 from perturbscope.scoring.labels import Groups
 from perturbscope.scoring.results import (
@@ -32,7 +33,7 @@ def score_perturbations(
     embeddings: ArrayLike,
     perturbations: Sequence[str],
     *,
-    control: str,
+    control: str | Sequence[str],
     batches: Sequence[str] | None = None,
     options: ScoreOptions | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -47,7 +48,7 @@ def score_perturbations(
     perturbations
         Label of each cell.
     control
-        Label of the control cells.
+        Label of the control cells, or several labels: the cells of all of them are one group.
     batches
         Batch of each cell; labels are then exchanged within batches only. z takes no account of batches.
     options
@@ -75,6 +76,8 @@ def score_perturbations(
     """
     options = options or ScoreOptions()
     compute, embeddings = Compute.of(embeddings)
+    cleaned = clean_labels(perturbations, control)
+    perturbations, control = cleaned.labels, str(cleaned.control)
     groups = Groups.of(embeddings, perturbations, batches, options, control=control)
     names = [name for name in groups.members if name != control]
     scorable = set(groups.scorable(names, options))
@@ -126,7 +129,7 @@ def score_perturbations(
         "repeats": options.repeats,
         "permutations": permutations_by_metric(options),
     }
-    return ScoreResult(table, provenance("score", options, **groups.facts, **facts), warnings)
+    return ScoreResult(table, provenance("score", options, **groups.facts, **facts, **cleaned.facts), warnings)
 
 
 def _scores(scorer: DistanceScorer, groups: list[tuple[str, NDArray[np.intp]]]) -> Generator[Scored]:

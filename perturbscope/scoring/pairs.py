@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from perturbscope.errors import InvalidParameterError
+from perturbscope.scoring.cleaning import clean_labels
 from perturbscope.scoring.distances import pairwise_distances
 from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Moments, Pool, null_moments
 from perturbscope.scoring.labels import Groups
@@ -44,7 +45,7 @@ def compare_perturbations(
     perturbations: Sequence[str],
     *,
     pairs: Sequence[tuple[str, str]] | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
     batches: Sequence[str] | None = None,
     options: ScoreOptions | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -63,7 +64,7 @@ def compare_perturbations(
     pairs
         Pairs of labels; default all pairs of perturbations, each once.
     control
-        Label of the control cells behind z, which the default pairs leave out.
+        Label of the control cells behind z, or several; the default pairs leave them out.
     progress
         Called as ``progress("compare", done, total)``.
 
@@ -79,6 +80,8 @@ def compare_perturbations(
         See :func:`perturbscope.score_perturbations`.
     """
     options = options or ScoreOptions()
+    cleaned = clean_labels(perturbations, control)
+    perturbations, control, pairs = cleaned.labels, cleaned.control, cleaned.pairs(pairs)
     groups = Groups.of(embeddings, perturbations, batches, options, control=control)
     control_flags = ["duplicated_vectors"] if control is not None and groups.has_copies(control) else []
     to_compare = _Pairs.of(pairs, groups, control)
@@ -120,7 +123,7 @@ def compare_perturbations(
         },
         "permutations": permutations_by_metric(options),
     }
-    return CompareResult(table, provenance("compare", options, **groups.facts, **facts), warnings)
+    return CompareResult(table, provenance("compare", options, **groups.facts, **facts, **cleaned.facts), warnings)
 
 
 class _Comparer:

@@ -96,7 +96,7 @@ class Server(Backend, Protocol):
         embeddings: NDArray[np.float32],
         perturbations: Sequence[str],
         *,
-        control: str,
+        control: str | Sequence[str],
         batches: Sequence[str] | None = None,
         options: ScoreOptions | None = None,
     ) -> ScoreResult:
@@ -109,7 +109,7 @@ class Server(Backend, Protocol):
         perturbations: Sequence[str],
         *,
         pairs: Sequence[tuple[str, str]] | None = None,
-        control: str | None = None,
+        control: str | Sequence[str] | None = None,
         batches: Sequence[str] | None = None,
         options: ScoreOptions | None = None,
     ) -> CompareResult:

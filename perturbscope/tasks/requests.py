@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +55,7 @@ def sentence_of(item: Field) -> str:
         "options": f"{item.doc} A JSON object.",
         "pairs": f"{item.doc} A JSON list of lists of two.",
         "texts": f"{item.doc} Separated by commas.",
+        "names": f"{item.doc} Several are a JSON list.",
     }.get(item.kind, item.doc)
     return f"{text} Required." if item.required else text
 
@@ -195,6 +197,8 @@ def value_of(item: Field, text: str) -> Any:
         return check.text(text, item.name)
     if item.kind == "texts":
         return check.texts([part.strip() for part in text.split(",")], item.name)
+    if item.kind == "names":
+        return check.names(_listed(text), item.name)
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -204,3 +208,13 @@ def value_of(item: Field, text: str) -> Any:
     if not isinstance(value, kind):
         raise InvalidParameterError(f"{item.name} is JSON, but not {what}.", field=item.name)
     return check.READERS[item.kind](value, item.name)
+
+
+def _listed(text: str) -> Any:
+    """Return a JSON list of strings, or the text itself if it is none: a label may begin with a bracket."""
+    if text.lstrip().startswith("["):
+        with suppress(ValueError):
+            value = json.loads(text)
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                return value
+    return text

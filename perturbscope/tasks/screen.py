@@ -22,6 +22,7 @@ from perturbscope.tasks.trained_on import KEY, seen_by
 
 if TYPE_CHECKING:
     from perturbscope.scoring.calibration import Calibration
+    from perturbscope.scoring.cleaning import Cleaned
     from perturbscope.scoring.results import CompareResult, ScoreOptions, ScoreResult
 
     Result = TypeVar("Result", ScoreResult, CompareResult)
@@ -69,14 +70,12 @@ class Screen:
     ----------
     values
         float32 [n, width].
-    labels
-        Perturbation of each cell.
+    cleaned
+        Perturbation of each cell, and the label of control cells.
     batches
         Batch of each cell, or None.
     options
         Options of scoring.
-    control
-        The label of control cells, if there is one.
     provenance, warnings
         Source of the cells and of their vectors, and what a reader of the scores should be careful about.
     server
@@ -84,10 +83,9 @@ class Screen:
     """
 
     values: NDArray[np.float32]
-    labels: list[str]
+    cleaned: Cleaned
     batches: list[str] | None
     options: ScoreOptions
-    control: str | None
     provenance: dict[str, Any]
     warnings: list[str]
     server: Server | None
@@ -100,18 +98,22 @@ class Screen:
         *,
         perturbation_key: str,
         options: ScoreOptions,
-        control: str | None = None,
+        control: str | Sequence[str] | None = None,
         use_rep: str | None = None,
         batch_key: str | None = None,
         progress: StageProgress | None = None,
     ) -> Screen:
         """Read labels, check them, and embed the cells; without a backend, `use_rep` is needed.
 
+        Of several labels of control cells one is made.
+
         Raises
         ------
         InvalidInputError
             The labels do not allow a score, which is found before any cell is embedded; or a cell cannot be embedded.
         """
+        from perturbscope.scoring.cleaning import clean_labels
+
         labels = source.labels(perturbation_key, field="perturbation_key")
         batches = None if batch_key is None else source.labels(batch_key, field="batch_key")
         labelled = _is_labelled(labels) if batches is None else _is_labelled(labels) & _is_labelled(batches)
@@ -119,9 +121,9 @@ class Screen:
         keys = " and ".join(f"obs[{key!r}]" for key in (perturbation_key, batch_key) if key)
         if not len(rows):
             raise InvalidParameterError(f"No cell has a value in {keys}.", field="perturbation_key")
-        row_labels = labels[rows].tolist()
+        cleaned = clean_labels(labels[rows].tolist(), control)
         row_batches = None if batches is None else batches[rows].tolist()
-        _check_labels(row_labels, row_batches, options, control)
+        _check_labels(cleaned, row_batches, options)
         vectors, provenance, warnings = _vectors(source, backend, use_rep, progress)
         values = vectors[rows]
         _check_vectors(values, rows, options)
@@ -133,9 +135,20 @@ class Screen:
             "batch_key": batch_key,
             "n_cells_read": len(labels),
             "n_cells_left_out": n_left_out,
+            **cleaned.facts,
         }
         server = None if isinstance(backend, LocalBackend) else cast("Server | None", backend)
-        return cls(values, row_labels, row_batches, options, control, provenance, warnings, server)
+        return cls(values, cleaned, row_batches, options, provenance, warnings, server)
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Perturbation of each cell."""
+        return self.cleaned.labels
+
+    @property
+    def control(self) -> str | None:
+        """The one label of control cells, if there are any."""
+        return self.cleaned.control
 
     def score(self, progress: StageProgress | None = None) -> ScoreResult:
         """Score each perturbation against the control, on the server that embedded or in this process.
@@ -165,7 +178,7 @@ class Screen:
             compare(
                 self.values,
                 self.labels,
-                pairs=pairs,
+                pairs=self.cleaned.pairs(pairs),
                 control=self.control,
                 batches=self.batches,
                 options=self.options,
@@ -217,10 +230,11 @@ def _vectors(
     return embeddings.values, {**origin, KEY: seen.to_dict()}, [seen.warning(), *embeddings.warnings()]
 
 
-def _check_labels(labels: list[str], batches: list[str] | None, options: ScoreOptions, control: str | None) -> None:
+def _check_labels(cleaned: Cleaned, batches: list[str] | None, options: ScoreOptions) -> None:
     """Check labels as scoring does, on vectors of ones, so that no cell is embedded in vain."""
     from perturbscope.scoring.labels import Groups
 
+    labels, control = cleaned.labels, cleaned.control
     groups = Groups.of(np.ones((len(labels), 1)), labels, batches, options, control=control)
     groups.scorable([name for name in groups.sizes if name != control], options)
 

@@ -14,6 +14,7 @@ from perturbscope.analysis.umap import umap_in_process
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.protocol import Meta, ScoreRequest
 from perturbscope.report import Absent, Report, build_report, render_report
+from perturbscope.scoring.results import ScoreResult
 
 HTML = "text/html"
 TITLE = "Perturbation screen"
@@ -50,9 +51,15 @@ class ReportAnswer:
 
 
 def make_report(
-    request: ReportRequest, embeddings: NDArray[np.float32], meta: Meta, warnings: list[str], progress: Progress
+    request: ReportRequest,
+    embeddings: NDArray[np.float32],
+    meta: Meta,
+    complete: Callable[[ScoreResult], ScoreResult],
+    progress: Progress,
 ) -> Report:
     """Score and draw; blocks, for a worker thread. `progress` may raise to end it early.
+
+    `complete` adds warnings and facts to the scores, whose labels of control cells are one.
 
     Raises
     ------
@@ -65,17 +72,14 @@ def make_report(
     scores = score_perturbations(
         embeddings,
         asked.perturbations,
-        control=asked.control,
+        control=str(asked.control),
         batches=asked.batches,
         options=asked.options,
         progress=progress,
     )
     facts = {"model_id": meta.model_id, "coverage": meta.coverage.to_dict() if meta.coverage else None}
-    scores = replace(
-        scores,
-        warnings=[*warnings, *scores.warnings],
-        provenance={**scores.provenance, **{key: value for key, value in facts.items() if value}},
-    )
+    scores = complete(scores)
+    scores = replace(scores, provenance={**scores.provenance, **{key: value for key, value in facts.items() if value}})
     return build_report(
         embeddings,
         asked.perturbations,

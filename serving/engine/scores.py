@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -35,6 +35,33 @@ STUCK = 60.0
 """Seconds after which a score that has reached no step holds up all others for too long: the server is not ready."""
 _LAST_STEP = 1.0
 """Seconds for which a request that is cancelled waits for its score to end; nearly all end within a tenth of one."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A request whose labels are clean and whose cells have vectors.
+
+    Attributes
+    ----------
+    request, call
+        The request with its cleaned labels, and its call.
+    embeddings, meta, warnings
+        Vectors of its cells, the model behind them, and what is doubtful about them.
+    facts
+        What was done to the labels.
+    """
+
+    request: Any
+    call: Call
+    embeddings: NDArray[np.float32]
+    meta: Meta
+    warnings: list[str]
+    facts: dict[str, Any]
+
+    def complete(self, result: Any) -> Any:
+        """Add warnings and facts to a result."""
+        warnings = [*self.warnings, *result.warnings]
+        return replace(result, warnings=warnings, provenance={**result.provenance, **self.facts})
 
 
 class Scores:
@@ -70,42 +97,43 @@ class Scores:
         """Score every perturbation against the controls. Raises as :meth:`Engine.embed` and `score_perturbations`."""
         from perturbscope.scoring.control import score_perturbations
 
-        call, embeddings, meta, warnings = await self._begin(request, call)
+        begun = await self._begin(request, call)
+        request = begun.request
         score = partial(
             score_perturbations,
-            embeddings,
+            begun.embeddings,
             request.perturbations,
             control=request.control,
             batches=request.batches,
             options=request.options,
         )
-        result, seconds = await self._scored(score, call)
-        result = replace(result, warnings=[*warnings, *result.warnings])
-        return ScoreAnswer(result=result, meta=_timed(meta, seconds))
+        result, seconds = await self._scored(score, begun.call)
+        return ScoreAnswer(result=begun.complete(result), meta=_timed(begun.meta, seconds))
 
     async def compare(self, request: CompareRequest, call: Call | None = None) -> CompareAnswer:
         """Compare perturbations with each other. Raises as :meth:`Engine.embed` and `compare_perturbations`."""
         from perturbscope.scoring.pairs import compare_perturbations
 
-        call, embeddings, meta, warnings = await self._begin(request, call)
+        begun = await self._begin(request, call)
+        request = begun.request
         compare = partial(
             compare_perturbations,
-            embeddings,
+            begun.embeddings,
             request.perturbations,
             pairs=request.pairs,
             control=request.control,
             batches=request.batches,
             options=request.options,
         )
-        result, seconds = await self._scored(compare, call)
-        result = replace(result, warnings=[*warnings, *result.warnings])
-        return CompareAnswer(result=result, meta=_timed(meta, seconds))
+        result, seconds = await self._scored(compare, begun.call)
+        return CompareAnswer(result=begun.complete(result), meta=_timed(begun.meta, seconds))
 
     async def report(self, request: ReportRequest, call: Call | None = None) -> ReportAnswer:
         """Make the result page of a score. Raises as :meth:`score`."""
-        call, embeddings, meta, warnings = await self._begin(request, call)
-        report, seconds = await self._scored(partial(make_report, request, embeddings, meta, warnings), call)
-        return ReportAnswer(report=report, meta=_timed(meta, seconds))
+        begun = await self._begin(request, call)
+        make = partial(make_report, begun.request, begun.embeddings, begun.meta, begun.complete)
+        report, seconds = await self._scored(make, begun.call)
+        return ReportAnswer(report=report, meta=_timed(begun.meta, seconds))
 
     def seen(self, request: Any, file: Fingerprint | None, call: Call | None = None) -> Seen | None:
         """Return which cells of an uploaded file the answering model was trained on; None without a file."""
@@ -113,7 +141,7 @@ class Scores:
             return None
         if call is not None and call.model is not None:
             return find_seen(call.model.training, file)
-        asked = request.score if isinstance(request, ReportRequest) else request
+        asked = _asked(request)
         with self._registry.lease(asked.model) as model:
             return find_seen(model.embedder.training, file)
 
@@ -131,27 +159,26 @@ class Scores:
         """Begin no more scores."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _begin(
-        self, request: ScoreRequest | CompareRequest | ReportRequest, call: Call | None
-    ) -> tuple[Call, NDArray[np.float32], Meta, list[str]]:
-        """Count and check a request, embed its cells, and hold the memory of its score.
+    async def _begin(self, request: ScoreRequest | CompareRequest | ReportRequest, call: Call | None) -> _Begun:
+        """Count and check a request, clean its labels, embed its cells, and hold the memory of its score.
 
         What would take too long is refused before its cells are embedded. The memory is held before the score begins:
         scores that wait for their turn keep what they have computed.
         """
         call = call or Call("", "http")
-        asked = request.score if isinstance(request, ReportRequest) else request
-        call.take(len(asked.perturbations))
+        call.take(len(_asked(request).perturbations))
+        # Without arguments it is done on a thread: the number of labels or pairs, say, is not in the size of a request.
+        request, facts = await self._work(partial(_cleaned, request))
+        asked = _asked(request)
         limits.check_options(self._settings, asked.options)
         if asked.embeddings is not None:
             limits.check_vectors(self._settings, len(asked.embeddings))
-        # Without arguments it is done on a thread: the number of pairs, say, is not in the size of a request.
         cost = await self._work(partial(_cost, request, self._width(asked), self._settings))
         limits.check_cost(self._settings, cost)
         call.take_work(cost.seconds)
         embeddings, meta, warnings = await self._embeddings(asked, call)
         call.reserve(cost.n_bytes, "Ask for smaller groups (max_cells), or compare fewer perturbations at a time.")
-        return call, embeddings, meta, warnings
+        return _Begun(request, call, embeddings, meta, warnings, facts)
 
     def _width(self, request: ScoreRequest | CompareRequest) -> int:
         """Return the dimensions of the vectors to be scored."""
@@ -228,18 +255,19 @@ def _cost(request: ScoreRequest | CompareRequest | ReportRequest, width: int, se
     LimitExceededError
         A comparison has too many pairs, or a score too many perturbations.
     """
-    asked = request.score if isinstance(request, ReportRequest) else request
+    asked = _asked(request)
+    control = None if asked.control is None else str(asked.control)
     sizes = Counter(asked.perturbations)
     batches = 0 if asked.batches is None else len(set(asked.batches))
     if isinstance(asked, CompareRequest):
-        others = len(sizes) - (asked.control in sizes)
+        others = len(sizes) - (control in sizes)
         limits.check_pairs(settings, others * (others - 1) // 2 if asked.pairs is None else len(asked.pairs))
-        return compare_cost(sizes, asked.control, asked.options, width=width, pairs=asked.pairs, batches=batches)
+        return compare_cost(sizes, control, asked.options, width=width, pairs=asked.pairs, batches=batches)
     if not isinstance(request, ReportRequest):
-        return score_cost(sizes, asked.control, asked.options, width=width, batches=batches)
+        return score_cost(sizes, str(control), asked.options, width=width, batches=batches)
     counts = request.counts if asked.cells is None else asked.cells
     n_counts = 0 if isinstance(counts, Absent) else int(counts.counts.nnz)
-    return report_cost(sizes, asked.control, asked.options, width=width, batches=batches, n_counts=n_counts)
+    return report_cost(sizes, str(control), asked.options, width=width, batches=batches, n_counts=n_counts)
 
 
 def _check_labels(request: ScoreRequest | CompareRequest) -> None:
@@ -247,8 +275,35 @@ def _check_labels(request: ScoreRequest | CompareRequest) -> None:
     from perturbscope.scoring.labels import Groups
 
     ones = np.ones((len(request.perturbations), 1))
-    groups = Groups.of(ones, request.perturbations, request.batches, request.options, control=request.control)
-    groups.scorable([name for name in groups.sizes if name != request.control], request.options)
+    control = None if request.control is None else str(request.control)
+    groups = Groups.of(ones, request.perturbations, request.batches, request.options, control=control)
+    groups.scorable([name for name in groups.sizes if name != control], request.options)
+
+
+def _asked(request: Any) -> Any:
+    """Return the request to score or compare within a request."""
+    return request.score if isinstance(request, ReportRequest) else request
+
+
+def _cleaned(request: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a request with one label for all controls, and what was done.
+
+    Raises
+    ------
+    ControlLabelMissingError
+        No cell has one of several control labels.
+    """
+    from perturbscope.scoring.cleaning import clean_labels
+
+    asked = _asked(request)
+    cleaned = clean_labels(asked.perturbations, asked.control)
+    if not cleaned.facts:
+        return request, {}
+    values: dict[str, Any] = {"perturbations": tuple(cleaned.labels), "control": cleaned.control}
+    if isinstance(asked, CompareRequest) and asked.pairs is not None:
+        values["pairs"] = tuple(cleaned.pairs(asked.pairs) or ())
+    asked = replace(asked, **values)
+    return replace(request, score=asked) if isinstance(request, ReportRequest) else asked, cleaned.facts
 
 
 def _timed(meta: Meta, seconds: float) -> Meta:

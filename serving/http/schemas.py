@@ -129,6 +129,7 @@ _TAKEN: Mapping[Kind, Any] = {
     "labels": Annotated[list[_Name], Field(min_length=1)],
     "text": _Name,
     "texts": list[_Name],
+    "names": _Name | Annotated[list[_Name], Field(min_length=1)],
     "pairs": list[tuple[_Name, _Name]],
     "options": dict[str, Any],
 }

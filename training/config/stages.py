@@ -81,14 +81,23 @@ class SourceConfig:
     """Most cells to take: a seeded random choice of those that pass the other filters."""
     perturbation_key: str = "perturbation"
     """Fine-tuning: column of obs with the perturbed gene."""
-    control: str = "control"
-    """Fine-tuning: label of the control cells in that column."""
+    control: str | tuple[str, ...] = "control"
+    """Fine-tuning: label of the control cells in that column, or a list of several."""
     context_key: str | None = None
     """Fine-tuning on mixed batches: column of obs within which cells are compared (a stimulation, a cell type)."""
     control_fractions: Shares | None = None
     """Fine-tuning: replaces the split's control_fractions for this file."""
     unlabelled: bool = False
     """Fine-tuning on mixed batches: the cells have no perturbations and teach the expression geometry only."""
+
+    def __post_init__(self) -> None:
+        if not self.control:
+            raise SectionError("control is empty; give the label of the control cells, or several.", field="control")
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """All labels of control cells."""
+        return (self.control,) if isinstance(self.control, str) else self.control
 
 
 @configuration

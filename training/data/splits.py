@@ -165,7 +165,7 @@ def count_source(
     labels = corpus.labels(source.perturbation_key)
     inside = corpus.per_cell("source") == number
     rows, weights = corpus.per_cell("row"), corpus.per_cell("n_detected")
-    names = sorted({name for name in labels[inside] if name is not None and name != source.control})
+    names = sorted({name for name in labels[inside] if name is not None and name not in source.controls})
     _, control_rows = _controls(corpus, number, source)
     rng = np.random.default_rng([_DEGS, number])
     if len(control_rows) > config.max_controls:
@@ -218,14 +218,20 @@ def load_splits(path: Path, *, fingerprint: str) -> list[DataSplit] | None:
 def _controls(corpus: Corpus, number: int, source: SourceConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the controls of a data set: their numbers in the corpus and their rows in the file."""
     inside = corpus.per_cell("source") == number
-    controls = np.flatnonzero(inside & (corpus.labels(source.perturbation_key) == source.control))
-    if not len(controls):
+    labels = corpus.labels(source.perturbation_key)
+    for label in source.controls:
+        _require_control(label, labels[inside], source)
+    controls = np.flatnonzero(inside & np.isin(labels, source.controls))
+    return controls, corpus.per_cell("row")[controls]
+
+
+def _require_control(label: str, labels: NDArray[Any], source: SourceConfig) -> None:
+    if not (labels == label).any():
         raise ControlLabelMissingError(
-            f"{source.path}: no cell has the label {source.control!r} in {source.perturbation_key!r}. "
+            f"{source.path}: no cell has the label {label!r} in {source.perturbation_key!r}. "
             "Name the controls' label with 'control' under the source.",
             field="control",
         )
-    return controls, corpus.per_cell("row")[controls]
 
 
 def _passes(names: Sequence[str], values: dict[str, int]) -> list[list[str]]:

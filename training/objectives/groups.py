@@ -82,7 +82,7 @@ def groups_of(config: ContrastiveConfig, corpus: Corpus, splits: Sequence[DataSp
             continue
         labels = corpus.labels(source.perturbation_key)
         inside = of_source == number
-        is_control = inside & (labels == source.control) & np.isin(rows, split.controls[part])
+        is_control = inside & np.isin(labels, source.controls) & np.isin(rows, split.controls[part])
         for target in split.targets[part]:
             cells = np.flatnonzero(inside & (labels == target))
             if len(cells) >= 2:

@@ -146,7 +146,8 @@ def make_pools(
         if source.context_key is not None:
             names = corpus.labels(source.context_key).astype(str)
             contexts = np.unique(names, return_inverse=True)[1].astype(np.int64)
-        is_control = inside & (labels == source.control)
+        is_control = inside & np.isin(labels, source.controls)
+        labels[is_control] = source.controls[0]  # one class
         parts = {}
         for part in ("train", "validation"):
             in_part = inside & (

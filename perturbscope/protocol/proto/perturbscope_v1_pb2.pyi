@@ -216,7 +216,7 @@ class ScoreOptions(_message.Message):
     def __init__(self, metrics: _Optional[_Iterable[str]] = ..., ground: _Optional[str] = ..., estimator: _Optional[str] = ..., null: _Optional[str] = ..., null_size: _Optional[int] = ..., null_draws: _Optional[int] = ..., permutations: _Optional[int] = ..., wasserstein_permutations: _Optional[int] = ..., correction: _Optional[str] = ..., min_cells: _Optional[int] = ..., max_cells: _Optional[int] = ..., repeats: _Optional[int] = ..., normalize: _Optional[bool] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("cells", "embeddings", "perturbations", "control", "batches", "options", "model")
+    __slots__ = ("cells", "embeddings", "perturbations", "control", "batches", "options", "model", "controls")
     CELLS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     PERTURBATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +224,7 @@ class ScoreRequest(_message.Message):
     BATCHES_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    CONTROLS_FIELD_NUMBER: _ClassVar[int]
     cells: CountMatrix
     embeddings: EmbeddingMatrix
     perturbations: _containers.RepeatedScalarFieldContainer[str]
@@ -231,7 +232,8 @@ class ScoreRequest(_message.Message):
     batches: _containers.RepeatedScalarFieldContainer[str]
     options: ScoreOptions
     model: str
-    def __init__(self, cells: _Optional[_Union[CountMatrix, _Mapping]] = ..., embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., perturbations: _Optional[_Iterable[str]] = ..., control: _Optional[str] = ..., batches: _Optional[_Iterable[str]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
+    controls: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, cells: _Optional[_Union[CountMatrix, _Mapping]] = ..., embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., perturbations: _Optional[_Iterable[str]] = ..., control: _Optional[str] = ..., batches: _Optional[_Iterable[str]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., model: _Optional[str] = ..., controls: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Score(_message.Message):
     __slots__ = ("perturbation", "n_cells", "n_controls", "metric", "distance", "null_mean", "null_sd", "z", "p", "q", "flags")
@@ -276,7 +278,7 @@ class Pair(_message.Message):
     def __init__(self, a: _Optional[str] = ..., b: _Optional[str] = ...) -> None: ...
 
 class CompareRequest(_message.Message):
-    __slots__ = ("cells", "embeddings", "perturbations", "pairs", "batches", "options", "model", "control")
+    __slots__ = ("cells", "embeddings", "perturbations", "pairs", "batches", "options", "model", "control", "controls")
     CELLS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     PERTURBATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +287,7 @@ class CompareRequest(_message.Message):
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CONTROL_FIELD_NUMBER: _ClassVar[int]
+    CONTROLS_FIELD_NUMBER: _ClassVar[int]
     cells: CountMatrix
     embeddings: EmbeddingMatrix
     perturbations: _containers.RepeatedScalarFieldContainer[str]
@@ -293,7 +296,8 @@ class CompareRequest(_message.Message):
     options: ScoreOptions
     model: str
     control: str
-    def __init__(self, cells: _Optional[_Union[CountMatrix, _Mapping]] = ..., embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., perturbations: _Optional[_Iterable[str]] = ..., pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., batches: _Optional[_Iterable[str]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., model: _Optional[str] = ..., control: _Optional[str] = ...) -> None: ...
+    controls: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, cells: _Optional[_Union[CountMatrix, _Mapping]] = ..., embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., perturbations: _Optional[_Iterable[str]] = ..., pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., batches: _Optional[_Iterable[str]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., model: _Optional[str] = ..., control: _Optional[str] = ..., controls: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Comparison(_message.Message):
     __slots__ = ("a", "b", "n_a", "n_b", "metric", "distance", "null_mean", "null_sd", "z", "p", "q", "flags")

@@ -336,7 +336,7 @@ BAD = [
     (None, ["embed", "in.h5ad", "in.h5ad"], 2, "invalid_parameter", r"is the input"),
     (None, [*SCORE, "--perturbation-key", "guide"], 2, "missing_column", r"'guide'; there are: 'perturbation'"),
     (None, [*SCORE, "--control", "ctrl"], 2, "control_label_missing", r"'ctrl'.*'control'"),
-    (None, [*SCORE, "--control", "rare"], 2, "too_few_controls", r"3 cells.*at least 20"),
+    (None, [*SCORE[:3], *LABELS[:-1], "rare"], 2, "too_few_controls", r"3 cells.*at least 20"),
     (None, [*SCORE, "--min-cells", "55"], 2, "too_few_cells", r"55 cells or more"),
     (None, [*SCORE, "--metric", "manhattan"], 2, "invalid_parameter", r"manhattan"),
     (None, [*SCORE, "--set", "estimator"], 2, "invalid_parameter", r"NAME=VALUE"),

@@ -70,12 +70,14 @@ embed_requests = st.builds(
     model=models,
     outputs=st.none() | st.lists(names, min_size=1, max_size=2).map(tuple),
 )
-score_requests = st.builds(lambda parts, control: protocol.ScoreRequest(**parts, control=control), labelled(), names)
+controls = names | st.lists(names, min_size=2, max_size=4).map(tuple)
+"""One label of control cells, or several."""
+score_requests = st.builds(lambda parts, control: protocol.ScoreRequest(**parts, control=control), labelled(), controls)
 compare_requests = st.builds(
     lambda parts, pairs, control: protocol.CompareRequest(**parts, pairs=pairs, control=control),
     labelled(),
     st.none() | st.lists(st.tuples(names, names), min_size=1, max_size=3).map(tuple),
-    models,
+    st.none() | controls,
 )
 coverages = st.builds(
     GeneCoverage,
