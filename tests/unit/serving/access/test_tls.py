@@ -169,6 +169,7 @@ def test_bentoml_is_told_of_the_same_files(certificates: Certificates) -> None:
     assert dict(zip(options[::2], options[1::2], strict=True)) == {
         "--ssl-certfile": certificates.server[0],
         "--ssl-keyfile": certificates.server[1],
+        "--ssl-ciphers": tls.CIPHERS,
         "--ssl-ca-certs": certificates.ca,
         "--ssl-cert-reqs": str(int(ssl.CERT_REQUIRED)),
     }
