@@ -79,6 +79,7 @@ def embed(bundle: Path = BUNDLE) -> list[str]:
     from serving.http import gate
     from serving.http.app import build_app
     from serving.http.gate import Gate
+    from serving.http.sites import Sites
     from serving.settings import Settings
 
     body = {"cells": {"gene_ids": ["STAT1", "JAK2"], "indptr": [0, 2], "indices": [0, 1], "data": [3, 1]}}
@@ -90,8 +91,8 @@ def embed(bundle: Path = BUNDLE) -> list[str]:
         app: Any = build_app()
         app.state.engine = engine
         # As serving.service puts it around the application.
-        app.add_middleware(Gate, front=lambda: engine.front)
-        gate.install(head_timeout=10)
+        app.add_middleware(Gate, front=lambda: engine.front, sites=Sites(engine.settings))
+        gate.install(Settings(head_timeout=10))
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]  the main thread's
         running = asyncio.ensure_future(server.serve())

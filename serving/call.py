@@ -86,7 +86,8 @@ class Caller:
     cells_per_minute: int | None = None
 
 
-ANYONE = Caller()
+ANYONE = Caller(rights=frozenset({"infer", "metrics"}))
+"""The caller of a server without keys."""
 
 
 @dataclass(eq=False)
@@ -115,6 +116,8 @@ class Call:
         The model that answered, once it is known.
     method
         HTTP method of the request.
+    not_logged
+        Refusals of the same kind that were not logged before this one.
     message
         Message of the error, if it quotes nothing that the caller sent.
     trace_id
@@ -147,6 +150,7 @@ class Call:
     n_bytes: int = 0
     model_id: str = ""
     method: str = "POST"
+    not_logged: int = 0
     message: str = ""
     trace_id: str = ""
     trace: RequestSpans | None = field(default=None, repr=False)

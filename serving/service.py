@@ -31,6 +31,7 @@ from serving.engine.shutdown import Stopping
 from serving.http import gate
 from serving.http.app import build_app
 from serving.http.gate import Gate
+from serving.http.sites import Sites
 from serving.openinference.http import add_routes
 from serving.openinference.inference import TokenEngine
 from serving.settings import Format, Level, Settings
@@ -40,7 +41,7 @@ NAME = "PerturbScope"
 app = build_app()
 add_routes(app)
 # BentoML configures uvicorn in the worker, after it has imported this.
-gate.install(head_timeout=Settings.from_env().head_timeout)
+gate.install(Settings.from_env())
 
 
 def configure_log(settings: Settings) -> None:
@@ -130,7 +131,9 @@ class PerturbScope:
         return await self._engine.ready()
 
 
-cast("Any", PerturbScope).add_asgi_middleware(Gate, front=lambda: app.state.engine.front)
+cast("Any", PerturbScope).add_asgi_middleware(
+    Gate, front=lambda: app.state.engine.front, sites=Sites(Settings.from_env())
+)
 
 
 def _http_address(settings: Settings) -> str:

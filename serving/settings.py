@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,9 @@ Format = Literal["auto", "json", "text"]
 """Forms of the log."""
 Level = Literal["debug", "info", "warning", "error"]
 """Levels of the log."""
-_MAY_BE_ZERO = ("threads", "repository_poll", "max_model_bytes", "max_batch_tokens", "connection_age")
+_MAY_BE_ZERO = ("threads", "repository_poll", "max_model_bytes", "max_batch_tokens", "connection_age", "drain_delay")
+_HOST = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*|\[?[0-9a-f:]*:[0-9a-f:.]*\]?", re.ASCII | re.IGNORECASE)
+"""Pattern of a name or address in ``allowed_hosts``."""
 ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds ``serving/`` and ``bundles/``: the checkout, or the image's."""
 BUNDLES = ROOT / "bundles"
@@ -72,6 +75,14 @@ class Settings:
     """File with the certificate's private key (PEM)."""
     tls_client_ca: str = ""
     """File with the authorities (PEM) that sign clients' certificates; empty: clients need no certificate."""
+    allowed_hosts: str = ""
+    """Names of this server, separated by commas, that HTTP requests may ask for in their Host header, and pages that
+    browsers may send them from; ``*.example.org`` is every name below, ``*`` any name. Addresses are always allowed.
+    Empty: with keys or TLS any name; without them only names that no stranger can register, and on a loopback address
+    only those of this machine."""
+    trusted_proxies: str = ""
+    """Addresses and networks of proxies, separated by commas, whose X-Forwarded-For and X-Forwarded-Proto are believed;
+    empty: nobody's."""
     http_port: int = 3000
     """Port of the HTTP server."""
     grpc_port: int = 3001
@@ -90,9 +101,9 @@ class Settings:
     """Seconds within which a request body must arrive."""
     head_timeout: int = 30
     """Seconds within which an HTTP client must send the head of a request, and a gRPC client finish its handshake."""
-    connection_age: int = 0
-    """Seconds after which a gRPC connection takes no further calls, so that its client connects anew, and to new
-    replicas; calls in progress have ``request_timeout`` more. 0: connections may grow old."""
+    connection_age: int = 1800
+    """Seconds, a tenth more or less, after which a connection takes no further requests, so that its client connects
+    anew, and to new replicas; requests and streams in progress are finished. 0: connections may grow old."""
     file_timeout: int = 120
     """Seconds within which an uploaded file must be read; a damaged one can keep libhdf5 busy for ever."""
     stream_chunks: int = 4
@@ -126,6 +137,9 @@ class Settings:
     """Largest max_cells, cells of one group, that a score request may ask for; memory grows with its square."""
     score_workers: int = 1
     """Score requests computed at a time."""
+    drain_delay: int = 0
+    """Seconds after SIGTERM during which requests are still taken while the health probes are red already, so that
+    balancers stop sending; the container image sets 5. SIGINT (Ctrl+C) does not wait."""
     shutdown_grace: int = 30
     """Seconds that requests in progress have to finish at shutdown."""
     log_format: str = "auto"
@@ -168,6 +182,22 @@ class Settings:
                 f"TLS needs both {PREFIX}TLS_CERTIFICATE and {PREFIX}TLS_KEY; {PREFIX}TLS_CLIENT_CA needs them too.",
                 field="tls_certificate",
             )
+        for name in self.hosts:
+            if not _HOST.fullmatch(name):
+                raise InvalidParameterError(
+                    f"{PREFIX}ALLOWED_HOSTS holds {name!r}, which is no host name; give names without scheme and port, "
+                    "such as cells.example.org, *.example.org or *, separated by commas.",
+                    field="allowed_hosts",
+                )
+        for name in self.proxies:
+            try:
+                ipaddress.ip_network(name)
+            except ValueError as error:
+                raise InvalidParameterError(
+                    f"{PREFIX}TRUSTED_PROXIES holds {name!r}: {error}. Give addresses or networks, such as 10.0.0.7 or "
+                    "10.0.0.0/8, separated by commas.",
+                    field="trusted_proxies",
+                ) from error
         if self.bundle and not self.bundles:
             raise InvalidParameterError(f"{PREFIX}BUNDLE names no directory.", field="bundle")
 
@@ -175,6 +205,16 @@ class Settings:
     def bundles(self) -> tuple[Path, ...]:
         """The bundle directories that the settings name."""
         return tuple(Path(part) for part in self.bundle.split(os.pathsep) if part)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The names in ``allowed_hosts``, in lower case."""
+        return _listed(self.allowed_hosts.lower())
+
+    @property
+    def proxies(self) -> tuple[str, ...]:
+        """The addresses and networks in ``trusted_proxies``."""
+        return _listed(self.trusted_proxies)
 
     @property
     def repository_path(self) -> Path | None:
@@ -229,6 +269,10 @@ class Settings:
 
 def _variable(name: str) -> str:
     return PREFIX + name.upper()
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _set_by_kubernetes(name: str, text: str) -> str:

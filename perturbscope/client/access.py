@@ -16,6 +16,8 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import re
+import socket
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +32,8 @@ CA = "PERTURBSCOPE_CA"
 CERTIFICATE, PRIVATE_KEY = "PERTURBSCOPE_CLIENT_CERTIFICATE", "PERTURBSCOPE_CLIENT_KEY"
 Files = str | Path
 _LONGEST_KEY = 1024
+_LOOPBACK = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
+_NUMBERS = re.compile(r"(0x[0-9a-f]+|[0-9]+)(\.(0x[0-9a-f]+|[0-9]+)){0,3}", re.ASCII)
 
 _log = logging.getLogger("perturbscope")
 
@@ -75,12 +79,37 @@ def _from_environment() -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address or name means this machine."""
-    bare = host.strip("[]")
+    """Return whether an address or name is one of this machine alone, however it is written."""
+    bare = _bare(host)
+    if bare in _LOOPBACK or bare.endswith(".localhost"):
+        return True
+    address = _address(bare)
+    return address is not None and address.is_loopback
+
+
+def leads_here(host: str) -> bool:
+    """Return whether connecting to an address or name stays on this machine: loopback, and 0.0.0.0 or [::]."""
+    address = _address(_bare(host))
+    return is_loopback(host) or (address is not None and address.is_unspecified)
+
+
+def _bare(host: str) -> str:
+    return host.strip("[]").partition("%")[0].rstrip(".").lower()
+
+
+def _address(bare: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(bare).is_loopback
+        address = ipaddress.ip_address(bare)
     except ValueError:
-        return bare == "localhost" or bare.endswith(".localhost")
+        # 127.1, 0x7f000001 and 2130706433 are addresses to whatever connects.
+        if not _NUMBERS.fullmatch(bare):
+            return None
+        try:
+            return ipaddress.IPv4Address(socket.inet_aton(bare))
+        except OSError:
+            return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
 
 
 def tls_context(ca: Files | None, cert: tuple[Files, Files] | None) -> ssl.SSLContext | None:

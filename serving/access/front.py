@@ -17,10 +17,15 @@ from typing import Protocol
 
 from perturbscope.errors import DeadlineExceededError, InvalidParameterError, OverloadedError, PermissionDeniedError
 from serving.access.limits import Admission, Held
-from serving.access.rates import RateLimiter
+from serving.access.rates import RateLimiter, network_of
 from serving.call import ANYONE, REQUEST_ID, SECONDS, TIMEOUT, Call, Caller, Right, Transport
 from serving.telemetry import log, metrics, tracing
+from serving.telemetry.brake import Brake
+from serving.telemetry.metrics import OTHER
 
+_BRAKED = frozenset({"unauthenticated", "permission_denied", "rate_limited", "overloaded"})
+"""Codes of refusals that cost their sender next to nothing; so do paths that do not exist."""
+_brake = Brake()
 _ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 
@@ -62,6 +67,11 @@ class Front:
         self._open: set[asyncio.Timeout] = set()
         self._stopped = False
 
+    @property
+    def leaving(self) -> bool:
+        """Whether the server is about to stop, so that clients should connect elsewhere."""
+        return self._admission.leaving
+
     @staticmethod
     def begin(
         route: str,
@@ -93,10 +103,19 @@ class Front:
 
     @staticmethod
     def finish(call: Call, status: str | int, code: str = "ok") -> None:
-        """Count, trace and log a call that is answered with `status`; `code` is that of its error."""
+        """Count, trace and log a call that is answered with `status`; `code` is that of its error.
+
+        Refusals are all counted; of one sender and code, only some a minute are logged, and the next line says how many
+        were not.
+        """
         metrics.finished(call, status, code)
         if call.trace is not None:
             tracing.finished(call, status, code)
+        if code in _BRAKED or call.route == OTHER:
+            left_out = _brake.left_out(code, call.caller.name or network_of(call.peer))
+            if left_out is None:
+                return
+            call.not_logged = left_out
         log.write(call, status, code)
 
     @contextlib.asynccontextmanager

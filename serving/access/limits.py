@@ -106,6 +106,8 @@ class Admission:
         self.settings = settings
         self.closed = False
         """Whether the server stops: nothing more is admitted."""
+        self.leaving = False
+        """Whether it will stop soon: it is not ready, and still admits."""
         self._requests = Room(settings.max_requests, by_size=False)
         self._bytes = Room(settings.max_held_bytes)
         self._idle = asyncio.Event()

@@ -14,37 +14,14 @@ from urllib.parse import unquote
 
 from perturbscope.errors import LimitExceededError, RateLimitedError
 from serving.call import Caller
+from serving.telemetry.brake import Bucket
 
-_MINUTE = 60.0
 CELLS_A_SECOND = 50
 """Cells of a caller's share that a second of score work (one core, as estimated) counts as."""
 FAILURES_PER_MINUTE = 30
 """Bad keys of one address that are answered and logged as bad keys."""
 _PEERS = 4096
 """Addresses that are remembered; the one that was silent for longest is forgotten first."""
-
-
-class Bucket:
-    """An allowance per minute that fills evenly; full at first.
-
-    Parameters
-    ----------
-    per_minute
-        Allowance per minute, and the most that is saved up.
-    now
-        Time of the monotonic clock, in seconds.
-    """
-
-    __slots__ = ("_at", "level", "per_minute")
-
-    def __init__(self, per_minute: int, now: float) -> None:
-        self.per_minute, self.level, self._at = per_minute, float(per_minute), now
-
-    def wait(self, n: int, now: float) -> float:
-        """Seconds until the bucket holds `n`; 0 if it does now."""
-        self.level = min(self.per_minute, self.level + max(0.0, now - self._at) * self.per_minute / _MINUTE)
-        self._at = now
-        return max(0.0, (n - self.level) * _MINUTE / self.per_minute)
 
 
 class RateLimiter:

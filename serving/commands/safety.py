@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from perturbscope.client.access import is_loopback
 from perturbscope.errors import InvalidParameterError
 from serving.access import tls
 from serving.access.keys import read_keys
@@ -42,12 +42,12 @@ def check_http(settings: Settings, command_line: Sequence[str]) -> None:
 def warnings(settings: Settings) -> list[str]:
     """Return warnings of what the settings leave open, which the operator probably did not mean."""
     messages = []
-    if not settings.keys and not _is_loopback(settings.host):
+    if not settings.keys and not is_loopback(settings.host):
         messages.append(
             f"Everyone who reaches {settings.host} may use this server: no API keys are set. Make some with python -m "
             f"serving keys add, and set {PREFIX}KEYS; or set {PREFIX}HOST=127.0.0.1."
         )
-    if settings.keys and not settings.tls_certificate and not _is_loopback(settings.host):
+    if settings.keys and not settings.tls_certificate and not is_loopback(settings.host):
         messages.append(
             f"API keys travel unencrypted to {settings.host}: set {PREFIX}TLS_CERTIFICATE and {PREFIX}TLS_KEY, or let "
             "a proxy on this machine end TLS."
@@ -56,13 +56,6 @@ def warnings(settings: Settings) -> list[str]:
         if path and _mode(path) & (stat.S_IWGRP | stat.S_IWOTH | (stat.S_IROTH if name == "TLS_KEY" else 0)):
             messages.append(f"Others may change or read {path} ({PREFIX}{name}): chmod 600 {path}.")
     return messages
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _mode(path: str) -> int:

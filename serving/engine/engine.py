@@ -172,14 +172,19 @@ class Engine:
 
     async def ready(self) -> bool:
         """Tell whether models and scores answer. A model that failed last is tried with one cell: it can recover."""
-        if self.admission.closed or self.scores.stuck_seconds > STUCK:
+        if self.admission.closed or self.admission.leaving or self.scores.stuck_seconds > STUCK:
             return False
         return await self.registry.ready()
+
+    def leave(self) -> None:
+        """Be not ready from now on, and still admit requests: balancers shall send theirs elsewhere."""
+        self.admission.leaving = True
 
     def begin_close(self) -> None:
         """Refuse requests from now on, and be not ready. May be called twice."""
         if self._close_by is None:
             self._close_by = time.monotonic() + self.settings.shutdown_grace
+        self.leave()
         self.admission.closed = True
 
     async def close(self) -> None:

@@ -93,14 +93,14 @@ class Methods:
 
 
 def _ages(settings: Settings) -> list[tuple[str, int]]:
-    """Return the options that end old connections, so that clients look for replicas that are new."""
+    """Return the options that end old connections, so that clients look for replicas that are new.
+
+    gRPC varies the age by a tenth, so that connections that began together do not end together, and gives calls in
+    progress as long as they need.
+    """
     if not settings.connection_age:
         return []
-    grace = settings.request_timeout
-    return [
-        ("grpc.max_connection_age_ms", 1000 * settings.connection_age),
-        ("grpc.max_connection_age_grace_ms", 1000 * grace),
-    ]
+    return [("grpc.max_connection_age_ms", 1000 * min(settings.connection_age, 2**31 // 1000 - 1))]
 
 
 class GrpcServer:

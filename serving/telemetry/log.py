@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
 from serving.settings import Format, Level
+from serving.telemetry.brake import Brake, LibraryFilter
 
 if TYPE_CHECKING:
     from serving.call import Call
@@ -55,6 +56,7 @@ def configure(form: Format = "auto", level: Level = "info", *, stream: TextIO | 
     text = form == "text" or (form == "auto" and stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(TextFormatter() if text else JsonFormatter())
+    handler.addFilter(LibraryFilter(Brake()))
     for name in _LIBRARIES:
         library = logging.getLogger(name)
         library.handlers.clear()
@@ -86,6 +88,7 @@ def write(call: Call, status: str | int, code: str = "ok") -> None:
         "status": status,
         "code": code,
         "message": call.message or None,
+        "not_logged": call.not_logged or None,
         "seconds": round(seconds, 6),
         "stages": {stage: round(spent, 6) for stage, spent in call.timings.items()},
     }
@@ -122,6 +125,7 @@ class _Request:
         parts += [f"{name}={fields[name]}" for name in ("tokens", "bytes")]
         parts += [f"{name}={fields[name]}" for name in ("model", "trace_id") if fields[name]]
         parts += [f"total={fields['seconds']:.4f}", *(f"{k}={v:.4f}" for k, v in fields["stages"].items())]
+        parts += [f"not_logged={fields['not_logged']}"] if fields["not_logged"] else []
         return " ".join((*parts, *([f"message={fields['message']!r}"] if fields["message"] else [])))
 
 

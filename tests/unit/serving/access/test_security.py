@@ -31,6 +31,7 @@ from serving.grpc import interceptors as grpc_guard
 from serving.grpc.server import SERVICE
 from serving.http import gate as http_guard
 from serving.http.gate import Gate
+from serving.telemetry.brake import PER_MINUTE, Brake, LibraryFilter
 from serving.telemetry.log import logger
 from tests.apps import app_of, grpc_server_of
 from tests.unit.serving.conftest import MakeEngine
@@ -111,8 +112,10 @@ async def test_http_with_a_key(guarded: Guarded, tiny_cells: CountMatrix) -> Non
     async with guarded.http("pipeline") as http:
         assert (await http.post("/v1/embed", **body(tiny_cells))).status_code == 200
         assert (await http.get("/v1/models")).status_code == 200
-        assert (await http.get("/metrics")).status_code == 200
         assert (await http.get("/docs.json")).status_code == 200
+        reply = await http.get("/metrics")  # they show what all callers do
+        assert reply.status_code == 403
+        assert "--right metrics" in reply.json()["error"]["message"]
     async with guarded.http("scraper") as http:
         assert (await http.get("/metrics")).status_code == 200
         for reply in (await http.post("/v1/embed", **body(tiny_cells)), await http.get("/v1/models")):
@@ -213,6 +216,57 @@ async def test_many_bad_keys_over_grpc(guarded: Guarded, channel: Any) -> None:
     assert codes[:FAILURES_PER_MINUTE] == [grpc.StatusCode.UNAUTHENTICATED] * FAILURES_PER_MINUTE
     assert codes[-1] == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert (await stub.Models(pb.ModelsRequest(), metadata=guarded.metadata("pipeline"))).models
+
+
+async def test_refusals_are_counted_and_not_all_logged(
+    guarded: Guarded, channel: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of strangers over both transports, of a caller above its rate, and of libraries; a good request is logged."""
+    now = 1e6
+    monkeypatch.setattr("serving.access.front._brake", Brake(clock=lambda: now))
+    stub, sent = PerturbScopeStub(channel), 50
+    caplog.set_level(logging.INFO, logger.name)
+    logger.addHandler(caplog.handler)
+
+    def lines() -> list[Any]:
+        unique = {id(item): item for item in caplog.records if hasattr(item, "fields")}
+        return [item.fields for item in unique.values()]
+
+    try:
+        async with (
+            guarded.http(key="psk_bad") as stranger,
+            guarded.http("slow") as slow,
+            guarded.http("pipeline") as ok,
+        ):
+            for _ in range(sent):
+                await stranger.get("/v1/models")
+                await slow.get("/v1/models")
+                await ok.get("/nothing")
+                await status_of(stub.Models(pb.ModelsRequest(), metadata=(("x-api-key", "psk_bad"),)))
+            assert len(lines()) <= 2 + 4 * PER_MINUTE
+            caplog.clear()
+            now += 60
+            await stranger.get("/v1/models")
+            await ok.get("/v1/models")
+    finally:
+        logger.removeHandler(caplog.handler)
+    first, last = lines()
+    assert first["not_logged"] > 0
+    assert (last["code"], last["not_logged"]) == ("ok", None)
+
+
+def test_lines_of_libraries_are_braked_too(caplog: pytest.LogCaptureFixture) -> None:
+    library, now = logging.getLogger("uvicorn.error"), 0.0
+    library.addFilter(limit := LibraryFilter(Brake(per_minute=3, clock=lambda: now)))
+    try:
+        for number in range(10):
+            now = 60.0 if number == 9 else 0.0
+            library.warning("Invalid HTTP request number %d.", number)
+    finally:
+        library.removeFilter(limit)
+    *_, last = said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 4
+    assert last == "Invalid HTTP request number 9. (6 such lines before it were left out)"
 
 
 async def test_requests_over_the_share(guarded: Guarded) -> None:
