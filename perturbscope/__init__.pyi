@@ -1,3 +1,4 @@
+from .analysis.degs import DegOptions, DegResult
 from .cells.counts import CountMatrix
 from .cells.readers import CellSource, cells_from_anndata, open_cells
 from .cells.vocabulary import GeneVocabulary
@@ -11,6 +12,7 @@ from .model import Model, load
 from .scoring.control import score_perturbations
 from .scoring.pairs import compare_perturbations
 from .scoring.results import CompareResult, ScoreOptions, ScoreResult
+from .tasks.genes import degs
 from .tasks.token_files import read_gene_vectors
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "Client",
     "CompareResult",
     "CountMatrix",
+    "DegOptions",
+    "DegResult",
     "Embedder",
     "Embeddings",
     "GeneVocabulary",
@@ -33,6 +37,7 @@ __all__ = [
     "ScoreResult",
     "cells_from_anndata",
     "compare_perturbations",
+    "degs",
     "load",
     "open_cells",
     "read_gene_vectors",

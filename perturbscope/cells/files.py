@@ -112,6 +112,61 @@ def write_table(path: Path, table: pd.DataFrame, provenance: Mapping[str, Any]) 
         pq.write_table(arrow, staging)
 
 
+class TableParts:
+    """A table that is written part by part, as of :func:`write_table`; made by :func:`table_parts`.
+
+    Parameters
+    ----------
+    path
+        Temporary path to write to, ``.parquet`` or ``.csv``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer: Any = None
+        self.provenance: Mapping[str, Any] = {}
+        """Provenance of the table, known when all is written."""
+
+    def write(self, part: pd.DataFrame) -> None:
+        """Append rows. The first part decides on the types of the columns; an empty one is only needed as the first."""
+        if self._path.suffix.lower() == ".csv":
+            part.to_csv(self._path, index=False, header=self._writer is None, mode="w" if self._writer is None else "a")
+            self._writer = self._writer or self._path
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._writer is None:
+            arrow = pa.Table.from_pandas(part, preserve_index=False)
+            self._writer = pq.ParquetWriter(self._path, arrow.schema)
+        else:
+            arrow = pa.Table.from_pandas(part, schema=self._writer.schema, preserve_index=False)
+        self._writer.write_table(arrow)
+
+    def close(self, *, complete: bool) -> None:
+        """Write the provenance, if the table is complete, and close the file."""
+        if self._writer is None or self._path.suffix.lower() == ".csv":
+            return
+        if complete:
+            self._writer.add_key_value_metadata({METADATA_KEY: json.dumps(self.provenance, sort_keys=True).encode()})
+        self._writer.close()
+
+
+@contextmanager
+def table_parts(path: Path) -> Iterator[TableParts]:
+    """Give a table to write part by part, so that memory never holds all of it; it is renamed to `path` at the end."""
+    with atomic(path) as staging:
+        parts = TableParts(staging)
+        try:
+            yield parts
+        except BaseException:
+            parts.close(complete=False)
+            raise
+        parts.close(complete=True)
+        if path.suffix.lower() == ".csv":
+            write_json(path.with_name(path.name + ".provenance.json"), parts.provenance, sort_keys=True)
+
+
 def write_matrix(
     path: Path,
     names: Sequence[str],

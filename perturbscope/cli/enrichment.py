@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from perturbscope.cli import console, options
 from perturbscope.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _TESTING = "Testing"
 _CHANCE = 0.25
@@ -19,16 +22,29 @@ _CHANCE = 0.25
 @options.grouped
 def degs(
     cells: options.In,
-    out: options.OutTable,
     perturbation_key: options.PerturbationKey,
     control: options.Control,
     counts_in: options.CountsIn,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="The .parquet or .csv file of numbers of genes to write.")
+    ] = None,
+    genes: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="The .parquet or .csv file to write with a row a perturbation and gene."),
+    ] = None,
+    batch_key: Annotated[
+        str | None, typer.Option(metavar="COL", help="Column of obs within whose batches cells are compared.")
+    ] = None,
     alpha: Annotated[
         float, typer.Option(help="A gene counts if its q is below this.", rich_help_panel=_TESTING)
     ] = 0.05,
     min_expressed: Annotated[
-        float, typer.Option(help="Test genes expressed in this share of either group.", rich_help_panel=_TESTING)
-    ] = 0.05,
+        float,
+        typer.Option(
+            help="Test genes expressed in this share of the compared cells, whatever their label.",
+            rich_help_panel=_TESTING,
+        ),
+    ] = 0.01,
     min_log2_fold_change: Annotated[
         float, typer.Option(help="Smallest absolute log2 fold change.", rich_help_panel=_TESTING)
     ] = 0.0,
@@ -38,72 +54,80 @@ def degs(
     exclude_target: Annotated[
         bool, typer.Option(help="Leave out the perturbed gene itself.", rich_help_panel=_TESTING)
     ] = True,
+    exchanges: Annotated[
+        bool,
+        typer.Option(
+            help="Take p of genes that few cells express from the exchanges of labels.",
+            rich_help_panel=_TESTING,
+        ),
+    ] = True,
+    correction: Annotated[
+        Literal["perturbation", "screen"],
+        typer.Option(help="q over the genes of a perturbation, or of all.", rich_help_panel=_TESTING),
+    ] = "perturbation",
+    top_genes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --genes: only the N genes with the smallest p of each.")
+    ] = None,
+    check_null: Annotated[
+        bool, typer.Option("--check-null", help="Count genes between random controls too, where there should be none.")
+    ] = False,
     top: Annotated[int, typer.Option(min=0, help="Rows of the table on stdout; 0 for none.")] = 20,
     seed: options.Seed = 0,
 ) -> None:
-    """Count each perturbation's differentially expressed genes (Mann-Whitney U against controls). Reads all counts."""
-    from dataclasses import asdict
-
-    import numpy as np
-
-    from perturbscope.analysis.degs import DegOptions, deg_null, deg_table, target_columns
+    """Test each perturbation's genes against controls (Wilcoxon rank sum): numbers, and with --genes the genes."""
+    from perturbscope.analysis.degs import DegOptions
     from perturbscope.cells.files import check_output, write_table
     from perturbscope.cells.readers import open_cells
-    from perturbscope.scoring.results import release
+    from perturbscope.tasks.genes import deg_screen, write_genes
 
-    check_output(out, [".parquet", ".csv"], source=cells)
+    if out is None and genes is None:
+        raise InvalidParameterError("Give OUT for numbers of genes, --genes OUT for the genes, or both.", field="out")
+    if out is not None and genes is not None and out.absolute() == genes.absolute():
+        raise InvalidParameterError(f"OUT and --genes are both {out}; give each its own name.", field="genes")
+    for path in (out, genes):
+        if path is not None:
+            check_output(path, [".parquet", ".csv"], source=cells)
     chosen = DegOptions(
         alpha=alpha,
         min_expressed=min_expressed,
         min_log2_fold_change=min_log2_fold_change,
         exclude_target=exclude_target,
         max_controls=max_controls,
+        exchanges=exchanges,
+        correction=correction,
     )
     with open_cells(cells, **vars(counts_in)) as source, console.progress_bars() as progress:
-        labels = source.labels(perturbation_key, field="perturbation_key")
-        rows = np.flatnonzero([label is not None and label.strip() != "" for label in labels])
-        if not len(rows):
-            raise InvalidParameterError(f"No cell has a value in obs[{perturbation_key!r}].", field="perturbation_key")
-        counts = source.read()
-        row_labels = labels[rows].tolist()
-        targets = target_columns(counts.gene_ids, sorted(set(row_labels) - set(control)))
-        table = deg_table(
-            counts[rows], row_labels, control=control, targets=targets, options=chosen, seed=seed, progress=progress
+        screen, facts, warnings = deg_screen(
+            source, perturbation_key=perturbation_key, control=control, batch_key=batch_key, options=chosen, seed=seed
         )
-        null = deg_null(counts[rows], row_labels, control=control, options=chosen, seed=seed)
-    warnings = [
-        f"Random groups of {size} controls have {median:g} differentially expressed genes in the median (some in "
-        f"{share:.0%} of the groups), though nothing was done to them: numbers of genes of perturbations with "
-        "as few cells cannot be trusted. A larger --min-expressed, or more cells, helps."
-        for size, median, _, share in null.itertuples(index=False, name=None)
-        if share > _CHANCE
-    ]
-    if len(rows) < len(labels):
-        warnings.append(
-            f"{len(labels) - len(rows)} of {len(labels)} cells have no value in obs[{perturbation_key!r}] and were "
-            "left out."
-        )
-    unknown = [name for name in table["perturbation"] if name not in targets]
-    if exclude_target and unknown:
-        warnings.append(
-            f"{len(unknown)} of {len(table)} perturbations are not named by a gene that was measured, so their own "
-            f"gene could not be left out: {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}."
-        )
-    facts = {
-        "kind": "degs",
-        "version": release(),
-        "options": asdict(chosen),
-        "control": control if len(control) > 1 else control[0],
-        "seed": seed,
-    }
-    facts["null"] = null.to_dict("records")
-    facts |= {"perturbation_key": perturbation_key, "input": cells.name, **vars(counts_in), "warnings": warnings}
-    write_table(out, table, facts)
+        facts |= {"input": cells.name, **vars(counts_in)}
+        if check_null:
+            null = screen.null()
+            facts["null"] = null.to_dict("records")
+            warnings += _doubts(null)
+        if genes is not None:
+            table = write_genes(screen, genes, facts, warnings, top=top_genes, progress=progress)
+        else:
+            table = screen.counts(progress)
+    warnings += screen.warnings(table)
+    if out is not None:
+        write_table(out, table, {**screen.facts(), **facts, "warnings": warnings})
     for warning in warnings:
         console.warn(warning)
     if top:
         ranked = table.sort_values(["n_degs", "perturbation"], ascending=[False, True])
         console.show_rows(ranked, title="Differentially expressed genes", top=top)
+
+
+def _doubts(null: pd.DataFrame) -> list[str]:
+    """Return a sentence about each size at which random controls have differentially expressed genes."""
+    return [
+        f"Random groups of {size} controls have {median:g} differentially expressed genes in the median (some in "
+        f"{share:.0%} of the groups), though nothing was done to them: numbers of genes of perturbations with "
+        "as few cells cannot be trusted. Batches (--batch-key), or more cells, may help."
+        for size, median, _, share in null.itertuples(index=False, name=None)
+        if share > _CHANCE
+    ]
 
 
 def enrich(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from perturbscope.analysis.degs import log_normalized
+from perturbscope.analysis.rank_test import log_normalized
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.readers import CellSource, open_cells
 from perturbscope.errors import EmptyCellError, UnreadableFileError

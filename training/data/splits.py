@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.analysis.degs import RankTester, count_degs, target_columns
+from perturbscope.analysis.degs import count_degs, target_columns
+from perturbscope.analysis.rank_test import RankTester
 from perturbscope.cells.files import write_json
 from perturbscope.errors import (
     ControlLabelMissingError,
