@@ -17,17 +17,16 @@ the observed distance in standard deviations of its exchange distribution above 
 and what the law says wrongly about the scale (5 to 35 % with a few hundred controls) does no harm.
 
 The law is a limit: with few cells and heavy tails (some cells ten times as far out as others) it is too small by
-orders of magnitude. :func:`compare_with_exchanges` therefore compares it with drawn exchanges where those still count,
-and :func:`tail_p` falls back on a generalized Pareto tail of the perturbation's own exchanges (Knijnenburg et al.
-2009), or on nothing.
+orders of magnitude. :class:`Tails` therefore compares it with drawn exchanges where those still count, and falls back
+on a generalized Pareto tail of the perturbation's own exchanges (Knijnenburg et al. 2009), or on nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,11 +35,14 @@ from scipy.special import log_ndtr
 
 from perturbscope.scoring.distances import product
 from perturbscope.scoring.energy.closed_form import LinearGroup
-from perturbscope.scoring.energy.matrix import DenseGroup, to_numpy
-from perturbscope.threads import checkpoint
+from perturbscope.scoring.energy.matrix import DenseGroup, Subsets, to_numpy
+from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, energy
+from perturbscope.scoring.results import Estimator
+from perturbscope.scoring.statistics import generator, random_subsets
+from perturbscope.threads import checkpoint, in_order
 
-Source = Literal["exchanges", "chi_square", "pareto"]
-"""Where a p-value comes from: counted exchanges, the weighted chi-square, or a generalized Pareto tail."""
+TailSource = Literal["", "chi_square", "pareto"]
+"""Where a tail probability comes from: the weighted chi-square or a generalized Pareto tail; empty if there is none."""
 
 LEAST = 1e-10
 """Smallest tail probability that is given; nothing so rare was ever compared with exchanges."""
@@ -52,6 +54,12 @@ that were within a half to twice the truth at 4e-5 had 0.86 or more at 1e-3, and
 times had 0.57 or less."""
 COMPARED_DRAWS = 10_000
 """Fewest draws of a comparison, ten of which lie beyond the level 1e-3."""
+DRAWS = 30_000
+"""Draws of a screen's comparison: 30 beyond 1e-3, so that the ratio there is known to 18 %."""
+PART = 250
+"""Draws that are made at a time."""
+LARGEST_GROUP = 256
+"""Most cells of a group of the comparison; the law only gets better with more."""
 PARETO_DRAWS = 10_000
 """Fewest exchanges that a generalized Pareto tail is fitted to."""
 PARETO_TOP = 250
@@ -78,7 +86,7 @@ class Spectrum:
     counts: NDArray[np.float64]
 
     @classmethod
-    def of(cls, controls: DenseGroup | LinearGroup, batches: NDArray[np.intp] | None = None) -> Spectrum:
+    def of(cls, controls: Group, batches: NDArray[np.intp] | None = None) -> Spectrum:
         """Return the spectrum of the distances between controls.
 
         Parameters
@@ -93,7 +101,9 @@ class Spectrum:
             codes = np.unique(batches, return_inverse=True)[1]
         if isinstance(controls, LinearGroup):
             return _of_rows(controls.rows - _means(controls.rows, codes)[codes])
-        return _of_distances(controls, codes)
+        if isinstance(controls, DenseGroup):
+            return _of_distances(controls, codes)
+        raise TypeError(f"{type(controls).__name__} is no group whose spectrum is known.")
 
     @property
     def sd(self) -> float:
@@ -286,28 +296,120 @@ def generalized_pareto(observed: float, null: ArrayLike) -> float:
     return float(max(PARETO_TOP / len(values) * np.exp(log_p), LEAST))
 
 
-def tail_p(
-    z: float, agreement: Agreement, spectrum: Spectrum, *, observed: float, null: ArrayLike
-) -> tuple[float, Source]:
-    """Return a tail probability and its source, for a distance that no exchange exceeds.
+@dataclass(frozen=True)
+class Unreached:
+    """A perturbation whose distance no exchange of its labels has reached.
+
+    Attributes
+    ----------
+    z
+        Standard deviations of its distance above the mean of its exchanges.
+    counts
+        Number of its cells in each batch, [S]; one number without batches.
+    observed, null
+        See :func:`generalized_pareto`.
+    """
+
+    z: float
+    counts: NDArray[np.integer[Any]]
+    observed: float
+    null: NDArray[np.floating[Any]]
+
+
+class Tails:
+    """Tail probabilities of a screen's perturbations beyond their exchanges.
+
+    The comparison with exchanges is made of random groups of controls against the other controls, which are the
+    exchanges of a perturbation without an effect, and apart for each doubling of the number of cells: it takes the
+    smallest perturbation of each, since the law is furthest off there. The exchanges that perturbations share would not
+    do, since those of perturbations of one size are almost the same ones.
 
     Parameters
     ----------
-    z
-        Standard deviations of the observed distance above the mean of its exchanges.
+    controls
+        The group of all controls.
+    batches
+        Batch of each control, below the length of :attr:`Unreached.counts`, or None.
+    estimator
+        Estimator of the distance.
+    seed
+        Seed of the comparison's draws.
+    """
+
+    def __init__(self, controls: Group, batches: NDArray[np.intp] | None, estimator: Estimator, seed: int) -> None:
+        self._controls, self._estimator, self._seed = controls, estimator, seed
+        self._codes = np.zeros(controls.size, dtype=np.intp) if batches is None else batches
+        self._batches = batches
+        self.agreements: dict[int, Agreement] = {}
+        """Comparisons so far, by the number of cells of the groups that were drawn."""
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Spectrum of the controls."""
+        return Spectrum.of(self._controls, self._batches)
+
+    def of(self, perturbations: Sequence[Unreached]) -> list[tuple[float, TailSource]]:
+        """Return the tail probability of each, and where it comes from; NaN and nothing where there is none."""
+        found: dict[int, tuple[float, TailSource]] = {}
+        order = sorted(range(len(perturbations)), key=lambda i: int(perturbations[i].counts.sum()))
+        agreement, above = None, 0
+        for i in order:
+            one = perturbations[i]
+            if agreement is None or one.counts.sum() >= above:
+                agreement, above = self._agreement(one.counts), 2 * int(one.counts.sum())
+            found[i] = tail_p(one, agreement, self.spectrum)
+        return [found[i] for i in range(len(perturbations))]
+
+    def _agreement(self, counts: NDArray[np.integer[Any]]) -> Agreement:
+        """Compare the law with groups of controls that have `counts` cells in the batches, at most half of each's."""
+        members = [np.flatnonzero(self._codes == code) for code in range(len(counts))]
+        most = int(np.asarray(counts).sum())
+        share = min(1.0, LARGEST_GROUP / max(most, 1))
+        sizes = [min(int(np.ceil(share * k)), len(cells) // 2) for k, cells in zip(counts, members, strict=True)]
+        n, m = sum(sizes), self._controls.size - sum(sizes)
+        if n < 2 or m < 2:
+            return Agreement(0, (float("nan"),) * len(LEVELS))
+        total = float(self._controls.row_sums.sum())
+
+        def draw(number: int) -> NDArray[np.float64]:
+            checkpoint()
+            rng = generator(self._seed, "tail", n, number)
+            chosen = np.concatenate(
+                [
+                    cells[random_subsets(len(cells), k, PART, rng)]
+                    for cells, k in zip(members, sizes, strict=True)
+                    if k > 0
+                ],
+                axis=1,
+            )
+            subsets = Subsets(chosen.ravel(), np.full(PART, n), self._controls.size)
+            inside = self._controls.within(self._controls.mark(subsets))
+            reach = to_numpy(subsets.sums(self._controls.row_sums))
+            return energy(reach - inside, inside, total - 2 * reach + inside, n, m, self._estimator)
+
+        values = np.concatenate(list(in_order(draw, range(-(-DRAWS // PART)))))
+        sd = values.std()
+        agreement = Agreement(0, (float("nan"),) * len(LEVELS))
+        if sd > RELATIVE_NOISE * total / (self._controls.size * (self._controls.size - 1)):
+            agreement = compare_with_exchanges(self.spectrum, (values - values.mean()) / sd)
+        self.agreements[n] = agreement
+        return agreement
+
+
+def tail_p(one: Unreached, agreement: Agreement, spectrum: Spectrum) -> tuple[float, TailSource]:
+    """Return a tail probability and its source; NaN and nothing if neither tail can be had.
+
+    Parameters
+    ----------
+    one
+        The perturbation.
     agreement
-        Comparison over perturbations of similar size; where it does not hold, the Pareto tail stands in.
+        Comparison with exchanges for perturbations of its size; where it does not hold, the Pareto tail stands in.
     spectrum
         Spectrum of the controls.
-    observed, null
-        See :func:`generalized_pareto`.
-
-    Returns
-    -------
-    NaN and ``exchanges`` if neither tail can be had: then only the exchanges' own p-value is known.
     """
-    p = float(spectrum.p(z)) if agreement.holds else float("nan")
+    p = float(spectrum.p(one.z)) if agreement.holds else float("nan")
     if not np.isnan(p):
         return p, "chi_square"
-    p = generalized_pareto(observed, null)
-    return (p, "exchanges") if np.isnan(p) else (p, "pareto")
+    p = generalized_pareto(one.observed, one.null)
+    return (p, "") if np.isnan(p) else (p, "pareto")

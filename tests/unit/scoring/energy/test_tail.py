@@ -10,7 +10,14 @@ from perturbscope.scoring.distances import unit_rows
 from perturbscope.scoring.energy import tail
 from perturbscope.scoring.energy.closed_form import LinearGroup
 from perturbscope.scoring.energy.matrix import DenseGroup
-from perturbscope.scoring.energy.tail import Spectrum, compare_with_exchanges, generalized_pareto, tail_p
+from perturbscope.scoring.energy.tail import (
+    Spectrum,
+    Tails,
+    Unreached,
+    compare_with_exchanges,
+    generalized_pareto,
+    tail_p,
+)
 
 P = [0.9, 0.5, 0.1, 1e-3, 1e-6, 1e-9]
 
@@ -90,7 +97,7 @@ def test_the_chi_square_agrees_with_exchanges_of_unit_vectors(drawn):
     assert all(0.8 < ratio < 1.5 for ratio in agreement.ratios)
     # Beyond the levels that are compared, too.
     assert 0.5 < spectrum.p(np.quantile(z, 1 - 2e-4)) / 2e-4 < 4
-    p, source = tail_p(9.0, agreement, spectrum, observed=9.0, null=z)
+    p, source = tail_p(Unreached(9.0, np.array([12]), 9.0, z), agreement, spectrum)
     assert source == "chi_square"
     assert p == spectrum.p(9.0) < 1e-5
 
@@ -102,11 +109,11 @@ def test_unscaled_heavy_tails_of_few_cells_trip_the_guard(drawn):
     assert agreement.ratios[1] < 0.3
     # The Pareto tail of a quarter of the draws tells what share of all of them lies beyond.
     at = np.quantile(z, 1 - 1e-4)
-    p, source = tail_p(at, agreement, spectrum, observed=at, null=z[:10_000])
+    p, source = tail_p(Unreached(at, np.array([12]), at, z[:10_000]), agreement, spectrum)
     assert source == "pareto"
     assert 0.3e-4 < p < 5e-4
-    p, source = tail_p(at, agreement, spectrum, observed=at, null=z[:9_999])
-    assert source == "exchanges"
+    p, source = tail_p(Unreached(at, np.array([12]), at, z[:9_999]), agreement, spectrum)
+    assert source == ""
     assert np.isnan(p)
 
 
@@ -124,3 +131,31 @@ def test_the_pareto_tail_of_an_exponential_is_exponential_and_one_of_equal_value
     assert np.isnan(generalized_pareto(2.0, np.ones(20_000)))
     # Values with an end: p stays above 0 beyond it.
     assert generalized_pareto(1.2, rng.random(20_000)) > 0
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("heavy", [False, True])
+def test_a_screen_judges_its_own_tails_by_size(rng, heavy, batched):
+    rows = rng.normal(size=(400, 8))
+    if heavy:
+        rows[rng.random(400) < 0.05] *= 10
+    batches = rng.integers(2, size=400) if batched else None
+    counts = [np.array([n, n]) if batched else np.array([2 * n]) for n in (90, 6, 5)]
+    null = rng.normal(size=100)
+    tails = Tails(DenseGroup(rows), batches, "U", 0)
+    found = tails.of([Unreached(z, count, z, null) for z, count in zip((8.0, 6.0, 9.0), counts, strict=True)])
+    # Groups of 10 and 12 cells share a comparison; 180 has its own.
+    assert sorted(tails.agreements) == [10, 180]
+    assert tails.agreements[180].holds
+    assert found[0] == (pytest.approx(tails.spectrum.p(8.0)), "chi_square")
+    assert tails.agreements[10].holds is not heavy
+    assert [source for _, source in found[1:]] == (["", ""] if heavy else ["chi_square"] * 2)
+    again = Tails(DenseGroup(rows), batches, "U", 0)
+    assert again.of([Unreached(6.0, counts[1], 6.0, null)])[0][1] == found[1][1]
+
+
+def test_a_screen_of_equal_controls_has_no_tails():
+    tails = Tails(DenseGroup(np.ones((20, 3))), None, "U", 0)
+    ((p, source),) = tails.of([Unreached(5.0, np.array([4]), 1.0, np.zeros(10))])
+    assert np.isnan(p)
+    assert source == ""
