@@ -99,7 +99,7 @@ check(
     np.allclose(over_http, over_grpc, rtol=0, atol=1e-6),
 )
 
-# The map of the cells needs umap-learn, which compiles itself at first use and wants a folder to keep that in.
+# The map of the cells comes from an optional library, in a process of its own.
 screen = rng.poisson(0.3, size=(150, 500)).astype(np.int32)
 screen[:, 0] += 1
 rows, columns = np.nonzero(screen)

@@ -19,7 +19,7 @@ OPTIONS = ScoreOptions(metrics=("e_distance", "cosine_e_distance"), permutations
 
 
 def first_two(values, /, *, n_neighbors, min_dist, seed):
-    """Make a map without umap-learn, from the first two dimensions."""
+    """Make a map without scranpy, from the first two dimensions."""
     return np.asarray(values, dtype=np.float32)[:, :2]
 
 

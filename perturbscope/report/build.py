@@ -49,7 +49,7 @@ def build_report(
     enrichment
         Table of gene sets.
     projector
-        Function that computes the map; default umap-learn in this process.
+        Function that computes the map; default :func:`perturbscope.analysis.umap.umap_coordinates`.
     progress
         Called as ``progress(stage, done, total)``, with the stages ``degs``, ``compare``, ``map`` and ``calibrate``.
 

@@ -122,8 +122,9 @@ def test_the_environment_is_the_pinned_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["serving", "serving-gpu"])
 def test_serving_sets_hold_no_learning(name: str) -> None:
-    """scikit-learn is there for umap-learn alone; that nothing of ours imports it is checked elsewhere."""
-    assert pins(name).keys() & {"torch", "transformers", "deepspeed", "accelerate", "onnx"} == set()
+    """Nor what compiles itself in every process."""
+    learning = {"torch", "transformers", "deepspeed", "accelerate", "onnx", "scikit-learn"}
+    assert pins(name).keys() & (learning | {"numba", "umap-learn"}) == set()
 
 
 def test_the_gpu_set_is_the_serving_set_with_another_runtime() -> None:

@@ -18,7 +18,7 @@ from tests.reports import first_two
 
 
 def test_two_clouds_are_two_clouds_and_the_seed_decides(rng):
-    """UMAP itself, in a process of its own: it compiles for seconds."""
+    """UMAP itself, in a process of its own."""
     values = rng.normal(size=(60, 5)).astype(np.float32)
     values[30:, 0] += 40
     checks = []
@@ -33,6 +33,19 @@ def test_two_clouds_are_two_clouds_and_the_seed_decides(rng):
 def nearest_mate(coordinates):
     """Return the nearest other cell of each cell."""
     return coordinates[nearest(coordinates, 2)[0][:, 1]]
+
+
+@pytest.mark.parametrize("apart", [0, 50], ids=["one point", "clouds far apart"])
+def test_a_graph_without_a_spectral_layout_gives_a_map_too(rng, apart):
+    values = np.repeat([[0.0] * 5, [apart] * 5, [-apart] * 5], 30, axis=0) + (apart > 0) * rng.normal(size=(90, 5))
+    found = umap_coordinates(values, seed=1)
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found, umap_coordinates(values, seed=1))
+    if apart:
+        clouds = found.reshape(3, 30, 2)
+        centres = clouds.mean(axis=1)
+        widest = np.linalg.norm(clouds - centres[:, None], axis=2).max()
+        assert min(np.linalg.norm(centres[i] - centres[i - 1]) for i in range(3)) > 2 * widest
 
 
 def test_who_waits_can_stop_it(rng):

@@ -117,7 +117,6 @@ def test_results_are_used_again_until_labels_or_options_change(path, tmp_path):
 def test_contexts_are_rows_of_their_own_in_tables_and_figures(path, tmp_path, monkeypatch):
     import anndata
 
-    # UMAP compiles itself for ten seconds.
     flat = partial(project, projector=lambda vectors, **_: vectors[:, :2].astype(np.float32))
     monkeypatch.setattr("evaluation.run.project", flat)
     adata = anndata.read_h5ad(path)

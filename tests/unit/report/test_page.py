@@ -154,11 +154,11 @@ def test_what_calibration_warns_of_is_on_the_page(report):
 
 
 def test_parts_that_are_missing_say_why(bare):
-    text = render_report(replace(bare, projection=Absent("No umap-learn <here>.")))
+    text = render_report(replace(bare, projection=Absent("No scranpy <here>.")))
     assert "cannot show that its p-values hold" in text
     assert "Genes were not tested one by one." in text
     assert "No gene sets were given." in text
-    assert "No umap-learn &lt;here&gt;." in text
+    assert "No scranpy &lt;here&gt;." in text
     assert Page(text).open == []
 
 

@@ -32,7 +32,7 @@ PARAMETERS = {"perturbation_key": "perturbation", "control": "control", "options
 
 @pytest.fixture(autouse=True)
 def _quick_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The map is made by umap-learn in a process of its own, which has its own test."""
+    """The map is made by scranpy in a process of its own, which has its own test."""
 
     def stand_in(values, /, *, n_neighbors, min_dist, seed, check):
         check()
@@ -80,7 +80,7 @@ async def test_parts_that_cannot_be_had_say_why(
     http: httpx.AsyncClient, tiny_cells: CountMatrix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_, **__):
-        raise ProviderUnavailableError("No umap-learn here.")
+        raise ProviderUnavailableError("No scranpy here.")
 
     monkeypatch.setattr(reports, "umap_in_process", fail)
     vectors = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
@@ -89,7 +89,7 @@ async def test_parts_that_cannot_be_had_say_why(
         "/v1/report", content=protocol.request_to_json(request), headers={"content-type": protocol.JSON}
     )
     assert reply.status_code == 200, reply.text
-    for part in ("No umap-learn here.", "without counts", "no two perturbations", "takes no gene sets"):
+    for part in ("No scranpy here.", "without counts", "no two perturbations", "takes no gene sets"):
         assert part in reply.text
 
 
