@@ -90,6 +90,10 @@ def _common(
     ] = None,
 ) -> None:
     """See what a gene perturbation does to a cell."""
+    if any(name.startswith("PERTURBSCOPE_") for name in os.environ):
+        from perturbscope.client.access import check_names
+
+        check_names(os.environ)
     # The key itself is not an option: the command line can be seen in the list of processes.
     if api_key_file is not None:
         os.environ.pop(KEY_VARIABLE, None)

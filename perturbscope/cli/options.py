@@ -124,9 +124,10 @@ class ModelFrom:
         named = self.bundle or os.environ.get(BUNDLE_VARIABLE, "").split(os.pathsep)[0]
         address = self.server or grpc or named or default_bundle()
         if self.server and "://" not in self.server:
-            raise InvalidParameterError(
-                f"--server {self.server} is not a URL; did you mean http://{self.server}?", field="server"
-            )
+            from perturbscope.client.access import without_userinfo
+
+            shown = without_userinfo(self.server)
+            raise InvalidParameterError(f"--server {shown} is not a URL; did you mean http://{shown}?", field="server")
         opened = open_backend(str(address), device=self.device, variant=self.variant, model=self.model)
         with closing(opened) as backend:
             if isinstance(address, Path) and address != self.bundle:

@@ -19,10 +19,11 @@ import os
 import re
 import socket
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perturbscope.errors import InvalidParameterError
+from perturbscope.errors import InvalidParameterError, near
 
 if TYPE_CHECKING:
     import grpc
@@ -30,12 +31,36 @@ if TYPE_CHECKING:
 KEY, KEY_FILE = "PERTURBSCOPE_API_KEY", "PERTURBSCOPE_API_KEY_FILE"
 CA = "PERTURBSCOPE_CA"
 CERTIFICATE, PRIVATE_KEY = "PERTURBSCOPE_CLIENT_CERTIFICATE", "PERTURBSCOPE_CLIENT_KEY"
+VARIABLES = (KEY, KEY_FILE, CA, CERTIFICATE, PRIVATE_KEY, "PERTURBSCOPE_BUNDLE", "PERTURBSCOPE_DEBUG")
+"""The variables above, and those of the command line."""
+_PREFIX = "PERTURBSCOPE_"
 Files = str | Path
 _LONGEST_KEY = 1024
 _LOOPBACK = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 _NUMBERS = re.compile(r"(0x[0-9a-f]+|[0-9]+)(\.(0x[0-9a-f]+|[0-9]+)){0,3}", re.ASCII)
 
 _log = logging.getLogger("perturbscope")
+
+
+def check_names(environ: Mapping[str, str]) -> None:
+    """Refuse variables whose names are nearly those of a variable above, and those of the command line.
+
+    Raises
+    ------
+    InvalidParameterError
+        The message says which variable is meant, and never a value.
+    """
+    for variable, value in environ.items():
+        name = variable.removeprefix(_PREFIX)
+        if not value or name == variable or variable in VARIABLES:
+            continue
+        close = near(name, [other.removeprefix(_PREFIX) for other in VARIABLES], 1, cutoff=0.8)
+        if close:
+            raise InvalidParameterError(
+                f"The environment variable {variable} is not known. Is {_PREFIX}{close[0]} meant? Correct its name, or "
+                "unset it.",
+                field=name.lower(),
+            )
 
 
 def key_headers(api_key: str | None, host: str, *, encrypted: bool) -> dict[str, str]:
@@ -72,6 +97,7 @@ def key_headers(api_key: str | None, host: str, *, encrypted: bool) -> dict[str,
 
 
 def _from_environment() -> str:
+    check_names(os.environ)
     if os.environ.get(KEY):
         return os.environ[KEY].strip()
     path = os.environ.get(KEY_FILE)
@@ -85,6 +111,15 @@ def is_loopback(host: str) -> bool:
         return True
     address = _address(bare)
     return address is not None and address.is_loopback
+
+
+def without_userinfo(address: str) -> str:
+    """Return an address for messages: what stands before its last @ may be a name and a password, and is left out."""
+    before, at, rest = address.rpartition("@")
+    if not at:
+        return address
+    scheme, mark, _ = before.partition("://")
+    return f"{scheme}://***@{rest}" if mark else f"***@{rest}"
 
 
 def leads_here(host: str) -> bool:
@@ -152,6 +187,7 @@ def grpc_credentials(ca: Files | None, cert: tuple[Files, Files] | None) -> grpc
 def files_of(ca: Files | None, cert: tuple[Files, Files] | None) -> tuple[Files | None, tuple[Files, Files] | None]:
     """Return the files that were given, or those that the environment names."""
     environ = os.environ
+    check_names(environ)
     if cert is None and environ.get(CERTIFICATE):
         cert = environ[CERTIFICATE], environ.get(PRIVATE_KEY) or environ[CERTIFICATE]
     return ca or environ.get(CA) or None, cert

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.client.access import Files, grpc_credentials, key_headers
+from perturbscope.client.access import Files, grpc_credentials, key_headers, leads_here, without_userinfo
 from perturbscope.client.base import TIMEOUT, AsyncBase, SyncBase
 from perturbscope.client.conversation import ChunkLimits, Failure, RetryPolicy
 from perturbscope.client.grpc_stream import StreamCall
@@ -61,10 +61,12 @@ class _OverGrpc(Conversations):
         self._target, self._timeout = _checked_target(target), _checked_timeout(timeout)
         credentials = _credentials(target, ca, cert, credentials)
         self._metadata = _metadata(self._target, api_key, encrypted=credentials is not None)
+        # A proxy of the environment would be asked to connect to itself, and would see the key.
+        options = [*_OPTIONS, *([("grpc.enable_http_proxy", 0)] if leads_here(_host(self._target)) else [])]
         self._channel = (
-            channels.insecure_channel(self._target, _OPTIONS)
+            channels.insecure_channel(self._target, options)
             if credentials is None
-            else channels.secure_channel(self._target, credentials, _OPTIONS)
+            else channels.secure_channel(self._target, credentials, options)
         )
         self._stub = PerturbScopeStub(self._channel)
         self._methods: dict[str, Any] = {}
@@ -184,9 +186,20 @@ class AsyncGrpcClient(_OverGrpc, AsyncBase):
 
 def _checked_target(target: str) -> str:
     bare = target.removeprefix("grpc://").removeprefix("grpcs://")
-    if not bare or "://" in bare:
-        raise InvalidParameterError(f"{target!r} is not the address of a gRPC server; give host:port.", field="target")
+    if not bare or "://" in bare or ("@" in bare and not bare.startswith("unix")):
+        raise InvalidParameterError(
+            f"{without_userinfo(target)!r} is not the address of a gRPC server; give host:port.", field="target"
+        )
     return bare
+
+
+def _host(target: str) -> str:
+    """Host name or address of a target; localhost for a socket of this machine."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return "localhost"
+    scheme, _, rest = target.partition(":")
+    target = rest.removeprefix("///") if scheme in ("dns", "ipv4", "ipv6") else target
+    return target if target.count(":") > 1 and "]" not in target else target.rpartition(":")[0] or target
 
 
 def _credentials(
@@ -195,7 +208,9 @@ def _credentials(
     if given is not None or not (target.startswith("grpcs://") or ca is not None or cert is not None):
         return given
     if target.startswith("grpc://"):
-        raise InvalidParameterError(f"ca and cert are for grpcs://, and the address is {target}.", field="ca")
+        raise InvalidParameterError(
+            f"ca and cert are for grpcs://, and the address is {without_userinfo(target)}.", field="ca"
+        )
     return grpc_credentials(ca, cert)
 
 
@@ -206,8 +221,7 @@ def _traced(metadata: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...
 
 def _metadata(target: str, api_key: str | None, *, encrypted: bool) -> tuple[tuple[str, str], ...]:
     """The metadata of every call: the API key, if there is one."""
-    host = "localhost" if target.startswith("unix:") else target.rpartition(":")[0] or target
-    return tuple(key_headers(api_key, host, encrypted=encrypted).items())
+    return tuple(key_headers(api_key, _host(target), encrypted=encrypted).items())
 
 
 def _checked_timeout(seconds: float) -> float:

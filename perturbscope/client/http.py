@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ssl
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import httpx
 
-from perturbscope.client.access import Files, key_headers, tls_context
+from perturbscope.client.access import Files, key_headers, leads_here, tls_context, without_userinfo
 from perturbscope.client.base import CONNECT_TIMEOUT, TIMEOUT, AsyncBase, SyncBase
 from perturbscope.client.conversation import ChunkLimits, Failure, RetryPolicy
 from perturbscope.client.methods import Conversations
@@ -42,13 +44,16 @@ class _OverHttp(Conversations, Generic[Transport]):
         seed: int | None = None,
     ) -> None:
         super().__init__(model=model, retries=retries, chunks=chunks, seed=seed)
-        self._url, self._body = _checked_url(base_url), _checked_body(body)
+        self._url, userinfo = _checked_url(base_url)
+        self._body = _checked_body(body)
         self._http = self._httpx(
             base_url=self._url,
             timeout=_timeout(timeout),
-            headers=_headers(self._url, api_key, headers),
+            headers=_headers(self._url, userinfo, api_key, headers),
             verify=_verify(self._url, ca, cert),
             transport=transport,
+            # A proxy would be asked to connect to itself, and would see the key.
+            mounts=dict.fromkeys(("http://", "https://", "all://")) if leads_here(httpx.URL(self._url).host) else None,
         )
 
 
@@ -58,7 +63,9 @@ class Client(_OverHttp[httpx.BaseTransport], SyncBase):
     Parameters
     ----------
     base_url
-        ``http://`` or ``https://``, with or without a path.
+        ``http://`` or ``https://``, with or without a path. A name and password before the host are sent as basic
+        authentication, for a proxy that asks for them, and shown nowhere. The proxies that the environment names
+        (``HTTPS_PROXY`` and others) are used, but not to this machine itself.
     model
         Name of the model; None: the server's default.
     timeout
@@ -123,9 +130,17 @@ class AsyncClient(_OverHttp[httpx.AsyncBaseTransport], AsyncBase):
         await self._http.aclose()
 
 
-def _headers(url: str, api_key: str | None, headers: Mapping[str, str] | None) -> dict[str, str]:
+def _headers(url: str, userinfo: bytes, api_key: str | None, headers: Mapping[str, str] | None) -> dict[str, str]:
     parsed = httpx.URL(url)
-    return {**key_headers(api_key, parsed.host, encrypted=parsed.scheme == "https"), **(headers or {})}
+    found = key_headers(api_key, parsed.host, encrypted=parsed.scheme == "https")
+    if userinfo:
+        # The header that the key would go in belongs to the proxy then.
+        key = found.pop("authorization", "").removeprefix("Bearer ")
+        found |= {"x-api-key": key} if key else {}
+        name, _, password = userinfo.partition(b":")
+        plain = unquote_to_bytes(name) + b":" + unquote_to_bytes(password)
+        found["authorization"] = f"Basic {b64encode(plain).decode()}"
+    return {**found, **(headers or {})}
 
 
 def _verify(url: str, ca: Files | None, cert: tuple[Files, Files] | None) -> ssl.SSLContext | bool:
@@ -150,16 +165,22 @@ def _timeout(seconds: float) -> httpx.Timeout:
     return httpx.Timeout(seconds, connect=min(seconds, CONNECT_TIMEOUT))
 
 
-def _checked_url(base_url: str) -> str:
+def _checked_url(base_url: str) -> tuple[str, bytes]:
+    """Return an address without name and password, and these."""
+    shown = without_userinfo(base_url) if isinstance(base_url, str) else type(base_url).__name__
+    url, why = None, ""
     try:
         url = httpx.URL(base_url)
     except (httpx.InvalidURL, TypeError) as error:
-        raise InvalidParameterError(f"{base_url!r} is not a URL: {error}.", field="base_url") from error
-    if url.scheme not in {"http", "https"} or not url.host:
+        # It may quote a part of a password, so that it is not chained either.
+        why = "it cannot be read" if "@" in shown else str(error)
+    if url is None:
+        raise InvalidParameterError(f"{shown!r} is not a URL: {why}.", field="base_url")
+    if url.scheme not in {"http", "https"} or not url.host or "@" in f"{url.path}{url.query!r}{url.fragment}":
         raise InvalidParameterError(
-            f"{base_url!r} is not the address of an HTTP server; give http://host:port.", field="base_url"
+            f"{shown!r} is not the address of an HTTP server; give http://host:port.", field="base_url"
         )
-    return base_url
+    return (str(url.copy_with(userinfo=b"")), url.userinfo) if url.userinfo else (base_url, b"")
 
 
 def _checked_body(body: Format) -> Format:

@@ -288,7 +288,10 @@ def open_backend(
         from perturbscope.client import GrpcClient
 
         return GrpcClient(address, model=model, api_key=api_key, ca=ca, cert=cert)
+    from perturbscope.client.access import without_userinfo
+
     raise InvalidParameterError(
-        f"The address {address} has the scheme {scheme!r}; http://, https://, grpc:// and grpcs:// are understood.",
+        f"The address {without_userinfo(address)} has the scheme {scheme!r}; http://, https://, grpc:// and grpcs:// "
+        "are understood.",
         field="bundle_or_url",
     )

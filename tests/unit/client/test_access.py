@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import inspect
 import logging
+import socket
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +18,11 @@ import httpx
 import pytest
 
 import perturbscope as ps
-from perturbscope.cli import app, options
-from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient, access
-from perturbscope.errors import InvalidParameterError, PermissionDeniedError, UnauthenticatedError
+from perturbscope.cli import app, console, options
+from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient, RetryPolicy, access
+from perturbscope.client.conversation import Pause
+from perturbscope.errors import InvalidParameterError, PermissionDeniedError, PerturbScopeError, UnauthenticatedError
+from serving.settings import Settings
 from tests.unit.client.conftest import QUICK
 from tests.unit.client.fake_server import FakeServer
 
@@ -135,3 +145,142 @@ def test_the_command_line_takes_a_file_and_no_key(monkeypatch: pytest.MonkeyPatc
     app.run([*files, "embed", "none.h5ad", "out.h5ad", "--server", "http://localhost"])
     assert shown() == {"authorization": f"Bearer {TEXT}"}
     assert access.files_of(None, None)[0] == str(tmp_path / "ca.pem")
+
+
+PASSWORD = "p%40ss/w0rd"
+
+
+class Proxy:
+    """A server that notes what it is asked to connect to, and refuses."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._socket.accept()
+                with connection:
+                    self.asked.append(connection.recv(65536))
+                    connection.sendall(b"HTTP/1.1 502 No\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    proxy = Proxy()
+    for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.setenv(name.upper(), f"http://127.0.0.1:{proxy.port}")
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    yield proxy
+    proxy.close()
+
+
+async def done(result: Any) -> Any:
+    """The result of a method of any client."""
+    return await result if inspect.isawaitable(result) else result
+
+
+async def ask(kind: Any, address: str, **options: Any) -> None:
+    """Ask something of a client of an address; no try is made twice."""
+    if kind is ps.load:
+        with ps.load(address) as model:
+            assert model.model_id
+        return
+    client = kind(address, timeout=5, retries=RetryPolicy(attempts=1), **options)
+    try:
+        await done(client.models())
+    finally:
+        await done(client.close())
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient, GrpcClient, AsyncGrpcClient])
+async def test_this_machine_is_never_asked_through_a_proxy(proxy: Proxy, kind: Any) -> None:
+    """However it is written; and the proxy is asked for other machines, so the test can fail."""
+    scheme = "grpc" if "Grpc" in kind.__name__ else "http"
+    for host in ("localhost", "LOCALHOST", "127.0.0.1", "127.1.2.3", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]"):
+        with pytest.raises(PerturbScopeError):
+            await ask(kind, f"{scheme}://{host}:1", api_key=TEXT)
+        assert proxy.asked == [], host
+    if scheme == "http":
+        for address in ("https://localhost:1", "http://127.1:1", "http://localhost.:1", "http://a.localhost:1"):
+            with pytest.raises(PerturbScopeError):
+                await ask(kind, address, api_key=TEXT)
+            assert proxy.asked == [], address
+    with pytest.raises(PerturbScopeError):
+        await ask(kind, f"{scheme}://cells.example.org:1")
+    assert b"cells.example.org:1" in proxy.asked[0]
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+async def test_name_and_password_of_an_address_are_sent_and_shown_nowhere(kind: Any, server: FakeServer) -> None:
+    seen: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return server.http(request)
+
+    address = f"http://user:{PASSWORD.replace('/', '%2F')}@localhost:1"
+    client = kind(address, api_key=TEXT, transport=httpx.MockTransport(answer))
+    await done(client.models())
+    (request,) = seen
+    assert base64.b64decode(request.headers["authorization"].removeprefix("Basic ")) == b"user:p@ss/w0rd"
+    assert request.headers["x-api-key"] == TEXT
+    assert "user" not in str(request.url) + repr(vars(client)) + str(client._http.base_url)
+    await done(client.close())
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient, GrpcClient, AsyncGrpcClient, ps.load])
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"SCHEME://user:{PASSWORD}@localhost:1",
+        "SCHEME://user:w0rd@localhost:1",
+        "SCHEME://user:w0rd@local host:1",
+        "SCHEME://user:w0rd@localhost:x1",
+        "SCHEME://user:1?w0rd@localhost:1",
+        "SCHEME://w0rd@localhost:1",
+        "ftp://user:w0rd@localhost:1",
+        "grpc://user:w0rd@localhost:1",
+        "http+x://user:w0rd@localhost:1/@",
+    ],
+)
+async def test_no_error_shows_name_and_password_of_an_address(
+    address: str, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its message nor what it is chained to, which tracebacks show."""
+    address = address.replace("SCHEME", "grpc" if "Grpc" in getattr(kind, "__name__", "") else "http")
+    monkeypatch.setattr(RetryPolicy, "pause", lambda *_: Pause(0.0))
+    with pytest.raises(PerturbScopeError) as failed:
+        await ask(kind, address)
+    error: BaseException | None = failed.value
+    while error is not None:
+        for text in (str(error), repr(error), repr(error.args), "".join(traceback.format_exception(error))):
+            lines = [line for line in text.split("\n") if "address" not in line]  # this test's own source
+            assert "w0rd" not in "".join(lines)
+        error = error.__cause__ or error.__context__
+
+
+def test_a_variable_nearly_like_one_of_the_clients_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, meant in (
+        ("APIKEY", "API_KEY"),
+        ("API_KEY_FIEL", "API_KEY_FILE"),
+        ("CLIENT_CERTIFICAT", "CLIENT_CERTIFICATE"),
+    ):
+        monkeypatch.setenv(f"PERTURBSCOPE_{name}", TEXT)
+        with pytest.raises(InvalidParameterError, match=f"Is PERTURBSCOPE_{meant} meant") as refused:
+            Client("https://localhost:1")
+        assert TEXT not in refused.value.message
+        monkeypatch.delenv(f"PERTURBSCOPE_{name}")
+    monkeypatch.setenv("PERTURBSCOPE_BUNDEL", "bundles/default")
+    assert app.run(["operations"]) == console.EXIT_USAGE
+    monkeypatch.delenv("PERTURBSCOPE_BUNDEL")
+    access.check_names({f"PERTURBSCOPE_{item.name.upper()}": "x" for item in fields(Settings)})  # those of a server
