@@ -37,6 +37,7 @@ from serving.engine.scores import annotated
 from serving.engine.status import explain, status_of
 from serving.http.files import HDF5_TYPES, MULTIPART, room_on_disk, write_file
 from serving.http.upload_page import PAGE_HEADERS
+from serving.uploads.folder import upload_folder
 from serving.uploads.readers import file_readers
 from serving.uploads.requests import FILE_NAME, Upload
 
@@ -198,7 +199,7 @@ async def read_request(body: LimitedBody, operation: Served, engine: Engine) -> 
             f"an .h5ad file as {protocol.HDF5}, or a form ({MULTIPART}) with the .h5ad file in the field 'file'.",
             field="content-type",
         )
-    with room_on_disk(), tempfile.TemporaryDirectory(prefix="perturbscope-") as directory:
+    with room_on_disk(), tempfile.TemporaryDirectory(dir=upload_folder().path()) as directory:
         path = Path(directory) / FILE_NAME
         async with body.timed():
             fields = await write_file(body.request, kind, path)

@@ -30,6 +30,9 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 def main() -> int:
     """Read files until the parent closes the pipe. Returns 0, or the status that the last fork ended with."""
+    # Whoever stops the server signals its children too; a file that was accepted is read all the same.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for line in sys.stdin.buffer:
         child = os.fork()
         if not child:
