@@ -104,7 +104,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     BENTOML_HOME=/tmp/bentoml \
     BENTOML_DO_NOT_TRACK=True \
     HDF5_PLUGIN_PRELOAD=:: \
-    PERTURBSCOPE_HOST=0.0.0.0
+    PERTURBSCOPE_HOST=0.0.0.0 \
+    PERTURBSCOPE_DRAIN_DELAY=5
 EXPOSE 3000 3001
 USER 10001:10001
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 \

@@ -36,6 +36,7 @@ from serving.openinference.http import add_routes
 from serving.openinference.inference import TokenEngine
 from serving.settings import Format, Level, Settings
 from serving.telemetry import log, tracing
+from serving.uploads.folder import upload_folder
 
 NAME = "PerturbScope"
 app = build_app()
@@ -70,6 +71,8 @@ class PerturbScope:
         self._settings = Settings.from_env()
         configure_log(self._settings)
         tracing.configure(scheme="https" if self._settings.tls_certificate else "http")
+        if left := upload_folder().remove_left_behind():
+            log.event("uploads_removed", folders=len(left))
         # A worker that raised here would be started again and again; one that serves what it can says what is wrong.
         self._engine = Engine.load(self._settings, strict=False)
         self._tokens = TokenEngine(self._engine)
@@ -100,7 +103,7 @@ class PerturbScope:
             register_more=[functools.partial(register, self._tokens)],
         )
         port = await server.start()
-        self._stopping = Stopping(self._engine, server)
+        self._stopping = Stopping(self._engine, server, self._settings.drain_delay)
         self._stopping.listen()
         for warning in safety.warnings(self._settings):
             log.logger.warning(warning)

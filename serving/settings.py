@@ -22,6 +22,7 @@ NOT_OF_THE_SERVER = (
 )
 """Variables with the prefix, without it here, that other programs of this project read."""
 _SERVICE_LINK = re.compile(r"(\w+?)_(SERVICE|PORT)(_\w+)?", re.ASCII)
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+:\d+", re.ASCII)
 Format = Literal["auto", "json", "text"]
 """Forms of the log."""
 Level = Literal["debug", "info", "warning", "error"]
@@ -248,15 +249,14 @@ class Settings:
         values: dict[str, str | int] = {}
         for item in fields(cls):
             text = environ.get(_variable(item.name), "")
-            if not text:
+            if not text or _is_address_of_a_service(item.name, text):
                 continue
             if isinstance(item.default, int):
                 try:
                     values[item.name] = int(text)
                 except ValueError as error:
-                    reason = _set_by_kubernetes(item.name, text)
                     raise InvalidParameterError(
-                        f"{_variable(item.name)} is {text!r}; a whole number is needed.{reason}", field=item.name
+                        f"{_variable(item.name)} is {text!r}; a whole number is needed.", field=item.name
                     ) from error
             else:
                 values[item.name] = text
@@ -275,15 +275,12 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _set_by_kubernetes(name: str, text: str) -> str:
-    """Return why a port is an address, with the remedy; empty if it is none."""
-    if not name.endswith("_port") or "://" not in text:
-        return ""
-    service = f"{PREFIX}{name.removesuffix('_port')}".lower().replace("_", "-")
-    return (
-        f" Kubernetes sets it in every pod beside a Service called {service}: write enableServiceLinks: false into the "
-        f"pod's spec, or set {_variable(name)} there."
-    )
+def _is_address_of_a_service(name: str, text: str) -> bool:
+    """Whether Kubernetes set a port, which is then not meant for this server.
+
+    Pods beside a Service called perturbscope-http get PERTURBSCOPE_HTTP_PORT=tcp://10.0.0.11:3000.
+    """
+    return name.endswith("_port") and _SERVICE_ADDRESS.fullmatch(text) is not None
 
 
 def _check_names(environ: Mapping[str, str], known: Iterable[str]) -> None:

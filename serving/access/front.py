@@ -70,7 +70,7 @@ class Front:
     @property
     def leaving(self) -> bool:
         """Whether the server is about to stop, so that clients should connect elsewhere."""
-        return self._admission.leaving
+        return self._admission.closed or self._admission.leaving
 
     @staticmethod
     def begin(

@@ -36,7 +36,9 @@ def main(environ: Mapping[str, str] | None = None) -> int:
             context = ssl._create_unverified_context()  # noqa: S323  see above
             if variables.get("PERTURBSCOPE_TLS_CLIENT_CA"):
                 context.load_cert_chain(certificate, variables.get("PERTURBSCOPE_TLS_KEY"))
-        url = f"{'https' if certificate else 'http'}://{host}:{variables.get('PERTURBSCOPE_HTTP_PORT', '3000')}/readyz"
+        port = variables.get("PERTURBSCOPE_HTTP_PORT", "")
+        port = port if port.isdigit() else "3000"  # or what Kubernetes sets, see serving.settings
+        url = f"{'https' if certificate else 'http'}://{host}:{port}/readyz"
         # Without a proxy, whatever the environment says.
         handlers = [urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)]
         with urllib.request.build_opener(*handlers).open(url, timeout=TIMEOUT):

@@ -172,9 +172,14 @@ class Engine:
 
     async def ready(self) -> bool:
         """Tell whether models and scores answer. A model that failed last is tried with one cell: it can recover."""
-        if self.admission.closed or self.admission.leaving or self.scores.stuck_seconds > STUCK:
+        if self.leaving or self.scores.stuck_seconds > STUCK:
             return False
         return await self.registry.ready()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the server stops, now or after its drain delay, so that nothing shall be sent to it any more."""
+        return self.admission.closed or self.admission.leaving
 
     def leave(self) -> None:
         """Be not ready from now on, and still admit requests: balancers shall send theirs elsewhere."""

@@ -1,5 +1,8 @@
 """The end of the service, which begins with the signal and not when the HTTP server is done.
 
+Where a balancer stands in front, it must see that this server is not ready before connections are refused: after
+SIGTERM the server goes on for the drain delay, and only its health probes change.
+
 uvicorn first waits for its open connections, and only then tells the application. By then the service should long have
 refused new requests, on both transports, and the grace period of those in progress should have begun.
 """
@@ -20,6 +23,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Listener(Protocol):
     """A server that is stopped beside the engine: the gRPC server."""
 
+    async def leave(self) -> None:
+        """Tell those who watch that the engine is not ready any more."""
+        ...
+
     async def stop(self) -> None:
         """Refuse new calls, and wait for those in progress."""
         ...
@@ -32,17 +39,21 @@ class Stopping:
     ----------
     engine, listener
         Engine and server to stop.
+    delay
+        Seconds from SIGTERM to the stop, in which the engine is not ready and still answers. SIGINT does not wait.
     """
 
-    def __init__(self, engine: Engine, listener: Listener) -> None:
+    def __init__(self, engine: Engine, listener: Listener, delay: float = 0.0) -> None:
         self._engine = engine
         self._listener = listener
+        self._delay = delay
         self._loop = asyncio.get_running_loop()
+        self._told: asyncio.Task[Any] | None = None
         self._task: asyncio.Task[Any] | None = None
         self._previous: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Begin to stop with the first signal, whose earlier handler is still called. For the main thread."""
+        """Begin to stop with the first signal, whose earlier handler is called then. For the main thread."""
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._signalled)
 
@@ -65,7 +76,25 @@ class Stopping:
         await asyncio.gather(self._engine.close(), self._listener.stop())
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and self._delay > 0 and self._task is None:
+            self._loop.call_soon_threadsafe(self._drain)
+            return
         self._loop.call_soon_threadsafe(self.begin)
+        self._hand_on(number, frame)
+
+    def _drain(self) -> None:
+        """Be not ready, and stop after the delay. A second SIGTERM, which a service manager may send, is no hurry."""
+        if self._told is None:
+            log.event("draining", seconds=self._delay, requests_in_progress=self._engine.admission.in_progress)
+            self._engine.leave()
+            self._told = self._loop.create_task(self._listener.leave(), name="perturbscope-draining")
+            self._loop.call_later(self._delay, self._end)
+
+    def _end(self) -> None:
+        self.begin()
+        self._hand_on(signal.SIGTERM, None)
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
         previous = self._previous.get(number)
         if callable(previous):
             previous(number, frame)

@@ -178,6 +178,10 @@ class GrpcServer:
         await self._health.start()
         return int(port)
 
+    async def leave(self) -> None:
+        """Tell the health service that the engine is not ready."""
+        await self._health.refresh()
+
     async def stop(self) -> None:
         """Tell the health service, refuse new calls, and give those in progress their time."""
         await self._health.stop()

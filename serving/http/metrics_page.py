@@ -64,7 +64,7 @@ def server_states(engine: Engine) -> Iterator[Metric]:
             engine.scores.stuck_seconds,
         ),
         ("score_workers", "Scores that are computed at a time.", settings.score_workers),
-        ("shutting_down", "1 from the signal to stop to the end, else 0.", int(admission.closed or admission.leaving)),
+        ("shutting_down", "1 from the signal to stop to the end, else 0.", int(engine.leaving)),
         (
             "memory_bytes",
             "Resident memory of this process, BentoML's above it, and the readers of files below.",

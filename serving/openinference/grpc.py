@@ -134,7 +134,7 @@ class InferenceServicer(services.GRPCInferenceServiceServicer):
         if not any(request.name == info.name and version in (None, info.version) for info in infos):
             return messages.ModelReadyResponse(ready=False)
         with self._engine.registry.lease(request.name, version) as model:
-            return messages.ModelReadyResponse(ready=model.verified)
+            return messages.ModelReadyResponse(ready=model.verified and not self._engine.leaving)
 
     async def _server_metadata(self, request: Any, call: Call, held: Held) -> Any:
         return ParseDict(describe.server(), messages.ServerMetadataResponse())

@@ -112,7 +112,8 @@ async def _metadata(request: Request, tokens: TokenEngine, call: Call, hold: Hel
 
 async def _model_ready(request: Request, tokens: TokenEngine, call: Call, hold: Held) -> Any:
     with tokens.engine.registry.lease(*_named(request)) as model:
-        return _json({"name": model.info.name, "ready": model.verified}, 200 if model.verified else 503)
+        ready = model.verified and not tokens.engine.leaving
+        return _json({"name": model.info.name, "ready": ready}, 200 if ready else 503)
 
 
 async def _configuration(request: Request, tokens: TokenEngine, call: Call, hold: Held) -> Any:

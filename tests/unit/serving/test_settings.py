@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from perturbscope.cli import options
 from perturbscope.client import access
 from perturbscope.errors import InvalidParameterError
-from serving.settings import BUNDLES, Settings
+from serving.access.limits import LAST_WORDS
+from serving.settings import BUNDLES, ROOT, Settings
+
+DEPLOYMENTS = ("deploy/docker-compose.yml", "deploy/kubernetes.yml")
 
 
 def test_an_empty_environment_means_the_defaults() -> None:
@@ -48,8 +53,10 @@ def test_an_empty_variable_is_an_unset_one() -> None:
     ("variable", "value", "message"),
     [
         ("HTTP_PORT", "eighty", "PERTURBSCOPE_HTTP_PORT is 'eighty'; a whole number is needed"),
-        ("HTTP_PORT", "tcp://10.0.0.11:3000", "a Service called perturbscope-http: write enableServiceLinks: false"),
-        ("GRPC_PORT", "tcp://10.0.0.11:3001", "or set PERTURBSCOPE_GRPC_PORT there"),
+        ("HTTP_PORT", "tcp://here", "a whole number is needed"),
+        ("CONNECTION_AGE", "tcp://10.0.0.11:3000", "a whole number is needed"),
+        ("TRUSTED_PROXIES", "10.0.0.7/8", "TRUSTED_PROXIES holds '10.0.0.7/8'"),
+        ("TRUSTED_PROXIES", "*", "10.0.0.7 or 10.0.0.0/8"),
         ("HTTP_PORT", "70000", "ports end at 65535"),
         ("GRPC_PORT", "3000", "cannot share the port 3000"),
         ("DEVICE", "tpu", "must be one of cpu, cuda"),
@@ -89,10 +96,10 @@ def test_variables_of_the_client_do_not_stop_a_server() -> None:
 
 
 def test_variables_that_kubernetes_sets_for_a_service_do_not_stop_a_server() -> None:
-    """Those of a Service called perturbscope, and of one called perturbscope-gpu."""
+    """Those of Services called perturbscope, perturbscope-gpu, and like the start of a setting, perturbscope-http."""
     environ = {
         f"{name}_{key}": value
-        for name in ("PERTURBSCOPE", "PERTURBSCOPE_GPU")
+        for name in ("PERTURBSCOPE", "PERTURBSCOPE_GPU", "PERTURBSCOPE_HTTP", "PERTURBSCOPE_GRPC")
         for key, value in {
             "SERVICE_HOST": "10.0.0.11",
             "SERVICE_PORT": "3000",
@@ -107,3 +114,28 @@ def test_variables_that_kubernetes_sets_for_a_service_do_not_stop_a_server() -> 
     assert Settings.from_env(environ) == Settings()
     with pytest.raises(InvalidParameterError, match="PERTURBSCOPE_PORT is not a setting"):
         Settings.from_env({**environ, "PERTURBSCOPE_PORT": "80"})
+
+
+def test_files_of_deployments_name_settings_and_wait_long_enough() -> None:
+    """What is killed after its stop began had time for the drain delay and the grace, and five seconds more."""
+    known = {f"PERTURBSCOPE_{item.name.upper()}" for item in fields(Settings)}
+    texts = {name: (ROOT / name).read_text() for name in ("Dockerfile", *DEPLOYMENTS)}
+    for name, text in texts.items():
+        assert set(re.findall(r"PERTURBSCOPE_\w+", text)) <= known | {"PERTURBSCOPE_PORT"}, name
+    in_the_image = int(re.findall(r"PERTURBSCOPE_DRAIN_DELAY=(\d+)", texts["Dockerfile"])[0])
+    compose = yaml.safe_load(texts["deploy/docker-compose.yml"])["services"]["perturbscope"]
+    grace = Settings().shutdown_grace + LAST_WORDS
+    assert int(compose["stop_grace_period"].removesuffix("s")) > in_the_image + grace
+    deployment, service = yaml.safe_load_all(texts["deploy/kubernetes.yml"])
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    environ = {item["name"]: item["value"] for item in container["env"]}
+    settings = Settings.from_env(environ)
+    needed = settings.drain_delay + settings.shutdown_grace + LAST_WORDS
+    assert pod["terminationGracePeriodSeconds"] > needed
+    probe = container["readinessProbe"]
+    assert settings.drain_delay > probe["periodSeconds"] * probe["failureThreshold"] + probe["timeoutSeconds"]
+    ports = {item["name"]: item["containerPort"] for item in container["ports"]}
+    assert ports == {"http": settings.http_port, "grpc": settings.grpc_port}
+    assert [item["port"] for item in service["spec"]["ports"]] == [settings.http_port, settings.grpc_port]
+    assert not pod["enableServiceLinks"]
