@@ -73,6 +73,7 @@ class Model:
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
+        round_counts: bool = False,
         progress: StageProgress | None = None,
     ) -> NDArray[np.float32]: ...
 
@@ -85,6 +86,7 @@ class Model:
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
+        round_counts: bool = False,
         progress: StageProgress | None = None,
     ) -> Embeddings: ...
 
@@ -96,6 +98,7 @@ class Model:
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
+        round_counts: bool = False,
         progress: StageProgress | None = None,
     ) -> NDArray[np.float32] | Embeddings:
         """Embed cells.
@@ -107,7 +110,7 @@ class Model:
         outputs
             Names of other :attr:`outputs` that are wanted beside the cell embedding, such as ``gene_embedding``. All
             of them are held in memory: one float32 for each gene of each cell and value.
-        layer, gene_key, total_counts_key
+        layer, gene_key, total_counts_key, round_counts
             Location of the counts in `cells`; see :func:`perturbscope.open_cells`.
         progress
             Called with the stage (``embed``), the number of cells that are done, and that of all cells.
@@ -128,6 +131,7 @@ class Model:
             layer=layer,
             gene_key=gene_key,
             total_counts_key=total_counts_key,
+            round_counts=round_counts,
             progress=progress,
         )
         return found.values if outputs is None else found
@@ -140,11 +144,12 @@ class Model:
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
+        round_counts: bool = False,
         progress: StageProgress | None = None,
     ) -> Embeddings:
         """Embed cells as :meth:`embed`; also return their lengths, shares of known genes, and the genes' coverage."""
         names = [outputs] if isinstance(outputs, str) else outputs
-        counts = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
+        counts = _where(layer, gene_key, total_counts_key, round_counts)
         with self._parts(cells, names, counts, progress) as (parts, n_cells):
             result = next(parts) if isinstance(cells, CountMatrix) else gather(parts, n_cells)
         for warning in result.warnings():
@@ -159,6 +164,7 @@ class Model:
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
+        round_counts: bool = False,
         progress: StageProgress | None = None,
     ) -> pd.DataFrame:
         """Average an output per token by gene, over all cells that have the gene; only one chunk of them is in memory.
@@ -169,7 +175,7 @@ class Model:
             Raw counts; see the class. Give the cells of one perturbation to compare it with the controls.
         output
             Name of the output.
-        layer, gene_key, total_counts_key, progress
+        layer, gene_key, total_counts_key, round_counts, progress
             See :meth:`embed`.
 
         Returns
@@ -188,7 +194,7 @@ class Model:
             raise InvalidParameterError(f"The output {output!r} has one row a cell, and no genes.", field="output")
         size = chunk_cells(specs, self.backend.max_length)
         sums = GeneSums()
-        counts = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
+        counts = _where(layer, gene_key, total_counts_key, round_counts)
         with self._parts(cells, [output], counts, progress, size) as (parts, _):
             for part in parts:
                 sums.add(part.outputs[output])
@@ -199,7 +205,7 @@ class Model:
         self,
         cells: Any,
         outputs: Sequence[str] | None,
-        counts: Mapping[str, str | None],
+        counts: Mapping[str, Any],
         progress: StageProgress | None,
         size: int | None = None,
     ) -> Iterator[tuple[Iterator[Embeddings], int]]:
@@ -208,13 +214,10 @@ class Model:
             with opened(cells, **counts) as source:
                 chunks = source if size is None else source.chunks(size)
                 advance = count_stage("embed", source.n_cells, progress)
-                yield embed_parts(chunks, self.backend, outputs=outputs, progress=advance), source.n_cells
+                parts = embed_parts(chunks, self.backend, outputs=outputs, progress=advance)
+                yield (part.from_source(source) for part in parts), source.n_cells
             return
-        if any(value is not None for value in counts.values()):
-            raise InvalidParameterError(
-                "A CountMatrix has neither layers nor columns; leave layer, gene_key and total_counts_key out.",
-                field="layer",
-            )
+        _check_bare(counts)
         advance = count_stage("embed", len(cells), progress)
         pieces = (cells[start : start + size] for start in range(0, len(cells), size)) if size else cells
         yield embed_parts(pieces, self.backend, outputs=outputs, progress=advance), len(cells)
@@ -232,6 +235,7 @@ class Model:
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
+        round_counts: bool = False,
         progress: StageProgress | None = None,
         **options: Any,
     ) -> pd.DataFrame:
@@ -251,7 +255,7 @@ class Model:
             Column of obs with each cell's batch; labels are permuted within batches.
         metrics, seed, options
             See :class:`perturbscope.ScoreOptions`.
-        layer, gene_key, total_counts_key, progress
+        layer, gene_key, total_counts_key, round_counts, progress
             See :meth:`embed`.
 
         Returns
@@ -269,7 +273,7 @@ class Model:
         InvalidInputError
             A cell cannot be embedded; the message names its row.
         """
-        with opened(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
+        with opened(cells, **_where(layer, gene_key, total_counts_key, round_counts)) as source:
             screen = Screen.of(
                 source,
                 self.backend,
@@ -297,6 +301,7 @@ class Model:
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
+        round_counts: bool = False,
         progress: StageProgress | None = None,
         **options: Any,
     ) -> pd.DataFrame:
@@ -309,7 +314,7 @@ class Model:
         -------
         One row a pair and metric: a, b, n_a, n_b, metric, distance, null_mean, null_sd, z, p, q, flags.
         """
-        with opened(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
+        with opened(cells, **_where(layer, gene_key, total_counts_key, round_counts)) as source:
             screen = Screen.of(
                 source,
                 self.backend,
@@ -331,6 +336,7 @@ class Model:
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
+        round_counts: bool = False,
         progress: StageProgress | None = None,
         **values: Any,
     ) -> Any:
@@ -342,7 +348,7 @@ class Model:
             Name of an operation of :mod:`perturbscope.operations`.
         cells
             Raw counts; see the class.
-        layer, gene_key, total_counts_key
+        layer, gene_key, total_counts_key, round_counts
             Location of the counts in `cells`; see :func:`perturbscope.open_cells`.
         progress
             Called with the operation, the number of cells that are done, and that of all cells.
@@ -362,15 +368,11 @@ class Model:
 
         found = OPERATIONS.named(operation)
         if isinstance(cells, CountMatrix):
-            if (layer, gene_key, total_counts_key) != (None, None, None):
-                raise InvalidParameterError(
-                    "A CountMatrix has neither layers nor columns; leave layer, gene_key and total_counts_key out.",
-                    field="layer",
-                )
+            _check_bare(_where(layer, gene_key, total_counts_key, round_counts))
             advance = count_stage(operation, len(cells), progress)
             answer = self.backend.ask(found.asked(cells, **values), progress=advance)
         else:
-            with opened(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
+            with opened(cells, **_where(layer, gene_key, total_counts_key, round_counts)) as source:
                 answer = ask_source(found, source, self.backend, values, progress=progress)
         for warning in getattr(getattr(answer, "meta", None), "warnings", ()):
             _log.warning(warning)
@@ -436,6 +438,26 @@ def load(
     return Model(
         open_backend(str(bundle_or_url), device=device, variant=variant, model=model, api_key=api_key, ca=ca, cert=cert)
     )
+
+
+def _where(layer: str | None, gene_key: str | None, total_counts_key: str | None, round_counts: bool) -> dict[str, Any]:
+    """Return the options of :func:`perturbscope.open_cells` that say where counts are, and how they are read."""
+    return {
+        "layer": layer,
+        "gene_key": gene_key,
+        "total_counts_key": total_counts_key,
+        "round_counts": round_counts,
+    }
+
+
+def _check_bare(counts: Mapping[str, Any]) -> None:
+    """Refuse options of files for a CountMatrix."""
+    if any(counts.values()):
+        raise InvalidParameterError(
+            "A CountMatrix has neither layers nor columns, and its counts are whole; leave layer, gene_key, "
+            "total_counts_key and round_counts out.",
+            field="layer",
+        )
 
 
 def _options(metrics: Sequence[str], seed: int, others: Mapping[str, Any]) -> ScoreOptions:

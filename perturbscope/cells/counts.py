@@ -21,6 +21,12 @@ from perturbscope.errors import (
 INTEGRAL_TOLERANCE = 1e-6
 """A float count this close to an integer is read as that integer."""
 MAX_COUNT = 2**31 - 1
+RAW_REMEDY = "Give the raw counts: a layer (e.g. layer='counts'), adata.raw, or the matrix before normalisation."
+"""End of the message about values that are no raw counts; a reader that knows of a layer with counts names that."""
+ROUND_REMEDY = (
+    "round_counts rounds them: round_counts=True, --round-counts on the command line, round_counts=true beside an "
+    "uploaded file."
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class CountMatrix:
         *,
         totals: Sequence[float] | NDArray[Any] | None = None,
         first_row: int = 0,
+        round_counts: bool = False,
     ) -> CountMatrix:
         """Build counts from a dense array or any scipy sparse matrix, after checking them.
 
@@ -84,13 +91,17 @@ class CountMatrix:
             Total counts of each cell over all measured genes, if `matrix` has only some of them.
         first_row
             Number of the first row in the caller's file; used in messages only.
+        round_counts
+            Round estimated counts, as alevin, RSEM, STARsolo with EM and CellBender give them, to whole numbers (a half
+            to the nearest even one).
 
         Raises
         ------
         MalformedMatrixError
             The matrix is not two-dimensional or not numeric, or sizes disagree.
         NotRawCountsError
-            A value is negative, fractional, NaN or infinite; the message names cell and gene.
+            A value is negative, fractional, NaN or infinite; the message names cell and gene. With `round_counts`: a
+            value is fractional and the matrix looks normalised or log-transformed.
         DuplicateGenesError
             One identifier names two columns.
         EmptyCellError
@@ -104,9 +115,9 @@ class CountMatrix:
                     field="counts",
                 )
             _require_numeric(array.dtype)
-            # scipy has no sparse matrices of half floats.
-            matrix = sparse.csr_matrix(array.astype(np.float32) if array.dtype == np.float16 else array)
-        csr = matrix.tocsr(copy=False)
+            matrix = sparse.csr_matrix(native(array))
+        _require_numeric(matrix.dtype)
+        csr = native(matrix).tocsr(copy=False)
         if not isinstance(csr, sparse.csr_matrix):
             csr = sparse.csr_matrix(csr)
         if csr.shape[1] != len(gene_ids):
@@ -122,6 +133,7 @@ class CountMatrix:
             gene_ids,
             totals=totals,
             first_row=first_row,
+            round_counts=round_counts,
         )
 
     @classmethod
@@ -134,12 +146,13 @@ class CountMatrix:
         *,
         totals: Sequence[float] | NDArray[Any] | None = None,
         first_row: int = 0,
+        round_counts: bool = False,
     ) -> CountMatrix:
         """Build counts from the arrays of a CSR matrix, after checking them. See :meth:`from_matrix`."""
         data, indices, indptr = np.asarray(data), np.asarray(indices), np.asarray(indptr)
         genes = _check_gene_ids(gene_ids)
         _check_structure(data, indices, indptr, n_genes=len(genes))
-        values = _integral(data, indices, indptr, genes, first_row)
+        values = _integral(data, indices, indptr, genes, first_row, round_counts)
         n_cells = len(indptr) - 1
         if n_cells == 0:
             raise MalformedMatrixError("The matrix has no cells.", field="counts")
@@ -159,6 +172,16 @@ class CountMatrix:
                 field="counts",
             )
         return cls(csr, genes, _check_totals(totals, row_sums, first_row), first_row)
+
+
+def native(values: Any) -> Any:
+    """Return an array or sparse matrix of numbers in a type that scipy computes with: no half floats, no swapped bytes.
+
+    Every half float is a float32, so no value changes.
+    """
+    if values.dtype == np.float16:
+        return values.astype(np.float32)
+    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
 
 
 def _require_numeric(dtype: np.dtype[Any]) -> None:
@@ -224,13 +247,17 @@ def _integral(
     indptr: NDArray[Any],
     genes: NDArray[np.str_],
     first_row: int,
+    round_counts: bool,
 ) -> NDArray[np.int32]:
     """Return the values as int32; the error names the first bad value and guesses the reason."""
     if data.dtype.kind == "f":
         finite = np.isfinite(data)
         with np.errstate(invalid="ignore"):
             rounded = np.rint(data)
-            bad = ~finite | (data < 0) | (np.abs(data - rounded) > INTEGRAL_TOLERANCE)
+            fractional = np.abs(data - rounded) > INTEGRAL_TOLERANCE
+            bad = ~finite | (data < 0) | fractional
+            if round_counts and bad.any() and (finite & (data >= 0)).all():
+                bad &= not _may_be_rounded(data, indptr)
     else:
         rounded = data
         bad = data < 0 if data.dtype.kind == "i" else np.zeros(len(data), dtype=bool)
@@ -242,22 +269,38 @@ def _integral(
     at = int(np.flatnonzero(bad)[0])
     row = int(np.searchsorted(indptr, at, side="right")) - 1
     value = data[at]
+    remedy = RAW_REMEDY
     if not np.isfinite(value):
         why = "is not a finite number"
     elif value < 0:
         why = "is negative; the data look scaled or centred"
     elif float(value) > MAX_COUNT:
         why = f"is larger than {MAX_COUNT}"
-    elif np.nanmax(data) < 20:
-        why = "is fractional; the data look log-normalised"
     else:
-        why = "is fractional; the data look normalised"
+        from perturbscope.cells.scales import scale_of
+
+        scale = scale_of(np.where(np.isfinite(data) & (data > 0), data, 0), indptr)
+        why = "is fractional"
+        if scale.what is not None:
+            why += f"; the data look {scale.what}"
+            why += ", and must not be rounded" if round_counts else ""
+        if scale.is_estimated or scale.what is None:
+            remedy = (
+                f"If these are estimated counts (of alevin, RSEM, CellBender, STARsolo), {ROUND_REMEDY} {RAW_REMEDY}"
+            )
     raise NotRawCountsError(
         f"Raw counts are needed, but the value {float(value):g} of gene {str(genes[indices[at]])!r} in row "
-        f"{first_row + row} {why} ({int(bad.sum())} such values). Give the raw counts: a layer "
-        "(e.g. layer='counts'), adata.raw, or the matrix before normalisation.",
+        f"{first_row + row} {why} ({int(bad.sum())} such values). {remedy}",
         field="counts",
     )
+
+
+def _may_be_rounded(data: NDArray[Any], indptr: NDArray[Any]) -> bool:
+    """Return whether fractional values may be estimated counts, as their caller says."""
+    from perturbscope.cells.scales import scale_of
+
+    scale = scale_of(data, indptr)
+    return scale.is_estimated or scale.what is None
 
 
 def _canonical(csr: sparse.csr_matrix, first_row: int) -> sparse.csr_matrix:

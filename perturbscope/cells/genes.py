@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -82,6 +82,8 @@ class GeneCoverage:
         Number of ambiguous identifiers.
     unmatched
         Identifiers without a gene of the vocabulary (the first ten).
+    left_out
+        Number of the file's features that are no genes, and no columns here, by their type.
     """
 
     n_genes: int
@@ -91,6 +93,7 @@ class GeneCoverage:
     ambiguous: tuple[tuple[str, str], ...] = ()
     n_ambiguous: int = 0
     unmatched: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -99,7 +102,7 @@ class GeneCoverage:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return {
+        found = {
             "n_genes": self.n_genes,
             "n_matched": self.n_matched,
             "n_by_symbol": self.n_by_symbol,
@@ -108,6 +111,7 @@ class GeneCoverage:
             "ambiguous": [list(pair) for pair in self.ambiguous],
             "unmatched": list(self.unmatched),
         }
+        return {**found, "left_out": dict(self.left_out)} if self.left_out else found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GeneCoverage:
@@ -120,6 +124,7 @@ class GeneCoverage:
             ambiguous=tuple((str(a), str(b)) for a, b in data["ambiguous"]),
             n_ambiguous=int(data["n_ambiguous"]),
             unmatched=tuple(map(str, data["unmatched"])),
+            left_out={str(kind): int(n) for kind, n in dict(data.get("left_out") or {}).items()},
         )
 
 

@@ -6,6 +6,7 @@ import functools
 import gzip
 import hashlib
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,11 @@ from numpy.typing import NDArray
 from perturbscope.cells.data import read_text
 from perturbscope.errors import CorruptBundleError
 
+_SPECIAL = re.compile(
+    r"\s*(?:[<\[{|].*[>\]}|]|(?:pad|mask|masked|cls|eos|bos|sep|unk|eop|sos|start|end)(?:_?token)?|)\s*", re.IGNORECASE
+)
+"""Names of special tokens in the models of this field and of language, which no gene has; also no name at all."""
+_ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}")
 _RETIRED = "retired"
 """Text in place of the median in the row of a retired id."""
 
@@ -78,6 +84,25 @@ class GeneVocabulary:
         current = set(self.retired) & set(self.gene_ids)
         if current:
             return f"{min(current)} is retired, and a gene of it"
+        no_gene = next(
+            (
+                name
+                for name in (*self.gene_ids, *self.retired)
+                if not name.startswith("ENS") and _SPECIAL.fullmatch(name)
+            ),
+            None,
+        )
+        if no_gene is not None:
+            return (
+                f"{no_gene!r} stands among the genes, with a median, and is the name of a special token. Leave its "
+                "median empty, or its row out"
+            )
+        twice = set(self.special_tokens) & set(self.gene_ids)
+        if twice:
+            return f"{min(twice)} is a special token, and a gene of it"
+        unmeasured = next((name for name in self.special_tokens if _ENSEMBL.match(name)), None)
+        if unmeasured is not None:
+            return f"the gene {unmeasured} has no median, as only a special token may"
         missing = {"<pad>", "<mask>"} - set(self.special_tokens)
         if missing:
             return f"the special token {min(missing)} is missing"

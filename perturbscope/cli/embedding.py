@@ -82,7 +82,7 @@ def embed(
         with partial.open():
             if files:
                 announce(source, backend, partial, files)
-            embeddings = partial.embed(source, backend, progress=progress)
+            embeddings = partial.embed(source, backend, progress=progress).from_source(source)
             names = {name: file.name for name, file in files.items()}
             provenance = provenance_of(embeddings, where, __version__, outputs, names)
             write_embedded(partial.staging, source, embeddings, provenance)

@@ -61,6 +61,14 @@ class CountsIn:
             rich_help_panel=_INPUT,
         ),
     ] = None
+    round_counts: Annotated[
+        bool,
+        typer.Option(
+            "--round-counts",
+            help="Round estimated counts (alevin, RSEM, STARsolo EM, CellBender) to whole numbers.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

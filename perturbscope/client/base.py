@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.client.conversation import Conversation, Failure, Pause, Reply, Step, Together
 from perturbscope.client.methods import Conversations, awaitable, blocking
-from perturbscope.client.streams import Flight, Later, each, fill, fill_async
+from perturbscope.client.streams import Flight, Later, chunks_of, each, fill, fill_async
 from perturbscope.client.together import hold_together, hold_together_async
 from perturbscope.errors import UnknownModelError
 from perturbscope.families.outputs import OutputSpec, cell_embedding
@@ -124,7 +124,7 @@ class SyncBase(Conversations):
         UnknownModelError, ServerError
             The server has replaced its model.
         """
-        flight, source = self._flight(outputs), iter(chunks)
+        flight, source = self._flight(outputs), chunks_of(chunks)
         waiting: deque[Later[Embeddings]] = deque()
         while True:
             for part in fill(flight, source):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.readers import as_counts
 from perturbscope.client.conversation import ChunkLimits, Conversation, RetryPolicy, ask, ask_in_chunks, expect
 from perturbscope.client.streams import Flight
 from perturbscope.errors import InvalidEmbeddingError
@@ -86,7 +87,7 @@ class Conversations:
         return (
             yield from ask_in_chunks(
                 OPERATIONS.of(request),
-                request,
+                _with_counts(request),
                 limits=self._chunks,
                 policy=self._policy,
                 rng=self._rng,
@@ -123,7 +124,9 @@ class Conversations:
     ) -> Conversation[Embeddings]:
         """Embed cells, in chunks that the server takes; `progress` is told the number of cells of each chunk.
 
-        `outputs` names outputs that are wanted beside the cell embedding; :class:`ModelInfo` lists those of a model.
+        `cells` is a :class:`CountMatrix`, or an AnnData object whose X has the raw counts; see
+        :func:`perturbscope.cells_from_anndata` for other places. `outputs` names outputs that are wanted
+        beside the cell embedding; :class:`ModelInfo` lists those of a model.
         """
         wanted = None if outputs is None else texts(list(outputs), "outputs")
         return expect((yield from self._ask(EmbedRequest(cells=cells, outputs=wanted), progress=progress)), Embeddings)
@@ -204,7 +207,16 @@ class Conversations:
             options=options or ScoreOptions(),
             model=self.model,
         )
-        return (yield from ask(request, self._policy, self._rng))
+        return (yield from ask(_with_counts(request), self._policy, self._rng))
+
+
+def _with_counts(request: Any) -> Any:
+    """Return a request with the raw counts of an AnnData object in place of the object. Raises as :func:`as_counts`."""
+    names = [item.name for item in OPERATIONS.of(request).takes.of("cells")]
+    given = {name: value for name in names if (value := getattr(request, name)) is not None}
+    if all(isinstance(value, CountMatrix) for value in given.values()):
+        return request
+    return replace(request, **{name: as_counts(value) for name, value in given.items()})
 
 
 def blocking(conversation: Callable[Concatenate[Any, P], Conversation[T]]) -> Callable[Concatenate[Any, P], T]:

@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.readers import as_counts
 from perturbscope.client.conversation import (
     ChunkLimits,
     Conversation,
@@ -242,13 +243,18 @@ async def fill_async(flight: Flight, source: AsyncIterator[CountMatrix]) -> Asyn
             flight.add(await anext(source, None))
 
 
+def chunks_of(cells: Any) -> Iterator[CountMatrix]:
+    """Yield the raw counts of each chunk; an AnnData object is a chunk, and is one alone too. As :func:`as_counts`."""
+    return map(as_counts, [cells] if hasattr(cells, "obs_names") else cells)
+
+
 async def each(chunks: Iterable[CountMatrix] | AsyncIterable[CountMatrix]) -> AsyncIterator[CountMatrix]:
     """Yield the chunks of either kind of iterable."""
     if isinstance(chunks, AsyncIterable):
         async for cells in chunks:
-            yield cells
+            yield as_counts(cells)
     else:
-        for cells in chunks:
+        for cells in chunks_of(chunks):
             yield cells
 
 

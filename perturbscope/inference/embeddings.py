@@ -16,6 +16,8 @@ from perturbscope.families.outputs import OutputSpec
 if TYPE_CHECKING:
     import pandas as pd
 
+    from perturbscope.cells.readers import CellSource
+
 MIN_GENES = 500
 """Cells with fewer expressed genes are below the usual quality floor of an atlas: flagged, not dropped."""
 Maker = tuple[str, str | None]
@@ -188,6 +190,8 @@ class Embeddings:
         Graph of the model: ``fp32``, ``fp16``, ``int8``; None if that is not known.
     outputs
         Values of the other outputs that were asked for, by name.
+    notes
+        Sentences about the file that the cells came from; see :attr:`CellSource.warnings`.
     """
 
     values: NDArray[np.float32]
@@ -200,6 +204,7 @@ class Embeddings:
     timings: dict[str, float] = field(default_factory=dict)
     variant: str | None = None
     outputs: Mapping[str, OutputValues] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.values)
@@ -230,8 +235,13 @@ class Embeddings:
         return int((self.known_share < 0.5).sum())
 
     def warnings(self) -> list[str]:
-        """Return sentences about doubtful cells and genes."""
-        return warnings_about(len(self), self.n_few_genes, self.n_little_known, self.coverage)
+        """Return sentences about the file, and about doubtful cells and genes."""
+        return [*self.notes, *warnings_about(len(self), self.n_few_genes, self.n_little_known, self.coverage)]
+
+    def from_source(self, source: CellSource) -> Embeddings:
+        """Return the vectors of cells of this source, with what there is to say about its features and counts."""
+        coverage = replace(self.coverage, left_out=source.features.left_out)
+        return replace(self, coverage=coverage, notes=tuple(source.warnings))
 
 
 def warnings_about(n_cells: int, n_few_genes: int, n_little_known: int, coverage: GeneCoverage) -> list[str]:

@@ -215,6 +215,7 @@ def coverage_to_proto(coverage: GeneCoverage) -> pb.GeneCoverage:
     """Encode a coverage."""
     values = coverage.to_dict()
     ambiguous = [pb.Pair(a=a, b=b) for a, b in values.pop("ambiguous")]
+    values.pop("left_out", None)  # of files that a server reads, which come over HTTP alone
     return pb.GeneCoverage(ambiguous=ambiguous, **values)
 
 

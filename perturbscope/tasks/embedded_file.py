@@ -84,7 +84,12 @@ def _is_current_h5ad(path: Path) -> bool:
         return False
     with h5py.File(path, "r") as file:
         frames = all(isinstance(file.get(name), h5py.Group) for name in ("obs", "var"))
-        return frames and all(isinstance(file[name], h5py.Group) for name in ("obsm", "uns") if name in file)
+        # A MuData file has several matrices, and no place for vectors of one of them.
+        return (
+            frames
+            and "mod" not in file
+            and all(isinstance(file[name], h5py.Group) for name in ("obsm", "uns") if name in file)
+        )
 
 
 def _add(path: Path, matrices: Mapping[str, Any], columns: Mapping[str, Any], uns: Mapping[str, Any]) -> None:
@@ -153,6 +158,8 @@ def provenance_of(
         Names of the files of those per token.
     """
     coverage = embeddings.coverage.to_dict()
+    # As texts: a type may hold a slash, which would be a path in an .h5ad file.
+    coverage["left_out"] = [f"{n} {kind}" for kind, n in embeddings.coverage.left_out.items()]
     coverage["ambiguous"] = [f"{name} -> {gene_id}" for name, gene_id in embeddings.coverage.ambiguous]
     return {
         "model_id": embeddings.model_id,

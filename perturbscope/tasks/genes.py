@@ -35,6 +35,7 @@ def degs(
     layer: str | None = None,
     gene_key: str | None = None,
     total_counts_key: str | None = None,
+    round_counts: bool = False,
     progress: StageProgress | None = None,
 ) -> DegResult:
     """Test every gene of every perturbation against control; no model is needed.
@@ -61,8 +62,8 @@ def degs(
         Number of genes to return of each perturbation, those with the smallest p; default all that were tested.
     seed
         Seed of the sample of controls, if there are more than `max_controls`.
-    layer, gene_key, total_counts_key
-        Location of the counts; see :func:`perturbscope.open_cells`.
+    layer, gene_key, total_counts_key, round_counts
+        Location of the counts, and whether to round them; see :func:`perturbscope.open_cells`.
     progress
         Called as ``progress("degs", done, total)``.
 
@@ -95,7 +96,9 @@ def degs(
             "with a CountMatrix.",
             field="perturbation_key",
         )
-    with opened(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
+    with opened(
+        cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key, round_counts=round_counts
+    ) as source:
         screen, facts, warnings = deg_screen(
             source, perturbation_key=perturbation_key, control=control, batch_key=batch_key, targets=targets,
             options=options, seed=seed,
@@ -140,7 +143,9 @@ def deg_screen(
         seed=seed,
     )
     left_out = len(labels) - len(rows)
-    warnings = [f"{left_out} of {len(labels)} cells have no value in {keys} and were left out."] if left_out else []
+    warnings = list(source.warnings)
+    if left_out:
+        warnings.append(f"{left_out} of {len(labels)} cells have no value in {keys} and were left out.")
     unknown = [name for name in screen.names if name not in screen.targets]
     if screen.options.exclude_target and unknown:
         warnings.append(

@@ -23,8 +23,11 @@ WHERE = {
     "layer": "Where the raw counts are: X (default), a layer, or raw.",
     "gene_key": "Column of var with the gene identifiers; the index by default.",
     "total_counts_key": "Column of obs with each cell's total counts over all measured genes.",
+    "round_counts": "true: round estimated counts (alevin, RSEM, STARsolo EM, CellBender) to whole numbers.",
 }
 """Parameters that say where in a file the counts are; see :func:`perturbscope.open_cells`."""
+_FLAGS = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
+"""Spellings of a flag; a form's ticked box sends "on"."""
 REPRESENTATION = "use_rep"
 """Parameter that names a matrix of obsm."""
 _JSON = {"options": ("an object", dict), "pairs": ("a list", list)}
@@ -166,12 +169,12 @@ def ask_source(
     if operation.per_cell and not operation.takes.of(*PER_ROW):
         # Cell by cell, so that memory holds a chunk of the counts at a time.
         parts = [backend.ask(operation.asked(**{cells[0].name: chunk}, **values), progress=advance) for chunk in source]
-        return operation.joined(parts)
+        return warned(operation.joined(parts), source.warnings)
     columns = {parameter_of(item) for item in operation.takes.of(*PER_ROW)}
     keys = {name: value for name, value in values.items() if name in columns and value is not None}
     given = {name: value for name, value in values.items() if name not in columns}
     request, _, warnings = request_of(operation, source, keys, fields=given)
-    return warned(backend.ask(request, progress=advance), warnings)
+    return warned(backend.ask(request, progress=advance), [*source.warnings, *warnings])
 
 
 def warned(answer: Any, warnings: Sequence[str]) -> Any:
@@ -180,6 +183,21 @@ def warned(answer: Any, warnings: Sequence[str]) -> Any:
     if not warnings or not isinstance(meta, Meta):
         return answer
     return replace(answer, meta=replace(meta, warnings=(*meta.warnings, *warnings)))
+
+
+def where_of(parameters: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options of :func:`perturbscope.open_cells` among parameters that are texts.
+
+    Raises
+    ------
+    InvalidParameterError
+        `round_counts` is neither true nor false.
+    """
+    found: dict[str, Any] = {name: parameters.get(name) or None for name in WHERE}
+    text = (found["round_counts"] or "false").strip().casefold()
+    if text not in _FLAGS:
+        raise InvalidParameterError(f"round_counts is {text[:40]!r}; give true or false.", field="round_counts")
+    return {**found, "round_counts": _FLAGS[text]}
 
 
 def _column(source: CellSource, item: Field, given: Mapping[str, str]) -> Any:

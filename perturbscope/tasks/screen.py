@@ -30,13 +30,19 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened(
-    cells: Any, *, layer: str | None = None, gene_key: str | None = None, total_counts_key: str | None = None
+    cells: Any,
+    *,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    total_counts_key: str | None = None,
+    round_counts: bool = False,
 ) -> Iterator[CellSource]:
     """Open a source of cells and close it again; a source that the caller has opened stays open."""
     if isinstance(cells, CellSource):
-        if (layer, gene_key, total_counts_key) != (None, None, None):
+        if (layer, gene_key, total_counts_key, round_counts) != (None, None, None, False):
             raise InvalidParameterError(
-                "layer, gene_key and total_counts_key were chosen when the source was opened; leave them out.",
+                "layer, gene_key, total_counts_key and round_counts were chosen when the source was opened; leave them "
+                "out.",
                 field="layer",
             )
         yield cells
@@ -46,7 +52,8 @@ def opened(
             "A CountMatrix carries no labels; give AnnData, a path or an open CellSource.", field="cells"
         )
     open_ = open_cells if isinstance(cells, str | Path) else AnnDataSource
-    with open_(cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key) as source:
+    options: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "total_counts_key": total_counts_key}
+    with open_(cells, **options, round_counts=round_counts) as source:
         yield source
 
 
@@ -59,7 +66,7 @@ def embed_source(source: CellSource, backend: Backend, *, progress: StageProgres
         A cell cannot be read or embedded; the message names its row in the source.
     """
     advance = count_stage("embed", source.n_cells, progress)
-    return gather(backend.embed_stream(source, progress=advance), source.n_cells)
+    return gather(backend.embed_stream(source, progress=advance), source.n_cells).from_source(source)
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,8 @@ class Screen:
             "n_cells_left_out": n_left_out,
             **cleaned.facts,
         }
+        if source.round_counts:
+            provenance["round_counts"] = True
         server = None if isinstance(backend, LocalBackend) else cast("Server | None", backend)
         return cls(values, cleaned, row_batches, options, provenance, warnings, server)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -239,7 +239,26 @@ def annotated(answer: Any, warnings: list[str], seen: Seen | None) -> Any:
     if isinstance(answer, ScoreAnswer | CompareAnswer):
         result: Any = replace(answer.result, warnings=answer.result.warnings + warnings)
         return replace(answer, result=seen.add_to(result) if seen else result)
+    if isinstance(answer, Embeddings):
+        return replace(answer, notes=(*answer.notes, *warnings))
     return warned(answer, [*([seen.warning()] if seen else []), *warnings])
+
+
+def read_from_file(answer: Any, left_out: Mapping[str, int], *, round_counts: bool) -> Any:
+    """Return the answer to an uploaded file with what became of its features and counts: coverage, provenance."""
+    if isinstance(answer, Embeddings):
+        return replace(answer, coverage=replace(answer.coverage, left_out=left_out))
+    meta = getattr(answer, "meta", None)
+    if left_out and isinstance(meta, Meta) and meta.coverage is not None:
+        answer = replace(answer, meta=replace(meta, coverage=replace(meta.coverage, left_out=left_out)))
+    if round_counts and isinstance(answer, ScoreAnswer | CompareAnswer):
+        result: Any = answer.result
+        return replace(answer, result=replace(result, provenance={**result.provenance, "round_counts": True}))
+    if round_counts and isinstance(answer, ReportAnswer):
+        scores = answer.report.scores
+        scores = replace(scores, provenance={**scores.provenance, "round_counts": True})
+        return replace(answer, report=replace(answer.report, scores=scores))
+    return answer
 
 
 def _in_turn(turns: Turns, job: Job, flow: str, score: Callable[..., Scored]) -> tuple[Scored, float]:

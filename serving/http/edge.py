@@ -33,7 +33,7 @@ from serving.call import GROWTH, JSON_GROWTH, REQUEST_ID, Call, Right
 from serving.engine.engine import Engine, size_of
 from serving.engine.operations import Served
 from serving.engine.reports import HTML
-from serving.engine.scores import annotated
+from serving.engine.scores import annotated, read_from_file
 from serving.engine.status import explain, status_of
 from serving.http.files import HDF5_TYPES, MULTIPART, room_on_disk, write_file
 from serving.http.upload_page import PAGE_HEADERS
@@ -106,6 +106,7 @@ class OperationEndpoint(Endpoint):
         answer = await self._operation.call(engine, upload.request, call)
         if upload.file is not None or upload.warnings:
             answer = annotated(answer, upload.warnings, engine.scores.seen(upload.request, upload.file, call))
+            answer = read_from_file(answer, upload.left_out, round_counts=upload.round_counts)
         with call.stage("encode"):
             return await engine.work(self._operation.encode[media_type], answer)
 

@@ -51,6 +51,7 @@ class Coverage(_Body):
     n_ambiguous: int
     ambiguous: list[tuple[str, str]]
     unmatched: list[str]
+    left_out: dict[str, int] = Field({}, description="Features of an uploaded file that are no genes, by their type.")
 
 
 class Meta(_Body):

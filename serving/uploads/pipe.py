@@ -39,6 +39,8 @@ def upload_to_frame(upload: Upload) -> list[bytes]:
     head: dict[str, Any] = {
         "warnings": upload.warnings,
         "file": None if upload.file is None else asdict(upload.file),
+        "left_out": dict(upload.left_out),
+        "round_counts": upload.round_counts,
     }
     match upload.request:
         case ReportRequest(score=score, title=title, counts=counts):
@@ -68,7 +70,8 @@ def upload_from_parts(head: Mapping[str, Any], parts: Sequence[bytes]) -> Upload
     if "bug" in head:
         raise RuntimeError(f"The reader of files failed:\n{head['bug']}")
     file = None if head["file"] is None else Fingerprint(**head["file"])
-    return Upload(_request(head, parts), list(head["warnings"]), file)
+    left_out = {str(kind): int(n) for kind, n in head["left_out"].items()}
+    return Upload(_request(head, parts), list(head["warnings"]), file, left_out, bool(head["round_counts"]))
 
 
 def _request(head: Mapping[str, Any], parts: Sequence[bytes]) -> Any:

@@ -28,7 +28,7 @@ from perturbscope.errors import (
 from perturbscope.operations import OPERATIONS
 from perturbscope.protocol.operations import SCORE
 from perturbscope.report import Absent
-from perturbscope.tasks.requests import REPRESENTATION, WHERE, parameters_of, request_of
+from perturbscope.tasks.requests import REPRESENTATION, parameters_of, request_of, where_of
 from perturbscope.tasks.trained_on import Fingerprint
 from serving.access.limits import check_shape, check_vectors
 from serving.engine.columns import read_columns
@@ -49,6 +49,10 @@ class Upload:
     warnings: list[str] = field(default_factory=list)
     file: Fingerprint | None = None
     """Fingerprint of a file whose cells are embedded to be scored."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of features of the file that are no genes, by their type."""
+    round_counts: bool = False
+    """Whether the counts were rounded."""
 
 
 def parameters_for(route: str) -> dict[str, str]:
@@ -80,8 +84,7 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings:
         )
     try:
         check_file(path, settings)
-        where: dict[str, Any] = {name: parameters.get(name) for name in WHERE}
-        with open_cells(path, **where) as source:
+        with open_cells(path, **where_of(parameters)) as source:
             if route == "columns":
                 return Upload(read_columns(source))
             return _asked(route, source, parameters, settings)
@@ -104,7 +107,10 @@ def _asked(route: str, source: CellSource, parameters: Mapping[str, str], settin
         if parameters.get(REPRESENTATION):
             request = ReportRequest(score=request.score, title=title, counts=_counts(source, rows, settings))
     embedded = operation.takes.of("labels") and not parameters.get(REPRESENTATION)
-    return Upload(request, warnings, Fingerprint.of(source) if embedded else None)
+    file = Fingerprint.of(source) if embedded else None
+    if parameters.get(REPRESENTATION) and route != "report":
+        return Upload(request, warnings, file)  # no counts were read
+    return Upload(request, [*source.warnings, *warnings], file, source.features.left_out, source.round_counts)
 
 
 def _counts(source: CellSource, rows: NDArray[np.intp], settings: Settings) -> CountMatrix | Absent:

@@ -7,12 +7,14 @@ file                              how it is read
 10x Cell Ranger ``.h5``           streamed from disk; versions 2 and later
 10x directory with matrix.mtx     into memory; plain or gzipped, features.tsv or genes.tsv
 zarr directory of an AnnData      streamed from disk, if the zarr package is installed
-AnnData in memory                 read and never changed
+MuData, .h5mu or zarr             the modality of genes, streamed as an .h5ad
+AnnData or MuData in memory       read and never changed
 ================================  ==============================================================
 """
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ from perturbscope.cells.readers.annotated import AnnotatedSource
 from perturbscope.cells.readers.memory import AnnDataSource
 from perturbscope.cells.readers.source import CHUNK_CELLS, CellSource
 from perturbscope.cells.readers.store import has, is_zarr, open_zarr, reading
-from perturbscope.errors import UnreadableFileError
+from perturbscope.errors import InvalidParameterError, UnreadableFileError
 
-__all__ = ["CHUNK_CELLS", "CellSource", "cells_from_anndata", "open_cells"]
+__all__ = ["CHUNK_CELLS", "CellSource", "as_counts", "cells_from_anndata", "open_cells"]
 
+_log = logging.getLogger("perturbscope")
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
@@ -36,10 +39,14 @@ def open_cells(
     layer: str | None = None,
     gene_key: str | None = None,
     total_counts_key: str | None = None,
+    round_counts: bool = False,
     chunk_cells: int = CHUNK_CELLS,
     max_cells: int | None = None,
 ) -> CellSource:
     """Open a file of raw counts; nothing of its matrix is read yet.
+
+    Features that are no genes by their type (a column of var such as ``feature_types``) are left out; the source's
+    ``features`` and ``warnings`` say which.
 
     Parameters
     ----------
@@ -52,6 +59,9 @@ def open_cells(
         ``gene_symbols``.
     total_counts_key
         Column of obs with each cell's total counts over all measured genes, if the file holds only some of them.
+    round_counts
+        Round estimated counts (alevin, RSEM, STARsolo with EM, CellBender) to whole numbers; normalised values are
+        refused all the same.
     chunk_cells
         Cells that are in memory at a time.
     max_cells
@@ -74,6 +84,7 @@ def open_cells(
     options: dict[str, Any] = {
         "gene_key": gene_key,
         "total_counts_key": total_counts_key,
+        "round_counts": round_counts,
         "chunk_cells": chunk_cells,
         "max_cells": max_cells,
     }
@@ -81,6 +92,8 @@ def open_cells(
     if not path.is_dir():
         with reading(path), path.open("rb") as file:
             start = file.read(len(_HDF5_MAGIC))
+        if start not in (b"", _HDF5_MAGIC) and _is_hdf5(path):
+            start = _HDF5_MAGIC
     elif is_zarr(path):
         with reading(path):
             return AnnotatedSource(open_zarr(path), path, layer=layer, **options)
@@ -91,7 +104,7 @@ def open_cells(
         _no_layer(layer, path)
         return tenx.from_mtx(matrix, **options)
     if path.is_dir():
-        what = "is a directory without matrix.mtx[.gz] and is not a zarr store"
+        what = f"is a directory without matrix.mtx[.gz] and is not a zarr store{tenx.below(path)}"
     else:
         what = "is not an HDF5 file" if start else "is empty"
     raise UnreadableFileError(
@@ -105,9 +118,47 @@ def cells_from_anndata(
     layer: str | None = None,
     gene_key: str | None = None,
     total_counts_key: str | None = None,
+    round_counts: bool = False,
 ) -> CountMatrix:
-    """Return the raw counts of an AnnData object, which is not changed. Parameters and errors as :func:`open_cells`."""
-    return AnnDataSource(adata, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key).read()
+    """Return the raw counts of an AnnData or MuData object, which is not changed.
+
+    Parameters and errors are those of :func:`open_cells`. What was left out or rounded is logged.
+    """
+    source = AnnDataSource(
+        adata, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key, round_counts=round_counts
+    )
+    for warning in source.warnings:
+        _log.warning(warning)
+    return source.read()
+
+
+def as_counts(cells: Any) -> CountMatrix:
+    """Return a CountMatrix as it is, and the raw counts of an AnnData or MuData object.
+
+    Raises
+    ------
+    InvalidParameterError
+        It is neither.
+    InvalidInputError
+        As :func:`cells_from_anndata`.
+    """
+    if isinstance(cells, CountMatrix):
+        return cells
+    if hasattr(cells, "obs") and hasattr(cells, "var") and not isinstance(cells, CellSource):
+        return cells_from_anndata(cells)
+    raise InvalidParameterError(
+        f"cells is a {type(cells).__name__}; a CountMatrix or an AnnData object is needed. A file is read by "
+        "perturbscope.open_cells(path).read(), or embedded by perturbscope.load(URL).embed(path).",
+        field="cells",
+    )
+
+
+def _is_hdf5(path: Path) -> bool:
+    """Return whether a file is HDF5, also behind a user block, which MuData begins with."""
+    import h5py
+
+    with reading(path):
+        return bool(h5py.is_hdf5(path))
 
 
 def _open_hdf5(path: Path, layer: str | None, options: dict[str, Any]) -> CellSource:
@@ -121,16 +172,15 @@ def _open_hdf5(path: Path, layer: str | None, options: dict[str, Any]) -> CellSo
 
 
 def _recognise(root: Any, path: Path, layer: str | None, options: dict[str, Any]) -> CellSource:
-    if has(root, "obs") and has(root, "var"):
+    if has(root, "mod") or (has(root, "obs") and has(root, "var")):
         return AnnotatedSource(root, path, layer=layer, **options)
     group = tenx.matrix_group(root)
     if group is not None:
         _no_layer(layer, path)
         return tenx.from_h5(root, group, path, **options)
     inside = ", ".join(sorted(root)[:8]) or "nothing"
-    hint = " It looks like a MuData file: save its RNA modality as .h5ad." if has(root, "mod") else ""
     raise UnreadableFileError(
-        f"{path} is an HDF5 file, but neither .h5ad (obs, var and X) nor 10x (matrix); it has {inside}.{hint}",
+        f"{path} is an HDF5 file, but neither .h5ad (obs, var and X) nor 10x (matrix); it has {inside}.",
         field="file",
     )
 

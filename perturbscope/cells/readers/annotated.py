@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.readers.features import Features, choose_modality, features_of_frame
 from perturbscope.cells.readers.matrices import CsrRows, DenseRows, Rows, csc_rows
 from perturbscope.cells.readers.source import (
     CHUNK_CELLS,
@@ -35,6 +38,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_ENDS = 32
+"""Values at either end of a column that are read to see whether it may hold the types of features."""
+_SAMPLE_VALUES = 2**16
+"""Values of a layer that are looked at to see whether it holds counts."""
+
+
 class AnnotatedSource(CellSource):
     """The cells of an open AnnData file; the matrix stays on disk.
 
@@ -44,7 +53,7 @@ class AnnotatedSource(CellSource):
         The open HDF5 file or zarr group; closed with the source.
     path
         Path of the file, for messages.
-    layer, gene_key, total_counts_key, chunk_cells, max_cells
+    layer, gene_key, total_counts_key, round_counts, chunk_cells, max_cells
         See :func:`perturbscope.open_cells`.
     """
 
@@ -56,32 +65,42 @@ class AnnotatedSource(CellSource):
         layer: str | None = None,
         gene_key: str | None = None,
         total_counts_key: str | None = None,
+        round_counts: bool = False,
         chunk_cells: int = CHUNK_CELLS,
         max_cells: int | None = None,
     ) -> None:
+        file, self._whole = root, None
+        if has(root, "mod") and not has(root, "X"):
+            name = _modality(root, path)
+            root, self._whole = child(child(root, "mod"), name), _Whole(root, name)
+        self._part, self._layer = root, layer or "X"
         uns = optional(root, "uns")
         self._obs = Frame(child(root, "obs"), uns)
         node, var = find_matrix(root, layer)
         n_cells, n_genes = shape_of(node)
         check_limit(n_cells, max_cells, path)
-        if len(self._obs) != n_cells or len(Frame(var)) != n_genes:
+        frame = Frame(var, uns)
+        if len(self._obs) != n_cells or len(frame) != n_genes:
             raise MalformedMatrixError(
                 f"{path}: the matrix is {n_cells} x {n_genes}, but obs has {len(self._obs)} rows and var "
-                f"{len(Frame(var))}. The file is damaged, or was not written by anndata.",
+                f"{len(frame)}. The file is damaged, or was not written by anndata.",
                 field="counts",
             )
         totals = None
         if total_counts_key is not None:
-            if total_counts_key not in self._obs.columns():
-                raise missing_column("column of obs", total_counts_key, self._obs.columns(), field="total_counts_key")
-            totals = check_totals(self._obs.column(total_counts_key).to_numpy(), total_counts_key, n_cells)
+            if total_counts_key not in self._names():
+                raise missing_column("column of obs", total_counts_key, self._names(), field="total_counts_key")
+            totals = check_totals(self._read(total_counts_key), total_counts_key, n_cells)
+        genes = read_genes(frame, gene_key)
         super().__init__(
             open_matrix(node),
-            read_genes(Frame(var, uns), gene_key),
+            genes,
             path=path,
             totals=totals,
             chunk_cells=chunk_cells,
-            root=root,
+            root=file,
+            features=_features(frame, genes, path),
+            round_counts=round_counts,
         )
 
     @property
@@ -94,42 +113,102 @@ class AnnotatedSource(CellSource):
     def columns(self) -> list[str]:
         """Names of the columns of obs that can be read."""
         with reading(str(self.path)):
-            return self._obs.columns()
+            return self._names()
 
     def _column(self, name: str) -> pd.Series[Any]:
         with reading(str(self.path)):
+            return self._read(name)
+
+    def _names(self) -> list[str]:
+        more = [] if self._whole is None else self._whole.obs.columns()
+        return list(dict.fromkeys([*self._obs.columns(), *more]))
+
+    def _read(self, name: str) -> pd.Series[Any]:
+        if self._whole is None or name in self._obs.columns():
             return self._obs.column(name)
+        return self._whole.obs.column(name).iloc[self._whole.rows(self._obs)].reset_index(drop=True)
 
     @property
     def representations(self) -> list[str]:
         """Names of the matrices in obsm."""
         with reading(str(self.path)):
-            return children(optional(self._root, "obsm"))
+            more = [] if self._whole is None else self._whole.representations()
+            return list(dict.fromkeys([*children(optional(self._part, "obsm")), *more]))
+
+    def _other_matrices(self) -> dict[str, Callable[[], NDArray[Any]]]:
+        layers = optional(self._part, "layers")
+        places = {name: partial(_some_values, layers, name) for name in children(layers)}
+        raw = optional(self._part, "raw")
+        for name, group, key in (("raw", raw, "X"), ("raw", self._part, "raw.X"), ("X", self._part, "X")):
+            if group is not None and has(group, key):
+                places.setdefault(name, partial(_some_values, group, key))
+        return {name: sample for name, sample in places.items() if name != self._layer}
 
     def _representation(self, name: str) -> NDArray[Any]:
         with reading(str(self.path)):
-            node = child(child(self._root, "obsm"), name)
-            if not is_group(node):
-                return values(node)
-            if attribute(node, "encoding-type") == "dataframe":
-                frame = Frame(node)
-                return np.column_stack([frame.column(column).to_numpy() for column in frame.columns()])
-            matrix = open_matrix(node)
-            if matrix.shape[0] != self.n_cells:
-                # Before it is made dense: the shape that a damaged file declares can be anything.
-                raise MalformedMatrixError(
-                    f"obsm[{name!r}] is of shape {matrix.shape} for {self.n_cells} cells; one row a cell is needed.",
-                    field="use_rep",
-                )
-            data, indices, indptr = matrix.rows(0, matrix.shape[0])
-            dense = np.zeros(matrix.shape, dtype=data.dtype)
-            dense[np.repeat(np.arange(len(dense)), np.diff(indptr)), indices] = data
-            return dense
+            obsm = optional(self._part, "obsm")
+            if self._whole is not None and (obsm is None or not has(obsm, name)):
+                found = _read_matrix(child(child(self._root, "obsm"), name), name, len(self._whole.obs))
+                return found[self._whole.rows(self._obs)]
+            return _read_matrix(child(obsm, name), name, self.n_cells)
 
     def rows(self, start: int, stop: int) -> Any:
         """See :meth:`CellSource.rows`."""
         with reading(str(self.path)):
             return super().rows(start, stop)
+
+
+class _Whole:
+    """The part of a MuData file that all modalities share.
+
+    Parameters
+    ----------
+    root
+        The open file.
+    name
+        Name of the modality that is read.
+    """
+
+    def __init__(self, root: Any, name: str) -> None:
+        if not has(root, "obs"):
+            raise UnreadableFileError("The file is not a whole MuData file: it has no obs.", field="file")
+        self.obs = Frame(child(root, "obs"))
+        self._root, self._name = root, name
+
+    def rows(self, obs: Frame) -> NDArray[np.intp]:
+        """Row in the whole of each cell of the modality, whose obs is given, [n_cells].
+
+        Raises
+        ------
+        UnreadableFileError
+            The whole lacks a cell of the modality.
+        """
+        maps = optional(self._root, "obsmap")
+        if maps is not None and has(maps, self._name):
+            # For each cell of the whole its number in the modality, from 1; 0 if it is not there.
+            places = values(child(maps, self._name)).ravel().astype(np.int64)
+            rows = np.full(len(obs), -1, dtype=np.intp)
+            inside = np.flatnonzero((places > 0) & (places <= len(obs)))
+            rows[places[inside] - 1] = inside
+            valid = len(places) == len(self.obs)
+        else:
+            import pandas as pd
+
+            index = pd.Index(self.obs.index().astype(object))
+            valid = index.is_unique
+            rows = index.get_indexer(obs.index().astype(object)) if valid else np.zeros(0, dtype=np.intp)
+        if not valid or (rows < 0).any():
+            raise UnreadableFileError(
+                f"The MuData file does not say which of its cells are those of its modality {self._name!r}. Write it "
+                "again with a current mudata.",
+                field="file",
+            )
+        return rows
+
+    def representations(self) -> list[str]:
+        """Names of the matrices in obsm; an entry with the name of a modality is a mask of cells."""
+        modalities = children(child(self._root, "mod"))
+        return [name for name in children(optional(self._root, "obsm")) if name not in modalities]
 
 
 class Frame:
@@ -168,6 +247,26 @@ class Frame:
     def columns(self) -> list[str]:
         """Return the names of the columns that hold text, categories or numbers."""
         return [name for name in self._columns if self._is_readable(name)]
+
+    def distinct(self, name: str, *, whole: bool) -> list[Any] | None:
+        """Return the different values of a column of text, without reading more than is needed; None for others.
+
+        Of a column that is stored as plain text, `whole` tells whether to read all of it, or only its ends.
+        """
+        if self._compound:
+            return list(set(self._read_field(name))) if self._node.dtype[name].kind in "SO" and whole else None
+        node = child(self._node, name)
+        if not is_group(node):
+            old = optional(self._node, "__categories")
+            if old is not None and has(old, name):
+                return list(values(child(old, name)))
+            if getattr(node.dtype, "kind", "O") in "iufb":
+                return None
+            parts = [slice(None)] if whole or len(self) <= 2 * _ENDS else [slice(_ENDS), slice(len(self) - _ENDS, None)]
+            return list({item for part in parts for item in values(node, part).tolist()})
+        if "categories" in node:
+            return list(values(child(node, "categories")))
+        return self._read(name).dropna().unique().tolist() if child(node, "values").dtype.kind not in "iufb" else None
 
     def column(self, name: str) -> pd.Series[Any]:
         """Read one column. Raises UnreadableFileError if its length is not that of the index."""
@@ -219,6 +318,49 @@ def _categorical(codes: NDArray[Any], categories: NDArray[Any]) -> pd.Series[Any
     import pandas as pd
 
     return pd.Series(pd.Categorical.from_codes(codes.astype(np.int64), categories=pd.Index(categories)))
+
+
+def _modality(root: Any, path: Path) -> str:
+    """Return the name of a MuData file's modality of genes."""
+    modalities = child(root, "mod")
+
+    def features(name: str) -> Features:
+        frame = Frame(child(child(modalities, name), "var"))
+        return _features(frame, frame.index(), f"{path}: the modality {name!r}")
+
+    return choose_modality(children(modalities), features, where=str(path))
+
+
+def _features(var: Frame, identifiers: NDArray[np.str_], where: Path | str) -> Features:
+    return features_of_frame(var.columns(), var.distinct, var.column, identifiers, where=str(where))
+
+
+def _read_matrix(node: Any, name: str, n_cells: int) -> NDArray[Any]:
+    """Read a matrix of obsm, which is called `name`, as a dense array."""
+    if not is_group(node):
+        return values(node)
+    if attribute(node, "encoding-type") == "dataframe":
+        frame = Frame(node)
+        return np.column_stack([frame.column(column).to_numpy() for column in frame.columns()])
+    matrix = open_matrix(node)
+    if matrix.shape[0] != n_cells:
+        # Before it is made dense: the shape that a damaged file declares can be anything.
+        raise MalformedMatrixError(
+            f"obsm[{name!r}] is of shape {matrix.shape} for {n_cells} cells; one row a cell is needed.",
+            field="use_rep",
+        )
+    data, indices, indptr = matrix.rows(0, matrix.shape[0])
+    dense = np.zeros(matrix.shape, dtype=data.dtype)
+    dense[np.repeat(np.arange(len(dense)), np.diff(indptr)), indices] = data
+    return dense
+
+
+def _some_values(group: Any, name: str) -> NDArray[Any]:
+    """Read the first values of a matrix, stored ones only of a sparse matrix."""
+    node = child(group, name)
+    if is_group(node):
+        return np.asarray(child(node, "data")[:_SAMPLE_VALUES])
+    return np.asarray(node[: max(1, _SAMPLE_VALUES // max(1, shape_of(node)[1]))]).ravel()
 
 
 def find_matrix(root: Any, layer: str | None) -> tuple[Any, Any]:

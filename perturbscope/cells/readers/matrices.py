@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from perturbscope.cells.counts import native
 from perturbscope.errors import MalformedMatrixError, UnreadableFileError
 
 CsrArrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
@@ -49,7 +50,8 @@ class DenseRows:
         """See :class:`Rows`."""
         block = max(1, _DENSE_BYTES // max(1, self.shape[1] * self._array.dtype.itemsize))
         parts = [
-            sparse.csr_matrix(np.asarray(self._array[at : min(at + block, stop)])) for at in range(start, stop, block)
+            sparse.csr_matrix(native(np.asarray(self._array[at : min(at + block, stop)])))
+            for at in range(start, stop, block)
         ]
         csr = parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
         return csr.data, csr.indices, csr.indptr
@@ -64,8 +66,6 @@ class CsrRows:
         Arrays, or anything that gives arrays when sliced.
     shape
         Numbers of cells and genes.
-    keep
-        Columns to keep, bool [n_genes]; all by default.
 
     Raises
     ------
@@ -73,41 +73,50 @@ class CsrRows:
         The arrays contradict each other or the shape.
     """
 
-    def __init__(
-        self,
-        data: Any,
-        indices: Any,
-        indptr: Any,
-        shape: tuple[int, int],
-        *,
-        keep: NDArray[np.bool_] | None = None,
-    ) -> None:
+    def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]) -> None:
         require_numeric(data.dtype)
         self._indptr = check_indptr(indptr, len(data), len(indices), shape, "row")
         self._data, self._indices = data, indices
-        self._n_columns = shape[1]
-        self._keep = keep
-        self.shape: tuple[int, int] = (shape[0], shape[1] if keep is None else int(keep.sum()))
+        self.shape: tuple[int, int] = (int(shape[0]), int(shape[1]))
 
     def rows(self, start: int, stop: int) -> CsrArrays:
         """See :class:`Rows`."""
         first, last = int(self._indptr[start]), int(self._indptr[stop])
         data, indices = np.asarray(self._data[first:last]), np.asarray(self._indices[first:last])
-        indptr = self._indptr[start : stop + 1] - first
-        if self._keep is None:
-            return data, indices, indptr
-        check_indices(indices, self._n_columns)
+        return data, indices, self._indptr[start : stop + 1] - first
+
+
+class KeptColumns:
+    """Some columns of another matrix, in its order.
+
+    Parameters
+    ----------
+    matrix
+        The other matrix.
+    keep
+        Whether each column is kept, bool [n_columns].
+    """
+
+    def __init__(self, matrix: Rows, keep: NDArray[np.bool_]) -> None:
+        self._matrix, self._keep = matrix, keep
+        self._place = np.cumsum(keep) - 1
+        self.shape: tuple[int, int] = (matrix.shape[0], int(keep.sum()))
+
+    def rows(self, start: int, stop: int) -> CsrArrays:
+        """See :class:`Rows`."""
+        data, indices, indptr = self._matrix.rows(start, stop)
+        check_indices(indices, len(self._keep))
         inside = self._keep[indices]
-        new_column = np.cumsum(self._keep) - 1
         before = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(inside, dtype=np.int64)])
-        return data[inside], new_column[indices[inside]], before[indptr]
+        return data[inside], self._place[indices[inside]], before[indptr]
 
 
 def from_scipy(matrix: Any) -> Rows:
     """Return the rows of a scipy sparse matrix or array of any format, or of a dense array."""
     if not hasattr(matrix, "tocsr"):
         return DenseRows(np.asarray(matrix))
-    csr = matrix.tocsr(copy=False)
+    require_numeric(matrix.dtype)
+    csr = native(matrix).tocsr(copy=False)
     return CsrRows(csr.data, csr.indices, csr.indptr, csr.shape)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.readers.matrices import Rows
+from perturbscope.cells.counts import RAW_REMEDY, CountMatrix
+from perturbscope.cells.readers.features import Features, doubtful_names, is_missing, left_out_sentence
+from perturbscope.cells.readers.matrices import KeptColumns, Rows
 from perturbscope.errors import (
     InvalidEmbeddingError,
     InvalidParameterError,
     LimitExceededError,
     MalformedMatrixError,
     MissingColumnError,
+    NotRawCountsError,
+    PerturbScopeError,
     near,
 )
 
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
 
 CHUNK_CELLS = 4096
 """Cells that are in memory at a time."""
+_COUNT_LAYERS = ("counts", "raw_counts", "count", "umi", "umis", "raw_count")
+"""Names that layers of raw counts usually have; these are looked into first."""
+_PART_LAYERS = ("spliced", "ambiguous", "nascent", "mature", "matrix_")
+"""Parts of the names of layers that hold some of the counts, so that they cannot stand for all."""
 _SHOWN = 20
 
 
@@ -47,6 +54,10 @@ class CellSource(ABC):
         Identifier of each gene, as selected by the caller's `gene_key`.
     chunk_cells
         Cells of one chunk.
+    features
+        Which features of the file are genes; the others are not read.
+    round_counts
+        Whether estimated counts are rounded to whole numbers.
     """
 
     def __init__(
@@ -58,6 +69,8 @@ class CellSource(ABC):
         totals: NDArray[Any] | None = None,
         chunk_cells: int = CHUNK_CELLS,
         root: Any = None,
+        features: Features | None = None,
+        round_counts: bool = False,
     ) -> None:
         if chunk_cells < 1:
             raise InvalidParameterError(f"chunk_cells is {chunk_cells}; it must be at least 1.", field="chunk_cells")
@@ -74,9 +87,12 @@ class CellSource(ABC):
             raise MalformedMatrixError(f"{where} has no genes; the matrix has no columns.", field="gene_ids")
         self.path = path
         self.n_cells = n_cells
-        self.gene_ids = gene_ids
+        self.features = features or Features()
+        keep = self.features.keep
+        self.gene_ids = gene_ids if keep is None else gene_ids[keep]
         self.chunk_cells = chunk_cells
-        self._matrix = matrix
+        self.round_counts = round_counts
+        self._matrix = matrix if keep is None else KeptColumns(matrix, keep)
         self._totals = totals
         self._root = root
 
@@ -102,6 +118,16 @@ class CellSource(ABC):
     @abstractmethod
     def _representation(self, name: str) -> NDArray[Any]:
         """Read a matrix of obsm that exists."""
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """Sentences about features that were left out or look like no genes, and about counts that are rounded."""
+        found = [left_out_sentence(self.features.left_out)] if self.features.left_out else []
+        if not self.features.typed:
+            found += doubtful_names(self.gene_ids)
+        if self.round_counts:
+            found.append("Counts that are no whole numbers were rounded to the nearest one, as asked (round_counts).")
+        return found
 
     @cached_property
     def obs(self) -> pd.DataFrame:
@@ -165,10 +191,33 @@ class CellSource(ABC):
         stop = min(stop, self.n_cells)
         data, indices, indptr = self._matrix.rows(start, stop)
         totals = None if self._totals is None else self._totals[start:stop]
-        cells = CountMatrix.from_csr(data, indices, indptr, self.gene_ids, totals=totals, first_row=start)
+        options: dict[str, Any] = {"totals": totals, "first_row": start, "round_counts": self.round_counts}
+        try:
+            cells = CountMatrix.from_csr(data, indices, indptr, self.gene_ids, **options)
+        except NotRawCountsError as error:
+            raise self._with_place_of_counts(error) from error
         # The checked list: the next chunk's is neither checked nor looked up again.
         self.gene_ids = cells.gene_ids
         return cells
+
+    def _other_matrices(self) -> dict[str, Callable[[], NDArray[Any]]]:
+        """Return, by the name of each layer and of raw, a function that reads some of its values."""
+        return {}
+
+    def _with_place_of_counts(self, error: NotRawCountsError) -> NotRawCountsError:
+        """Return the error with the name of a layer that has the raw counts, if there is one."""
+        for name, sample in sorted(self._other_matrices().items(), key=lambda item: item[0] not in _COUNT_LAYERS):
+            if any(part in name.casefold() for part in _PART_LAYERS):
+                continue
+            try:
+                is_found = _are_counts(sample())
+            except (PerturbScopeError, OSError, RuntimeError, ValueError, TypeError):
+                continue  # the fault of another layer than the one that was asked for
+            if is_found:
+                what = name if name in ("raw", "X") else f"The layer {name!r}"
+                found = f"{what} holds whole numbers: give layer={name!r} (--layer {name})."
+                return NotRawCountsError(f"{error.message.removesuffix(RAW_REMEDY)}{found}", field=error.field)
+        return error
 
     def chunks(self, size: int) -> Iterator[CountMatrix]:
         """Read all cells in chunks of `size`, the last one perhaps smaller. Raises as :meth:`rows`."""
@@ -209,8 +258,19 @@ def missing_column(what: str, name: str, available: Sequence[str], *, field: str
     return MissingColumnError(f"There is no {what} {name!r}; there are: {shown or 'none'}.{hint}", field=field)
 
 
-def check_totals(totals: NDArray[Any], name: str, n_cells: int) -> NDArray[np.float64]:
-    """Return a column of total counts as float64 [n_cells]. Its values are checked later, against the counts."""
+def check_totals(column: Any, name: str, n_cells: int) -> NDArray[np.float64]:
+    """Return a column of total counts as float64 [n_cells]. Its values are checked later, against the counts.
+
+    `column` is an array, or a Series of any of pandas' types of numbers; a missing number becomes NaN.
+    """
+    totals = np.asarray(column)
+    if totals.dtype == object:
+        # Nullable integers, whose missing values are no floats.
+        import pandas as pd
+
+        totals = pd.to_numeric(pd.Series(totals), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        if not np.isfinite(totals).any():
+            totals = np.asarray(column)
     if totals.dtype.kind not in "iuf" or totals.shape != (n_cells,):
         raise MalformedMatrixError(
             f"The column {name!r} has dtype {totals.dtype}; total counts are numbers, one a cell.",
@@ -221,11 +281,23 @@ def check_totals(totals: NDArray[Any], name: str, n_cells: int) -> NDArray[np.fl
 
 def name_genes(identifiers: NDArray[Any]) -> NDArray[np.str_]:
     """Return gene identifiers as strings; a column without one gets a name that is in no vocabulary."""
+    if identifiers.dtype.kind == "U" and (identifiers != "").all():
+        return identifiers
     names = identifiers.astype(object)
     for column, name in enumerate(names):
-        if name is None or name != name or name == "":
+        if is_missing(name) or name == "":
             names[column] = f"unnamed-{column}"
     return names.astype(np.str_)
+
+
+def _are_counts(values: NDArray[Any]) -> bool:
+    """Return whether these values are whole, not negative, and not all 0 and 1."""
+    if values.dtype.kind not in "iuf" or not values.size:
+        return False
+    numbers = values.astype(np.float64)
+    return bool(np.isfinite(numbers).all() and (numbers >= 0).all() and (numbers == np.rint(numbers)).all()) and (
+        numbers.max() > 1
+    )
 
 
 def check_limit(n_cells: int, max_cells: int | None, path: Path) -> None:

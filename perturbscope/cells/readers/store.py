@@ -147,8 +147,8 @@ def attribute(node: Any, name: str, default: Any = None) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def values(array: Any) -> NDArray[Any]:
-    """Read all values of an array; text as an object array of str.
+def values(array: Any, rows: Any = ...) -> NDArray[Any]:
+    """Read all values of an array, or a slice of its rows; text as an object array of str.
 
     Raises
     ------
@@ -158,16 +158,16 @@ def values(array: Any) -> NDArray[Any]:
     dtype = array.dtype
     kind = getattr(dtype, "kind", "O")
     if kind in "iufb" and not getattr(dtype, "names", None):
-        return np.asarray(array[...])
+        return np.asarray(array[rows])
     if kind == "S" and hasattr(array, "asstr"):
-        return np.asarray(array.asstr()[...], dtype=object)
+        return np.asarray(array.asstr()[rows], dtype=object)
     if hasattr(array, "asstr"):
         import h5py
 
         if h5py.check_string_dtype(dtype) is None:
             raise UnreadableFileError(f"{name_of(array)} holds neither numbers nor text ({dtype}).", field="file")
-        return np.asarray(array.asstr()[...], dtype=object)
-    found = np.asarray(array[...])
+        return np.asarray(array.asstr()[rows], dtype=object)
+    found = np.asarray(array[rows])
     if found.dtype.kind == "S":
         return np.char.decode(found, "utf-8").astype(object)
     found = found.astype(object)

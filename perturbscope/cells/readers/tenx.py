@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.readers.features import Features, features_of_types
 from perturbscope.cells.readers.matrices import CsrRows, Rows
 from perturbscope.cells.readers.source import CHUNK_CELLS, CellSource, check_limit, missing_column, name_genes
 from perturbscope.cells.readers.store import StoredArray, child, children, has, is_group, reading, values
@@ -18,7 +20,10 @@ from perturbscope.errors import MalformedMatrixError, UnreadableFileError
 if TYPE_CHECKING:
     import pandas as pd
 
-_EXPRESSION = "Gene Expression"
+_MATRIX = ("matrix.mtx", "matrix.mtx.gz")
+_HEADERS = {"barcode", "barcodes", "x", "cell", "cell_id", "v1", "gene_id", "gene_ids", "gene", "geneid", "id"}
+"""First words of tables that begin with a header, which Cell Ranger does not write."""
+_SHOWN = 8
 _GENE_COLUMNS = {"gene_ids": "gene_ids", "id": "gene_ids", "gene_symbols": "gene_symbols", "name": "gene_symbols"}
 """Values of `gene_key`: scanpy's and Cell Ranger's names of the two columns."""
 
@@ -44,6 +49,8 @@ class TenxSource(CellSource):
         path: Path,
         gene_key: str | None,
         total_counts_key: str | None,
+        kinds: NDArray[Any] | None = None,
+        round_counts: bool = False,
         chunk_cells: int = CHUNK_CELLS,
         root: Any = None,
     ) -> None:
@@ -57,8 +64,22 @@ class TenxSource(CellSource):
                 field="counts",
             )
         identifiers = symbols if _GENE_COLUMNS.get(gene_key or "id") == "gene_symbols" else ids
-        super().__init__(matrix, name_genes(identifiers), path=path, chunk_cells=chunk_cells, root=root)
-        self.gene_symbols = name_genes(symbols)
+        if kinds is not None and len(kinds) != matrix.shape[1]:
+            raise MalformedMatrixError(
+                f"{path}: {matrix.shape[1]} features, but {len(kinds)} feature types.", field="gene_ids"
+            )
+        features = Features() if kinds is None else features_of_types(kinds, where=str(path))
+        super().__init__(
+            matrix,
+            name_genes(identifiers),
+            path=path,
+            chunk_cells=chunk_cells,
+            root=root,
+            features=features,
+            round_counts=round_counts,
+        )
+        named = name_genes(symbols)
+        self.gene_symbols = named if features.keep is None else named[features.keep]
         self._barcodes = barcodes
 
     @property
@@ -115,6 +136,7 @@ def from_h5(
     *,
     gene_key: str | None,
     total_counts_key: str | None,
+    round_counts: bool,
     chunk_cells: int,
     max_cells: int | None,
 ) -> TenxSource:
@@ -127,7 +149,6 @@ def from_h5(
         kinds = values(child(features, "feature_type")) if has(features, "feature_type") else None
     else:
         ids, symbols, kinds = values(child(group, "genes")), values(child(group, "gene_names")), None
-    keep = _expression(kinds, n_genes, path)
     if not len(ids) == len(symbols) == n_genes:
         raise MalformedMatrixError(
             f"{path}: the matrix has {n_genes} genes, but {len(ids)} identifiers and {len(symbols)} symbols.",
@@ -135,23 +156,51 @@ def from_h5(
         )
     data, indices, indptr = (StoredArray(child(group, name)) for name in ("data", "indices", "indptr"))
     return TenxSource(
-        CsrRows(data, indices, indptr, (n_cells, n_genes), keep=keep),
+        CsrRows(data, indices, indptr, (n_cells, n_genes)),
         values(child(group, "barcodes")).astype(np.str_),
-        ids if keep is None else ids[keep],
-        symbols if keep is None else symbols[keep],
+        ids,
+        symbols,
         path=path,
         gene_key=gene_key,
         total_counts_key=total_counts_key,
+        kinds=kinds,
+        round_counts=round_counts,
         chunk_cells=chunk_cells,
         root=root,
     )
 
 
 def mtx_file(path: Path) -> Path | None:
-    """Return the matrix of a 10x directory, or `path` if it is such a matrix; otherwise None."""
-    if path.is_dir():
-        return next((path / name for name in ("matrix.mtx", "matrix.mtx.gz") if (path / name).is_file()), None)
-    return path if path.name.endswith(("matrix.mtx", "matrix.mtx.gz")) else None
+    """Return the matrix of a 10x directory, or `path` if it is such a matrix; otherwise None.
+
+    Raises
+    ------
+    UnreadableFileError
+        The directory holds the matrices of several samples.
+    """
+    if not path.is_dir():
+        return path if path.name.endswith(_MATRIX) else None
+    plain = next((path / name for name in _MATRIX if (path / name).is_file()), None)
+    if plain is not None:
+        return plain
+    found = _matrices(path)
+    if len({item.name.removesuffix(".gz") for item in found}) > 1:
+        raise UnreadableFileError(
+            f"{path} holds the matrices of several samples: {', '.join(item.name for item in found[:_SHOWN])}"
+            f"{', ...' if len(found) > _SHOWN else ''}. Give the path of one of them; the tables with the same prefix "
+            "are read with it.",
+            field="file",
+        )
+    return found[0] if found else None
+
+
+def below(path: Path) -> str:
+    """Return a hint to the 10x directories in a directory that is none; empty if there are none."""
+    try:
+        found = sorted(item.name for item in path.iterdir() if item.is_dir() and _matrices(item))
+    except OSError:
+        return ""
+    return f", but its folders {', '.join(found[:_SHOWN])} are 10x directories: give one of these" if found else ""
 
 
 def from_mtx(
@@ -159,66 +208,112 @@ def from_mtx(
     *,
     gene_key: str | None,
     total_counts_key: str | None,
+    round_counts: bool,
     chunk_cells: int,
     max_cells: int | None,
 ) -> TenxSource:
     """Read matrix.mtx with barcodes.tsv and features.tsv or genes.tsv beside it, each plain or gzipped.
 
-    The rows of a text matrix cannot be read one by one, so it is read into memory. If its name has a prefix
-    (``GSM1_matrix.mtx.gz``), the other files must have it too.
+    The rows of a text matrix cannot be read one by one, so it is read into memory. Names may have a prefix
+    (``GSM1_matrix.mtx.gz``); a table with the matrix's own prefix comes before one that samples share. A matrix of
+    cells x genes, as kallisto writes it, is known by the lengths of the tables.
     """
-    from scipy import io, sparse
+    from scipy import io as scipy_io
+    from scipy import sparse
 
-    prefix = matrix.name.split("matrix.mtx")[0]
-    barcodes = _table(matrix.parent, prefix, ["barcodes.tsv"])
-    genes = _table(matrix.parent, prefix, ["features.tsv", "genes.tsv"])
+    prefix = next(matrix.name.removesuffix(name) for name in reversed(_MATRIX) if matrix.name.endswith(name))
+    barcodes = _Table(matrix.parent, prefix, ["barcodes.tsv"])
+    genes = _Table(matrix.parent, prefix, ["features.tsv", "genes.tsv"])
     with reading(matrix):
-        n_genes, n_cells = (int(size) for size in io.mminfo(matrix)[:2])
+        n_genes, n_cells = (int(size) for size in scipy_io.mminfo(matrix)[:2])
+        is_turned = not genes.has(n_genes) and genes.has(n_cells) and barcodes.has(n_genes)
+        if is_turned:
+            n_genes, n_cells = n_cells, n_genes
         check_limit(n_cells, max_cells, matrix)
-        if n_genes != len(genes):
+        if not genes.has(n_genes):
             raise MalformedMatrixError(
-                f"{matrix} has {n_genes} rows, but there are {len(genes)} genes beside it.", field="gene_ids"
+                f"{matrix} has {n_genes} rows, but there are {len(genes)} genes in {genes.path.name} beside it.",
+                field="gene_ids",
             )
-        csr = sparse.csr_matrix(io.mmread(matrix).T)
-    kinds = [row[2] for row in genes] if all(len(row) > 2 for row in genes) else None
-    keep = _expression(None if kinds is None else np.array(kinds, dtype=object), n_genes, matrix)
-    ids = np.array([row[0] for row in genes], dtype=object)
-    symbols = np.array([row[1] if len(row) > 1 else row[0] for row in genes], dtype=object)
+        counts = scipy_io.mmread(matrix)
+        csr = sparse.csr_matrix(counts if is_turned else counts.T)
+    rows = genes.rows(n_genes)
+    kinds = np.array([row[2] for row in rows], dtype=object) if all(len(row) > 2 for row in rows) else None
     return TenxSource(
-        CsrRows(csr.data, csr.indices, csr.indptr, (n_cells, n_genes), keep=keep),
-        np.array([row[0] for row in barcodes], dtype=np.str_),
-        ids if keep is None else ids[keep],
-        symbols if keep is None else symbols[keep],
+        CsrRows(csr.data, csr.indices, csr.indptr, (n_cells, n_genes)),
+        np.array([row[0] for row in barcodes.rows(n_cells)], dtype=np.str_),
+        np.array([row[0] for row in rows], dtype=object),
+        np.array([row[1] if len(row) > 1 else row[0] for row in rows], dtype=object),
         path=matrix,
         gene_key=gene_key,
         total_counts_key=total_counts_key,
+        kinds=kinds,
+        round_counts=round_counts,
         chunk_cells=chunk_cells,
     )
 
 
-def _expression(kinds: NDArray[Any] | None, n_genes: int, path: Path) -> NDArray[np.bool_] | None:
-    """Return which features are genes, bool [n_genes]; None if all are."""
-    if kinds is None:
-        return None
-    if len(kinds) != n_genes:
-        raise MalformedMatrixError(f"{path}: {n_genes} features, but {len(kinds)} feature types.", field="gene_ids")
-    keep = np.asarray(kinds == _EXPRESSION, dtype=bool)
-    if not keep.any():
-        raise MalformedMatrixError(
-            f"{path} has no features of type {_EXPRESSION!r} (first: {kinds[0] if len(kinds) else 'none'}).",
-            field="gene_ids",
-        )
-    return None if keep.all() else keep
+def _matrices(folder: Path) -> list[Path]:
+    """Return the files whose names end like those of matrices, in the order of their names."""
+    return sorted(item for item in folder.iterdir() if item.name.endswith(_MATRIX) and item.is_file())
 
 
-def _table(folder: Path, prefix: str, names: list[str]) -> list[list[str]]:
-    """Read the rows of the first of these files that exists."""
-    found = [folder / f"{prefix}{name}{end}" for name in names for end in ("", ".gz")]
-    path = next((item for item in found if item.is_file()), None)
-    if path is None:
-        raise UnreadableFileError(
-            f"{folder} has no {' or '.join(f'{prefix}{name}[.gz]' for name in names)} beside the matrix.", field="file"
-        )
-    opener = gzip.open if path.suffix == ".gz" else open
-    with reading(path), opener(path, "rt", encoding="utf-8", newline="") as file:
-        return [row for row in csv.reader(file, delimiter="\t") if row]
+class _Table:
+    """A table beside a matrix, as the rows that its lines can be read as.
+
+    R and spreadsheets put texts in quotes; Cell Ranger does not, and the name of an antibody may hold a quote, which
+    then swallows the lines up to the next. Of the two readings, the one with as many rows as the matrix is meant.
+
+    Parameters
+    ----------
+    folder
+        Folder of the matrix.
+    prefix
+        Beginning of the matrix's name.
+    names
+        Names of the table, the first that exists is read.
+
+    Raises
+    ------
+    UnreadableFileError
+        There is no such table, or it is not text.
+    """
+
+    def __init__(self, folder: Path, prefix: str, names: list[str]) -> None:
+        endings = [f"{name}{end}" for name in names for end in ("", ".gz")]
+        own = [folder / f"{prefix}{ending}" for ending in endings]
+        shared = [item for item in sorted(folder.iterdir()) if item.name.endswith(tuple(endings))]
+        path = next((item for item in own if item.is_file()), shared[0] if len(shared) == 1 else None)
+        if path is None:
+            raise UnreadableFileError(
+                f"{folder} has no {' or '.join(f'{prefix}{name}[.gz]' for name in names)} beside the matrix.",
+                field="file",
+            )
+        self.path = path
+        opener = gzip.open if path.suffix == ".gz" else open
+        with reading(path), opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+        with reading(path):
+            literal = [line.split("\t") for line in text.splitlines() if line]
+            self._readings = [literal]
+            if '"' in text:
+                # Whole lines in quotes leave the tabs inside of one field.
+                quoted = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter="\t") if row]
+                quoted = [row[0].split("\t") if len(row) == 1 else row for row in quoted]
+                self._readings.insert(0, quoted)
+
+    def __len__(self) -> int:
+        return len(self._readings[0])
+
+    def has(self, n: int) -> bool:
+        """Return whether the table can be read as `n` rows."""
+        return any(len(rows) == n for rows in self._all())
+
+    def rows(self, n: int) -> list[list[str]]:
+        """Return the `n` rows; the likeliest reading if it cannot be read as so many."""
+        return next((rows for rows in self._all() if len(rows) == n), self._readings[0])
+
+    def _all(self) -> list[list[list[str]]]:
+        """Return all readings, also without a header."""
+        headless = [rows[1:] for rows in self._readings if rows and rows[0][0].strip('"').casefold() in _HEADERS]
+        return [*self._readings, *headless]
