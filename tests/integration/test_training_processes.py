@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from tests.integration.forked import Launcher, launcher
 from tests.training_data import contrastive_values, pretrain_values
@@ -122,6 +123,23 @@ def test_finetuning_on_two_processes_equals_one_with_twice_the_batch(tmp_path: P
     checks = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
     assert checks[1]["validation"][-1] == pytest.approx(checks[0]["validation"][-1], rel=1e-2)
     assert (tmp_path / "two" / "heldout.h5ad").is_file()
+
+
+def test_a_step_is_the_same_however_it_is_cut(tmp_path: Path, forks: Launcher) -> None:
+    """Cells have 1 to 40 genes, so micro-batches differ in their masked genes, each of which counts once."""
+    cuts = {"88 x 1 x 1": "", "11 x 8 x 1": "", "11 x 2 x 4": ZERO[2]}
+    found = {}
+    for cut, engine in cuts.items():
+        output, (micro_batch, accumulation, processes) = tmp_path / cut, cut.split(" x ")
+        arguments = (str(output), micro_batch, accumulation, engine)
+        forks.run("tests.integration.pieces", *arguments, log=tmp_path / "log", processes=int(processes))
+        found[cut] = losses(output), load_file(output / "weights")
+    (whole, weights), *others = found.values()
+    assert whole[-1] < whole[0]
+    for cut_losses, cut_weights in others:
+        np.testing.assert_allclose(cut_losses, whole, rtol=1e-6)
+        for name, tensor in weights.items():
+            np.testing.assert_allclose(cut_weights[name].numpy(), tensor.numpy(), rtol=0, atol=1e-6)
 
 
 def test_bf16_keeps_full_precision_in_the_checkpoint(base: Path, tmp_path: Path, run: Run) -> None:

@@ -207,7 +207,7 @@ class LoopConfig:
     micro_batch: Positive
     """Cells (pre-training, mixed batches) or pairs (fine-tuning) in a batch of one process."""
     accumulation: Positive = 1
-    """Micro-batches whose gradients are averaged for one optimiser step."""
+    """Micro-batches of one optimiser step, in which each masked gene (pre-training) or cell counts once."""
     precision: Precision = "fp32"
     """Type of the arithmetic: bf16 from Ampere on, fp16 (with dynamic loss scaling) before; fp32 on a CPU."""
     device: str = "auto"

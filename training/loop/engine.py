@@ -26,8 +26,15 @@ _STATE = "state.pt"
 class Engine(Protocol):
     """A model with its optimiser."""
 
-    def micro_step(self, batch: Mapping[str, Tensor], *, lr: float, last: bool) -> float:
-        """Run forward and backward and, after the `last` micro-batch of a step, the optimiser. Returns the loss."""
+    def micro_step(self, batch: Mapping[str, Tensor], *, lr: float, last: bool, scale: float = 1.0) -> float:
+        """Run forward and backward and, after the `last` micro-batch of a step, the optimiser.
+
+        The gradient of a step is the mean over micro-batches and processes of `scale` times the loss of each.
+
+        Returns
+        -------
+        The loss of the micro-batch, not scaled.
+        """
         ...
 
     @property
@@ -72,10 +79,10 @@ class PlainEngine:
         self._scaler = torch.amp.GradScaler(device.type, enabled=loop.precision == "fp16")
         self._grad_norm = 0.0
 
-    def micro_step(self, batch: Mapping[str, Tensor], *, lr: float, last: bool) -> float:
+    def micro_step(self, batch: Mapping[str, Tensor], *, lr: float, last: bool, scale: float = 1.0) -> float:
         """See :class:`Engine`."""
         loss = self._forward(batch)
-        self._scaler.scale(loss / self._accumulation).backward()
+        self._scaler.scale(loss * scale / self._accumulation).backward()
         if last:
             self._step(lr)
         return float(loss.detach())
@@ -150,10 +157,10 @@ class DeepSpeedEngine:
             model=module, optimizer=client, config=deepspeed_config(loop, optimizer)
         )
 
-    def micro_step(self, batch: Mapping[str, Tensor], *, lr: float, last: bool) -> float:
+    def micro_step(self, batch: Mapping[str, Tensor], *, lr: float, last: bool, scale: float = 1.0) -> float:
         """See :class:`Engine`."""
         loss = self._engine(**self._move(batch))
-        self._engine.backward(loss)
+        self._engine.backward(loss * scale)
         assert self._engine.is_gradient_accumulation_boundary() == last, "lost count of micro-batches"  # noqa: S101
         if last:
             for group in self._optimizer.param_groups:

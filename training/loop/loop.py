@@ -68,6 +68,13 @@ class Task(Protocol):
         """
         ...
 
+    def weight(self, batch: Mapping[str, Tensor]) -> int:
+        """Return the number of items of which the loss of a micro-batch is the mean, such as labelled tokens.
+
+        Each of them counts once in a step, however the step is cut into micro-batches and processes.
+        """
+        ...
+
     def kind(self, epoch: int, index: int) -> str:
         """Return the kind of a micro-batch; losses of each kind are logged apart. "" if there is one kind."""
         ...
@@ -237,20 +244,24 @@ class _Run:
         rate = learning_rate(
             position.step, config=self.optimizer, total_steps=self.total, world_size=self.process.world_size
         )
+        # All micro-batches of the step are made first: the share of each depends on the labels of all of them.
+        step = [next(batches) for _ in range(self.loop.accumulation)]
+        scales = self._scales([self.task.weight(batch) for _, batch in step])
         losses: list[float] = []
         kinds: list[str] = []
         tokens = cells = 0
         epoch = 0
-        for micro in range(self.loop.accumulation):
-            number, batch = next(batches)
+        for micro, ((number, batch), scale) in enumerate(zip(step, scales, strict=True)):
             epoch, index = divmod(number, self.task.batches_per_epoch)
             torch.manual_seed(derive_seed(self.loop.seed, _DROPOUT, self.process.rank, number))
-            losses.append(self.engine.micro_step(batch, lr=rate, last=micro == self.loop.accumulation - 1))
+            last = micro == self.loop.accumulation - 1
+            losses.append(scale * self.engine.micro_step(batch, lr=rate, scale=scale, last=last))
             kinds.append(self.task.kind(epoch, index))
             mask = batch["attention_mask"]
             tokens += int(mask.sum())
             cells += len(mask)
-        *losses, mean_tokens, mean_cells = self.process.mean([*losses, float(tokens), float(cells)])
+        *losses, mean_tokens, mean_cells = self.process.mean([*losses, *scales, float(tokens), float(cells)])
+        losses, scales = losses[: len(scales)], losses[len(scales) :]
         position.step += 1
         position.tokens += round(mean_tokens * self.process.world_size)
         loss = sum(losses) / len(losses)
@@ -262,12 +273,23 @@ class _Run:
             )
         values: dict[str, Any] = {"step": position.step, "epoch": epoch, "loss": loss, "lr": rate}
         for kind in sorted({kind for kind in kinds if kind}):
-            of_kind = [value for value, name in zip(losses, kinds, strict=True) if name == kind]
-            values[f"loss_{kind}"] = sum(of_kind) / len(of_kind)
+            at = [place for place, name in enumerate(kinds) if name == kind]
+            values[f"loss_{kind}"] = sum(losses[place] for place in at) / sum(scales[place] for place in at)
         values["grad_norm"] = self.engine.grad_norm
         values["tokens"] = round(mean_tokens * self.process.world_size)
         values["cells"] = round(mean_cells * self.process.world_size)
         return values
+
+    def _scales(self, weights: list[int]) -> list[float]:
+        """Return the factor of each micro-batch's mean loss: its weight over the mean weight of all of the step.
+
+        The engines average losses over micro-batches and processes; with these factors the result is the sum over
+        items of the whole step over their number. Equal weights give exactly 1.
+        """
+        (mean,) = self.process.mean([float(sum(weights))])
+        if not mean:
+            return [1.0] * len(weights)
+        return [weight * len(weights) / mean for weight in weights]
 
     def _batches(self, start: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yield micro-batches from number `start` on; the next one is prepared while the current one is computed."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from perturbscope.scoring.control import score_perturbations
 from perturbscope.scoring.results import ScoreOptions
@@ -63,6 +63,10 @@ class FinetuningTask:
         self._width = half.outputs(network)[0].width
         self._encoder = half.encoder(self.model, network, family=corpus.family)
         self._validation_groups = groups_of(config, corpus, splits, "validation")
+
+    def weight(self, batch: Mapping[str, Tensor]) -> int:
+        """Return the number of cells of a batch: losses are means over cells, or over pairs of two cells each."""
+        return len(batch["attention_mask"])
 
     def _validation_z(self, evaluate: Evaluate) -> dict[str, float]:
         """Measure :func:`median_z` of the validation targets, if the configuration asks for it and there are any."""

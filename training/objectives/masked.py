@@ -79,6 +79,10 @@ class MaskedTask:
             self._epoch = epoch
         return self._masked(self.train_cells[self._order[index]], seed, training=True)
 
+    def weight(self, batch: Mapping[str, Tensor]) -> int:
+        """Return the number of masked genes of a batch, over which its loss is a mean."""
+        return self._family.n_targets(batch)
+
     def kind(self, epoch: int, index: int) -> str:
         """Return "": there is one kind of batch."""
         return ""

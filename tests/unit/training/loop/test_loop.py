@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ class LineTask:
         if number == self._poison:
             x[0, 0] = math.nan
         return {"x": x, "attention_mask": torch.ones(4, 3, dtype=torch.int64)}
+
+    def weight(self, batch: Mapping[str, Tensor]) -> int:
+        return len(batch["x"])
 
     def kind(self, epoch: int, index: int) -> str:
         return "odd" if index % 2 else "even"
