@@ -29,6 +29,7 @@ from perturbscope.errors import BundleError, CorruptBundleError, UnsupportedBund
 from perturbscope.inference.bundle import VOCABULARY, sha256
 from training import families
 from training.config.strict import plain
+from training.errors import NotWrittenError
 
 FORMAT_VERSION = 1
 WEIGHTS = "weights.safetensors"
@@ -114,6 +115,8 @@ def save_checkpoint(
     ------
     BundleError
         `path` exists and `overwrite` is false, or `path` holds something other than a checkpoint.
+    NotWrittenError
+        The disk is full.
     """
     path = Path(path)
     if path.exists():
@@ -123,7 +126,13 @@ def save_checkpoint(
             raise BundleError(f"{path} is not a checkpoint, so it is not overwritten. Give another directory.")
     state = model.state_dict() if isinstance(model, nn.Module) else model
     with atomic_directory(path) as staging:
-        save_file(_stored(state), staging / WEIGHTS)
+        try:
+            save_file(_stored(state), staging / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise NotWrittenError(
+                f"The checkpoint {path} could not be written: {error}. Make room there and run the same command again; "
+                "the last state of the run is kept."
+            ) from error
         (staging / WEIGHTS).chmod(0o644)
         (staging / VOCABULARY).write_text(vocabulary.to_tsv(), encoding="utf-8")
         config = {

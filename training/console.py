@@ -1,8 +1,9 @@
-"""Arguments, error messages and progress bars of the commands; imports nothing of training."""
+"""Arguments, error messages and progress bars of the commands; of training it imports its ground alone."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from perturbscope.errors import InvalidInputError, PerturbScopeError
+from training.errors import StoppedError
+from training.launcher import place
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -25,13 +30,28 @@ def parser(description: str) -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="replace a value of CONFIG; a dot goes one level down: --set loop.max_steps=10",
     )
-    stage.add_argument("--overwrite", action="store_true", help="replace results of an earlier run")
+    stage.add_argument(
+        "--overwrite", action="store_true", help="replace results of an earlier run, once the new ones are complete"
+    )
     return stage
+
+
+def add_extend(stage: argparse.ArgumentParser) -> None:
+    """Add the argument of the stages that train."""
+    stage.add_argument(
+        "--extend",
+        action="store_true",
+        help="go on from the last state with other loop.epochs or loop.max_steps than before; a linear schedule is "
+        "then that of the new length from here on",
+    )
 
 
 def is_first_process() -> bool:
     """Return whether this process is the one that prints, builds and writes; true without a launcher."""
-    return int(os.environ.get("RANK", "0")) == 0
+    try:
+        return place().rank == 0
+    except PerturbScopeError:
+        return True  # it is about to end with this error
 
 
 def stderr() -> Console:
@@ -51,13 +71,24 @@ def run(body: Callable[[], None], *, resumes: bool = True) -> int:
 
     Returns
     -------
-    Exit code: 0; 2 for bad input or configuration, 130 for an interruption, 1 for all other errors.
+    Exit code: 0; 2 for bad input or configuration, 130 for an interruption, 128 and the number of a signal that ended
+    the run after a step, 1 for all other errors.
     """
     try:
         body()
+    except StoppedError as error:
+        print(error.message, file=sys.stderr)  # noqa: T201
+        return 128 + error.number
     except PerturbScopeError as error:
         print(f"error [{error.code}]: {error.message}", file=sys.stderr)  # noqa: T201
         return 2 if isinstance(error, InvalidInputError) else 1
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        path = f"{error.filename}: " if error.filename else ""
+        text = f"{path}{os.strerror(error.errno)}. Nothing that was complete is lost; make room or give another path"
+        print(f"error [not_written]: {text}, and run the same command again.", file=sys.stderr)  # noqa: T201
+        return 1
     except KeyboardInterrupt:
         print(f"interrupted; run the same command again{' to resume' * resumes}", file=sys.stderr)  # noqa: T201
         return 130

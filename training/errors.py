@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import signal
 from typing import ClassVar
 
 from perturbscope.errors import PerturbScopeError
 
 
 class NonFiniteLossError(PerturbScopeError):
-    """The loss became NaN or infinite; the run stopped before the weights were lost."""
+    """The loss, the gradient or a weight became NaN or infinite; the run stopped before that was saved."""
 
     code: ClassVar[str] = "non_finite_loss"
+
+
+class NotWrittenError(PerturbScopeError):
+    """A result could not be written; what was there before is unchanged."""
+
+    code: ClassVar[str] = "not_written"
+
+
+class StoppedError(PerturbScopeError):
+    """A signal ended the run after a step, whose state was saved.
+
+    Parameters
+    ----------
+    number
+        Number of the signal.
+    message
+        What was saved.
+    """
+
+    code: ClassVar[str] = "stopped"
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(f"{signal.Signals(number).name}: {message}")
+        self.number = number
 
 
 class DownloadError(PerturbScopeError):

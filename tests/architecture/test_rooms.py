@@ -23,8 +23,8 @@ ORDER = {
         "openinference", "service", "__main__",
     ),
     "training": (
-        "errors", "console", "config", "data", "families", "checkpoint", "loop", "objectives", "measure", "commands",
-        "__main__",
+        "errors", "launcher", "console", "config", "data", "families", "checkpoint", "loop", "objectives", "measure",
+        "commands", "__main__",
     ),
 }  # fmt: skip
 MOST_AT_THE_TOP = 20

@@ -1,6 +1,7 @@
 """A run of three steps, each over the same 88 cells of mixed lengths, cut into micro-batches and processes as told.
 
-``main([OUTPUT, MICRO_BATCH, ACCUMULATION, DEEPSPEED])``; an empty DEEPSPEED is plain torch.
+``main([OUTPUT, MICRO_BATCH, ACCUMULATION, DEEPSPEED, POISON])``; an empty DEEPSPEED is plain torch. At step POISON
+(from 0; none if negative) the loss is finite and its gradient is not.
 """
 
 from __future__ import annotations
@@ -29,12 +30,24 @@ MODEL = RankModelConfig(
 )
 
 
+class Steep(nn.Module):
+    """A loss that gets an infinite slope in one step."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, poisoned: Tensor, **batch: Tensor) -> Tensor:
+        loss: Tensor = self.loss(**batch)
+        return loss + (next(self.parameters()).square().sum() * 0).sqrt() if bool(poisoned.any()) else loss
+
+
 class PiecesTask:
     """Masked genes of cells that are the same in every step."""
 
     name = "pieces"
 
-    def __init__(self, process: Process, micro_batch: int) -> None:
+    def __init__(self, process: Process, micro_batch: int, poison: int) -> None:
         vocabulary = GeneVocabulary(
             gene_ids=tuple(f"ENSG{number:011d}" for number in range(GENES)),
             tokens=np.arange(2, GENES + 2, dtype=np.int32),
@@ -45,7 +58,7 @@ class PiecesTask:
         torch.manual_seed(0)
         model = rank.build_model(MODEL, vocabulary)
         self.model: nn.Module = model
-        self.module: nn.Module = rank.pretraining(model)
+        self.module: nn.Module = Steep(rank.pretraining(model))
         mask = (torch.arange(40)[None] < 1 + 37 * torch.arange(CELLS)[:, None] % 40).long()
         ids = (2 + torch.rand(CELLS, GENES).argsort(dim=1)[:, :40]) * mask
         family = load_family("rank", {"max_length": MODEL.max_length}, vocabulary)
@@ -53,11 +66,13 @@ class PiecesTask:
         self._whole = rank.mask(batch, family=family, generator=torch.Generator().manual_seed(1))
         self._process = process
         self._size = micro_batch
+        self._poison = poison
         self.batches_per_epoch = CELLS // micro_batch // process.world_size
 
     def batch(self, epoch: int, index: int, seed: int) -> dict[str, Tensor]:
         start = (index * self._process.world_size + self._process.rank) * self._size
-        return {name: tensor[start : start + self._size] for name, tensor in self._whole.items()}
+        cells = {name: tensor[start : start + self._size] for name, tensor in self._whole.items()}
+        return {**cells, "poisoned": torch.full((self._size,), epoch == self._poison)}
 
     def weight(self, batch: Mapping[str, Tensor]) -> int:
         return rank.n_targets(batch)
@@ -73,12 +88,13 @@ class PiecesTask:
 
 
 def main(arguments: Sequence[str]) -> int:
-    output, micro_batch, accumulation, deepspeed = arguments
+    output, micro_batch, accumulation, deepspeed, poison = arguments
     loop = LoopConfig(
         epochs=STEPS,
         micro_batch=int(micro_batch),
         accumulation=int(accumulation),
         device="cpu",
+        checkpoint_every=1,
         deepspeed=deepspeed or None,
         threads=1,
     )
@@ -86,8 +102,8 @@ def main(arguments: Sequence[str]) -> int:
     optimizer = OptimizerConfig(base_lr=0.1, schedule="constant", weight_decay=0.0, eps=1.0, clip=0.0)
     process = join(loop)
     try:
-        task = PiecesTask(process, loop.micro_batch)
-        outcome = train(task, loop, optimizer, process, output=Path(output), fingerprint="pieces")
+        task = PiecesTask(process, loop.micro_batch, int(poison))
+        outcome = train(task, loop, optimizer, process, output=Path(output), identity={})
         if process.is_first:
             save_file({name: tensor.clone() for name, tensor in outcome.weights.items()}, Path(output) / "weights")
     finally:

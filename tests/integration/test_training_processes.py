@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tests.integration import pieces
 from tests.integration.forked import Launcher, launcher
 from tests.training_data import contrastive_values, pretrain_values
 from training.checkpoint import load_checkpoint
@@ -131,8 +133,11 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path: Path, forks: Launcher) -
     found = {}
     for cut, engine in cuts.items():
         output, (micro_batch, accumulation, processes) = tmp_path / cut, cut.split(" x ")
-        arguments = (str(output), micro_batch, accumulation, engine)
-        forks.run("tests.integration.pieces", *arguments, log=tmp_path / "log", processes=int(processes))
+        arguments = (str(output), micro_batch, accumulation, engine, "-1")
+        if engine:
+            forks.run("tests.integration.pieces", *arguments, log=tmp_path / "log", processes=int(processes))
+        else:
+            pieces.main(arguments)
         found[cut] = losses(output), load_file(output / "weights")
     (whole, weights), *others = found.values()
     assert whole[-1] < whole[0]
@@ -140,6 +145,15 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path: Path, forks: Launcher) -
         np.testing.assert_allclose(cut_losses, whole, rtol=1e-6)
         for name, tensor in weights.items():
             np.testing.assert_allclose(cut_weights[name].numpy(), tensor.numpy(), rtol=0, atol=1e-6)
+
+
+def test_deepspeed_saves_nothing_after_a_gradient_that_is_not_finite(tmp_path: Path, forks: Launcher) -> None:
+    log = tmp_path / "log"
+    (process,) = forks.start("tests.integration.pieces", str(tmp_path / "run"), "44", "2", ZERO[1], "2", log=log)
+    process.join(TIMEOUT)
+    assert process.exitcode == 1
+    assert re.search("The gradient of step 3 has the norm (nan|inf)", log.read_text())
+    assert max((tmp_path / "run/states").iterdir()).name == "step-000000002"
 
 
 def test_bf16_keeps_full_precision_in_the_checkpoint(base: Path, tmp_path: Path, run: Run) -> None:

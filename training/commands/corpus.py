@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from training.checkpoint import Checkpoint
 
 
-def build(config: CorpusConfig, *, vocabulary: GeneVocabulary | None = None, overwrite: bool = False) -> None:
+def build(
+    config: CorpusConfig, *, vocabulary: GeneVocabulary | None = None, overwrite: bool = False, anew: bool = False
+) -> None:
     """Build a corpus with a progress bar, and print what it holds, what was dropped and why.
 
     Parameters and errors are those of :func:`training.data.corpus.build_corpus`.
     """
     with console.cell_progress() as progress:
-        corpus = build_corpus(config, vocabulary=vocabulary, overwrite=overwrite, progress=progress)
+        corpus = build_corpus(config, vocabulary=vocabulary, overwrite=overwrite, anew=anew, progress=progress)
     console.stderr().print(_contents(corpus))
 
 
@@ -71,14 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         if not strict.has_key(options.config, "checkpoint", options.set):
-            build(strict.section(CorpusConfig, options.config, "corpus", options.set), overwrite=options.overwrite)
+            build(strict.section(CorpusConfig, options.config, "corpus", options.set), anew=options.overwrite)
             return
         from training.checkpoint import load_checkpoint  # imports torch, which pre-training's corpus does not need
 
         config = strict.read(ContrastiveConfig, options.config, options.set)
         checkpoint = load_checkpoint(config.checkpoint)
         cells = corpus_of_checkpoint(config, checkpoint)
-        build(cells, vocabulary=checkpoint.vocabulary, overwrite=options.overwrite)
+        build(cells, vocabulary=checkpoint.vocabulary, anew=options.overwrite)
 
     return console.run(body)
 

@@ -19,19 +19,20 @@ from training.commands.corpus import build, corpus_of_checkpoint
 from training.config import strict
 from training.config.stages import ContrastiveConfig
 from training.config.strict import plain
-from training.data.heldout import write_heldout
+from training.data.heldout import has_heldout, write_heldout
 from training.data.shards import Corpus
+from training.data.sources import name_of
 from training.data.splits import DataSplit, load_splits, make_splits, save_splits
 from training.loop.process import Process
-from training.loop.stage import StageTask, run_stage
+from training.loop.stage import SPLITS, START, Again, StageTask, run_stage
 from training.objectives.contrastive import ContrastiveTask
 from training.objectives.mixed import MixedTask
 
-SPLITS = "splits.json"
+NEW_SPLITS = ".splits.new.json"
 HELDOUT = "heldout.h5ad"
 
 
-def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | None:
+def finetune(config: ContrastiveConfig, *, again: Again = START) -> Path | None:
     """Run the stage. Returns the path of the checkpoint; None in other processes than the first.
 
     Beside the checkpoint it writes ``splits.json``, ``metrics.json`` and, for each data set, the held-out cells:
@@ -48,18 +49,23 @@ def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | No
     cells = corpus_of_checkpoint(config, checkpoint)
 
     def prepare() -> None:
-        build(cells, vocabulary=checkpoint.vocabulary, overwrite=overwrite)
+        build(cells, vocabulary=checkpoint.vocabulary, overwrite=again.overwrite)
         corpus = Corpus(cells.path)
-        output.mkdir(parents=True, exist_ok=True)
-        fingerprint = _split_fingerprint(config, corpus)
-        if load_splits(output / SPLITS, fingerprint=fingerprint) is None:
+        if saved(corpus) is None:
             with console.cell_progress() as progress:
                 splits = make_splits(corpus, cells.sources, config.degs, config.split, progress=progress)
-            save_splits(output / SPLITS, splits, fingerprint=fingerprint)
+            # Those of an earlier run are replaced when this one is complete.
+            name = NEW_SPLITS if (output / SPLITS).exists() else SPLITS
+            save_splits(output / name, splits, fingerprint=_split_fingerprint(config, corpus))
+
+    def saved(corpus: Corpus) -> list[DataSplit] | None:
+        fingerprint = _split_fingerprint(config, corpus)
+        found = (load_splits(output / name, fingerprint=fingerprint) for name in (SPLITS, NEW_SPLITS))
+        return next((splits for splits in found if splits is not None), None)
 
     def make(process: Process) -> tuple[StageTask, Corpus, dict[str, Any]]:
         corpus = Corpus(cells.path)
-        splits = load_splits(output / SPLITS, fingerprint=_split_fingerprint(config, corpus)) or []
+        splits = saved(corpus) or []
         for split in splits:
             listed = (f"{part}: {', '.join(split.targets[part]) or 'none'}" for part in ("train", "validation", "test"))
             console.stderr().print(f"{split.name}: {'; '.join(listed)}")
@@ -67,28 +73,43 @@ def finetune(config: ContrastiveConfig, *, overwrite: bool = False) -> Path | No
         task: StageTask = objective(replace(config, corpus=cells), corpus, splits, checkpoint, process)
         return task, corpus, _facts(splits, checkpoint)
 
-    path = run_stage(
-        "margin contrastive loss on pairs of cells" if config.mixed is None else "mixed batches",
-        config,
-        prepare=prepare,
-        make=make,
-        overwrite=overwrite,
-        select_best=config.select == "best",
-    )
-    if path is not None:
+    labelled = [source for source in cells.sources if not source.unlabelled]
+    heldout = {
+        name_of(source): output / (HELDOUT if len(labelled) == 1 else f"heldout-{name_of(source)}.h5ad")
+        for source in labelled
+    }
+
+    def write() -> None:
         corpus = Corpus(cells.path)
-        splits = load_splits(output / SPLITS, fingerprint=_split_fingerprint(config, corpus)) or []
-        alone = sum(not source.unlabelled for source in cells.sources) == 1
+        splits = saved(corpus) or []
+        if (output / NEW_SPLITS).exists():
+            (output / NEW_SPLITS).replace(output / SPLITS)
         for number, (source, split) in enumerate(zip(cells.sources, splits, strict=True)):
             if source.unlabelled:
                 continue
-            target = output / (HELDOUT if alone else f"heldout-{split.name}.h5ad")
+            target = heldout[split.name]
             counts = write_heldout(
                 target, corpus, number, source, split, score_ineligible=config.split.score_ineligible
             )
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-            console.stderr().print(f"{target}: {kinds} cells")
-    return path
+            told = f"{target}: {kinds} cells" if any(counts.values()) else f"{split.name}: no cell was held out"
+            console.stderr().print(told)
+
+    def is_finished() -> bool:
+        splits = saved(Corpus(cells.path)) or [] if Path(cells.path).exists() else []
+        wanted = [split.name for split in splits if has_heldout(split, score_ineligible=config.split.score_ineligible)]
+        return all(heldout[name].exists() for name in wanted if name in heldout)
+
+    return run_stage(
+        "margin contrastive loss on pairs of cells" if config.mixed is None else "mixed batches",
+        config,
+        prepare=prepare,
+        make=make,
+        again=again,
+        select_best=config.select == "best",
+        further=write,
+        is_finished=is_finished,
+    )
 
 
 def _split_fingerprint(config: ContrastiveConfig, corpus: Corpus) -> str:
@@ -115,9 +136,12 @@ def _facts(splits: Sequence[DataSplit], checkpoint: Checkpoint) -> dict[str, Any
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns its exit code."""
-    options = console.parser("Fine-tune a pre-trained model on perturbation data sets.").parse_args(arguments)
+    parser = console.parser("Fine-tune a pre-trained model on perturbation data sets.")
+    console.add_extend(parser)
+    options = parser.parse_args(arguments)
 
     def train() -> None:
-        finetune(strict.read(ContrastiveConfig, options.config, options.set), overwrite=options.overwrite)
+        again = Again(overwrite=options.overwrite, extend=options.extend)
+        finetune(strict.read(ContrastiveConfig, options.config, options.set), again=again)
 
     return console.run(train)

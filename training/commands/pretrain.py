@@ -16,11 +16,11 @@ from training.config import strict
 from training.config.stages import PretrainConfig
 from training.data.shards import Corpus
 from training.loop.process import Process
-from training.loop.stage import run_stage
+from training.loop.stage import START, Again, run_stage
 from training.objectives.masked import MaskedTask
 
 
-def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:
+def pretrain(config: PretrainConfig, *, again: Again = START) -> Path | None:
     """Run the stage. Returns the path of the checkpoint; None in other processes than the first.
 
     Raises
@@ -31,7 +31,7 @@ def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:
     """
 
     def prepare() -> None:
-        build(config.corpus, overwrite=overwrite)
+        build(config.corpus, overwrite=again.overwrite)
 
     def make(process: Process) -> tuple[MaskedTask, Corpus, dict[str, Any]]:
         corpus = Corpus(config.corpus.path)
@@ -39,14 +39,17 @@ def pretrain(config: PretrainConfig, *, overwrite: bool = False) -> Path | None:
         facts = {"train_cells": len(task.train_cells), "validation_cells": len(task.validation_cells)}
         return task, corpus, facts
 
-    return run_stage("masked language model", config, prepare=prepare, make=make, overwrite=overwrite)
+    return run_stage("masked language model", config, prepare=prepare, make=make, again=again)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns its exit code."""
-    options = console.parser("Pre-train a model on a corpus of cells.").parse_args(arguments)
+    parser = console.parser("Pre-train a model on a corpus of cells.")
+    console.add_extend(parser)
+    options = parser.parse_args(arguments)
 
     def train() -> None:
-        pretrain(strict.read(PretrainConfig, options.config, options.set), overwrite=options.overwrite)
+        again = Again(overwrite=options.overwrite, extend=options.extend)
+        pretrain(strict.read(PretrainConfig, options.config, options.set), again=again)
 
     return console.run(train)

@@ -22,7 +22,7 @@ from perturbscope import __version__
 from perturbscope.cells.genes import GeneMapping, GeneResolver
 from perturbscope.cells.readers import CellSource
 from perturbscope.cells.vocabulary import SHIPPED, GeneVocabulary
-from perturbscope.errors import InvalidInputError, InvalidParameterError, UnreadableFileError
+from perturbscope.errors import BundleError, InvalidInputError, InvalidParameterError, UnreadableFileError
 from perturbscope.families import Family, load_family
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.threads import ahead
@@ -38,6 +38,7 @@ def build_corpus(
     *,
     vocabulary: GeneVocabulary | None = None,
     overwrite: bool = False,
+    anew: bool = False,
     progress: Progress | None = None,
 ) -> Corpus:
     """Build the corpus that `config` describes, or open it if it exists.
@@ -49,7 +50,9 @@ def build_corpus(
     vocabulary
         Genes, tokens and medians; by default, those that `config` names.
     overwrite
-        Replace a corpus that was built from another configuration.
+        Replace a corpus that is damaged, or was built from another configuration.
+    anew
+        Replace one of the same configuration too: a store is known by its address, behind which cells may change.
     progress
         Called after every chunk.
 
@@ -75,15 +78,15 @@ def build_corpus(
             raise InvalidParameterError(
                 f"{path} exists and is not a corpus, so it is not replaced. Give another path.", field="corpus.path"
             )
-        if not overwrite:
-            corpus = Corpus(path)
-            if corpus.manifest["fingerprint"] != wanted:
-                raise InvalidParameterError(
-                    f"The corpus {path} was built from another configuration or other files. Build it again with "
-                    "python -m training corpus CONFIG --overwrite, or give another path.",
-                    field="corpus.path",
-                )
+        corpus = None if anew else _opened(path, damaged=overwrite)
+        if corpus is not None and corpus.manifest["fingerprint"] == wanted:
             return corpus
+        if not (overwrite or anew):
+            raise InvalidParameterError(
+                f"The corpus {path} was built from another configuration or other files. Build it again with "
+                "python -m training corpus CONFIG --overwrite, or give another path.",
+                field="corpus.path",
+            )
     family = load_family(config.family, config.family_config, vocabulary)
     staging = Staging(path, fingerprint=wanted)
     with staging.open() as state:
@@ -92,6 +95,16 @@ def build_corpus(
         (staging.path / VOCABULARY).write_text(vocabulary.to_tsv(), encoding="utf-8")
         (staging.path / MANIFEST).write_text(json.dumps(manifest_values, indent=2) + "\n", encoding="utf-8")
     return Corpus(path)
+
+
+def _opened(path: Path, *, damaged: bool) -> Corpus | None:
+    """Open a corpus; None for one that cannot be read, if it may be `damaged`."""
+    try:
+        return Corpus(path)
+    except BundleError:
+        if not damaged:
+            raise
+    return None
 
 
 def read_vocabulary(name: str) -> GeneVocabulary:

@@ -15,6 +15,12 @@ from training.data.sources import chunks, open_source
 from training.data.splits import INELIGIBLE, DataSplit
 
 
+def has_heldout(split: DataSplit, *, score_ineligible: bool) -> bool:
+    """Return whether a split holds any cell out."""
+    targets = split.targets["test"] or (score_ineligible and split.targets[INELIGIBLE])
+    return bool(targets) or len(split.controls["test"]) > 0
+
+
 def write_heldout(
     path: Path, corpus: Corpus, number: int, source: SourceConfig, split: DataSplit, *, score_ineligible: bool
 ) -> dict[str, int]:
@@ -36,7 +42,7 @@ def write_heldout(
 
     Returns
     -------
-    Number of cells of each value of ``split``.
+    Number of cells of each value of ``split``; without any held-out cell, nothing is written.
     """
     import anndata
 
@@ -50,6 +56,8 @@ def write_heldout(
         kind[split.controls["test"]] = "control"
         for part, targets in parts.items():
             kind[rows[inside & np.isin(labels.astype(str), sorted(targets))]] = part
+        if not (kind != "").any():
+            return dict.fromkeys(("control", *parts), 0)
         chunks_of_file = list(chunks(cells, kind != ""))
         at = np.concatenate([part for part, _ in chunks_of_file])
         obs = cells.obs.iloc[at].copy()

@@ -6,6 +6,7 @@ Both take the same AdamW, and the learning rate from the loop, so they give the 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,16 @@ class Engine(Protocol):
 
     @property
     def grad_norm(self) -> float:
-        """Norm of the gradient of the last step, before clipping."""
+        """Norm of the gradient of the last step, before clipping; not finite if the weights were left alone for it."""
+        ...
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the gradient of the last step was not finite, and no smaller scale of the loss can mend that."""
+        ...
+
+    def is_finite(self) -> bool:
+        """Return whether all weights of this process are finite."""
         ...
 
     def evaluate(self, batch: Mapping[str, Tensor]) -> Any:
@@ -92,6 +102,15 @@ class PlainEngine:
         """See :class:`Engine`."""
         return self._grad_norm
 
+    @property
+    def has_diverged(self) -> bool:
+        """See :class:`Engine`. Without fp16 the scale is 1; with it, 1 is as small as it may become."""
+        return not math.isfinite(self._grad_norm) and self._scaler.get_scale() <= 1
+
+    def is_finite(self) -> bool:
+        """See :class:`Engine`."""
+        return all(bool(torch.isfinite(item).all()) for item in self._module.parameters())
+
     def evaluate(self, batch: Mapping[str, Tensor]) -> Any:
         """See :class:`Engine`."""
         self._module.eval()
@@ -132,7 +151,8 @@ class PlainEngine:
         parameters = [item for group in self._optimizer.param_groups for item in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self._clip or float("inf"))
         self._grad_norm = float(norm)
-        self._scaler.step(self._optimizer)
+        if not self.has_diverged:
+            self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -151,6 +171,7 @@ class DeepSpeedEngine:
             # Otherwise, where there is a compiler, it compiles a shared-memory all-reduce for more than a minute.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._device = process.device
+        self._own_norm = 0.0
         module = module.to(process.device)
         client = make_optimizer(module, optimizer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -165,14 +186,28 @@ class DeepSpeedEngine:
         if last:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
+            if not self._engine.zero_optimization():
+                # Without ZeRO and clipping DeepSpeed computes no norm.
+                gradients = [item.grad for item in self._engine.module.parameters() if item.grad is not None]
+                self._own_norm = float(nn.utils.get_total_norm(gradients))
         self._engine.step()
         return float(loss.detach())
 
     @property
     def grad_norm(self) -> float:
-        """See :class:`Engine`; 0 if DeepSpeed does not compute it."""
+        """See :class:`Engine`."""
         norm = self._engine.get_global_grad_norm()
-        return 0.0 if norm is None else float(norm)
+        return self._own_norm if norm is None else float(norm)
+
+    @property
+    def has_diverged(self) -> bool:
+        """See :class:`Engine`. Under fp16 DeepSpeed leaves such a step out, and ends when its scale cannot fall."""
+        return not math.isfinite(self.grad_norm) and not self._engine.fp16_enabled()
+
+    def is_finite(self) -> bool:
+        """See :class:`Engine`. Of weights that are divided between processes, the part of this one is looked at."""
+        parts = (getattr(item, "ds_tensor", item) for item in self._engine.module.parameters())
+        return all(bool(torch.isfinite(part).all()) for part in parts)
 
     def evaluate(self, batch: Mapping[str, Tensor]) -> Any:
         """See :class:`Engine`."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,21 @@ from perturbscope.cells.files import atomic
 from training import console
 
 _SMOOTHING = 0.95
+_EVERY = 30.0
+"""Seconds between two lines where no terminal shows a bar."""
 
 
 class Journal:
     """The log of one run. Use :func:`open_journal`."""
 
-    def __init__(self, file: Any, bars: Progress, task: TaskID) -> None:
+    def __init__(self, file: Any, bars: Progress, task: TaskID, total: int) -> None:
         self._file = file
         self._bars = bars
         self._task = task
+        self._total = total
         self._loss: float | None = None
+        self._told: tuple[float, int] | None = None
+        self._tokens = 0
 
     def step(self, values: dict[str, Any]) -> None:
         """Log one optimiser step."""
@@ -34,6 +42,28 @@ class Journal:
         seconds = max(values["seconds"], 1e-9)
         speed = f"{values['tokens'] / seconds:,.0f} tokens/s {values['cells'] / seconds:,.1f} cells/s"
         self._bars.update(self._task, completed=values["step"], loss=f"{self._loss:.4f}", speed=speed)
+        self._tell(values)
+
+    def _tell(self, values: dict[str, Any]) -> None:
+        """Print a line after half a minute where nobody sees the bar: in the log of a job."""
+        if self._bars.console.is_terminal:
+            return
+        now, step = time.monotonic(), values["step"]
+        self._tokens += values["tokens"]
+        if self._told is None:
+            self._told = now, step
+            self._tokens = 0
+            return
+        since, first = self._told
+        if now - since < _EVERY:
+            return
+        pace = (now - since) / (step - first)
+        left = timedelta(seconds=round(pace * (self._total - step)))
+        self.say(
+            f"step {step:,} of {self._total:,}: loss {self._loss:.4f}, lr {values['lr']:.3g}, "
+            f"{self._tokens / (now - since):,.0f} tokens/s, {left} left"
+        )
+        self._told, self._tokens = (now, step), 0
 
     def validation(self, values: dict[str, Any]) -> None:
         """Log one validation."""
@@ -47,7 +77,7 @@ class Journal:
 
     def _write(self, values: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
+            self._file.write(json.dumps(valid(values), allow_nan=False) + "\n")
             self._file.flush()
 
 
@@ -77,10 +107,19 @@ def open_journal(path: Path, *, name: str, done: int, total: int, writes: bool) 
     try:
         with Progress(*columns, console=console.stderr()) as bars:
             task = bars.add_task(name, total=total, completed=done, loss="-", speed="")
-            yield Journal(file, bars, task)
+            yield Journal(file, bars, task, total)
     finally:
         if file is not None:
             file.close()
+
+
+def valid(values: Any) -> Any:
+    """Return plain values with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(values, Mapping):
+        return {name: valid(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [valid(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

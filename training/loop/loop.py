@@ -7,7 +7,6 @@ killed goes on with the losses that it would have had, and both engines give the
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,16 +21,20 @@ from torch import Tensor, nn
 
 from perturbscope.cells.files import atomic
 from perturbscope.errors import InvalidParameterError
+from training import console
 from training.config.stages import LoopConfig, OptimizerConfig
-from training.errors import NonFiniteLossError
-from training.loop.engine import Engine, make_engine
-from training.loop.journal import Journal, draw_curve, open_journal, read_log
+from training.errors import NonFiniteLossError, StoppedError
+from training.loop.engine import Engine, deepspeed_config, make_engine
+from training.loop.journal import Journal, draw_curve, open_journal, read_log, valid
 from training.loop.optimizer import check_warmup, learning_rate, peak_learning_rate
 from training.loop.process import Process
 from training.loop.resume import Position, States
+from training.loop.stopping import stop_requests
 
 LOG = "log.jsonl"
 _BEST = "best.safetensors"
+LEFT_BY_THE_LOOP = ("states", LOG, _BEST, "loss.png")
+"""Files and directories that a run leaves in its output."""
 _DROPOUT, _MASKS = 1, 2
 
 Evaluate = Callable[[Mapping[str, Tensor]], Any]
@@ -103,9 +106,10 @@ class Outcome:
     weights: dict[str, Tensor]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields but the weights."""
+        """Return all fields but the weights, as JSON can hold them."""
         names = ("steps", "selected_step", "peak_lr", "seconds", "tokens", "final_loss", "initial", "validation")
-        return {name: getattr(self, name) for name in names}
+        plain: dict[str, Any] = valid({name: getattr(self, name) for name in names})
+        return plain
 
 
 def derive_seed(*parts: int) -> int:
@@ -133,6 +137,23 @@ def plan_steps(batches_per_epoch: int, config: LoopConfig) -> int:
     return steps
 
 
+def check_plan(task: Task, loop: LoopConfig, optimizer: OptimizerConfig) -> int:
+    """Refuse a run that could not begin. Returns its number of optimiser steps.
+
+    Raises
+    ------
+    InvalidParameterError
+        The data make no step, the warm-up does not end, or the DeepSpeed file contradicts the configuration.
+    UnreadableFileError
+        The DeepSpeed file cannot be read.
+    """
+    total = plan_steps(task.batches_per_epoch, loop)
+    check_warmup(optimizer, total)
+    if loop.deepspeed is not None:
+        deepspeed_config(loop, optimizer)
+    return total
+
+
 def train(
     task: Task,
     loop: LoopConfig,
@@ -140,8 +161,9 @@ def train(
     process: Process,
     *,
     output: Path,
-    fingerprint: str,
+    identity: Mapping[str, Any],
     select_best: bool = False,
+    may_differ: frozenset[str] = frozenset(),
 ) -> Outcome:
     """Train to the end, from the newest state in `output` if there is one.
 
@@ -155,24 +177,37 @@ def train(
         This process.
     output
         Directory of the run: ``log.jsonl``, ``loss.png``, ``states/``.
-    fingerprint
-        Digest of configuration and data; the state of another run is refused.
+    identity
+        All that decides the losses, as plain values; the state of another run is refused.
     select_best
         Whether to return the weights of the lowest validation loss instead of the last.
+    may_differ
+        Fields of `identity` in which the state may differ, since the run is extended on purpose.
 
     Raises
     ------
     NonFiniteLossError
-        The loss became NaN or infinite.
+        The loss, the gradient or a weight became NaN or infinite.
+    NotWrittenError
+        A state could not be written.
+    StoppedError
+        SIGTERM or SIGUSR1 was received; the state of the last step is saved.
     InvalidParameterError
         The run has no step, or its warm-up does not end, or a state belongs to another run.
+    UnreadableFileError
+        All states are damaged.
     """
-    total = plan_steps(task.batches_per_epoch, loop)
-    check_warmup(optimizer, total)
+    total = check_plan(task, loop, optimizer)
     output.mkdir(parents=True, exist_ok=True)
     engine = make_engine(task.module, loop, optimizer, process)
-    states = States(output / "states", fingerprint=fingerprint, process=process, keep=loop.keep_states)
-    position = states.resume(engine)
+    states = States(output / "states", identity=identity, process=process, keep=loop.keep_states, may_differ=may_differ)
+    position = states.resume(engine, console.stderr().print)
+    if position.step > total:
+        raise InvalidParameterError(
+            f"The run has done {position.step} steps, and this configuration has {total}. Give it more epochs or "
+            "max_steps.",
+            field="loop.epochs",
+        )
     run = _Run(task, loop, optimizer, process, engine, output, total, select_best)
     with open_journal(
         output / LOG, name=task.name, done=position.step, total=total, writes=process.is_first
@@ -183,7 +218,8 @@ def train(
             position.initial = task.begin(engine.evaluate)
             if position.initial:
                 journal.validation({"step": 0, **position.initial})
-        loss = run.run(position, states, journal)
+        with stop_requests() as requested:
+            loss = run.run(position, states, journal, requested)
     if process.is_first:
         draw_curve(output / LOG, output / "loss.png")
         states.prune(1)
@@ -216,8 +252,8 @@ class _Run:
     total: int
     select_best: bool
 
-    def run(self, position: Position, states: States, journal: Journal) -> float:
-        """Run all steps that are left. Returns the last loss."""
+    def run(self, position: Position, states: States, journal: Journal, requested: Callable[[], int]) -> float:
+        """Run all steps that are left; `requested` tells whether a signal asks for an end. Returns the last loss."""
         loss = math.nan
         per_epoch = max(1, self.task.batches_per_epoch // self.loop.accumulation)
         validate_every = self.loop.validate_every or per_epoch
@@ -225,7 +261,7 @@ class _Run:
         started = time.perf_counter()
         while position.step < self.total:
             before = time.perf_counter()
-            values = self._step(position, batches)
+            values = self._step(position, batches, states)
             loss = values["loss"]
             now = time.perf_counter()
             values["seconds"] = now - before
@@ -235,11 +271,20 @@ class _Run:
             is_last = position.step == self.total
             if is_last or position.step % validate_every == 0:
                 self._validate(position, journal)
-            if is_last or position.step % self.loop.checkpoint_every == 0:
+            signal = self.process.any(requested())
+            if is_last or signal or position.step % self.loop.checkpoint_every == 0:
                 states.save(self.engine, position)
+            if signal and not is_last:
+                raise StoppedError(
+                    signal,
+                    f"the run stopped after step {position.step:,} of {self.total:,}, whose state is saved. Run the "
+                    "same command again to go on.",
+                )
         return loss if not math.isnan(loss) else _last_loss(self.output / LOG)
 
-    def _step(self, position: Position, batches: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, Any]:
+    def _step(
+        self, position: Position, batches: Iterator[tuple[int, dict[str, Tensor]]], states: States
+    ) -> dict[str, Any]:
         """Run one optimiser step. Returns its line in the log."""
         rate = learning_rate(
             position.step, config=self.optimizer, total_steps=self.total, world_size=self.process.world_size
@@ -265,11 +310,13 @@ class _Run:
         position.step += 1
         position.tokens += round(mean_tokens * self.process.world_size)
         loss = sum(losses) / len(losses)
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) or self.engine.has_diverged:
+            what = f"gradient of step {position.step} has the norm {self.engine.grad_norm}"
+            if not math.isfinite(loss):
+                what = f"loss of step {position.step} is {loss}"
             raise NonFiniteLossError(
-                f"The loss of step {position.step} is {loss} (learning rate {rate:.3g}, epoch {epoch}). The run "
-                f"stopped; its last state is in {self.output / 'states'}. Lower optimizer.base_lr, lengthen "
-                "warmup_steps, or use fp32 or bf16, and start anew."
+                f"The {what} (learning rate {rate:.3g}, epoch {epoch}). The run stopped; {states.newest()}. Lower "
+                "optimizer.base_lr, lengthen warmup_steps, or use fp32 or bf16, and start anew."
             )
         values: dict[str, Any] = {"step": position.step, "epoch": epoch, "loss": loss, "lr": rate}
         for kind in sorted({kind for kind in kinds if kind}):
@@ -313,7 +360,8 @@ class _Run:
             return
         position.validation.append({"step": position.step, **values})
         journal.validation(position.validation[-1])
-        if position.best is None or values["validation_loss"] < position.best:
+        loss = values["validation_loss"]
+        if math.isfinite(loss) and (position.best is None or loss < position.best):
             position.best, position.best_step = values["validation_loss"], position.step
             if self.select_best:
                 self._keep_best()
@@ -331,11 +379,3 @@ def _last_loss(log: Path) -> float:
     """Return the last loss of a run that had ended before its checkpoint was written."""
     losses = [line["loss"] for line in read_log(log) if "loss" in line]
     return float(losses[-1]) if losses else math.nan
-
-
-def start_anew(output: Path) -> None:
-    """Remove what an earlier run left in `output`."""
-    for name in ("states", "checkpoint"):
-        shutil.rmtree(output / name, ignore_errors=True)
-    for name in (LOG, _BEST, "loss.png", "metrics.json"):
-        (output / name).unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +14,7 @@ from torch._C._distributed_c10d import HashStore
 from perturbscope.errors import InvalidParameterError, ProviderUnavailableError
 from perturbscope.threads import usable_cores
 from training.config.stages import LoopConfig
+from training.launcher import place
 
 _PATIENCE = timedelta(hours=24)
 """Longest time that other processes wait while the first one prepares data."""
@@ -46,6 +46,14 @@ class Process:
         if self.world_size > 1:
             dist.barrier(group=self._waiting)
 
+    def any(self, flag: int) -> int:
+        """Return the largest flag of all processes."""
+        if self.world_size == 1:
+            return flag
+        largest = torch.tensor([flag], device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
     def mean(self, values: list[float]) -> list[float]:
         """Return the mean of each value over the processes."""
         if self.world_size == 1:
@@ -56,24 +64,25 @@ class Process:
 
 
 def join(config: LoopConfig) -> Process:
-    """Read rank and world size, as torchrun or the deepspeed launcher have set them, and join the other processes.
+    """Find the place of this process (:func:`training.launcher.place`), and join the other processes.
 
     Raises
     ------
     InvalidParameterError
-        There are several processes and no DeepSpeed configuration.
+        There are several processes and no DeepSpeed configuration, or their places are not known.
     ProviderUnavailableError
         CUDA was asked for, and torch finds no device.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    here = place()
+    rank, world_size = here.rank, here.world_size
     if world_size > 1 and config.deepspeed is None:
         raise InvalidParameterError(
             f"{world_size} processes were started, but loop.deepspeed names no DeepSpeed JSON file. "
             "Set it, e.g. --set loop.deepspeed=training/configs/zero1.json, or start one process.",
             field="loop.deepspeed",
         )
-    device = _device(config, int(os.environ.get("LOCAL_RANK", "0")))
+    device = _device(config, here.local_rank)
+    here.export()
     # torch counts the cores of the machine, and knows nothing of a container's quota.
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
     if config.deepspeed is None:

@@ -199,7 +199,7 @@ def ours(pace: Pace, job: Job, folder: Path, *, warm: int = 1, **loop: Any) -> N
     for number in range(warm):
         task.module(**task.batch(0, number % job.steps, 0)).backward()
         task.module.zero_grad()
-    outcome = training_loop.train(task, config.loop, config.optimizer, process, output=folder, fingerprint="benchmark")
+    outcome = training_loop.train(task, config.loop, config.optimizer, process, output=folder, identity={})
     pace.end(outcome.validation[-1]["validation_loss"])
     leave()
 

@@ -76,7 +76,7 @@ def run(folder: Path, *, optimizer: OptimizerConfig = OPTIMIZER, best: bool = Fa
     task = options.pop("task", None) or LineTask()
     values: dict[str, Any] = {"epochs": 2, "micro_batch": 4, "device": "cpu", "checkpoint_every": 5, **options}
     loop = LoopConfig(**values)
-    return train(task, loop, optimizer, ALONE, output=folder, fingerprint="line", select_best=best)
+    return train(task, loop, optimizer, ALONE, output=folder, identity={"name": "line"}, select_best=best)
 
 
 def losses(folder: Path) -> list[float]:
@@ -131,8 +131,10 @@ def test_a_finished_run_gives_its_result_again(tmp_path: Path) -> None:
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
     loop = LoopConfig(epochs=2, micro_batch=4, device="cpu")
-    with pytest.raises(InvalidParameterError, match="another configuration"):
-        train(LineTask(), loop, OPTIMIZER, ALONE, output=tmp_path, fingerprint="other")
+    with pytest.raises(
+        InvalidParameterError, match=r'another configuration or other data: name was "line", is "other"\.'
+    ):
+        train(LineTask(), loop, OPTIMIZER, ALONE, output=tmp_path, identity={"name": "other"})
     path = tmp_path / "states" / "step-000000012" / "position.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"world_size": 2}))
     with pytest.raises(InvalidParameterError, match="written by 2 processes"):
@@ -276,6 +278,7 @@ def test_a_deepspeed_file_that_cannot_be_read_is_named(json_file: Path, text: st
 
 def test_several_processes_need_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(InvalidParameterError, match="names no DeepSpeed JSON file"):
         join(LoopConfig(epochs=1, micro_batch=1))
 
