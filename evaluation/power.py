@@ -114,12 +114,13 @@ def power(
         options,
         metrics=(metric,),
         null="size_matched",
-        permutations=min(options.permutations, POWER_PERMUTATIONS),
+        permutations=(permutations := min(options.permutations or POWER_PERMUTATIONS, POWER_PERMUTATIONS)),
+        exceedances=0,
         min_cells=max(sizes[0], 2),
     )
-    if alpha <= 1 / (1 + options.permutations):
+    if alpha <= 1 / (1 + permutations):
         raise InvalidParameterError(
-            f"With {options.permutations} permutations p is never below {1 / (1 + options.permutations):.2g}, so "
+            f"With {permutations} permutations p is never below {1 / (1 + permutations):.2g}, so "
             f"alpha = {alpha} detects nothing. Raise alpha, or permutations (at most {POWER_PERMUTATIONS} are used).",
             field="alpha",
         )

@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -104,7 +104,7 @@ def single_blas() -> Iterator[None]:
                     threadpool_limits(cores, "blas")
 
 
-def in_order(work: Callable[[Input], Output], items: Iterable[Input]) -> Iterator[Output]:
+def in_order(work: Callable[[Input], Output], items: Iterable[Input]) -> Generator[Output]:
     """Yield ``work(item)`` of each item, in their order, computed on all cores.
 
     A matrix product of a few milliseconds does not gain from a second thread, but two of them side by side do. At most

@@ -166,8 +166,8 @@ class ScreenIn:
     counts: CountsIn
     model: ModelFrom
 
-    def options(self, *, metrics: list[str], permutations: int) -> ScoreOptions:
-        """Return the options of scoring, those of ``--set NAME=VALUE`` included.
+    def options(self, testing: Testing | None = None, **named: Any) -> ScoreOptions:
+        """Return the options of scoring: those of ``--set NAME=VALUE`` first, then those `named`, then `testing`'s.
 
         Raises
         ------
@@ -185,8 +185,8 @@ class ScreenIn:
                 values[name.strip()] = json.loads(text)
             except ValueError:
                 values[name.strip()] = text
-        named = {"metrics": metrics, "seed": self.seed, "min_cells": self.min_cells, "permutations": permutations}
-        return ScoreOptions.from_dict({**named, **values})
+        tested = testing.options() if testing else {}
+        return ScoreOptions.from_dict({"seed": self.seed, "min_cells": self.min_cells, **tested, **named, **values})
 
     @contextmanager
     def open(
@@ -228,8 +228,25 @@ class Testing:
         ),
     ] = field(default_factory=lambda: ["e_distance"])
     permutations: Annotated[
-        int, typer.Option(help="Permutations of the labels behind p.", rich_help_panel=_SCORING)
-    ] = 1000
+        int | None,
+        typer.Option(
+            help="Most permutations of the labels behind p of an energy distance; default 1,000, and for small p as "
+            "many as tell it from chance among all perturbations, at most 200,000.",
+            rich_help_panel=_SCORING,
+        ),
+    ] = None
+    adjust: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="q from p: bh (Benjamini-Hochberg, the share of false hits), holm or bonferroni (the risk of one).",
+            rich_help_panel=_SCORING,
+        ),
+    ] = "bh"
+
+    def options(self) -> dict[str, Any]:
+        """Return the names and values of these options of scoring."""
+        return {"metrics": self.metric, "permutations": self.permutations, "correction": self.adjust}
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -50,7 +50,7 @@ def report(
     page, folder = _places(out, figures)
     check_output(page, [".html"], source=cells)
     sets = None if gene_sets is None else read_gmt(gene_sets)
-    chosen = screen.options(metrics=testing.metric, permutations=testing.permutations)
+    chosen = screen.options(testing)
     with screen.open(cells, chosen, control=control, batch_key=testing.batch_key) as (opened, source, progress):
         scores = opened.score(progress)
         scores.provenance["input"] = cells.name

@@ -30,7 +30,7 @@ def score(
     check_output(out, [".parquet", ".csv"], source=cells)
     if report is not None:
         check_output(report, [".html"], source=cells)
-    chosen = screen.options(metrics=testing.metric, permutations=testing.permutations)
+    chosen = screen.options(testing)
     with screen.open(cells, chosen, control=control, batch_key=testing.batch_key) as (opened, _, progress):
         result = opened.score(progress)
         calibration = opened.calibrate(progress) if report is not None else None
@@ -58,10 +58,14 @@ def compare(
     from perturbscope.cells.files import check_output
 
     check_output(out, [".parquet", ".csv"], source=cells)
-    chosen = screen.options(metrics=testing.metric, permutations=testing.permutations)
+    chosen = screen.options(testing)
     with screen.open(cells, chosen, control=control, batch_key=testing.batch_key) as (opened, _, progress):
         result = opened.compare(progress=progress)
     _write(result, out, {"input": cells.name, **vars(screen.counts)}, title="Distances", top=top)
+
+
+_IN_THE_FILE_ALONE = ["null_mean", "null_sd", "p_source", "exchanges", "p_tail_source"]
+"""Columns that the terminal has no room for."""
 
 
 def _write(result: ScoreResult | CompareResult, out: Path, facts: dict[str, Any], *, title: str, top: int) -> None:
@@ -72,4 +76,5 @@ def _write(result: ScoreResult | CompareResult, out: Path, facts: dict[str, Any]
     for warning in result.warnings:
         console.warn(warning)
     if top:
-        console.show_table(result.table, title=title, top=top)
+        shown = result.table.drop(columns=_IN_THE_FILE_ALONE, errors="ignore")
+        console.show_table(shown, title=title, top=top)

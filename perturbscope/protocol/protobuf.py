@@ -257,7 +257,14 @@ def _records_to_proto(records: tuple[Any, ...], item: Field, made: Any) -> list[
 
 
 def _table_from(rows: Any, item: Field) -> Any:
-    return table_of([{name: getattr(row, name) for name in item.columns} for row in rows], item.columns)
+    optional = {name for row in rows[:1] for name in item.columns if row.DESCRIPTOR.fields_by_name[name].has_presence}
+    return table_of(
+        [
+            {name: getattr(row, name) for name in item.columns if name not in optional or row.HasField(name)}
+            for row in rows
+        ],
+        item.columns,
+    )
 
 
 def _records_from(rows: Any, item: Field) -> tuple[Any, ...]:

@@ -19,8 +19,11 @@ from perturbscope.protocol.fields import Field, Form, Kind, Meta, plain_form
 from perturbscope.protocol.messages import CompareAnswer, ScoreAnswer
 from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS, CompareResult, ScoreResult
 
-_TEXT = {"perturbation", "a", "b", "metric", "flags"}
-_INTEGER = {"n_cells", "n_controls", "n_a", "n_b"}
+_TEXT = {"perturbation", "a", "b", "metric", "flags", "p_source", "p_tail_source"}
+_INTEGER = {"n_cells", "n_controls", "n_a", "n_b", "n_used", "n_used_a", "n_used_b", "exchanges"}
+_ADDED = {"n_used", "n_used_a", "n_used_b", "p_source", "exchanges", "p_tail", "p_tail_source"}
+"""Columns that answers of older servers lack."""
+_ABSENT: dict[Kind, Any] = {"text": "", "integer": 0, "number": None}
 
 
 def _kinds(columns: Sequence[str]) -> dict[str, Kind]:
@@ -85,15 +88,18 @@ def rows_of(table: pd.DataFrame, kinds: Mapping[str, Kind]) -> list[dict[str, An
 
 
 def table_of(rows: Any, kinds: Mapping[str, Kind]) -> pd.DataFrame:
-    """Build a table from rows; None in a column of numbers becomes NaN. Fields that a newer server adds are ignored."""
+    """Build a table from rows; None in a column of numbers becomes NaN.
+
+    Fields that a newer server adds are ignored, and those that an older one lacks are empty.
+    """
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise InvalidParameterError("results must be a list of objects.", field="results")
-    missing = [name for row in rows for name in kinds if name not in row]
+    missing = [name for row in rows for name in kinds if name not in row and name not in _ADDED]
     if missing:
         raise InvalidParameterError(f"results lack {missing[0]!r}.", field=missing[0])
     return pd.DataFrame(
         {
-            name: np.array([_read(row[name], name, kind) for row in rows], dtype=_DTYPES[kind])
+            name: np.array([_read(row.get(name, _ABSENT[kind]), name, kind) for row in rows], dtype=_DTYPES[kind])
             for name, kind in kinds.items()
         },
         columns=list(kinds),

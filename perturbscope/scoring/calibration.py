@@ -133,7 +133,8 @@ def calibrate(
         options,
         metrics=metrics,
         null="size_matched",
-        permutations=min(options.permutations, CALIBRATION_PERMUTATIONS),
+        permutations=min(options.permutations or CALIBRATION_PERMUTATIONS, CALIBRATION_PERMUTATIONS),
+        exceedances=0,
         max_cells=max(min(options.max_cells, MAX_CALIBRATION_CELLS), options.min_cells),
     )
     cleaned = clean_labels(perturbations, control)
@@ -158,10 +159,10 @@ def calibrate(
     sets = []
     missing: list[str] = []
     for metric in metrics:
-        maker = GroupMaker(metric, groups, options)
-        maker.remember(controls)
         for kind, splits_of_kind in parts.items():
             free = replace(groups, batches=None) if kind == "batch" else groups
+            maker = GroupMaker(metric, free, options)
+            maker.remember(controls)
             scored = []
             for i, part in enumerate(splits_of_kind):
                 mask = np.zeros(len(controls), dtype=bool)

@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from perturbscope.scoring.cleaning import clean_labels
 from perturbscope.scoring.energy.matrix import Compute
 from perturbscope.scoring.labels import Groups
 from perturbscope.scoring.results import (
     SCORE_COLUMNS,
+    Metric,
     Rows,
     ScoreOptions,
     ScoreResult,
@@ -25,8 +25,7 @@ from perturbscope.scoring.results import (
     resolution_warnings,
     with_q,
 )
-from perturbscope.scoring.scorers import NOT_SCORED, DistanceScorer, GroupMaker, Scored, make_scorer
-from perturbscope.threads import in_order
+from perturbscope.scoring.scorers import NOT_SCORED, GroupMaker, make_scorer
 
 
 def score_perturbations(
@@ -50,11 +49,13 @@ def score_perturbations(
     control
         Label of the control cells, or several labels: the cells of all of them are one group.
     batches
-        Batch of each cell; labels are then exchanged within batches only. z takes no account of batches.
+        Batch of each cell. Vectors are then taken about the mean of all cells of their batch, and labels are exchanged
+        within batches; cells in batches without controls are left out (see :mod:`perturbscope.scoring.scorers`).
     options
         Metrics, estimator, null, sizes, seed; default :class:`ScoreOptions`.
     progress
-        Called as ``progress("score", done, total)``, by perturbation and metric.
+        Called as ``progress("score", done, total)`` when a perturbation is done, by metric; those whose p is small take
+        longest and come last.
 
     Returns
     -------
@@ -85,19 +86,21 @@ def score_perturbations(
     control_flags = ["controls_subsampled"] if groups.sizes[control] > len(controls) else []
     control_flags += ["duplicated_vectors"] if groups.has_copies(control) else []
     done, total = 0, len(scorable) * len(options.metrics)
+
+    def finished() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress("score", done, total)
+
     rows = Rows(SCORE_COLUMNS)
     for metric in options.metrics:
         scorer = make_scorer(metric, groups, controls, options, GroupMaker(metric, groups, options, compute))
         # By size, since groups of equal size share exchanges of labels.
         ordered = sorted(names, key=lambda name: len(groups.members[name]))
-        to_score = [(name, groups.members[name]) for name in ordered if name in scorable]
-        with closing(_scores(scorer, to_score)) as scores:
-            by_name = {}
-            for name, _ in to_score:
-                by_name[name] = next(scores)
-                done += 1
-                if progress:
-                    progress("score", done, total)
+        to_score = [name for name in ordered if name in scorable]
+        streams = [(groups.stream(groups.members[name]), groups.members[name]) for name in to_score]
+        by_name = dict(zip(to_score, scorer.score_all(streams, finished), strict=True))
         for name in ordered:
             scored = by_name.get(name, NOT_SCORED)
             flags = list(dict.fromkeys([*groups.label_flags(name, options), *control_flags, *scored.flags]))
@@ -122,23 +125,20 @@ def score_perturbations(
         "n_perturbations": len(names),
         "n_scored": len(scorable),
         "null": options.null if options.null == "size_matched" else f"fixed, {options.null_size} cells a group",
-        "null_moments": {
-            metric: f"{options.null_draws} random draws" if metric == "wasserstein" else "closed form, over all draws"
-            for metric in options.metrics
-        },
+        "null_moments": {metric: _moments(metric, options) for metric in options.metrics},
         "repeats": options.repeats,
         "permutations": permutations_by_metric(options),
     }
     return ScoreResult(table, provenance("score", options, **groups.facts, **facts, **cleaned.facts), warnings)
 
 
-def _scores(scorer: DistanceScorer, groups: list[tuple[str, NDArray[np.intp]]]) -> Generator[Scored]:
-    """Yield the scores of named groups, in order."""
-    step = scorer.at_a_time or max(len(groups), 1)
-    for start in range(0, len(groups), step):
-        part = groups[start : start + step]
-        scorer.prepare([cells for _, cells in part])
-        yield from in_order(lambda group: scorer.score(*group), part)
+def _moments(metric: Metric, options: ScoreOptions) -> str:
+    """Say where mean and sd of the null come from."""
+    if metric == "wasserstein":
+        return f"{options.null_draws} random draws of controls"
+    if options.null == "fixed":
+        return "closed form, over all draws of controls"
+    return "closed form, over all exchanges of labels"
 
 
 def _option_warnings(options: ScoreOptions, groups: Groups, scorable: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from perturbscope.scoring import statistics
 from perturbscope.scoring.calibration import CALIBRATION_PERMUTATIONS, MAX_CALIBRATION_CELLS
 from perturbscope.scoring.distances import TILE_VALUES
-from perturbscope.scoring.energy import batch_permutations, permutations
+from perturbscope.scoring.energy import batch_permutations, exchanges, permutations
 from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS
 from perturbscope.scoring.results import Metric, ScoreOptions
 from perturbscope.scoring.scorers import NULL_REPEATS, shared_size
@@ -42,10 +42,14 @@ ASSIGN_SQUARE, ASSIGN_CUBE, PROBLEM = 40e-9, 0.1e-9, 30e-6
 """An assignment of n cells: its square, its cube, and the problem itself (scipy)."""
 TRANSPORT, TRANSPORT_PROBLEM = 150e-9, 200e-6
 """A transport problem between n and m cells, for each of n m, and the problem itself (POT)."""
+SQUARE, BLOCK = 1e-9, 4e-9
+"""One distance that is squared and summed, over all cells and by batches."""
+EXCHANGES = 500
+"""Exchanges of a perturbation where their number is not given: 250 if no labels differ, 1,000 if all do."""
 GROWING = 9e-9
 """One distance among the first controls of a random order, when sums over growing subsets are kept."""
 
-ROW_BYTES = 1_500
+ROW_BYTES = 2_000
 """Bytes of a row of the table, from its parts to its encoded form (JSON takes the most)."""
 LABEL_BYTES = 1_000
 """Bytes of what is known of a label."""
@@ -167,8 +171,7 @@ def compare_cost(
         n, m, counts = ends[:, 0], ends[:, 1], repeated.astype(np.float64)
         compared = np.array([size_of.get(name, 0) for name in {name for pair in pairs for name in pair}], dtype=int)
     cost = _basis(sizes, options, width=width, n_rows=n_pairs * len(options.metrics))
-    controls = 0 if control is None else min(sizes.get(control, 0), options.max_cells)
-    cost.n_bytes += _compare_bytes(compared, controls, options, width, sum(sizes.values()))
+    cost.n_bytes += _compare_bytes(compared, options, width, sum(sizes.values()))
     large = compared[compared >= options.min_cells].astype(np.float64)
     for metric in options.metrics:
         cost.parts["pairs"] += float((counts * (GROUP + 4 * VALUE * width * (n + m))).sum())
@@ -181,7 +184,7 @@ def compare_cost(
             cost.parts["wasserstein_permutations"] += options.wasserstein_permutations * float((counts * draw).sum())
             continue
         dense = _is_dense(metric, options)
-        cost.parts["max_cells"] += _group_seconds(large, width, dense) + _moments_seconds(controls, width, dense)
+        cost.parts["max_cells"] += _group_seconds(large, width, dense)
         draw = 2 * KEY * (n + m)
         taken = n * m / np.maximum(n + m, 1)
         if dense:
@@ -189,7 +192,7 @@ def compare_cost(
             draw += _product(taken, m, m) + _product(n - taken, n, n) + _product(taken, m, n) + 2 * MARK * (n + m)
         else:
             draw += 2 * _product(taken, m, width) + 2 * _product(n - taken, n, width) + VALUE * width
-        cost.parts["permutations"] += options.permutations * float((counts * draw).sum())
+        cost.parts["permutations"] += _exchanges(options) * float((counts * draw).sum())
     return cost
 
 
@@ -229,8 +232,13 @@ def report_cost(
 
 def _calibration(options: ScoreOptions) -> ScoreOptions:
     return ScoreOptions(
-        repeats=options.repeats, permutations=min(options.permutations, CALIBRATION_PERMUTATIONS), min_cells=2
+        permutations=min(options.permutations or CALIBRATION_PERMUTATIONS, CALIBRATION_PERMUTATIONS), min_cells=2
     )
+
+
+def _exchanges(options: ScoreOptions) -> int:
+    """Return the exchanges of each perturbation; those of a number that was asked for may all be needed."""
+    return EXCHANGES if options.permutations is None else options.permutations
 
 
 def _used(sizes: Mapping[str, int], control: str | None, options: ScoreOptions) -> NDArray[np.int64]:
@@ -297,22 +305,27 @@ def _energy_scores(
     dense: bool,
 ) -> None:
     """Add the cost of scores of `counts` groups of `n` cells by an energy distance."""
-    parts, m, draws = cost.parts, float(controls), options.permutations
+    parts, m, draws = cost.parts, float(controls), _exchanges(options)
     parts["max_cells"] += _moments_seconds(controls, width, dense)
     parts["cells"] += float((counts * (GROUP + VALUE * width * (n + m))).sum())
     made = _distances(n, n + m, width) if dense else VALUE * n * width
+    if dense:
+        made = made + (BLOCK if batches else SQUARE) * n * (n + m)
+    else:
+        made = made + (2 * PRODUCT * width + BLOCK) * n * (n + m) if batches else made + 4 * PRODUCT * n * width**2
     parts["max_cells"] += float((counts * made).sum())
-    # Samples of as many controls, where there are more.
+    # With the fixed null, samples of as many controls, where there are more.
     size = np.minimum(n, m)
     if dense:
         few = _product(size, m, m) if m <= 512 else _distances(size, size, width) + VALUE * size * width
     else:
         few = VALUE * size * width / 2
     sample = np.where(n < m, few + KEY * m, 0.0)
-    parts["repeats"] += options.repeats * float((counts * sample).sum())
-    # Exchanges. Those of one size are drawn once, but for many draws and within batches.
+    if options.null == "fixed":
+        parts["repeats"] += options.repeats * float((counts * sample).sum())
+    # Exchanges. Those of one size are drawn once, but within batches.
     taken = n * m / np.maximum(n + m, 1)
-    shared = draws <= permutations.CHUNK and not batches
+    shared = not batches
     drawn = np.where(shared, 1.0, counts) if n.size else counts
     if batches:
         # Draws of a batch are kept by its number of cells, of which there are a few.
@@ -376,21 +389,24 @@ def _score_bytes(
     """
     largest = int(used.max(initial=0))
     pool = controls + largest
-    draws = min(options.permutations, permutations.CHUNK)
+    draws = min(_exchanges(options), exchanges.BASE)
     held = _held_bytes(pool, max(pool, controls), controls**2 + largest**2, draws, width, cells)
     held += (min(cores, len(used)) - 1) * (4 * largest * (largest + controls) + 16 * (draws + width) * largest)
+    # Those that exchanges are drawn for side by side, and distances after exchanges of all.
+    held += min(exchanges.HELD, int((used * (4 * (used + controls) + 24 * width)).sum()))
+    held += 4 * min(options.permutations or exchanges.BASE, exchanges.KEPT) * len(used)
     if batches:
         sums, kept = 8 * draws * len(used), draws * int(used.sum())
         held += cores * 8 * controls**2 + min(sums, 8 * batch_permutations.TABLE) + min(kept, batch_permutations.KEPT)
+        held += 24 * batches * pool
     return held
 
 
-def _compare_bytes(used: NDArray[np.int64], controls: int, options: ScoreOptions, width: int, cells: int) -> int:
+def _compare_bytes(used: NDArray[np.int64], options: ScoreOptions, width: int, cells: int) -> int:
     """Return the peak bytes of a comparison, which holds the distances among the cells of every group."""
     pool = int(np.sort(used)[-2:].sum())
-    squares = controls**2 + int((used**2).sum())
-    draws = min(options.permutations, statistics.CHUNK)
-    return _held_bytes(pool, max(pool, controls), squares, draws, width, cells)
+    draws = min(options.permutations or exchanges.BASE, statistics.CHUNK)
+    return _held_bytes(pool, pool, int((used**2).sum()), draws, width, cells)
 
 
 def _held_bytes(pool: int, side: int, squares: int, draws: int, width: int, cells: int) -> int:

@@ -21,7 +21,6 @@ from perturbscope.errors import (
 )
 from perturbscope.scoring.distances import STEP_VALUES, Floats, check_rows, unit_rows
 from perturbscope.scoring.results import ScoreOptions
-from perturbscope.scoring.statistics import generator
 from perturbscope.threads import checkpoint
 
 MIN_CONTROLS = 4
@@ -88,11 +87,18 @@ class Vectors:
     def _prepared(self, rows: Floats) -> NDArray[np.float64]:
         return unit_rows(rows) if self._unit else rows.astype(np.float64)
 
-    def mean(self) -> NDArray[np.float64]:
-        """Return the mean vector, float64 [width]."""
-        total = sum(self[start : start + _ROWS].sum(axis=0) for start in range(0, len(self), _ROWS))
-        mean: NDArray[np.float64] = total / len(self)
-        return mean
+    def is_constant(self, cells: NDArray[np.intp]) -> bool:
+        """Whether these cells have one vector, up to the rounding of the values that were given."""
+        first = self._values[cells[0]].astype(np.float64)
+        step = max(1, STEP_VALUES // self.width)
+        for start in range(0, len(cells), step):
+            checkpoint()
+            part = self._values[cells[start : start + step]]
+            single = part.dtype != np.float64 or bool((part == part.astype(np.float32)).all())
+            rounding = 16 * np.finfo(np.float32 if single else np.float64).eps
+            if float(np.abs(part - first).max()) > rounding * float(np.abs(first).max()):
+                return False
+        return True
 
     def scaled(self) -> Vectors:
         """Return the same vectors at unit length; raises the same errors as the class."""
@@ -116,17 +122,20 @@ class Groups:
     rows
         Vectors of all cells, of unit length if the options say so.
     members
-        Positions in `rows` of each label's cells: all of them, or a seeded sample of `max_cells`.
+        Positions in `rows` of each label's cells, all of them or a seeded sample of `max_cells`, by batch and then by
+        key: in an order that depends on the cells and not on the rows that they stand in.
     sizes
         Number of cells with each label.
     batches
-        Batch code of each row, or None.
+        Batch code of each row, or None. Codes follow the cells of a batch, and not its name.
     similar
         Each label that differs from another only in case or white space -> that other label.
     similar_batches
         The same for batches.
     copies
         Share of each label's cells whose vector another cell of the label, or a control, has too.
+    keys
+        A number made of each row's values (:func:`content_keys`), uint64 [n].
     """
 
     rows: Vectors
@@ -136,6 +145,7 @@ class Groups:
     similar: dict[str, str]
     similar_batches: dict[str, str]
     copies: dict[str, float]
+    keys: NDArray[np.uint64]
 
     @classmethod
     def of(
@@ -166,8 +176,12 @@ class Groups:
         if batches is not None:
             batch_names, codes = codes_of(check_labels(batches, len(values), "batches"))
         rows = Vectors(values, unit=options.normalize)
+        keys = content_keys(values)
+        codes = None if codes is None else _by_content(codes, keys)
         names, inverse = codes_of(labels)
-        order = np.argsort(inverse, kind="stable")
+        checkpoint()
+        order = np.lexsort((keys, inverse) if codes is None else (keys, codes, inverse))
+        checkpoint()
         ends = np.cumsum(np.bincount(inverse)).tolist()
         members = {name: order[i:j] for name, (i, j) in zip(names, pairwise([0, *ends]), strict=True)}
         sizes = {name: len(cells) for name, cells in members.items()}
@@ -175,10 +189,41 @@ class Groups:
             _check_control(control, sizes, options)
         for name, cells in members.items():
             if len(cells) > options.max_cells:
-                rng = generator(options.seed, "sample", name)
-                members[name] = np.sort(rng.choice(cells, options.max_cells, replace=False))
-        copies = _copies(values, members, control)
-        return cls(rows, members, sizes, codes, _similar(list(members)), _similar(batch_names), copies)
+                checkpoint()
+                chance = mixed(keys[cells] ^ mixed(np.array([options.seed + 1], dtype=np.uint64)))
+                members[name] = cells[np.sort(np.argsort(chance, kind="stable")[: options.max_cells])]
+        copies = _copies(keys, members, control)
+        return cls(rows, members, sizes, codes, _similar(list(members)), _similar(batch_names), copies, keys)
+
+    def stream(self, cells: NDArray[np.intp]) -> str:
+        """Return a name for random draws that belong to these cells, whatever they are called and in any order."""
+        return f"{int(self.keys[cells].sum(dtype=np.uint64)):016x}"
+
+    def is_constant(self, cells: NDArray[np.intp]) -> bool:
+        """Whether these cells have one vector, up to the rounding of the values that were given.
+
+        A model's vectors of copies of a cell differ by a few units in the last place, depending on the batch they were
+        in. So the values may differ from their mean by that much, in the precision that they have.
+        """
+        return self.rows.is_constant(cells)
+
+    def centres(self, rows: Vectors) -> NDArray[np.float64]:
+        """Return the mean of `rows` over ALL cells of each batch, whatever their labels, [batches or 1, width].
+
+        Exchanges of labels do not change such a mean, so vectors from which it was taken are as exchangeable as before;
+        the mean of a batch's controls would not do.
+        """
+        order = np.argsort(self.keys, kind="stable")
+        codes = np.zeros(len(rows), dtype=np.intp) if self.batches is None else self.batches
+        totals = np.zeros((int(codes.max()) + 1, rows.width))
+        for start in range(0, len(order), _ROWS):
+            cells = order[start : start + _ROWS]
+            part = rows[cells]
+            for code in np.unique(codes[cells]):
+                checkpoint()
+                totals[code] += part[codes[cells] == code].sum(axis=0)
+        means: NDArray[np.float64] = totals / np.bincount(codes)[:, None]
+        return means
 
     def pooled_batches(self, a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.intp] | None:
         """Return the batches of the cells at positions `a`, then `b`; None without batches."""
@@ -256,6 +301,45 @@ class Groups:
                 f"{_listing(large)}."
             )
         return warnings
+
+
+def content_keys(values: Floats) -> NDArray[np.uint64]:
+    """Return a number for each row [n] that depends on its values alone: equal rows have equal keys, in any process.
+
+    Two different rows of a million share a key with a probability of 3e-8. Values of another type of float have the
+    keys of the same values in float64.
+    """
+    scales = np.random.default_rng(0x9E3779B9).integers(0, 2**63, values.shape[1], dtype=np.uint64) * 2 + 1
+    keys = np.empty(len(values), dtype=np.uint64)
+    step = max(1, STEP_VALUES // values.shape[1])
+    for start in range(0, len(values), step):
+        checkpoint()
+        # 0.0 is added since it turns -0.0, which equals it and has other bits, into 0.0.
+        bits = (values[start : start + step].astype(np.float64) + 0.0).view(np.uint64)
+        bits ^= bits >> np.uint64(32)
+        bits *= scales
+        bits ^= bits >> np.uint64(29)
+        keys[start : start + step] = mixed(bits.sum(axis=1, dtype=np.uint64))
+    return keys
+
+
+def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return numbers whose bits all depend on all bits of the given ones, one to one (the finisher of SplitMix64)."""
+    found: NDArray[np.uint64] = values ^ (values >> np.uint64(30))
+    found = found * np.uint64(0xBF58476D1CE4E5B9)
+    found = (found ^ (found >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    found ^= found >> np.uint64(31)
+    return found
+
+
+def _by_content(codes: NDArray[np.intp], keys: NDArray[np.uint64]) -> NDArray[np.intp]:
+    """Return batch codes in the order of the sum of their cells' keys."""
+    order = np.argsort(codes, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(codes))[:-1]])
+    sums = np.add.reduceat(keys[order], starts)
+    rank = np.empty(len(sums), dtype=np.intp)
+    rank[np.argsort(sums, kind="stable")] = np.arange(len(sums))
+    return rank[codes]
 
 
 def check_labels(values: Sequence[str], n: int, field: str) -> NDArray[np.object_]:
@@ -351,13 +435,7 @@ def _key(label: str) -> str:
     return " ".join(label.split()).casefold()
 
 
-def _copies(
-    rows: NDArray[np.floating[Any]], members: dict[str, NDArray[np.intp]], control: str | None
-) -> dict[str, float]:
-    keys = np.empty(len(rows), dtype=np.int64)
-    for start in range(0, len(rows), _STEP):
-        checkpoint()
-        keys[start : start + _STEP] = [hash(row.tobytes()) for row in rows[start : start + _STEP]]
+def _copies(keys: NDArray[np.uint64], members: dict[str, NDArray[np.intp]], control: str | None) -> dict[str, float]:
     cells = np.concatenate(list(members.values()))
     sizes = np.array([len(part) for part in members.values()])
     label = np.repeat(np.arange(len(members)), sizes)

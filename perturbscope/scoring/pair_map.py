@@ -114,8 +114,8 @@ def distance_map(
     warnings = groups.warnings(list(groups.members), options)
     if method == "landmarks":
         distances, error = landmark_energies(
-            maker.rows,
-            maker.origin,
+            maker.vectors,
+            maker.centre,
             members,
             estimator=options.estimator,
             landmarks=landmarks,
@@ -126,7 +126,7 @@ def distance_map(
         warnings.append(error.warning(landmarks))
     else:
         if metric == "e_distance" and options.ground == "euclidean":
-            sums = euclidean_sums(maker.rows, maker.origin, members, progress)
+            sums = euclidean_sums(maker.vectors, maker.centre, members, progress)
         else:
             sums = _linear_sums(maker.make(cells) for cells in members)
         distances = energies(sums, sizes, options.estimator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from perturbscope.errors import InvalidParameterError
 from perturbscope.scoring.cleaning import clean_labels
 from perturbscope.scoring.distances import pairwise_distances
-from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Moments, Pool, null_moments
+from perturbscope.scoring.energy.exchanges import BASE, ENUMERATED, Test
+from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Pool
 from perturbscope.scoring.labels import Groups
 from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS, assignment_cost, picked_costs, transport_cost
 from perturbscope.scoring.results import (
@@ -32,9 +33,7 @@ from perturbscope.scoring.scorers import (
     NOT_SCORED,
     GroupMaker,
     Scored,
-    control_moments,
     exchange_flags,
-    is_constant,
 )
 from perturbscope.scoring.statistics import Exchange, empirical_p, generator
 from perturbscope.threads import checkpoint
@@ -52,10 +51,10 @@ def compare_perturbations(
 ) -> CompareResult:
     """Measure the distance between the cells of two perturbations, for each pair.
 
-    p comes from exchanges of the labels of the two groups (within batches if they are given). z has one of two nulls.
-    For the energy distances and with `control`, the null is two disjoint groups of controls of the same two sizes, in
-    closed form (:mod:`perturbscope.scoring.energy.pool`). Otherwise it is the exchanged labels themselves, whose spread
-    grows with the difference, so that z levels off. All cells of a perturbation are used, up to `max_cells`.
+    z and p come from exchanges of the labels of the two groups, as in :mod:`perturbscope.scoring.scorers`: within
+    batches and about their means if they are given, and then of cells in batches with both groups alone. The spread of
+    exchanged labels grows with the difference, so that z levels off at about 0.7 times the number of cells. All cells
+    of a perturbation are used, up to `max_cells`. Without a number of `permutations` 1,000 are the most.
 
     Parameters
     ----------
@@ -64,7 +63,7 @@ def compare_perturbations(
     pairs
         Pairs of labels; default all pairs of perturbations, each once.
     control
-        Label of the control cells behind z, or several; the default pairs leave them out.
+        Label of the control cells, or several; the default pairs leave them out.
     progress
         Called as ``progress("compare", done, total)``.
 
@@ -97,13 +96,16 @@ def compare_perturbations(
             scored = NOT_SCORED
             if a in scorable and b in scorable:
                 scored = comparer.compare(a, b)
+            columns = scored.columns()
+            columns["n_used_a"] = columns.pop("n_used")
             rows.add(
                 a=a,
                 b=b,
                 n_a=groups.sizes[a],
                 n_b=groups.sizes[b],
+                n_used_b=scored.n_used_b,
                 metric=metric,
-                **scored.columns(),
+                **columns,
                 flags=";".join([*flags, *scored.flags]),
             )
             done += 1
@@ -116,9 +118,7 @@ def compare_perturbations(
         "control": control,
         "n_pairs": len(to_compare),
         "null": {
-            metric: "exchanged labels"
-            if control is None or metric == "wasserstein"
-            else "size-matched controls, closed form"
+            metric: "exchanged labels" if metric == "wasserstein" else "exchanged labels, closed form"
             for metric in options.metrics
         },
         "permutations": permutations_by_metric(options),
@@ -133,12 +133,6 @@ class _Comparer:
         self.metric, self.groups, self.options = metric, groups, options
         self.maker = GroupMaker(metric, groups, options)
         self.groups_made: dict[str, Group] = {}
-        self.moments: Moments | None = None
-        self.n_controls = 0
-        if control is not None and metric != "wasserstein":
-            self.n_controls = len(groups.members[control])
-            controls = groups.members[control]
-            self.moments = control_moments(self.maker.make(controls), self.maker.rows[controls])
 
     def group(self, name: str) -> Group:
         if name not in self.groups_made:
@@ -147,25 +141,50 @@ class _Comparer:
 
     def compare(self, a: str, b: str) -> Scored:
         cells_a, cells_b = self.groups.members[a], self.groups.members[b]
-        if is_constant(self.maker.rows[cells_a], self.maker.rows[cells_b]):
-            return CONSTANT
+        if self.groups.is_constant(np.concatenate([cells_a, cells_b])):
+            return replace(CONSTANT, n_used=len(cells_a), n_used_b=len(cells_b))
         return self._transport(a, b) if self.metric == "wasserstein" else self._energy(a, b)
 
     def _energy(self, a: str, b: str) -> Scored:
-        options = self.options
-        cells_a, cells_b = self.groups.members[a], self.groups.members[b]
-        n, m = len(cells_a), len(cells_b)
-        pool = Pool(self.group(a), self.group(b), options.estimator)
-        exchange = Exchange.of(n, m, self.groups.pooled_batches(cells_a, cells_b))
-        flags = exchange_flags(exchange, options.permutations)
-        draws = exchange.draw(options.permutations, generator(options.seed, "exchange", a, b))
-        null = np.concatenate([pool.split(members) for members in draws]) if exchange.blocks else np.empty(0)
-        mean, sd = _spread(null, pool.noise)
-        if self.moments is not None:
-            mean, sd = null_moments(self.moments, n, m, pool=m, repeats=1, estimator=options.estimator)
-            if n + m > self.n_controls:
-                flags.append("null_extrapolated")
-        return _scored(pool.observed, mean, sd, null, pool.noise, flags)
+        options, batches = self.options, self.groups.batches
+        cells = [self.groups.members[name] for name in (a, b)]
+        groups = [self.group(name) for name in (a, b)]
+        codes: list[NDArray[np.intp] | None] = [None, None]
+        count, flags = 1, list[str]()
+        if batches is not None:
+            shared = np.intersect1d(batches[cells[0]], batches[cells[1]])
+            used = [some[np.isin(batches[some], shared)] for some in cells]
+            if not len(shared):
+                return replace(NOT_SCORED, flags=("batch_confounded",))
+            if any(
+                len(some) < max(2, min(options.min_cells, len(whole))) for some, whole in zip(used, cells, strict=True)
+            ):
+                few = ("batch_partly_confounded", "batch_too_few_cells")
+                return replace(NOT_SCORED, flags=few, n_used=len(used[0]), n_used_b=len(used[1]))
+            for i, some in enumerate(used):
+                if len(some) < len(cells[i]):
+                    groups[i], flags = self.maker.make(some), ["batch_partly_confounded"]
+            cells, count = used, len(shared)
+            codes = [np.searchsorted(shared, batches[some]) for some in cells]
+        pool = Pool(groups[0], groups[1], options.estimator)
+        test = Test(cells[0], codes[0], pool.observed, *pool.moments(codes[0], codes[1], count), pool.noise)
+        exchange = Exchange.of(len(cells[0]), len(cells[1]), self.groups.pooled_batches(*cells))
+        most = options.permutations or BASE
+        if exchange.log_count < np.log(most + 1):
+            flags.append("few_exchanges")
+        if exchange.log_count < np.log(ENUMERATED):
+            test.count_all(pool.split(exchange.every()))
+        else:
+            rng = generator(options.seed, "exchange", *map(self.groups.stream, cells))
+            for members in exchange.draw(most, rng):
+                test.count(pool.split(members), options.exceedances)
+                if test.source:
+                    break
+            test.source = test.source or "exchanges"
+        if test.sd == 0:
+            flags.append("null_sd_zero")
+        sizes = (len(cells[0]), test.source, test.draws)
+        return Scored(test.observed, test.mean, test.sd, test.p, tuple(flags), *sizes, n_used_b=len(cells[1]))
 
     def _transport(self, a: str, b: str) -> Scored:
         options, flags = self.options, []
@@ -174,19 +193,20 @@ class _Comparer:
             members = self.groups.members[name]
             if len(members) > MAX_TRANSPORT_CELLS:
                 flags = ["transport_subsampled"]
-                rng = generator(options.seed, "transport", name)
+                rng = generator(options.seed, "transport", self.groups.stream(members))
                 members = rng.choice(members, MAX_TRANSPORT_CELLS, replace=False)
             cells.append(members)
         n = len(cells[0])
         pooled = pairwise_distances(self.groups.rows[np.concatenate(cells)])
         exchange = Exchange.of(n, len(cells[1]), self.groups.pooled_batches(cells[0], cells[1]))
         flags += exchange_flags(exchange, options.wasserstein_permutations)
-        rng = generator(options.seed, "exchange", a, b)
+        rng = generator(options.seed, "exchange", *map(self.groups.stream, cells))
         draws = exchange.draw(options.wasserstein_permutations if exchange.blocks else 0, rng)
         picks = ((np.flatnonzero(a), np.flatnonzero(~a)) for members in draws for a in members.T > 0)
         null = np.asarray(list(picked_costs(pooled, picks, _optimal)))
         noise = RELATIVE_NOISE * float(pooled.mean(dtype=np.float64))
-        return _scored(_optimal(pooled[:n, n:]), *_spread(null, noise), null, noise, flags)
+        found = _scored(_optimal(pooled[:n, n:]), *_spread(null, noise), null, noise, flags)
+        return replace(found, n_used=n, n_used_b=len(cells[1]), p_source="exchanges" if len(null) else "")
 
 
 def _optimal(cost: NDArray[np.float32]) -> float:
@@ -205,7 +225,8 @@ def _scored(
     distance: float, mean: float, sd: float, null: NDArray[np.float64], noise: float, flags: list[str]
 ) -> Scored:
     p = empirical_p(distance, null, noise=noise) if len(null) else float("nan")
-    return Scored(distance, mean, sd, p, tuple([*flags, "null_sd_zero"] if sd == 0 else flags))
+    found = tuple([*flags, "null_sd_zero"] if sd == 0 else flags)
+    return Scored(distance, mean, sd, p, found, exchanges=len(null))
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,17 @@ import numpy as np
 import pandas as pd
 
 from perturbscope.errors import InvalidParameterError
-from perturbscope.scoring.statistics import benjamini_hochberg, bonferroni
+from perturbscope.scoring.statistics import benjamini_hochberg, bonferroni, holm
 from perturbscope.threads import checkpoint
 
 Metric = Literal["e_distance", "cosine_e_distance", "wasserstein"]
 Estimator = Literal["U", "V"]
 Ground = Literal["euclidean", "sqeuclidean"]
 NullMode = Literal["size_matched", "fixed"]
-Correction = Literal["bh", "bonferroni"]
+Correction = Literal["bh", "bonferroni", "holm"]
 
+CORRECTIONS = {"bh": benjamini_hochberg, "bonferroni": bonferroni, "holm": holm}
+"""Corrections for many tests, by name."""
 SCORE_COLUMNS = (
     "perturbation",
     "n_cells",
@@ -33,12 +35,37 @@ SCORE_COLUMNS = (
     "p",
     "q",
     "flags",
+    "n_used",
+    "p_source",
+    "exchanges",
+    "p_tail",
+    "p_tail_source",
 )
 """Columns of a table of scores, in order."""
-COMPARE_COLUMNS = ("a", "b", "n_a", "n_b", "metric", "distance", "null_mean", "null_sd", "z", "p", "q", "flags")
+COMPARE_COLUMNS = (
+    "a",
+    "b",
+    "n_a",
+    "n_b",
+    "metric",
+    "distance",
+    "null_mean",
+    "null_sd",
+    "z",
+    "p",
+    "q",
+    "flags",
+    "n_used_a",
+    "n_used_b",
+    "p_source",
+    "exchanges",
+)
 """Columns of a table of pairs, in order."""
-NUMBERS = ("distance", "null_mean", "null_sd", "z", "p", "q")
+NUMBERS = ("distance", "null_mean", "null_sd", "z", "p", "q", "p_tail")
 """Columns of both that hold numbers, NaN where one could not be computed."""
+
+MOST_EXCHANGES = 200_000
+"""Most exchanges of labels of a perturbation, unless more are asked for."""
 
 FLAGS: dict[str, str] = {
     "too_few_cells": "fewer cells than the floor (min_cells); not scored",
@@ -46,14 +73,14 @@ FLAGS: dict[str, str] = {
     "cells_subsampled": "more cells than max_cells; a seeded sample was scored",
     "controls_subsampled": "more controls than max_cells; a seeded sample was used",
     "fewer_controls_than_cells": "not enough controls for a sample of the same size; all controls were used",
-    "null_extrapolated": "too few controls for two disjoint groups of this size; the null sd follows from its formula",
     "null_capped": "too few controls for two disjoint groups of this size; samples of half the controls were compared",
-    "null_sd_zero": "the controls do not vary, so z is undefined",
+    "null_sd_zero": "no exchange of labels changes the distance, so z is undefined",
     "constant_embeddings": "all cells of both groups have the same vector, which no test can tell apart",
     "duplicated_vectors": "over a tenth of the cells share their vector with other cells; if they are copies, p is off",
-    "batch_confounded": "no batch holds cells of both groups, so labels cannot be exchanged and p is undefined",
-    "batch_partly_confounded": "some cells are in batches without the other group; they are never exchanged",
-    "few_exchanges": "fewer distinct exchanges of labels than permutations; p cannot be small",
+    "batch_confounded": "no batch holds cells of both groups, so labels cannot be exchanged; not scored",
+    "batch_partly_confounded": "some cells are in batches without the other group; they were left out (see n_used)",
+    "batch_too_few_cells": "fewer than min_cells cells are in batches with the other group; not scored",
+    "few_exchanges": "fewer distinct exchanges of labels than permutations; all were made, and p cannot be small",
     "transport_subsampled": "groups above 2,000 cells were sampled for the transport problem",
 }
 """Every flag of a result's row, and its meaning."""
@@ -62,10 +89,10 @@ _TOLD = (
     "duplicated_vectors",
     "batch_confounded",
     "batch_partly_confounded",
+    "batch_too_few_cells",
     "few_exchanges",
     "null_sd_zero",
     "null_capped",
-    "null_extrapolated",
 )
 """Flags that undo a number or cast doubt on it, which a result's warnings explain too."""
 
@@ -86,27 +113,33 @@ class ScoreOptions:
         ``U`` leaves out a cell's distance to itself: unbiased, and may be negative. ``V`` keeps it: never negative,
         and larger the fewer cells there are.
     null
-        Control-against-control distribution behind z. ``size_matched``: groups as large as the perturbation's.
-        ``fixed``: groups of `null_size` cells for all (Zhao et al. 2025), which is biased by size unless every
+        Distribution behind z. ``size_matched``: for the energy distances the exchanges of labels that p counts, whose
+        mean and sd have a closed form; for ``wasserstein`` groups of controls as large as the perturbation's.
+        ``fixed``: groups of `null_size` controls for all (Zhao et al. 2025), which is biased by size unless every
         perturbation has that many cells.
     null_size
         Cells in each group of the fixed null, which needs twice as many controls.
     null_draws
-        Random control groups behind the null of ``wasserstein``. The energy distances need none, since the mean and sd
-        of their null over all draws have a closed form.
+        Random control groups behind the null of ``wasserstein``. The energy distances need none.
     permutations
-        Exchanges of labels behind p of the energy distances.
+        Most exchanges of labels behind p of the energy distances. None: 1,000, and for those whose p is small as many
+        as tell it from chance among all perturbations, at most 200,000.
+    exceedances
+        Exchanges that reach the observed energy distance after which no more are drawn (Besag and Clifford 1991), which
+        leaves p exact; 0: all `permutations` are drawn.
     wasserstein_permutations
         Exchanges of labels behind p of ``wasserstein``, each of which solves a transport problem.
     correction
-        ``bh`` (Benjamini-Hochberg) or ``bonferroni`` over the perturbations of one metric.
+        ``bh`` (Benjamini-Hochberg: the expected share of false hits), ``holm`` or ``bonferroni`` (the probability of a
+        single false hit; Holm finds all that Bonferroni does and more) over the perturbations of one metric.
     min_cells
         Fewest cells of a group; smaller groups are listed with the flag ``too_few_cells``.
     max_cells
         Most cells of a group; larger groups are sampled and flagged. This bounds memory: three matrices of at most
         `max_cells` squared float32 values are held.
     repeats
-        Size-matched control samples over which the distance is averaged (Zhao et al. 2025 use one).
+        Size-matched control samples over which the distance is averaged for ``wasserstein`` and with the fixed null
+        (Zhao et al. 2025 use one). Other distances are those from all controls.
     normalize
         Scale every vector to unit length first.
     seed
@@ -124,7 +157,8 @@ class ScoreOptions:
     null: NullMode = "size_matched"
     null_size: int = 300
     null_draws: int = 100
-    permutations: int = 1000
+    permutations: int | None = None
+    exceedances: int = 20
     wasserstein_permutations: int = 100
     correction: Correction = "bh"
     min_cells: int = 20
@@ -150,7 +184,7 @@ class ScoreOptions:
         for name, low, high in (
             ("null_size", 2, 100_000),
             ("null_draws", 10, 1_000_000),
-            ("permutations", 1, 1_000_000),
+            ("exceedances", 0, 1_000_000),
             ("wasserstein_permutations", 1, 1_000_000),
             ("min_cells", 2, 1_000_000),
             ("max_cells", 4, 50_000),
@@ -158,6 +192,8 @@ class ScoreOptions:
             ("seed", 0, 2**63 - 1),
         ):
             _whole(name, getattr(self, name), low, high)
+        if self.permutations is not None:
+            _whole("permutations", self.permutations, 1, 1_000_000)
         if not isinstance(self.normalize, bool):
             raise InvalidParameterError(f"normalize must be true or false, not {self.normalize!r}.", field="normalize")
         if self.min_cells > self.max_cells:
@@ -250,8 +286,7 @@ def distribution(values: pd.Series[float]) -> dict[str, float]:
 
 def with_q(table: pd.DataFrame, options: ScoreOptions) -> pd.DataFrame:
     """Fill the column q of a table: p corrected over the rows of each metric."""
-    adjust = benjamini_hochberg if options.correction == "bh" else bonferroni
-    table["q"] = table.groupby("metric")["p"].transform(adjust)
+    table["q"] = table.groupby("metric")["p"].transform(CORRECTIONS[options.correction])
     return table
 
 
@@ -331,8 +366,8 @@ def flag_warnings(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
     return warnings
 
 
-def permutations_by_metric(options: ScoreOptions) -> dict[str, int]:
-    """Return the number of exchanges of labels behind p, by metric."""
+def permutations_by_metric(options: ScoreOptions) -> dict[str, int | None]:
+    """Return the most exchanges of labels behind p that were asked for, by metric; None: as many as are needed."""
     return {
         metric: options.wasserstein_permutations if metric == "wasserstein" else options.permutations
         for metric in options.metrics
@@ -343,7 +378,7 @@ def resolution_warnings(n_tests: int, options: ScoreOptions) -> list[str]:
     """Return warnings for metrics whose smallest possible p could not reach q < 0.05 on its own."""
     by_count: dict[int, list[str]] = {}
     for metric, count in permutations_by_metric(options).items():
-        by_count.setdefault(count, []).append(metric)
+        by_count.setdefault(MOST_EXCHANGES if count is None else count, []).append(metric)
     return [
         f"{', '.join(metrics)}: {count} permutations over {n_tests} tests; the smallest p is {1 / (1 + count):.2g}, so "
         f"a single hit cannot reach q < 0.05. Use {20 * n_tests:,} permutations or more if hits are few."

@@ -1,23 +1,28 @@
-"""Score of one perturbation against control by one metric: its distance, the null behind z, and p.
+"""Scores of perturbations against control by one metric: the distance, the null behind z, and p.
 
-Distance: the mean over `repeats` control samples as large as the perturbation's group (Zhao et al. 2025 use one).
+Energy distances: distance, z and p are of ONE statistic, the energy distance of a perturbation's cells from ALL
+controls, and of ONE distribution, that of the statistic when the labels "perturbed" and "control" are exchanged over
+the pooled cells. ``z = (distance - mean) / sd`` of all exchanges, in closed form (:meth:`Pool.moments`); p counts drawn
+ones (:mod:`perturbscope.scoring.energy.exchanges`). None of the three depends on the order of the cells or on the
+spelling of labels, and z on no seed either. z is skewed under the null (1 to 2 % lie above 3) and grows with the number
+of cells, so it compares perturbations of equal size alone; p does not mind either.
 
-z: ``(distance - null_mean) / null_sd``, where the null is THIS statistic on controls: as many controls as the
-perturbation has cells, against `repeats` size-matched samples of other controls. For the energy distances its mean and
-sd are exact (:func:`perturbscope.scoring.energy.pool.null_moments`); for Wasserstein they are estimated from
-`null_draws` random draws. Against a null of single draws, or of groups of another size, z of an averaged distance would
-not have sd 1.
+With batches, cells are taken about the mean of ALL cells of their batch, whatever their labels, and are exchanged
+within batches. So a batch that is shifted as a whole moves neither z nor p, and an effect is not hidden by shifts
+between batches. Cells in batches without controls have nothing to be exchanged with and leave the statistic.
 
-p: the E-test, a permutation test. The labels "perturbed" and "control" are exchanged over the pooled cells, within
-batches if they are given. For the energy distances its statistic is the distance to all controls, the limit of the mean
-over many samples.
+The fixed null (Zhao et al. 2025) has another statistic: the mean distance from `repeats` control samples as large as
+the group, and z against two groups of `null_size` controls. p stays that of the exchanges.
+
+Wasserstein: the distance is the mean over `repeats` control samples; its null is drawn from controls.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -25,15 +30,15 @@ from numpy.typing import NDArray
 
 from perturbscope.errors import TooFewControlsError
 from perturbscope.scoring.distances import pairwise_distances
-from perturbscope.scoring.energy.batch_permutations import BatchPermutations
 from perturbscope.scoring.energy.closed_form import LinearGroup
+from perturbscope.scoring.energy.exchanges import BASE, EnergyTests, Test
 from perturbscope.scoring.energy.matrix import HOST, Compute, DenseGroup, DensePart
-from perturbscope.scoring.energy.permutations import Permutations
 from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Moments, Pool, moments_of, null_moments
 from perturbscope.scoring.labels import Groups
 from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS, assignment_cost, picked_costs
 from perturbscope.scoring.results import Metric, ScoreOptions
 from perturbscope.scoring.statistics import Exchange, empirical_p, generator, random_subsets
+from perturbscope.threads import in_order
 
 NULL_REPEATS = 4
 """Most control samples drawn with one group of a drawn null; with fewer the sd of an averaged distance is uncertain."""
@@ -48,21 +53,32 @@ class Scored:
     null_sd: float
     p: float
     flags: tuple[str, ...]
+    n_used: int = 0
+    p_source: str = ""
+    exchanges: int = 0
+    p_tail: float = float("nan")
+    p_tail_source: str = ""
+    n_used_b: int = 0
 
     @property
     def z(self) -> float:
         """Distance above the null mean in standard deviations of the null; NaN without spread."""
         return (self.distance - self.null_mean) / self.null_sd if self.null_sd > 0 else float("nan")
 
-    def columns(self) -> dict[str, float]:
-        """Return the numbers as columns of a table; q is filled in when all rows are known."""
+    def columns(self) -> dict[str, float | int | str]:
+        """Return the values as columns of a table; q is filled in when all rows are known."""
         return {
+            "n_used": self.n_used,
             "distance": self.distance,
             "null_mean": self.null_mean,
             "null_sd": self.null_sd,
             "z": self.z,
             "p": self.p,
             "q": float("nan"),
+            "p_source": self.p_source,
+            "exchanges": self.exchanges,
+            "p_tail": self.p_tail,
+            "p_tail_source": self.p_tail_source,
         }
 
 
@@ -75,17 +91,15 @@ NOT_SCORED = Scored(float("nan"), float("nan"), float("nan"), float("nan"), ())
 
 
 class DistanceScorer(Protocol):
-    """Scores groups of cells against one control group; several threads may call it at once."""
-
-    @property
-    def at_a_time(self) -> int | None:
-        """Number of groups that may be prepared together; None for any number."""
-
-    def prepare(self, groups: Sequence[NDArray[np.intp]]) -> None:
-        """Compute what is cheaper for many groups at once; results of an earlier call are forgotten."""
+    """Scores groups of cells against one control group."""
 
     def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
-        """Score the cells at positions `cells`; `name` seeds its random draws."""
+        """Score the cells at positions `cells`; `name` is that of their random draws."""
+
+    def score_all(
+        self, groups: Sequence[tuple[str, NDArray[np.intp]]], finished: Callable[[], None] = lambda: None
+    ) -> list[Scored]:
+        """Score groups, each the name of its random draws and its positions; `finished` is called after each."""
 
 
 def make_scorer(
@@ -114,43 +128,52 @@ def make_scorer(
 
 
 class GroupMaker:
-    """Makes groups of the same cells for a metric's ground distance."""
+    """Makes groups of the same cells for a metric's ground distance.
+
+    Parameters
+    ----------
+    metric, groups, options
+        The metric, and the cells: with batches, vectors are taken about the means of their batches.
+    compute
+        Library and device of the distances.
+    """
 
     def __init__(self, metric: Metric, groups: Groups, options: ScoreOptions, compute: Compute = HOST) -> None:
         self.metric, self.ground, self.compute = metric, options.ground, compute
-        self.rows = groups.rows
+        self.vectors = groups.rows
         if metric == "cosine_e_distance" and not options.normalize:
-            self.rows = groups.rows.scaled()
-        self.origin = self.rows.mean()
+            self.vectors = groups.rows.scaled()
+        self._centres, self._batches = groups.centres(self.vectors), groups.batches
+        self.centre, self.origin = self._centres[0], np.zeros(groups.rows.width)
         self.whole: DenseGroup | None = None
         self.places = np.empty(0, dtype=np.intp)
+
+    def rows(self, cells: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Return the vectors of some cells about the means of their batches, float64 [n, width]."""
+        centres = self._centres[0] if self._batches is None else self._centres[self._batches[cells]]
+        rows: NDArray[np.float64] = self.vectors[cells] - centres
+        # What is left of cells that are all at the mean is rounding, which distances among nothing else would show.
+        rows[np.abs(rows) <= 8 * np.finfo(np.float64).eps * np.abs(centres)] = 0.0
+        return rows
 
     def remember(self, cells: NDArray[np.intp]) -> None:
         """Compute the distances among these cells once, for all groups that are made of some of them later."""
         whole = self.make(cells)
         if isinstance(whole, DenseGroup):
             self.whole = whole
-            self.places = np.full(len(self.rows), -1)
+            self.places = np.full(len(self.vectors), -1)
             self.places[cells] = np.arange(len(cells))
 
     def make(self, cells: NDArray[np.intp], rows: NDArray[np.float64] | None = None) -> Group:
         """Return the group of the cells at these positions; `rows` are their vectors, if they were read already."""
         if self.whole is not None and (self.places[cells] >= 0).all():
             return DensePart(self.whole, self.places[cells])
-        rows = self.rows[cells] if rows is None else rows
+        rows = self.rows(cells) if rows is None else rows
         if self.metric == "cosine_e_distance":
             return LinearGroup(rows, 1.0, self.origin)
         if self.ground == "sqeuclidean":
             return LinearGroup(rows, 2.0, self.origin)
         return DenseGroup(rows, self.origin, compute=self.compute)
-
-
-def control_moments(controls: Group, rows: NDArray[np.float64]) -> Moments:
-    """Return moments of the distances between controls with the vectors `rows`; all are 0 if these are one vector.
-
-    Distances from sums of vectors would leave rounding there: a null sd of 1e-17, and so a z of a billion.
-    """
-    return Moments(0.0, 0.0, 0.0) if is_constant(rows) else moments_of(controls)
 
 
 class EnergyScorer:
@@ -159,69 +182,93 @@ class EnergyScorer:
     def __init__(self, groups: Groups, controls: NDArray[np.intp], options: ScoreOptions, maker: GroupMaker) -> None:
         self.groups, self.controls, self.options, self.maker = groups, controls, options, maker
         self.reference = self.maker.make(controls)
-        self.control_rows = self.maker.rows[controls]
-        self.moments = control_moments(self.reference, self.control_rows)
-        self.nulls: dict[tuple[int, int], tuple[float, float]] = {}
-        self.permutations = Permutations(self.reference, options.permutations, options.seed)
-        self.within_batches = None
-        if groups.batches is not None:
-            self.within_batches = BatchPermutations(
-                self.reference, groups.batches[controls], options.permutations, options.seed
+        self.batches = None if groups.batches is None else groups.batches[controls]
+        n_batches = 1 if groups.batches is None else int(groups.batches.max()) + 1
+        self.held = np.bincount(
+            np.zeros(1, dtype=np.intp) if self.batches is None else self.batches, minlength=n_batches
+        )
+        self.constant = groups.is_constant(controls)
+        self.fixed: tuple[float, float] | None = None
+        if options.null == "fixed":
+            size = options.null_size
+            moments = Moments(0.0, 0.0, 0.0) if self.constant else moments_of(self.reference)
+            self.fixed = null_moments(
+                moments, size, size, pool=len(controls), repeats=options.repeats, estimator=options.estimator
             )
+        self.tests = EnergyTests(
+            self.reference,
+            self.batches,
+            n_batches,
+            self.pool,
+            permutations=options.permutations,
+            exceedances=options.exceedances,
+            seed=options.seed,
+        )
 
-    @property
-    def at_a_time(self) -> int | None:
-        """See :class:`DistanceScorer`."""
-        return None if self.within_batches is None else self.within_batches.at_a_time
-
-    def prepare(self, groups: Sequence[NDArray[np.intp]]) -> None:
-        """See :class:`DistanceScorer`."""
-        batches = self.groups.batches
-        if self.within_batches is not None and batches is not None:
-            self.within_batches.prepare([batches[cells] for cells in groups])
-
-    def null(self, n: int, m: int) -> tuple[float, float]:
-        """Return mean and sd of the statistic of n controls against samples of m controls (cached)."""
-        if (n, m) not in self.nulls:
-            self.nulls[n, m] = null_moments(
-                self.moments,
-                n,
-                m,
-                pool=len(self.controls),
-                repeats=self.options.repeats,
-                estimator=self.options.estimator,
-            )
-        return self.nulls[n, m]
+    def pool(self, cells: NDArray[np.intp]) -> Pool:
+        """Return the pool of the cells at these positions and all controls."""
+        return Pool(self.maker.make(cells), self.reference, self.options.estimator)
 
     def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
+        """Score one group; `name` is that of its random draws."""
+        return self.score_all([(name, cells)])[0]
+
+    def score_all(
+        self, groups: Sequence[tuple[str, NDArray[np.intp]]], finished: Callable[[], None] = lambda: None
+    ) -> list[Scored]:
         """See :class:`DistanceScorer`."""
-        options, n, n_controls = self.options, len(cells), len(self.controls)
-        rows = self.maker.rows[cells]
-        if is_constant(rows, self.control_rows):
-            return CONSTANT
-        pool = Pool(self.maker.make(cells, rows), self.reference, options.estimator)
-        m = min(n, n_controls)
-        distance = pool.observed
-        if m < n_controls:
-            samples = random_subsets(n_controls, m, options.repeats, generator(options.seed, "repeats", name))
-            distance = float(pool.sampled(samples).mean())
-        fixed = options.null == "fixed"
-        mean, sd = self.null(options.null_size, options.null_size) if fixed else self.null(n, m)
-        flags = size_flags(n, n_controls, fixed=fixed, beyond="null_extrapolated")
+        scores: list[Scored | Test] = [self._prepared(cells) for _, cells in groups]
+        tests = {id(test): i for i, test in enumerate(scores) if isinstance(test, Test)}
+        sampled: dict[int, float] = {}
+
+        def begun(test: Test, pool: Pool) -> None:
+            if self.fixed is not None:
+                name = groups[tests[id(test)]][0]
+                sampled[id(test)] = self._sampled(name, pool)
+
+        for score in scores:
+            if isinstance(score, Scored):
+                finished()
+        self.tests.run([test for test in scores if isinstance(test, Test)], begun, finished)
+        return [
+            score if isinstance(score, Scored) else self._scored(score, len(cells), sampled.get(id(score)))
+            for score, (_, cells) in zip(scores, groups, strict=True)
+        ]
+
+    def _prepared(self, cells: NDArray[np.intp]) -> Scored | Test:
+        """Return the test of a group, or its score if there is nothing to test."""
+        used, batches = cells, None
+        if self.groups.batches is not None:
+            used = cells[self.held[self.groups.batches[cells]] > 0]
+            batches = self.groups.batches[used]
+            if not len(used):
+                return replace(NOT_SCORED, flags=("batch_confounded",))
+            if len(used) < max(2, min(self.options.min_cells, len(cells))):
+                return replace(NOT_SCORED, flags=("batch_partly_confounded", "batch_too_few_cells"), n_used=len(used))
+        if self.constant and self.groups.is_constant(np.concatenate([self.controls, used])):
+            return replace(CONSTANT, n_used=len(used))
+        return Test(used, batches)
+
+    def _sampled(self, name: str, pool: Pool) -> float:
+        """Return the mean distance from control samples as large as the group."""
+        n, m = pool.a.size, pool.b.size
+        if n >= m:
+            return pool.observed
+        samples = random_subsets(m, n, self.options.repeats, generator(self.options.seed, "repeats", name))
+        return float(pool.sampled(samples).mean())
+
+    def _scored(self, test: Test, n_cells: int, sampled: float | None) -> Scored:
+        n = len(test.cells)
+        flags = ["batch_partly_confounded"] if n < n_cells else []
+        if self.tests.different(test.batches, n) < (self.options.permutations or BASE) + 1:
+            flags.append("few_exchanges")
+        distance, mean, sd = test.observed, test.mean, test.sd
+        if self.fixed is not None and sampled is not None:
+            flags += ["fewer_controls_than_cells"] if n > len(self.controls) else []
+            distance, (mean, sd) = sampled, self.fixed
         if sd == 0:
             flags.append("null_sd_zero")
-        exchange = Exchange.of(n, n_controls, self.groups.pooled_batches(cells, self.controls))
-        flags += exchange_flags(exchange, options.permutations)
-        p = float("nan")
-        if exchange.blocks:
-            chunks = (
-                self.permutations.labels(n)
-                if self.within_batches is None or self.groups.batches is None
-                else self.within_batches.labels(self.groups.batches[cells])
-            )
-            null = np.concatenate([pool.exchanged(labels) for labels in chunks])
-            p = empirical_p(pool.observed, null, noise=pool.noise)
-        return Scored(distance, mean, sd, p, tuple(flags))
+        return Scored(distance, mean, sd, test.p, tuple(flags), n, test.source, test.draws)
 
 
 class TransportScorer:
@@ -238,13 +285,16 @@ class TransportScorer:
         self.nulls: dict[int, tuple[float, float]] = {}
         self.lock = threading.Lock()
 
-    @property
-    def at_a_time(self) -> int | None:
+    def score_all(
+        self, groups: Sequence[tuple[str, NDArray[np.intp]]], finished: Callable[[], None] = lambda: None
+    ) -> list[Scored]:
         """See :class:`DistanceScorer`."""
-        return None
-
-    def prepare(self, groups: Sequence[NDArray[np.intp]]) -> None:
-        """See :class:`DistanceScorer`."""
+        scores = []
+        with closing(in_order(lambda group: self.score(*group), groups)) as found:
+            for score in found:
+                scores.append(score)
+                finished()
+        return scores
 
     def null(self, size: int) -> tuple[float, float]:
         """Return mean and sd of the statistic between groups of `size` controls (cached).
@@ -270,12 +320,12 @@ class TransportScorer:
         return mean, sd if sd > RELATIVE_NOISE * mean else 0.0
 
     def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
-        """See :class:`DistanceScorer`."""
+        """Score one group; `name` is that of its random draws."""
         options, n, n_controls = self.options, len(cells), len(self.controls)
         rows = self.groups.rows
         of_controls = rows[self.controls]
-        if is_constant(rows[cells], of_controls):
-            return CONSTANT
+        if self.groups.is_constant(np.concatenate([self.controls, cells])):
+            return replace(CONSTANT, n_used=n)
         fixed = options.null == "fixed"
         limit = n_controls if fixed else n_controls // 2
         size = min(n, limit, MAX_TRANSPORT_CELLS)
@@ -301,7 +351,9 @@ class TransportScorer:
             null = list(transport_splits(pooled, exchange, options, name))
             observed = assignment_cost(pooled[:size, size:])
             p = empirical_p(observed, null, noise=RELATIVE_NOISE * float(pooled.mean(dtype=np.float64)))
-        return Scored(distance, mean, sd, p, tuple(flags))
+            return Scored(distance, mean, sd, p, tuple(flags), n, "exchanges", len(null))
+        # What cannot be tested gets no rank either.
+        return Scored(distance, mean, float("nan"), p, tuple(flags), n)
 
 
 def transport_splits(
@@ -335,13 +387,3 @@ def exchange_flags(exchange: Exchange, permutations: int) -> list[str]:
         return ["batch_confounded"]
     flags = ["batch_partly_confounded"] if len(exchange.fixed) else []
     return [*flags, "few_exchanges"] if exchange.log_count < np.log(permutations + 1) else flags
-
-
-def is_constant(*groups: NDArray[np.float64]) -> bool:
-    """Whether all rows of all groups are the same vector, up to the rounding of a model in float32.
-
-    A model's vectors of copies of a cell differ by a few units in the last place, depending on the batch they were in.
-    """
-    first = groups[0][0]
-    tolerance = 16 * np.finfo(np.float32).eps * float(np.abs(first).max())
-    return all(float(np.abs(rows - first).max()) <= tolerance for rows in groups)

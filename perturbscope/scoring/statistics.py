@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from math import lgamma
 from typing import Any
 
@@ -50,6 +51,17 @@ def bonferroni(p: ArrayLike) -> NDArray[np.float64]:
     return adjusted
 
 
+def holm(p: ArrayLike) -> NDArray[np.float64]:
+    """Return p-values adjusted by Holm (1979), step-down Bonferroni; NaN stays NaN and is not counted."""
+    values = np.asarray(p, dtype=np.float64)
+    adjusted = np.full(values.shape, np.nan)
+    known = np.flatnonzero(~np.isnan(values))
+    order = known[np.argsort(values[known], kind="stable")]
+    scaled = values[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted
+
+
 @dataclass(frozen=True)
 class Exchange:
     """The exchanges of labels that are allowed between two groups, pooled as [a, b].
@@ -90,6 +102,18 @@ class Exchange:
         return sum(
             lgamma(len(cells) + 1) - lgamma(of_a + 1) - lgamma(len(cells) - of_a + 1) for cells, of_a in self.blocks
         )
+
+    def every(self) -> NDArray[np.float32]:
+        """Return ALL exchanges of labels as the columns of a matrix [size, R]; the observed labels are among them."""
+        columns = np.zeros((1, self.size), dtype=np.float32)
+        columns[:, self.fixed] = 1
+        for cells, of_a in self.blocks:
+            checkpoint()
+            subsets = np.array(list(combinations(cells.tolist(), of_a)), dtype=np.intp)
+            marks = np.zeros((len(subsets), self.size), dtype=np.float32)
+            np.put_along_axis(marks, subsets, 1, axis=1)
+            columns = (columns[:, None, :] + marks[None]).reshape(-1, self.size)
+        return columns.T
 
     def draw(self, draws: int, rng: np.random.Generator) -> Iterator[NDArray[np.float32]]:
         """Yield chunks of exchanged labels, float32 [size, R]: 1 for a cell that is called a's."""

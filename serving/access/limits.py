@@ -239,7 +239,8 @@ def check_options(settings: Settings, options: ScoreOptions) -> None:
         ("null_draws", settings.max_permutations),
         ("max_cells", settings.max_group_cells),
     ):
-        if getattr(options, name) > limit:
+        # Without a number the library chooses one, whose cost is estimated.
+        if (getattr(options, name) or 0) > limit:
             raise LimitExceededError(
                 f"{name} is {getattr(options, name):,}; this server takes {limit:,}. "
                 "Ask for less, or score with the library or a server of your own "

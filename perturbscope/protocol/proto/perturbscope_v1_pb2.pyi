@@ -184,7 +184,7 @@ class EmbedStreamAnswer(_message.Message):
     def __init__(self, opened: _Optional[_Union[EmbedStreamOpened, _Mapping]] = ..., chunk: _Optional[_Union[EmbedStreamChunk, _Mapping]] = ..., end: _Optional[_Union[EmbedStreamEnd, _Mapping]] = ...) -> None: ...
 
 class ScoreOptions(_message.Message):
-    __slots__ = ("metrics", "ground", "estimator", "null", "null_size", "null_draws", "permutations", "wasserstein_permutations", "correction", "min_cells", "max_cells", "repeats", "normalize", "seed")
+    __slots__ = ("metrics", "ground", "estimator", "null", "null_size", "null_draws", "permutations", "wasserstein_permutations", "correction", "min_cells", "max_cells", "repeats", "normalize", "seed", "exceedances")
     METRICS_FIELD_NUMBER: _ClassVar[int]
     GROUND_FIELD_NUMBER: _ClassVar[int]
     ESTIMATOR_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +199,7 @@ class ScoreOptions(_message.Message):
     REPEATS_FIELD_NUMBER: _ClassVar[int]
     NORMALIZE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    EXCEEDANCES_FIELD_NUMBER: _ClassVar[int]
     metrics: _containers.RepeatedScalarFieldContainer[str]
     ground: str
     estimator: str
@@ -213,7 +214,8 @@ class ScoreOptions(_message.Message):
     repeats: int
     normalize: bool
     seed: int
-    def __init__(self, metrics: _Optional[_Iterable[str]] = ..., ground: _Optional[str] = ..., estimator: _Optional[str] = ..., null: _Optional[str] = ..., null_size: _Optional[int] = ..., null_draws: _Optional[int] = ..., permutations: _Optional[int] = ..., wasserstein_permutations: _Optional[int] = ..., correction: _Optional[str] = ..., min_cells: _Optional[int] = ..., max_cells: _Optional[int] = ..., repeats: _Optional[int] = ..., normalize: _Optional[bool] = ..., seed: _Optional[int] = ...) -> None: ...
+    exceedances: int
+    def __init__(self, metrics: _Optional[_Iterable[str]] = ..., ground: _Optional[str] = ..., estimator: _Optional[str] = ..., null: _Optional[str] = ..., null_size: _Optional[int] = ..., null_draws: _Optional[int] = ..., permutations: _Optional[int] = ..., wasserstein_permutations: _Optional[int] = ..., correction: _Optional[str] = ..., min_cells: _Optional[int] = ..., max_cells: _Optional[int] = ..., repeats: _Optional[int] = ..., normalize: _Optional[bool] = ..., seed: _Optional[int] = ..., exceedances: _Optional[int] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("cells", "embeddings", "perturbations", "control", "batches", "options", "model", "controls")
@@ -236,7 +238,7 @@ class ScoreRequest(_message.Message):
     def __init__(self, cells: _Optional[_Union[CountMatrix, _Mapping]] = ..., embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., perturbations: _Optional[_Iterable[str]] = ..., control: _Optional[str] = ..., batches: _Optional[_Iterable[str]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., model: _Optional[str] = ..., controls: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Score(_message.Message):
-    __slots__ = ("perturbation", "n_cells", "n_controls", "metric", "distance", "null_mean", "null_sd", "z", "p", "q", "flags")
+    __slots__ = ("perturbation", "n_cells", "n_controls", "metric", "distance", "null_mean", "null_sd", "z", "p", "q", "flags", "n_used", "p_source", "exchanges", "p_tail", "p_tail_source")
     PERTURBATION_FIELD_NUMBER: _ClassVar[int]
     N_CELLS_FIELD_NUMBER: _ClassVar[int]
     N_CONTROLS_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +250,11 @@ class Score(_message.Message):
     P_FIELD_NUMBER: _ClassVar[int]
     Q_FIELD_NUMBER: _ClassVar[int]
     FLAGS_FIELD_NUMBER: _ClassVar[int]
+    N_USED_FIELD_NUMBER: _ClassVar[int]
+    P_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGES_FIELD_NUMBER: _ClassVar[int]
+    P_TAIL_FIELD_NUMBER: _ClassVar[int]
+    P_TAIL_SOURCE_FIELD_NUMBER: _ClassVar[int]
     perturbation: str
     n_cells: int
     n_controls: int
@@ -259,7 +266,12 @@ class Score(_message.Message):
     p: float
     q: float
     flags: str
-    def __init__(self, perturbation: _Optional[str] = ..., n_cells: _Optional[int] = ..., n_controls: _Optional[int] = ..., metric: _Optional[str] = ..., distance: _Optional[float] = ..., null_mean: _Optional[float] = ..., null_sd: _Optional[float] = ..., z: _Optional[float] = ..., p: _Optional[float] = ..., q: _Optional[float] = ..., flags: _Optional[str] = ...) -> None: ...
+    n_used: int
+    p_source: str
+    exchanges: int
+    p_tail: float
+    p_tail_source: str
+    def __init__(self, perturbation: _Optional[str] = ..., n_cells: _Optional[int] = ..., n_controls: _Optional[int] = ..., metric: _Optional[str] = ..., distance: _Optional[float] = ..., null_mean: _Optional[float] = ..., null_sd: _Optional[float] = ..., z: _Optional[float] = ..., p: _Optional[float] = ..., q: _Optional[float] = ..., flags: _Optional[str] = ..., n_used: _Optional[int] = ..., p_source: _Optional[str] = ..., exchanges: _Optional[int] = ..., p_tail: _Optional[float] = ..., p_tail_source: _Optional[str] = ...) -> None: ...
 
 class ScoreAnswer(_message.Message):
     __slots__ = ("results", "meta")
@@ -300,7 +312,7 @@ class CompareRequest(_message.Message):
     def __init__(self, cells: _Optional[_Union[CountMatrix, _Mapping]] = ..., embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., perturbations: _Optional[_Iterable[str]] = ..., pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., batches: _Optional[_Iterable[str]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., model: _Optional[str] = ..., control: _Optional[str] = ..., controls: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Comparison(_message.Message):
-    __slots__ = ("a", "b", "n_a", "n_b", "metric", "distance", "null_mean", "null_sd", "z", "p", "q", "flags")
+    __slots__ = ("a", "b", "n_a", "n_b", "metric", "distance", "null_mean", "null_sd", "z", "p", "q", "flags", "n_used_a", "n_used_b", "p_source", "exchanges")
     A_FIELD_NUMBER: _ClassVar[int]
     B_FIELD_NUMBER: _ClassVar[int]
     N_A_FIELD_NUMBER: _ClassVar[int]
@@ -313,6 +325,10 @@ class Comparison(_message.Message):
     P_FIELD_NUMBER: _ClassVar[int]
     Q_FIELD_NUMBER: _ClassVar[int]
     FLAGS_FIELD_NUMBER: _ClassVar[int]
+    N_USED_A_FIELD_NUMBER: _ClassVar[int]
+    N_USED_B_FIELD_NUMBER: _ClassVar[int]
+    P_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGES_FIELD_NUMBER: _ClassVar[int]
     a: str
     b: str
     n_a: int
@@ -325,7 +341,11 @@ class Comparison(_message.Message):
     p: float
     q: float
     flags: str
-    def __init__(self, a: _Optional[str] = ..., b: _Optional[str] = ..., n_a: _Optional[int] = ..., n_b: _Optional[int] = ..., metric: _Optional[str] = ..., distance: _Optional[float] = ..., null_mean: _Optional[float] = ..., null_sd: _Optional[float] = ..., z: _Optional[float] = ..., p: _Optional[float] = ..., q: _Optional[float] = ..., flags: _Optional[str] = ...) -> None: ...
+    n_used_a: int
+    n_used_b: int
+    p_source: str
+    exchanges: int
+    def __init__(self, a: _Optional[str] = ..., b: _Optional[str] = ..., n_a: _Optional[int] = ..., n_b: _Optional[int] = ..., metric: _Optional[str] = ..., distance: _Optional[float] = ..., null_mean: _Optional[float] = ..., null_sd: _Optional[float] = ..., z: _Optional[float] = ..., p: _Optional[float] = ..., q: _Optional[float] = ..., flags: _Optional[str] = ..., n_used_a: _Optional[int] = ..., n_used_b: _Optional[int] = ..., p_source: _Optional[str] = ..., exchanges: _Optional[int] = ...) -> None: ...
 
 class CompareAnswer(_message.Message):
     __slots__ = ("results", "meta")

@@ -15,7 +15,7 @@ sparse matrix, P S ones, with T. So perturbations are prepared together, draw by
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from perturbscope.scoring.distances import row_by_row
 from perturbscope.scoring.energy.matrix import DenseGroup, Subsets, to_numpy
-from perturbscope.scoring.energy.permutations import CHUNK, smallest
+from perturbscope.scoring.energy.permutations import smallest
 from perturbscope.scoring.energy.pool import Group, Labels
 from perturbscope.scoring.statistics import generator
 from perturbscope.threads import checkpoint, in_order
@@ -47,7 +47,7 @@ class _Drawn(NamedTuple):
 
 
 class BatchPermutations:
-    """Exchanges of labels between groups and the controls, within batches.
+    """Some exchanges of labels between groups and the controls, within batches.
 
     Parameters
     ----------
@@ -60,16 +60,18 @@ class BatchPermutations:
     seed
         Seed of the draws, which depend on the numbers of cells in each batch and not on which other perturbations are
         scored.
+    number
+        Which exchanges, of many such parts.
     """
 
-    def __init__(self, controls: Group, batches: NDArray[np.intp], draws: int, seed: int) -> None:
-        self._controls, self._draws, self._seed = controls, draws, seed
+    def __init__(self, controls: Group, batches: NDArray[np.intp], draws: int, seed: int, number: int = 0) -> None:
+        self._controls, self._draws, self._seed, self._number = controls, draws, seed, number
         names, codes = np.unique(batches, return_inverse=True)
         self._cells = {int(name): np.flatnonzero(codes == i) for i, name in enumerate(names)}
         self._numbers = {int(name): i for i, name in enumerate(names)}
         self._depths = dict.fromkeys(self._cells, 0)
-        self._orders: dict[tuple[int, int], NDArray[np.int32]] = {}
-        self._drawn: dict[tuple[int, int, int], _Drawn] = {}
+        self._orders: dict[int, NDArray[np.int32]] = {}
+        self._drawn: dict[tuple[int, int], _Drawn] = {}
         self._held = 0
         self._sums: dict[_Sizes, NDArray[np.float64]] = {}
         self._lock = threading.RLock()
@@ -79,29 +81,27 @@ class BatchPermutations:
         """Number of groups that may be prepared together."""
         return max(1, TABLE // self._draws)
 
-    def labels(self, batches: NDArray[np.intp]) -> Iterator[Labels]:
-        """Yield the exchanges with a group whose cells are in these `batches` [n], in chunks."""
-        sizes = self._sizes(batches)
+    def labels(self, batches: NDArray[np.intp]) -> Labels:
+        """Return the exchanges with a group whose cells are in these `batches` [n]."""
+        sizes, draws = self._sizes(batches), self._draws
         sums = self._sums.get(tuple(sizes.items()))
-        for number, draws in self._chunks():
-            stays = np.ones((draws, len(batches)), dtype=bool)
-            places = [np.empty((draws, 0), dtype=np.int32)]
-            marks = [np.empty((draws, 0), dtype=bool)]
-            for code, n in sizes.items():
-                checkpoint()
-                drawn = self._draw(code, n, number, draws)
-                stays[:, np.flatnonzero(batches == code)] = drawn.kept
-                orders = self._order(code, number, draws, n)[:, :n]
-                places.append(orders)
-                marks.append(np.arange(orders.shape[1]) < drawn.taken[:, None])
-            marked = np.concatenate(marks, axis=1)
-            of_controls = Subsets(np.concatenate(places, axis=1)[marked], marked.sum(axis=1), self._controls.size)
-            marked_controls = self._controls.mark(of_controls)
-            start = number * CHUNK
-            within = self._controls.within(marked_controls) if sums is None else sums[start : start + draws]
-            of_group = Subsets(np.nonzero(stays)[1], stays.sum(axis=1), len(batches))
-            row_sums = of_controls.sums(self._controls.row_sums)
-            yield Labels(of_group, of_controls, marked_controls, within, row_sums)
+        stays = np.ones((draws, len(batches)), dtype=bool)
+        places = [np.empty((draws, 0), dtype=np.int32)]
+        marks = [np.empty((draws, 0), dtype=bool)]
+        for code, n in sizes.items():
+            checkpoint()
+            drawn = self._draw(code, n)
+            stays[:, np.flatnonzero(batches == code)] = drawn.kept
+            orders = self._order(code, n)[:, :n]
+            places.append(orders)
+            marks.append(np.arange(orders.shape[1]) < drawn.taken[:, None])
+        marked = np.concatenate(marks, axis=1)
+        of_controls = Subsets(np.concatenate(places, axis=1)[marked], marked.sum(axis=1), self._controls.size)
+        marked_controls = self._controls.mark(of_controls)
+        within = self._controls.within(marked_controls) if sums is None else sums
+        of_group = Subsets(np.nonzero(stays)[1], stays.sum(axis=1), len(batches))
+        row_sums = of_controls.sums(self._controls.row_sums)
+        return Labels(of_group, of_controls, marked_controls, within, row_sums)
 
     def prepare(self, groups: Sequence[NDArray[np.intp]]) -> None:
         """Sum the distances among marked controls for many groups at once, if that is cheaper than one after the other.
@@ -119,10 +119,7 @@ class BatchPermutations:
         if not isinstance(self._controls, DenseGroup) or not self._pays(list(by_key.values())):
             return
         keys = [key for key in by_key if key]
-        table = np.empty((len(keys), self._draws))
-        for number, draws in self._chunks():
-            self._sum_up(keys, number, draws, table[:, number * CHUNK : number * CHUNK + draws])
-        self._sums = dict(zip(keys, table, strict=True))
+        self._sums = dict(zip(keys, self._sum_up(keys), strict=True))
 
     def _pays(self, groups: list[dict[int, int]]) -> bool:
         """Whether a table for each draw costs less than sums for each group, in picoseconds of a core (measured)."""
@@ -130,18 +127,17 @@ class BatchPermutations:
         table = 9000 * depth**2 + 160 * depth * sum(map(len, groups))
         return table < sum(min(160 * sum(sizes.values()) * m, 26 * m * m) for sizes in groups)
 
-    def _sum_up(
-        self, keys: list[tuple[tuple[int, int], ...]], number: int, draws: int, out: NDArray[np.float64]
-    ) -> None:
-        """Write sums among marked controls, [groups, draws], of one chunk of draws into `out`."""
+    def _sum_up(self, keys: list[tuple[tuple[int, int], ...]]) -> NDArray[np.float64]:
+        """Return sums among marked controls, [groups, draws]."""
+        out = np.empty((len(keys), self._draws))
         used = sorted({code for key in keys for code, _ in key})
-        orders = [self._order(code, number, draws, self._depths[code])[:, : self._depths[code]] for code in used]
+        orders = [self._order(code, self._depths[code])[:, : self._depths[code]] for code in used]
         joined, ends = np.concatenate(orders, axis=1), np.cumsum([part.shape[1] for part in orders])
         starts = dict(zip(used, ends - [part.shape[1] for part in orders], strict=True))
         blocks = [slice(starts[code], end) for code, end in zip(used, ends, strict=True)]
         pairs = sorted({pair for key in keys for pair in key})
         rank = {pair: i for i, pair in enumerate(pairs)}
-        taken = np.stack([self._draw(code, n, number, draws).taken for code, n in pairs])
+        taken = np.stack([self._draw(code, n).taken for code, n in pairs])
         counts = np.array([len(key) for key in keys])
         which = np.array([rank[pair] for key in keys for pair in key])
         offsets = np.array([starts[code] for key in keys for code, _ in key])
@@ -170,50 +166,48 @@ class BatchPermutations:
                 totals[first:last] = subsets.dots(subsets.sums(table))
             return totals
 
-        for draw, totals in enumerate(in_order(one, range(draws))):
+        for draw, totals in enumerate(in_order(one, range(self._draws))):
             out[:, draw] = totals
+        return out
 
     def _part(self, order: NDArray[np.intp]) -> Any:
         assert isinstance(self._controls, DenseGroup)  # noqa: S101  prepare() has looked
         return self._controls.part(order, order)
-
-    def _chunks(self) -> Iterator[tuple[int, int]]:
-        return ((i, min(CHUNK, self._draws - i * CHUNK)) for i in range(-(-self._draws // CHUNK)))
 
     def _sizes(self, batches: NDArray[np.intp]) -> dict[int, int]:
         """Return the number of cells in each batch that has controls as well."""
         names, counts = np.unique(batches, return_counts=True)
         return {int(code): int(n) for code, n in zip(names, counts, strict=True) if int(code) in self._cells}
 
-    def _draw(self, code: int, n: int, number: int, draws: int) -> _Drawn:
-        """Return the exchanges of a batch with n perturbed cells, of one chunk."""
+    def _draw(self, code: int, n: int) -> _Drawn:
+        """Return the exchanges of a batch with n perturbed cells."""
         with self._lock:
-            drawn = self._drawn.get((code, n, number))
+            drawn = self._drawn.get((code, n))
         if drawn is not None:
             return drawn
-        rng = generator(self._seed, "exchange", "batch", self._numbers[code], n, number)
-        taken = rng.hypergeometric(len(self._cells[code]), n, n, size=draws).astype(np.int32)
+        rng = generator(self._seed, "exchange", "batch", self._numbers[code], n, self._number)
+        taken = rng.hypergeometric(len(self._cells[code]), n, n, size=self._draws).astype(np.int32)
         # Taking the n - k smallest random keys makes every subset equally likely.
-        rank = row_by_row(_ranks, rng.random((draws, n)))
+        rank = row_by_row(_ranks, rng.random((self._draws, n)))
         drawn = _Drawn(taken, rank < (n - taken)[:, None])
         with self._lock:
-            if self._held < KEPT and (code, n, number) not in self._drawn:
-                self._drawn[code, n, number] = drawn
+            if self._held < KEPT and (code, n) not in self._drawn:
+                self._drawn[code, n] = drawn
                 self._held += drawn.taken.nbytes + drawn.kept.nbytes
         return drawn
 
-    def _order(self, code: int, number: int, draws: int, depth: int) -> NDArray[np.int32]:
+    def _order(self, code: int, depth: int) -> NDArray[np.int32]:
         """Return the first controls of each order of a batch, [draws, depth or more or all]; the same for any depth."""
         cells = self._cells[code]
         depth = min(len(cells), max(depth, self._depths[code]))
         with self._lock:
-            order = self._orders.get((code, number))
+            order = self._orders.get(code)
             if order is not None and order.shape[1] >= depth:
                 return order
-            keys = generator(self._seed, "orders", "batch", self._numbers[code], number).random((draws, len(cells)))
-            first = row_by_row(partial(smallest, depth=depth), keys)
-            self._orders[code, number] = cells[first].astype(np.int32)
-            return self._orders[code, number]
+            rng = generator(self._seed, "orders", "batch", self._numbers[code], self._number)
+            first = row_by_row(partial(smallest, depth=depth), rng.random((self._draws, len(cells))))
+            self._orders[code] = cells[first].astype(np.int32)
+            return self._orders[code]
 
 
 def _ranks(keys: NDArray[np.float64]) -> NDArray[np.intp]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perturbscope.scoring.distances import product
-from perturbscope.scoring.energy.matrix import Subsets
+from perturbscope.scoring.distances import STEP_VALUES, product
+from perturbscope.scoring.energy.matrix import BlockSums, Subsets, block_sums
 from perturbscope.threads import checkpoint
 
 WHOLE_GRAM = 6 * 10**9
@@ -16,6 +18,10 @@ WHOLE_GRAM = 6 * 10**9
 and rounds in another order than parts would."""
 GRAM_ROWS = 256
 """Dimensions whose products with all others are held at a time; with vectors of 10,000 dimensions all take 800 MB."""
+
+
+MAX_GRAM = 2048
+"""Most dimensions whose products with each other are kept (32 MiB)."""
 
 
 class LinearMarks(NamedTuple):
@@ -81,6 +87,18 @@ class LinearGroup:
             squares += float((gram * gram).sum())
         return 2 * self.size * float(h @ h) + 2 * float(h.sum()) ** 2 + squares - 4 * float((h @ u) @ self.total)
 
+    def by_batch(self, codes: NDArray[np.intp], count: int) -> BlockSums:
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
+        if count == 1:
+            return BlockSums(self.row_sums[:, None], self.row_sums[:, None], np.array([[self.squares()]]))
+        return block_sums(_tiles(self, self), codes, codes, count)
+
+    @cached_property
+    def gram(self) -> NDArray[np.float64]:
+        """Products of the dimensions with each other, [width, width]."""
+        found: NDArray[np.float64] = product(self.rows.T, self.rows)
+        return found
+
     def link(self, other: LinearGroup) -> LinearLink:
         """See :class:`perturbscope.scoring.energy.pool.Group`."""
         return LinearLink(self, other)
@@ -100,6 +118,29 @@ class LinearLink:
         whole = self.a
         every: NDArray[np.float64] = b.n * whole.half.sum() + whole.size * b.half - b.total @ whole.total
         return some, every
+
+    def by_batch(self, codes_a: NDArray[np.intp], codes_b: NDArray[np.intp], count: int) -> BlockSums:
+        """See :class:`perturbscope.scoring.energy.pool.Link`."""
+        a, b = self.a, self.b
+        if count > 1 or a.rows.shape[1] > MAX_GRAM:
+            return block_sums(_tiles(a, b), codes_a, codes_b, count)
+        squares = b.size * float(a.half @ a.half) + a.size * float(b.half @ b.half)
+        squares += 2 * float(a.half.sum()) * float(b.half.sum())
+        squares -= 2 * float((a.half @ a.rows) @ b.total) + 2 * float((b.half @ b.rows) @ a.total)
+        squares += float(np.vdot(product(a.rows, b.gram), a.rows))
+        return BlockSums(self.sums_a[:, None], self.sums_b[:, None], np.array([[squares]]))
+
+
+def _tiles(a: LinearGroup, b: LinearGroup) -> Iterator[NDArray[np.float64]]:
+    """Yield the distances from a's cells to b's, some of a's at a time; a cell is at distance 0 of itself."""
+    step = max(1, STEP_VALUES // b.size)
+    for start in range(0, a.size, step):
+        part = slice(start, start + step)
+        tile = a.half[part, None] + b.half - product(a.rows[part], b.rows.T)
+        if a is b:
+            places = np.arange(len(tile))
+            tile[places, start + places] = 0.0
+        yield tile
 
 
 def _within(n: NDArray[Any], half: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:

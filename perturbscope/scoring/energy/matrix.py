@@ -9,9 +9,10 @@ exactly.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace, is_array_api_obj, is_cupy_array, is_numpy_array, is_torch_array, to_device
@@ -19,7 +20,7 @@ from array_api_compat import device as array_device
 from numpy.typing import NDArray
 from scipy import sparse
 
-from perturbscope.scoring.distances import STEP_PRODUCTS, product
+from perturbscope.scoring.distances import STEP_PRODUCTS, STEP_VALUES, product
 from perturbscope.threads import checkpoint
 
 TILE = 2**18
@@ -29,7 +30,7 @@ DEVICE_TILE = 2**26
 CLOSE = 0.01
 """Squared distance, as a share of the cell's from the origin, below which float32 is not exact enough."""
 _ROWS = 512
-"""Rows of a matrix that are converted to float64 at a time; sums over subsets of so few cells use the whole matrix."""
+"""Most rows of a matrix that are converted to float64 at a time; sums over subsets of so few cells use all of it."""
 SPARSE = 6
 """Dense products that take the time of a sparse one."""
 DENSE = 1 / SPARSE
@@ -157,6 +158,52 @@ def sums(matrix: Any, axis: int) -> NDArray[np.float64]:
     """Sum a float32 matrix along an axis, in float64."""
     xp = array_namespace(matrix)
     return to_numpy(xp.sum(matrix, axis=axis, dtype=xp.float64))
+
+
+class BlockSums(NamedTuple):
+    """Sums over the blocks of a matrix of distances: between the cells of one batch and those of another.
+
+    Attributes
+    ----------
+    rows
+        Sum of each row over the columns of each batch, [n, batches].
+    columns
+        Sum of each column over the rows of each batch, [m, batches].
+    squares
+        Sum of the squares of each block, [batches, batches].
+    """
+
+    rows: NDArray[np.float64]
+    columns: NDArray[np.float64]
+    squares: NDArray[np.float64]
+
+
+def block_sums(
+    tiles: Iterable[NDArray[np.float64]], of_rows: NDArray[np.intp], of_columns: NDArray[np.intp], count: int
+) -> BlockSums:
+    """Sum the blocks of a matrix that comes in tiles of its rows; codes of batches are below `count`."""
+    order = None if (np.diff(of_columns) >= 0).all() else np.argsort(of_columns, kind="stable")
+    sorted_columns = of_columns if order is None else of_columns[order]
+    batches, starts = np.unique(sorted_columns, return_index=True)
+    rows, columns = np.zeros((len(of_rows), count)), np.zeros((len(of_columns), count))
+    squares = np.zeros((count, count))
+    done = 0
+    for tile in tiles:
+        checkpoint()
+        codes = of_rows[done : done + len(tile)]
+        ends = np.flatnonzero(np.diff(codes)) + 1
+        # A batch that comes again after another is added a second time.
+        for part, code in zip(np.split(tile, ends), codes[np.concatenate([[0], ends])], strict=True):
+            columns[:, code] += part.sum(axis=0)
+        parted = tile if order is None else tile[:, order]
+        rows[done : done + len(tile), batches] = np.add.reduceat(parted, starts, axis=1)
+        checkpoint()
+        squared = np.add.reduceat(parted * parted, starts, axis=1)
+        by_code = np.zeros((count, len(batches)))
+        np.add.at(by_code, codes, squared)
+        squares[:, batches] += by_code
+        done += len(tile)
+    return BlockSums(rows, columns, squares)
 
 
 class Subsets:
@@ -308,12 +355,13 @@ class DenseGroup:
 
     def squares(self) -> float:
         """See :class:`perturbscope.scoring.energy.pool.Group`."""
-        total = 0.0
-        for start in range(0, self.size, _ROWS):
-            checkpoint()
-            tile = to_numpy(self.matrix[start : start + _ROWS]).astype(np.float64)
-            total += float(np.vdot(tile, tile))
-        return total
+        return _squares(self.matrix)
+
+    def by_batch(self, codes: NDArray[np.intp], count: int) -> BlockSums:
+        """See :class:`perturbscope.scoring.energy.pool.Group`."""
+        if count == 1:
+            return BlockSums(self.row_sums[:, None], self.row_sums[:, None], np.array([[self.squares()]]))
+        return block_sums(_tiles(self.matrix), codes, codes, count)
 
     def link(self, other: DenseGroup) -> DenseLink:
         """See :class:`perturbscope.scoring.energy.pool.Group`."""
@@ -339,6 +387,18 @@ class DensePart(DenseGroup):
         return DenseLink(self, other)
 
 
+def _tiles(matrix: Any) -> Iterator[NDArray[np.float64]]:
+    """Yield a matrix of distances in float64, some rows at a time, with a checkpoint before each."""
+    step = max(1, min(_ROWS, STEP_VALUES // max(1, matrix.shape[1])))
+    for start in range(0, matrix.shape[0], step):
+        checkpoint()
+        yield to_numpy(matrix[start : start + step]).astype(np.float64)
+
+
+def _squares(matrix: Any) -> float:
+    return sum(float(np.vdot(tile, tile)) for tile in _tiles(matrix))
+
+
 class DenseLink:
     """Distances between two dense groups, held as a matrix, float32 [cells of b, cells of a]."""
 
@@ -353,3 +413,11 @@ class DenseLink:
     def between(self, marked_a: Subsets, marked_b: Subsets) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """See :class:`perturbscope.scoring.energy.pool.Link`."""
         return marked_a.dots(marked_b.sums(self.matrix)), marked_b.sums(self.sums_b)
+
+    def by_batch(self, codes_a: NDArray[np.intp], codes_b: NDArray[np.intp], count: int) -> BlockSums:
+        """See :class:`perturbscope.scoring.energy.pool.Link`."""
+        if count == 1:
+            squares = np.array([[_squares(self.matrix)]])
+            return BlockSums(self.sums_a[:, None], self.sums_b[:, None], squares)
+        found = block_sums(_tiles(self.matrix), codes_b, codes_a, count)
+        return BlockSums(found.columns, found.rows, found.squares.T)

@@ -10,7 +10,6 @@ perturbations are dependent, as their p-values are anyway: they share the contro
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -21,8 +20,6 @@ from perturbscope.scoring.energy.matrix import DenseGroup, Subsets
 from perturbscope.scoring.energy.pool import Group, Labels
 from perturbscope.scoring.statistics import generator
 
-CHUNK = 1000
-"""Exchanges that are evaluated at a time."""
 KEPT = 4
 """Sizes of groups whose exchanges are kept: threads work on neighbouring sizes."""
 MAX_DEPTH = 1024
@@ -30,7 +27,7 @@ MAX_DEPTH = 1024
 
 
 class Permutations:
-    """Exchanges of labels between a group and the controls, without batches.
+    """Some exchanges of labels between a group and the controls, without batches.
 
     Parameters
     ----------
@@ -40,35 +37,29 @@ class Permutations:
         Number of exchanges.
     seed
         Seed of the draws, which depend on the numbers of cells and not on which other perturbations are scored.
+    number
+        Which exchanges, of many such parts.
     """
 
-    def __init__(self, controls: Group, draws: int, seed: int) -> None:
-        self._controls, self._draws, self._seed = controls, draws, seed
+    def __init__(self, controls: Group, draws: int, seed: int, number: int = 0) -> None:
+        self._controls, self._draws, self._seed, self._number = controls, draws, seed, number
         self._spent = 0
         self._kept: dict[int, Labels] = {}
         self._lock = threading.Lock()
         self._orders = np.empty((0, 0), dtype=np.intp)
         self._within = self._rows = np.empty((0, 0))
 
-    def labels(self, n: int) -> Iterator[Labels]:
-        """Yield the exchanges with a group of n cells, in chunks; call it by size, since those of a few n are kept."""
-        if self._draws > CHUNK:
-            # Rare, and too large to keep, so drawn again each time.
-            for number in range(-(-self._draws // CHUNK)):
-                with self._lock:
-                    labels = self._make(n, number, min(CHUNK, self._draws - number * CHUNK))
-                yield labels
-            return
+    def labels(self, n: int) -> Labels:
+        """Return the exchanges with a group of n cells; call it by size, since those of a few n are kept."""
         with self._lock:
             if n not in self._kept:
                 while len(self._kept) >= KEPT:
                     del self._kept[next(iter(self._kept))]
-                self._kept[n] = self._make(n, 0, self._draws)
-            labels = self._kept[n]
-        yield labels
+                self._kept[n] = self._make(n)
+            return self._kept[n]
 
-    def _make(self, n: int, number: int, draws: int) -> Labels:
-        m = self._controls.size
+    def _make(self, n: int) -> Labels:
+        m, number, draws = self._controls.size, self._number, self._draws
         rng = generator(self._seed, "exchange", n, number)
         taken = rng.hypergeometric(m, n, n, size=draws)
         # Taking the n - k smallest random keys makes every subset equally likely.
@@ -77,10 +68,10 @@ class Permutations:
         rows, cells = np.nonzero((taken == 0)[:, None] | (keys < cut[:, None]))
         of_group = Subsets(cells, np.bincount(rows, minlength=draws), n)
         depth = int(taken.max(initial=0))
-        orders = self._first(depth, number, draws)
+        orders = self._first(depth)
         of_controls = Subsets(orders[:, :depth][np.arange(depth) < taken[:, None]], taken, m)
         marked = self._controls.mark(of_controls)
-        if depth > MAX_DEPTH or self._draws > CHUNK or not self._grows(n, depth):
+        if depth > MAX_DEPTH or not self._grows(n, depth):
             row_sums = of_controls.sums(self._controls.row_sums)
             return Labels(of_group, of_controls, marked, self._controls.within(marked), row_sums)
         self._sum_up(depth)
@@ -98,17 +89,15 @@ class Permutations:
         self._spent += min(160 * min(n, m) * m, 26 * m * m)
         return isinstance(self._controls, DenseGroup) and self._spent > 9000 * (2 * depth) ** 2
 
-    def _first(self, depth: int, number: int, draws: int) -> NDArray[np.intp]:
+    def _first(self, depth: int) -> NDArray[np.intp]:
         """Return the first controls of each order, [draws, depth or more]; the same for any depth."""
-        if number == 0 and self._orders.shape[0] == draws and self._orders.shape[1] >= depth:
+        if self._orders.shape[0] == self._draws and self._orders.shape[1] >= depth:
             return self._orders
         m = self._controls.size
         depth = min(m, max(64, 2 * depth))
-        keys = generator(self._seed, "orders", m, number).random((draws, m))
-        first = row_by_row(partial(smallest, depth=depth), keys)
-        if number == 0:
-            self._orders = first
-        return first
+        keys = generator(self._seed, "orders", m, self._number).random((self._draws, m))
+        self._orders = row_by_row(partial(smallest, depth=depth), keys)
+        return self._orders
 
     def _sum_up(self, depth: int) -> None:
         """Compute and keep the sums over growing subsets up to `depth` cells."""

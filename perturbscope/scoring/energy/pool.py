@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from perturbscope.scoring.energy.matrix import Subsets
+from perturbscope.scoring.energy.matrix import BlockSums, Subsets
 from perturbscope.scoring.results import Estimator
 
 Members = NDArray[np.float32]
@@ -41,12 +41,15 @@ class Group(Protocol):
 
     Attributes
     ----------
+    rows
+        Vectors, float64 [n, width].
     size
         Number of cells, n.
     row_sums
         Sum of each cell's distances to all cells of the group, float64 [n].
     """
 
+    rows: NDArray[np.float64]
     size: int
     row_sums: NDArray[np.float64]
 
@@ -64,6 +67,9 @@ class Group(Protocol):
 
     def squares(self) -> float:
         """Sum the squared distances over all ordered pairs of cells."""
+
+    def by_batch(self, codes: NDArray[np.intp], count: int) -> BlockSums:
+        """Sum the distances by the batches of the cells, given as codes [n] below `count`."""
 
     def link(self, other: Any) -> Link:
         """Return the distances to the cells of another group of the same kind."""
@@ -83,6 +89,9 @@ class Link(Protocol):
 
     def between(self, marked_a: Any, marked_b: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Sum distances from marked cells of one group, and from all of its cells, to marked cells of the other."""
+
+    def by_batch(self, codes_a: NDArray[np.intp], codes_b: NDArray[np.intp], count: int) -> BlockSums:
+        """Sum the distances by the batches of the cells; rows are those of group a."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,122 @@ class Pool:
         between = self.link.sums_b[chosen].sum(axis=1)
         within_a, within_b = float(self.a.row_sums.sum()), self.b.inside(chosen)
         return energy(between, within_a, within_b, self.a.size, chosen.shape[1], self.estimator)
+
+    def moments(
+        self,
+        codes_a: NDArray[np.intp] | None = None,
+        codes_b: NDArray[np.intp] | None = None,
+        count: int = 1,
+        sums_b: BlockSums | None = None,
+    ) -> tuple[float, float]:
+        """Return mean and sd of the energy distance over ALL exchanges of labels within batches, in closed form.
+
+        A distance that is left after the mean and the parts of its two cells are taken out is uncorrelated with the
+        others over random subsets, so the variance is a sum over batches and pairs of batches (Hoeffding's
+        decomposition; for one batch that of Szekely and Rizzo 2014).
+
+        Parameters
+        ----------
+        codes_a, codes_b
+            Batch of each cell, below `count`; None: all cells are in one batch.
+        count
+            Number of batches.
+        sums_b
+            Group b's own sums, if they are known.
+        """
+        n, m = self.a.size, self.b.size
+        of_a = np.zeros(n, dtype=np.intp) if codes_a is None else codes_a
+        of_b = np.zeros(m, dtype=np.intp) if codes_b is None else codes_b
+        marked, others = np.bincount(of_a, minlength=count), np.bincount(of_b, minlength=count)
+        live = np.flatnonzero(marked)
+        if not others[live].all():
+            raise ValueError("Cells of group a are in batches without cells of group b.")
+        known = self.b.by_batch(of_b, count) if sums_b is None else sums_b
+        in_b = np.isin(of_b, live)
+        # The batches of group a alone, and one for the cells of all others.
+        place = np.full(count, len(live))
+        place[live] = np.arange(len(live))
+        own = self.a.by_batch(place[of_a], len(live))
+        between = self.link.by_batch(place[of_a], place[of_b], len(live) + (not in_b.all()))
+        squares = known.squares[np.ix_(live, live)] + own.squares
+        across = between.squares[: len(live), : len(live)]
+        squares = squares + across + across.T
+        rows = between.rows[:, : len(live)]
+        columns = between.columns[in_b, : len(live)]
+        sums = np.concatenate([own.rows + rows, columns + known.rows[np.ix_(in_b, live)]])
+        codes = place[np.concatenate([of_a, of_b[in_b]])]
+        reach = np.concatenate([self.row_sums[:n], self.row_sums[n:][in_b]])
+        mean, variance = _exchange_moments(sums, squares, reach, codes, marked[live], n, m, self.estimator)
+        mean -= self.total / (m * (m - (self.estimator == "U")))
+        sd = float(np.sqrt(max(variance, 0.0)))
+        return mean, sd if sd > self.noise else 0.0
+
+
+def _exchange_moments(
+    sums: NDArray[np.float64],
+    squares: NDArray[np.float64],
+    reach: NDArray[np.float64],
+    codes: NDArray[np.intp],
+    marked: NDArray[np.intp],
+    n: int,
+    m: int,
+    estimator: Estimator,
+) -> tuple[float, float]:
+    """Return mean and variance of ``slope * R - weight * Q`` over exchanges of labels within batches.
+
+    Q is the sum of the distances among the marked cells, R that of their distances to all cells of the pool; so is an
+    energy distance, but for a constant.
+
+    Parameters
+    ----------
+    sums
+        Sum of each cell's distances to the cells of each batch, [N, S].
+    squares
+        Sum of the squared distances of each pair of batches, [S, S].
+    reach
+        Sum of each cell's distances to all cells of the pool, [N]; there may be cells without exchange beside the N.
+    codes
+        Batch of each cell, [N].
+    marked
+        Number of cells that are marked in each batch, [S].
+    """
+    own = 1 if estimator == "U" else 0
+    weight = 2 / (n * m) + 1 / (n * (n - own)) + 1 / (m * (m - own))
+    slope = 2 / (n * m) + 2 / (m * (m - own))
+    size = np.bincount(codes, minlength=len(marked)).astype(np.float64)
+    k = marked.astype(np.float64)
+    share = k / size
+    spread = share * (1 - share) * size / (size - 1)
+    blocks, rows_squared = np.zeros((2, len(k), len(k)))
+    np.add.at(blocks, codes, sums)
+    np.add.at(rows_squared, codes, sums**2)
+    inside = np.diagonal(blocks)
+    mean = slope * float(share[codes] @ reach)
+    both = np.outer(share, share)
+    np.fill_diagonal(both, k * (k - 1) / (size * (size - 1)))
+    mean -= weight * float((both * blocks).sum())
+    # What one cell's label does, given the mean of the others.
+    within = np.where(size > 2, (k - 1) / np.maximum(size - 2, 1), 0.0)
+    places = np.arange(len(codes))
+    own_batch = sums[places, codes]
+    effects = slope * reach - 2 * weight * (sums @ share - share[codes] * own_batch + within[codes] * own_batch)
+    effects -= (np.bincount(codes, effects) / size)[codes]
+    variance = float(spread[codes] @ effects**2)
+    # What is left to a pair of cells: in one batch, and in two.
+    falling = np.ones((5, len(k)))
+    for i in range(4):
+        falling[i + 1] = falling[i] * (k - i) / np.maximum(size - i, 1)
+    left = (
+        np.diagonal(squares)
+        - 2 * np.diagonal(rows_squared) / np.maximum(size - 2, 1)
+        + inside**2 / (np.maximum(size - 1, 1) * np.maximum(size - 2, 1))
+    )
+    pairs = np.where(size > 3, 2 * np.maximum(left, 0) * (falling[2] - 2 * falling[3] + falling[4]), 0.0)
+    by_row = rows_squared / size[None, :]
+    across = squares - by_row - by_row.T + blocks**2 / np.outer(size, size)
+    np.fill_diagonal(across, 0.0)
+    cross = 2 * float(spread @ np.maximum(across, 0) @ spread)
+    return mean, variance + weight**2 * (float(pairs.sum()) + cross)
 
 
 def energy(

@@ -78,14 +78,16 @@ def labels_of(controls: int, sizes: list[int]) -> list[str]:
     return ["control"] * controls + [f"g{i}" for i, n in enumerate(sizes) for _ in range(n)]
 
 
-E, C, W = ({"metrics": (metric,)} for metric in ("e_distance", "cosine_e_distance", "wasserstein"))
+ALL = {"permutations": 1000, "exceedances": 0}
+E, C, W = ({"metrics": (metric,), **ALL} for metric in ("e_distance", "cosine_e_distance", "wasserstein"))
 CASES: list[tuple[str, int, list[int], int, dict[str, Any], int]] = [
     ("score", 1500, [400] * 5, 64, E, 0),
     ("score", 400, [100] * 40, 512, E, 0),
     ("score", 1000, [30, 60, 90, 120, 150, 180], 64, E, 0),
-    ("score", 100, [30] * 20, 16, {**E, "permutations": 20_000}, 0),
+    ("score", 200, [60] * 12, 32, {**E, "permutations": 20_000}, 0),
     ("score", 1500, [200] * 3, 64, {**E, "permutations": 5_000}, 0),
-    ("score", 800, [300] * 4, 64, {**E, "repeats": 300}, 0),
+    ("score", 800, [300] * 4, 64, {**E, "repeats": 300, "null": "fixed"}, 0),
+    ("score", 800, [300] * 30, 64, {}, 0),
     ("score", 1200, [300] * 8, 64, E, 3),
     ("score", 600, [60] * 40, 64, E, 12),
     ("score", 2000, [800] * 8, 256, C, 0),

@@ -72,7 +72,7 @@ METRICS = [
     ("cosine_e_distance", "euclidean"),
     ("wasserstein", "euclidean"),
 ]
-MUCH = {"permutations": 1_000_000, "wasserstein_permutations": 1_000_000, "null_draws": 1_000_000}
+MUCH = {"permutations": 1_000_000, "exceedances": 0, "wasserstein_permutations": 1_000_000, "null_draws": 1_000_000}
 
 
 @pytest.mark.parametrize("batches", [0, 3], ids=["", "batches"])
@@ -95,7 +95,11 @@ def test_a_comparison_ends_soon(metric: Any, ground: Any) -> None:
 
 def test_large_groups_end_soon() -> None:
     given = cells(4000, (4000,) * 4, 128)
-    ends_soon(lambda: score_perturbations(**given, control="control", options=ScoreOptions(permutations=20_000)))
+    ends_soon(
+        lambda: score_perturbations(
+            **given, control="control", options=ScoreOptions(permutations=20_000, exceedances=0)
+        )
+    )
 
 
 def test_pairs_without_enough_cells_end_soon() -> None:

@@ -52,7 +52,7 @@ def test_without_control_all_labels_are_compared_and_z_comes_from_the_exchange(s
     assert moved["null_sd"] > 0
     assert moved["z"] > 3
     assert moved["p"] == 0.01
-    assert result.provenance["null"] == {"e_distance": "exchanged labels"}
+    assert result.provenance["null"] == {"e_distance": "exchanged labels, closed form"}
 
 
 def test_chosen_pairs_keep_their_order(screen):
@@ -66,12 +66,21 @@ def test_chosen_pairs_keep_their_order(screen):
     assert turned.table["distance"][0] == pytest.approx(result.table["distance"][0], abs=1e-7)
 
 
-def test_large_groups_extrapolate_the_null(screen):
-    vectors, labels = screen
-    vectors, labels = np.tile(vectors, (3, 1)), np.tile(labels, 3)
-    keep = (labels != "control") | (np.arange(len(labels)) < 220)
-    result = compare_perturbations(vectors[keep], labels[keep], pairs=[("a", "c")], control="control", options=FAST)
-    assert result.table["flags"][0] == "duplicated_vectors;null_extrapolated"  # each cell is there three times
+def test_z_of_pairs_without_a_difference_is_standard_however_wide_they_are(rng):
+    names = [f"p{i}" for i in range(24)]
+    vectors = rng.normal(size=(24 * 40, 6)) * 3
+    pairs = list(zip(names[::2], names[1::2], strict=True))
+    labels = np.repeat(names, 40)
+    alone = compare_perturbations(vectors, labels, pairs=pairs, options=ScoreOptions(normalize=False)).table
+    assert abs(alone["z"].mean()) < 1
+    assert 0.4 < alone["z"].std() < 1.6
+    narrow = np.concatenate([vectors, rng.normal(size=(200, 6))])
+    beside = compare_perturbations(
+        narrow, [*labels, *["control"] * 200], pairs=pairs, control="control", options=ScoreOptions(normalize=False)
+    ).table
+    np.testing.assert_allclose(beside["z"], alone["z"], rtol=1e-4)
+    assert set(alone["p_source"]) <= {"exchanges", "sequential"}
+    assert alone["exchanges"].between(20, 1000).all()
 
 
 def test_batches_that_separate_the_pair_give_no_p(screen):
@@ -79,6 +88,7 @@ def test_batches_that_separate_the_pair_give_no_p(screen):
     result = compare_perturbations(vectors, labels, pairs=[("a", "c")], batches=labels, options=FAST)
     assert np.isnan(result.table["p"][0])
     assert np.isnan(result.table["z"][0])
+    assert np.isnan(result.table["distance"][0])
     assert "batch_confounded" in result.table["flags"][0]
 
 
