@@ -106,7 +106,9 @@ def test_several_controls_of_a_file(two: Path, fake_embedder: Embedder, monkeypa
     for command, more in (("score", vectors), ("compare", vectors), ("degs", []), ("report", vectors)):
         out = two.with_name(f"{command}.{'html' if command == 'report' else 'csv'}")
         assert run([command, str(two), str(out), *common, *more]) == 0, command
-    written = read_table(two.with_name("score.csv"), field="scores").fillna({"flags": ""})
+    written = read_table(two.with_name("score.csv"), field="scores").fillna(
+        {"flags": "", "p_source": "", "p_tail_source": ""}
+    )
     pd.testing.assert_frame_equal(written, expected)
     assert "NT-0, NT-1" in two.with_name("report.html").read_text()
     assert set(pd.read_csv(two.with_name("degs.csv"))["perturbation"]) == {"strong", "weak", "rare"}
