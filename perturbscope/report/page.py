@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from html import escape
@@ -11,7 +12,7 @@ from pathlib import Path
 from perturbscope.cells.files import atomic
 from perturbscope.report import sections
 from perturbscope.report.contents import Report
-from perturbscope.report.sentences import READING, cautions, conclusions, doubt, number
+from perturbscope.report.sentences import READING, cautions, conclusions, count, doubt, number
 from perturbscope.report.table import score_table
 
 _LINKS = (
@@ -45,7 +46,7 @@ def render_report(report: Report) -> str:
     """Return the page as HTML. All text that comes from the data is escaped."""
     facts = report.scores.provenance
     subtitle = (
-        f"{facts['n_perturbations']:,} perturbations in {facts['n_cells']:,} cells, compared with the "
+        f"{count(facts['n_perturbations'], 'perturbation')} in {facts['n_cells']:,} cells, compared with the "
         f"{facts['n_controls']:,} cells labelled \N{LEFT DOUBLE QUOTATION MARK}{facts['control']}"
         f"\N{RIGHT DOUBLE QUOTATION MARK}."
     )
@@ -96,12 +97,12 @@ def _facts(report: Report) -> str:
     doubtful = " doubtful" if undone else ""
     items = [
         (
-            f"{int((rows['q'] < 0.05).sum()):,}",
+            f"{int((rows['q'] < 0.05).sum()):,}" if rows["q"].notna().any() else number(math.nan),
             f"differ from control (q < 0.05){f', {undone}' if undone else ''}",
             doubtful,
         ),
-        (f"{facts['n_scored']:,}", "perturbations scored", ""),
-        (number(float(rows["z"].median())), "median effect z", doubtful),
+        (f"{facts['n_scored']:,}", f"perturbation{'' if facts['n_scored'] == 1 else 's'} scored", ""),
+        (number(float(rows["z"].dropna().median())), "median effect z", doubtful),
         (f"{facts['n_controls']:,}", "control cells", ""),
     ]
     cards = "".join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -90,12 +91,17 @@ def _degs(report: Report, points: list[Point], metric: str, name: str) -> str:
     ]
     correlations = correlate_degs(report.scores.table, report.degs)
     row = correlations[(correlations["metric"] == metric) & (correlations["against"] == "z")].iloc[0].to_dict()
+    correlated = (
+        "Too few perturbations, or all with as many genes, to correlate the two."
+        if math.isnan(row["spearman"])
+        else f"Spearman correlation {number(row['spearman'])}, Pearson {number(row['pearson'])}, "
+        f"n&nbsp;=&nbsp;{row['n']}."
+    )
     chart = both(lambda frame: deg_chart(with_counts, metric=name, frame=frame))
     note = (
         '<p class="muted">Up: a larger effect on the whole cell. Right: more genes that change by themselves. High on '
         "the left are perturbations that a test gene by gene would miss. "
-        f"Spearman correlation {number(row['spearman'])}, Pearson {number(row['pearson'])}, "
-        f"n&nbsp;=&nbsp;{row['n']}.</p>"
+        f"{correlated}</p>"
     )
     return card(f"{heading} ({name})", chart + note, metric=metric, anchor=f"genes-{metric}")
 

@@ -250,7 +250,7 @@ def _warnings(sets: list[CalibrationSet]) -> list[str]:
         if item.kind == "batch" and small > 0.1:
             warnings.append(
                 f"{item.metric}: controls of different batches differ: {small:.0%} of {len(item.p)} splits by batch "
-                f"have p < 0.05 (5% expected; mean z {item.z_mean:.1f}). Perturbations confined to a few batches get a "
-                "small p for that alone; give the batches, or judge z against this."
+                f"have p < 0.05 (5% expected; mean z {item.z_mean:.1f}). Labels are exchanged within batches, which "
+                "keeps that out of p; z takes no account of batches, so judge it against this."
             )
     return warnings

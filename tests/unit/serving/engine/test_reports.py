@@ -60,7 +60,7 @@ async def test_every_kind_of_body_gives_the_page(http: httpx.AsyncClient, tiny_c
         assert "default-src 'none'" in reply.headers["content-security-policy"]
         assert reply.text.startswith("<!doctype html>")
         assert ">KO</td>" in reply.text
-        assert "1 perturbations in 24 cells" in reply.text
+        assert "1 perturbation in 24 cells" in reply.text
         assert "differentially expressed genes" in reply.text  # the counts were there
         assert "Low gene coverage" in reply.text
         assert "fake-1.0-000000000000" in reply.text
