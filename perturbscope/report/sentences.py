@@ -165,7 +165,8 @@ def _differ(facts: _Facts) -> list[str]:
         text = f"{len(hits)} of {count(len(tested), 'perturbation')} {differ} from control at q < 0.05 ({name})"
         sentences.append(f"{undone[0].upper()}{undone[1:]}: {text}." if undone else f"{text}.")
         if len(hits):
-            listed = [f"{row.perturbation} (z {number(float(row.z))})" for row in hits.head(5).itertuples(index=False)]
+            strongest = zip(_names(hits.head(5)), hits["z"].head(5), strict=True)
+            listed = [f"{label} (z {number(float(z))})" for label, z in strongest]
             sentences.append(f"Strongest by {name}: {', '.join(listed)}.")
     return sentences
 
