@@ -26,7 +26,8 @@ The tree::
     │   ├── CorruptBundleError            a file is missing or its checksum differs
     │   ├── UnsupportedBundleError        newer format, or unknown family
     │   ├── VocabularyMismatchError       tokens of one vocabulary, weights of another
-    │   └── GoldenMismatchError           the model gives other vectors here than at export
+    │   ├── GoldenMismatchError           the model gives other vectors here than at export
+    │   └── UntrustedBundleError          no trusted signer vouches for it, where one is required
     ├── ProviderUnavailableError          an accelerator was asked for and is not available
     ├── InferenceError                    the model's forward pass failed
     ├── SolverError                       optimal transport did not converge
@@ -214,6 +215,12 @@ class GoldenMismatchError(BundleError):
     """The model does not give the vectors that its bundle records, on this machine and with this tokenizer."""
 
     code = "golden_mismatch"
+
+
+class UntrustedBundleError(BundleError):
+    """A signature is required, and the bundle has none of a trusted signer."""
+
+    code = "untrusted_bundle"
 
 
 class ProviderUnavailableError(PerturbScopeError):

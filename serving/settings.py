@@ -58,6 +58,12 @@ class Settings:
     """Seconds between two scans of the repository; 0: models are loaded and unloaded only on request."""
     max_model_bytes: int = 0
     """Estimated bytes of memory that all loaded models may take; 0: no limit."""
+    signers: str = ""
+    """Files of public keys (PEM) that are trusted to sign bundles, or folders of them, separated by ``:``; each is
+    named by its file. Empty: signatures are not checked."""
+    require_signatures: str = "no"
+    """yes: only bundles with a signature of a trusted signer are served; no: the descriptions of models say what is
+    known of their signatures."""
     variant: str = "fp32"
     """Graph of the bundle: fp32, fp16, fp16-flash, int8."""
     device: str = "cpu"
@@ -153,7 +159,11 @@ class Settings:
             raise InvalidParameterError(
                 f"{PREFIX}DEVICE is {self.device!r}; it must be one of {', '.join(get_args(Device))}.", field="device"
             )
-        for name, allowed in (("log_format", get_args(Format)), ("log_level", get_args(Level))):
+        for name, allowed in (
+            ("log_format", get_args(Format)),
+            ("log_level", get_args(Level)),
+            ("require_signatures", ("no", "yes")),
+        ):
             if getattr(self, name) not in allowed:
                 raise InvalidParameterError(
                     f"{_variable(name)} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.", field=name
@@ -199,6 +209,11 @@ class Settings:
                     "10.0.0.0/8, separated by commas.",
                     field="trusted_proxies",
                 ) from error
+        if self.require_signatures == "yes" and not self.signers:
+            raise InvalidParameterError(
+                f"{PREFIX}REQUIRE_SIGNATURES is yes, and {PREFIX}SIGNERS names no public key: nothing could be served.",
+                field="signers",
+            )
         if self.bundle and not self.bundles:
             raise InvalidParameterError(f"{PREFIX}BUNDLE names no directory.", field="bundle")
 

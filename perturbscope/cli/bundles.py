@@ -1,4 +1,4 @@
-"""``perturbscope bundle info``, ``perturbscope bundle verify`` and ``perturbscope bundle golden``."""
+"""``perturbscope bundle info``, ``verify``, ``sign`` and ``golden``."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ if TYPE_CHECKING:
     from perturbscope.families.outputs import OutputSpec
 
 app = typer.Typer(name="bundle", help="Inspect a model bundle.", no_args_is_help=True)
+Signers = Annotated[
+    list[Path],
+    typer.Option("--signer", metavar="FILE", help="Public key (PEM) that is trusted to sign bundles; may be repeated."),
+]
 
 
 @app.command("info")
 def bundle_info(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the bundle.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    signer: Signers = [],  # noqa: B006  typer copies it
 ) -> None:
     """Check the files of a bundle and describe it."""
     from perturbscope.inference.bundle import Bundle
     from perturbscope.inference.golden import read_golden
     from perturbscope.inference.memory import CPU_BATCH_TOKENS, estimate_bytes
+    from perturbscope.inference.signatures import read_signers, signature_of
 
+    signers = read_signers(signer)
     opened = Bundle.open(path)
     manifest, golden = opened.manifest, read_golden(opened)
     if as_json:
@@ -56,6 +63,7 @@ def bundle_info(
             ("golden", f"{len(golden.cells)} cells: {golden.source}" if golden else "none"),
             ("training", _scalars(manifest.training)),
             ("licence", manifest.licence),
+            ("signature", str(signature_of(opened, signers))),
             ("format", manifest.format_version),
         ],
     )
@@ -84,13 +92,24 @@ def _short(value: str | float) -> str:
 
 
 @app.command("verify")
-def bundle_verify(path: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the bundle.")]) -> None:
-    """Check every file of a bundle against its manifest, load every graph, and embed the golden cells with it."""
+def bundle_verify(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the bundle.")],
+    signer: Signers = [],  # noqa: B006  typer copies it
+) -> None:
+    """Check every file of a bundle against its manifest, load every graph, and embed the golden cells with it.
+
+    With --signer, the bundle must be signed by one of these keys; what is not listed in the manifest is refused.
+    """
     from perturbscope.inference.bundle import Bundle
     from perturbscope.inference.embedder import Embedder
     from perturbscope.inference.golden import check_golden, read_golden
+    from perturbscope.inference.signatures import read_signers, signature_of
 
+    signers = read_signers(signer)
     opened = Bundle.open(path)
+    signature = signature_of(opened, signers)
+    if signers:
+        signature.require(opened)
     golden = read_golden(opened)
     for variant in opened.manifest.variants:
         embedder = Embedder.from_bundle(opened, variant=variant)
@@ -102,8 +121,23 @@ def bundle_verify(path: Annotated[Path, typer.Argument(metavar="DIR", help="Dire
         console.warn(f"{path} has no golden vectors; perturbscope bundle golden adds them.")
     console.say(
         f"{path}: {len(opened.manifest.files)} files and {len(opened.manifest.variants)} graphs are in order "
-        f"({opened.model_id})."
+        f"({opened.model_id}). Signature: {signature}."
     )
+
+
+@app.command("sign")
+def bundle_sign(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the bundle.")],
+    key: Annotated[Path, typer.Option(metavar="FILE", help="Private key (PEM): ECDSA P-256 or P-384, or Ed25519.")],
+) -> None:
+    """Sign the manifest of a bundle, and with it every file; needs the extra signatures (cryptography).
+
+    The signature lies beside the manifest, in the form of Sigstore: cosign verify-blob reads it too.
+    """
+    from perturbscope.inference.signatures import sign
+
+    bundle = sign(path, key)
+    console.say(f"{path}: signed ({bundle.model_id}).")
 
 
 @app.command("golden")

@@ -8,8 +8,10 @@
     vocabulary.tsv   genes, tokens, medians
     MODEL_CARD.md    data, licence, cost, numbers
     golden.json      a few cells and their vectors, to test a server with (optional; see perturbscope.inference.golden)
+    manifest.sigstore.json   who vouches for the manifest (optional; see perturbscope.inference.signatures)
 
-No file is a pickle, and nothing in a bundle is executed but the ONNX graph.
+Every file but the last is listed and hashed, and a folder that holds anything else is refused. No file is a pickle, and
+nothing in a bundle is executed but the ONNX graph.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.tsv"
 MODEL_CARD = "MODEL_CARD.md"
 GOLDEN = "golden.json"
+SIGNATURE = "manifest.sigstore.json"
+"""The only file that the manifest cannot list, since it signs the manifest."""
 _VOCABULARIES: weakref.WeakValueDictionary[tuple[str, str], GeneVocabulary] = weakref.WeakValueDictionary()
 """Vocabularies in use; bundles of one vocabulary share it, and everything that is cached for it."""
 
@@ -211,6 +215,8 @@ class Bundle:
     path: Path
     manifest: Manifest
     vocabulary: GeneVocabulary
+    manifest_bytes: bytes = field(default=b"", repr=False)
+    """The manifest as it was read: what a signature is of."""
 
     @property
     def model_id(self) -> str:
@@ -262,7 +268,10 @@ class Bundle:
         path = Path(path)
         manifest_path = path / MANIFEST
         try:
-            text = manifest_path.read_text(encoding="utf-8")
+            if manifest_path.exists() and not manifest_path.is_file():
+                raise CorruptBundleError(f"{manifest_path} is no regular file.")
+            content = manifest_path.read_bytes()
+            text = content.decode("utf-8")
         except FileNotFoundError as error:
             raise CorruptBundleError(
                 f"{path} is not a bundle: it has no {MANIFEST}. Give the directory that export wrote."
@@ -279,12 +288,12 @@ class Bundle:
                 f"{manifest.vocabulary_hash[:12]}. Put the original vocabulary back, or export again.",
                 field="vocabulary",
             )
-        bundle = cls(path, manifest, vocabulary)
+        bundle = cls(path, manifest, vocabulary, content)
         family = bundle.family()
         if manifest.format_version == 1 and family.edits:
             # Format 1 does not tell what a model can do; its family does.
             able = capabilities_of(manifest.outputs, edits=True)
-            bundle = cls(path, replace(manifest, capabilities=able), vocabulary)
+            bundle = cls(path, replace(manifest, capabilities=able), vocabulary, content)
         return bundle
 
     @staticmethod
@@ -369,8 +378,12 @@ def _verify_files(path: Path, manifest: Manifest) -> None:
     unlisted = needed - set(manifest.files)
     if unlisted or "fp32" not in manifest.variants:
         raise CorruptBundleError(f"{path / MANIFEST} lists no {min(unlisted) if unlisted else 'fp32 variant'}.")
+    _verify_listing(path, manifest)
     for name, digest in manifest.files.items():
         try:
+            # Opening a pipe would wait for ever, and reading some devices never ends.
+            if (path / name).exists() and not (path / name).is_file():
+                raise CorruptBundleError(f"{path / name} is no regular file. Fetch the bundle again.")
             actual = sha256(path / name)
         except OSError as error:
             raise CorruptBundleError(f"{path / name} cannot be read: {error}. Fetch the bundle again.") from error
@@ -381,6 +394,21 @@ def _verify_files(path: Path, manifest: Manifest) -> None:
             )
     for variant in manifest.variants.values():
         _verify_external(path, variant)
+
+
+def _verify_listing(path: Path, manifest: Manifest) -> None:
+    """Refuse a folder with anything in it that the manifest does not list: it would be in no hash."""
+    listed = {*manifest.files, MANIFEST, SIGNATURE}
+    try:
+        others = sorted(entry.name for entry in path.iterdir() if entry.name not in listed)
+    except OSError as error:
+        raise CorruptBundleError(f"{path} cannot be read: {error}.") from error
+    if others:
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        raise CorruptBundleError(
+            f"{path / others[0]}{more} is not listed in {MANIFEST}, so nothing proves what it is. Move it out of the "
+            "folder, or export the bundle again."
+        )
 
 
 def _verify_external(path: Path, variant: Variant) -> None:

@@ -253,6 +253,11 @@ class ModelInfo:
         Number of the only genes that it was made for; 0: all of the vocabulary.
     memory_bytes
         Estimated bytes of memory that it takes, its largest batch included; 0 if the server does not say.
+    signature
+        What the server knows of the signature of its bundle: absent, unchecked (the server trusts no signers), trusted
+        or untrusted; empty if the server does not say.
+    signer
+        Name of the signer, if the signature is trusted.
     """
 
     name: str
@@ -275,6 +280,8 @@ class ModelInfo:
     vocabulary_genes: int = 0
     panel_genes: int = 0
     memory_bytes: int = 0
+    signature: str = ""
+    signer: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

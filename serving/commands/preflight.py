@@ -17,6 +17,7 @@ from pathlib import Path
 from perturbscope.errors import BundleError, InvalidParameterError, PerturbScopeError, ProviderUnavailableError
 from perturbscope.inference.bundle import Bundle
 from serving.commands import safety
+from serving.models.loading import signature_check
 from serving.models.repository import Repository
 from serving.settings import BUNDLES, PREFIX, ROOT, Settings
 from serving.telemetry import tracing
@@ -38,15 +39,18 @@ def check(settings: Settings, *, http: bool = False) -> None:
     Raises
     ------
     BundleError
-        A bundle is missing, damaged, unsupported, or lacks the variant.
+        A bundle is missing, damaged, unsupported, or lacks the variant or a signature that is required.
     ProviderUnavailableError
         The device of the settings cannot be used.
     InvalidParameterError
         The repository is no directory, there is no bundle at all, a port is taken, a file of keys or certificates
         cannot be used, or traces are to be sent over another protocol than gRPC.
     """
+    checked_signature = signature_check(settings)
     for path in settings.bundles:
-        Bundle.open(path).graph(settings.variant)
+        bundle = Bundle.open(path)
+        bundle.graph(settings.variant)
+        checked_signature(bundle)
     if settings.repository and not Path(settings.repository).is_dir():
         raise InvalidParameterError(
             f"{PREFIX}REPOSITORY is {settings.repository}, which is no directory. Make it, or mount it.",
@@ -64,7 +68,7 @@ def check(settings: Settings, *, http: bool = False) -> None:
 
 def _check_own_bundles(settings: Settings) -> None:
     """Check that one of the bundles that come with the server can be served. Raises as :func:`check`."""
-    good, errors = _first_good(_bundles_in(BUNDLES), settings.variant)
+    good, errors = _first_good(_bundles_in(BUNDLES), settings)
     if good is not None:
         return
     if not errors:
@@ -90,12 +94,14 @@ def _bundles_in(folder: Path | None) -> list[Path]:
         return []
 
 
-def _first_good(paths: Iterable[Path], variant: str) -> tuple[Path | None, list[BundleError]]:
+def _first_good(paths: Iterable[Path], settings: Settings) -> tuple[Path | None, list[BundleError]]:
     """Return the first bundle that can be opened and has the variant, and what is wrong with those before it."""
-    errors = []
+    errors, checked_signature = [], signature_check(settings)
     for path in paths:
         try:
-            Bundle.open(path).graph(variant)
+            bundle = Bundle.open(path)
+            bundle.graph(settings.variant)
+            checked_signature(bundle)
         except BundleError as error:
             errors.append(error)
         else:
@@ -152,7 +158,7 @@ def _try_device() -> int:
 
     settings = Settings.from_env()
     paths = (*settings.bundles, *_bundles_in(BUNDLES), *_bundles_in(settings.repository_path))
-    path, _ = _first_good(paths, settings.variant)
+    path, _ = _first_good(paths, settings)
     if path is None:
         return 0  # a repository that is filled later
     try:

@@ -22,6 +22,7 @@ OPTIONS = {
     "variant": "graph of the bundle: fp32, fp16, fp16-flash, int8",
     "device": "cpu, cuda or tensorrt",
     "host": "address to listen on; 127.0.0.1 by default",
+    "signers": "public keys that are trusted to sign bundles, files or folders separated by ':'",
     "keys": "file of API keys, see python -m serving keys",
     "tls_certificate": "file with the server's certificate",
     "tls_key": "file with its private key",
@@ -83,7 +84,9 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
     environ = {**os.environ, **{PREFIX + name.upper(): value for name, value in options.items()}}
     settings = Settings.from_env(environ)
     values = {item.name: getattr(settings, item.name) for item in fields(settings)}
-    values["bundle"] = os.pathsep.join(str(path.absolute()) for path in settings.bundles)
+    for name in ("bundle", "signers"):
+        parts = [part for part in values[name].split(os.pathsep) if part]
+        values[name] = os.pathsep.join(str(Path(part).absolute()) for part in parts)
     for name in ("repository", "keys", "tls_certificate", "tls_key", "tls_client_ca"):
         values[name] = str(Path(values[name]).absolute()) if values[name] else ""
     return Settings(**values)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +18,7 @@ from perturbscope.inference.embedder import Embedder
 from perturbscope.inference.encoder import Device
 from perturbscope.inference.golden import Golden, check_golden, read_golden
 from perturbscope.inference.gpu import GpuOptions, gpu_limits
+from perturbscope.inference.signatures import Signature, files_of, read_signers, signature_of
 from perturbscope.protocol.messages import ModelInfo, OutputInfo
 from serving.queue import Dispatcher
 from serving.settings import Settings
@@ -61,7 +63,7 @@ class ServedModel:
         Raises
         ------
         BundleError
-            The bundle is damaged, unsupported, or has no such variant.
+            The bundle is damaged, unsupported, or has no such variant, or no trusted signature where one is required.
         GoldenMismatchError
             On this device, the model gives other vectors than its bundle records.
         ProviderUnavailableError
@@ -70,8 +72,9 @@ class ServedModel:
             The graph does not run.
         """
         bundle = Bundle.open(os.fspath(path))
+        signature = signature_check(settings)(bundle)
         try:
-            return cls._of(bundle, settings)
+            return cls._of(bundle, settings, signature)
         except PerturbScopeError:
             raise
         except Exception as error:
@@ -84,7 +87,7 @@ class ServedModel:
             ) from error
 
     @classmethod
-    def _of(cls, bundle: Bundle, settings: Settings) -> ServedModel:
+    def _of(cls, bundle: Bundle, settings: Settings, signature: Signature) -> ServedModel:
         """Build and check the model of an opened bundle. Raises as :meth:`load`, and what the family raises."""
         golden = read_golden(bundle)
         device = cast("Device", settings.device)
@@ -104,7 +107,9 @@ class ServedModel:
         except BaseException:
             embedder.close()
             raise
-        info = _describe(bundle, embedder, settings, golden)
+        info = replace(
+            _describe(bundle, embedder, settings, golden), signature=signature.state, signer=signature.signer
+        )
         log.event(
             "model_loaded",
             "warning" if golden is None else "info",
@@ -112,6 +117,7 @@ class ServedModel:
             variant=info.variant,
             provider=embedder.provider,
             golden=info.golden,
+            signature=str(signature),
             **differences,
         )
         dispatcher = Dispatcher(
@@ -209,6 +215,27 @@ def _describe(bundle: Bundle, embedder: Embedder, settings: Settings, golden: Go
         vocabulary_genes=len(bundle.vocabulary.gene_ids),
         panel_genes=len(manifest.gene_panel or ()),
     )
+
+
+def signature_check(settings: Settings) -> Callable[[Bundle], Signature]:
+    """Return a function that tells what is known of the signature of a bundle.
+
+    It raises UntrustedBundleError where a signature is required and is not a trusted one.
+
+    Raises
+    ------
+    InvalidParameterError
+        A file of the trusted signers cannot be used.
+    """
+    signers = read_signers(files_of(settings.signers))
+
+    def checked(bundle: Bundle) -> Signature:
+        signature = signature_of(bundle, signers)
+        if settings.require_signatures == "yes":
+            signature.require(bundle)
+        return signature
+
+    return checked
 
 
 def estimate_bytes(path: Path, settings: Settings) -> int:

@@ -56,6 +56,7 @@ def test_the_codes_are_stable():
         "provider_unavailable",
         "inference_failed",
         "solver_failed",
+        "untrusted_bundle",
         "overloaded",
         "rate_limited",
         "deadline_exceeded",

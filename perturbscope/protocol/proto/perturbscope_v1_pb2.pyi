@@ -417,7 +417,7 @@ class Output(_message.Message):
     def __init__(self, name: _Optional[str] = ..., per: _Optional[str] = ..., width: _Optional[int] = ..., meaning: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "model_id", "family", "width", "vocabulary_hash", "layer", "pooling", "licence", "variant", "device", "golden", "outputs", "task", "capabilities", "classes", "max_length", "vocabulary_genes", "panel_genes", "memory_bytes")
+    __slots__ = ("name", "version", "model_id", "family", "width", "vocabulary_hash", "layer", "pooling", "licence", "variant", "device", "golden", "outputs", "task", "capabilities", "classes", "max_length", "vocabulary_genes", "panel_genes", "memory_bytes", "signature", "signer")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
@@ -438,6 +438,8 @@ class Model(_message.Message):
     VOCABULARY_GENES_FIELD_NUMBER: _ClassVar[int]
     PANEL_GENES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    SIGNER_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     model_id: str
@@ -458,7 +460,9 @@ class Model(_message.Message):
     vocabulary_genes: int
     panel_genes: int
     memory_bytes: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., model_id: _Optional[str] = ..., family: _Optional[str] = ..., width: _Optional[int] = ..., vocabulary_hash: _Optional[str] = ..., layer: _Optional[str] = ..., pooling: _Optional[str] = ..., licence: _Optional[str] = ..., variant: _Optional[str] = ..., device: _Optional[str] = ..., golden: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., task: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ..., classes: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., vocabulary_genes: _Optional[int] = ..., panel_genes: _Optional[int] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
+    signature: str
+    signer: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., model_id: _Optional[str] = ..., family: _Optional[str] = ..., width: _Optional[int] = ..., vocabulary_hash: _Optional[str] = ..., layer: _Optional[str] = ..., pooling: _Optional[str] = ..., licence: _Optional[str] = ..., variant: _Optional[str] = ..., device: _Optional[str] = ..., golden: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., task: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ..., classes: _Optional[_Iterable[str]] = ..., max_length: _Optional[int] = ..., vocabulary_genes: _Optional[int] = ..., panel_genes: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., signature: _Optional[str] = ..., signer: _Optional[str] = ...) -> None: ...
 
 class ModelProblem(_message.Message):
     __slots__ = ("name", "problem")
