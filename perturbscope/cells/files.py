@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ from perturbscope.errors import InvalidParameterError, UnreadableFileError
 if TYPE_CHECKING:
     import pandas as pd
 
+_TEXTS = ("perturbation", "a", "b", "metric", "flags", "gene_set", "gene", "gene_id", "symbol")
+"""Columns of tables of this package that hold texts."""
 METADATA_KEY = b"perturbscope"
 """Key of the provenance, as JSON, in the schema metadata of a result's parquet file."""
 
@@ -93,12 +96,14 @@ def write_table(path: Path, table: pd.DataFrame, provenance: Mapping[str, Any]) 
     """Write a table of scores.
 
     ``.parquet`` carries the provenance as JSON in its schema metadata, under ``perturbscope``. The provenance of a
-    ``.csv`` goes to ``<path>.provenance.json``.
+    ``.csv`` goes to ``<path>.provenance.json``. Its ``read_csv`` holds arguments with which ``pandas.read_csv`` reads
+    every text back as it was: without them pandas takes a label such as NA for a missing value, and 007 for a number.
     """
     plain = table.copy()
     plain.attrs = {}
     if path.suffix.lower() == ".csv":
-        write_json(path.with_name(path.name + ".provenance.json"), provenance, sort_keys=True)
+        facts = {**provenance, "read_csv": read_arguments(plain)}
+        write_json(path.with_name(path.name + ".provenance.json"), facts, sort_keys=True)
         with atomic(path) as staging:
             plain.to_csv(staging, index=False)
         return
@@ -126,10 +131,12 @@ class TableParts:
         self._writer: Any = None
         self.provenance: Mapping[str, Any] = {}
         """Provenance of the table, known when all is written."""
+        self.read_arguments: dict[str, Any] = {}
 
     def write(self, part: pd.DataFrame) -> None:
         """Append rows. The first part decides on the types of the columns; an empty one is only needed as the first."""
         if self._path.suffix.lower() == ".csv":
+            self.read_arguments = self.read_arguments or read_arguments(part)
             part.to_csv(self._path, index=False, header=self._writer is None, mode="w" if self._writer is None else "a")
             self._writer = self._writer or self._path
             return
@@ -164,7 +171,29 @@ def table_parts(path: Path) -> Iterator[TableParts]:
             raise
         parts.close(complete=True)
         if path.suffix.lower() == ".csv":
-            write_json(path.with_name(path.name + ".provenance.json"), parts.provenance, sort_keys=True)
+            write_json(
+                path.with_name(path.name + ".provenance.json"),
+                {**parts.provenance, "read_csv": parts.read_arguments},
+                sort_keys=True,
+            )
+
+
+def read_arguments(table: pd.DataFrame) -> dict[str, Any]:
+    """Return the arguments of ``pandas.read_csv`` that read a table as it was: an empty field alone is missing."""
+    texts = [str(name) for name, kind in table.dtypes.items() if kind.kind in "OU" or str(kind) in ("category", "str")]
+    return {"keep_default_na": False, "na_values": [""], "dtype": dict.fromkeys(texts, "str")}
+
+
+def misread_labels(table: pd.DataFrame) -> list[str]:
+    """Return the texts of a table that ``pandas.read_csv`` takes for missing values by default, sorted."""
+    import pandas as pd
+
+    texts = {text for name in read_arguments(table)["dtype"] for text in table[name].dropna().astype(str).unique()}
+    written = pd.Series(sorted(texts - {""}), dtype=object)
+    if not len(written):
+        return []
+    read = pd.read_csv(io.StringIO(written.to_csv(index=False, header=False)), header=None, dtype=str)
+    return sorted(written[read[0].isna()].tolist())
 
 
 def write_matrix(
@@ -207,7 +236,8 @@ def read_table(path: Path, *, field: str) -> pd.DataFrame:
 
     try:
         if path.suffix.lower() == ".csv":
-            return pd.read_csv(path, dtype={"perturbation": str, "flags": str}, keep_default_na=False, na_values=[""])
+            texts = dict.fromkeys(_TEXTS, "str")
+            return pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
         if path.suffix.lower() == ".parquet":
             return pd.read_parquet(path)
     except (OSError, ValueError) as error:

@@ -25,6 +25,7 @@ def degs(
     perturbation_key: options.PerturbationKey,
     control: options.Control,
     counts_in: options.CountsIn,
+    labels_in: options.LabelsIn,
     out: Annotated[
         Path | None, typer.Argument(metavar="[OUT]", help="The .parquet or .csv file of numbers of genes to write.")
     ] = None,
@@ -98,7 +99,14 @@ def degs(
     )
     with open_cells(cells, **vars(counts_in)) as source, console.progress_bars() as progress:
         screen, facts, warnings = deg_screen(
-            source, perturbation_key=perturbation_key, control=control, batch_key=batch_key, options=chosen, seed=seed
+            source,
+            perturbation_key=perturbation_key,
+            control=control,
+            batch_key=batch_key,
+            options=chosen,
+            seed=seed,
+            missing_labels=labels_in.missing_label,
+            normalize_combinations=labels_in.normalize_combinations,
         )
         facts |= {"input": cells.name, **vars(counts_in)}
         if check_null:

@@ -56,7 +56,7 @@ def map_pairs(
             landmarks=landmarks,
             progress=lambda _, done, total: progress("pairs", done, total),
         )
-    warnings = [*opened.warnings, *pair_map.warnings]
+    warnings = [*opened.warnings, *opened.cleaned.warnings, *pair_map.warnings]
     provenance = {
         **pair_map.provenance,
         **opened.provenance,

@@ -72,6 +72,28 @@ class CountsIn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelsIn:
+    """Labels that are no perturbations, or have several spellings."""
+
+    missing_label: Annotated[
+        list[str],
+        typer.Option(
+            metavar="LABEL",
+            help="A label that stands for a missing one (nan, NA ...): leave its cells out. Repeatable.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = field(default_factory=list)
+    normalize_combinations: Annotated[
+        bool,
+        typer.Option(
+            "--normalize-combinations",
+            help="Write combinations in one way: A+B for B,A too, and A for A+ctrl.",
+            rich_help_panel=_INPUT,
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelFrom:
     """Source of the model: a bundle for this process, or a server.
 
@@ -163,6 +185,7 @@ class ScreenIn:
         ),
     ] = field(default_factory=list)
     seed: Seed = 0
+    labels: LabelsIn
     counts: CountsIn
     model: ModelFrom
 
@@ -185,6 +208,11 @@ class ScreenIn:
                 values[name.strip()] = json.loads(text)
             except ValueError:
                 values[name.strip()] = text
+        # What is not asked for can still be set by name.
+        if self.labels.missing_label:
+            values.setdefault("missing_labels", self.labels.missing_label)
+        if self.labels.normalize_combinations:
+            values.setdefault("normalize_combinations", True)
         tested = testing.options() if testing else {}
         return ScoreOptions.from_dict({"seed": self.seed, "min_cells": self.min_cells, **tested, **named, **values})
 

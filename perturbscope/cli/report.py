@@ -10,7 +10,9 @@ import typer
 from perturbscope.cli import console, options
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
+    from numpy.typing import NDArray
 
     from perturbscope.cells.counts import CountMatrix
     from perturbscope.cells.readers import CellSource
@@ -61,7 +63,7 @@ def report(
             title=title or f"Perturbations of {cells.stem}",
             options=chosen,
             batches=opened.batches,
-            cells=_counts(source, screen.perturbation_key, testing.batch_key),
+            cells=_counts(source, opened.rows),
             enrichment=_enrichment(sets, scores, screen.seed, progress),
             progress=progress,
         )
@@ -96,15 +98,13 @@ def _places(out: Path, figures: Path | None) -> tuple[Path, Path | None]:
     return (out if is_page else out / PAGE), folder
 
 
-def _counts(source: CellSource, perturbation_key: str, batch_key: str | None) -> CountMatrix | Absent:
-    """Raw counts of the labelled cells, or the reason that the page gives for having none."""
+def _counts(source: CellSource, rows: NDArray[np.intp]) -> CountMatrix | Absent:
+    """Raw counts of the cells in these rows, or the reason that the page gives for having none."""
     from perturbscope.errors import InvalidInputError
     from perturbscope.report import Absent
 
-    keys = [key for key in (perturbation_key, batch_key) if key is not None]
-    labelled = [[bool(label and label.strip()) for label in source.labels(key)] for key in keys]
     try:
-        return source.read()[[row for row, is_labelled in enumerate(zip(*labelled, strict=True)) if all(is_labelled)]]
+        return source.read()[rows]
     except InvalidInputError as error:
         return Absent(f"The file has no raw counts that could be tested gene by gene: {error.message}")
 

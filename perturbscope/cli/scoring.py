@@ -70,11 +70,17 @@ _IN_THE_FILE_ALONE = ["null_mean", "null_sd", "p_source", "exchanges", "p_tail_s
 
 def _write(result: ScoreResult | CompareResult, out: Path, facts: dict[str, Any], *, title: str, top: int) -> None:
     """Write the table of a result, and show its warnings and its first rows."""
-    from perturbscope.cells.files import write_table
+    from perturbscope.cells.files import misread_labels, write_table
 
     write_table(out, result.table, {**result.provenance, **facts, "warnings": result.warnings})
     for warning in result.warnings:
         console.warn(warning)
+    misread = misread_labels(result.table) if out.suffix.lower() == ".csv" else []
+    if misread:
+        console.warn(
+            f"pandas.read_csv takes {', '.join(map(repr, misread[:5]))} for a missing value, unless it is called with "
+            f"the arguments in {out.name}.provenance.json (read_csv). A .parquet file is read as it is."
+        )
     if top:
         shown = result.table.drop(columns=_IN_THE_FILE_ALONE, errors="ignore")
         console.show_table(shown, title=title, top=top)

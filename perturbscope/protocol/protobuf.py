@@ -191,8 +191,9 @@ def vectors_from(message: pb.EmbeddingMatrix) -> NDArray[np.float32]:
 
 def _options_from(message: pb.ScoreOptions, item: Field) -> ScoreOptions:
     given = {descriptor.name: value for descriptor, value in message.ListFields()}
-    if "metrics" in given:
-        given["metrics"] = list(message.metrics)
+    for name in ("metrics", "missing_labels"):
+        if name in given:
+            given[name] = list(given[name])
     return check.score_options(given, item.name)
 
 

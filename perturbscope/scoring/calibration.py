@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from perturbscope.errors import InvalidParameterError
-from perturbscope.scoring.cleaning import clean_labels
+from perturbscope.scoring.cleaning import cleaned_for
 from perturbscope.scoring.labels import MIN_CONTROLS, Groups
 from perturbscope.scoring.results import FLAGS, Metric, ScoreOptions, provenance
 from perturbscope.scoring.scorers import GroupMaker, Scored, make_scorer
@@ -137,8 +137,9 @@ def calibrate(
         exceedances=0,
         max_cells=max(min(options.max_cells, MAX_CALIBRATION_CELLS), options.min_cells),
     )
-    cleaned = clean_labels(perturbations, control)
-    perturbations, control = cleaned.labels, str(cleaned.control)
+    cleaned = cleaned_for(options, perturbations, control, batches)
+    perturbations, control, batches = cleaned.labels, str(cleaned.control), cleaned.kept(batches)
+    embeddings = cleaned.kept(embeddings)
     groups = Groups.of(embeddings, perturbations, batches, options, control=control)
     controls = groups.members[control]
     others = [size for name, size in groups.sizes.items() if name != control and size >= options.min_cells]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from perturbscope.scoring.cleaning import clean_labels
+from perturbscope.scoring.cleaning import cleaned_for
 from perturbscope.scoring.energy.matrix import Compute
 from perturbscope.scoring.labels import Groups
 from perturbscope.scoring.results import (
@@ -77,8 +77,9 @@ def score_perturbations(
     """
     options = options or ScoreOptions()
     compute, embeddings = Compute.of(embeddings)
-    cleaned = clean_labels(perturbations, control)
-    perturbations, control = cleaned.labels, str(cleaned.control)
+    cleaned = cleaned_for(options, perturbations, control, batches)
+    perturbations, control, batches = cleaned.labels, str(cleaned.control), cleaned.kept(batches)
+    embeddings = cleaned.kept(embeddings)
     groups = Groups.of(embeddings, perturbations, batches, options, control=control)
     names = [name for name in groups.members if name != control]
     scorable = set(groups.scorable(names, options))
@@ -116,7 +117,7 @@ def score_perturbations(
     table["rank"] = table["metric"].map(options.metrics.index)
     table = table.sort_values(["rank", "z", "distance", "perturbation"], ascending=[True, False, False, True])
     table = table.drop(columns="rank").reset_index(drop=True)
-    warnings = groups.warnings(names, options) + flag_warnings(table, ["perturbation"])
+    warnings = cleaned.warnings + groups.warnings(names, options) + flag_warnings(table, ["perturbation"])
     warnings += _option_warnings(options, groups, list(scorable))
     facts = {
         "control": control,

@@ -280,25 +280,25 @@ class Groups:
         if small:
             warnings.append(
                 f"{len(small)} of {len(names)} perturbations have fewer than {options.min_cells} cells and were not "
-                f"scored: {_listing(small)}."
+                f"scored: {listing(small)}."
             )
         pairs = sorted({tuple(sorted((name, other))) for name, other in self.similar.items()})
         if pairs:
             warnings.append(
                 "Labels that differ only in case or white space are taken as different perturbations: "
-                f"{_listing([f'{a!r} and {b!r}' for a, b in pairs])}. Merge them if they are one."
+                f"{listing([f'{a!r} and {b!r}' for a, b in pairs])}. Merge them if they are one."
             )
         if self.similar_batches:
             pairs = sorted({tuple(sorted(pair)) for pair in self.similar_batches.items()})
             warnings.append(
                 "Batches that differ only in case or white space are taken as different batches: "
-                f"{_listing([f'{a!r} and {b!r}' for a, b in pairs])}. Merge them if they are one."
+                f"{listing([f'{a!r} and {b!r}' for a, b in pairs])}. Merge them if they are one."
             )
         large = [name for name in self.members if self.sizes[name] > options.max_cells]
         if large:
             warnings.append(
                 f"Groups above {options.max_cells} cells were sampled to that size (seed {options.seed}): "
-                f"{_listing(large)}."
+                f"{listing(large)}."
             )
         return warnings
 
@@ -397,7 +397,7 @@ def require_control(control: str, names: Collection[str]) -> None:
     alike = _spelled_like([*([control] if len(control) <= _SHOWN else []), *_USUAL], names)
     key = _key(control)
     close = dict.fromkeys([*(name for name in alike if _key(name) == key), *near(control, names), *alike])
-    hint = f"Similar labels: {', '.join(map(repr, close))}." if close else f"Labels: {_listing(list(names))}."
+    hint = f"Similar labels: {', '.join(map(repr, close))}." if close else f"Labels: {listing(list(names))}."
     raise ControlLabelMissingError(f"No cell has the control label {quoted(control)}. {hint}", field="control")
 
 
@@ -468,7 +468,8 @@ def _similar(names: list[str]) -> dict[str, str]:
     }
 
 
-def _listing(names: list[str], limit: int = 5) -> str:
+def listing(names: list[str], limit: int = 5) -> str:
+    """Return the first names of a list as a message shows them, and how many more there are."""
     return ", ".join(name if len(name) <= _SHOWN else quoted(name) for name in names[:limit]) + (
         f" and {len(names) - limit} more" if len(names) > limit else ""
     )

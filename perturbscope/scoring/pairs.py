@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from perturbscope.errors import InvalidParameterError
-from perturbscope.scoring.cleaning import clean_labels
+from perturbscope.scoring.cleaning import cleaned_for
 from perturbscope.scoring.distances import pairwise_distances
 from perturbscope.scoring.energy.exchanges import BASE, ENUMERATED, Test
 from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Pool
@@ -79,8 +79,9 @@ def compare_perturbations(
         See :func:`perturbscope.score_perturbations`.
     """
     options = options or ScoreOptions()
-    cleaned = clean_labels(perturbations, control)
+    cleaned = cleaned_for(options, perturbations, control, batches)
     perturbations, control, pairs = cleaned.labels, cleaned.control, cleaned.pairs(pairs)
+    embeddings, batches = cleaned.kept(embeddings), cleaned.kept(batches)
     groups = Groups.of(embeddings, perturbations, batches, options, control=control)
     control_flags = ["duplicated_vectors"] if control is not None and groups.has_copies(control) else []
     to_compare = _Pairs.of(pairs, groups, control)
@@ -112,7 +113,7 @@ def compare_perturbations(
             if progress:
                 progress("compare", done, total)
     table = with_q(rows.frame(), options)
-    warnings = groups.warnings(names, options) + flag_warnings(table, ["a", "b"])
+    warnings = cleaned.warnings + groups.warnings(names, options) + flag_warnings(table, ["a", "b"])
     warnings += resolution_warnings(len(to_compare), options)
     facts = {
         "control": control,

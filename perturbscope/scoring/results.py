@@ -97,6 +97,10 @@ _TOLD = (
 """Flags that undo a number or cast doubt on it, which a result's warnings explain too."""
 
 
+_OF_LABELS = ("missing_labels", "normalize_combinations")
+"""Options about labels."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
     """Options of scoring.
@@ -144,6 +148,10 @@ class ScoreOptions:
         Scale every vector to unit length first.
     seed
         Seed of all random draws.
+    missing_labels
+        Labels, such as ``nan`` and ``NA``, that stand for a missing one: their cells are left out.
+    normalize_combinations
+        Write each combination of perturbations in one way, ``A+B`` for ``B,A`` too, and ``A`` for ``A+ctrl``.
 
     Raises
     ------
@@ -166,6 +174,8 @@ class ScoreOptions:
     repeats: int = 10
     normalize: bool = True
     seed: int = 0
+    missing_labels: tuple[str, ...] = ()
+    normalize_combinations: bool = False
 
     def __post_init__(self) -> None:
         metrics: object = self.metrics  # a request may hold anything here
@@ -194,8 +204,17 @@ class ScoreOptions:
             _whole(name, getattr(self, name), low, high)
         if self.permutations is not None:
             _whole("permutations", self.permutations, 1, 1_000_000)
-        if not isinstance(self.normalize, bool):
-            raise InvalidParameterError(f"normalize must be true or false, not {self.normalize!r}.", field="normalize")
+        for name in ("normalize", "normalize_combinations"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidParameterError(f"{name} must be true or false, not {getattr(self, name)!r}.", field=name)
+        missing: object = self.missing_labels
+        if isinstance(missing, str):
+            missing = (missing,)
+        if not isinstance(missing, list | tuple) or not all(isinstance(label, str) for label in missing):
+            raise InvalidParameterError(
+                f"missing_labels must be a list of labels, not {missing!r}.", field="missing_labels"
+            )
+        object.__setattr__(self, "missing_labels", tuple(dict.fromkeys(missing)))
         if self.min_cells > self.max_cells:
             raise InvalidParameterError(
                 f"min_cells ({self.min_cells}) is above max_cells ({self.max_cells}); raise max_cells.",
@@ -203,8 +222,12 @@ class ScoreOptions:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as JSON-able values; the inverse of :meth:`from_dict`."""
-        return {**asdict(self), "metrics": list(self.metrics)}
+        """Return the options as JSON-able values; the inverse of :meth:`from_dict`.
+
+        Those about labels are left out where nothing is to be done: a server of an earlier version does not know them.
+        """
+        values = {**asdict(self), "metrics": list(self.metrics), "missing_labels": list(self.missing_labels)}
+        return {name: value for name, value in values.items() if value or name not in _OF_LABELS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ScoreOptions:

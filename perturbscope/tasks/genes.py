@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.files import table_parts
 from perturbscope.cells.readers import CellSource
 from perturbscope.errors import InvalidParameterError
+from perturbscope.scoring.cleaning import clean_labels
 from perturbscope.tasks.backends import StageProgress
 from perturbscope.tasks.screen import opened
 
@@ -31,6 +32,8 @@ def degs(
     options: DegOptions | None = None,
     targets: Mapping[str, int] | None = None,
     top: int | None = None,
+    missing_labels: Collection[str] = (),
+    normalize_combinations: bool = False,
     seed: int = 0,
     layer: str | None = None,
     gene_key: str | None = None,
@@ -60,6 +63,8 @@ def degs(
         Column of the gene that each perturbation targets; by default found by its label.
     top
         Number of genes to return of each perturbation, those with the smallest p; default all that were tested.
+    missing_labels, normalize_combinations
+        Of a source with columns: see :class:`perturbscope.ScoreOptions`.
     seed
         Seed of the sample of controls, if there are more than `max_controls`.
     layer, gene_key, total_counts_key, round_counts
@@ -101,7 +106,7 @@ def degs(
     ) as source:
         screen, facts, warnings = deg_screen(
             source, perturbation_key=perturbation_key, control=control, batch_key=batch_key, targets=targets,
-            options=options, seed=seed,
+            missing_labels=missing_labels, normalize_combinations=normalize_combinations, options=options, seed=seed,
         )  # fmt: skip
     found = screen.result(top=top, progress=progress)
     return replace(found, provenance={**found.provenance, **facts}, warnings=[*warnings, *found.warnings])
@@ -114,6 +119,8 @@ def deg_screen(
     control: str | Sequence[str],
     batch_key: str | None = None,
     targets: Mapping[str, int] | None = None,
+    missing_labels: Collection[str] = (),
+    normalize_combinations: bool = False,
     options: DegOptions | None = None,
     seed: int = 0,
 ) -> tuple[DegScreen, dict[str, Any], list[str]]:
@@ -132,27 +139,37 @@ def deg_screen(
     keys = " and ".join(f"obs[{key!r}]" for key in (perturbation_key, batch_key) if key)
     if not len(rows):
         raise InvalidParameterError(f"No cell has a value in {keys}.", field="perturbation_key")
+    row_batches = None if batches is None else batches[rows].tolist()
+    cleaned = clean_labels(
+        labels[rows].tolist(),
+        control,
+        batches=row_batches,
+        missing=missing_labels,
+        combinations=normalize_combinations,
+    )
+    left_out = len(labels) - len(rows)
+    rows = cleaned.kept(rows)
     counts = source.read()
     screen = DegScreen(
         counts if len(rows) == len(counts) else counts[rows],
-        labels[rows].tolist(),
-        control=control,
-        batches=None if batches is None else batches[rows].tolist(),
+        list(cleaned.labels),
+        control=str(cleaned.control),
+        batches=cleaned.kept(row_batches),
         targets=targets,
         options=options,
         seed=seed,
     )
-    left_out = len(labels) - len(rows)
     warnings = list(source.warnings)
     if left_out:
         warnings.append(f"{left_out} of {len(labels)} cells have no value in {keys} and were left out.")
+    warnings += cleaned.warnings
     unknown = [name for name in screen.names if name not in screen.targets]
     if screen.options.exclude_target and unknown:
         warnings.append(
             f"{len(unknown)} of {len(screen.names)} perturbations are not named by a gene that was measured, so their "
             f"own gene could not be left out: {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}."
         )
-    return screen, {"perturbation_key": perturbation_key, "batch_key": batch_key}, warnings
+    return screen, {"perturbation_key": perturbation_key, "batch_key": batch_key, **cleaned.facts}, warnings
 
 
 def write_genes(

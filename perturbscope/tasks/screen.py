@@ -77,6 +77,8 @@ class Screen:
     ----------
     values
         float32 [n, width].
+    rows
+        Rows of these cells in the source.
     cleaned
         Perturbation of each cell, and the label of control cells.
     batches
@@ -90,6 +92,7 @@ class Screen:
     """
 
     values: NDArray[np.float32]
+    rows: NDArray[np.intp]
     cleaned: Cleaned
     batches: list[str] | None
     options: ScoreOptions
@@ -119,22 +122,23 @@ class Screen:
         InvalidInputError
             The labels do not allow a score, which is found before any cell is embedded; or a cell cannot be embedded.
         """
-        from perturbscope.scoring.cleaning import clean_labels
+        from perturbscope.scoring.cleaning import cleaned_for
 
         labels = source.labels(perturbation_key, field="perturbation_key")
         batches = None if batch_key is None else source.labels(batch_key, field="batch_key")
-        labelled = _is_labelled(labels) if batches is None else _is_labelled(labels) & _is_labelled(batches)
-        rows = np.flatnonzero(labelled)
+        is_labelled = _is_labelled(labels) if batches is None else _is_labelled(labels) & _is_labelled(batches)
+        labelled = rows = np.flatnonzero(is_labelled)
         keys = " and ".join(f"obs[{key!r}]" for key in (perturbation_key, batch_key) if key)
         if not len(rows):
             raise InvalidParameterError(f"No cell has a value in {keys}.", field="perturbation_key")
-        cleaned = clean_labels(labels[rows].tolist(), control)
         row_batches = None if batches is None else batches[rows].tolist()
+        cleaned = cleaned_for(options, labels[rows].tolist(), control, row_batches)
+        rows, row_batches = cleaned.kept(rows), cleaned.kept(row_batches)
         _check_labels(cleaned, row_batches, options)
         vectors, provenance, warnings = _vectors(source, backend, use_rep, progress)
         values = vectors[rows]
         _check_vectors(values, rows, options)
-        n_left_out = len(labels) - len(rows)
+        n_left_out = len(labels) - len(labelled)
         if n_left_out:
             warnings.append(f"{n_left_out} of {len(labels)} cells have no value in {keys} and were left out.")
         provenance |= {
@@ -147,7 +151,7 @@ class Screen:
         if source.round_counts:
             provenance["round_counts"] = True
         server = None if isinstance(backend, LocalBackend) else cast("Server | None", backend)
-        return cls(values, cleaned, row_batches, options, provenance, warnings, server)
+        return cls(values, rows, cleaned, row_batches, options, provenance, warnings, server)
 
     @property
     def labels(self) -> Sequence[str]:
@@ -213,7 +217,7 @@ class Screen:
         return replace(
             result,
             provenance={**result.provenance, **self.provenance},
-            warnings=[*self.warnings, *result.warnings],
+            warnings=list(dict.fromkeys([*self.warnings, *self.cleaned.warnings, *result.warnings])),
         )
 
 

@@ -19,6 +19,7 @@ from perturbscope.inference.embeddings import Embeddings
 from perturbscope.protocol.fields import Meta
 from perturbscope.protocol.messages import CompareAnswer, CompareRequest, ScoreAnswer, ScoreRequest
 from perturbscope.report import Absent
+from perturbscope.scoring.cleaning import Cleaned, cleaned_for
 from perturbscope.scoring.cost import Cost, compare_cost, report_cost, score_cost
 from perturbscope.tasks.requests import warned
 from perturbscope.tasks.trained_on import Fingerprint, Seen, find_seen
@@ -60,7 +61,7 @@ class _Begun:
 
     def complete(self, result: Any) -> Any:
         """Add warnings and facts to a result."""
-        warnings = [*self.warnings, *result.warnings]
+        warnings = list(dict.fromkeys([*self.warnings, *result.warnings]))
         return replace(result, warnings=warnings, provenance={**result.provenance, **self.facts})
 
 
@@ -168,7 +169,7 @@ class Scores:
         call = call or Call("", "http")
         call.take(len(_asked(request).perturbations))
         # Without arguments it is done on a thread: the number of labels or pairs, say, is not in the size of a request.
-        request, facts = await self._work(partial(_cleaned, request))
+        request, cleaned = await self._work(partial(_cleaned, request))
         asked = _asked(request)
         limits.check_options(self._settings, asked.options)
         if asked.embeddings is not None:
@@ -178,7 +179,7 @@ class Scores:
         call.take_work(cost.seconds)
         embeddings, meta, warnings = await self._embeddings(asked, call)
         call.reserve(cost.n_bytes, "Ask for smaller groups (max_cells), or compare fewer perturbations at a time.")
-        return _Begun(request, call, embeddings, meta, warnings, facts)
+        return _Begun(request, call, embeddings, meta, [*warnings, *cleaned.warnings], cleaned.facts)
 
     def _width(self, request: ScoreRequest | CompareRequest) -> int:
         """Return the dimensions of the vectors to be scored."""
@@ -304,25 +305,27 @@ def _asked(request: Any) -> Any:
     return request.score if isinstance(request, ReportRequest) else request
 
 
-def _cleaned(request: Any) -> tuple[Any, dict[str, Any]]:
-    """Return a request with one label for all controls, and what was done.
+def _cleaned(request: Any) -> tuple[Any, Cleaned]:
+    """Return a request with clean labels, and what was done.
 
     Raises
     ------
     ControlLabelMissingError
         No cell has one of several control labels.
     """
-    from perturbscope.scoring.cleaning import clean_labels
-
     asked = _asked(request)
-    cleaned = clean_labels(asked.perturbations, asked.control)
+    cleaned = cleaned_for(asked.options, asked.perturbations, asked.control, asked.batches)
     if not cleaned.facts:
-        return request, {}
+        return request, cleaned
     values: dict[str, Any] = {"perturbations": tuple(cleaned.labels), "control": cleaned.control}
+    values |= {name: cleaned.kept(getattr(asked, name)) for name in ("cells", "embeddings", "batches")}
     if isinstance(asked, CompareRequest) and asked.pairs is not None:
         values["pairs"] = tuple(cleaned.pairs(asked.pairs) or ())
     asked = replace(asked, **values)
-    return replace(request, score=asked) if isinstance(request, ReportRequest) else asked, cleaned.facts
+    if not isinstance(request, ReportRequest):
+        return asked, cleaned
+    counts = request.counts if isinstance(request.counts, Absent) else cleaned.kept(request.counts)
+    return replace(request, score=asked, counts=counts), cleaned
 
 
 def _timed(meta: Meta, seconds: float) -> Meta:

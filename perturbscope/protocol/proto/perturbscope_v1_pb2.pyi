@@ -184,7 +184,7 @@ class EmbedStreamAnswer(_message.Message):
     def __init__(self, opened: _Optional[_Union[EmbedStreamOpened, _Mapping]] = ..., chunk: _Optional[_Union[EmbedStreamChunk, _Mapping]] = ..., end: _Optional[_Union[EmbedStreamEnd, _Mapping]] = ...) -> None: ...
 
 class ScoreOptions(_message.Message):
-    __slots__ = ("metrics", "ground", "estimator", "null", "null_size", "null_draws", "permutations", "wasserstein_permutations", "correction", "min_cells", "max_cells", "repeats", "normalize", "seed", "exceedances")
+    __slots__ = ("metrics", "ground", "estimator", "null", "null_size", "null_draws", "permutations", "wasserstein_permutations", "correction", "min_cells", "max_cells", "repeats", "normalize", "seed", "exceedances", "missing_labels", "normalize_combinations")
     METRICS_FIELD_NUMBER: _ClassVar[int]
     GROUND_FIELD_NUMBER: _ClassVar[int]
     ESTIMATOR_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,8 @@ class ScoreOptions(_message.Message):
     NORMALIZE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     EXCEEDANCES_FIELD_NUMBER: _ClassVar[int]
+    MISSING_LABELS_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZE_COMBINATIONS_FIELD_NUMBER: _ClassVar[int]
     metrics: _containers.RepeatedScalarFieldContainer[str]
     ground: str
     estimator: str
@@ -215,7 +217,9 @@ class ScoreOptions(_message.Message):
     normalize: bool
     seed: int
     exceedances: int
-    def __init__(self, metrics: _Optional[_Iterable[str]] = ..., ground: _Optional[str] = ..., estimator: _Optional[str] = ..., null: _Optional[str] = ..., null_size: _Optional[int] = ..., null_draws: _Optional[int] = ..., permutations: _Optional[int] = ..., wasserstein_permutations: _Optional[int] = ..., correction: _Optional[str] = ..., min_cells: _Optional[int] = ..., max_cells: _Optional[int] = ..., repeats: _Optional[int] = ..., normalize: _Optional[bool] = ..., seed: _Optional[int] = ..., exceedances: _Optional[int] = ...) -> None: ...
+    missing_labels: _containers.RepeatedScalarFieldContainer[str]
+    normalize_combinations: bool
+    def __init__(self, metrics: _Optional[_Iterable[str]] = ..., ground: _Optional[str] = ..., estimator: _Optional[str] = ..., null: _Optional[str] = ..., null_size: _Optional[int] = ..., null_draws: _Optional[int] = ..., permutations: _Optional[int] = ..., wasserstein_permutations: _Optional[int] = ..., correction: _Optional[str] = ..., min_cells: _Optional[int] = ..., max_cells: _Optional[int] = ..., repeats: _Optional[int] = ..., normalize: _Optional[bool] = ..., seed: _Optional[int] = ..., exceedances: _Optional[int] = ..., missing_labels: _Optional[_Iterable[str]] = ..., normalize_combinations: _Optional[bool] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("cells", "embeddings", "perturbations", "control", "batches", "options", "model", "controls")
