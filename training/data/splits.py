@@ -103,9 +103,7 @@ def make_splits(
     splits = []
     for number, (source, found) in enumerate(zip(sources, counts, strict=True)):
         rows = np.zeros(0, dtype=np.int64) if source.unlabelled else _controls(corpus, number, source)[1]
-        order = np.random.default_rng([config.seed, _CONTROLS, number]).permutation(rows)
-        shares = source.control_fractions or config.control_fractions
-        bounds = np.rint(np.cumsum((0.0, *shares)) * len(order)).astype(int)
+        controls = divide_controls(rows, number, source.control_fractions or config.control_fractions, config.seed)
         targets = {
             part: sorted(name for name in names if found.get(name, -1) >= (0 if part == "test" else degs.min_degs))
             for part, names in parts.items()
@@ -117,7 +115,7 @@ def make_splits(
                 name=name_of(source),
                 degs=dict(sorted(found.items())),
                 targets={**targets, INELIGIBLE: sorted(set(found) - used)},
-                controls={part: np.sort(order[bounds[at] : bounds[at + 1]]).tolist() for at, part in enumerate(PARTS)},
+                controls={part: found.tolist() for part, found in controls.items()},
             )
         )
     return splits
@@ -151,6 +149,27 @@ def divide(eligible: Sequence[str], known: set[str], config: SplitConfig) -> dic
         "validation": set(order[n_train : n_train + sizes[0]]),
         "test": set(order[n_train + sizes[0] :]),
     }
+
+
+def divide_controls(
+    rows: NDArray[np.integer[Any]], number: int, shares: Sequence[float], seed: int
+) -> dict[str, NDArray[np.integer[Any]]]:
+    """Return the rows of the controls of each part, ascending.
+
+    Parameters
+    ----------
+    rows
+        Rows of all controls of a data set.
+    number
+        Number of the data set in the corpus.
+    shares
+        Share of each part.
+    seed
+        Seed of the split.
+    """
+    order = np.random.default_rng([seed, _CONTROLS, number]).permutation(rows)
+    bounds = np.rint(np.cumsum((0.0, *shares)) * len(order)).astype(int)
+    return {part: np.sort(order[bounds[at] : bounds[at + 1]]) for at, part in enumerate(PARTS)}
 
 
 def count_source(

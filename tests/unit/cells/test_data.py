@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,13 +11,17 @@ import h5py
 import numpy as np
 import pytest
 
+from perturbscope import open_cells
 from perturbscope.inference.bundle import sha256
+from perturbscope.tasks.trained_on import Fingerprint, find_seen
+from training.data.splits import divide_controls
 
 FACTS = {
     "pbmc3k_10x": {"shape": (2700, 16_634), "ensembl": 16_634, "cell_types": 8, "controls": 2700},
     "baron2016_pancreas": {"shape": (3607, 16_739), "ensembl": 16_595, "cell_types": 14, "controls": 3607},
     "kang2018_ifnb_pbmc": {"shape": (13_576, 14_005), "ensembl": 12_724, "cell_types": 8, "controls": 6359},
     "papalexi2021_eccite_thp1_panel": {"shape": (19_763, 303), "ensembl": 272, "cell_types": 1, "controls": 2304},
+    "papalexi2021_heldout": {"shape": (2038, 303), "ensembl": 272, "cell_types": 1, "controls": 691},
     "datlinger_jurkat_cropseq": {"shape": (7500, 2000), "ensembl": 2000, "cell_types": 1, "controls": 200},
     "hill2018_cropseq_mcf10a_panel": {"shape": (4294, 26), "ensembl": 26, "cell_types": 1, "controls": 402},
 }
@@ -72,7 +77,7 @@ def test_counts_are_raw(cells):
 
 
 def test_panels_carry_the_total_of_the_full_transcriptome(cells, name):
-    panel = name in {"papalexi2021_eccite_thp1_panel", "datlinger_jurkat_cropseq"}
+    panel = name in {"papalexi2021_eccite_thp1_panel", "papalexi2021_heldout", "datlinger_jurkat_cropseq"}
     assert ("total_umi_full_transcriptome" in cells.obs) == panel
     if panel:
         total = cells.obs["total_umi_full_transcriptome"].to_numpy()
@@ -113,3 +118,25 @@ def test_a_perturbation_lowers_its_own_target(data_dir):
         rate = rates[:, int(np.flatnonzero(cells.var["gene_symbol"] == target)[0])].toarray().ravel()
         hit, control = ((cells.obs["perturbation"] == label).to_numpy() for label in (target, "control"))
         assert rate[hit].mean() < 0.4 * rate[control].mean()
+
+
+def test_the_first_example_has_no_cell_that_the_model_was_trained_on(data_dir):
+    training = json.loads((data_dir.parent / "bundles/default/manifest.json").read_text())["training"]
+    names = [source["name"] for source in training["data"]["sources"]]
+    split, options = training["split"]["papalexi"], training["hyper_parameters"]["split"]
+    whole = anndata.read_h5ad(data_dir / "papalexi2021_eccite_thp1_panel.h5ad")
+    part = anndata.read_h5ad(data_dir / "papalexi2021_heldout.h5ad")
+    labels = whole.obs["perturbation"].to_numpy(dtype=str)
+    controls = divide_controls(
+        np.flatnonzero(labels == "control"), names.index("papalexi"), options["control_fractions"], options["seed"]
+    )
+    sizes = part.obs["perturbation"].value_counts()
+    assert set(sizes.index) == {"control", *split["targets"]["test"]}
+    assert sizes.drop("control").max() == 100
+    own = part.obs["perturbation"] == "control"
+    assert set(part.obs_names[own]) == set(whole.obs_names[controls["test"]])
+    same = whole[part.obs_names, part.var_names]
+    assert (same.X != part.X).nnz == 0
+    assert same.obs["perturbation"].tolist() == part.obs["perturbation"].tolist()
+    with open_cells(data_dir / "papalexi2021_heldout.h5ad") as source:
+        assert find_seen(training, Fingerprint.of(source)) is None
