@@ -332,7 +332,7 @@ class DegScreen:
         flags = ["few_cells"] if n < FEW_CELLS else []
         nothing = np.zeros(0, dtype=np.intp)
         try:
-            result = tester.test(group, batches, exchanges=self.options.exchanges)
+            result = _test(tester, group, batches, self.options)
         except TooFewCellsError:
             return Tested(name, n, None, nothing, np.zeros(0), None, (*flags, "not_tested"))
         if result.n_cells < n:
@@ -465,6 +465,10 @@ def differential_genes(
     return screen.result(top=top, progress=progress)
 
 
+def _test(tester: RankTester, group: sparse.csr_matrix, batches: ArrayLike | None, options: DegOptions) -> RankTest:
+    return tester.test(group, batches, exchanges=options.exchanges, min_expressed=options.min_expressed)
+
+
 def _chosen(result: RankTest, options: DegOptions, target: int | None) -> NDArray[np.intp]:
     """Return the columns that are tested. Which they are does not depend on the labels, the target excepted."""
     tested = (result.pooled >= options.min_expressed) & ~result.constant
@@ -501,7 +505,7 @@ def count_degs(
     batches
         Batch of each cell, if those of the controls are known.
     """
-    result = tester.test(group, batches, exchanges=options.exchanges)
+    result = _test(tester, group, batches, options)
     genes = _chosen(result, options, target)
     return _count(result, genes, benjamini_hochberg(result.p[genes]), options)
 

@@ -37,9 +37,11 @@ _DOUBTED = 0.1
 """Normal p above which a sparse gene keeps it: it decides nothing there, and exchanges would give about the same."""
 _FEW = 3
 """Expressing cells up to which the rank sum among them is taken for a beta variable, which one cell's is exactly."""
-_BINS = 4096
-"""Bins of a sum over batches."""
+_BINS, _BLOCK = 2048, 64
+"""Bins of a sum over batches, and genes of which it is computed at a time."""
 _QUANTILES = (np.arange(16) + 0.5) / 16
+_NEVER = 1e-18
+"""Chance of a number of expressing cells that is left out of a sum over batches."""
 _FLOOR = 1e-13
 """Smallest p of a sum over batches: rounding of the transforms is not far below."""
 Floats = NDArray[np.float64]
@@ -125,7 +127,14 @@ class RankTester:
         self.has_batches = batches is not None
         self._batches = {name: _Controls(controls[rows]) for name, rows in _by_batch(batches, controls.shape[0])}
 
-    def test(self, group: sparse.csr_matrix, batches: ArrayLike | None = None, *, exchanges: bool = True) -> RankTest:
+    def test(
+        self,
+        group: sparse.csr_matrix,
+        batches: ArrayLike | None = None,
+        *,
+        exchanges: bool = True,
+        min_expressed: float = 0.0,
+    ) -> RankTest:
         """Compare a group with the controls.
 
         Parameters
@@ -136,6 +145,8 @@ class RankTester:
             Batch of each cell, if those of the controls are known.
         exchanges
             Whether p of a sparse gene is taken from the exchanges of labels where its normal p is small.
+        min_expressed
+            Share of the compared cells below which a gene keeps its normal p: nobody looks at it.
 
         Raises
         ------
@@ -165,7 +176,8 @@ class RankTester:
         p = normal.copy()
         # The expected number of expressing cells in the smaller group does not depend on the labels.
         expected = _total(min(part.n, part.m) * part.expressing / (part.n + part.m) for part in parts)
-        chosen = (expected < SPARSE) & ~constant & (normal < _DOUBTED)
+        pooled = _total(part.expressing for part in parts) / (n + m)
+        chosen = (expected < SPARSE) & ~constant & (normal < _DOUBTED) & (pooled >= min_expressed)
         if exchanges and chosen.any():
             genes = np.flatnonzero(chosen)
             p[genes] = exchange_p([part.of(genes) for part in parts])
@@ -177,7 +189,7 @@ class RankTester:
             p_normal=normal,
             from_exchanges=chosen if exchanges else np.zeros(self.n_genes, dtype=bool),
             constant=constant,
-            pooled=_total(part.expressing for part in parts) / (n + m),
+            pooled=pooled,
             expressed=_total(part.nonzero for part in parts) / n,
             expressed_control=_total(part.n / n * (part.expressing - part.nonzero) / part.m for part in parts),
             mean=_total(part.n / n * part.mean for part in parts),
@@ -271,7 +283,8 @@ def exchange_p(parts: Sequence[RankSums]) -> Floats:
     """
     if len(parts) == 1:
         return _one_batch_p(parts[0])
-    return np.array([_sum_p([part.of(np.array([gene])) for part in parts]) for gene in range(len(parts[0].u))])
+    blocks = np.split(np.arange(len(parts[0].u)), np.arange(_BLOCK, len(parts[0].u), _BLOCK))
+    return np.concatenate([_sum_p([part.of(genes) for part in parts]) for genes in blocks])
 
 
 def _one_batch_p(sums: RankSums) -> Floats:
@@ -287,18 +300,16 @@ def _one_batch_p(sums: RankSums) -> Floats:
 
 def _numbers(sums: RankSums) -> Iterator[tuple[NDArray[np.intp], int, Floats]]:
     """Yield each number of expressing cells that a group can have: the genes with such a chance, and the chance."""
-    n, m, k = sums.n, sums.m, sums.expressing
-    for number in range(int(min(n, k.max())) + 1):
+    m, k = sums.m, sums.expressing
+    for number in range(int(min(sums.n, k.max())) + 1):
         if number % 64 == 0:
             checkpoint()
         genes = np.flatnonzero((number <= k) & (k - number <= m))
         if len(genes):
-            of = k[genes]
-            log = _choose(of, number) + _choose(n + m - of, n - number) - _choose(n + m, n)
-            yield genes, number, np.exp(log)
+            yield genes, number, np.exp(_hypergeometric(sums, k[genes], number))
 
 
-def _given(sums: RankSums, genes: NDArray[np.intp], number: int) -> tuple[Floats, Floats, Floats]:
+def _given(sums: RankSums, genes: NDArray[np.intp], number: int | Floats) -> tuple[Floats, Floats, Floats]:
     """Return the least U if `number` of the group's cells express a gene, and the sd and range of U above it."""
     k = sums.expressing[genes]
     others = k - number
@@ -322,37 +333,58 @@ def _tail(x: Floats, sd: Floats, span: Floats, number: int, k: Floats) -> Floats
     return chance
 
 
-def _sum_p(parts: Sequence[RankSums]) -> float:
-    """Return p of one gene's weighted sum over batches: the batches' distributions on a grid, convolved."""
-    checkpoint()
+def _sum_p(parts: Sequence[RankSums]) -> Floats:
+    """Return p of the weighted sum over batches: the batches' distributions on a grid, convolved."""
+    n_genes = len(parts[0].u)
+    genes = np.arange(n_genes)[:, None]
+    observed, least, span = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes)
     atoms = []
-    observed = 0.0
     for sums in parts:
+        checkpoint()
         weight = 1.0 / (sums.n + sums.m + 1)
-        observed += weight * float(sums.u[0])
-        places, weights = [], []
-        for genes, number, chance in _numbers(sums):
-            if chance[0] < 1e-18:
-                continue
-            left, sd, span = (float(found[0]) for found in _given(sums, genes, number))
-            spread = span / 2 + sd * special.ndtri(_QUANTILES)
-            if min(number, sums.expressing[0] - number) == 1 and sd > 0:
-                spread = span * _QUANTILES
-            places.append(weight * (left + np.clip(spread, 0, span)))
-            weights.append(np.full(len(_QUANTILES), chance[0] / len(_QUANTILES)))
-        atoms.append((np.concatenate(places), np.concatenate(weights)))
-    least = sum(float(values.min()) for values, _ in atoms)
-    width = max(sum(float(np.ptp(values)) for values, _ in atoms), 1e-12) / (_BINS - len(atoms) - 1)
-    product = np.ones(_BINS + 1, dtype=np.complex128)
-    for values, chances in atoms:
-        bins = np.rint((values - values.min()) / width).astype(np.intp)
-        product *= np.fft.rfft(np.bincount(bins, weights=chances, minlength=2 * _BINS))
-    mass = np.maximum(np.fft.irfft(product, 2 * _BINS), 0)
+        observed += weight * sums.u
+        k, number = sums.expressing[:, None], np.arange(min(sums.n, int(sums.expressing.max())) + 1.0)
+        possible = (number <= k) & (k - number <= sums.m)
+        chance = np.where(possible, np.exp(_hypergeometric(sums, k, number)), 0)
+        used = (chance > _NEVER).any(axis=0)
+        number, chance = number[used], chance[:, used]
+        left, sd, width = _given(sums, genes, number)
+        alone = np.minimum(number, k - number) == 1
+        spread = np.where(
+            (alone & (sd > 0))[:, :, None],
+            width[:, :, None] * _QUANTILES,
+            width[:, :, None] / 2 + sd[:, :, None] * special.ndtri(_QUANTILES),
+        )
+        values = weight * (left[:, :, None] + np.clip(spread, 0, width[:, :, None]))
+        seen = chance[:, :, None] > _NEVER
+        lowest = np.where(seen, values, np.inf).min(axis=(1, 2))
+        least += lowest
+        span += np.where(seen, values, -np.inf).max(axis=(1, 2)) - lowest
+        atoms.append((np.where(seen, values - lowest[:, None, None], 0), np.where(chance > _NEVER, chance, 0)))
+    width = np.maximum(span, 1e-12) / (_BINS - len(atoms) - 1)
+    product = np.ones((n_genes, _BINS + 1), dtype=np.complex128)
+    for values, chance in atoms:
+        checkpoint()
+        bins = np.rint(values / width[:, None, None]).astype(np.intp) + 2 * _BINS * genes[:, :, None]
+        weights = np.broadcast_to(chance[:, :, None] / len(_QUANTILES), bins.shape)
+        mass = np.bincount(bins.ravel(), weights.ravel(), minlength=2 * _BINS * n_genes)
+        product *= np.fft.rfft(mass.reshape(n_genes, 2 * _BINS), axis=1)
+    mass = np.maximum(np.fft.irfft(product, 2 * _BINS, axis=1), 0)
     # A bin more on either side, for values that were rounded away from the observed one.
-    place = (observed - least) / width
-    above = mass[max(0, int(np.floor(place)) - 1) :].sum()
-    below = mass[: int(np.ceil(place)) + 2].sum()
-    return float(np.clip(2 * min(above, below), _FLOOR, 1))
+    place = ((observed - least) / width)[:, None]
+    every = np.arange(2 * _BINS)
+    above = (mass * (every >= np.floor(place) - 1)).sum(axis=1)
+    below = (mass * (every <= np.ceil(place) + 1)).sum(axis=1)
+    p: Floats = np.clip(2 * np.minimum(above, below), _FLOOR, 1)
+    return p
+
+
+def _hypergeometric(sums: RankSums, k: Floats, number: Floats | int) -> Floats:
+    """Return the logarithm of the chance that `number` of the `k` expressing cells are the group's."""
+    n, m = sums.n, sums.m
+    others = np.clip(n - number, 0, n + m - k)
+    log: Floats = _choose(k, np.minimum(number, k)) + _choose(n + m - k, others) - _choose(n + m, n)
+    return log
 
 
 def _choose(n: ArrayLike, k: ArrayLike) -> Floats:

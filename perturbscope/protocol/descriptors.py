@@ -7,6 +7,7 @@ name with the one method ``Run``. Numbers of fields follow the order of the data
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf import descriptor_pool
@@ -105,7 +106,15 @@ def _full(name: str) -> str:
 
 
 def _sent(form: Form) -> list[Field]:
-    return [item for item in form.fields if not item.derived]
+    """Return the fields of a message: of one string or several, a field for each."""
+    found = []
+    for item in form.fields:
+        if item.kind == "names":
+            found.append(replace(item, kind="text"))
+            found.append(replace(item, name=f"{item.name}s", kind="texts", doc=f"Several, in place of `{item.name}`."))
+        elif not item.derived:
+            found.append(item)
+    return found
 
 
 def _file(operation: Operation[Any, Any]) -> FileDescriptorProto:

@@ -34,6 +34,7 @@ from perturbscope.protocol.tables import form_of
 
 if TYPE_CHECKING:
     from perturbscope.inference.embedder import Embedder
+    from perturbscope.scoring.cost import Cost
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -61,6 +62,10 @@ class Operation(Generic[Q, A]):
     per_cell
         Whether each row of the answer follows from one cell alone, so that clients may divide a request and join the
         answers.
+    cost
+        Estimates the cost of a request that computes long and does not run the model. A server refuses what costs too
+        much, charges the rest to its caller, and lets it take turns with scores: such a function calls
+        :func:`perturbscope.threads.checkpoint`.
     """
 
     name: str
@@ -70,6 +75,7 @@ class Operation(Generic[Q, A]):
     run: Callable[[Embedder, Q], A] | None = None
     capability: str = "embed"
     per_cell: bool = False
+    cost: Callable[[Q], Cost] | None = None
 
     def answered(self, model: Embedder, request: Q) -> A:
         """Answer a request with a model.

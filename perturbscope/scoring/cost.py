@@ -56,6 +56,10 @@ LABEL_BYTES = 1_000
 DEG_SECONDS, DEG_CONTROLS, DEG_BYTES, DEG_CONTROL_BYTES = 300e-9, 5_000, 90, 45
 """Differential expression: seconds for a stored count; most controls; bytes for a count of the largest perturbation,
 and of a control."""
+DEG_GENE, DEG_EXCHANGES, DEG_BATCH = 1e-6, 3e-6, 3e-6
+"""A gene of a perturbation: tested; with p of rare ones from exchanges; and these over one batch more."""
+DEG_GENE_BYTES, DEG_ROW_BYTES = 400, 900
+"""Bytes of a gene of the perturbations that are tested at a time, and of a row of genes."""
 MAP_SECONDS = 10.0
 """The map of the cells, of which it shows at most five thousand."""
 PAIR_MAP_GROUPS, PAIR_MAP_CELLS = 61, 300
@@ -227,6 +231,55 @@ def report_cost(
     largest = max((size for name, size in sizes.items() if name != control), default=0)
     tested = DEG_BYTES * largest + DEG_CONTROL_BYTES * min(sizes.get(control, 0), DEG_CONTROLS)
     cost.n_bytes += tested * n_counts // max(1, sum(sizes.values())) + 16 * controls**2
+    return cost
+
+
+def deg_cost(
+    sizes: Mapping[str, int],
+    control: str | Sequence[str],
+    *,
+    n_counts: int,
+    n_genes: int,
+    batches: int = 0,
+    max_controls: int = DEG_CONTROLS,
+    exchanges: bool = True,
+    passes: int = 1,
+    top: int | None = None,
+    cores: int | None = None,
+) -> Cost:
+    """Estimate the cost of :func:`perturbscope.analysis.degs.differential_genes`.
+
+    Parameters
+    ----------
+    sizes
+        Number of cells of each label.
+    control
+        Label of the control cells, or several.
+    n_counts, n_genes
+        Stored counts of all cells, and genes.
+    batches
+        Number of batches; 0: there are none.
+    max_controls, exchanges, top
+        As of the tests.
+    passes
+        How often each perturbation is tested: twice if q is over the screen.
+    cores
+        Number of threads that test, which counts for the bytes; default: the cores that this process may use.
+    """
+    controls = {control} if isinstance(control, str) else set(control)
+    others = [size for name, size in sizes.items() if name not in controls]
+    used = min(sum(sizes.values()) - sum(others), max_controls)
+    of_cell = n_counts / max(1, sum(sizes.values()))
+    of_gene = DEG_GENE + (DEG_EXCHANGES + DEG_BATCH * max(0, batches - 1) if exchanges else 0)
+    rows = len(others) * min(top or n_genes, n_genes)
+    cost = Cost(n_rows=rows)
+    cost.parts["cells"] = CELL * sum(sizes.values()) + passes * DEG_SECONDS * of_cell * (sum(others) + used)
+    cost.parts["perturbations"] = passes * len(others) * (GROUP + of_gene * n_genes)
+    cost.parts["top"] = ROW * rows
+    held = DEG_BYTES * max(others, default=0) * of_cell + DEG_GENE_BYTES * n_genes * (1 + max(1, batches))
+    cost.n_bytes = int(
+        DEG_CONTROL_BYTES * used * of_cell + 2 * (cores or usable_cores()) * held + DEG_ROW_BYTES * rows
+    ) + LABEL_BYTES * len(sizes)
     return cost
 
 

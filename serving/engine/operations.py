@@ -43,7 +43,7 @@ from serving.models.loading import ServedModel
 
 T = TypeVar("T")
 Answers = Callable[[Engine, Any, Call], Awaitable[Any]]
-_STAGES: tuple[str, ...] = ("tokenize", "queue", "inference")
+_STAGES: tuple[str, ...] = ("tokenize", "queue", "inference", "score")
 _COMPUTING = threading.BoundedSemaphore(usable_cores())
 """Held by a thread while it runs a function over a model, and not while it waits for the model."""
 
@@ -152,14 +152,20 @@ async def _run(operation: Operation[Any, Any], engine: Engine, request: Any, cal
         check_capability(operation, model.info.name, model.capabilities, engine.registry.capable(operation.capability))
         for matrix in cells:
             limits.check_shape(engine.settings, len(matrix), matrix.n_genes, int(matrix.counts.nnz))
-            call.reserve(reserved_bytes(model.embedder, matrix, (), call))
+            if operation.cost is None:
+                call.reserve(reserved_bytes(model.embedder, matrix, (), call))
         for matrix in vectors:
             limits.check_vectors(engine.settings, len(matrix))
-        queued = _QueuedModel(engine, model, call)
-        try:
-            answer = await _on_a_thread(partial(queued.answer, operation, request))
-        finally:
-            queued.leave()
+        if operation.cost is not None:
+            answer = await engine.scores.computed(
+                partial(operation.answered, model.embedder, request), partial(operation.cost, request), call
+            )
+        else:
+            queued = _QueuedModel(engine, model, call)
+            try:
+                answer = await _on_a_thread(partial(queued.answer, operation, request))
+            finally:
+                queued.leave()
     arrays = sum(value.nbytes for value in vars(answer).values() if isinstance(value, np.ndarray))
     call.reserve((1 + call.growth) * arrays)
     return _timed(answer, call)

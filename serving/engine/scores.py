@@ -136,6 +136,32 @@ class Scores:
         report, seconds = await self._scored(make, begun.call)
         return ReportAnswer(report=report, meta=_timed(begun.meta, seconds))
 
+    async def computed(self, compute: Callable[[], Scored], cost: Callable[[], Cost], call: Call) -> Scored:
+        """Compute something else that costs as much as a score, in turn with the scores.
+
+        Parameters
+        ----------
+        compute
+            The computation, which calls :func:`perturbscope.threads.checkpoint`.
+        cost
+            Estimates what it takes.
+        call
+            The call that asks for it.
+
+        Raises
+        ------
+        LimitExceededError
+            It would take too long.
+        DeadlineExceededError
+            The time that the caller allowed is over.
+        """
+        found = await self._work(cost)
+        limits.check_cost(self._settings, found)
+        call.take_work(found.seconds)
+        call.reserve(found.n_bytes, "Ask for fewer perturbations at a time.")
+        answer, _ = await self._scored(lambda progress: compute(), call)
+        return answer
+
     def seen(self, request: Any, file: Fingerprint | None, call: Call | None = None) -> Seen | None:
         """Return which cells of an uploaded file the answering model was trained on; None without a file."""
         if file is None:
