@@ -208,17 +208,19 @@ def report_cost(
     width: int,
     batches: int = 0,
     n_counts: int = 0,
+    n_genes: int = 0,
     cores: int | None = None,
 ) -> Cost:
     """Estimate the cost of a score and its report page; parameters as :func:`score_cost`.
 
-    `n_counts` is the number of stored counts of cells whose genes are tested, 0 if there are none.
+    `n_counts` and `n_genes` are the stored counts and the genes of cells whose genes are tested, 0 if there are none.
     """
     cost = score_cost(sizes, control, options, width=width, batches=batches, cores=cores)
     cells = np.sort(np.fromiter(sizes.values(), dtype=np.int64))[::-1][:PAIR_MAP_GROUPS].astype(np.float64)
     mapped = float(np.minimum(cells, max(min(options.max_cells, PAIR_MAP_CELLS), options.min_cells)).sum())
     dense = _is_dense(options.metrics[0], options) or options.metrics[0] == "wasserstein"
-    cost.parts["report"] += MAP_SECONDS + DEG_SECONDS * n_counts + mapped**2 / 2 * (PRODUCT * width + DISTANCE) * dense
+    tests = DEG_SECONDS * n_counts + (DEG_GENE + DEG_EXCHANGES) * n_genes * len(sizes)
+    cost.parts["report"] += MAP_SECONDS + tests + mapped**2 / 2 * (PRODUCT * width + DISTANCE) * dense
     controls = min(sizes.get(control, 0), options.max_cells, max(MAX_CALIBRATION_CELLS, options.min_cells))
     half = np.array([controls / 2])
     for metric in options.metrics:

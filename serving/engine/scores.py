@@ -312,8 +312,10 @@ def _cost(request: ScoreRequest | CompareRequest | ReportRequest, width: int, se
     if not isinstance(request, ReportRequest):
         return score_cost(sizes, str(control), asked.options, width=width, batches=batches)
     counts = request.counts if asked.cells is None else asked.cells
-    n_counts = 0 if isinstance(counts, Absent) else int(counts.counts.nnz)
-    return report_cost(sizes, str(control), asked.options, width=width, batches=batches, n_counts=n_counts)
+    n_counts, n_genes = (0, 0) if isinstance(counts, Absent) else (int(counts.counts.nnz), counts.n_genes)
+    return report_cost(
+        sizes, str(control), asked.options, width=width, batches=batches, n_counts=n_counts, n_genes=n_genes
+    )
 
 
 def _check_labels(request: ScoreRequest | CompareRequest) -> None:
