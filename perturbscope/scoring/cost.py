@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from perturbscope.scoring import statistics
 from perturbscope.scoring.calibration import CALIBRATION_PERMUTATIONS, MAX_CALIBRATION_CELLS
 from perturbscope.scoring.distances import TILE_VALUES
-from perturbscope.scoring.energy import batch_permutations, exchanges, permutations
+from perturbscope.scoring.energy import batch_permutations, exchanges, permutations, tail
 from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS
 from perturbscope.scoring.results import Metric, ScoreOptions
 from perturbscope.scoring.scorers import NULL_REPEATS, shared_size
@@ -46,6 +46,8 @@ SQUARE, BLOCK = 1e-9, 4e-9
 """One distance that is squared and summed, over all cells and by batches."""
 EXCHANGES = 500
 """Exchanges of a perturbation where their number is not given: 250 if no labels differ, 1,000 if all do."""
+EIGENVALUES, EIGENVECTORS = 0.1e-9, 250e-9
+"""Eigenvalues of m cells: all of them by the cube, and the largest by the square."""
 GROWING = 9e-9
 """One distance among the first controls of a random order, when sums over growing subsets are kept."""
 
@@ -400,6 +402,13 @@ def _energy_scores(
         other = _product(n - taken, n, n) + _product(taken, m, n) + MARK * (n + taken)
     else:
         other = _product(2 * (n - taken), 2 * n, width) + VALUE * width + MARK * n
+    if n.size and (options.permutations is None or options.permutations >= exchanges.BASE):
+        # Tails of those that no exchange reaches: eigenvalues, and a comparison for each doubling of the cells.
+        sizes, compared = int(np.log2(n.max() / n.min())) + 1, min(m, tail.COMPARED_CONTROLS)
+        parts["permutations"] += EIGENVALUES * min(m, tail.WHOLE) ** 3 + (EIGENVECTORS * m**2 if m > tail.WHOLE else 0)
+        columns = compared if dense else 2 * width
+        group = np.array([min(float(n.max()), tail.LARGEST_GROUP)])
+        parts["permutations"] += sizes * tail.DRAWS * float((KEY * compared + _product(group, compared, columns)).sum())
     once = KEY * m * (batches or 1) if shared or batches else 0.0
     total = float((drawn * keys).sum()) + among + float((counts * other).sum()) + once
     parts["permutations"] += draws * total

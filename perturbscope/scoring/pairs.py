@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from perturbscope.errors import InvalidParameterError
 from perturbscope.scoring.cleaning import cleaned_for
 from perturbscope.scoring.distances import pairwise_distances
-from perturbscope.scoring.energy.exchanges import BASE, ENUMERATED, Test
+from perturbscope.scoring.energy.exchanges import BASE, ENUMERATED, EnergyTest
 from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Pool
 from perturbscope.scoring.labels import Groups
 from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS, assignment_cost, picked_costs, transport_cost
@@ -168,7 +168,7 @@ class _Comparer:
             cells, count = used, len(shared)
             codes = [np.searchsorted(shared, batches[some]) for some in cells]
         pool = Pool(groups[0], groups[1], options.estimator)
-        test = Test(cells[0], codes[0], pool.observed, *pool.moments(codes[0], codes[1], count), pool.noise)
+        test = EnergyTest(cells[0], codes[0], pool.observed, *pool.moments(codes[0], codes[1], count), pool.noise)
         exchange = Exchange.of(len(cells[0]), len(cells[1]), self.groups.pooled_batches(*cells))
         most = options.permutations or BASE
         if exchange.log_count < np.log(most + 1):

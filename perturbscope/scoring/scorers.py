@@ -31,9 +31,10 @@ from numpy.typing import NDArray
 from perturbscope.errors import TooFewControlsError
 from perturbscope.scoring.distances import pairwise_distances
 from perturbscope.scoring.energy.closed_form import LinearGroup
-from perturbscope.scoring.energy.exchanges import BASE, EnergyTests, Test
+from perturbscope.scoring.energy.exchanges import BASE, EnergyTest, EnergyTests
 from perturbscope.scoring.energy.matrix import HOST, Compute, DenseGroup, DensePart
 from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Moments, Pool, moments_of, null_moments
+from perturbscope.scoring.energy.tail import Tails, TailSource, Unreached
 from perturbscope.scoring.labels import Groups
 from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS, assignment_cost, picked_costs
 from perturbscope.scoring.results import Metric, ScoreOptions
@@ -217,11 +218,11 @@ class EnergyScorer:
         self, groups: Sequence[tuple[str, NDArray[np.intp]]], finished: Callable[[], None] = lambda: None
     ) -> list[Scored]:
         """See :class:`DistanceScorer`."""
-        scores: list[Scored | Test] = [self._prepared(cells) for _, cells in groups]
-        tests = {id(test): i for i, test in enumerate(scores) if isinstance(test, Test)}
+        scores: list[Scored | EnergyTest] = [self._prepared(cells) for _, cells in groups]
+        tests = {id(test): i for i, test in enumerate(scores) if isinstance(test, EnergyTest)}
         sampled: dict[int, float] = {}
 
-        def begun(test: Test, pool: Pool) -> None:
+        def begun(test: EnergyTest, pool: Pool) -> None:
             if self.fixed is not None:
                 name = groups[tests[id(test)]][0]
                 sampled[id(test)] = self._sampled(name, pool)
@@ -229,13 +230,39 @@ class EnergyScorer:
         for score in scores:
             if isinstance(score, Scored):
                 finished()
-        self.tests.run([test for test in scores if isinstance(test, Test)], begun, finished)
-        return [
-            score if isinstance(score, Scored) else self._scored(score, len(cells), sampled.get(id(score)))
-            for score, (_, cells) in zip(scores, groups, strict=True)
-        ]
+        self.tests.run([test for test in scores if isinstance(test, EnergyTest)], begun, finished)
+        tails = self._tails([test for test in scores if isinstance(test, EnergyTest)])
+        found = []
+        for score, (_, cells) in zip(scores, groups, strict=True):
+            if isinstance(score, EnergyTest):
+                p_tail, source = tails.get(id(score), (float("nan"), ""))
+                score = self._scored(score, len(cells), sampled.get(id(score)))
+                score = replace(score, p_tail=p_tail, p_tail_source=source)
+            found.append(score)
+        return found
 
-    def _prepared(self, cells: NDArray[np.intp]) -> Scored | Test:
+    def _tails(self, tests: list[EnergyTest]) -> dict[int, tuple[float, TailSource]]:
+        """Return the tail probabilities of the tests whose distance no exchange has reached."""
+        unreached = [test for test in tests if test.exceeding == 0 and test.draws >= BASE and test.sd > 0]
+        if not unreached:
+            return {}
+        tails = Tails(self.reference, self.batches, self.options.estimator, self.options.seed)
+        found = tails.of(
+            [
+                Unreached(
+                    (test.observed - test.mean) / test.sd,
+                    np.array([len(test.cells)])
+                    if test.batches is None
+                    else np.bincount(test.batches, minlength=len(self.held)),
+                    test.observed,
+                    np.concatenate(test.null),
+                )
+                for test in unreached
+            ]
+        )
+        return {id(test): tail for test, tail in zip(unreached, found, strict=True)}
+
+    def _prepared(self, cells: NDArray[np.intp]) -> Scored | EnergyTest:
         """Return the test of a group, or its score if there is nothing to test."""
         used, batches = cells, None
         if self.groups.batches is not None:
@@ -247,7 +274,7 @@ class EnergyScorer:
                 return replace(NOT_SCORED, flags=("batch_partly_confounded", "batch_too_few_cells"), n_used=len(used))
         if self.constant and self.groups.is_constant(np.concatenate([self.controls, used])):
             return replace(CONSTANT, n_used=len(used))
-        return Test(used, batches)
+        return EnergyTest(used, batches)
 
     def _sampled(self, name: str, pool: Pool) -> float:
         """Return the mean distance from control samples as large as the group."""
@@ -257,7 +284,7 @@ class EnergyScorer:
         samples = random_subsets(m, n, self.options.repeats, generator(self.options.seed, "repeats", name))
         return float(pool.sampled(samples).mean())
 
-    def _scored(self, test: Test, n_cells: int, sampled: float | None) -> Scored:
+    def _scored(self, test: EnergyTest, n_cells: int, sampled: float | None) -> Scored:
         n = len(test.cells)
         flags = ["batch_partly_confounded"] if n < n_cells else []
         if self.tests.different(test.batches, n) < (self.options.permutations or BASE) + 1:

@@ -53,7 +53,7 @@ Output = TypeVar("Output")
 
 
 @dataclass
-class Test:
+class EnergyTest:
     """The test of one perturbation while exchanges are drawn.
 
     Attributes
@@ -91,7 +91,9 @@ class Test:
         """The p-value of what was drawn."""
         if self.draws == 0:
             return float("nan")
-        return self.exceeding / self.draws if self.source != "exchanges" else (1 + self.exceeding) / (1 + self.draws)
+        if self.source in ("sequential", "enumerated"):
+            return self.exceeding / self.draws
+        return (1 + self.exceeding) / (1 + self.draws)
 
     def count(self, values: NDArray[np.float64], stop_at: int) -> None:
         """Count distances after exchanges, up to the exceedance number `stop_at` (0: all)."""
@@ -154,8 +156,8 @@ class EnergyTests:
 
     def run(
         self,
-        tests: Sequence[Test],
-        begun: Callable[[Test, Pool], None] = lambda test, pool: None,
+        tests: Sequence[EnergyTest],
+        begun: Callable[[EnergyTest, Pool], None] = lambda test, pool: None,
         finished: Callable[[], None] = lambda: None,
     ) -> None:
         """Fill in the tests; `begun` is called with each when its distance is known, `finished` when it is done."""
@@ -195,7 +197,7 @@ class EnergyTests:
         """Return the number of exchanges until the number of open tests is looked at again."""
         return min(self.limit(n_tests, n_open), BASE if done < BASE else 4 * done)
 
-    def _begin(self, draw: Callable[[Test], Labels], test: Test) -> tuple[Test, Pool]:
+    def _begin(self, draw: Callable[[EnergyTest], Labels], test: EnergyTest) -> tuple[EnergyTest, Pool]:
         pool = self._pool(test.cells)
         test.observed, test.noise = pool.observed, pool.noise
         test.mean, test.sd = pool.moments(test.batches, self._batches, self._count, self._sums)
@@ -207,7 +209,7 @@ class EnergyTests:
             test.count(pool.exchanged(draw(test)), self._stop_at)
         return test, pool
 
-    def _few(self, test: Test) -> bool:
+    def _few(self, test: EnergyTest) -> bool:
         """Whether all exchanges can be made."""
         return self.different(test.batches, len(test.cells)) <= ENUMERATED
 
@@ -218,11 +220,11 @@ class EnergyTests:
         return round(exp(min(logs, log(1e300))), 6)
 
     def _draw_block(
-        self, block: list[Test], pools: dict[int, Pool | None], done: int, end: int, finished: Callable[[], None]
+        self, block: list[EnergyTest], pools: dict[int, Pool | None], done: int, end: int, finished: Callable[[], None]
     ) -> None:
         """Draw exchanges number `done` to `end` for tests whose distances fit into memory together."""
 
-        def made(test: Test) -> tuple[int, Pool]:
+        def made(test: EnergyTest) -> tuple[int, Pool]:
             return id(test), pools[id(test)] or self._pool(test.cells)
 
         ready = dict(_each(made, block))
@@ -233,7 +235,7 @@ class EnergyTests:
             for part in self._parts(left, stop - done):
                 draw = self._draws(done, stop - done, part)
 
-                def one(test: Test, draw: Callable[[Test], Labels] = draw) -> None:
+                def one(test: EnergyTest, draw: Callable[[EnergyTest], Labels] = draw) -> None:
                     test.count(ready[id(test)].exchanged(draw(test)), self._stop_at)
 
                 for _ in _each(one, part):
@@ -245,7 +247,7 @@ class EnergyTests:
             left = [test for test in left if not test.source]
             done = stop
 
-    def _draws(self, number: int, draws: int, tests: Sequence[Test]) -> Callable[[Test], Labels]:
+    def _draws(self, number: int, draws: int, tests: Sequence[EnergyTest]) -> Callable[[EnergyTest], Labels]:
         """Return the exchanges of part `number`, as a function of a test; `tests` are those that will ask."""
         if self._batches is None:
             free = Permutations(self._controls, draws, self._seed, number)
@@ -255,16 +257,16 @@ class EnergyTests:
         within.prepare(codes)
         return lambda test: within.labels(test.batches if test.batches is not None else codes[0])
 
-    def _bytes(self, test: Test) -> int:
+    def _bytes(self, test: EnergyTest) -> int:
         return bytes_of(len(test.cells), self._controls)
 
-    def _parts(self, tests: Sequence[Test], draws: int) -> Iterator[Sequence[Test]]:
+    def _parts(self, tests: Sequence[EnergyTest], draws: int) -> Iterator[Sequence[EnergyTest]]:
         step = len(tests) if self._batches is None else TABLE // draws
         return (tests[start : start + step] for start in range(0, len(tests), max(step, 1)))
 
-    def _blocks(self, tests: list[Test]) -> Iterator[list[Test]]:
+    def _blocks(self, tests: list[EnergyTest]) -> Iterator[list[EnergyTest]]:
         """Yield tests in groups whose distances fit into memory together."""
-        block: list[Test] = []
+        block: list[EnergyTest] = []
         held = 0
         for test in tests:
             size = self._bytes(test)

@@ -35,7 +35,7 @@ from scipy.special import log_ndtr
 
 from perturbscope.scoring.distances import product
 from perturbscope.scoring.energy.closed_form import LinearGroup
-from perturbscope.scoring.energy.matrix import DenseGroup, Subsets, to_numpy
+from perturbscope.scoring.energy.matrix import DenseGroup, DensePart, Subsets, to_numpy
 from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, energy
 from perturbscope.scoring.results import Estimator
 from perturbscope.scoring.statistics import generator, random_subsets
@@ -60,6 +60,8 @@ PART = 250
 """Draws that are made at a time."""
 LARGEST_GROUP = 256
 """Most cells of a group of the comparison; the law only gets better with more."""
+COMPARED_CONTROLS = 1000
+"""Most controls of a comparison, which asks for the shape of the law and not for its scale."""
 PARETO_DRAWS = 10_000
 """Fewest exchanges that a generalized Pareto tail is fitted to."""
 PARETO_TOP = 250
@@ -337,16 +339,26 @@ class Tails:
     """
 
     def __init__(self, controls: Group, batches: NDArray[np.intp] | None, estimator: Estimator, seed: int) -> None:
-        self._controls, self._estimator, self._seed = controls, estimator, seed
-        self._codes = np.zeros(controls.size, dtype=np.intp) if batches is None else batches
-        self._batches = batches
+        self._whole, self._estimator, self._seed, self._batches = controls, estimator, seed, batches
+        codes = np.zeros(controls.size, dtype=np.intp) if batches is None else batches
+        some = np.linspace(0, controls.size - 1, min(controls.size, COMPARED_CONTROLS)).round().astype(np.intp)
+        self._codes, self._some = codes[some], some
         self.agreements: dict[int, Agreement] = {}
         """Comparisons so far, by the number of cells of the groups that were drawn."""
 
     @cached_property
     def spectrum(self) -> Spectrum:
         """Spectrum of the controls."""
-        return Spectrum.of(self._controls, self._batches)
+        return Spectrum.of(self._whole, self._batches)
+
+    @cached_property
+    def _controls(self) -> Group:
+        """Controls of the comparison, evenly from all of them, which are in the order of their batches."""
+        if len(self._some) == self._whole.size:
+            return self._whole
+        if isinstance(self._whole, DenseGroup):
+            return DensePart(self._whole, self._some)
+        return LinearGroup(self._whole.rows[self._some], 1.0, np.zeros(self._whole.rows.shape[1]))
 
     def of(self, perturbations: Sequence[Unreached]) -> list[tuple[float, TailSource]]:
         """Return the tail probability of each, and where it comes from; NaN and nothing where there is none."""

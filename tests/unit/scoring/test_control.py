@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 
 from perturbscope.errors import (
@@ -192,6 +193,82 @@ def test_batches_hold_the_exchanges(rng):
     assert row(within, "a")["p"] > 0.05
     assert abs(row(within, "a")["z"]) < 3
     assert within.provenance["batches"] == 2
+
+
+def test_rows_labels_and_batches_may_be_permuted_and_renamed(rng):
+    """Numbers are those of the cells, to the last bit: sampled, in batches, of any metric and type of float."""
+    vectors, labels = screen(rng, {"control": 90, "a": 30, "b": 70}, {"b": 1})
+    batches = rng.integers(3, size=190).astype(str)
+    options = ScoreOptions(metrics=("e_distance", "cosine_e_distance"), permutations=500, max_cells=60)
+    first = score_perturbations(vectors, labels, control="control", batches=batches, options=options).table
+    order = rng.permutation(190)
+    renamed = np.array([{"control": "nt", "a": "zz", "b": "0"}[name] for name in labels])[order]
+    other = score_perturbations(
+        vectors[order].astype(np.float64),
+        renamed,
+        control="nt",
+        batches=np.array([{"0": "x", "1": "c", "2": "b"}[name] for name in batches])[order],
+        options=options,
+    ).table
+    other["perturbation"] = other["perturbation"].map({"zz": "a", "0": "b"})
+    pd.testing.assert_frame_equal(first, other, check_exact=True)
+
+
+def test_an_unequal_share_of_batches_is_no_effect_and_hides_none(rng):
+    """Six batches, a perturbation for the most part in one of them: z and p as without batch effects."""
+    of_batches = rng.normal(size=(6, 10))
+    of_batches *= 2 / np.linalg.norm(of_batches, axis=1, keepdims=True)
+    labels = np.repeat(["control", *(f"p{i}" for i in range(30))], [300, *[60] * 30])
+    shares = rng.dirichlet(np.full(6, 0.3), size=30)
+    batches = np.concatenate([rng.integers(6, size=300), *(rng.choice(6, 60, p=share) for share in shares)])
+    plain = rng.normal(size=(len(labels), 10))
+    plain[labels == "p0", 0] += 1
+    options = ScoreOptions(normalize=False, permutations=400)
+    tables = [
+        score_perturbations(
+            values, labels, control="control", batches=batches.astype(str), options=options
+        ).table.set_index("perturbation")
+        for values in (plain, plain + of_batches[batches])
+    ]
+    names = [f"p{i}" for i in range(30)]
+    np.testing.assert_allclose(tables[0].loc[names, "z"], tables[1].loc[names, "z"], atol=1e-3)
+    null = tables[1].drop("p0")
+    assert tables[1].index[0] == "p0"
+    assert abs(null["z"].mean()) < 0.6
+    assert null["z"].std() < 1.6
+    assert (null["p"] < 0.05).mean() < 0.2
+
+
+def test_an_offset_is_no_constant(rng):
+    vectors, labels = screen(rng, {"control": 30, "a": 30}, {"a": 3})
+    far = vectors.astype(np.float64) + 1e7
+    options = ScoreOptions(permutations=99, normalize=False)
+    near, moved = (score_perturbations(v, labels, control="control", options=options).table for v in (vectors, far))
+    assert moved["flags"][0] == ""
+    assert moved["z"][0] == pytest.approx(near["z"][0], rel=1e-3)
+
+
+def test_holm_finds_what_bonferroni_does_and_more(rng):
+    vectors, labels = screen(rng, {"control": 60, "a": 30, "b": 30, "c": 30}, {"a": 3, "b": 0.5})
+    found = {
+        name: score_perturbations(
+            vectors, labels, control="control", options=ScoreOptions(permutations=400, correction=name)
+        ).table
+        for name in ("holm", "bonferroni")
+    }
+    p = np.sort(found["holm"]["p"])
+    np.testing.assert_allclose(np.sort(found["holm"]["q"]), np.minimum(np.maximum.accumulate(p * [3, 2, 1]), 1))
+    assert (found["holm"]["q"] <= found["bonferroni"]["q"]).all()
+
+
+def test_a_tail_continues_p_where_no_exchange_reaches(rng):
+    vectors, labels = screen(rng, {"control": 200, "a": 40, "b": 40, "c": 40}, {"a": 1.2, "b": 4})
+    table = score_perturbations(vectors, labels, control="control").table.set_index("perturbation")
+    assert table.loc["b", "p"] == pytest.approx(1 / 1001)
+    assert table.loc["b", "p_tail"] < 1e-6
+    assert table.loc["b", "p_tail_source"] == "chi_square"
+    assert np.isnan(table.loc["c", "p_tail"])
+    assert table.loc["c", "p_tail_source"] == ""
 
 
 def test_confounded_batches_give_no_p(rng):
