@@ -204,8 +204,9 @@ def _check_gene_ids(gene_ids: Sequence[str] | NDArray[Any]) -> NDArray[np.str_]:
     if len(names) < len(genes):
         repeated = names[n_columns > 1]
         raise DuplicateGenesError(
-            f"{len(repeated)} gene identifier(s) name more than one column (first: {repeated[0]!r}). "
-            "Give each column its own identifier: Ensembl ids, or adata.var_names_make_unique().",
+            f"{len(repeated)} gene identifier(s) name more than one column (first: {str(repeated[0])!r}). Name a "
+            "column of var with an Ensembl id for each (gene_key, on the command line --gene-key). Where "
+            "there is none, add up the counts of the columns that share a name.",
             field="gene_ids",
         )
     genes.setflags(write=False)

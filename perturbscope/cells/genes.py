@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.data import read_text
+from perturbscope.cells.gene_names import certain_gene
 from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import MalformedMatrixError
 
@@ -166,7 +167,15 @@ class GeneResolver:
         match = _ENSEMBL.match(identifier)
         if match:
             return match.group(1), False
-        return self._aliases.get(identifier, (None, False))
+        found = self._aliases.get(identifier)
+        return (certain_gene(identifier, self._spelled), False) if found is None else found
+
+    def is_spelled(self, identifier: str) -> bool:
+        """Whether an identifier is an Ensembl id, symbol or alias as it stands."""
+        return identifier in self._aliases or _ENSEMBL.match(identifier) is not None
+
+    def _spelled(self, name: str) -> tuple[str | None, bool]:
+        return self._aliases.get(name, (None, False))
 
     def map(self, gene_ids: Sequence[str] | NDArray[np.str_], vocabulary: GeneVocabulary) -> GeneMapping:
         """Find the row of the vocabulary for each column.
@@ -200,13 +209,16 @@ def _map(resolver: GeneResolver, gene_ids: tuple[str, ...], vocabulary: GeneVoca
     rows = np.full(len(gene_ids), -1, dtype=np.int32)
     ambiguous: list[int] = []
     by_symbol = 0
+    # A file of Ensembl ids has symbols where its makers found none, often of genes that were withdrawn: those are taken
+    # as they are spelled, or not at all.
+    by_id = sum(map(bool, map(_ENSEMBL.match, gene_ids))) > len(gene_ids) / 2
     for column, identifier in enumerate(gene_ids):
         ensembl, is_ambiguous = resolver.resolve(identifier)
-        if ensembl is None:
+        if ensembl is None or (by_id and not resolver.is_spelled(identifier) and ensembl[-10:] not in identifier):
             continue
         rows[column] = vocabulary.row(ensembl)
         if rows[column] >= 0:
-            by_symbol += not identifier.startswith(ensembl)
+            by_symbol += ensembl not in identifier
             if is_ambiguous:
                 ambiguous.append(column)
     certain = np.ones(len(gene_ids), dtype=bool)

@@ -15,12 +15,40 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from perturbscope.cells.counts import CountMatrix
+from perturbscope.cells.gene_names import explained
 from perturbscope.cells.genes import GeneCoverage, GeneResolver
 from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import EmptyCellError, UnknownGenesError
 
+_SHOWN = 10
+"""Rows that a message names."""
+_EXPLAINED = 2000
+"""Unknown names that are looked at to say what they are."""
+MIN_COVERAGE = 0.1
+"""Least share of the columns that must be genes of the vocabulary."""
 TokenizedCell = Mapping[str, NDArray[Any]]
 """Arrays of one cell by input name; the FIRST axis of those per token is the cell's length."""
+
+
+def unknown_genes(coverage: GeneCoverage, others: Sequence[str]) -> UnknownGenesError:
+    """Return the error of columns of which too few are genes of the vocabulary; it says what the others look like.
+
+    Parameters
+    ----------
+    coverage
+        Report on the matching.
+    others
+        Names of columns that are none; the first are enough.
+    """
+    some = f"Only {coverage.n_matched} of {coverage.n_genes} genes are"
+    many = some if coverage.n_matched else f"None of the {coverage.n_genes} genes is"
+    needed = f"; at least {MIN_COVERAGE:.0%} are needed" if coverage.share < MIN_COVERAGE else ""
+    look = explained(others)
+    return UnknownGenesError(
+        f"{many} in the model's vocabulary{needed} (unknown: {', '.join(others[:3])}). {look}{' ' if look else ''}"
+        "Give human Ensembl ids or symbols, and name the column that holds them (gene_key) if they are not the index.",
+        field="gene_ids",
+    )
 
 
 class VocabularyCounts:
@@ -62,12 +90,7 @@ class VocabularyCounts:
         mapping = resolver.map(cells.gene_ids, vocabulary)
         self.coverage = mapping.coverage
         if self.coverage.n_matched == 0:
-            raise UnknownGenesError(
-                f"None of the {cells.n_genes} genes is in the model's vocabulary (first: "
-                f"{', '.join(self.coverage.unmatched[:3])}). Give human Ensembl ids or symbols, "
-                "and name the column that holds them (gene_key) if they are not the index.",
-                field="gene_ids",
-            )
+            raise unknown_genes(self.coverage, cells.gene_ids[:_EXPLAINED].tolist())
         self.n_genes = len(vocabulary.gene_ids)
         self.counts = cells.counts
         self.genes = np.where(mapping.rows >= 0, mapping.rows, self.n_genes).astype(np.intp)
@@ -77,6 +100,7 @@ class VocabularyCounts:
         self.n_detected = np.diff(self.indptr)
         self.known_share = np.ones(len(cells), dtype=np.float32)
         self._first_row = cells.first_row
+        self._others = functools.partial(_others, cells.gene_ids, mapping.rows)
 
     def tally(self, rows: slice, known: NDArray[np.bool_]) -> None:
         """Set `n_detected` and `known_share` of a run of rows.
@@ -101,13 +125,31 @@ class VocabularyCounts:
         self.n_detected[rows] = np.add.reduceat(known, starts, dtype=np.int64)
         empty = np.flatnonzero(self.n_detected[rows] == 0)
         if len(empty):
+            # Where the genes are the wrong ones, the cell is not at fault.
+            others = self._others()
+            if self.coverage.share < MIN_COVERAGE or (self.coverage.share < 0.5 and "genes of" in explained(others)):
+                raise unknown_genes(self.coverage, others)
             raise EmptyCellError(
-                f"The cell in row {self._first_row + rows.start + int(empty[0])} expresses no gene of the model's "
-                "vocabulary. Remove such cells, or give more genes.",
+                _empty_text(self._first_row + rows.start + empty),
                 field="counts",
             )
         known_counts = np.add.reduceat(values * known, starts, dtype=np.int64)
         self.known_share[rows] = known_counts / np.add.reduceat(values, starts, dtype=np.int64)
+
+
+def _others(gene_ids: NDArray[np.str_], rows: NDArray[np.int32]) -> list[str]:
+    found: list[str] = gene_ids[rows < 0][:_EXPLAINED].tolist()
+    return found
+
+
+def _empty_text(rows: NDArray[np.intp]) -> str:
+    """Name the rows of cells that express no gene of a vocabulary."""
+    if len(rows) == 1:
+        what = f"The cell in row {int(rows[0])} expresses"
+    else:
+        more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+        what = f"{len(rows)} cells (rows {', '.join(map(str, rows[:_SHOWN].tolist()))}{more}) express"
+    return f"{what} no gene of the model's vocabulary. Remove such cells, or give more genes."
 
 
 def _merged(counts: sparse.csr_matrix, genes: NDArray[np.intp], n_genes: int) -> sparse.csr_matrix:

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.errors import InferenceError, UnknownGenesError
+from perturbscope.errors import InferenceError
 from perturbscope.families import Family
 from perturbscope.families.outputs import CELL_EMBEDDING, Outputs, OutputSpec, selected
-from perturbscope.families.tokens import TokenizedCells, pad
+from perturbscope.families.tokens import MIN_COVERAGE, TokenizedCells, pad, unknown_genes
 from perturbscope.inference.batching import BatchLimits, cpu_limits, form_batches
 from perturbscope.inference.bundle import Bundle, capabilities_of
 from perturbscope.inference.embeddings import Embeddings, OutputValues, gather
@@ -23,8 +23,6 @@ from perturbscope.inference.encoder import Device, Encoder, OnnxEncoder, StagedE
 from perturbscope.inference.gpu import GpuOptions, gpu_limits
 from perturbscope.threads import ahead
 
-MIN_COVERAGE = 0.1
-"""Smallest share of the columns that must be genes of the vocabulary."""
 CHUNK_CELLS = 4096
 """Cells tokenized at a time, which bounds memory and is a wide enough window to sort by length."""
 
@@ -128,13 +126,7 @@ class Embedder:
         tokens = self.family.tokenize(cells)
         coverage = tokens.coverage
         if coverage.share < MIN_COVERAGE:
-            raise UnknownGenesError(
-                f"Only {coverage.n_matched} of {coverage.n_genes} genes are in the model's vocabulary; at least "
-                f"{MIN_COVERAGE:.0%} are needed (unknown: {', '.join(coverage.unmatched[:3])}). "
-                "Give human Ensembl ids or symbols, and name the column that holds them (gene_key) "
-                "if they are not the index.",
-                field="gene_ids",
-            )
+            raise unknown_genes(coverage, coverage.unmatched)
         return tokens
 
     def plan(self, tokens: TokenizedCells) -> list[NDArray[np.intp]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from perturbscope.cells.gene_names import explained
 from perturbscope.cells.genes import GeneCoverage
 from perturbscope.errors import InvalidParameterError
 from perturbscope.families.outputs import OutputSpec
@@ -255,6 +256,12 @@ def warnings_about(n_cells: int, n_few_genes: int, n_little_known: int, coverage
     if n_little_known:
         found.append(
             f"{n_little_known} of {n_cells} cells have over half of their counts in genes that the model does not know."
+        )
+    look = explained(coverage.unmatched) if coverage.share < 0.5 else ""
+    if look:
+        found.append(
+            f"{coverage.n_genes - coverage.n_matched} of {coverage.n_genes} columns are no gene that the model knows. "
+            f"{look}"
         )
     if coverage.n_ambiguous:
         names = ", ".join(f"{a} -> {b}" for a, b in coverage.ambiguous[:3])

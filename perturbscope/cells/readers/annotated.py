@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from perturbscope.cells.readers.source import (
     CellSource,
     check_limit,
     check_totals,
+    each_named,
     missing_column,
     name_genes,
 )
@@ -432,7 +433,11 @@ def _array(node: Any) -> Any:
 def read_genes(var: Frame, gene_key: str | None) -> NDArray[np.str_]:
     """Read the gene identifiers: the index of var, or one of its columns."""
     if gene_key is None:
-        return name_genes(var.index())
+        return each_named(name_genes(var.index()), _columns(var))
     if gene_key not in var.columns():
         raise missing_column("column of var", gene_key, var.columns(), field="gene_key")
-    return name_genes(var.column(gene_key).to_numpy())
+    return each_named(name_genes(var.column(gene_key).to_numpy()), _columns(var))
+
+
+def _columns(var: Frame) -> Iterator[tuple[str, Any]]:
+    return ((name, var.column(name)) for name in var.columns())

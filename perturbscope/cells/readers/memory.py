@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from perturbscope.cells.readers.features import Features, choose_modality, features_of_frame
 from perturbscope.cells.readers.matrices import from_scipy
-from perturbscope.cells.readers.source import CHUNK_CELLS, CellSource, check_totals, missing_column, name_genes
+from perturbscope.cells.readers.source import (
+    CHUNK_CELLS,
+    CellSource,
+    check_totals,
+    each_named,
+    missing_column,
+    name_genes,
+)
 from perturbscope.errors import InvalidParameterError, MalformedMatrixError
 
 if TYPE_CHECKING:
@@ -62,7 +69,8 @@ class AnnDataSource(CellSource):
         self._whole = None if name is None else whole
         self._layer = layer or "X"
         matrix, var = _matrix(adata, layer)
-        genes = name_genes(_texts(var.index if gene_key is None else _column_of(var, gene_key, "var", "gene_key")))
+        named = _texts(var.index if gene_key is None else _column_of(var, gene_key, "var", "gene_key"))
+        genes = each_named(name_genes(named), ((str(name), var[name]) for name in var.columns))
         totals = None
         if total_counts_key is not None:
             column = _column_of(self._frame(total_counts_key), total_counts_key, "obs", "total_counts_key")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from perturbscope.cells.counts import RAW_REMEDY, CountMatrix
 from perturbscope.cells.readers.features import Features, doubtful_names, is_missing, left_out_sentence
 from perturbscope.cells.readers.matrices import KeptColumns, Rows
 from perturbscope.errors import (
+    DuplicateGenesError,
     InvalidEmbeddingError,
     InvalidParameterError,
     LimitExceededError,
@@ -29,6 +30,8 @@ from perturbscope.errors import (
 if TYPE_CHECKING:
     import pandas as pd
 
+_MOST = 0.9
+"""Share of Ensembl ids from which a column of var has ids; other rows are of added sequences."""
 CHUNK_CELLS = 4096
 """Cells that are in memory at a time."""
 _COUNT_LAYERS = ("counts", "raw_counts", "count", "umi", "umis", "raw_count")
@@ -306,3 +309,26 @@ def check_limit(n_cells: int, max_cells: int | None, path: Path) -> None:
         raise LimitExceededError(
             f"{path.name} has {n_cells} cells; at most {max_cells} are allowed. Send it in parts.", field="cells"
         )
+
+
+def each_named(genes: NDArray[np.str_], columns: Iterable[tuple[str, Any]]) -> NDArray[np.str_]:
+    """Refuse identifiers of which one names several columns, if a column of var has an id for each.
+
+    Raises
+    ------
+    DuplicateGenesError
+        The message says which column to name. Where there is none, the check of the counts speaks.
+    """
+    names, n_columns = np.unique(genes, return_counts=True)
+    if len(names) == len(genes):
+        return genes
+    for name, column in columns:
+        ids = column.astype(str)
+        if ids.is_unique and ids.str.startswith("ENS").mean() > _MOST:
+            repeated = names[n_columns > 1]
+            raise DuplicateGenesError(
+                f"{len(repeated)} gene identifier(s) name more than one column (first: {str(repeated[0])!r}). "
+                f"var[{name!r}] has an id for each: gene_key={name!r}, or --gene-key {name}.",
+                field="gene_key",
+            )
+    return genes

@@ -448,7 +448,7 @@ def test_special_tokens_that_cannot_be():
 
 def test_no_known_gene(family):
     with pytest.raises(
-        UnknownGenesError, match=r"None of the 2 genes .*first: Xist_mouse, Actb_mouse.*gene_key"
+        UnknownGenesError, match=r"None of the 2 genes .*unknown: Xist_mouse, Actb_mouse.*gene_key"
     ) as caught:
         family.tokenize(matrix([1, 2], ["Xist_mouse", "Actb_mouse"]))
     assert caught.value.field == "gene_ids"
