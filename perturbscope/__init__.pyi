@@ -12,7 +12,7 @@ from .model import Model, load
 from .scoring.control import score_perturbations
 from .scoring.pairs import compare_perturbations
 from .scoring.results import CompareResult, ScoreOptions, ScoreResult
-from .tasks.genes import degs
+from .tasks.genes import degs, enrich_genes
 from .tasks.token_files import read_gene_vectors
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "cells_from_anndata",
     "compare_perturbations",
     "degs",
+    "enrich_genes",
     "load",
     "open_cells",
     "read_gene_vectors",

@@ -250,7 +250,7 @@ class DegScreen:
         self.gene_ids = cells.gene_ids
         cleaned = clean_labels(perturbations, control)
         control = str(cleaned.control)
-        self._cells, self._control, self._seed, self._cleaned = cells, control, seed, cleaned.facts
+        self._cells, self._control, self._seed, self._cleaned = cells, control, seed, cleaned
         labels = check_labels(cleaned.labels, len(cells), "perturbations")
         self._batches = None if batches is None else check_labels(batches, len(cells), "batches")
         names, codes = codes_of(labels)
@@ -387,12 +387,12 @@ class DegScreen:
             "n_controls_used": len(self._controls),
             "batches": None if self._batches is None else len(set(self._batches)),
             "seed": self._seed,
-            **self._cleaned,
+            **self._cleaned.facts,
         }
 
     def warnings(self, counts: pd.DataFrame) -> list[str]:
         """Return sentences about the screen and its counts, columns :data:`DEG_COLUMNS`."""
-        warnings = []
+        warnings = list(self._cleaned.warnings)
         if len(self._controls) < self.sizes[self._control]:
             warnings.append(
                 f"{len(self._controls)} of {self.sizes[self._control]} controls were compared with, a sample (seed "

@@ -1,4 +1,4 @@
-"""``perturbscope degs`` and ``perturbscope enrich``."""
+"""``perturbscope degs``, ``perturbscope enrich-genes`` and ``perturbscope enrich``."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def degs(
             table = write_genes(screen, genes, facts, warnings, top=top_genes, progress=progress)
         else:
             table = screen.counts(progress)
-    warnings += screen.warnings(table)
+    warnings = list(dict.fromkeys([*warnings, *screen.warnings(table)]))
     if out is not None:
         write_table(out, table, {**screen.facts(), **facts, "warnings": warnings})
     for warning in warnings:
@@ -136,6 +136,62 @@ def _doubts(null: pd.DataFrame) -> list[str]:
         for size, median, _, share in null.itertuples(index=False, name=None)
         if share > _CHANCE
     ]
+
+
+@options.grouped
+def enrich_genes(
+    cells: options.In,
+    out: options.OutTable,
+    gene_sets: Annotated[Path, typer.Option(metavar="SETS.gmt", help="Gene sets: .gmt, plain or gzipped.")],
+    perturbation_key: options.PerturbationKey,
+    control: options.Control,
+    counts_in: options.CountsIn,
+    labels_in: options.LabelsIn,
+    batch_key: Annotated[
+        str | None, typer.Option(metavar="COL", help="Column of obs within whose batches cells are compared.")
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(help="A gene counts if its q is below this.", rich_help_panel=_TESTING)
+    ] = 0.05,
+    correlation: Annotated[
+        float,
+        typer.Option(
+            help="Assumed correlation between genes of a set; 0: the plain Mann-Whitney test.", rich_help_panel=_TESTING
+        ),
+    ] = 0.01,
+    min_members: Annotated[
+        int, typer.Option(min=1, help="Fewest tested genes of a set.", rich_help_panel=_TESTING)
+    ] = 5,
+    max_members: Annotated[
+        int, typer.Option(min=1, help="Most tested genes of a set.", rich_help_panel=_TESTING)
+    ] = 500,
+    correction: Annotated[
+        Literal["perturbation", "screen"],
+        typer.Option(help="q over the genes and sets of a perturbation, or of all.", rich_help_panel=_TESTING),
+    ] = "perturbation",
+    top: Annotated[int, typer.Option(min=0, help="Rows of the table on stdout; 0 for none.")] = 20,
+    seed: options.Seed = 0,
+) -> None:
+    """Test gene sets in the expression of each perturbation, by the ranks of their genes and by their changed genes."""
+    from perturbscope.analysis.degs import DegOptions
+    from perturbscope.cells.files import check_output, write_table
+    from perturbscope.tasks import genes
+
+    check_output(out, [".parquet", ".csv"], source=cells)
+    with console.progress_bars() as progress:
+        result = genes.enrich_genes(
+            cells, gene_sets, perturbation_key=perturbation_key, control=control, batch_key=batch_key,
+            options=DegOptions(alpha=alpha, correction=correction), correlation=correlation, min_members=min_members,
+            max_members=max_members, missing_labels=labels_in.missing_label,
+            normalize_combinations=labels_in.normalize_combinations, seed=seed, progress=progress, **vars(counts_in),
+        )  # fmt: skip
+    facts = {"input": cells.name, "gene_sets": gene_sets.name, **vars(counts_in)}
+    write_table(out, result.table, {**result.provenance, **facts, "warnings": result.warnings})
+    for warning in result.warnings:
+        console.warn(warning)
+    if top:
+        ranked = result.table.sort_values(["p", "perturbation"], kind="stable")
+        console.show_rows(ranked, title="Gene sets in the expression of perturbations", top=top)
 
 
 def enrich(

@@ -60,6 +60,8 @@ DEG_SECONDS, DEG_CONTROLS, DEG_BYTES, DEG_CONTROL_BYTES = 300e-9, 5_000, 90, 45
 and of a control."""
 DEG_GENE, DEG_EXCHANGES, DEG_BATCH = 1e-6, 3e-6, 3e-6
 """A gene of a perturbation: tested; with p of rare ones from exchanges; and these over one batch more."""
+MEMBER = 50e-9
+"""A gene of a set, looked up once and summed for each perturbation."""
 DEG_GENE_BYTES, DEG_ROW_BYTES = 400, 900
 """Bytes of a gene of the perturbations that are tested at a time, and of a row of genes."""
 MAP_SECONDS = 10.0
@@ -249,6 +251,7 @@ def deg_cost(
     exchanges: bool = True,
     passes: int = 1,
     top: int | None = None,
+    n_members: int = 0,
     cores: int | None = None,
 ) -> Cost:
     """Estimate the cost of :func:`perturbscope.analysis.degs.differential_genes`.
@@ -267,6 +270,8 @@ def deg_cost(
         As of the tests.
     passes
         How often each perturbation is tested: twice if q is over the screen.
+    n_members
+        Genes of all sets, if sets of genes are tested as well; `top` is then the number of sets.
     cores
         Number of threads that test, which counts for the bytes; default: the cores that this process may use.
     """
@@ -279,7 +284,7 @@ def deg_cost(
     cost = Cost(n_rows=rows)
     cost.parts["cells"] = CELL * sum(sizes.values()) + passes * DEG_SECONDS * of_cell * (sum(others) + used)
     cost.parts["perturbations"] = passes * len(others) * (GROUP + of_gene * n_genes)
-    cost.parts["top"] = ROW * rows
+    cost.parts["gene_sets" if n_members else "top"] = ROW * rows + MEMBER * n_members * (1 + len(others))
     held = DEG_BYTES * max(others, default=0) * of_cell + DEG_GENE_BYTES * n_genes * (1 + max(1, batches))
     cost.n_bytes = int(
         DEG_CONTROL_BYTES * used * of_cell + 2 * (cores or usable_cores()) * held + DEG_ROW_BYTES * rows

@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 
 from perturbscope.analysis.degs import DEG_COLUMNS, DegOptions, DegResult, DegScreen, differential_genes
+from perturbscope.analysis.expression_sets import SetResult, enrich_expression
+from perturbscope.analysis.gene_sets import read_gmt
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.files import table_parts
 from perturbscope.cells.readers import CellSource
@@ -109,7 +111,71 @@ def degs(
             missing_labels=missing_labels, normalize_combinations=normalize_combinations, options=options, seed=seed,
         )  # fmt: skip
     found = screen.result(top=top, progress=progress)
-    return replace(found, provenance={**found.provenance, **facts}, warnings=[*warnings, *found.warnings])
+    return replace(
+        found, provenance={**found.provenance, **facts}, warnings=list(dict.fromkeys([*warnings, *found.warnings]))
+    )
+
+
+def enrich_genes(
+    cells: Any,
+    gene_sets: str | Path | Mapping[str, Sequence[str]],
+    *,
+    perturbation_key: str,
+    control: str | Sequence[str],
+    batch_key: str | None = None,
+    options: DegOptions | None = None,
+    correlation: float = 0.01,
+    min_members: int = 5,
+    max_members: int = 500,
+    missing_labels: Collection[str] = (),
+    normalize_combinations: bool = False,
+    seed: int = 0,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    total_counts_key: str | None = None,
+    round_counts: bool = False,
+    progress: StageProgress | None = None,
+) -> SetResult:
+    """Test gene sets in the expression of each perturbation against control; no model is needed.
+
+    Parameters
+    ----------
+    cells
+        AnnData, path or :class:`CellSource` with labels; cells without a label are left out.
+    gene_sets
+        A ``.gmt`` file, or the genes of each set.
+    correlation, min_members, max_members
+        See :func:`perturbscope.analysis.expression_sets.enrich_expression`.
+    perturbation_key, control, batch_key, options, missing_labels, normalize_combinations, seed
+        See :func:`degs`.
+    layer, gene_key, total_counts_key, round_counts, progress
+        See :func:`degs`.
+
+    Returns
+    -------
+    ``table`` with a row a perturbation and set, ``provenance``, ``warnings``.
+
+    Raises
+    ------
+    UnreadableFileError
+        The file of gene sets cannot be read; the message names the line.
+    InvalidParameterError, MissingColumnError, ControlLabelMissingError, TooFewCellsError, InvalidInputError
+        See :func:`degs`.
+    """
+    sets = gene_sets if isinstance(gene_sets, Mapping) else read_gmt(gene_sets)
+    with opened(
+        cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key, round_counts=round_counts
+    ) as source:
+        screen, facts, warnings = deg_screen(
+            source, perturbation_key=perturbation_key, control=control, batch_key=batch_key, options=options,
+            missing_labels=missing_labels, normalize_combinations=normalize_combinations, seed=seed,
+        )  # fmt: skip
+    found = enrich_expression(
+        screen, sets, correlation=correlation, min_members=min_members, max_members=max_members, progress=progress
+    )
+    return replace(
+        found, provenance={**found.provenance, **facts}, warnings=list(dict.fromkeys([*warnings, *found.warnings]))
+    )
 
 
 def deg_screen(
@@ -206,6 +272,6 @@ def write_genes(
         counts = pd.DataFrame(rows, columns=list(DEG_COLUMNS))
         parts.provenance = {
             **screen.facts(), **facts, "top": top, "counts": counts.to_dict("records"),
-            "warnings": [*warnings, *screen.warnings(counts)],
+            "warnings": list(dict.fromkeys([*warnings, *screen.warnings(counts)])),
         }  # fmt: skip
     return counts

@@ -95,7 +95,15 @@ def test_an_uploaded_file_and_the_command(server: Running, file: Path, tmp_path:
     with httpx.Client(base_url=f"http://{server.http}", headers=server.headers) as http:
         fields = {"perturbation_key": "what", "batch_key": "lane", "control": '["ctrl_a", "ctrl_b"]', "top": "5"}
         reply = http.post("/v1/degs", files={"file": ("in.h5ad", file.read_bytes())}, data=fields)
-    assert reply.status_code == 200, reply.text
+        assert reply.status_code == 200, reply.text
+        del fields["top"]
+        fields["gene_sets"] = "up\t\tg4\tg5\tg6\nother\t\tg10\tg11\tg12\tg13\n"
+        sets = http.post(
+            "/v1/enrich_genes", files={"file": ("in.h5ad", file.read_bytes())}, data={**fields, "min_members": "3"}
+        )
+        assert sets.status_code == 200, sets.text
+        q = pd.DataFrame(sets.json() | {"meta": None}).set_index(["perturbations", "gene_sets"])["q"]
+        assert q["up", "up"] < 0.05 < q["nothing", "up"]
     found = reply.json()
     assert "1 of 170 cells have no value" in " ".join(found["meta"]["warnings"])
     command = ["degs", str(file), "--perturbation-key", "what", "--batch-key", "lane"]
