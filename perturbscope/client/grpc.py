@@ -15,7 +15,7 @@ from perturbscope.client.base import TIMEOUT, AsyncBase, SyncBase
 from perturbscope.client.conversation import ChunkLimits, Failure, RetryPolicy
 from perturbscope.client.grpc_stream import StreamCall
 from perturbscope.client.methods import Conversations
-from perturbscope.client.streams import each
+from perturbscope.client.streams import chunks_of, each
 from perturbscope.client.trace import trace_headers
 from perturbscope.client.transports import grpc_answer, grpc_call, grpc_failure
 from perturbscope.errors import InvalidParameterError
@@ -138,7 +138,7 @@ class GrpcClient(_OverGrpc, SyncBase):
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[Embeddings]:
         """Embed a stream like :meth:`SyncBase.embed_stream`, in one call with messages in both directions."""
-        flight, source, call = self._flight(outputs), iter(chunks), self._stream()
+        flight, source, call = self._flight(outputs), chunks_of(chunks), self._stream()
         while not flight.done:
             try:
                 yield from call.results(flight, source, progress)

@@ -212,8 +212,9 @@ class Conversations:
 
 def _with_counts(request: Any) -> Any:
     """Return a request with the raw counts of an AnnData object in place of the object. Raises as :func:`as_counts`."""
-    names = [item.name for item in OPERATIONS.of(request).takes.of("cells")]
-    given = {name: value for name in names if (value := getattr(request, name)) is not None}
+    fields = {item.name: item.required for item in OPERATIONS.of(request).takes.of("cells")}
+    given = {name: getattr(request, name) for name in fields}
+    given = {name: value for name, value in given.items() if value is not None or fields[name]}
     if all(isinstance(value, CountMatrix) for value in given.values()):
         return request
     return replace(request, **{name: as_counts(value) for name, value in given.items()})

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import anndata as ad
 import grpc
 import httpx
 import numpy as np
@@ -120,6 +121,24 @@ async def test_chunks_learn_the_limit_from_each_other(
     found = await done(client.embed_cells(tiny_cells))
     assert np.array_equal(found.values, fake_embedder.embed(tiny_cells).values)
     assert len(refused) <= 2, "six chunks, two of them in flight when the limit shows"
+    await done(client.close())
+
+
+async def test_anndata_is_embedded_as_its_counts(connect: Connect, tiny_cells: CountMatrix) -> None:
+    adata = ad.AnnData(tiny_cells.counts, var=pd.DataFrame(index=list(tiny_cells.gene_ids)))
+    client = connect()
+    wanted = (await done(client.embed_cells(tiny_cells))).values
+    assert np.array_equal((await done(client.embed_cells(adata))).values, wanted)
+    stream = client.embed_stream(adata)
+    parts = [part async for part in stream] if hasattr(stream, "__aiter__") else list(stream)
+    assert np.array_equal(np.concatenate([part.values for part in parts]), wanted)
+    labels = ["control", "KO"] * 12
+    options = ScoreOptions(permutations=9, min_cells=4)
+    scored = await done(client.score_cells(adata, labels, control="control", options=options))
+    assert scored.result.table["n_cells"].tolist() == [12]
+    for wrong in ("cells.h5ad", np.ones((2, 2)), None):
+        with pytest.raises(InvalidParameterError, match="a CountMatrix or an AnnData object is needed"):
+            await done(client.embed_cells(wrong))
     await done(client.close())
 
 
