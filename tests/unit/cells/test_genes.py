@@ -112,6 +112,10 @@ def test_a_line_that_does_not_parse_is_named(line):
         GeneVocabulary.from_tsv(vocabulary().to_tsv() + line + "\n")
 
 
+NO_GENES = ["<cls>", "<eos>", " <pad>", "[CLS]", "[SEP]", "<|endoftext|>", "cls", "PAD", "mask_token", "<unk>", "", " "]
+"""Names of special tokens in the vocabularies of cells and of language."""
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -126,6 +130,10 @@ def test_a_line_that_does_not_parse_is_named(line):
         ({"medians": (np.inf, 1.5, 1.0)}, f"median of {CD3D} is inf"),
         ({"special": {"<pad>": 0}}, "<mask> is missing"),
         ({"special": {}}, "<mask> is missing"),
+        *(({"genes": (CD3D, name, ACTB)}, "is the name of a special token") for name in NO_GENES),
+        ({"genes": (CD3D, "<mask>", ACTB)}, "'<mask>' stands among the genes"),
+        ({"special": {"<pad>": 0, "<mask>": 1, CD4: 2}, "genes": (CD3D, ACTB)}, "differ in number"),
+        ({"special": {"<pad>": 0, "<mask>": 1, "ENSG00000000003": 2}, "tokens": (3, 4, 5)}, "has no median"),
     ],
 )
 def test_a_table_that_is_no_vocabulary(change, says):
