@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _MATRIX = ("matrix.mtx", "matrix.mtx.gz")
+_ANY_MATRIX = (".mtx", ".mtx.gz")
+"""Endings of matrices that other programs call otherwise (``UniqueAndMult-EM.mtx``, ``cells_x_genes.mtx``)."""
+_BARCODES = ("barcodes.tsv", "barcodes.txt", "quants_mat_rows.txt")
+_FEATURES = ("features.tsv", "genes.tsv", "features.txt", "genes.txt", "quants_mat_cols.txt")
+"""Endings of the tables beside a matrix: of Cell Ranger and STARsolo, kallisto, and alevin-fry."""
+_SAMPLE = re.compile(r"GSM\d+")
 _HEADERS = {"barcode", "barcodes", "x", "cell", "cell_id", "v1", "gene_id", "gene_ids", "gene", "geneid", "id"}
 """First words of tables that begin with a header, which Cell Ranger does not write."""
 _SHOWN = 8
@@ -179,7 +187,7 @@ def mtx_file(path: Path) -> Path | None:
         The directory holds the matrices of several samples.
     """
     if not path.is_dir():
-        return path if path.name.endswith(_MATRIX) else None
+        return path if path.name.endswith(_ANY_MATRIX) else None
     plain = next((path / name for name in _MATRIX if (path / name).is_file()), None)
     if plain is not None:
         return plain
@@ -221,9 +229,7 @@ def from_mtx(
     from scipy import io as scipy_io
     from scipy import sparse
 
-    prefix = next(matrix.name.removesuffix(name) for name in reversed(_MATRIX) if matrix.name.endswith(name))
-    barcodes = _Table(matrix.parent, prefix, ["barcodes.tsv"])
-    genes = _Table(matrix.parent, prefix, ["features.tsv", "genes.tsv"])
+    barcodes, genes = _Table(matrix, _BARCODES), _Table(matrix, _FEATURES)
     with reading(matrix):
         n_genes, n_cells = (int(size) for size in scipy_io.mminfo(matrix)[:2])
         is_turned = not genes.has(n_genes) and genes.has(n_cells) and barcodes.has(n_genes)
@@ -254,8 +260,9 @@ def from_mtx(
 
 
 def _matrices(folder: Path) -> list[Path]:
-    """Return the files whose names end like those of matrices, in the order of their names."""
-    return sorted(item for item in folder.iterdir() if item.name.endswith(_MATRIX) and item.is_file())
+    """Return the matrices in a folder, those with the usual name if there are any, in the order of their names."""
+    found = sorted(item for item in folder.iterdir() if item.name.endswith(_ANY_MATRIX) and item.is_file())
+    return [item for item in found if item.name.endswith(_MATRIX)] or found
 
 
 class _Table:
@@ -266,12 +273,10 @@ class _Table:
 
     Parameters
     ----------
-    folder
-        Folder of the matrix.
-    prefix
-        Beginning of the matrix's name.
+    matrix
+        The matrix. A table with the beginning of its name comes before the only one in the folder.
     names
-        Names of the table, the first that exists is read.
+        Endings of the table's name, the likeliest first.
 
     Raises
     ------
@@ -279,14 +284,23 @@ class _Table:
         There is no such table, or it is not text.
     """
 
-    def __init__(self, folder: Path, prefix: str, names: list[str]) -> None:
+    def __init__(self, matrix: Path, names: Sequence[str]) -> None:
+        folder = matrix.parent
+        prefix = next((matrix.name.removesuffix(name) for name in _MATRIX[::-1] if matrix.name.endswith(name)), "")
         endings = [f"{name}{end}" for name in names for end in ("", ".gz")]
         own = [folder / f"{prefix}{ending}" for ending in endings]
-        shared = [item for item in sorted(folder.iterdir()) if item.name.endswith(tuple(endings))]
+        # The only table is that of all samples, unless it is by its accession that of another.
+        sample = _SAMPLE.match(matrix.name)
+        shared = [
+            item
+            for item in sorted(folder.iterdir())
+            if item.name.endswith(tuple(endings))
+            and ((other := _SAMPLE.match(item.name)) is None or (sample and sample.group() == other.group()))
+        ]
         path = next((item for item in own if item.is_file()), shared[0] if len(shared) == 1 else None)
         if path is None:
             raise UnreadableFileError(
-                f"{folder} has no {' or '.join(f'{prefix}{name}[.gz]' for name in names)} beside the matrix.",
+                f"{folder} has no {' or '.join(f'{prefix}{name}[.gz]' for name in names[:2])} beside {matrix.name}.",
                 field="file",
             )
         self.path = path
