@@ -13,6 +13,7 @@ file format specification, version 3.0.
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -48,7 +49,8 @@ _SMALL = 64 * 2**20
 _TEXT_MORE = 8
 """Bytes of a stored string's entry (4 for its length, 8 + 4 for its place) beyond those of a pointer in memory."""
 _TABLES = ("/obs", "/var", "/obsm", "/varm", "/raw/var")
-"""Groups whose rows are read whole; matrices are read in pieces."""
+"""Groups whose rows are read whole, of the file or of a MuData's modality; matrices are read in pieces."""
+_MODALITY = re.compile(r"^/mod/[^/]+")
 
 
 def check_file(path: Path, settings: Settings) -> None:
@@ -146,7 +148,7 @@ class _Check:
 
     def sparse(self, where: str, group: Any) -> None:
         """Refuse a sparse matrix of a table, which is made dense, if its shape is out of bounds."""
-        if not where.startswith(_TABLES) or "shape" not in group.attrs:
+        if not _is_of_table(where) or "shape" not in group.attrs:
             return
         shape = np.asarray(group.attrs["shape"])
         if shape.dtype.kind in "iu" and float(np.prod(shape.astype(float))) > self._settings.max_values:
@@ -205,7 +207,7 @@ class _Check:
                 "Send the cells in several requests.",
                 field="data",
             )
-        if where.startswith(_TABLES) and (shape[0] > self._rows or n_values > settings.max_values):
+        if _is_of_table(where) and (shape[0] > self._rows or n_values > settings.max_values):
             raise _too_large(f"{where} is of shape {list(shape)}", f"{self._rows:,} rows")
         n_bytes = n_values * item_bytes
         if n_bytes > _SMALL and n_bytes > 2 * _BEST_DEFLATE * stored:
@@ -299,6 +301,11 @@ class _Check:
     def _read(self, offset: int, size: int) -> bytes:
         self._raw.seek(offset)
         return self._raw.read(size)
+
+
+def _is_of_table(where: str) -> bool:
+    """Return whether a part of the file is of a table that is read whole."""
+    return _MODALITY.sub("", where).startswith((*_TABLES, "/obsmap"))
 
 
 def _inflated(data: bytes, limit: int, *, keep: bool) -> bytes:

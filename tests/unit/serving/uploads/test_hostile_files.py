@@ -91,6 +91,11 @@ def sparse_table(file: h5py.File) -> None:
     group.attrs["shape"], group.attrs["encoding-type"] = [24, 2**40], "csr_matrix"
 
 
+def sparse_table_of_a_modality(file: h5py.File) -> None:
+    group = file.create_group("mod/rna/obsm/bomb")
+    group.attrs["shape"], group.attrs["encoding-type"] = [24, 2**40], "csr_matrix"
+
+
 def many_categories(file: h5py.File) -> None:
     file.create_dataset("obs/bomb/categories", (10**6,), h5py.string_dtype(), chunks=(10**4,))
 
@@ -224,6 +229,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str, str]] = {
     "wide table": (empty_table, LIMIT, "/obsm/bomb is of shape"),
     "long table": (long_table, LIMIT, "200,000 rows"),
     "sparse table": (sparse_table, LIMIT, "/obsm/bomb is of shape"),
+    "sparse table of a modality": (sparse_table_of_a_modality, LIMIT, "/mod/rna/obsm/bomb is of shape"),
     "many categories": (many_categories, LIMIT, r"/obs/bomb/categories is of shape \[1000000\]"),
     "long texts": (long_fixed_texts, LIMIT, "has 1,000,000,000 bytes"),
     "shared text": (shared_text, LIMIT, "The texts of /obs/bomb"),

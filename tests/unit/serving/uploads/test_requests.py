@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import h5py
+import httpx
 import numpy as np
 import pytest
 
+from perturbscope import protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import InvalidParameterError, LimitExceededError, UnreadableFileError
 from perturbscope.protocol import EmbedRequest
@@ -95,3 +99,50 @@ def test_a_column_without_any_label(h5ad: Path) -> None:
         labels.attrs["encoding-type"], labels.attrs["encoding-version"] = "string-array", "0.2.0"
     with pytest.raises(InvalidParameterError, match=r"No cell has a value in obs\['perturbation'\]"):
         read_upload("score", h5ad, {"perturbation_key": "perturbation", "control": "control"}, Settings())
+
+
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_a_mudata_file_gives_its_genes(h5ad: Path, tmp_path: Path, compression: str | None) -> None:
+    """It begins with a user block, and its modality has other cells than the whole."""
+    rna = ad.read_h5ad(h5ad)
+    path = tmp_path / "upload.h5mu"
+    with h5py.File(path, "w", userblock_size=512) as file:
+        options = {"compression": compression} if compression else {}
+        for name, part in (("rna", rna), ("prot", rna[:, :2].copy())):
+            ad.io.write_elem(file, f"mod/{name}", part, dataset_kwargs=options)
+        ad.io.write_elem(file, "obs", rna.obs[[]], dataset_kwargs=options)
+        ad.io.write_elem(file, "var", rna.var[[]], dataset_kwargs=options)
+    upload = read_upload("embed", path, {}, Settings())
+    wanted = read_upload("embed", h5ad, {}, Settings()).request.cells
+    assert (upload.request.cells.counts != wanted.counts).nnz == 0
+    columns = read_upload("columns", path, {}, Settings()).request
+    assert columns == read_upload("columns", h5ad, {}, Settings()).request
+
+
+async def test_what_a_file_holds_beside_genes_is_said_in_the_answer(http: httpx.AsyncClient, h5ad: Path) -> None:
+    adata = ad.read_h5ad(h5ad)
+    adata.var["feature_types"] = ["Gene Expression"] * (adata.n_vars - 2) + ["Antibody Capture"] * 2
+    adata.X = adata.X.astype(np.float32)
+    adata.X.data[::5] += 0.3
+    adata.write_h5ad(h5ad)
+    file = {"content": h5ad.read_bytes(), "headers": {"content-type": protocol.HDF5}}
+    refused = (await http.post("/v1/embed", **file)).json()["error"]
+    assert refused["code"] == "not_raw_counts"
+    assert "estimated counts" in refused["message"]
+    assert "round_counts=true beside an uploaded file" in refused["message"]
+    options = {"perturbation_key": "perturbation", "control": "control", "round_counts": "true"}
+    options["options"] = json.dumps({"permutations": 9, "min_cells": 4})
+    for route, given in (("embed", {"round_counts": "on"}), ("score", options)):
+        answer = (await http.post(f"/v1/{route}", params=given, **file)).json()
+        meta = answer["meta"]
+        said = " ".join([*meta["warnings"], *answer.get("warnings", [])])
+        assert "2 features are no gene and were left out: 2 Antibody Capture." in said
+        assert "were rounded to the nearest one" in said
+        assert meta["coverage"]["n_genes"] == adata.n_vars - 2
+        assert meta["coverage"]["left_out"] == {"Antibody Capture": 2}
+        if route == "score":
+            assert meta["provenance"]["round_counts"] is True
+    page = (await http.post("/v1/report", params=options, **file)).text
+    assert "2 features are no gene and were left out: 2 Antibody Capture." in page
+    wrong = (await http.post("/v1/embed", params={"round_counts": "maybe"}, **file)).json()["error"]
+    assert (wrong["code"], wrong["field"]) == ("invalid_parameter", "round_counts")
