@@ -179,7 +179,7 @@ def native(values: Any) -> Any:
 
     Every half float is a float32, so no value changes.
     """
-    if values.dtype == np.float16:
+    if values.dtype.kind == "f" and values.dtype.itemsize == 2:
         return values.astype(np.float32)
     return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
+from perturbscope.cells.counts import native
 from perturbscope.cells.readers.features import Features, choose_modality, features_of_frame
 from perturbscope.cells.readers.matrices import from_scipy
 from perturbscope.cells.readers.source import (
@@ -193,6 +195,15 @@ def _some_values(matrix: Any) -> NDArray[Any]:
     return np.asarray(some.data if hasattr(some, "tocsr") else some).ravel()
 
 
+def _from_file(backed: Any) -> Any:
+    """Read a sparse matrix of a backed object, also of a dtype that scipy, and so anndata, does not take."""
+    if native(np.zeros(0, dtype=backed.dtype)).dtype == backed.dtype:
+        return backed.to_memory()
+    data, indices, indptr = (np.asarray(backed.group[name][...]) for name in ("data", "indices", "indptr"))
+    kind = sparse.csr_matrix if backed.format == "csr" else sparse.csc_matrix
+    return kind((native(data), indices, indptr), shape=backed.shape)
+
+
 def _matrix(adata: Any, layer: str | None) -> tuple[Any, Any]:
     if layer in (None, "X"):
         matrix, var = adata.X, adata.var
@@ -211,7 +222,7 @@ def _matrix(adata: Any, layer: str | None) -> tuple[Any, Any]:
         )
     # Backed: a sparse dataset or an HDF5 dataset in place of the matrix.
     if hasattr(matrix, "to_memory"):
-        matrix = matrix.to_memory()
+        matrix = _from_file(matrix)
     elif not hasattr(matrix, "tocsr") and not isinstance(matrix, np.ndarray):
         matrix = np.asarray(matrix[...])
     return matrix, var
