@@ -96,10 +96,10 @@ def run(body: Callable[[], None], *, resumes: bool = True) -> int:
 
 
 @contextmanager
-def cell_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar, in cells, for each name that the given function is called with."""
+def cell_progress(unit: str = "cells") -> Iterator[Callable[[str, int, int], None]]:
+    """Show a progress bar, in cells or another `unit`, for each name that the given function is called with."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("cells"), TimeElapsedColumn(),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
         TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=stderr()) as bars:

@@ -1,7 +1,12 @@
-"""``python -m training corpus CONFIG``: build token shards from raw counts."""
+"""``python -m training corpus CONFIG``: build token shards from raw counts.
+
+``python -m training corpus verify DIRECTORY`` compares a corpus with the digests of its manifest.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -68,8 +73,11 @@ def corpus_of_checkpoint(config: ContrastiveConfig, checkpoint: Checkpoint) -> C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["verify"]:
+        return _verify(words[1:])
     parser = console.parser("Build the corpus of a training configuration: token shards from raw counts.")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
 
     def body() -> None:
         if not strict.has_key(options.config, "checkpoint", options.set):
@@ -83,6 +91,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build(cells, vocabulary=checkpoint.vocabulary, anew=options.overwrite)
 
     return console.run(body)
+
+
+def _verify(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training corpus verify",
+        description="Compare the files of a corpus with the digests in its manifest, and values with their bounds.",
+    )
+    parser.add_argument("corpus", metavar="DIRECTORY")
+    options = parser.parse_args(words)
+
+    def body() -> None:
+        corpus = Corpus(options.corpus)
+        with console.cell_progress("files") as progress:
+            n_files = corpus.verify(progress)
+        told = f"all {n_files} files are as they were written" if n_files else "it has no digests; bounds are kept"
+        console.stderr().print(f"{corpus.path}: {len(corpus):,} cells, {told}")
+
+    return console.run(body, resumes=False)
 
 
 def _contents(corpus: Corpus) -> Table:

@@ -17,7 +17,7 @@ from training import console
 from training.checkpoint import load_checkpoint
 from training.data.shards import Corpus
 from training.measure.masked_accuracy import Tallies, corpus_frequencies, evaluate
-from training.measure.unseen import EvaluateOptions, Heldout, read_heldout
+from training.measure.unseen import EvaluateOptions, Heldout, read_heldout, trained_on
 
 
 def _results(found: dict[str, Tallies], heldout: Heldout) -> Iterator[dict[str, Any]]:
@@ -62,9 +62,17 @@ def run(
         )
     frequencies = None if corpus is None else corpus_frequencies(corpus, options.max_length)
     results, left_out = [], {}
+    trained: dict[str, int] = {}
     with console.cell_progress() as progress:
         for path in files:
             heldout = read_heldout(path, checkpoint, options=options, corpus=corpus)
+            seen = None if corpus is not None else trained_on(path, checkpoint.provenance)
+            if seen:
+                trained[heldout.name] = seen
+                console.stderr().print(
+                    f"{path}: {seen:,} cells of this very file were trained on, by the checkpoint's record. Give "
+                    "--corpus to leave them out; these numbers do not show what the model makes of unseen cells."
+                )
             found = evaluate(checkpoint, heldout, options=options, frequencies=frequencies, progress=progress)
             results += list(_results(found, heldout))
             left_out[heldout.name] = heldout.left_out
@@ -76,6 +84,7 @@ def run(
             "corpus": corpus_path,
             "options": vars(options),
             "left_out": left_out,
+            "trained_on": trained,
             "results": [{name: _json(value) for name, value in row.items()} for row in results],
         }
         write_json(out, facts)

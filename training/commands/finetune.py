@@ -53,7 +53,9 @@ def finetune(config: ContrastiveConfig, *, again: Again = START) -> Path | None:
         corpus = Corpus(cells.path)
         if saved(corpus) is None:
             with console.cell_progress() as progress:
-                splits = make_splits(corpus, cells.sources, config.degs, config.split, progress=progress)
+                splits = make_splits(
+                    corpus, cells.sources, config.degs, config.split, progress=progress, say=console.stderr().print
+                )
             # Those of an earlier run are replaced when this one is complete.
             name = NEW_SPLITS if (output / SPLITS).exists() else SPLITS
             save_splits(output / name, splits, fingerprint=_split_fingerprint(config, corpus))

@@ -282,6 +282,8 @@ class SplitConfig:
     """Targets to validate on, in every data set that has them, instead of a random choice."""
     test: tuple[str, ...] | None = None
     """Targets to hold out, instead of a random choice."""
+    by_gene: bool = False
+    """Divide labels that are guides of one gene (STAT1g2, sgSTAT1-1) together, by that gene."""
     score_ineligible: bool = True
     """Put the targets that are too weak to train on into heldout.h5ad too; no cell of them is trained on."""
     seed: Natural = 0

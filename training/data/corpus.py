@@ -29,7 +29,17 @@ from perturbscope.threads import ahead
 from training.config.stages import CorpusConfig
 from training.config.strict import plain
 from training.data.shards import FORMAT_VERSION, MANIFEST, VOCABULARY, Corpus, ShardsWriter
-from training.data.sources import Progress, chunks, identity, keep_cells, label_codes, name_of, not_raw, open_source
+from training.data.sources import (
+    Progress,
+    chunks,
+    keep_cells,
+    label_codes,
+    name_of,
+    not_raw,
+    open_source,
+    source_digests,
+    stamp,
+)
 from training.data.staging import Staging
 
 
@@ -70,7 +80,7 @@ def build_corpus(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InvalidParameterError(f"Two sources have the name {twice!r}. Give one of them a name.", field="sources")
-    digests = [identity(source) for source in config.sources]
+    digests = source_digests(config.sources, _known(path))
     wanted = _fingerprint(config, vocabulary, digests)
     if path.exists():
         manifest = path / MANIFEST
@@ -95,6 +105,15 @@ def build_corpus(
         (staging.path / VOCABULARY).write_text(vocabulary.to_tsv(), encoding="utf-8")
         (staging.path / MANIFEST).write_text(json.dumps(manifest_values, indent=2) + "\n", encoding="utf-8")
     return Corpus(path)
+
+
+def _known(path: Path) -> list[dict[str, Any]]:
+    """Return the sources that the corpus at `path` has read; none if it is not there or cannot be read."""
+    try:
+        sources: list[dict[str, Any]] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["sources"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return sources
 
 
 def _opened(path: Path, *, damaged: bool) -> Corpus | None:
@@ -186,6 +205,7 @@ def _write(
                     "name": name_of(source),
                     "path": source.path,
                     "sha256": digests[number],
+                    "file": stamp(source),
                     "cells": n_cells,
                     "kept": kept["cells"],
                     "tokens": kept["tokens"],

@@ -10,7 +10,10 @@ A corpus is a directory::
     shard-00000/row.npy          each cell's row in its source, int64
     shard-00000/n_detected.npy   genes of the vocabulary that the cell expresses, int32
     shard-00000/known_share.npy  share of its counts that they hold, float32
+    shard-00000/digest.npy       digest of the cell's inputs, uint64, by which copies are found
     shard-00000/label-<name>.npy the cell's label as a code, int32; -1 where it has none
+
+The manifest has the SHA-256 of each file, which ``python -m training corpus verify`` compares.
 
 A token costs two bytes, so 30 million cells of 1,500 tokens are 90 GB, of which a batch reads only its own cells.
 """
@@ -21,7 +24,7 @@ import errno
 import functools
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,18 @@ from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import CorruptBundleError
 from perturbscope.families import Family, load_family
 from perturbscope.families.tokens import InputSpec, TokenizedCells
+from perturbscope.inference.bundle import sha256
+from training.data import copies
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.tsv"
 FORMAT_VERSION = 1
-PER_CELL: dict[str, str] = {"source": "int32", "row": "int64", "n_detected": "int32", "known_share": "float32"}
+PER_CELL: dict[str, str] = {
+    "source": "int32", "row": "int64", "n_detected": "int32", "known_share": "float32", "digest": "uint64",
+}  # fmt: skip
 """Facts that are kept for every cell, with their types."""
+_READ = 4096
+"""Cells that are read at a time where a whole corpus is."""
 
 
 class ArrayWriter:
@@ -109,7 +118,9 @@ class ShardWriter:
         for name, writer in self._cell_inputs.items():
             writer.append(tokens.per_cell[name])
         self._offsets.append(tokens.offsets[1:] + self.n_tokens)
-        facts = {"n_detected": tokens.n_detected, "known_share": tokens.known_share}
+        facts: dict[str, NDArray[Any]] = {
+            "n_detected": tokens.n_detected, "known_share": tokens.known_share, "digest": copies.digests(tokens),
+        }  # fmt: skip
         for name, writer in self._cells.items():
             writer.append({**facts, **per_cell}[name])
         self.n_tokens += int(tokens.offsets[-1])
@@ -175,6 +186,7 @@ class ShardsWriter:
         """Finish the current shard."""
         if self._open is not None:
             self._open.close()
+            self.written[-1]["files"] = {path.name: sha256(path) for path in sorted(self._open.path.iterdir())}
             self._open = None
 
     def __enter__(self) -> ShardsWriter:
@@ -227,6 +239,56 @@ class Corpus:
     def per_cell(self, name: str) -> NDArray[Any]:
         """Return one of :data:`PER_CELL`, [n_cells]."""
         return np.concatenate([np.asarray(self._map(at, name)) for at in range(len(self._shards))])
+
+    @functools.cached_property
+    def digests(self) -> NDArray[np.uint64]:
+        """Digest of the inputs of each cell, by which copies are found (:mod:`training.data.copies`), [n_cells]."""
+        if all((shard / "digest.npy").exists() for shard in self._shards):
+            return self.per_cell("digest")
+        # A corpus of an earlier version keeps none.
+        numbers = (np.arange(start, min(start + _READ, len(self))) for start in range(0, len(self), _READ))
+        return np.concatenate([copies.digests(self.cells(cells)) for cells in numbers])
+
+    def verify(self, progress: Callable[[str, int, int], None] | None = None) -> int:
+        """Compare every file of every shard with its digest in the manifest, and every value with its bounds.
+
+        Parameters
+        ----------
+        progress
+            Called with ``files``, the number of compared files, and the number of all.
+
+        Returns
+        -------
+        Number of files that were compared with a digest; 0 for a corpus of an earlier version, which has none.
+
+        Raises
+        ------
+        CorruptBundleError
+            A file was changed, is missing, or holds a value out of its bounds.
+        """
+        listed = [
+            (self._shards[number] / name, digest)
+            for number, shard in enumerate(self.manifest["shards"])
+            for name, digest in shard.get("files", {}).items()
+        ]
+        for number, (path, digest) in enumerate(listed, 1):
+            if not path.is_file() or sha256(path) != digest:
+                what = "was changed after it was written" if path.is_file() else "is missing"
+                raise CorruptBundleError(f"{path} {what}. Build the corpus again.")
+            if progress:
+                progress("files", number, len(listed))
+        for shard, offsets in enumerate(self._offsets):
+            if offsets[0] or (np.diff(offsets) < 0).any():
+                raise CorruptBundleError(f"{self._shards[shard] / 'offsets.npy'} is not ascending. Build it again.")
+        for spec, parts in self._inputs.items():
+            n_values = self.family.max_length if spec.within_length else spec.n_values
+            for shard, values in enumerate(parts):
+                if n_values is not None and len(values) and not 0 <= values.min() <= values.max() < n_values:
+                    raise CorruptBundleError(
+                        f"{self._shards[shard] / stored_name(spec)}.npy holds a value outside 0 to {n_values - 1}. "
+                        "Build the corpus again."
+                    )
+        return len(listed)
 
     def labels(self, name: str) -> NDArray[np.object_]:
         """Return a label of each cell, None where it has none, [n_cells].

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,43 @@ def identity(source: SourceConfig) -> str:
         return sha256(Path(source.path))
     except OSError as error:
         raise UnreadableFileError(f"{source.path} cannot be read: {error}.", field="sources") from error
+
+
+def stamp(source: SourceConfig) -> dict[str, int] | None:
+    """Return size and time of change of a file, in bytes and nanoseconds; None for a store, or if it is not there."""
+    try:
+        found = None if source.soma is not None else Path(source.path).stat()
+    except OSError:
+        return None
+    return None if found is None else {"bytes": found.st_size, "changed": found.st_mtime_ns}
+
+
+def source_digests(sources: Sequence[SourceConfig], known: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the digest of each source; of a file whose size and time of change are known, without reading it.
+
+    Parameters
+    ----------
+    sources
+        Files and stores.
+    known
+        Entries of a corpus' manifest. A file that is no longer there is taken to be the one that the corpus has read:
+        a corpus is trained from without its sources.
+
+    Raises
+    ------
+    UnreadableFileError
+        A source cannot be read, and the corpus has not read it.
+    """
+    read = {entry["path"]: entry for entry in known}
+    found = []
+    for source in sources:
+        entry = read.get(source.path)
+        now = stamp(source)
+        if source.soma is None and entry is not None and now in (None, entry.get("file", {})):
+            found.append(str(entry["sha256"]))
+        else:
+            found.append(identity(source))
+    return found
 
 
 def chunks(cells: CellSource, keep: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], CountMatrix]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,6 +137,19 @@ def read_heldout(
     return Heldout(path.name, inputs, gene_tokens_by_rank(inputs, family), taken, left_out)
 
 
+def trained_on(path: str | Path, provenance: Mapping[str, Any]) -> int:
+    """Return how many cells of a file a checkpoint, or one that it was made from, was trained on by its record."""
+    content = _content(Path(path))
+    found = 0
+    record: Mapping[str, Any] | None = provenance
+    while isinstance(record, Mapping):
+        data = record.get("data")
+        sources = data.get("sources", ()) if isinstance(data, Mapping) else ()
+        found = max([found, *(int(entry["kept"]) for entry in sources if entry.get("sha256") == content)])
+        record = record.get("parent")
+    return found
+
+
 def gene_tokens_by_rank(cells: TokenizedCells, family: Family) -> list[NDArray[np.int64]]:
     """Return the tokens of the genes of each cell, in their order, without special tokens, int64."""
     rows = family.gene_rows(cells)
@@ -146,10 +160,15 @@ def gene_tokens_by_rank(cells: TokenizedCells, family: Family) -> list[NDArray[n
 
 def _trained_rows(path: Path, corpus: Corpus) -> NDArray[np.int64]:
     """Return the rows that the corpus holds of the file with this very content."""
-    try:
-        content = sha256(path)
-    except OSError as error:
-        raise UnreadableFileError(f"{path} cannot be read: {error}.", field="cells") from error
+    content = _content(path)
     numbers = [i for i, source in enumerate(corpus.manifest["sources"]) if source["sha256"] == content]
     rows: NDArray[np.int64] = corpus.per_cell("row")[np.isin(corpus.per_cell("source"), numbers)]
     return rows
+
+
+def _content(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise UnreadableFileError(f"{path} cannot be read: {error}.", field="cells") from error

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from perturbscope.errors import InvalidParameterError
 from training import families
 from training.config.stages import PretrainConfig
+from training.data import copies
 from training.data.augment import check_hiding, hide_genes
 from training.data.batches import by_length, padded
 from training.data.length_sampler import LengthGroupedSampler
@@ -57,6 +58,7 @@ class MaskedTask:
         self.module: nn.Module = self._family.pretraining(self.model)
         check_hiding(config.panel, corpus.family)
         self.train_cells, self.validation_cells = split_cells(len(corpus), config)
+        self.validation_cells = _independent(corpus, self.train_cells, self.validation_cells)
         self._sampler = LengthGroupedSampler(
             corpus.lengths[self.train_cells],
             batch=config.loop.micro_batch,
@@ -114,6 +116,29 @@ class MaskedTask:
             batch = hide_genes(batch, family, config.panel, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         return self._family.mask(batch, family=family, generator=generator, probability=config.mask_probability)
+
+
+def _independent(corpus: Corpus, trained: NDArray[np.int64], held: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the held-out cells that equal no cell that is trained on.
+
+    Raises
+    ------
+    InvalidParameterError
+        So many are equal that cells were given twice.
+    """
+    if not len(held):
+        return held
+    shared = copies.in_both(corpus.digests, held, trained)
+    if shared.sum() > copies.MAX_COPIES * len(held):
+        names = [source["name"] for source in corpus.manifest["sources"]]
+        first, second = copies.shared_sources(corpus.digests, corpus.per_cell("source"), held, trained, names)
+        where = f"{first} holds cells twice" if first == second else f"{first} and {second} hold the same cells"
+        raise InvalidParameterError(
+            f"{int(shared.sum()):,} of {len(held):,} cells to validate on are cells of training too (equal tokens in "
+            f"equal order): {where}. Leave the copies out.",
+            field="corpus.sources",
+        )
+    return held[~shared]
 
 
 def split_cells(n_cells: int, config: PretrainConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -19,7 +19,7 @@ from perturbscope.errors import (
     TooFewCellsError,
 )
 from tests.models import small_vocabulary
-from tests.training_data import TARGETS, VOCABULARY, contrastive_values, pretrain_values
+from tests.training_data import TARGETS, VOCABULARY, contrastive_values, pretrain_values, write_data_set
 from training.checkpoint import load_checkpoint
 from training.commands import finetune as finetune_command
 from training.commands import pretrain
@@ -215,7 +215,8 @@ def test_two_data_sets_are_paired_apart(pretrained: Path, tmp_path: Path) -> Non
     values["output"] = str(tmp_path / "out")
     values["corpus"]["path"] = str(tmp_path / "corpus")
     path = values["corpus"]["sources"][0]["path"]
-    values["corpus"]["sources"] = [{"path": path, "name": "one"}, {"path": path, "name": "two"}]
+    other = write_data_set(tmp_path / "other.h5ad", seed=1)
+    values["corpus"]["sources"] = [{"path": path, "name": "one"}, {"path": str(other), "name": "two"}]
     finetune(strict.parse(ContrastiveConfig, values))
     assert (tmp_path / "out" / "heldout-one.h5ad").is_file()
     assert (tmp_path / "out" / "heldout-two.h5ad").is_file()
