@@ -22,6 +22,7 @@ from perturbscope.cli.options import CA_VARIABLE, KEY_FILE_VARIABLE, KEY_VARIABL
 from perturbscope.cli.reference import operations
 from perturbscope.cli.report import report
 from perturbscope.cli.scoring import compare, score
+from perturbscope.cli.vocabulary import vocabulary
 from perturbscope.errors import PerturbScopeError
 
 _INTERRUPTED = 128 + signal.SIGINT
@@ -66,6 +67,7 @@ app.command()(degs)
 app.command("enrich-genes")(enrich_genes)
 app.command()(enrich)
 app.command()(report)
+app.command()(vocabulary)
 app.command()(operations)
 app.add_typer(bundles.app)
 

@@ -24,7 +24,7 @@ from perturbscope.families.outputs import Outputs, OutputSpec, selected
 from perturbscope.families.tokens import TokenizedCells
 from perturbscope.inference.embedder import Embedder
 from perturbscope.operations import OPERATIONS
-from perturbscope.protocol.fields import Meta
+from perturbscope.protocol.fields import PER_ROW, Meta
 from perturbscope.protocol.operations import Operation, check_capability
 from perturbscope.threads import usable_cores
 from serving.access import limits
@@ -77,6 +77,11 @@ class Served:
     operation: Operation[Any, Any] | None = None
     path: str = field(init=False)
 
+    @property
+    def has_body(self) -> bool:
+        """Whether it is asked with POST."""
+        return self.uploads or bool(self.decode)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", f"/v1/{self.name}")
 
@@ -128,7 +133,8 @@ def served(operation: Operation[Any, Any]) -> Served:
     if operation.has_arrow:
         encode[protocol.ARROW] = protocol.answer_to_arrow
     call = _ANSWERS.get(operation.name) or partial(_run, operation)
-    return Served(operation.name, operation.summary, call, decode, encode, operation.has_body, operation)
+    uploads = bool(operation.takes.of("cells", *PER_ROW))
+    return Served(operation.name, operation.summary, call, decode, encode, uploads, operation)
 
 
 def all_served() -> list[Served]:

@@ -12,7 +12,7 @@ from perturbscope import __version__, protocol
 from serving.engine.engine import Engine
 from serving.engine.operations import all_served
 from serving.engine.reports import HTML
-from serving.http import admin, openapi, streams
+from serving.http import admin, openapi, streams, vocabulary
 from serving.http.edge import OperationEndpoint
 from serving.http.gate import refused
 from serving.http.metrics_page import metrics_page
@@ -48,6 +48,7 @@ def build_app() -> FastAPI:
     app.add_api_route("/metrics", metrics_page, include_in_schema=False, response_class=Response)
     app.add_api_route("/", _screen, methods=["GET"], include_in_schema=False, response_class=Response)
     app.include_router(admin.router())
+    app.include_router(vocabulary.router())
     app.add_exception_handler(HTTPException, refused)
     app.router.redirect_slashes = False
     app.openapi = functools.partial(_document, app)  # type: ignore[method-assign]

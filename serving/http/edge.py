@@ -184,7 +184,7 @@ class LimitedBody:
 async def read_request(body: LimitedBody, operation: Served, engine: Engine) -> Upload:
     """Read the request in a body of JSON or Arrow, or in an uploaded .h5ad file."""
     kind = body.content_type
-    if operation.operation is not None and not operation.uploads:
+    if operation.operation is not None and not operation.has_body:
         return Upload(operation.operation.request())
     if kind in operation.decode:
         if body.query:
@@ -193,11 +193,11 @@ async def read_request(body: LimitedBody, operation: Served, engine: Engine) -> 
                 field=next(iter(body.query)),
             )
         return Upload(await body.decoded(engine, operation.decode[kind], await body.body()))
-    if kind not in (*HDF5_TYPES, MULTIPART):
+    if kind not in (*HDF5_TYPES, MULTIPART) or not operation.uploads:
+        files = f"an .h5ad file as {protocol.HDF5}, or a form ({MULTIPART}) with the .h5ad file in the field 'file'"
+        understood = [*operation.decode, files] if operation.uploads else [" or ".join(operation.decode)]
         raise UnsupportedMediaTypeError(
-            f"The content type {kind or '(none)'!r} is not understood. Send "
-            f"{''.join(f'{media_type}, ' for media_type in operation.decode)}"
-            f"an .h5ad file as {protocol.HDF5}, or a form ({MULTIPART}) with the .h5ad file in the field 'file'.",
+            f"The content type {kind or '(none)'!r} is not understood. Send {', '.join(understood)}.",
             field="content-type",
         )
     with room_on_disk(), tempfile.TemporaryDirectory(dir=upload_folder().path()) as directory:

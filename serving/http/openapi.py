@@ -106,14 +106,14 @@ def route(served: Served) -> dict[str, Any]:
             answer["content"] = {protocol.ARROW: {"schema": BINARY}}
     conflicts = (409,) if served.operation is not None and served.operation.capability != "embed" else ()
     return {
-        "methods": ["POST" if served.uploads else "GET"],
+        "methods": ["POST" if served.has_body else "GET"],
         "summary": served.summary,
         "name": served.name,
         "responses": {
-            **refusals((*(USUAL if served.uploads else UNREAD), *conflicts)),
+            **refusals((*(USUAL if served.has_body else UNREAD), *conflicts)),
             200: {"description": "The answer.", **answer},
         },
-        "openapi_extra": _request_body(served) if served.uploads else None,
+        "openapi_extra": _request_body(served) if served.has_body else None,
     }
 
 
@@ -136,6 +136,8 @@ def _request_body(served: Served) -> dict[str, Any]:
         example = schemas.example(operation)
         body = {"schema": schemas.body(operation), **({"example": example} if example else {})}
         written = {protocol.JSON: body, protocol.ARROW: {"schema": BINARY}}
+    if not served.uploads:
+        return {"requestBody": {"required": True, "content": written}}
     return {
         "requestBody": {
             "required": True,
