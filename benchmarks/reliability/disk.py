@@ -63,7 +63,7 @@ async def disk(trial: Trial) -> None:
                 way = ("HTTP h5ad", "HTTP form")[number % 2]
                 work = [upload(way, large), upload(way, large), *(beside(way) for way in ways)]
                 right += [bool(found) for found in (await asyncio.gather(*work))[2:]]
-            left = sorted(path.name for path in folder.iterdir() if path.name.startswith("perturbscope"))
+            left = sorted(path.name for path in folder.glob("perturbscope-uploads-*/*") if path.name != "lock")
             trial.check(
                 f"{len(refused)} uploads of {size / 2**20:.1f} MiB were refused with a typed error ({set(refused)})",
                 "ok" not in refused and len(set(refused)) == 1,

@@ -39,6 +39,7 @@ def metadata(model: ServedModel, served: tuple[ModelInfo, ...]) -> dict[str, Any
             {"name": spec.name, "datatype": "FP32", "shape": [-1, *_output_dims(spec)]}
             for spec in model.embedder.outputs
         ],
+        "properties": _properties(model),
     }
 
 
@@ -56,6 +57,17 @@ def configuration(model: ServedModel, settings: Settings) -> dict[str, Any]:
         "output": [
             {"name": spec.name, "data_type": "TYPE_FP32", "dims": _output_dims(spec)} for spec in model.embedder.outputs
         ],
+        "parameters": {name: {"string_value": value} for name, value in _properties(model).items()},
+    }
+
+
+def _properties(model: ServedModel) -> dict[str, str]:
+    """Return what a client must know that makes tokens itself; ``GET /v1/models/{name}/vocabulary`` has the rest."""
+    family = model.embedder.family
+    return {
+        "max_length": str(family.max_length),
+        "vocabulary_genes": str(len(family.vocabulary.gene_ids)),
+        "vocabulary_hash": model.info.vocabulary_hash,
     }
 
 

@@ -77,6 +77,9 @@ class ModelDescription(_Closed):
     platform: str
     inputs: list[TensorDescription]
     outputs: list[TensorDescription]
+    properties: dict[str, str] = Field(
+        description="max_length: tokens of the longest cell; and the vocabulary's facts."
+    )
 
 
 class ConfiguredTensor(_Closed):
@@ -85,6 +88,12 @@ class ConfiguredTensor(_Closed):
     name: str
     data_type: str
     dims: list[int]
+
+
+class ConfiguredParameter(_Closed):
+    """One property of a model."""
+
+    string_value: str
 
 
 class ModelConfiguration(_Closed):
@@ -96,6 +105,7 @@ class ModelConfiguration(_Closed):
     max_batch_size: int
     input: list[ConfiguredTensor]
     output: list[ConfiguredTensor]
+    parameters: dict[str, ConfiguredParameter] = Field(description="The properties of the model's metadata.")
 
 
 class Duration(_Closed):

@@ -31,19 +31,29 @@ class UploadFolder:
     """
 
     def __init__(self, parent: Path | None = None) -> None:
-        self._parent = Path(tempfile.gettempdir()) if parent is None else parent
+        self._given = parent
         self._path: Path | None = None
         self._lock = -1
 
     def path(self) -> Path:
         """Return the folder. Raises OSError if it cannot be made."""
-        if self._path is None or not self._path.is_dir():  # something may clean up old temporary files
+        parent = self._parent
+        # Something may clean up old temporary files.
+        if self._path is None or self._path.parent != parent or not self._path.is_dir():
             self.remove()
             # Locked under a name that no other server looks for, and renamed: a folder without a lock has no owner.
-            made = Path(tempfile.mkdtemp(prefix=".perturbscope-new-", dir=self._parent))
-            self._lock = _locked(made / _LOCK, os.O_CREAT)
-            self._path = made.rename(self._parent / f"{PREFIX}{made.name.rpartition('-')[2]}")
+            made = Path(tempfile.mkdtemp(prefix=".perturbscope-new-", dir=parent))
+            try:
+                self._lock = _locked(made / _LOCK, os.O_CREAT)
+                self._path = made.rename(parent / f"{PREFIX}{made.name.rpartition('-')[2]}")
+            except BaseException:
+                shutil.rmtree(made, ignore_errors=True)
+                raise
         return self._path
+
+    @property
+    def _parent(self) -> Path:
+        return Path(tempfile.gettempdir()) if self._given is None else self._given
 
     def remove(self) -> None:
         """Remove the folder, at the end of the server."""

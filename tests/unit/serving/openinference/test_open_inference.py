@@ -352,16 +352,21 @@ async def test_what_is_told_of_server_and_models(engine: Engine, connect: Connec
         "outputs": [{"name": "cell_embedding", "datatype": "FP32", "shape": [-1, TINY_WIDTH]}],
     }
     found = (await http.get("/v2/models/fake")).json()
+    properties = found.pop("properties")
+    assert (properties["max_length"], properties["vocabulary_genes"]) == ("2048", "25424")
     assert found == {"name": "fake", "versions": ["1.0"], "platform": "onnxruntime_onnx", **shapes}
     metadata = await stub.ModelMetadata(pb.ModelMetadataRequest(name="fake", version="1.0"))
     assert [(item.name, item.datatype, list(item.shape)) for item in metadata.inputs] == [
         (IDS, "INT64", [-1, -1]),
         (MASK, "INT64", [-1, -1]),
     ]
+    assert dict(metadata.properties) == properties
     config = (await http.get("/v2/models/fake/config")).json()
+    assert config["parameters"]["max_length"] == {"string_value": "2048"}
     assert config["output"] == [{"name": "cell_embedding", "data_type": "TYPE_FP32", "dims": [TINY_WIDTH]}]
     reply = (await stub.ModelConfig(pb.ModelConfigRequest(name="fake"))).config
     assert reply.input[0].data_type == pb.TYPE_INT64
+    assert reply.parameters["max_length"].string_value == "2048"
     assert (await http.get("/v2")).json()["name"] == (await stub.ServerMetadata(pb.ServerMetadataRequest())).name
     index = [{"name": "fake", "version": "1.0", "state": "READY", "reason": ""}]
     assert (await http.post("/v2/repository/index")).json() == index
