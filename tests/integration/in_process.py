@@ -56,7 +56,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *, bundle: Path | None = None, **settings: Any) -> Iterator[Running]:
+def running(folder: Path, *, bundle: Path | None = None, keyless: bool = False, **settings: Any) -> Iterator[Running]:
     """Run a server over a repository with one model, on its own event loop; `bundle` may be another default."""
     made = [make_key("pipeline"), make_key("operator", rights=("infer", "admin"))]
     (folder / "keys.json").write_bytes(keys_to_json(tuple(key for key, _ in made)))
@@ -68,7 +68,7 @@ def running(folder: Path, *, bundle: Path | None = None, **settings: Any) -> Ite
         bundle=str(bundle or folder / "models" / MODEL),
         repository=str(folder / "models"),
         repository_poll=0,
-        keys=str(folder / "keys.json"),
+        keys="" if keyless else str(folder / "keys.json"),
         threads=1,
         **settings,
     )
