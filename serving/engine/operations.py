@@ -66,6 +66,8 @@ class Served:
         Whether an uploaded file makes a request.
     operation
         The operation of the table; None: the server adds it, over HTTP alone.
+    has_body
+        Whether it is asked with POST.
     """
 
     name: str
@@ -76,14 +78,11 @@ class Served:
     uploads: bool = True
     operation: Operation[Any, Any] | None = None
     path: str = field(init=False)
-
-    @property
-    def has_body(self) -> bool:
-        """Whether it is asked with POST."""
-        return self.uploads or bool(self.decode)
+    has_body: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", f"/v1/{self.name}")
+        object.__setattr__(self, "has_body", self.uploads or bool(self.decode))
 
 
 async def _score(engine: Engine, request: protocol.ScoreRequest, call: Call) -> protocol.ScoreAnswer:
