@@ -135,11 +135,11 @@ def score_perturbations(
 
 def _moments(metric: Metric, options: ScoreOptions) -> str:
     """Say where mean and sd of the null come from."""
+    fixed = options.null == "fixed"
     if metric == "wasserstein":
-        return f"{options.null_draws} random draws of controls"
-    if options.null == "fixed":
-        return "closed form, over all draws of controls"
-    return "closed form, over all exchanges of labels"
+        drawn = f"{options.null_draws} random draws of controls"
+        return drawn if fixed else f"{options.wasserstein_permutations} exchanges of labels"
+    return f"closed form, over all {'draws of controls' if fixed else 'exchanges of labels'}"
 
 
 def _option_warnings(options: ScoreOptions, groups: Groups, scorable: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from perturbscope.scoring.distances import TILE_VALUES
 from perturbscope.scoring.energy import batch_permutations, exchanges, permutations, tail
 from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS
 from perturbscope.scoring.results import Metric, ScoreOptions
-from perturbscope.scoring.scorers import NULL_REPEATS, shared_size
+from perturbscope.scoring.scorers import NULL_REPEATS
 from perturbscope.threads import usable_cores
 
 PRODUCT, SPARSE_PRODUCT = 26e-12, 200e-12
@@ -425,20 +425,20 @@ def _transport_scores(
     """Add the cost of Wasserstein scores of `counts` groups of `n` cells."""
     parts, m = cost.parts, float(controls)
     fixed = options.null == "fixed"
-    limit = controls if fixed else controls // 2
-    size = np.minimum(n, min(limit, MAX_TRANSPORT_CELLS))
+    size = np.minimum(n, min(controls, MAX_TRANSPORT_CELLS))
+    few = min(options.repeats, NULL_REPEATS)
     solved = _assignment(size)
     a_distance = 2 * PRODUCT * width + 2 * DISTANCE
-    parts["max_cells"] += (m * m + float((counts * (n * m + 4 * size**2)).sum())) * a_distance
+    parts["max_cells"] += (m * m + float((counts * n * (n + m)).sum())) * a_distance
     parts["cells"] += float((counts * (GROUP + VALUE * width * (n + m))).sum())
-    parts["repeats"] += options.repeats * float((counts * (solved + KEY * m)).sum())
+    sampled = solved + 4 * VALUE * size**2 + KEY * (n + m)
+    parts["repeats"] += options.repeats * float((counts * sampled).sum())
     parts["wasserstein_permutations"] += options.wasserstein_permutations * float(
-        (counts * (solved + 2 * KEY * size)).sum()
+        (counts * (few * sampled + 2 * KEY * (n + m))).sum()
     )
-    nulls = {options.null_size if fixed else min(shared_size(int(value)), limit) for value in size}
-    of_null = np.array(sorted(nulls), dtype=np.float64)
-    few = min(options.repeats, NULL_REPEATS)
-    parts["null_draws"] += options.null_draws * float((few * _assignment(of_null) + (1 + few) * KEY * m).sum())
+    if fixed:
+        of_null = float(_assignment(np.array([options.null_size], dtype=np.float64))[0])
+        parts["null_draws"] += options.null_draws * (few * of_null + (1 + few) * KEY * m)
 
 
 def _score_bytes(

@@ -94,7 +94,7 @@ def assignment_cost(cost: Floats) -> float:
 
 
 def picked_costs(
-    distances: NDArray[np.float32],
+    distances: NDArray[np.float32] | Callable[[NDArray[np.intp], NDArray[np.intp]], NDArray[np.float32]],
     picks: Iterable[Pick],
     solve: Callable[[NDArray[np.float32]], float] = assignment_cost,
 ) -> Iterator[float]:
@@ -105,7 +105,7 @@ def picked_costs(
     Parameters
     ----------
     distances
-        Distances between all cells, [n, m].
+        Distances between all cells, [n, m]; or a function that returns those of a pick.
     picks
         Rows and columns of each problem, all of about the same size. They are taken in order, shortly before they are
         needed, so an iterator may draw them at random.
@@ -120,7 +120,7 @@ def picked_costs(
 
     def cost(pick: Pick) -> float:
         checkpoint()
-        return solve(distances[np.ix_(*pick)])
+        return solve(distances(*pick) if callable(distances) else distances[np.ix_(*pick)])
 
     def costs(batch: list[Pick]) -> list[float]:
         return [cost(pick) for pick in batch]

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from perturbscope.errors import InvalidParameterError
 from perturbscope.scoring.cleaning import cleaned_for
 from perturbscope.scoring.distances import pairwise_distances
-from perturbscope.scoring.energy.exchanges import BASE, ENUMERATED, EnergyTest
+from perturbscope.scoring.energy.exchanges import BASE, ENUMERATED, EnergyTest, PSource
 from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Pool
 from perturbscope.scoring.labels import Groups
 from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS, assignment_cost, picked_costs, transport_cost
@@ -30,9 +30,11 @@ from perturbscope.scoring.results import (
 )
 from perturbscope.scoring.scorers import (
     CONSTANT,
+    FEWEST_DRAWS,
     NOT_SCORED,
     GroupMaker,
     Scored,
+    batch_score,
     exchange_flags,
 )
 from perturbscope.scoring.statistics import Exchange, empirical_p, generator
@@ -146,27 +148,33 @@ class _Comparer:
             return replace(CONSTANT, n_used=len(cells_a), n_used_b=len(cells_b))
         return self._transport(a, b) if self.metric == "wasserstein" else self._energy(a, b)
 
+    def _shared(self, a: str, b: str) -> tuple[NDArray[np.intp], NDArray[np.intp]] | Scored:
+        """Return the cells of each that are in batches with both, or the score of a pair that has too few."""
+        cells = (self.groups.members[a], self.groups.members[b])
+        batches = self.groups.batches
+        if batches is None:
+            return cells
+        shared = np.intersect1d(batches[cells[0]], batches[cells[1]])
+        used = (cells[0][np.isin(batches[cells[0]], shared)], cells[1][np.isin(batches[cells[1]], shared)])
+        for some, whole in zip(used, cells, strict=True):
+            if (missing := batch_score(len(some), len(whole), self.options)) is not None:
+                return replace(missing, n_used=len(used[0]), n_used_b=len(used[1]))
+        return used
+
     def _energy(self, a: str, b: str) -> Scored:
         options, batches = self.options, self.groups.batches
-        cells = [self.groups.members[name] for name in (a, b)]
-        groups = [self.group(name) for name in (a, b)]
+        cells = self._shared(a, b)
+        if isinstance(cells, Scored):
+            return cells
         codes: list[NDArray[np.intp] | None] = [None, None]
-        count, flags = 1, list[str]()
+        count, flags, groups = 1, list[str](), list[Group]()
+        for name, some in zip((a, b), cells, strict=True):
+            whole = len(some) == len(self.groups.members[name])
+            groups.append(self.group(name) if whole else self.maker.make(some))
+            flags = flags if whole else ["batch_partly_confounded"]
         if batches is not None:
-            shared = np.intersect1d(batches[cells[0]], batches[cells[1]])
-            used = [some[np.isin(batches[some], shared)] for some in cells]
-            if not len(shared):
-                return replace(NOT_SCORED, flags=("batch_confounded",))
-            if any(
-                len(some) < max(2, min(options.min_cells, len(whole))) for some, whole in zip(used, cells, strict=True)
-            ):
-                few = ("batch_partly_confounded", "batch_too_few_cells")
-                return replace(NOT_SCORED, flags=few, n_used=len(used[0]), n_used_b=len(used[1]))
-            for i, some in enumerate(used):
-                if len(some) < len(cells[i]):
-                    groups[i], flags = self.maker.make(some), ["batch_partly_confounded"]
-            cells, count = used, len(shared)
-            codes = [np.searchsorted(shared, batches[some]) for some in cells]
+            shared = np.unique(batches[cells[0]])
+            count, codes = len(shared), [np.searchsorted(shared, batches[some]) for some in cells]
         pool = Pool(groups[0], groups[1], options.estimator)
         test = EnergyTest(cells[0], codes[0], pool.observed, *pool.moments(codes[0], codes[1], count), pool.noise)
         exchange = Exchange.of(len(cells[0]), len(cells[1]), self.groups.pooled_batches(*cells))
@@ -189,45 +197,44 @@ class _Comparer:
 
     def _transport(self, a: str, b: str) -> Scored:
         options, flags = self.options, []
-        cells = []
-        for name in (a, b):
-            members = self.groups.members[name]
+        found = self._shared(a, b)
+        if isinstance(found, Scored):
+            return found
+        cells = list(found)
+        if any(len(some) < len(self.groups.members[name]) for some, name in zip(cells, (a, b), strict=True)):
+            flags.append("batch_partly_confounded")
+        for i, members in enumerate(cells):
             if len(members) > MAX_TRANSPORT_CELLS:
-                flags = ["transport_subsampled"]
+                flags.append("transport_subsampled")
                 rng = generator(options.seed, "transport", self.groups.stream(members))
-                members = rng.choice(members, MAX_TRANSPORT_CELLS, replace=False)
-            cells.append(members)
+                cells[i] = rng.choice(members, MAX_TRANSPORT_CELLS, replace=False)
         n = len(cells[0])
-        pooled = pairwise_distances(self.groups.rows[np.concatenate(cells)])
+        pooled = pairwise_distances(self.maker.rows(np.concatenate(cells)))
         exchange = Exchange.of(n, len(cells[1]), self.groups.pooled_batches(cells[0], cells[1]))
         flags += exchange_flags(exchange, options.wasserstein_permutations)
         rng = generator(options.seed, "exchange", *map(self.groups.stream, cells))
-        draws = exchange.draw(options.wasserstein_permutations if exchange.blocks else 0, rng)
+        every = exchange.log_count < np.log(options.wasserstein_permutations + 1)
+        draws = [exchange.every()] if every else exchange.draw(options.wasserstein_permutations, rng)
         picks = ((np.flatnonzero(a), np.flatnonzero(~a)) for members in draws for a in members.T > 0)
         null = np.asarray(list(picked_costs(pooled, picks, _optimal)))
         noise = RELATIVE_NOISE * float(pooled.mean(dtype=np.float64))
-        found = _scored(_optimal(pooled[:n, n:]), *_spread(null, noise), null, noise, flags)
-        return replace(found, n_used=n, n_used_b=len(cells[1]), p_source="exchanges" if len(null) else "")
+        distance = _optimal(pooled[:n, n:])
+        p = float((null >= distance - noise).mean()) if every else empirical_p(distance, null, noise=noise)
+        mean, sd = float("nan"), float("nan")
+        if len(null) >= FEWEST_DRAWS:
+            mean, sd = float(null.mean()), float(null.std())
+            sd = sd if sd > noise else 0.0
+        else:
+            flags.append("few_draws")
+        if sd == 0:
+            flags.append("null_sd_zero")
+        source: PSource = "enumerated" if every else "exchanges"
+        sizes = (n, source, len(null))
+        return Scored(distance, mean, sd, p, tuple(dict.fromkeys(flags)), *sizes, n_used_b=len(cells[1]))
 
 
 def _optimal(cost: NDArray[np.float32]) -> float:
     return assignment_cost(cost) if cost.shape[0] == cost.shape[1] else transport_cost(cost)
-
-
-def _spread(null: NDArray[np.float64], noise: float) -> tuple[float, float]:
-    """Return mean and sd of a drawn null; an sd within rounding is 0."""
-    if len(null) < 2:
-        return float("nan"), float("nan")
-    sd = float(null.std())
-    return float(null.mean()), sd if sd > noise else 0.0
-
-
-def _scored(
-    distance: float, mean: float, sd: float, null: NDArray[np.float64], noise: float, flags: list[str]
-) -> Scored:
-    p = empirical_p(distance, null, noise=noise) if len(null) else float("nan")
-    found = tuple([*flags, "null_sd_zero"] if sd == 0 else flags)
-    return Scored(distance, mean, sd, p, found, exchanges=len(null))
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ FLAGS: dict[str, str] = {
     "cells_subsampled": "more cells than max_cells; a seeded sample was scored",
     "controls_subsampled": "more controls than max_cells; a seeded sample was used",
     "fewer_controls_than_cells": "not enough controls for a sample of the same size; all controls were used",
-    "null_capped": "too few controls for two disjoint groups of this size; samples of half the controls were compared",
+    "few_draws": "fewer than five exchanges of labels were drawn, so z is undefined",
     "null_sd_zero": "no exchange of labels changes the distance, so z is undefined",
     "constant_embeddings": "all cells of both groups have the same vector, which no test can tell apart",
     "duplicated_vectors": "over a tenth of the cells share their vector with other cells; if they are copies, p is off",
@@ -92,7 +92,7 @@ _TOLD = (
     "batch_too_few_cells",
     "few_exchanges",
     "null_sd_zero",
-    "null_capped",
+    "few_draws",
 )
 """Flags that undo a number or cast doubt on it, which a result's warnings explain too."""
 
@@ -117,14 +117,13 @@ class ScoreOptions:
         ``U`` leaves out a cell's distance to itself: unbiased, and may be negative. ``V`` keeps it: never negative,
         and larger the fewer cells there are.
     null
-        Distribution behind z. ``size_matched``: for the energy distances the exchanges of labels that p counts, whose
-        mean and sd have a closed form; for ``wasserstein`` groups of controls as large as the perturbation's.
-        ``fixed``: groups of `null_size` controls for all (Zhao et al. 2025), which is biased by size unless every
-        perturbation has that many cells.
+        Distribution behind z. ``size_matched``: the exchanges of labels that p counts, whose mean and sd have a closed
+        form for the energy distances. ``fixed``: groups of `null_size` controls for all (Zhao et al. 2025), which is
+        biased by size unless every perturbation has that many cells.
     null_size
         Cells in each group of the fixed null, which needs twice as many controls.
     null_draws
-        Random control groups behind the null of ``wasserstein``. The energy distances need none.
+        Random groups of controls behind the fixed null of ``wasserstein``. The energy distances need none.
     permutations
         Most exchanges of labels behind p of the energy distances. None: 1,000, and for those whose p is small as many
         as tell it from chance among all perturbations, at most 200,000.
@@ -132,7 +131,7 @@ class ScoreOptions:
         Exchanges that reach the observed energy distance after which no more are drawn (Besag and Clifford 1991), which
         leaves p exact; 0: all `permutations` are drawn.
     wasserstein_permutations
-        Exchanges of labels behind p of ``wasserstein``, each of which solves a transport problem.
+        Exchanges of labels behind z and p of ``wasserstein``, each of which solves two transport problems.
     correction
         ``bh`` (Benjamini-Hochberg: the expected share of false hits), ``holm`` or ``bonferroni`` (the probability of a
         single false hit; Holm finds all that Bonferroni does and more) over the perturbations of one metric.

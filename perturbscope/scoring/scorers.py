@@ -14,13 +14,13 @@ between batches. Cells in batches without controls have nothing to be exchanged 
 The fixed null (Zhao et al. 2025) has another statistic: the mean distance from `repeats` control samples as large as
 the group, and z against two groups of `null_size` controls. p stays that of the exchanges.
 
-Wasserstein: the distance is the mean over `repeats` control samples; its null is drawn from controls.
+Wasserstein: the distance is the mean over `repeats` control samples, and z and p come from exchanges of labels, which
+are drawn for both (:class:`TransportScorer`).
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -36,13 +36,15 @@ from perturbscope.scoring.energy.matrix import HOST, Compute, DenseGroup, DenseP
 from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Moments, Pool, moments_of, null_moments
 from perturbscope.scoring.energy.tail import Tails, TailSource, Unreached
 from perturbscope.scoring.labels import Groups
-from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS, assignment_cost, picked_costs
+from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS, Pick, picked_costs
 from perturbscope.scoring.results import Metric, ScoreOptions
 from perturbscope.scoring.statistics import Exchange, empirical_p, generator, random_subsets
-from perturbscope.threads import in_order
+from perturbscope.threads import checkpoint, in_order
 
-NULL_REPEATS = 4
-"""Most control samples drawn with one group of a drawn null; with fewer the sd of an averaged distance is uncertain."""
+NULL_REPEATS = 2
+"""Control samples of each exchange of labels; two tell the spread within exchanges from that between them."""
+FEWEST_DRAWS = 5
+"""Fewest exchanges whose spread makes a z."""
 
 
 @dataclass(frozen=True)
@@ -268,10 +270,8 @@ class EnergyScorer:
         if self.groups.batches is not None:
             used = cells[self.held[self.groups.batches[cells]] > 0]
             batches = self.groups.batches[used]
-            if not len(used):
-                return replace(NOT_SCORED, flags=("batch_confounded",))
-            if len(used) < max(2, min(self.options.min_cells, len(cells))):
-                return replace(NOT_SCORED, flags=("batch_partly_confounded", "batch_too_few_cells"), n_used=len(used))
+            if (missing := batch_score(len(used), len(cells), self.options)) is not None:
+                return missing
         if self.constant and self.groups.is_constant(np.concatenate([self.controls, used])):
             return replace(CONSTANT, n_used=len(used))
         return EnergyTest(used, batches)
@@ -301,16 +301,21 @@ class EnergyScorer:
 class TransportScorer:
     """Scores Wasserstein distances between samples of equal size, so that every problem is a linear assignment.
 
-    The distance falls as cells get more, so a null of another size would be of no use. Null groups have the size of the
-    perturbation's group, to within 1.25 % (sizes share a null so that it can be cached). A perturbation with more cells
-    than half of the controls is sampled to that many, since no larger null can be drawn (`null_capped`).
+    The distance falls as cells get more, so the cells of the perturbation, at most as many as there are controls, meet
+    samples of as many controls, and the mean over `repeats` of them is the distance. z and p are of exchanges of labels
+    over all cells of both groups: after each, the cells that are called perturbed meet samples of those that are called
+    controls. p compares means over :data:`NULL_REPEATS` samples; the spread within and between exchanges gives the sd
+    of a mean over any number. Groups that are all drawn from the controls are no such null: what one of them
+    has, the others lack, which made z too wide by up to a half.
+
+    With batches, cells are taken about the means of their batches and exchanged within them, as for energy distances.
     """
 
     def __init__(self, groups: Groups, controls: NDArray[np.intp], options: ScoreOptions) -> None:
         self.groups, self.controls, self.options = groups, controls, options
-        self.reference = pairwise_distances(groups.rows[controls])
-        self.nulls: dict[int, tuple[float, float]] = {}
-        self.lock = threading.Lock()
+        self.maker = GroupMaker("wasserstein", groups, options)
+        self.control_rows = self.maker.rows(controls)
+        self.reference = pairwise_distances(self.control_rows)
 
     def score_all(
         self, groups: Sequence[tuple[str, NDArray[np.intp]]], finished: Callable[[], None] = lambda: None
@@ -324,88 +329,113 @@ class TransportScorer:
         return scores
 
     def null(self, size: int) -> tuple[float, float]:
-        """Return mean and sd of the statistic between groups of `size` controls (cached).
+        """Return mean and sd of the distance between disjoint groups of `size` controls, the fixed null.
 
         Each draw takes one group X and a few groups Y of other controls; the variance between and within draws then
         gives the sd of the mean over any number of repeats.
         """
-        with self.lock:
-            if size not in self.nulls:
-                self.nulls[size] = self._null(size)
-            return self.nulls[size]
-
-    def _null(self, size: int) -> tuple[float, float]:
         options = self.options
         rng = generator(options.seed, "null", size)
         few = min(options.repeats, NULL_REPEATS)
         orders = (rng.permutation(len(self.controls)) for _ in range(options.null_draws))
         picks = ((order[:size], rng.choice(order[size:], size, replace=False)) for order in orders for _ in range(few))
-        draws = np.array(list(picked_costs(self.reference, picks))).reshape(-1, few)
+        return self._moments(np.array(list(picked_costs(self.reference, picks))).reshape(-1, few))
+
+    def _moments(self, draws: NDArray[np.float64]) -> tuple[float, float]:
+        """Return mean and sd of the mean over `repeats` samples, from draws of a few samples each, [draws, few]."""
+        few = draws.shape[1]
         within = float(draws.var(axis=1, ddof=1).mean()) if few > 1 else 0.0
         between = max(float(draws.mean(axis=1).var(ddof=1)) - within / few, 0.0)
-        mean, sd = float(draws.mean()), float(np.sqrt(between + within / options.repeats))
+        mean, sd = float(draws.mean()), float(np.sqrt(between + within / self.options.repeats))
         return mean, sd if sd > RELATIVE_NOISE * mean else 0.0
 
     def score(self, name: str, cells: NDArray[np.intp]) -> Scored:
         """Score one group; `name` is that of its random draws."""
-        options, n, n_controls = self.options, len(cells), len(self.controls)
-        rows = self.groups.rows
-        of_controls = rows[self.controls]
-        if self.groups.is_constant(np.concatenate([self.controls, cells])):
+        options, batches = self.options, self.groups.batches
+        used = cells if batches is None else cells[np.isin(batches[cells], batches[self.controls])]
+        if (missing := batch_score(len(used), len(cells), options)) is not None:
+            return missing
+        n, m = len(used), len(self.controls)
+        if self.groups.is_constant(np.concatenate([self.controls, used])):
             return replace(CONSTANT, n_used=n)
-        fixed = options.null == "fixed"
-        limit = n_controls if fixed else n_controls // 2
-        size = min(n, limit, MAX_TRANSPORT_CELLS)
-        between = pairwise_distances(rows[cells], of_controls)
-        rng = generator(options.seed, "repeats", name)
-        picks = [
-            (rng.choice(n, size, replace=False), rng.choice(n_controls, size, replace=False))
-            for _ in range(options.repeats)
-        ]
-        distance = float(np.mean(list(picked_costs(between, picks))))
-        flags = size_flags(n, n_controls, fixed=fixed, beyond="null_capped")
-        if min(n, limit) > size:
+        flags = ["batch_partly_confounded"] if n < len(cells) else []
+        size = min(n, m, MAX_TRANSPORT_CELLS)
+        if n > m:
+            flags.append("fewer_controls_than_cells")
+        if min(n, m) > size:
             flags.append("transport_subsampled")
-        mean, sd = self.null(options.null_size if fixed else min(shared_size(size), limit))
+        exchange = Exchange.of(n, m, self.groups.pooled_batches(used, self.controls))
+        flags += exchange_flags(exchange, options.wasserstein_permutations)
+        pooled = _Pooled(self.maker.rows(used), self.control_rows, self.reference)
+        few = min(options.repeats, NULL_REPEATS)
+        rng = generator(options.seed, "repeats", name)
+        observed = np.zeros(n + m, dtype=bool)
+        observed[:n] = True
+        sampled = list(picked_costs(pooled.part, _samples([observed], size, options.repeats, rng)))
+        distance, compared = float(np.mean(sampled)), float(np.mean(sampled[:few]))
+        rng = generator(options.seed, "exchange", name)
+        every = exchange.log_count < np.log(options.wasserstein_permutations + 1)
+        chunks = [exchange.every()] if every else exchange.draw(options.wasserstein_permutations, rng)
+        marked = (column > 0 for members in chunks for column in members.T)
+        others = (labels for labels in marked if not every or (labels != observed).any())
+        null = np.array(list(picked_costs(pooled.part, _samples(others, size, few, rng)))).reshape(-1, few)
+        noise = RELATIVE_NOISE * pooled.mean
+        p = empirical_p(compared, null.mean(axis=1), noise=noise)
+        if options.null == "fixed":
+            mean, sd = self.null(options.null_size)
+        else:
+            mean, sd = self._moments(null) if len(null) >= FEWEST_DRAWS else (float("nan"), float("nan"))
+            flags += ["few_draws"] if len(null) < FEWEST_DRAWS else []
         if sd == 0:
             flags.append("null_sd_zero")
-        a, b = cells[picks[0][0]], self.controls[picks[0][1]]
-        exchange = Exchange.of(size, size, self.groups.pooled_batches(a, b))
-        flags += exchange_flags(exchange, options.wasserstein_permutations)
-        p = float("nan")
-        if exchange.blocks:
-            pooled = pairwise_distances(rows[np.concatenate([a, b])])
-            null = list(transport_splits(pooled, exchange, options, name))
-            observed = assignment_cost(pooled[:size, size:])
-            p = empirical_p(observed, null, noise=RELATIVE_NOISE * float(pooled.mean(dtype=np.float64)))
-            return Scored(distance, mean, sd, p, tuple(flags), n, "exchanges", len(null))
-        # What cannot be tested gets no rank either.
-        return Scored(distance, mean, float("nan"), p, tuple(flags), n)
+        return Scored(distance, mean, sd, p, tuple(flags), n, "enumerated" if every else "exchanges", len(null) + every)
 
 
-def transport_splits(
-    pooled: NDArray[np.float32], exchange: Exchange, options: ScoreOptions, name: str
-) -> Iterator[float]:
-    """Yield Wasserstein distances of groups of equal size after exchanges of labels; `pooled` holds all distances."""
-    rng = generator(options.seed, "exchange", name)
-    draws = exchange.draw(options.wasserstein_permutations, rng)
-    return picked_costs(pooled, ((np.flatnonzero(a), np.flatnonzero(~a)) for members in draws for a in members.T > 0))
+class _Pooled:
+    """Distances among the cells of a group and the controls, [a, b], of which those among controls are shared."""
+
+    def __init__(
+        self, rows: NDArray[np.float64], control_rows: NDArray[np.float64], reference: NDArray[np.float32]
+    ) -> None:
+        self._n, self._reference = len(rows), reference
+        self._own = np.concatenate([pairwise_distances(rows), pairwise_distances(rows, control_rows)], axis=1)
+
+    @property
+    def mean(self) -> float:
+        """Mean distance from the group's cells to all."""
+        return float(self._own.mean(dtype=np.float64))
+
+    def part(self, a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Return the distances from the cells at ascending positions `a` to those at `b`, float32 [a, b]."""
+        n, own = self._n, self._own
+        i, j = (int(np.searchsorted(places, n)) for places in (a, b))
+        found = np.empty((len(a), len(b)), dtype=np.float32)
+        found[:i] = own[np.ix_(a[:i], b)]
+        found[i:, :j] = own[np.ix_(b[:j], a[i:])].T
+        found[i:, j:] = self._reference[np.ix_(a[i:] - n, b[j:] - n)]
+        return found
 
 
-def shared_size(size: int) -> int:
-    """Return the size whose null is used for this one: at most 1.25 % away, and the same up to 40 cells."""
-    step = max(1, size // 40)
-    return round(size / step) * step
+def _samples(labels: Iterable[NDArray[np.bool_]], size: int, repeats: int, rng: np.random.Generator) -> Iterator[Pick]:
+    """Yield samples of `size` marked and of `size` other cells, ascending, `repeats` for each labelling."""
+    for marked in labels:
+        checkpoint()
+        a, b = np.flatnonzero(marked), np.flatnonzero(~marked)
+        for _ in range(repeats):
+            yield _some(a, size, rng), _some(b, size, rng)
 
 
-def size_flags(n: int, n_controls: int, *, fixed: bool, beyond: str) -> list[str]:
-    """Return flags of the numbers of cells and controls; `beyond` is the flag of a null that cannot be drawn."""
-    flags = []
-    if n > n_controls:
-        flags.append("fewer_controls_than_cells")
-    if not fixed and 2 * min(n, n_controls) > n_controls:
-        flags.append(beyond)
-    return flags
+def _some(cells: NDArray[np.intp], size: int, rng: np.random.Generator) -> NDArray[np.intp]:
+    return cells if len(cells) == size else np.sort(rng.choice(cells, size, replace=False))
+
+
+def batch_score(n_used: int, n: int, options: ScoreOptions) -> Scored | None:
+    """Return the score of a group of n cells of which too few are in batches with the other group; None if enough."""
+    if not n_used:
+        return replace(NOT_SCORED, flags=("batch_confounded",))
+    if n_used < max(2, min(options.min_cells, n)):
+        return replace(NOT_SCORED, flags=("batch_partly_confounded", "batch_too_few_cells"), n_used=n_used)
+    return None
 
 
 def exchange_flags(exchange: Exchange, permutations: int) -> list[str]:

@@ -132,9 +132,10 @@ def test_the_estimate_is_near_what_is_done(
 
 def test_an_hour_is_told_from_a_second_before_anything_is_made() -> None:
     many = {"null_draws": 100_000, "wasserstein_permutations": 100_000, "permutations": 100_000}
-    hostile = score_cost({"c": 1500, "x": 1500}, "c", ScoreOptions(metrics=("wasserstein",), **many), width=4)
+    hostile = score_cost(
+        {"c": 1500, "x": 1500}, "c", ScoreOptions(metrics=("wasserstein",), null="fixed", **many), width=4
+    )
     assert hostile.seconds > 3600
-    assert "null_draws (" in hostile.options()
     assert "wasserstein_permutations (" in hostile.options()
     began = time.process_time()
     pairs_of_all = compare_cost(dict.fromkeys(map(str, range(200_000)), 1), None, ScoreOptions(), width=1)
