@@ -136,6 +136,8 @@ class Call:
         Takes cells, and seconds of score work, from the caller's share; None if it has no share.
     model
         The model that embedded the cells, once it is known: the request stays with it, whatever is loaded later.
+    at
+        The stage that it is in, and the share of it that is done.
     """
 
     route: str
@@ -160,6 +162,7 @@ class Call:
     growth: int = GROWTH
     charge: Callable[..., None] | None = field(default=None, repr=False)
     model: Embedder | None = field(default=None, repr=False)
+    at: tuple[str, float] = ("receive", 0.0)
 
     def remaining(self) -> float | None:
         """Seconds that the caller still waits; None: without end."""
@@ -218,6 +221,7 @@ class Stage:
 
     def __enter__(self) -> Self:
         self._started = time.perf_counter()
+        self._call.at = self._name, 0.0
         return self
 
     def ended_with(self, name: str, seconds: float) -> None:

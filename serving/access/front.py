@@ -65,6 +65,7 @@ class Front:
         self.doorkeeper: Doorkeeper = doorkeeper or OpenDoor()
         self._rates = rates or RateLimiter()
         self._open: set[asyncio.Timeout] = set()
+        self._calls: dict[tuple[str, str], Call] = {}
         self._stopped = False
 
     @property
@@ -155,9 +156,12 @@ class Front:
                 try:
                     async with timeout:
                         self._open.add(timeout)
+                        self._calls[call.caller.name, call.id] = call
                         yield hold
                 finally:
                     self._open.discard(timeout)
+                    if self._calls.get((call.caller.name, call.id)) is call:
+                        del self._calls[call.caller.name, call.id]
                     call.n_bytes = hold.n_received
         except TimeoutError as error:
             if self._stopped:
@@ -171,6 +175,10 @@ class Front:
             raise DeadlineExceededError(
                 "The time that the caller allowed is over. Allow more, or send fewer cells at a time."
             ) from error
+
+    def call_of(self, caller: str, call_id: str) -> Call | None:
+        """Return the request in progress that a caller gave this id; None if it has none. Ids are the callers' own."""
+        return self._calls.get((caller, call_id))
 
     def stop(self) -> None:
         """End the requests in progress, at shutdown; their callers are told that the server stops."""

@@ -163,9 +163,13 @@ class Engine:
         call.model, call.model_id = model.embedder, model.info.model_id
         call.tokens += int(tokens.offsets[-1])
         turn = None if call.trace is None else call.trace.turn()
+
+        def progress(n_done: int) -> None:
+            call.at = "inference", n_done / len(tokens)
+
         with call.stage("queue", turn) as stage:
             values, timings = await model.dispatcher.submit(
-                tokens, outputs=outputs, flow=call.caller.name, deadline=call.deadline, tag=turn
+                tokens, outputs=outputs, flow=call.caller.name, deadline=call.deadline, tag=turn, progress=progress
             )
             stage.ended_with("inference", timings["inference"])
         return values, timings

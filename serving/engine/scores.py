@@ -237,9 +237,7 @@ class Scores:
         job = self._turns.new(call.deadline)
         self.n_jobs += 1
         try:
-            running = asyncio.get_running_loop().run_in_executor(
-                self._threads, _in_turn, self._turns, job, call.caller.name, score
-            )
+            running = asyncio.get_running_loop().run_in_executor(self._threads, _in_turn, self._turns, job, call, score)
             with call.stage("score_queue") as stage:
                 scored, seconds = await asyncio.shield(running)
                 stage.ended_with("score", seconds)
@@ -288,9 +286,13 @@ def read_from_file(answer: Any, left_out: Mapping[str, int], *, round_counts: bo
     return answer
 
 
-def _in_turn(turns: Turns, job: Job, flow: str, score: Callable[..., Scored]) -> tuple[Scored, float]:
-    with turns.turn(job, flow), interruptible(job.step):
-        return score(progress=lambda stage, done, total: job.step()), job.computed()
+def _in_turn(turns: Turns, job: Job, call: Call, score: Callable[..., Scored]) -> tuple[Scored, float]:
+    def progress(stage: str, done: int, total: int) -> None:
+        call.at = stage, done / max(total, 1)
+        job.step()
+
+    with turns.turn(job, call.caller.name), interruptible(job.step):
+        return score(progress=progress), job.computed()
 
 
 def _cost(request: ScoreRequest | CompareRequest | ReportRequest, width: int, settings: Settings) -> Cost:

@@ -203,9 +203,10 @@ async def read_request(body: LimitedBody, operation: Served, engine: Engine) -> 
     with room_on_disk(), tempfile.TemporaryDirectory(dir=upload_folder().path()) as directory:
         path = Path(directory) / FILE_NAME
         async with body.timed():
-            fields = await write_file(body.request, kind, path)
+            fields, name = await write_file(body.request, kind, path)
         with body.call.stage("decode"):
-            upload = await file_readers().read(operation.name, path, {**body.query, **fields}, engine.settings)
+            parameters = {**body.query, **fields}
+            upload = await file_readers().read(operation.name, path, parameters, engine.settings, name=name)
         body.call.reserve(size_of(upload.request))
         return upload
 

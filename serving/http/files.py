@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +21,19 @@ MULTIPART = "multipart/form-data"
 HDF5_TYPES = (protocol.HDF5, "application/octet-stream")
 """Media types of an .h5ad file as the raw body; curl --data-binary is often told the second."""
 _MAX_FIELD_BYTES = 2**20
+_MAX_NAME = 120
+"""Most letters of a file's name that a message repeats."""
 _WRITTEN_AT_ONCE = 2**20
 """Bytes that are written to disk at a time."""
 
 
-async def write_file(request: Request, media_type: str, path: Path) -> dict[str, str]:
-    """Write the file in a body to `path`; return the other fields of the form, if the body is one."""
+async def write_file(request: Request, media_type: str, path: Path) -> tuple[dict[str, str], str]:
+    """Write the file in a body to `path`.
+
+    Returns
+    -------
+    The other fields of the form, if the body is one, and the file's own name, empty if it is not known.
+    """
     if media_type == MULTIPART:
         return await _write_form(request, path)
     pending = bytearray()
@@ -37,10 +45,10 @@ async def write_file(request: Request, media_type: str, path: Path) -> dict[str,
                 await asyncio.to_thread(file.write, pending)
                 pending = bytearray()
         await asyncio.to_thread(file.write, pending)
-    return {}
+    return {}, ""
 
 
-async def _write_form(request: Request, path: Path) -> dict[str, str]:
+async def _write_form(request: Request, path: Path) -> tuple[dict[str, str], str]:
     try:
         form = await request.form(max_files=1, max_fields=20, max_part_size=_MAX_FIELD_BYTES)
     except HTTPException as error:
@@ -54,9 +62,15 @@ async def _write_form(request: Request, path: Path) -> dict[str, str]:
                 field="file",
             )
         await asyncio.to_thread(_copy, upload, path)
-        return fields
+        return fields, _own_name(upload.filename or "")
     finally:
         await form.close()
+
+
+def _own_name(given: str) -> str:
+    """Return the last part of a path that a form gives, as it can stand in a message: printable and short."""
+    name = "".join(letter for letter in re.split(r"[/\\\\]", given)[-1] if letter.isprintable()).strip()
+    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 20]}...{name[-17:]}"
 
 
 def _copy(upload: UploadFile, path: Path) -> None:

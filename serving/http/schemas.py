@@ -85,6 +85,8 @@ class Column(_Body):
     n_labels: int
     labels: list[Label] = Field(description="The most frequent first.")
     control: str | None = Field(description="Label that looks like that of control cells.")
+    controls: list[str] = Field([], description="All labels that look like those of control cells.")
+    recognised: bool = Field(False, description="Whether its name or labels look like those of perturbations.")
 
 
 class ColumnsAnswer(_Body):
@@ -94,6 +96,15 @@ class ColumnsAnswer(_Body):
     n_genes: int
     columns: list[Column]
     representations: list[str] = Field(description="Matrices of obsm, which can be scored in place of an embedding.")
+    layers: list[str] = Field([], description="Places of counts beside X, for the parameter layer.")
+    gene_columns: list[str] = Field([], description="Columns of var that hold text, for the parameter gene_key.")
+
+
+class ProgressAnswer(_Body):
+    """How far a request is."""
+
+    stage: str = Field(description="What is being done: receive, decode, inference, score, map and others.")
+    percent: int = Field(ge=0, le=100, description="Estimate of how much of a result page is done.")
 
 
 class OutputAnswer(_Body):

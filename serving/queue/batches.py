@@ -62,6 +62,8 @@ class Submission:
         self.inference = 0.0
         """Seconds of the batches that held a cell of this submission."""
         self.answered = 0
+        self.progress: Callable[[int], None] | None = None
+        """Called with the number of cells that are answered."""
         """Cells whose outputs are in `values`."""
         self.unanswered_tokens = int(limits.costs_of(tokens.lengths).sum())
         """Tokens of the cells that are not answered, as the budget of a batch counts them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -107,6 +107,7 @@ class Dispatcher:
         flow: str = "",
         deadline: float | None = None,
         tag: object = None,
+        progress: Callable[[int], None] | None = None,
     ) -> tuple[Outputs, dict[str, float]]:
         """Compute outputs of cells, together with those of other callers.
 
@@ -122,6 +123,8 @@ class Dispatcher:
             Time of ``time.monotonic`` after which nobody waits for the answer; None: never.
         tag
             Object that the observer is told with each batch that holds cells of this caller; None: nothing.
+        progress
+            Called on the event loop with the number of cells that are done, after each batch.
 
         Returns
         -------
@@ -143,6 +146,7 @@ class Dispatcher:
         cost = int(self.embedder.limits.costs_of(tokens.lengths).sum())
         self.require_room(len(tokens), cost, flow, deadline)
         submission = Submission(tokens, specs, flow, self.embedder.limits, tag)
+        submission.progress = progress
         if not len(tokens):
             return submission.values, {"queue": 0.0, "inference": 0.0}
         loop = asyncio.get_running_loop()
@@ -306,6 +310,8 @@ class Dispatcher:
             submission, stop = part.submission, start + len(part.rows)
             submission.values.put(part.rows, values, start)
             submission.answered += len(part.rows)
+            if submission.progress is not None:
+                submission.progress(submission.answered)
             lengths = submission.tokens.lengths[part.rows]
             submission.unanswered_tokens -= int(self.embedder.limits.costs_of(lengths).sum())
             submission.inference += seconds

@@ -56,7 +56,9 @@ def _read(line: bytes) -> None:
         if question["route"] not in (*OPERATIONS, "report", "columns"):
             # The table of the server has one that was added after its start.
             OPERATIONS.add(import_module(question["module"]).OPERATION)
-        upload = read_upload(question["route"], Path(question["path"]), question["parameters"], settings)
+        upload = read_upload(
+            question["route"], Path(question["path"]), question["parameters"], settings, name=question["name"]
+        )
         parts = upload_to_frame(upload)
     except PerturbScopeError as error:
         parts = error_to_frame(error)

@@ -85,11 +85,13 @@ def _request(head: Mapping[str, Any], parts: Sequence[bytes]) -> Any:
             return ReportRequest(**fields, counts=Absent(**head["absent"]))
         case "columns":
             fields = dict(head["columns"])
-            columns = [
-                LabelColumn(**{**column, "labels": tuple((str(label), int(n)) for label, n in column["labels"])})
-                for column in fields.pop("columns")
-            ]
-            representations = tuple(fields.pop("representations"))
-            return Columns(**fields, columns=tuple(columns), representations=representations)
+            columns = [_column(column) for column in fields.pop("columns")]
+            names = {name: tuple(fields.pop(name)) for name in ("representations", "layers", "gene_columns")}
+            return Columns(**fields, columns=tuple(columns), **names)
         case name:
             return protocol.request_from_arrow(OPERATIONS[name].request, parts[0])
+
+
+def _column(values: Mapping[str, Any]) -> LabelColumn:
+    labels = tuple((str(label), int(n)) for label, n in values["labels"])
+    return LabelColumn(**{**values, "labels": labels, "controls": tuple(values["controls"])})

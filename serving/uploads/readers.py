@@ -122,8 +122,12 @@ class FileReaders:
         self._lock = threading.Lock()
         self._idle: list[_Reader] = []
 
-    async def read(self, route: str, path: Path, parameters: Mapping[str, str], settings: Settings) -> Upload:
+    async def read(
+        self, route: str, path: Path, parameters: Mapping[str, str], settings: Settings, *, name: str = ""
+    ) -> Upload:
         """Return the request that an uploaded file and its parameters make; cancelling ends the reading at once.
+
+        Messages call the file by its own `name`, if that is known.
 
         Raises
         ------
@@ -135,7 +139,7 @@ class FileReaders:
         reading = _Reading()
         try:
             return await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._read, reading, route, path, dict(parameters), settings
+                self._threads, self._read, reading, route, path, dict(parameters), settings, name
             )
         except asyncio.CancelledError:
             reading.cancel()
@@ -150,7 +154,7 @@ class FileReaders:
             reader.end()
 
     def _read(
-        self, reading: _Reading, route: str, path: Path, parameters: Mapping[str, str], settings: Settings
+        self, reading: _Reading, route: str, path: Path, parameters: Mapping[str, str], settings: Settings, name: str
     ) -> Upload:
         if reading.cancelled:
             raise UnreadableFileError("The caller went away.", field="file")
@@ -162,6 +166,7 @@ class FileReaders:
             "route": route,
             "module": operation.request.__module__ if operation else None,
             "path": str(path),
+            "name": name,
             "parameters": parameters,
             "settings": asdict(settings),
         }
@@ -169,7 +174,7 @@ class FileReaders:
         try:
             head, parts = reader.ask(json.dumps(question).encode())
         except EOFError:
-            raise _unreadable(reader.end(), settings) from None
+            raise _unreadable(reader.end(), settings, name) from None
         except BaseException:
             reader.kill()
             reader.end()
@@ -187,13 +192,14 @@ def file_readers() -> FileReaders:
     return readers
 
 
-def _unreadable(status: int, settings: Settings) -> UnreadableFileError:
+def _unreadable(status: int, settings: Settings, name: str) -> UnreadableFileError:
     if status == 128 + signal.SIGALRM:
         why = f"could not be read within {settings.file_timeout} seconds"
     else:
         why = f"ended the process that read it (status {status})"
     return UnreadableFileError(
-        f"The file {why}. It is likely damaged: check that h5py opens it, or write it anew with adata.write_h5ad().",
+        f"{name or 'The file'} {why}. It is likely damaged: check that h5py opens it, or write it anew "
+        "with adata.write_h5ad().",
         field="file",
     )
 

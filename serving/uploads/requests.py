@@ -8,7 +8,7 @@ identifiers, and the columns of obs and the embedding that it names. uns is not 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,10 @@ def parameters_for(route: str) -> dict[str, str]:
     return parameters_of(OPERATIONS[route])
 
 
-def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings: Settings) -> Upload:
+def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings: Settings, *, name: str = "") -> Upload:
     """Return the request that an uploaded file and its parameters make. Blocks; for a reading process.
+
+    Messages call the file by its own `name`, or else "The file".
 
     Raises
     ------
@@ -87,12 +89,22 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings:
         with open_cells(path, **where_of(parameters)) as source:
             if route == "columns":
                 return Upload(read_columns(source))
-            return _asked(route, source, parameters, settings)
+            upload = _asked(route, source, parameters, settings)
+            asked = upload.request
+            if isinstance(asked, ReportRequest) and isinstance(asked.counts, Absent):
+                reason = Absent(_called(asked.counts.reason, path, name))
+                upload = replace(upload, request=replace(asked, counts=reason))
+            return replace(upload, warnings=[_called(warning, path, name) for warning in upload.warnings])
     except PerturbScopeError as error:
         # The caller knows its file, not where it lies here.
-        error.message = error.message.replace(f"{path.parent}/", "")
+        error.message = _called(error.message, path, name)
         error.args = (error.message,)
         raise
+
+
+def _called(text: str, path: Path, name: str) -> str:
+    """Call the file by the name that its sender knows, in place of where it lies here."""
+    return text.replace(str(path), name or path.name).replace(path.name, name or path.name)
 
 
 def _asked(route: str, source: CellSource, parameters: Mapping[str, str], settings: Settings) -> Upload:
@@ -118,8 +130,7 @@ def _counts(source: CellSource, rows: NDArray[np.intp], settings: Settings) -> C
     try:
         return _read_cells(source, settings)[rows]
     except (InvalidInputError, LimitExceededError) as error:
-        message = error.message.replace(f"{source.path.parent}/" if source.path else "\0", "")
-        return Absent(f"The file has no raw counts that could be tested gene by gene: {message}")
+        return Absent(f"The file has no raw counts that could be tested gene by gene: {error.message}")
 
 
 def _read_cells(source: CellSource, settings: Settings) -> CountMatrix:

@@ -217,6 +217,15 @@ def test_a_screen_is_uploaded_in_the_browser(browser: Browser, tmp_path: Path, u
     browser.click("#go")
     browser.wait("!document.querySelector('#error').hidden || !document.querySelector('#done').hidden")
     assert "at least 20 are needed" in browser.run("document.querySelector('#error').textContent")
+    # Nothing is chosen that was not recognised: without a control among the labels, the form is not sent.
+    choose(browser, "#perturbation_key", "batch")
+    assert browser.run("document.querySelector('#control').selectedOptions.length") == 0
+    assert "none is chosen" in browser.run("document.querySelector('#control_note').textContent")
+    assert browser.run("document.querySelector('#form').checkValidity()") is False
+    browser.click("#example")
+    browser.wait("document.querySelector('#status').textContent.startsWith('2,038 cells')")
+    assert browser.run("document.querySelector('#control').value") == "control"
+    assert browser.run("['layer', 'gene_key'].map((id) => document.getElementById(id).tagName)") == ["SELECT"] * 2
     assert all(item.startswith((address, "blob:")) for item in browser.requests)
 
 

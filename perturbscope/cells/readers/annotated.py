@@ -93,6 +93,7 @@ class AnnotatedSource(CellSource):
                 raise missing_column("column of obs", total_counts_key, self._names(), field="total_counts_key")
             totals = check_totals(self._read(total_counts_key), total_counts_key, n_cells)
         genes = read_genes(frame, gene_key)
+        self._var = frame
         super().__init__(
             open_matrix(node),
             genes,
@@ -135,6 +136,18 @@ class AnnotatedSource(CellSource):
         with reading(str(self.path)):
             more = [] if self._whole is None else self._whole.representations()
             return list(dict.fromkeys([*children(optional(self._part, "obsm")), *more]))
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers, and raw if the file has it."""
+        with reading(str(self.path)):
+            return _layers(self._part)
+
+    @property
+    def gene_columns(self) -> list[str]:
+        """Names of the columns of var that hold text."""
+        with reading(str(self.path)):
+            return [name for name in self._var.columns() if self._var.column(name).dtype.kind not in "biufcmM"]
 
     def _other_matrices(self) -> dict[str, Callable[[], NDArray[Any]]]:
         layers = optional(self._part, "layers")

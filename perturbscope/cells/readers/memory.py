@@ -121,6 +121,17 @@ class AnnDataSource(CellSource):
         return np.asarray(rows, dtype=np.intp)
 
     @property
+    def layers(self) -> list[str]:
+        """Names of the layers, and raw if the object has it."""
+        return [*map(str, self._adata.layers), *(["raw"] if self._adata.raw is not None else [])]
+
+    @property
+    def gene_columns(self) -> list[str]:
+        """Names of the columns of var that hold text."""
+        var = self._adata.var
+        return [str(name) for name in var.columns if var[name].dtype.kind not in "biufcmM"]
+
+    @property
     def representations(self) -> list[str]:
         """Names of the matrices in obsm."""
         # In a MuData's own obsm, an entry with the name of a modality is a mask of cells.

@@ -118,6 +118,16 @@ class CellSource(ABC):
     def representations(self) -> list[str]:
         """Names of the matrices in obsm."""
 
+    @property
+    def layers(self) -> list[str]:
+        """Names of the places of counts beside X, as `layer` takes them; none where the kind of file has none."""
+        return []
+
+    @property
+    def gene_columns(self) -> list[str]:
+        """Names of the columns of var that hold text, as `gene_key` takes them; none where the file has none."""
+        return []
+
     @abstractmethod
     def _representation(self, name: str) -> NDArray[Any]:
         """Read a matrix of obsm that exists."""

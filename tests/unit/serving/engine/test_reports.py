@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -13,16 +14,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perturbscope import protocol
+from perturbscope import open_cells, protocol
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.errors import ProviderUnavailableError
 from perturbscope.inference.bundle import sha256
 from perturbscope.inference.embedder import Embedder
 from perturbscope.protocol import ScoreRequest
 from perturbscope.scoring.results import ScoreOptions
+from serving.call import Call
 from serving.engine import reports
-from serving.engine.columns import likely_control
+from serving.engine.columns import likely_controls, read_columns
+from serving.engine.progress import STAGES
 from serving.http import schemas
+from serving.http.upload_page import EXAMPLE, EXAMPLE_FILE
 from tests.reports import EVIL, first_two
 from tests.unit.serving.conftest import FAST, LABELS, Connect, MakeEngine, write_h5ad
 
@@ -173,7 +177,7 @@ async def test_the_columns_of_a_file(http: httpx.AsyncClient, tmp_path: Path, ti
     assert (answer["n_cells"], answer["n_genes"], answer["representations"]) == (24, 40, ["X_pca"])
     assert [column["name"] for column in answer["columns"]] == ["Perturbation", "lane", "number"]
     first = answer["columns"][0]
-    assert first["control"] == "Non-Targeting_1"
+    assert (first["control"], first["controls"]) == ("Non-Targeting_1", ["Non-Targeting_1"])
     assert first["labels"][0] == {"label": "KO1", "n_cells": 12}
     assert (await http.post("/v1/columns", content=b"no file", headers=HDF5)).status_code == 422
     assert (await http.post("/v1/columns", content=b"{}", headers={"content-type": protocol.JSON})).status_code == 415
@@ -182,14 +186,83 @@ async def test_the_columns_of_a_file(http: httpx.AsyncClient, tmp_path: Path, ti
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [
-        (["TP53", "NT", "control"], "control"),
-        (["KO", "NT_1"], "NT_1"),
-        (["non-targeting", "BRD4"], "non-targeting"),
-        (["A", "B"], None),
+        (["TP53", "NT", "control"], ("control", "NT")),
+        (["KO", "NT_1", "NT_2"], ("NT_1", "NT_2")),
+        (["non-targeting", "BRD4"], ("non-targeting",)),
+        (["NTRK1", "NT5E", "VEHICLE1", "NEGR1", "CTRL1P"], ("VEHICLE1",)),
+        (["B cells", "Neutrophils", "NT5E high", "Controlled"], ()),
     ],
 )
-def test_likely_controls(labels: list[str], expected: str | None) -> None:
-    assert likely_control(labels) == expected
+def test_likely_controls(labels: list[str], expected: tuple[str, ...]) -> None:
+    assert likely_controls(labels) == expected
+
+
+def test_a_column_is_recognised_by_its_name_or_its_controls_alone(tmp_path: Path) -> None:
+    """Nothing is chosen for who uploads a file but what was recognised."""
+    columns = {
+        "cell_type": ["B", "T", "NK"], "genes_of_interest": ["a", "b", "c"], "genotype": ["wt", "mut", "het"],
+        "sgRNA_id": ["g1", "g2", "g3"], "arm": ["ctrl", "IFN", "TNF"], "target_gene": ["A", "B", "C"],
+    }  # fmt: skip
+    obs = pd.DataFrame({name: 3 * values for name, values in columns.items()}, index=list("abcdefghi"))
+    var = pd.DataFrame({"symbol": ["A", "B"], "mean": [0.5, 1.0]}, index=["g0", "g1"])
+    adata = ad.AnnData(np.ones((9, 2), dtype=np.float32), obs=obs, var=var, layers={"counts": np.ones((9, 2))})
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with open_cells(tmp_path / "a.h5ad") as source:
+        found = read_columns(source)
+    assert {column.name: column.recognised for column in found.columns} == {
+        "target_gene": True, "sgRNA_id": True, "arm": True, "genes_of_interest": False, "cell_type": False,
+        "genotype": False,
+    }  # fmt: skip
+    assert found.columns[0].name == "target_gene"
+    assert (found.layers, found.gene_columns) == (("counts",), ("symbol",))
+    assert {column.name: column.control for column in found.columns if column.control} == {"arm": "ctrl"}
+
+
+async def test_an_upload_is_called_by_its_own_name(http: httpx.AsyncClient, h5ad: Path) -> None:
+    whole, form = h5ad.read_bytes(), {**PARAMETERS, "use_rep": "X_pca"}
+    for name, shown in (("my screen.h5ad", "my screen.h5ad"), ("C:\\data\\a\u202eb.h5ad", "ab.h5ad")):
+        reply = await http.post("/v1/report", files={"file": (name, whole[:-2000])}, data=form)
+        assert reply.status_code == 422
+        assert shown in reply.json()["error"]["message"]
+        assert "upload.h5ad" not in reply.json()["error"]["message"]
+        reply = await http.post("/v1/embed", files={"file": (name, whole)}, data={"layer": "nope"})
+        assert "upload.h5ad" not in reply.text
+
+
+async def test_who_waits_is_told_how_far_the_page_is(
+    make_engine: MakeEngine, connect: Connect, h5ad: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http, reached, go_on = connect(make_engine()), threading.Event(), threading.Event()
+
+    def waits(values, /, *, n_neighbors, min_dist, seed, check):
+        reached.set()
+        assert go_on.wait(30)
+        return np.zeros((len(values), 2), dtype=np.float32)
+
+    monkeypatch.setattr(reports, "umap_in_process", waits)
+    headers = {**HDF5, "x-request-id": "page-1"}
+    task = asyncio.create_task(http.post("/v1/report", params=PARAMETERS, content=h5ad.read_bytes(), headers=headers))
+    assert await asyncio.to_thread(reached.wait, 30)
+    found = await http.get("/v1/progress", params={"id": "page-1"})
+    schemas.ProgressAnswer.model_validate_json(found.content)
+    assert found.json() == {"stage": "map", "percent": sum(list(STAGES.values())[: list(STAGES).index("map")])}
+    go_on.set()
+    assert (await task).status_code == 200
+    for wanted, status in (("page-1", 404), ("", 422), ("another", 404)):
+        assert (await http.get("/v1/progress", params={"id": wanted})).status_code == status
+    assert sum(STAGES.values()) == 100
+    # An id is a caller's own: nobody else learns of it.
+    engine = make_engine()
+    engine.front._calls["other", "page-1"] = Call("/v1/report", "http")
+    assert (await connect(engine).get("/v1/progress", params={"id": "page-1"})).status_code == 404
+
+
+async def test_the_example_is_the_shipped_file(http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = await http.get(EXAMPLE)
+    assert reply.content == EXAMPLE_FILE.read_bytes()
+    assert EXAMPLE in (await http.get("/")).text
+    monkeypatch.setattr("serving.http.app.EXAMPLE_FILE", Path("/nowhere"))
+    assert (await http.get(EXAMPLE)).status_code == 404
 
 
 async def test_the_upload_page_names_the_limits_and_loads_nothing(make_engine: MakeEngine, connect: Connect) -> None:
