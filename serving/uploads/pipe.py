@@ -86,7 +86,9 @@ def _request(head: Mapping[str, Any], parts: Sequence[bytes]) -> Any:
         case "columns":
             fields = dict(head["columns"])
             columns = [_column(column) for column in fields.pop("columns")]
-            names = {name: tuple(fields.pop(name)) for name in ("representations", "layers", "gene_columns")}
+            names: dict[str, Any] = {
+                name: tuple(fields.pop(name)) for name in ("representations", "layers", "gene_columns")
+            }
             return Columns(**fields, columns=tuple(columns), **names)
         case name:
             return protocol.request_from_arrow(OPERATIONS[name].request, parts[0])
