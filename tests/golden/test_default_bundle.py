@@ -43,8 +43,9 @@ def test_the_int8_variant_is_as_near_as_its_manifest_says():
     for name, result in small.items():
         a, b = result.values, exact[name].values
         cosine = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-        assert cosine.min() > 0.99
-    assert 0.99 < bundle.manifest.variants["int8"].cosine <= 1
+        # The manifest has the least of 32 other cells; these are five.
+        assert cosine.min() == pytest.approx(bundle.manifest.variants["int8"].cosine, abs=1e-3)
+    assert bundle.manifest.variants["int8"].cosine == bundle.manifest.parity["variants"]["int8"]["lowest_cosine"]
 
 
 def test_rounding_as_of_an_accelerator_is_within_its_limit_and_beyond_that_of_the_cpu(tmp_path):

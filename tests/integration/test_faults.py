@@ -42,9 +42,9 @@ SLOW_SCORE = ScoreRequest(
     embeddings=np.random.default_rng(0).standard_normal((1200, 32)).astype(np.float32),
     perturbations=("control",) * 600 + ("KO",) * 600,
     control="control",
-    options=ScoreOptions(permutations=20_000),
+    options=ScoreOptions(metrics=("wasserstein",), max_cells=600, wasserstein_permutations=50_000),
 )
-"""Takes many seconds; nobody waits for it to end."""
+"""Takes minutes, longer than any test waits; nobody waits for it to end."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,13 @@ def switch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(bundle: Path, switch: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     environ = {"PERTURBSCOPE_TRIAL": str(switch), "PYTHONPATH": os.pathsep.join([str(HOOKS), str(ROOT)])}
-    settings = {"head_timeout": PATIENCE, "body_timeout": PATIENCE, "file_timeout": 2 * PATIENCE, "score_workers": 2}
+    settings = {
+        "head_timeout": PATIENCE,
+        "body_timeout": PATIENCE,
+        "file_timeout": 2 * PATIENCE,
+        "score_workers": 2,
+        "max_score_seconds": 100_000,
+    }
     with RunningServer(tmp_path_factory.mktemp("server"), environ=environ, bundle=bundle, **settings) as running:
         yield running
 

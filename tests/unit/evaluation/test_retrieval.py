@@ -8,7 +8,7 @@ import pytest
 from evaluation.consistency import consistency
 from evaluation.profiles import make_profiles, random_halves, whiten
 from evaluation.relations import relation_recall
-from evaluation.retrieval import chance_average_precision, retrieve
+from evaluation.retrieval import _ranks, chance_average_precision, retrieve
 from evaluation.split_half import split_half
 from perturbscope.errors import InvalidEmbeddingError, InvalidParameterError, MalformedMatrixError, TooFewCellsError
 
@@ -176,6 +176,16 @@ def test_identical_directions_are_at_chance():
     names = np.repeat([f"P{i:02d}" for i in range(20)], 4).tolist()
     found = [retrieve(values, names, ["a", "b"] * 40, min_cells=1, permutations=9, seed=i) for i in range(20)]
     assert np.mean([item.map for item in found]) == pytest.approx(chance_average_precision(1, 10), abs=0.05)
+
+
+def test_similarities_that_differ_by_rounding_alone_are_ties():
+    """Of 40 candidates one is nearer by 1e-14; over seeds its rank is that of any other."""
+    vectors = np.ones((41, 1))
+    vectors[2:] -= 1e-14
+    found = [_ranks(vectors, np.arange(41), np.random.default_rng(seed))[0][0, 1] for seed in range(60)]
+    assert min(found) < 10
+    assert max(found) > 30
+    assert 14 < np.mean(found) < 27
 
 
 def test_one_perturbation_or_one_replicate_cannot_be_retrieved(rng):

@@ -18,10 +18,18 @@ from perturbscope.errors import InvalidInputError, LimitExceededError, Overloade
 from perturbscope.protocol import EmbedRequest, ScoreRequest
 from perturbscope.protocol.checks import parse_json
 from perturbscope.scoring.control import score_perturbations
-from perturbscope.scoring.cost import compare_cost, score_cost
+from perturbscope.scoring.cost import Cost, compare_cost, score_cost
 from perturbscope.scoring.pairs import compare_perturbations
 from perturbscope.scoring.results import ScoreOptions
-from serving.access.limits import Admission, decoded_bytes
+from serving.access.limits import (
+    Admission,
+    check_cost,
+    check_options,
+    check_pairs,
+    check_shape,
+    check_vectors,
+    decoded_bytes,
+)
 from serving.call import Call
 from serving.engine.engine import LARGE, size_of
 from serving.settings import Settings
@@ -30,6 +38,44 @@ from tests.unit.serving.conftest import MakeEngine
 
 def admission(**settings: Any) -> Admission:
     return Admission(Settings(**settings))
+
+
+LIMITED: dict[str, tuple[str, Any]] = {
+    "cells": ("max_cells", lambda settings, n: check_shape(settings, n, 1, 1)),
+    "gene_ids": ("max_genes", lambda settings, n: check_shape(settings, 1, n, 1)),
+    "data": ("max_values", lambda settings, n: check_shape(settings, 1, 1, n)),
+    "embeddings": ("max_vectors", check_vectors),
+    "pairs": ("max_pairs", check_pairs),
+    "permutations": ("max_permutations", lambda s, n: check_options(s, ScoreOptions(permutations=n))),
+    "wasserstein_permutations": (
+        "max_permutations",
+        lambda s, n: check_options(s, ScoreOptions(permutations=7, wasserstein_permutations=n)),
+    ),
+    "null_draws": ("max_permutations", lambda s, n: check_options(s, ScoreOptions(permutations=7, null_draws=n))),
+    "max_cells": ("max_group_cells", lambda s, n: check_options(s, ScoreOptions(permutations=7, max_cells=n))),
+}
+
+
+@pytest.mark.parametrize("field", LIMITED)
+def test_each_limit_takes_n_and_refuses_one_more(field: str) -> None:
+    name, check = LIMITED[field]
+    settings = Settings(**{name: 1000})
+    check(settings, 1000)
+    with pytest.raises(LimitExceededError, match=r"1,001|1001") as caught:
+        check(settings, 1001)
+    assert caught.value.field == field
+
+
+def test_the_cost_limit_takes_n_seconds_and_refuses_more() -> None:
+    def cost(seconds: float) -> Cost:
+        found = Cost()
+        found.parts["permutations"] = seconds
+        return found
+
+    settings = Settings(max_score_seconds=100)
+    check_cost(settings, cost(100.0))
+    with pytest.raises(LimitExceededError, match="permutations"):
+        check_cost(settings, cost(100.01))
 
 
 def test_one_key_leaves_room_for_the_requests_of_another() -> None:

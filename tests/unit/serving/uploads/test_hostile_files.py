@@ -286,6 +286,18 @@ def test_a_hostile_file_is_refused_by_name(
         assert str(hostile[name].parent) not in refused.value.message
 
 
+def test_addresses_of_another_size_are_refused(tmp_path: Path) -> None:
+    """The check reads chunk indexes by itself, whose addresses it takes to have eight bytes."""
+    path = tmp_path / "small-addresses.h5ad"
+    sizes = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    sizes.set_sizes(4, 4)
+    with h5py.File(h5py.h5f.create(str(path).encode(), h5py.h5f.ACC_TRUNC, sizes)) as file:
+        file.create_group("obs")
+        file.create_group("var")
+    with pytest.raises(UnreadableFileError, match="addresses of an unusual size"):
+        check_file(path, Settings())
+
+
 def test_no_hostile_file_costs_memory(hostile: dict[str, Path]) -> None:
     """All files are checked in one process that may not grow; some claim terabytes."""
     script = f"""

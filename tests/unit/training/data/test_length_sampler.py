@@ -53,6 +53,16 @@ def test_processes_share_a_block_without_overlap() -> None:
             assert all(not set(a.tolist()) & set(b.tolist()) for a, b in itertools.combinations(shares, 2))
 
 
+def test_processes_of_a_step_get_cells_of_equal_lengths() -> None:
+    """A block goes from long to short cells; dealt out in turn, no process gets all of the long ones."""
+    lengths = np.arange(1200, dtype=np.int32)
+    sampler = LengthGroupedSampler(lengths, batch=10, world_size=3, megabatch=40)
+    ranks = [sampler.batches(0, rank=rank) for rank in range(3)]
+    for step, block in enumerate(sampler.blocks(0)):
+        totals = [int(lengths[batches[step]].sum()) for batches in ranks]
+        assert max(totals) - min(totals) <= np.ptp(lengths[block])
+
+
 def test_the_order_is_a_function_of_seed_epoch_and_world_size() -> None:
     lengths = lengths_of(2000)
 

@@ -72,6 +72,8 @@ def test_pairing_and_order_change_every_epoch_and_repeat_with_the_seed() -> None
     assert told(sampler(), 0) == told(sampler(), 0)
     assert told(sampler(), 0) != told(sampler(), 1)
     assert told(sampler(), 0) != told(sampler(seed=2), 0)
+    orders = {tuple(name for name, _, _ in told(sampler(), epoch)) for epoch in range(5)}
+    assert len(orders) > 1, "the genes follow each other in the same order in every epoch"
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
