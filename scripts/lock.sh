@@ -35,12 +35,12 @@ pin() { # pin NAME [OPTION or SOURCE]...
     mv "$file.new" "$file"
 }
 
-pin serving --extra report pyproject.toml
+pin serving --extra report --extra signatures pyproject.toml
 pin training
 pin evaluation
 pin census
 pin dev
 pin build
 pin fuzz
-pin serving-gpu --constraint requirements/serving.txt --no-emit-package onnxruntime --extra report pyproject.toml requirements/serving.in
+pin serving-gpu --constraint requirements/serving.txt --no-emit-package onnxruntime --extra report --extra signatures pyproject.toml requirements/serving.in
 pin peers # in an environment of its own, so not solved against the others

@@ -45,6 +45,7 @@ def wanted(name: str) -> list[Requirement]:
     if name == "serving":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         texts += project["dependencies"] + project["optional-dependencies"]["report"]
+        texts += project["optional-dependencies"]["signatures"]
     return [Requirement(text) for text in texts]
 
 
