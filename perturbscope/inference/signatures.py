@@ -153,7 +153,10 @@ def sign(path: str | Path, private_key: str | Path) -> Bundle:
     public = key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     content = {
         "mediaType": _MEDIA_TYPE,
-        "verificationMaterial": {"publicKey": {"hint": _base64(hashlib.sha256(public).digest())}},
+        "verificationMaterial": {
+            "publicKey": {"hint": _base64(hashlib.sha256(public).digest())},
+            "tlogEntries": [],  # readers ask for the field
+        },
         "messageSignature": {
             "messageDigest": {
                 "algorithm": "SHA2_256",

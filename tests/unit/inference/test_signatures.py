@@ -110,6 +110,7 @@ def test_the_form_is_that_of_cosign(bundle: Path, tmp_path: Path) -> None:
         "messageSignature": written["messageSignature"].keys()
     }
     assert ours["mediaType"] == written["mediaType"]
+    assert ours["verificationMaterial"].keys() == written["verificationMaterial"].keys()
 
 
 @pytest.mark.parametrize(
