@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+from perturbscope import container
 from perturbscope.errors import InvalidParameterError, near
 from perturbscope.inference.encoder import Device
 from perturbscope.inference.gpu import MAX_TOKENS
@@ -27,7 +28,10 @@ Format = Literal["auto", "json", "text"]
 """Forms of the log."""
 Level = Literal["debug", "info", "warning", "error"]
 """Levels of the log."""
-_MAY_BE_ZERO = ("threads", "repository_poll", "max_model_bytes", "max_batch_tokens", "connection_age", "drain_delay")
+_MAY_BE_ZERO = (
+    *("threads", "repository_poll", "max_model_bytes", "max_batch_tokens", "connection_age", "drain_delay"),
+    "max_reader_bytes",
+)
 _HOST = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*|\[?[0-9a-f:]*:[0-9a-f:.]*\]?", re.ASCII | re.IGNORECASE)
 """Pattern of a name or address in ``allowed_hosts``."""
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +128,10 @@ class Settings:
     """Bytes of one JSON body; JSON takes ten times the memory and time of the other formats."""
     max_held_bytes: int = 2**30
     """Bytes of memory that all requests in progress may hold: their bodies and, as estimated, the decoded data, tokens,
-    vectors and encoded answers."""
+    vectors and encoded answers. Unset, it is a quarter of what a container below 4 GiB has."""
+    max_reader_bytes: int = 0
+    """Bytes of memory that the processes that read uploaded files may take together; 0: what the container, or the
+    machine, has beside the server and ``max_held_bytes``, less an eighth."""
     max_requests: int = 256
     """Requests in progress at a time, over HTTP and gRPC together."""
     max_queued_tokens: int = 4_194_304
@@ -276,6 +283,9 @@ class Settings:
                     ) from error
             else:
                 values[item.name] = text
+        if "max_held_bytes" not in values:
+            body = int(values.get("max_body_bytes", cls.max_body_bytes))
+            values["max_held_bytes"] = max(body, min(cls.max_held_bytes, container.memory() // 4))
         return cls(**values)  # type: ignore[arg-type]
 
     def to_env(self) -> dict[str, str]:

@@ -17,6 +17,7 @@ from perturbscope.errors import (
     MalformedMatrixError,
     NotRawCountsError,
 )
+from perturbscope.threads import checkpoint
 
 INTEGRAL_TOLERANCE = 1e-6
 """A float count this close to an integer is read as that integer."""
@@ -151,6 +152,7 @@ class CountMatrix:
         """Build counts from the arrays of a CSR matrix, after checking them. See :meth:`from_matrix`."""
         data, indices, indptr = np.asarray(data), np.asarray(indices), np.asarray(indptr)
         genes = _check_gene_ids(gene_ids)
+        checkpoint()
         _check_structure(data, indices, indptr, n_genes=len(genes))
         values = _integral(data, indices, indptr, genes, first_row, round_counts)
         n_cells = len(indptr) - 1
@@ -162,6 +164,7 @@ class CountMatrix:
         )
         if values is data:
             csr.data = values.copy()
+        checkpoint()
         csr = _canonical(csr, first_row)
         row_sums = np.asarray(csr.sum(axis=1, dtype=np.float64)).ravel()
         empty = np.flatnonzero(row_sums == 0)
@@ -199,6 +202,7 @@ def _check_gene_ids(gene_ids: Sequence[str] | NDArray[Any]) -> NDArray[np.str_]:
             "dimension(s).",
             field="gene_ids",
         )
+    checkpoint()
     genes = identifiers.astype(np.str_) if identifiers.size else np.zeros(0, dtype="U1")
     names, n_columns = np.unique(genes, return_counts=True)
     if len(names) < len(genes):

@@ -27,8 +27,11 @@ from perturbscope.cells.data import read_text
 from perturbscope.cells.gene_names import certain_gene
 from perturbscope.cells.vocabulary import GeneVocabulary
 from perturbscope.errors import MalformedMatrixError
+from perturbscope.threads import checkpoint
 
 _ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{11})(\.\d+)?(_PAR_Y)?$")
+_STEP = 4096
+"""Identifiers that are looked up between two checkpoints, a few milliseconds."""
 _SHOWN = 10
 """Identifiers named in a report; all others are only counted."""
 V = TypeVar("V")
@@ -38,6 +41,10 @@ MAX_BYTES = 32 * 2**20
 """Memory for lists, and as much again for spellings; a list of 20,000 symbols takes 2 MiB."""
 LARGEST = 4 * 2**20
 """Bytes of the largest list that is kept."""
+_WIDTH = 4
+"""Bytes of a character in an array of numpy."""
+MAX_LIST_BYTES = 64 * 2**20
+"""Bytes of one list as an array: 100,000 names of 160 characters, or 600,000 of 27."""
 _BETWEEN = "\0"
 
 
@@ -61,6 +68,25 @@ class PerArray(Generic[V]):
 
 CHECKED: PerArray[bool] = PerArray()
 """Arrays of identifiers that were checked: all strings, and all different."""
+
+
+def require_even(names: Sequence[str], field: str) -> None:
+    """Refuse names of which one is so long that an array, where all take as much as the longest, would be too large.
+
+    Raises
+    ------
+    MalformedMatrixError
+        The message names the longest, and its place.
+    """
+    longest = max(map(len, names), default=0)
+    if _WIDTH * longest * len(names) > MAX_LIST_BYTES:
+        at = next(i for i, name in enumerate(names) if len(name) == longest)
+        raise MalformedMatrixError(
+            f"{field} has {len(names):,} names, of which number {at} has {longest:,} characters: too much for one "
+            f"array, where all take as much as the longest ({MAX_LIST_BYTES:,} bytes are allowed). Give the genes "
+            "shorter names, or fewer genes.",
+            field=field,
+        )
 
 
 @dataclass(frozen=True)
@@ -213,6 +239,8 @@ def _map(resolver: GeneResolver, gene_ids: tuple[str, ...], vocabulary: GeneVoca
     # as they are spelled, or not at all.
     by_id = sum(map(bool, map(_ENSEMBL.match, gene_ids))) > len(gene_ids) / 2
     for column, identifier in enumerate(gene_ids):
+        if column % _STEP == 0:
+            checkpoint()
         ensembl, is_ambiguous = resolver.resolve(identifier)
         if ensembl is None or (by_id and not resolver.is_spelled(identifier) and ensembl[-10:] not in identifier):
             continue

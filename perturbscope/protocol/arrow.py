@@ -88,7 +88,8 @@ def answer_from_arrow(kind: type[T], body: bytes) -> T:
         if item.derived:
             continue
         if item.kind == "table":
-            found[item.name] = table_of(table.to_pylist(), item.columns)
+            known = [name for name in item.columns if name in table.column_names]
+            found[item.name] = table_of(table.select(known).to_pylist(), item.columns)
         elif item.kind == "meta":
             found[item.name] = meta_from_dict(metadata)
         elif item.kind == "outputs":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -19,10 +20,16 @@ FAILURES = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexEr
 """Errors that reading hostile bytes may raise."""
 # Slots of the flatbuffer tables of the Arrow format (Message.fbs).
 _MESSAGE_HEADER_TYPE, _MESSAGE_HEADER, _MESSAGE_BODY_LENGTH = 1, 2, 3
-_DICTIONARY_BATCH_DATA, _RECORD_BATCH_COMPRESSION = 1, 3
+_DICTIONARY_ID, _DICTIONARY_BATCH_DATA, _DICTIONARY_IS_DELTA = 0, 1, 2
+_RECORD_BATCH_LENGTH, _RECORD_BATCH_COMPRESSION = 0, 3
 SCHEMA, RECORD_BATCH = 1, 3
 """Kinds of messages."""
 _DICTIONARY_BATCH = 2
+
+MAX_MESSAGES = 10_000
+"""Batches of one body; each takes some kilobytes, however few its rows are."""
+_COPIES = 4
+"""Bytes that the versions of growing dictionaries may take together, for each byte of the body."""
 
 
 def write_stream(columns: Mapping[str, Any], meta: Mapping[str, Any]) -> bytes:
@@ -50,7 +57,7 @@ def read_stream(body: bytes) -> tuple[pa.Table, Any]:
             field="body",
         )
     try:
-        _refuse_compression(body)
+        _check_messages(body)
         with pa.ipc.open_stream(body) as reader:
             table = reader.read_all()
         check_rows(table.num_rows, len(body))
@@ -81,11 +88,56 @@ def check_rows(n_rows: int, n_bytes: int) -> None:
         )
 
 
-def _refuse_compression(body: bytes) -> None:
-    """Raise for compressed batches: a megabyte of them can claim any amount of memory."""
+def _check_messages(body: bytes) -> None:
+    """Refuse batches that take more than their bytes: compressed, in great number, or with a dictionary that grows."""
+    growing = 0
+    dictionaries: dict[int, int] = {}
     with pa.BufferReader(body) as source:
+        for number, message in enumerate(pa.ipc.MessageReader.open_stream(source)):
+            if number > MAX_MESSAGES:
+                raise UnreadableFileError(
+                    f"The Arrow stream has more than {MAX_MESSAGES:,} batches. Write more rows into each.", field="body"
+                )
+            data = message.metadata.to_pybytes()
+            refuse_compressed(data)
+            if message_kind(data) == _DICTIONARY_BATCH:
+                identifier, is_delta = _dictionary(data)
+                before = dictionaries.get(identifier, 0) if is_delta else 0
+                dictionaries[identifier] = before + body_length(data)
+                # Each version is a copy of all before it.
+                growing += before
+                if growing > _COPIES * len(body):
+                    raise UnreadableFileError(
+                        "The Arrow stream has a dictionary that grows too often. Write it whole, without deltas (the "
+                        "default of pyarrow).",
+                        field="body",
+                    )
+
+
+def claims(body: bytes) -> tuple[bytes, int]:
+    """Return the metadata of the first message, its JSON in it, and the number of rows that all batches claim.
+
+    It reads nothing else, so what a stream will take can be estimated before it is decoded. Of a stream that cannot be
+    read, it returns what it found before.
+    """
+    head, n_rows = b"", 0
+    with contextlib.suppress(*FAILURES), pa.BufferReader(body) as source:
         for message in pa.ipc.MessageReader.open_stream(source):
-            refuse_compressed(message.metadata.to_pybytes())
+            data = message.metadata.to_pybytes()
+            if message_kind(data) == SCHEMA:
+                head = head or data
+            elif message_kind(data) == RECORD_BATCH:
+                batch = _follow(data, _reference(data, 0), _MESSAGE_HEADER)
+                at = _slot(data, batch, _RECORD_BATCH_LENGTH)
+                n_rows += max(0, int(struct.unpack_from("<q", data, at)[0])) if at else 0
+    return head, n_rows
+
+
+def _dictionary(data: bytes) -> tuple[int, bool]:
+    """Return the number of a dictionary, and whether its entries are added to those before."""
+    batch = _follow(data, _reference(data, 0), _MESSAGE_HEADER)
+    number, delta = (_slot(data, batch, slot) for slot in (_DICTIONARY_ID, _DICTIONARY_IS_DELTA))
+    return int(struct.unpack_from("<q", data, number)[0]) if number else 0, bool(delta and data[delta])
 
 
 def message_kind(data: bytes) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import CountMatrix
-from perturbscope.cells.genes import RECENT
+from perturbscope.cells.genes import RECENT, require_even
 from perturbscope.errors import (
     InvalidEmbeddingError,
     InvalidInputError,
@@ -25,10 +25,14 @@ from perturbscope.errors import (
 )
 from perturbscope.protocol.fields import Kind
 from perturbscope.scoring.results import ScoreOptions
+from perturbscope.threads import checkpoint
 
 MAX_NAME = 512
 """Longest identifier, label or option. numpy pads every string of an array to the longest, so one string of a megabyte
 among 60,000 short ones would take hundreds of gigabytes."""
+
+_STEP = 4096
+"""Items that are read between two checkpoints, a few milliseconds."""
 
 
 def parse_json(body: bytes | str, field: str = "body") -> Any:
@@ -43,6 +47,7 @@ def parse_json(body: bytes | str, field: str = "body") -> Any:
     InvalidParameterError
         A name stands twice in one object.
     """
+    checkpoint()
     try:
         text = body if isinstance(body, str) else body.decode()
         return json.loads(text, object_pairs_hook=_unique)
@@ -112,8 +117,8 @@ def _cells_of(data: Any) -> dict[str, Any] | None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise InvalidParameterError(f"{shown(twice)} is given twice in one object.", field=printable(twice))
     return found
 
@@ -203,6 +208,7 @@ def texts(
     if max(map(len, values), default=0) > longest:
         at, item = next((i, item) for i, item in enumerate(values) if len(item) > longest)
         raise error(f"{field} number {at} has {len(item)} characters; at most {longest} are allowed.", field=field)
+    checkpoint()
     try:
         "".join(values).encode()
     except UnicodeEncodeError:
@@ -210,10 +216,24 @@ def texts(
     return tuple(values)
 
 
+def genes(values: Any, field: str = "gene_ids") -> tuple[str, ...]:
+    """Return a list of gene identifiers as a tuple, after checking that an array of them has a size to their measure.
+
+    Raises
+    ------
+    MalformedMatrixError
+        It is no list of strings, or one of them is so long that an array, which makes all as long, would be too large.
+    """
+    names = texts(values, field, MalformedMatrixError)
+    require_even(names, field)
+    return names
+
+
 def numbers(values: Any, field: str, error: type[InvalidInputError] = MalformedMatrixError) -> NDArray[Any]:
     """Return a list of numbers as an array of int64, uint64 or float64; NaN and infinity pass."""
     if not isinstance(values, list):
         raise error(f"{field} must be a list of numbers; got {shown(values)}.", field=field)
+    checkpoint()
     if not set(map(type, values)) <= {int, float}:
         at, item = next((i, item) for i, item in enumerate(values) if type(item) not in {int, float})
         raise error(f"{field} must hold numbers only; number {at} is {shown(item)}.", field=field)
@@ -274,7 +294,7 @@ def count_matrix(
 ) -> CountMatrix:
     """Build raw counts from their arrays; names of genes are checked first."""
     known = gene_ids if isinstance(gene_ids, np.ndarray) else RECENT.find(gene_ids)
-    names = texts(gene_ids, "gene_ids", MalformedMatrixError) if known is None else known
+    names = genes(gene_ids) if known is None else known
     row = integer(first_row, "first_row")
     cells = CountMatrix.from_csr(data, indices, indptr, names, totals=totals, first_row=row)
     if known is None:
@@ -311,6 +331,8 @@ def pairs(value: Any, field: str = "pairs") -> tuple[tuple[str, str], ...]:
         raise InvalidParameterError(f"{field} must be a list of pairs; got {shown(value)}.", field=field)
     found = []
     for at, item in enumerate(value):
+        if at % _STEP == 0:
+            checkpoint()
         names = texts(item, field)
         if len(names) != 2:
             raise InvalidParameterError(f"{field} number {at} has {len(names)} labels; a pair has two.", field=field)

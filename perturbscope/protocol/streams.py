@@ -123,7 +123,7 @@ class StreamTotals:
 
 def stream_start(gene_ids: object, model: object, first_row: object, outputs: object = None) -> StreamStart:
     """Build a start from untrusted parts. Raises errors of :mod:`perturbscope.errors` that name the field."""
-    names = check.texts(gene_ids, "gene_ids", MalformedMatrixError)
+    names = check.genes(gene_ids)
     return StreamStart(
         gene_ids=np.array(names, dtype=np.str_) if names else np.zeros(0, dtype="U1"),
         model=check.optional_text(model, "model"),

@@ -18,7 +18,10 @@ from perturbscope.protocol import checks as check
 from perturbscope.protocol.fields import Field, Form, Kind, Meta, plain_form
 from perturbscope.protocol.messages import CompareAnswer, ScoreAnswer
 from perturbscope.scoring.results import COMPARE_COLUMNS, SCORE_COLUMNS, CompareResult, ScoreResult
+from perturbscope.threads import checkpoint
 
+_STEP = 4096
+"""Rows that are read between two checkpoints."""
 _TEXT = {"perturbation", "a", "b", "metric", "flags", "p_source", "p_tail_source"}
 _INTEGER = {"n_cells", "n_controls", "n_a", "n_b", "n_used", "n_used_a", "n_used_b", "exchanges"}
 _ADDED = {"n_used", "n_used_a", "n_used_b", "p_source", "exchanges", "p_tail", "p_tail_source"}
@@ -274,7 +277,12 @@ def records_of(record: type[Any], rows: Any, name: str) -> tuple[Any, ...]:
     """Build the rows of ``records`` in the field `name` from a list of objects. Raises InvalidParameterError."""
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise InvalidParameterError(f"{name} must be a list of objects.", field=name)
-    return tuple(record_of(record, row) for row in rows)
+    found = []
+    for number, row in enumerate(rows):
+        if number % _STEP == 0:
+            checkpoint()
+        found.append(record_of(record, row))
+    return tuple(found)
 
 
 def _read_field(value: Any, item: Field) -> Any:

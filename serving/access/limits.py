@@ -7,7 +7,8 @@ import contextlib
 from collections.abc import Iterator
 
 from perturbscope.errors import LimitExceededError, OverloadedError
-from perturbscope.protocol import JSON
+from perturbscope.protocol import ARROW, JSON
+from perturbscope.protocol.arrow_ipc import claims
 from perturbscope.scoring.cost import Cost, duration
 from perturbscope.scoring.results import ScoreOptions
 from serving.call import GROWTH
@@ -184,15 +185,38 @@ class Admission:
         self._bytes.give(n_bytes, flow)
 
 
-def decoded_bytes(media_type: str, body: bytes) -> int:
+_ROW = 2 * 72
+"""Bytes of a row's labels as strings of Python, perturbation and batch, beside their own."""
+
+
+def decoded_bytes(media_type: str, body: bytes, most_json: int = 2**63) -> int:
     """Estimate an upper bound of the bytes that decoding a body takes, beside the body itself.
 
     Arrow and protobuf hold their numbers as memory does: measured, decoding takes 1.7 and 2.6 times the body at its
     peak. JSON becomes one object a value, of a size that its punctuation tells: a number and its place in a list take
-    up to 48 bytes, a short string 70, a list 67, an object with one name 205.
+    up to 48 bytes, a short string 70, a list 67, an object with one name 205. The metadata of Arrow is JSON, and a
+    label of a row becomes a string.
+
+    Raises
+    ------
+    LimitExceededError
+        The metadata of Arrow is larger than `most_json`.
     """
+    if media_type == ARROW:
+        head, n_rows = claims(body)
+        if len(head) > most_json:
+            raise LimitExceededError(
+                f"The metadata of the Arrow stream has {len(head):,} bytes; this server takes {most_json:,} "
+                f"({PREFIX}MAX_JSON_BYTES). Put into it what has no column, and no more genes than a transcriptome.",
+                field="metadata",
+            )
+        return GROWTH * len(body) + _ROW * min(n_rows, len(body)) + _as_json(head)
     if media_type != JSON:
         return GROWTH * len(body)
+    return _as_json(body)
+
+
+def _as_json(body: bytes) -> int:
     # The text, and the strings that it holds; one wide character makes all of a string four bytes wide, and an escape
     # has it put together from parts.
     widths = 2 if body.isascii() and b"\\" not in body else 12

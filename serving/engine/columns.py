@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from perturbscope.cells.readers import CellSource
 from perturbscope.scoring.cleaning import looks_like_control
@@ -74,16 +73,15 @@ def read_columns(source: CellSource) -> Columns:
     for name in source.columns:
         if source.column(name).dtype.kind == "f":
             continue
-        given = [label for label in source.labels(name) if label is not None and label.strip()]
-        labels, counts = np.unique(np.asarray(given, dtype=str), return_counts=True)
-        if not 2 <= len(labels) <= max(2, source.n_cells // 2):
+        # Not with numpy, in whose arrays all labels are as long as the longest.
+        counts = Counter(label for label in source.labels(name) if label is not None and label.strip())
+        if not 2 <= len(counts) <= max(2, source.n_cells // 2):
             continue
-        order = np.lexsort((labels, -counts))[:MAX_LABELS]
-        listed = tuple((str(labels[i]), int(counts[i])) for i in order)
-        controls = likely_controls([str(label) for label in labels])
+        listed = tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_LABELS])
+        controls = likely_controls(sorted(counts))
         recognised = bool(controls) or _rank(name) < len(_KEYS)
         first = controls[0] if controls else None
-        found.append(LabelColumn(name, len(labels), listed, first, controls[:MAX_LABELS], recognised))
+        found.append(LabelColumn(name, len(counts), listed, first, controls[:MAX_LABELS], recognised))
     found.sort(key=lambda column: (_rank(column.name), column.control is None))
     return Columns(
         source.n_cells,

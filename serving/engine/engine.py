@@ -10,7 +10,10 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
+
+import numpy as np
 
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.genes import PerArray
@@ -221,6 +224,23 @@ def _tokenize(embedder: Embedder, cells: CountMatrix, start: int) -> tuple[Token
     started = time.perf_counter()
     part = cells if len(cells) <= TOKENIZED else cells[start : start + TOKENIZED]
     return embedder.tokenize(part), time.perf_counter() - started
+
+
+def kept_bytes(value: Any) -> int:
+    """Estimate the bytes of memory that a decoded request keeps: its arrays, and its labels one by one."""
+    if isinstance(value, CountMatrix):
+        counts = value.counts
+        arrays = (counts.data, counts.indices, counts.indptr, value.totals, value.gene_ids)
+        return sum(int(array.nbytes) for array in arrays)
+    if isinstance(value, np.ndarray):
+        return int(value.nbytes)
+    if isinstance(value, tuple):
+        return _ITEM * len(value)
+    return sum(map(kept_bytes, vars(value).values())) if is_dataclass(value) and hasattr(value, "__dict__") else 0
+
+
+_ITEM = 80
+"""Bytes of a label or a pair in a tuple."""
 
 
 def size_of(value: Any) -> int:

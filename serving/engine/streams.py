@@ -46,6 +46,10 @@ class Pipe(Protocol):
         """Read the next chunk; return it undecoded, with the bytes that are held for it, or None at the end."""
         ...
 
+    def weigh_start(self, message: Any) -> int:
+        """Estimate the bytes that decoding the start takes beside it; blocks, for a worker thread."""
+        ...
+
     def decode_start(self, message: Any) -> StreamStart:
         """Decode the start; blocks, for a worker thread."""
         ...
@@ -109,7 +113,10 @@ class _Stream:
     async def run(self) -> None:
         """Read and answer chunks until all are answered."""
         message, n_bytes = await self._patiently(self._pipe.start)
+        needed = await self._engine.work(self._pipe.weigh_start, message)
+        self._held.reserve(needed)
         start = await self._engine.work(self._pipe.decode_start, message)
+        self._held.release_reserved(needed)
         del message
         with self._engine.registry.lease(start.model) as model:
             opened = await self._open(model, start)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from perturbscope.threads import usable_cores
+from perturbscope.threads import interruptible, usable_cores
 from serving.queue.fairness import FairShare
 
 T = TypeVar("T")
@@ -31,8 +31,26 @@ class Workers:
         self._large = ThreadPoolExecutor(max(1, cores - 1), thread_name_prefix="perturbscope-large")
 
     async def run(self, large: bool, function: Callable[..., T], *args: Any) -> T:
-        """Run a function on a thread; one that has not begun when the caller goes is never run."""
-        return await asyncio.get_running_loop().run_in_executor(self._large if large else self._small, function, *args)
+        """Run a function on a thread; one that has not begun when the caller goes is never run.
+
+        One that has begun ends at its next checkpoint (:func:`perturbscope.threads.checkpoint`): a caller that leaves,
+        or whose time is over, leaves no decoding behind.
+        """
+        gone = threading.Event()
+
+        def check() -> None:
+            if gone.is_set():
+                raise GoneError
+
+        def work() -> T:
+            with interruptible(check):
+                return function(*args)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._large if large else self._small, work)
+        except asyncio.CancelledError:
+            gone.set()
+            raise
 
     def close(self) -> None:
         """Begin nothing more."""

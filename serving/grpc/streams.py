@@ -16,7 +16,7 @@ from perturbscope.protocol.protobuf_streams import (
 )
 from perturbscope.protocol.streams import StreamAnswer, StreamStart
 from serving.access.limits import Held
-from serving.call import Call
+from serving.call import GROWTH, Call
 from serving.engine.engine import Engine
 from serving.engine.streams import answer_stream, check_chunk
 from serving.grpc.edge import streamed
@@ -48,6 +48,10 @@ class GrpcPipe:
         # Only the first message has items, the genes, which the stream keeps in another form.
         self._held.release_reserved(sent.items)
         return message, n_bytes
+
+    def weigh_start(self, message: Any) -> int:
+        """See :meth:`Pipe.weigh_start`. The genes of a message were counted before it was decoded."""
+        return GROWTH * int(message.ByteSize())
 
     def decode_start(self, message: Any) -> StreamStart:
         """See :meth:`Pipe.decode_start`."""

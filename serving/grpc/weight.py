@@ -115,7 +115,7 @@ def _weigh(data: bytes, at: int, end: int, kind: Descriptor, most: int, depth: i
     total = 0
     while at < end and total <= most:
         tag = data[at]
-        prices = whole.get(tag)
+        prices = whole.get(tag) if tag < 128 else None  # of one byte, as nearly all are
         if prices is not None:
             size = data[at + 1]
             if size < 128:

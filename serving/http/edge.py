@@ -30,7 +30,7 @@ from perturbscope.errors import (
 from serving.access.front import Front
 from serving.access.limits import Held, decoded_bytes, too_many_bytes
 from serving.call import GROWTH, JSON_GROWTH, REQUEST_ID, Call, Right
-from serving.engine.engine import Engine, size_of
+from serving.engine.engine import Engine, kept_bytes
 from serving.engine.operations import Served
 from serving.engine.reports import HTML
 from serving.engine.scores import annotated, read_from_file
@@ -172,12 +172,12 @@ class LimitedBody:
     async def decoded(self, engine: Engine, decode: Callable[[bytes], T], body: bytes) -> T:
         """Decode a body. The memory for decoding is held before, and that of the outcome until the call ends."""
         with self.call.stage("decode"):
-            needed = await engine.work(decoded_bytes, self.content_type, body)
+            needed = await engine.work(decoded_bytes, self.content_type, body, engine.settings.max_json_bytes)
             self.call.reserve(needed)
             decoded = await engine.work(decode, body)
         if self.call.held is not None:
             self.call.held.release_reserved(needed)
-        self.call.reserve(size_of(decoded))
+        self.call.reserve(kept_bytes(decoded))
         return decoded
 
 
@@ -205,9 +205,18 @@ async def read_request(body: LimitedBody, operation: Served, engine: Engine) -> 
         async with body.timed():
             fields, name = await write_file(body.request, kind, path)
         with body.call.stage("decode"):
-            parameters = {**body.query, **fields}
-            upload = await file_readers().read(operation.name, path, parameters, engine.settings, name=name)
-        body.call.reserve(size_of(upload.request))
+            parts: list[int] = []
+
+            def hold(n_bytes: int) -> None:
+                # The frame of the reader, and what is made of it.
+                body.call.reserve((1 + GROWTH) * n_bytes)
+                parts.append((1 + GROWTH) * n_bytes)
+
+            parameters, settings = {**body.query, **fields}, engine.settings
+            upload = await file_readers().read(operation.name, path, parameters, settings, hold, name=name)
+        if body.call.held is not None:
+            body.call.held.release_reserved(sum(parts))
+        body.call.reserve(kept_bytes(upload.request))
         return upload
 
 

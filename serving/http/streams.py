@@ -30,7 +30,7 @@ from perturbscope.protocol.arrow_streams import (
 )
 from perturbscope.protocol.streams import StreamAnswer, StreamChunk, StreamStart
 from serving.access.front import Front
-from serving.access.limits import Held
+from serving.access.limits import Held, decoded_bytes
 from serving.call import REQUEST_ID, Call
 from serving.engine.engine import Engine
 from serving.engine.status import explain
@@ -104,6 +104,10 @@ class HttpPipe:
             await self._fill()
         self._buffer.clear()
         self._over.set()
+
+    def weigh_start(self, message: Any) -> int:
+        """See :meth:`Pipe.weigh_start`."""
+        return decoded_bytes(protocol.ARROW, message)
 
     def decode_start(self, message: Any) -> StreamStart:
         """See :meth:`Pipe.decode_start`."""

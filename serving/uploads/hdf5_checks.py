@@ -48,13 +48,19 @@ _BEST_DEFLATE = 1032
 _SMALL = 64 * 2**20
 _TEXT_MORE = 8
 """Bytes of a stored string's entry (4 for its length, 8 + 4 for its place) beyond those of a pointer in memory."""
+_TEXT = 64
+"""Bytes of a string of Python beside its characters, and of its place in an array."""
 _TABLES = ("/obs", "/var", "/obsm", "/varm", "/raw/var")
 """Groups whose rows are read whole, of the file or of a MuData's modality; matrices are read in pieces."""
 _MODALITY = re.compile(r"^/mod/[^/]+")
 
 
-def check_file(path: Path, settings: Settings) -> None:
+def check_file(path: Path, settings: Settings) -> int:
     """Refuse a file that reaches outside of itself, or would grow beyond what the settings allow.
+
+    Returns
+    -------
+    Bytes of all its datasets but those of ``uns``, unpacked, and of their texts: the least that reading them takes.
 
     Raises
     ------
@@ -82,6 +88,7 @@ def check_file(path: Path, settings: Settings) -> None:
                     check.dataset(name, item)
                 else:
                     check.sparse(name, item)
+            return check.n_bytes
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise UnreadableFileError(
             f"{path.name} is not a whole HDF5 file ({str(error).replace(str(path), path.name)[:300]}). "
@@ -96,6 +103,8 @@ class _Check:
     def __init__(self, raw: BinaryIO, settings: Settings, h5py: Any) -> None:
         self._raw, self._settings, self._h5py = raw, settings, h5py
         self._chunks = 0
+        self.n_bytes = 0
+        """Bytes of the datasets that were checked, and of their texts."""
         self._rows = max(settings.max_cells, settings.max_vectors, settings.max_genes)
 
     def items(self, root: Any) -> Iterator[tuple[str, Any]]:
@@ -169,6 +178,7 @@ class _Check:
         for length in shape:
             n_values *= int(length)
         self._size(where, shape, n_values, item_bytes, identifier.get_storage_size())
+        self.n_bytes += 0 if where.startswith("/uns/") else n_values * item_bytes
         texts = self._places_of_texts(where, stored_type)
         item_bytes += _TEXT_MORE * len(texts)
         if kind not in (self._h5py.h5t.INTEGER, self._h5py.h5t.FLOAT, self._h5py.h5t.ENUM):
@@ -295,8 +305,10 @@ class _Check:
             for place in places:
                 lengths = np.ascontiguousarray(items[:, place : place + 4]).view("<u4")
                 total += int(lengths.sum(dtype=np.int64))
+            self.n_bytes += len(places) * _TEXT * len(items)
             if total > self._settings.max_body_bytes:
                 raise _too_large(f"The texts of {where} have more than {total:,} bytes", "that of a whole request")
+        self.n_bytes += total
 
     def _read(self, offset: int, size: int) -> bytes:
         self._raw.seek(offset)

@@ -20,21 +20,52 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from perturbscope.errors import UnreadableFileError
+from perturbscope import container
+from perturbscope.errors import LimitExceededError, UnreadableFileError
 from perturbscope.operations import OPERATIONS
 from perturbscope.threads import usable_cores
 from serving.settings import ROOT, Settings
 from serving.uploads.pipe import LENGTH, upload_from_parts
 from serving.uploads.requests import Upload
 
-MAX_READERS = max(2, min(4, usable_cores()))
-"""Files that are read at a time. A process (of 150 MiB) is started when it is needed, and then waits for more files."""
+GIB = 2**30
+_PATIENCE = 60
+"""Seconds within which the event loop says whether there is room."""
+MAX_READERS = max(1, min(4, max(2, usable_cores()), container.memory() // (2 * GIB)))
+"""Files that are read at a time: fewer where there is little memory. A process (of 150 MiB) is started when it is
+needed, and then waits for more files."""
+_RESTING = 192 * 2**20
+"""Bytes of a reader that waits."""
+_SERVER = 768 * 2**20
+"""Bytes of the server beside what requests hold: the default model, its batches, Python and its libraries."""
+_LEAST = 384 * 2**20
+_BYTES_A_VALUE = 32
+"""Bytes of memory that a stored count can take while it is read."""
+
+
+def bytes_of_a_reader(settings: Settings, memory: int | None = None) -> int:
+    """Return the bytes of memory that one reader may take for a file, beside what it takes when it rests.
+
+    All readers together have what ``max_reader_bytes`` says, or, where it says nothing, what the container has beside
+    the server, the memory that requests may hold, and an eighth that is left free; at most what ``max_values`` need.
+
+    Parameters
+    ----------
+    settings
+        Settings of the server.
+    memory
+        Bytes of the container; default: those of this one.
+    """
+    memory = container.memory() if memory is None else memory
+    server = max(_SERVER, settings.max_model_bytes) + settings.max_held_bytes
+    together = settings.max_reader_bytes or memory - memory // 8 - server
+    return max(_LEAST, min(GIB + _BYTES_A_VALUE * settings.max_values, together // MAX_READERS - _RESTING))
 
 
 class _Reader:
@@ -48,6 +79,8 @@ class _Reader:
             # It forks, so it must not have threads.
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
+            # Arrow's other allocators map a gigabyte before they give any of it, and a reader may map little.
+            "ARROW_DEFAULT_MEMORY_POOL": "system",
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "serving.uploads.child"],
@@ -57,8 +90,11 @@ class _Reader:
             start_new_session=True,
         )
 
-    def ask(self, question: bytes) -> tuple[dict[str, object], list[bytes]]:
-        """Send one line, and return the head and parts of the answer. Raises EOFError if the process ended instead."""
+    def ask(self, question: bytes, hold: Callable[[int], None]) -> tuple[dict[str, object], list[bytes]]:
+        """Send one line, and return the head and parts of the answer. Raises EOFError if the process ended instead.
+
+        `hold` is called with the bytes of the parts, before they are read; it may raise.
+        """
         source, target = self._process.stdout, self._process.stdin
         assert source is not None and target is not None  # noqa: S101, PT018  both are pipes
         try:
@@ -67,6 +103,7 @@ class _Reader:
         except BrokenPipeError as error:
             raise EOFError from error
         head = json.loads(_exactly(source, LENGTH.unpack(_exactly(source, LENGTH.size))[0]))
+        hold(sum(map(int, head["parts"])))
         return head, [_exactly(source, int(length)) for length in head["parts"]]
 
     def kill(self) -> None:
@@ -123,23 +160,48 @@ class FileReaders:
         self._idle: list[_Reader] = []
 
     async def read(
-        self, route: str, path: Path, parameters: Mapping[str, str], settings: Settings, *, name: str = ""
+        self,
+        route: str,
+        path: Path,
+        parameters: Mapping[str, str],
+        settings: Settings,
+        hold: Callable[[int], None] = lambda n_bytes: None,
+        *,
+        name: str = "",
     ) -> Upload:
         """Return the request that an uploaded file and its parameters make; cancelling ends the reading at once.
 
-        Messages call the file by its own `name`, if that is known.
+        Parameters
+        ----------
+        route, path, parameters, settings
+            See :func:`serving.uploads.requests.read_upload`.
+        hold
+            Called on the event loop with the bytes that the request will take, before this process takes them; it may
+            raise.
+        name
+            Name of the file, by which messages call it.
 
         Raises
         ------
         UnreadableFileError
             The file took too long to read, or its reader did not survive it.
+        LimitExceededError
+            The reader was ended for want of memory.
         PerturbScopeError
-            See :func:`serving.uploads.requests.read_upload`.
+            See `hold`, and :func:`serving.uploads.requests.read_upload`.
         """
         reading = _Reading()
+        loop = asyncio.get_running_loop()
+
+        async def held(n_bytes: int) -> None:
+            hold(n_bytes)
+
+        def ask(n_bytes: int) -> None:
+            asyncio.run_coroutine_threadsafe(held(n_bytes), loop).result(_PATIENCE)
+
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._read, reading, route, path, dict(parameters), settings, name
+            return await loop.run_in_executor(
+                self._threads, self._read, reading, route, path, dict(parameters), settings, ask, name
             )
         except asyncio.CancelledError:
             reading.cancel()
@@ -154,7 +216,14 @@ class FileReaders:
             reader.end()
 
     def _read(
-        self, reading: _Reading, route: str, path: Path, parameters: Mapping[str, str], settings: Settings, name: str
+        self,
+        reading: _Reading,
+        route: str,
+        path: Path,
+        parameters: Mapping[str, str],
+        settings: Settings,
+        hold: Callable[[int], None],
+        name: str,
     ) -> Upload:
         if reading.cancelled:
             raise UnreadableFileError("The caller went away.", field="file")
@@ -169,10 +238,11 @@ class FileReaders:
             "name": name,
             "parameters": parameters,
             "settings": asdict(settings),
+            "bytes": bytes_of_a_reader(settings),
         }
         reading.begin(reader)
         try:
-            head, parts = reader.ask(json.dumps(question).encode())
+            head, parts = reader.ask(json.dumps(question).encode(), hold)
         except EOFError:
             raise _unreadable(reader.end(), settings, name) from None
         except BaseException:
@@ -192,7 +262,13 @@ def file_readers() -> FileReaders:
     return readers
 
 
-def _unreadable(status: int, settings: Settings, name: str) -> UnreadableFileError:
+def _unreadable(status: int, settings: Settings, name: str) -> UnreadableFileError | LimitExceededError:
+    if status in (128 + signal.SIGKILL, -signal.SIGKILL):
+        return LimitExceededError(
+            "The process that read the file was ended: it needed more memory than this server has left. Send the cells "
+            "in several requests, or as Arrow; or try again later.",
+            field="file",
+        )
     if status == 128 + signal.SIGALRM:
         why = f"could not be read within {settings.file_timeout} seconds"
     else:

@@ -7,7 +7,7 @@ identifiers, and the columns of obs and the embedding that it names. uns is not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -64,10 +64,31 @@ def parameters_for(route: str) -> dict[str, str]:
     return parameters_of(OPERATIONS[route])
 
 
-def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings: Settings, *, name: str = "") -> Upload:
+def read_upload(
+    route: str,
+    path: Path,
+    parameters: Mapping[str, str],
+    settings: Settings,
+    checked: Callable[[int], None] = lambda n_bytes: None,
+    *,
+    name: str = "",
+) -> Upload:
     """Return the request that an uploaded file and its parameters make. Blocks; for a reading process.
 
-    Messages call the file by its own `name`, or else "The file".
+    Parameters
+    ----------
+    route
+        The last part of the path, such as ``embed``.
+    path
+        Place of the file.
+    parameters
+        Query parameters, or fields of the form.
+    settings
+        Limits.
+    checked
+        Called with the bytes of the file's parts, unpacked, once the file is checked and before its data is read.
+    name
+        Name of the file, by which messages call it; empty: "The file".
 
     Raises
     ------
@@ -85,7 +106,7 @@ def read_upload(route: str, path: Path, parameters: Mapping[str, str], settings:
             f"Unknown parameter {unknown[0]!r}; there are {', '.join(known) or 'none'}.", field=unknown[0]
         )
     try:
-        check_file(path, settings)
+        checked(check_file(path, settings))
         with open_cells(path, **where_of(parameters)) as source:
             if route == "columns":
                 return Upload(read_columns(source))

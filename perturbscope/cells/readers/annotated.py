@@ -247,7 +247,10 @@ class Frame:
             raise UnreadableFileError(f"{name_of(node)} has no index; the file is not an AnnData file.", field="file")
         inside = [name for name in names if name not in {self._index, "__categories"}]
         order = [] if self._compound else [str(name) for name in attribute(node, "column-order", ())]
-        self._columns = [name for name in order if name in inside] + [name for name in inside if name not in order]
+        known = set(inside)
+        self._columns = list(dict.fromkeys([*(name for name in order if name in known), *inside]))
+
+        self._readable: list[str] | None = None
 
     def __len__(self) -> int:
         node = self._node if self._compound else child(self._node, str(self._index))
@@ -256,11 +259,17 @@ class Frame:
 
     def index(self) -> NDArray[np.str_]:
         """Read the names of the rows."""
-        return self._read(str(self._index)).astype(str).to_numpy().astype(np.str_)
+        return self.names().astype(np.str_)
+
+    def names(self) -> NDArray[np.object_]:
+        """Read the names of the rows, each as long as it is."""
+        return self._read(str(self._index)).astype(str).to_numpy(dtype=object)
 
     def columns(self) -> list[str]:
         """Return the names of the columns that hold text, categories or numbers."""
-        return [name for name in self._columns if self._is_readable(name)]
+        if self._readable is None:
+            self._readable = [name for name in self._columns if self._is_readable(name)]
+        return list(self._readable)
 
     def distinct(self, name: str, *, whole: bool) -> list[Any] | None:
         """Return the different values of a column of text, without reading more than is needed; None for others.
@@ -446,7 +455,7 @@ def _array(node: Any) -> Any:
 def read_genes(var: Frame, gene_key: str | None) -> NDArray[np.str_]:
     """Read the gene identifiers: the index of var, or one of its columns."""
     if gene_key is None:
-        return each_named(name_genes(var.index()), _columns(var))
+        return each_named(name_genes(var.names()), _columns(var))
     if gene_key not in var.columns():
         raise missing_column("column of var", gene_key, var.columns(), field="gene_key")
     return each_named(name_genes(var.column(gene_key).to_numpy()), _columns(var))

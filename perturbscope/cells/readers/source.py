@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.cells.counts import RAW_REMEDY, CountMatrix
+from perturbscope.cells.genes import require_even
 from perturbscope.cells.readers.features import Features, doubtful_names, is_missing, left_out_sentence
 from perturbscope.cells.readers.matrices import KeptColumns, Rows
 from perturbscope.errors import (
@@ -300,7 +301,9 @@ def name_genes(identifiers: NDArray[Any]) -> NDArray[np.str_]:
     for column, name in enumerate(names):
         if is_missing(name) or name == "":
             names[column] = f"unnamed-{column}"
-    return names.astype(np.str_)
+    texts: list[str] = list(map(str, names))
+    require_even(texts, "gene_ids")
+    return np.array(texts, dtype=np.str_) if texts else np.zeros(0, dtype="U1")
 
 
 def _are_counts(values: NDArray[Any]) -> bool:

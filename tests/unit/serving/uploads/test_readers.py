@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +18,12 @@ import numpy as np
 import psutil
 import pytest
 
-from perturbscope.errors import LimitExceededError, PerturbScopeError, UnreadableFileError
+from perturbscope.errors import LimitExceededError, OverloadedError, PerturbScopeError, UnreadableFileError
 from perturbscope.report import Absent
 from serving.engine.columns import Columns
 from serving.settings import Settings
 from serving.uploads.pipe import LENGTH, upload_from_parts, upload_to_frame
-from serving.uploads.readers import FileReaders
+from serving.uploads.readers import MAX_READERS, FileReaders, bytes_of_a_reader
 from serving.uploads.requests import Upload, read_upload
 from tests.fuzz.seeds import h5ad
 
@@ -115,7 +117,8 @@ async def test_a_reader_that_dies_is_replaced(readers: FileReaders, path: Path) 
     for reader in readers._idle:
         os.kill(reader._process.pid, signal.SIGKILL)
         reader._process.wait()
-    with pytest.raises(UnreadableFileError, match="ended the process that read it"):
+    # As the kernel does when memory runs out.
+    with pytest.raises(LimitExceededError, match="was ended: it needed more memory"):
         await readers.read("embed", path, {}, Settings())
     readers.close()
     assert (await readers.read("embed", path, {}, Settings())).request is not None
@@ -129,6 +132,75 @@ async def test_memory_is_bounded(readers: FileReaders, path: Path) -> None:
         file["obs"].create_dataset("bomb", shape=(2**37,), dtype="f8", chunks=(2**27,), compression="gzip")
     with pytest.raises(PerturbScopeError):
         await readers.read("columns", bomb, {}, Settings(max_values=1000))
+
+
+def shared_texts(path: Path, n: int, size: int) -> None:
+    """Let the n entries of an attribute of obs share one string of `size` bytes, as HDF5's format allows."""
+    with h5py.File(path, "r+", libver="latest") as file:
+        del file["obs"].attrs["column-order"]
+        texts = np.array(["Z" * size] + [f"q{i:07d}" for i in range(n - 1)], dtype=object)
+        file["obs"].attrs.create("column-order", texts, dtype=h5py.string_dtype())
+    content = bytearray(path.read_bytes())
+    # An entry is a length, the place of a heap and a number in it: the first of n that follow each other.
+    start = content.find(struct.pack("<I", size))
+    while (
+        struct.unpack_from("<I", content, start + 16)[0] != 8 or struct.unpack_from("<I", content, start + 32)[0] != 8
+    ):
+        start = content.find(struct.pack("<I", size), start + 1)
+    content[start : start + 16 * n] = bytes(content[start : start + 16]) * n
+    path.write_bytes(content)
+
+
+async def test_texts_that_share_their_bytes_take_no_more_than_a_reader_may(readers: FileReaders, path: Path) -> None:
+    shared_texts(path, 3000, 2**20)
+    most, done = 0, asyncio.Event()
+
+    async def watch() -> None:
+        nonlocal most
+        while not done.is_set():
+            for reader in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    most = max(most, reader.memory_info().rss)
+            await asyncio.sleep(0.02)
+
+    watching = asyncio.ensure_future(watch())
+    with pytest.raises(PerturbScopeError):
+        await readers.read("columns", path, {}, Settings())
+    done.set()
+    await watching
+    assert 0 < most < 800 * 2**20
+    path.write_bytes(h5ad())
+    assert (await readers.read("columns", path, {}, Settings())).request.n_cells == 8
+
+
+async def test_a_reader_is_ended_before_the_server(readers: FileReaders, path: Path) -> None:
+    await readers.read("embed", path, {}, Settings())
+    scores = [Path(f"/proc/{reader._process.pid}/oom_score_adj").read_text() for reader in readers._idle]
+    assert scores
+    assert {int(score) for score in scores} == {1000}
+
+
+async def test_room_for_a_request_is_asked_for_before_it_is_taken(readers: FileReaders, path: Path) -> None:
+    asked: list[int] = []
+
+    def hold(n_bytes: int) -> None:
+        asked.append(n_bytes)
+        raise OverloadedError("full")
+
+    with pytest.raises(OverloadedError, match="full"):
+        await readers.read("embed", path, {}, Settings(), hold)
+    assert asked[0] > 100
+    assert (await readers.read("embed", path, {}, Settings())).request is not None
+
+
+@pytest.mark.parametrize("gib", [3, 4, 8, 64])
+def test_server_and_readers_fit_their_container(gib: int) -> None:
+    """Readers together, what requests hold, the server itself and an eighth beside them."""
+    memory, settings = gib * 2**30, Settings()
+    n_readers = max(1, min(MAX_READERS, memory // 2**31))
+    each = bytes_of_a_reader(settings, memory)
+    assert n_readers * (each + 192 * 2**20) + settings.max_held_bytes + 768 * 2**20 <= memory * 7 / 8
+    assert bytes_of_a_reader(Settings(max_reader_bytes=2**31), memory) <= 2**31 // MAX_READERS
 
 
 def test_frames_that_are_cut_are_noticed() -> None:
