@@ -1,7 +1,7 @@
 """Make every fault against the real service and write benchmarks/reliability.md.
 
 Rows are kept in runs/reliability: an interrupted run continues where it stopped, ``--only`` makes some rows again, and
-``--page`` writes the page from the rows in that folder.
+``--page`` writes the page from the rows in that folder. Rows that the folder lacks stay on the page as they are.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ MODULES = (
     "models",
     "fuzzing",
     "hostile",
+    "container",
     "clock",
     "stopping",
     "bad_input",
@@ -58,18 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {'held' if row.held else 'DID NOT HOLD'} in {row.seconds:.0f} s; clients: {row.clients}", flush=True)
         if not options.quick:
             row.save()
-            page.write([*found, row, *_later(name, found)], minutes=options.minutes)
+            page.write([*found, row, *_later(name)])
         found.append(row)
     if options.quick:
-        print(page.page(found, minutes=options.minutes))
+        print(page.page(found))
     else:
-        page.write(found, minutes=options.minutes)
+        page.write(found)
     bad = [row.name for row in found if not row.held]
     print(f"{len(found) - len(bad)} of {len(found)} rows hold{': not ' + ', '.join(bad) if bad else ''}.")
     return 1 if bad else 0
 
 
-def _later(name: str, found: Sequence[Row]) -> list[Row]:
+def _later(name: str) -> list[Row]:
     """Return the kept rows of the faults after this one."""
     names = list(FAULTS)
     return [row for other in names[names.index(name) + 1 :] if (row := Row.load(other)) is not None]

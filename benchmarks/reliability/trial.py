@@ -134,13 +134,18 @@ class Trial:
 
     @contextlib.contextmanager
     def service(
-        self, *, environ: Mapping[str, str] | None = None, tracebacks: str | None = None, **settings: object
+        self,
+        *,
+        environ: Mapping[str, str] | None = None,
+        tracebacks: str | None = None,
+        launched: Callable[[int], None] | None = None,
+        **settings: object,
     ) -> Iterator[RunningServer]:
         """Run the real service and check its log at the end; `tracebacks` says why some are expected."""
         self._started += 1
         folder = self.folder / f"service{self._started}"
         folder.mkdir(parents=True)
-        with RunningServer(folder, environ=environ, **settings) as server:
+        with RunningServer(folder, environ=environ, launched=launched, **settings) as server:
             try:
                 yield server
             finally:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -59,14 +59,23 @@ class RunningServer:
         For its output, and its working directory.
     environ
         More of its environment.
+    launched
+        Called with the number of its first process, as soon as there is one.
     settings
         ``bundle=...``, ``max_cells=...``: see :class:`serving.settings.Settings`.
     """
 
-    def __init__(self, folder: Path, *, environ: Mapping[str, str] | None = None, **settings: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        environ: Mapping[str, str] | None = None,
+        launched: Callable[[int], None] | None = None,
+        **settings: object,
+    ) -> None:
         self.http_port, self.grpc_port = free_ports(2)
         self.url, self.target = f"http://127.0.0.1:{self.http_port}", f"127.0.0.1:{self.grpc_port}"
-        self._folder = folder
+        self._folder, self._launched = folder, launched
         ports = {"http_port": self.http_port, "grpc_port": self.grpc_port}
         self._environment = environment(**{"host": "127.0.0.1", "threads": 1, **ports, **settings}) | dict(
             environ or {}
@@ -98,6 +107,8 @@ class RunningServer:
                 cwd=self._folder,
                 start_new_session=True,
             )
+        if self._launched is not None:
+            self._launched(self.process.pid)
 
     def wait_until_ready(self) -> None:
         """Wait for /readyz; if it does not come, stop the service and show its output."""

@@ -95,7 +95,7 @@ def value_of(item: Field, n: int) -> Any:
             return np.ones((n, 2), np.float32)
         case "numbers":
             return np.ones(n, item.dtype)
-        case "labels" | "texts":
+        case "labels" | "texts" | "names":
             return tuple(names(n))
         case "pairs":
             return tuple(itertools.pairwise(names(n + 1)))
@@ -554,5 +554,5 @@ def test_files(cases: Callable[[Path], Iterator[tuple[str, Case]]], tmp_path: Pa
 def test_a_search_for_each_item_is_found() -> None:
     quadratic = case(lambda found: [found.count(name) for name in found], names)
     assert len(faults(iter([("quadratic", quadratic)]))) == 1
-    copies = case(lambda found: np.zeros((len(found), len(found)), np.int8) + 1, names)
+    copies = case(lambda found: np.zeros((len(found), len(found))) + 1, names)
     assert any("memory" in fault for fault in faults(iter([("copies", copies)])))
