@@ -230,6 +230,7 @@ class Model:
         control: str | Sequence[str],
         use_rep: str | None = None,
         batch_key: str | None = None,
+        unit_key: str | None = None,
         metrics: Sequence[str] = ("e_distance",),
         seed: int = 0,
         layer: str | None = None,
@@ -253,6 +254,9 @@ class Model:
             Score this matrix of obsm (``X_pca``, ``X_scVI``, ...) in place of embedding the cells.
         batch_key
             Column of obs with each cell's batch; labels are permuted within batches.
+        unit_key
+            Column of obs with each cell's unit (well, guide, donor); whole units are exchanged too, in the columns
+            n_units, z_unit, p_unit, q_unit. A server does not do this yet.
         metrics, seed, options
             See :class:`perturbscope.ScoreOptions`.
         layer, gene_key, total_counts_key, round_counts, progress
@@ -281,6 +285,7 @@ class Model:
                 control=control,
                 use_rep=use_rep,
                 batch_key=batch_key,
+                unit_key=unit_key,
                 options=_options(metrics, seed, options),
                 progress=progress,
             )

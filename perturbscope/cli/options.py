@@ -39,6 +39,12 @@ Control = Annotated[list[str], typer.Option(metavar="LABEL", help="A label of co
 BatchKey = Annotated[
     str | None, typer.Option(metavar="COL", help="Column of obs; labels are permuted within its batches.")
 ]
+UnitKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COL", help="Column of obs with each cell's well, guide or donor; whole ones are exchanged for p_unit."
+    ),
+]
 Top = Annotated[int, typer.Option(min=0, help="Rows of the table on stdout for each metric; 0 for none.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all random draws.")]
 
@@ -218,7 +224,13 @@ class ScreenIn:
 
     @contextmanager
     def open(
-        self, cells: Path, options: ScoreOptions, *, control: Sequence[str] | None = None, batch_key: str | None = None
+        self,
+        cells: Path,
+        options: ScoreOptions,
+        *,
+        control: Sequence[str] | None = None,
+        batch_key: str | None = None,
+        unit_key: str | None = None,
     ) -> Iterator[tuple[Screen, CellSource, StageProgress]]:
         """Read the screen, embed it if need be, and keep file, model and progress bars open for the work with it."""
         from perturbscope.cells.readers import open_cells
@@ -238,6 +250,7 @@ class ScreenIn:
                 control=control or None,
                 use_rep=self.use_rep,
                 batch_key=batch_key,
+                unit_key=unit_key,
                 options=options,
                 progress=progress,
             )

@@ -21,6 +21,7 @@ def score(
     screen: options.ScreenIn,
     control: options.Control,
     testing: options.Testing,
+    unit_key: options.UnitKey = None,
     report: Annotated[Path | None, typer.Option(metavar="OUT.html", help="Also write a one-page report.")] = None,
     top: options.Top = 20,
 ) -> None:
@@ -31,7 +32,8 @@ def score(
     if report is not None:
         check_output(report, [".html"], source=cells)
     chosen = screen.options(testing)
-    with screen.open(cells, chosen, control=control, batch_key=testing.batch_key) as (opened, _, progress):
+    columns = {"batch_key": testing.batch_key, "unit_key": unit_key}
+    with screen.open(cells, chosen, control=control, **columns) as (opened, _, progress):
         result = opened.score(progress)
         calibration = opened.calibrate(progress) if report is not None else None
     _write(result, out, {"input": cells.name, **vars(screen.counts)}, title="Scores", top=top)

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
-from numpy.typing import ArrayLike
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
 
 from perturbscope.scoring.cleaning import cleaned_for
 from perturbscope.scoring.energy.matrix import Compute
-from perturbscope.scoring.labels import Groups
+from perturbscope.scoring.labels import Groups, check_labels, codes_of
 from perturbscope.scoring.results import (
+    CORRECTIONS,
     SCORE_COLUMNS,
     Metric,
     Rows,
@@ -25,7 +28,9 @@ from perturbscope.scoring.results import (
     resolution_warnings,
     with_q,
 )
-from perturbscope.scoring.scorers import NOT_SCORED, GroupMaker, make_scorer
+from perturbscope.scoring.scorers import NOT_SCORED, DistanceScorer, EnergyScorer, GroupMaker, make_scorer
+from perturbscope.scoring.units import Units, UnitScore, unit_score
+from perturbscope.threads import in_order
 
 
 def score_perturbations(
@@ -34,6 +39,7 @@ def score_perturbations(
     *,
     control: str | Sequence[str],
     batches: Sequence[str] | None = None,
+    units: Sequence[str] | None = None,
     options: ScoreOptions | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ScoreResult:
@@ -51,6 +57,11 @@ def score_perturbations(
     batches
         Batch of each cell. Vectors are then taken about the mean of all cells of their batch, and labels are exchanged
         within batches; cells in batches without controls are left out (see :mod:`perturbscope.scoring.scorers`).
+    units
+        Unit of each cell: the well, guide or donor whose cells share more than their perturbation. The table then has
+        the columns ``n_units, z_unit, p_unit, q_unit`` of exchanges of whole units
+        (:mod:`perturbscope.scoring.units`), NaN for ``wasserstein``, and the provenance the controls' intra-class
+        correlation and design effect.
     options
         Metrics, estimator, null, sizes, seed; default :class:`ScoreOptions`.
     progress
@@ -67,9 +78,11 @@ def score_perturbations(
     InvalidEmbeddingError
         The embeddings are not a finite matrix, or have a zero row; the message names the row.
     MalformedMatrixError
-        The number of labels or batches differs from the number of cells.
+        The number of labels, batches or units differs from the number of cells.
     ControlLabelMissingError, TooFewControlsError
-        There are no, or too few, control cells.
+        There are no, or too few, control cells; or all are in one unit.
+    InvalidParameterError
+        The units are the batches.
     TooFewCellsError
         No perturbation has `min_cells` cells.
     SolverError
@@ -80,12 +93,15 @@ def score_perturbations(
     cleaned = cleaned_for(options, perturbations, control, batches)
     perturbations, control, batches = cleaned.labels, str(cleaned.control), cleaned.kept(batches)
     embeddings = cleaned.kept(embeddings)
+    if units is not None:
+        units = check_labels(cleaned.kept(units), len(perturbations), "units").tolist()
     groups = Groups.of(embeddings, perturbations, batches, options, control=control)
     names = [name for name in groups.members if name != control]
     scorable = set(groups.scorable(names, options))
     controls = groups.members[control]
     control_flags = ["controls_subsampled"] if groups.sizes[control] > len(controls) else []
     control_flags += ["duplicated_vectors"] if groups.has_copies(control) else []
+    whole = None if units is None else _units_of(units, perturbations, groups, controls)
     done, total = 0, len(scorable) * len(options.metrics)
 
     def finished() -> None:
@@ -95,6 +111,7 @@ def score_perturbations(
             progress("score", done, total)
 
     rows = Rows(SCORE_COLUMNS)
+    by_unit: dict[tuple[str, str], UnitScore] = {}
     for metric in options.metrics:
         scorer = make_scorer(metric, groups, controls, options, GroupMaker(metric, groups, options, compute))
         # By size, since groups of equal size share exchanges of labels.
@@ -102,9 +119,14 @@ def score_perturbations(
         to_score = [name for name in ordered if name in scorable]
         streams = [(groups.stream(groups.members[name]), groups.members[name]) for name in to_score]
         by_name = dict(zip(to_score, scorer.score_all(streams, finished), strict=True))
+        if whole is not None:
+            by_unit |= {(name, metric): one for name, one in _unit_scores(whole, scorer, groups, controls, to_score)}
         for name in ordered:
             scored = by_name.get(name, NOT_SCORED)
-            flags = list(dict.fromkeys([*groups.label_flags(name, options), *control_flags, *scored.flags]))
+            unit_flags = by_unit[name, metric].flags if (name, metric) in by_unit else ()
+            flags = list(
+                dict.fromkeys([*groups.label_flags(name, options), *control_flags, *scored.flags, *unit_flags])
+            )
             rows.add(
                 perturbation=name,
                 n_cells=groups.sizes[name],
@@ -114,6 +136,8 @@ def score_perturbations(
                 flags=";".join(flags),
             )
     table = with_q(rows.frame(), options)
+    if whole is not None:
+        table = _with_units(table, by_unit, options)
     table["rank"] = table["metric"].map(options.metrics.index)
     table = table.sort_values(["rank", "z", "distance", "perturbation"], ascending=[True, False, False, True])
     table = table.drop(columns="rank").reset_index(drop=True)
@@ -130,7 +154,45 @@ def score_perturbations(
         "repeats": options.repeats,
         "permutations": permutations_by_metric(options),
     }
+    if whole is not None:
+        of_units = whole.facts(GroupMaker("e_distance", groups, options).rows(controls), controls)
+        facts["units"] = of_units
+        warnings += whole.warnings(of_units)
     return ScoreResult(table, provenance("score", options, **groups.facts, **facts, **cleaned.facts), warnings)
+
+
+def _units_of(units: Sequence[str], perturbations: Sequence[str], groups: Groups, controls: NDArray[np.intp]) -> Units:
+    codes, labels = (codes_of(np.asarray(values, dtype=object))[1] for values in (units, perturbations))
+    return Units(codes, labels, controls, groups.batches)
+
+
+def _unit_scores(
+    units: Units, scorer: DistanceScorer, groups: Groups, controls: NDArray[np.intp], names: Sequence[str]
+) -> Iterator[tuple[str, UnitScore]]:
+    """Yield the names of perturbations and their scores over whole units; none if the metric has none."""
+    if not isinstance(scorer, EnergyScorer):
+        return
+
+    def one(name: str) -> tuple[str, UnitScore]:
+        cells = groups.members[name]
+        if groups.batches is not None:
+            cells = cells[np.isin(groups.batches[cells], groups.batches[controls])]
+        if len(cells) < 2 or groups.is_constant(np.concatenate([cells, controls])):
+            return name, UnitScore()
+        return name, unit_score(units, cells, controls, scorer.pool, scorer.options, groups.stream(cells))
+
+    with closing(in_order(one, names)) as found:
+        yield from found
+
+
+def _with_units(table: pd.DataFrame, scores: dict[tuple[str, str], UnitScore], options: ScoreOptions) -> pd.DataFrame:
+    """Return the table with the columns of scores over whole units."""
+    found = [scores.get(key, UnitScore()) for key in zip(table["perturbation"], table["metric"], strict=True)]
+    table = table.assign(
+        n_units=[one.n_units for one in found], z_unit=[one.z for one in found], p_unit=[one.p for one in found]
+    )
+    table["q_unit"] = table.groupby("metric")["p_unit"].transform(CORRECTIONS[options.correction])
+    return table
 
 
 def _moments(metric: Metric, options: ScoreOptions) -> str:

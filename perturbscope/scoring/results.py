@@ -81,6 +81,9 @@ FLAGS: dict[str, str] = {
     "batch_partly_confounded": "some cells are in batches without the other group; they were left out (see n_used)",
     "batch_too_few_cells": "fewer than min_cells cells are in batches with the other group; not scored",
     "few_exchanges": "fewer distinct exchanges of labels than permutations; all were made, and p cannot be small",
+    "few_units": "fewer than 20 different choices of whole units, so p_unit cannot be 0.05 or less",
+    "unit_confounded": "no batch holds units of both groups, so whole units cannot be exchanged",
+    "unit_sd_zero": "no exchange of whole units changes the distance, so z_unit is undefined",
     "transport_subsampled": "groups above 2,000 cells were sampled for the transport problem",
 }
 """Every flag of a result's row, and its meaning."""
@@ -93,6 +96,9 @@ _TOLD = (
     "few_exchanges",
     "null_sd_zero",
     "few_draws",
+    "few_units",
+    "unit_confounded",
+    "unit_sd_zero",
 )
 """Flags that undo a number or cast doubt on it, which a result's warnings explain too."""
 

@@ -87,6 +87,8 @@ class Screen:
         Options of scoring.
     provenance, warnings
         Source of the cells and of their vectors, and what a reader of the scores should be careful about.
+    units
+        Unit of each cell, or None.
     server
         The server that scores; None: this process does.
     """
@@ -99,6 +101,7 @@ class Screen:
     provenance: dict[str, Any]
     warnings: list[str]
     server: Server | None
+    units: list[str] | None = None
 
     @classmethod
     def of(
@@ -111,6 +114,7 @@ class Screen:
         control: str | Sequence[str] | None = None,
         use_rep: str | None = None,
         batch_key: str | None = None,
+        unit_key: str | None = None,
         progress: StageProgress | None = None,
     ) -> Screen:
         """Read labels, check them, and embed the cells; without a backend, `use_rep` is needed.
@@ -126,14 +130,24 @@ class Screen:
 
         labels = source.labels(perturbation_key, field="perturbation_key")
         batches = None if batch_key is None else source.labels(batch_key, field="batch_key")
-        is_labelled = _is_labelled(labels) if batches is None else _is_labelled(labels) & _is_labelled(batches)
+        units = None if unit_key is None else source.labels(unit_key, field="unit_key")
+        is_labelled = _is_labelled(labels)
+        for column in (batches, units):
+            is_labelled = is_labelled if column is None else is_labelled & _is_labelled(column)
         labelled = rows = np.flatnonzero(is_labelled)
-        keys = " and ".join(f"obs[{key!r}]" for key in (perturbation_key, batch_key) if key)
+        keys = " and ".join(f"obs[{key!r}]" for key in (perturbation_key, batch_key, unit_key) if key)
         if not len(rows):
             raise InvalidParameterError(f"No cell has a value in {keys}.", field="perturbation_key")
         row_batches = None if batches is None else batches[rows].tolist()
         cleaned = cleaned_for(options, labels[rows].tolist(), control, row_batches)
         rows, row_batches = cleaned.kept(rows), cleaned.kept(row_batches)
+        row_units = None if units is None else units[rows].tolist()
+        server = None if isinstance(backend, LocalBackend) else cast("Server | None", backend)
+        if server and row_units is not None:
+            raise InvalidParameterError(
+                "A server does not exchange whole units; leave unit_key out, or score in this process.",
+                field="unit_key",
+            )
         _check_labels(cleaned, row_batches, options)
         vectors, provenance, warnings = _vectors(source, backend, use_rep, progress)
         values = vectors[rows]
@@ -144,14 +158,14 @@ class Screen:
         provenance |= {
             "perturbation_key": perturbation_key,
             "batch_key": batch_key,
+            **({} if unit_key is None else {"unit_key": unit_key}),
             "n_cells_read": len(labels),
             "n_cells_left_out": n_left_out,
             **cleaned.facts,
         }
         if source.round_counts:
             provenance["round_counts"] = True
-        server = None if isinstance(backend, LocalBackend) else cast("Server | None", backend)
-        return cls(values, rows, cleaned, row_batches, options, provenance, warnings, server)
+        return cls(values, rows, cleaned, row_batches, options, provenance, warnings, server, row_units)
 
     @property
     def labels(self) -> Sequence[str]:
@@ -175,7 +189,8 @@ class Screen:
 
         if self.control is None:
             raise InvalidParameterError("Scores need the label of control cells.", field="control")
-        score = self.server.score if self.server else partial(score_perturbations, progress=progress)
+        local = partial(score_perturbations, progress=progress, units=self.units)
+        score = self.server.score if self.server else local
         return self._complete(
             score(self.values, self.labels, control=self.control, batches=self.batches, options=self.options)
         )

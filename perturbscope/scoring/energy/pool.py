@@ -154,12 +154,16 @@ class Pool:
 
     def exchanged(self, labels: Labels) -> NDArray[np.float64]:
         """Return the energy distance between the cells that are called a's and the rest, [R]."""
+        inside, reach = self.sums(labels)
+        rest = self.total - 2 * reach + inside
+        return energy(reach - inside, inside, rest, self.a.size, self.b.size, self.estimator)
+
+    def sums(self, labels: Labels) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return sums of the distances among marked cells, any number of them, and from them to all cells, [R]."""
         marked = self.a.mark(labels.a)
         between, reach_b = self.link.between(marked, labels.marked)
         inside = self.a.within(marked) + labels.within_b + 2 * between
-        reach = labels.a.sums(self.row_sums[: self.a.size]) + reach_b + labels.rows_b
-        rest = self.total - 2 * reach + inside
-        return energy(reach - inside, inside, rest, self.a.size, self.b.size, self.estimator)
+        return inside, labels.a.sums(self.row_sums[: self.a.size]) + reach_b + labels.rows_b
 
     def sampled(self, chosen: NDArray[np.intp]) -> NDArray[np.float64]:
         """Return the energy distance between group a and each subset of group b, given as positions [R, K]: [R]."""

@@ -186,6 +186,11 @@ def test_a_representation_needs_no_model(cli: Run, monkeypatch: pytest.MonkeyPat
 
 def test_score_writes_csv_with_provenance_beside_it(cli: Run, folder: Path) -> None:
     assert cli("score", "in.h5ad", "out.csv", *LABELS, *FAST, "--top", 0)[:2] == (0, "")
+    code, _, err = cli("score", "in.h5ad", "out.csv", *LABELS, *FAST, "--unit-key", "batch", "--batch-key", "batch")
+    assert code != 0
+    assert "units are the batches" in err
+    assert cli("score", "in.h5ad", "units.csv", *LABELS, *FAST, "--unit-key", "batch")[0] == 0
+    assert tuple(pd.read_csv(folder / "units.csv").columns) == (*SCORE_COLUMNS, "n_units", "z_unit", "p_unit", "q_unit")
     assert tuple(pd.read_csv(folder / "out.csv").columns) == SCORE_COLUMNS
     assert json.loads((folder / "out.csv.provenance.json").read_text())["control"] == "control"
 
