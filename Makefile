@@ -16,7 +16,7 @@ export BENTOML_DO_NOT_TRACK := True
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve setup test lint demo bundle quality bench planted peers objectives reliability fuzz audit proto lock notice image image-test clean
+.PHONY: help serve setup test lint demo bundle quality bench planted peers objectives reliability fuzz mutate audit proto lock notice image image-test clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -68,6 +68,11 @@ reliability: setup ## benchmarks/reliability.md: faults against the real service
 
 fuzz: setup ## fuzz the wire decoders with atheris, each for half a minute (Linux)
 	$(PY) -m benchmarks.reliability --only decoders
+
+mutate: setup ## change the source a little, many times, and count what no test notices (half an hour or more)
+	test -x .venv-mutate/bin/python || $(PYTHON) -m venv .venv-mutate
+	.venv-mutate/bin/python -m pip install --quiet --require-hashes --requirement requirements/mutation.txt
+	PYTHONPATH= .venv-mutate/bin/python scripts/mutate.py --python $(abspath $(PY)) $(MUTATE)
 
 audit: setup ## check the pinned dependencies for known vulnerabilities; writes a dated report to runs/audit
 	scripts/audit.sh

@@ -43,4 +43,5 @@ pin dev
 pin build
 pin fuzz
 pin serving-gpu --constraint requirements/serving.txt --no-emit-package onnxruntime --extra report --extra signatures pyproject.toml requirements/serving.in
-pin peers # in an environment of its own, so not solved against the others
+pin mutation # in environments of their own, so not solved against the others
+pin peers
