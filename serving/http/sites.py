@@ -9,6 +9,7 @@ by the browser. gRPC is not concerned: browsers do not speak it.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 import socket
@@ -24,6 +25,8 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:\[\]@/,]+)(?::(\d{0,5}))?", re.IGNORE
 _ORIGIN = re.compile(r"(https?)://(.+)", re.IGNORECASE)
 _PRIVATE = ("local", "internal", "svc", "lan", "home", "corp", "intranet", "localdomain")
 """Last parts of names that nobody can register in the domain name system of all."""
+_LONGEST = 300
+"""Most characters of a name with its port."""
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
@@ -42,6 +45,8 @@ class Sites:
         self._only_this_machine = is_loopback(settings.host) and not self._listed
         self._asks_for_keys = bool(settings.keys)
         self._any_name = bool(settings.keys or settings.tls_certificate)
+        # One or two texts, for every request.
+        self._known = functools.lru_cache(64)(self._is_well_named)
 
     def check(self, scope: Scope) -> None:
         """Refuse a request for another name, or of another site's page.
@@ -59,15 +64,18 @@ class Sites:
             self._check_site(scope["method"], host or "", headers)
 
     def _check_host(self, host: str) -> None:
-        match = _HOST.fullmatch(host)
-        name = _bare(match[1]) if match else ""
-        if name and self._is_ours(name):
+        if len(host) <= _LONGEST and self._known(host):
             return
         raise PermissionDeniedError(
             f"This server is not asked for as {host[:100]!r}. Use its address, or add the name to "
             f"{PREFIX}ALLOWED_HOSTS where it runs; or give it keys ({PREFIX}KEYS).",
             field="host",
         )
+
+    def _is_well_named(self, host: str) -> bool:
+        match = _HOST.fullmatch(host)
+        name = _bare(match[1]) if match else ""
+        return bool(name) and self._is_ours(name)
 
     def _is_ours(self, name: str) -> bool:
         if self._is_listed(name) or leads_here(name):
