@@ -178,7 +178,8 @@ class _Check:
         for length in shape:
             n_values *= int(length)
         self._size(where, shape, n_values, item_bytes, identifier.get_storage_size())
-        self.n_bytes += 0 if where.startswith("/uns/") else n_values * item_bytes
+        # A count of one byte in a dense matrix takes eight as CSR.
+        self.n_bytes += 0 if where.startswith("/uns/") else n_values * max(item_bytes, 8)
         texts = self._places_of_texts(where, stored_type)
         item_bytes += _TEXT_MORE * len(texts)
         if kind not in (self._h5py.h5t.INTEGER, self._h5py.h5t.FLOAT, self._h5py.h5t.ENUM):
