@@ -285,9 +285,27 @@ class Testing:
         ),
     ] = "bh"
 
+    centre: Annotated[
+        bool,
+        typer.Option(
+            "--centre",
+            help="Take the mean of all cells from every vector before it is scaled to unit length.",
+            rich_help_panel=_SCORING,
+        ),
+    ] = False
+    omnibus: Annotated[
+        bool,
+        typer.Option(
+            "--omnibus",
+            help="Also test for changes of variance, states and narrow axes; one p of all (p_omnibus) and who fired.",
+            rich_help_panel=_SCORING,
+        ),
+    ] = False
+
     def options(self) -> dict[str, Any]:
         """Return the names and values of these options of scoring."""
-        return {"metrics": self.metric, "permutations": self.permutations, "correction": self.adjust}
+        named = {"metrics": self.metric, "permutations": self.permutations, "correction": self.adjust}
+        return {**named, "centre": self.centre, "omnibus": self.omnibus}
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -66,7 +66,7 @@ def compare(
     _write(result, out, {"input": cells.name, **vars(screen.counts)}, title="Distances", top=top)
 
 
-_IN_THE_FILE_ALONE = ["null_mean", "null_sd", "p_source", "exchanges", "p_tail_source"]
+_IN_THE_FILE_ALONE = ["null_mean", "null_sd", "p_source", "exchanges", "p_tail_source", "q_omnibus"]
 """Columns that the terminal has no room for."""
 
 
@@ -85,4 +85,6 @@ def _write(result: ScoreResult | CompareResult, out: Path, facts: dict[str, Any]
         )
     if top:
         shown = result.table.drop(columns=_IN_THE_FILE_ALONE, errors="ignore")
+        if not result.provenance["options"].get("omnibus"):
+            shown = shown.drop(columns=["p_omnibus", "fired"], errors="ignore")
         console.show_table(shown, title=title, top=top)

@@ -33,6 +33,10 @@ from perturbscope.scoring.units import Units, UnitScore, unit_score
 from perturbscope.threads import in_order
 
 
+LENGTHS = 0.1
+"""Share of the variance of vectors that is one of their lengths above which it is told."""
+
+
 def score_perturbations(
     embeddings: ArrayLike,
     perturbations: Sequence[str],
@@ -143,6 +147,14 @@ def score_perturbations(
     table = table.drop(columns="rank").reset_index(drop=True)
     warnings = cleaned.warnings + groups.warnings(names, options) + flag_warnings(table, ["perturbation"])
     warnings += _option_warnings(options, groups, list(scorable))
+    of_length = groups.length_share() if options.normalize and not options.centre else 0.0
+    if of_length > LENGTHS:
+        warnings.append(
+            f"{of_length:.0%} of the variance of the vectors is one of their lengths, which scaling to unit length "
+            "takes away, with effects along their mean. Compare with centre=true (--centre), or with normalize=false."
+        )
+    if batches is not None and groups.facts["batches"] == 1:
+        warnings.append("All cells are in one batch, so batches change nothing.")
     facts = {
         "control": control,
         "n_controls": groups.sizes[control],

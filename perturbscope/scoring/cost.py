@@ -21,7 +21,7 @@ from perturbscope.scoring.distances import TILE_VALUES
 from perturbscope.scoring.energy import batch_permutations, exchanges, permutations, tail
 from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS
 from perturbscope.scoring.results import Metric, ScoreOptions
-from perturbscope.scoring.scorers import NULL_REPEATS
+from perturbscope.scoring.scorers import NULL_REPEATS, OMNIBUS_DRAWS
 from perturbscope.threads import usable_cores
 
 PRODUCT, SPARSE_PRODUCT = 26e-12, 200e-12
@@ -414,6 +414,13 @@ def _energy_scores(
         columns = compared if dense else 2 * width
         group = np.array([min(float(n.max()), tail.LARGEST_GROUP)])
         parts["permutations"] += sizes * tail.DRAWS * float((KEY * compared + _product(group, compared, columns)).sum())
+    if options.omnibus:
+        # Two more matrices of distances, and two more products of each exchange.
+        exchanged = 2 * (_product(n - taken, n, n) + _product(taken, m, n)) + 4 * _product(n, m, width)
+        omnibus = 2 * _distances(n, n + m, width) + min(options.permutations or exchanges.BASE, OMNIBUS_DRAWS) * (
+            exchanged + 2 * _product(taken, m, m) + 2 * MARK * (n + taken)
+        )
+        parts["omnibus"] += float((counts * omnibus).sum()) + 2 * _moments_seconds(controls, width, True)
     once = KEY * m * (batches or 1) if shared or batches else 0.0
     total = float((drawn * keys).sum()) + among + float((counts * other).sum()) + once
     parts["permutations"] += draws * total
@@ -464,6 +471,8 @@ def _score_bytes(
     # Those that exchanges are drawn for side by side, and distances after exchanges of all.
     held += min(exchanges.HELD, int((used * (4 * (used + controls) + 24 * width)).sum()))
     held += 4 * min(options.permutations or exchanges.BASE, exchanges.KEPT) * len(used)
+    if options.omnibus:
+        held += 12 * controls**2 + cores * (16 * largest * (largest + controls) + 16 * width * pool) + 16 * width**2
     if batches:
         sums, kept = 8 * draws * len(used), draws * int(used.sum())
         held += cores * 8 * controls**2 + min(sums, 8 * batch_permutations.TABLE) + min(kept, batch_permutations.KEPT)

@@ -30,6 +30,8 @@ _ROWS = 65_536
 MAX_COPIES = 0.1
 """Share of cells with the vector of another cell above which copies are suspected. A few shallow cells are equal by
 chance; cells that occur twice, in files that were joined, are not exchangeable, and their p is too small."""
+_LENGTHS = 10_000
+"""Vectors whose lengths are looked at."""
 _STEP = 4096
 """Labels or rows that are worked on between two checkpoints, a few milliseconds."""
 _MANY = 20_000
@@ -47,6 +49,9 @@ class Vectors:
         Vectors, float [n, width] and finite; they are not copied.
     unit
         Whether to scale each vector to unit length.
+    about
+        What is taken from each vector before it is scaled, [batches, width], and the batch of each, [n]. A vector of
+        which nothing is left stays zero.
 
     Raises
     ------
@@ -54,9 +59,11 @@ class Vectors:
         A row is zero and has no direction.
     """
 
-    def __init__(self, values: Floats, *, unit: bool) -> None:
-        self._values, self._unit = values, unit
-        if unit:
+    def __init__(
+        self, values: Floats, *, unit: bool, about: tuple[NDArray[np.float64], NDArray[np.intp]] | None = None
+    ) -> None:
+        self._values, self._unit, self._about = values, unit, about
+        if unit and about is None:
             for start in range(0, len(values), _ROWS):
                 checkpoint()
                 rows = values[start : start + _ROWS]
@@ -74,18 +81,30 @@ class Vectors:
     def __getitem__(self, positions: NDArray[np.intp] | slice) -> NDArray[np.float64]:
         """Return the vectors at some positions, float64 [n, width]."""
         rows = self._values[positions]
+        codes = None if self._about is None else self._about[1][positions]
         step = max(1, STEP_VALUES // self.width)
         if len(rows) <= step:
             checkpoint()
-            return self._prepared(rows)
+            return self._prepared(rows, codes)
         prepared = np.empty(rows.shape)
         for start in range(0, len(rows), step):
             checkpoint()
-            prepared[start : start + step] = self._prepared(rows[start : start + step])
+            part = slice(start, start + step)
+            prepared[part] = self._prepared(rows[part], None if codes is None else codes[part])
         return prepared
 
-    def _prepared(self, rows: Floats) -> NDArray[np.float64]:
-        return unit_rows(rows) if self._unit else rows.astype(np.float64)
+    def _prepared(self, rows: Floats, codes: NDArray[np.intp] | None) -> NDArray[np.float64]:
+        if self._about is None or codes is None:
+            return unit_rows(rows) if self._unit else rows.astype(np.float64)
+        left = less(rows, self._about[0][codes])
+        some = left.any(axis=1)
+        if self._unit and some.any():
+            left[some] = unit_rows(left[some])
+        return left
+
+    def given(self, positions: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Return the vectors at some positions as they were given, neither scaled nor moved."""
+        return self._values[positions].astype(np.float64)
 
     def is_constant(self, cells: NDArray[np.intp]) -> bool:
         """Whether these cells have one vector, up to the rounding of the values that were given."""
@@ -102,7 +121,7 @@ class Vectors:
 
     def scaled(self) -> Vectors:
         """Return the same vectors at unit length; raises the same errors as the class."""
-        return self if self._unit else Vectors(self._values, unit=True)
+        return self if self._unit else Vectors(self._values, unit=True, about=self._about)
 
 
 class Facts(TypedDict):
@@ -175,9 +194,13 @@ class Groups:
         codes, batch_names = None, list[str]()
         if batches is not None:
             batch_names, codes = codes_of(check_labels(batches, len(values), "batches"))
-        rows = Vectors(values, unit=options.normalize)
         keys = content_keys(values)
         codes = None if codes is None else _by_content(codes, keys)
+        about = None
+        if options.centre:
+            batch = np.zeros(len(values), dtype=np.intp) if codes is None else codes
+            about = _means(Vectors(values, unit=False), keys, batch), batch
+        rows = Vectors(values, unit=options.normalize, about=about)
         names, inverse = codes_of(labels)
         checkpoint()
         order = np.lexsort((keys, inverse) if codes is None else (keys, codes, inverse))
@@ -213,17 +236,18 @@ class Groups:
         Exchanges of labels do not change such a mean, so vectors from which it was taken are as exchangeable as before;
         the mean of a batch's controls would not do.
         """
-        order = np.argsort(self.keys, kind="stable")
         codes = np.zeros(len(rows), dtype=np.intp) if self.batches is None else self.batches
-        totals = np.zeros((int(codes.max()) + 1, rows.width))
-        for start in range(0, len(order), _ROWS):
-            cells = order[start : start + _ROWS]
-            part = rows[cells]
-            for code in np.unique(codes[cells]):
-                checkpoint()
-                totals[code] += part[codes[cells] == code].sum(axis=0)
-        means: NDArray[np.float64] = totals / np.bincount(codes)[:, None]
-        return means
+        return _means(rows, self.keys, codes)
+
+    def length_share(self) -> float:
+        """Return the share of the variance of the vectors, as given, that is one of their lengths."""
+        order = np.argsort(self.keys, kind="stable")
+        some = order[np.linspace(0, len(order) - 1, min(len(order), _LENGTHS)).round().astype(np.intp)]
+        rows = self.rows.given(some)
+        squares = np.einsum("nw,nw->n", rows, rows)
+        whole = float(squares.mean()) - float((rows.mean(axis=0) ** 2).sum())
+        of_length = float(np.sqrt(squares).var())
+        return of_length / whole if whole > 1e-12 * float(squares.mean()) else 0.0
 
     def pooled_batches(self, a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.intp] | None:
         """Return the batches of the cells at positions `a`, then `b`; None without batches."""
@@ -301,6 +325,27 @@ class Groups:
                 f"{listing(large)}."
             )
         return warnings
+
+
+def _means(rows: Vectors, keys: NDArray[np.uint64], codes: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Return the mean of the rows with each code, [codes, width], the same in any order of the rows."""
+    order = np.argsort(keys, kind="stable")
+    totals = np.zeros((int(codes.max()) + 1, rows.width))
+    for start in range(0, len(order), _ROWS):
+        cells = order[start : start + _ROWS]
+        part = rows[cells]
+        for code in np.unique(codes[cells]):
+            checkpoint()
+            totals[code] += part[codes[cells] == code].sum(axis=0)
+    means: NDArray[np.float64] = totals / np.bincount(codes)[:, None]
+    return means
+
+
+def less(rows: Floats, centres: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return rows about their centres; what is left of a row that is its centre is rounding, and set to 0."""
+    left: NDArray[np.float64] = rows - centres
+    left[np.abs(left) <= 8 * np.finfo(np.float64).eps * np.abs(centres)] = 0.0
+    return left
 
 
 def content_keys(values: Floats) -> NDArray[np.uint64]:

@@ -40,6 +40,9 @@ SCORE_COLUMNS = (
     "exchanges",
     "p_tail",
     "p_tail_source",
+    "p_omnibus",
+    "q_omnibus",
+    "fired",
 )
 """Columns of a table of scores, in order."""
 COMPARE_COLUMNS = (
@@ -61,7 +64,7 @@ COMPARE_COLUMNS = (
     "exchanges",
 )
 """Columns of a table of pairs, in order."""
-NUMBERS = ("distance", "null_mean", "null_sd", "z", "p", "q", "p_tail")
+NUMBERS = ("distance", "null_mean", "null_sd", "z", "p", "q", "p_tail", "p_omnibus", "q_omnibus")
 """Columns of both that hold numbers, NaN where one could not be computed."""
 
 MOST_EXCHANGES = 200_000
@@ -151,6 +154,12 @@ class ScoreOptions:
         (Zhao et al. 2025 use one). Other distances are those from all controls.
     normalize
         Scale every vector to unit length first.
+    centre
+        Take the mean of all cells, whatever their labels, from every vector before it is scaled. Where the mean is a
+        large part of every vector, scaling takes shifts along it away, and the result warns of it.
+    omnibus
+        Also test by members that see changes of variance, states and narrow axes, on the same exchanges; see
+        :mod:`perturbscope.scoring.energy.omnibus`. Energy distances alone.
     seed
         Seed of all random draws.
     missing_labels
@@ -178,6 +187,8 @@ class ScoreOptions:
     max_cells: int = 5000
     repeats: int = 10
     normalize: bool = True
+    centre: bool = False
+    omnibus: bool = False
     seed: int = 0
     missing_labels: tuple[str, ...] = ()
     normalize_combinations: bool = False
@@ -209,7 +220,7 @@ class ScoreOptions:
             _whole(name, getattr(self, name), low, high)
         if self.permutations is not None:
             _whole("permutations", self.permutations, 1, 1_000_000)
-        for name in ("normalize", "normalize_combinations"):
+        for name in ("normalize", "centre", "omnibus", "normalize_combinations"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidParameterError(f"{name} must be true or false, not {getattr(self, name)!r}.", field=name)
         missing: object = self.missing_labels
@@ -314,7 +325,9 @@ def distribution(values: pd.Series[float]) -> dict[str, float]:
 
 def with_q(table: pd.DataFrame, options: ScoreOptions) -> pd.DataFrame:
     """Fill the column q of a table: p corrected over the rows of each metric."""
-    table["q"] = table.groupby("metric")["p"].transform(CORRECTIONS[options.correction])
+    for p, q in (("p", "q"), ("p_omnibus", "q_omnibus")):
+        if p in table:
+            table[q] = table.groupby("metric")[p].transform(CORRECTIONS[options.correction])
     return table
 
 

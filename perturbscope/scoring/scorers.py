@@ -29,13 +29,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perturbscope.errors import TooFewControlsError
-from perturbscope.scoring.distances import pairwise_distances
+from perturbscope.scoring.distances import STEP_VALUES, pairwise_distances, product
 from perturbscope.scoring.energy.closed_form import LinearGroup
 from perturbscope.scoring.energy.exchanges import BASE, EnergyTest, EnergyTests
 from perturbscope.scoring.energy.matrix import HOST, Compute, DenseGroup, DensePart
+from perturbscope.scoring.energy.omnibus import MEDIAN_OF, Omnibus, Scales, smallest_p
 from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Moments, Pool, moments_of, null_moments
 from perturbscope.scoring.energy.tail import Tails, TailSource, Unreached
-from perturbscope.scoring.labels import Groups
+from perturbscope.scoring.labels import Groups, less
 from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS, Pick, picked_costs
 from perturbscope.scoring.results import Metric, ScoreOptions
 from perturbscope.scoring.statistics import Exchange, empirical_p, generator, random_subsets
@@ -45,6 +46,10 @@ NULL_REPEATS = 2
 """Control samples of each exchange of labels; two tell the spread within exchanges from that between them."""
 FEWEST_DRAWS = 5
 """Fewest exchanges whose spread makes a z."""
+OMNIBUS_DRAWS = 10_000
+"""Most exchanges of an omnibus."""
+FIRED = 0.05
+"""p of an omnibus up to which its smallest members are named."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class Scored:
     p_tail: float = float("nan")
     p_tail_source: str = ""
     n_used_b: int = 0
+    p_omnibus: float = float("nan")
+    fired: str = ""
 
     @property
     def z(self) -> float:
@@ -82,6 +89,9 @@ class Scored:
             "exchanges": self.exchanges,
             "p_tail": self.p_tail,
             "p_tail_source": self.p_tail_source,
+            "p_omnibus": self.p_omnibus,
+            "q_omnibus": float("nan"),
+            "fired": self.fired,
         }
 
 
@@ -146,7 +156,7 @@ class GroupMaker:
         self.vectors = groups.rows
         if metric == "cosine_e_distance" and not options.normalize:
             self.vectors = groups.rows.scaled()
-        self._centres, self._batches = groups.centres(self.vectors), groups.batches
+        self._centres, self._batches, self._keys = groups.centres(self.vectors), groups.batches, groups.keys
         self.centre, self.origin = self._centres[0], np.zeros(groups.rows.width)
         self.whole: DenseGroup | None = None
         self.places = np.empty(0, dtype=np.intp)
@@ -154,10 +164,18 @@ class GroupMaker:
     def rows(self, cells: NDArray[np.intp]) -> NDArray[np.float64]:
         """Return the vectors of some cells about the means of their batches, float64 [n, width]."""
         centres = self._centres[0] if self._batches is None else self._centres[self._batches[cells]]
-        rows: NDArray[np.float64] = self.vectors[cells] - centres
-        # What is left of cells that are all at the mean is rounding, which distances among nothing else would show.
-        rows[np.abs(rows) <= 8 * np.finfo(np.float64).eps * np.abs(centres)] = 0.0
-        return rows
+        return less(self.vectors[cells], centres)
+
+    def scales(self) -> Scales:
+        """Return axes and scales of ALL cells about the means of their batches, whatever their labels."""
+        order = np.argsort(self._keys, kind="stable")
+        step = max(1, STEP_VALUES // self.vectors.width)
+        covariance = np.zeros((self.vectors.width, self.vectors.width))
+        for start in range(0, len(order), step):
+            rows = self.rows(order[start : start + step])
+            covariance += product(rows.T, rows)
+        some = order[np.linspace(0, len(order) - 1, min(len(order), MEDIAN_OF)).round().astype(np.intp)]
+        return Scales.of(covariance / len(order), self.rows(some))
 
     def remember(self, cells: NDArray[np.intp]) -> None:
         """Compute the distances among these cells once, for all groups that are made of some of them later."""
@@ -241,7 +259,29 @@ class EnergyScorer:
                 score = self._scored(score, len(cells), sampled.get(id(score)))
                 score = replace(score, p_tail=p_tail, p_tail_source=source)
             found.append(score)
+        if self.options.omnibus:
+            self._add_omnibus(scores, found)
         return found
+
+    def _add_omnibus(self, scores: list[Scored | EnergyTest], found: list[Scored]) -> None:
+        """Test by all members of the omnibus, and write their p into the scores."""
+        scales = self.maker.scales()
+        if not scales.useful:
+            return
+        omnibus = Omnibus(scales, self.reference)
+        tests = [(i, test) for i, test in enumerate(scores) if isinstance(test, EnergyTest)]
+        draws = min(self.options.permutations or BASE, OMNIBUS_DRAWS)
+
+        def one(item: tuple[int, EnergyTest]) -> tuple[int, Scored]:
+            i, test = item
+            pool = self.pool(test.cells)
+            members = omnibus.members(pool, self.tests.parts(test, draws))
+            p, fired = smallest_p(members, RELATIVE_NOISE * np.abs(members).max(axis=1))
+            return i, replace(found[i], p_omnibus=p, fired="+".join(fired) if p <= FIRED else "")
+
+        with closing(in_order(one, tests)) as done:
+            for i, score in done:
+                found[i] = score
 
     def _tails(self, tests: list[EnergyTest]) -> dict[int, tuple[float, TailSource]]:
         """Return the tail probabilities of the tests whose distance no exchange has reached."""

@@ -184,7 +184,7 @@ class EmbedStreamAnswer(_message.Message):
     def __init__(self, opened: _Optional[_Union[EmbedStreamOpened, _Mapping]] = ..., chunk: _Optional[_Union[EmbedStreamChunk, _Mapping]] = ..., end: _Optional[_Union[EmbedStreamEnd, _Mapping]] = ...) -> None: ...
 
 class ScoreOptions(_message.Message):
-    __slots__ = ("metrics", "ground", "estimator", "null", "null_size", "null_draws", "permutations", "wasserstein_permutations", "correction", "min_cells", "max_cells", "repeats", "normalize", "seed", "exceedances", "missing_labels", "normalize_combinations")
+    __slots__ = ("metrics", "ground", "estimator", "null", "null_size", "null_draws", "permutations", "wasserstein_permutations", "correction", "min_cells", "max_cells", "repeats", "normalize", "seed", "exceedances", "centre", "omnibus", "missing_labels", "normalize_combinations")
     METRICS_FIELD_NUMBER: _ClassVar[int]
     GROUND_FIELD_NUMBER: _ClassVar[int]
     ESTIMATOR_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,8 @@ class ScoreOptions(_message.Message):
     NORMALIZE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     EXCEEDANCES_FIELD_NUMBER: _ClassVar[int]
+    CENTRE_FIELD_NUMBER: _ClassVar[int]
+    OMNIBUS_FIELD_NUMBER: _ClassVar[int]
     MISSING_LABELS_FIELD_NUMBER: _ClassVar[int]
     NORMALIZE_COMBINATIONS_FIELD_NUMBER: _ClassVar[int]
     metrics: _containers.RepeatedScalarFieldContainer[str]
@@ -217,9 +219,11 @@ class ScoreOptions(_message.Message):
     normalize: bool
     seed: int
     exceedances: int
+    centre: bool
+    omnibus: bool
     missing_labels: _containers.RepeatedScalarFieldContainer[str]
     normalize_combinations: bool
-    def __init__(self, metrics: _Optional[_Iterable[str]] = ..., ground: _Optional[str] = ..., estimator: _Optional[str] = ..., null: _Optional[str] = ..., null_size: _Optional[int] = ..., null_draws: _Optional[int] = ..., permutations: _Optional[int] = ..., wasserstein_permutations: _Optional[int] = ..., correction: _Optional[str] = ..., min_cells: _Optional[int] = ..., max_cells: _Optional[int] = ..., repeats: _Optional[int] = ..., normalize: _Optional[bool] = ..., seed: _Optional[int] = ..., exceedances: _Optional[int] = ..., missing_labels: _Optional[_Iterable[str]] = ..., normalize_combinations: _Optional[bool] = ...) -> None: ...
+    def __init__(self, metrics: _Optional[_Iterable[str]] = ..., ground: _Optional[str] = ..., estimator: _Optional[str] = ..., null: _Optional[str] = ..., null_size: _Optional[int] = ..., null_draws: _Optional[int] = ..., permutations: _Optional[int] = ..., wasserstein_permutations: _Optional[int] = ..., correction: _Optional[str] = ..., min_cells: _Optional[int] = ..., max_cells: _Optional[int] = ..., repeats: _Optional[int] = ..., normalize: _Optional[bool] = ..., seed: _Optional[int] = ..., exceedances: _Optional[int] = ..., centre: _Optional[bool] = ..., omnibus: _Optional[bool] = ..., missing_labels: _Optional[_Iterable[str]] = ..., normalize_combinations: _Optional[bool] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("cells", "embeddings", "perturbations", "control", "batches", "options", "model", "controls")
@@ -242,7 +246,7 @@ class ScoreRequest(_message.Message):
     def __init__(self, cells: _Optional[_Union[CountMatrix, _Mapping]] = ..., embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., perturbations: _Optional[_Iterable[str]] = ..., control: _Optional[str] = ..., batches: _Optional[_Iterable[str]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., model: _Optional[str] = ..., controls: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Score(_message.Message):
-    __slots__ = ("perturbation", "n_cells", "n_controls", "metric", "distance", "null_mean", "null_sd", "z", "p", "q", "flags", "n_used", "p_source", "exchanges", "p_tail", "p_tail_source")
+    __slots__ = ("perturbation", "n_cells", "n_controls", "metric", "distance", "null_mean", "null_sd", "z", "p", "q", "flags", "n_used", "p_source", "exchanges", "p_tail", "p_tail_source", "p_omnibus", "q_omnibus", "fired")
     PERTURBATION_FIELD_NUMBER: _ClassVar[int]
     N_CELLS_FIELD_NUMBER: _ClassVar[int]
     N_CONTROLS_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +263,9 @@ class Score(_message.Message):
     EXCHANGES_FIELD_NUMBER: _ClassVar[int]
     P_TAIL_FIELD_NUMBER: _ClassVar[int]
     P_TAIL_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    P_OMNIBUS_FIELD_NUMBER: _ClassVar[int]
+    Q_OMNIBUS_FIELD_NUMBER: _ClassVar[int]
+    FIRED_FIELD_NUMBER: _ClassVar[int]
     perturbation: str
     n_cells: int
     n_controls: int
@@ -275,7 +282,10 @@ class Score(_message.Message):
     exchanges: int
     p_tail: float
     p_tail_source: str
-    def __init__(self, perturbation: _Optional[str] = ..., n_cells: _Optional[int] = ..., n_controls: _Optional[int] = ..., metric: _Optional[str] = ..., distance: _Optional[float] = ..., null_mean: _Optional[float] = ..., null_sd: _Optional[float] = ..., z: _Optional[float] = ..., p: _Optional[float] = ..., q: _Optional[float] = ..., flags: _Optional[str] = ..., n_used: _Optional[int] = ..., p_source: _Optional[str] = ..., exchanges: _Optional[int] = ..., p_tail: _Optional[float] = ..., p_tail_source: _Optional[str] = ...) -> None: ...
+    p_omnibus: float
+    q_omnibus: float
+    fired: str
+    def __init__(self, perturbation: _Optional[str] = ..., n_cells: _Optional[int] = ..., n_controls: _Optional[int] = ..., metric: _Optional[str] = ..., distance: _Optional[float] = ..., null_mean: _Optional[float] = ..., null_sd: _Optional[float] = ..., z: _Optional[float] = ..., p: _Optional[float] = ..., q: _Optional[float] = ..., flags: _Optional[str] = ..., n_used: _Optional[int] = ..., p_source: _Optional[str] = ..., exchanges: _Optional[int] = ..., p_tail: _Optional[float] = ..., p_tail_source: _Optional[str] = ..., p_omnibus: _Optional[float] = ..., q_omnibus: _Optional[float] = ..., fired: _Optional[str] = ...) -> None: ...
 
 class ScoreAnswer(_message.Message):
     __slots__ = ("results", "meta")

@@ -153,6 +153,7 @@ class EnergyTests:
         codes = np.zeros(controls.size, dtype=np.intp) if batches is None else batches
         self._sizes = np.bincount(codes, minlength=self._count)
         self._sums = controls.by_batch(codes, self._count)
+        self._kept: dict[tuple[int, int], Callable[[EnergyTest], Labels]] = {}
 
     def run(
         self,
@@ -182,6 +183,28 @@ class EnergyTests:
         for test in left:
             test.source = "exchanges"
             finished()
+
+    def parts(self, test: EnergyTest, draws: int) -> list[Labels]:
+        """Return `draws` exchanges of a test's labels, the first that are drawn for any; or all, if they are few."""
+        if self._few(test):
+            n = len(test.cells)
+            batches = None if test.batches is None else np.concatenate([test.batches, self._batches])
+            every = Exchange.of(n, self._controls.size, batches).every()
+            return [
+                Labels.of(every[:n, i : i + BASE], every[n:, i : i + BASE], self._controls)
+                for i in range(0, every.shape[1], BASE)
+            ]
+        sizes = [min(self._first, draws)]
+        while sum(sizes) < draws:
+            sizes.append(min(BASE - sum(sizes) % BASE, draws - sum(sizes)))
+        starts = np.cumsum([0, *sizes[:-1]])
+        return [self._shared(int(start), size)(test) for start, size in zip(starts, sizes, strict=True)]
+
+    def _shared(self, start: int, draws: int) -> Callable[[EnergyTest], Labels]:
+        """Return exchanges as :meth:`_draws` does, drawn once."""
+        if (start, draws) not in self._kept:
+            self._kept[start, draws] = self._draws(start, draws, [])
+        return self._kept[start, draws]
 
     def limit(self, n_tests: int, n_open: int) -> int:
         """Return the most exchanges of each of `n_open` tests that are open, of `n_tests`."""
@@ -253,9 +276,13 @@ class EnergyTests:
             free = Permutations(self._controls, draws, self._seed, number)
             return lambda test: free.labels(len(test.cells))
         within = BatchPermutations(self._controls, self._batches, draws, self._seed, number)
-        codes = [test.batches for test in tests if test.batches is not None]
-        within.prepare(codes)
-        return lambda test: within.labels(test.batches if test.batches is not None else codes[0])
+        within.prepare([test.batches for test in tests if test.batches is not None])
+
+        def labels(test: EnergyTest) -> Labels:
+            assert test.batches is not None  # noqa: S101  where controls have batches, so have tests
+            return within.labels(test.batches)
+
+        return labels
 
     def _bytes(self, test: EnergyTest) -> int:
         return bytes_of(len(test.cells), self._controls)

@@ -133,9 +133,9 @@ class Pool:
         Difference up to which two statistics of the pool are equal (:data:`RELATIVE_NOISE`).
     """
 
-    def __init__(self, a: Group, b: Group, estimator: Estimator) -> None:
+    def __init__(self, a: Group, b: Group, estimator: Estimator, link: Link | None = None) -> None:
         self.a, self.b, self.estimator = a, b, estimator
-        self.link = a.link(b)
+        self.link = a.link(b) if link is None else link
         self.row_sums = np.concatenate([a.row_sums + self.link.sums_a, self.link.sums_b + b.row_sums])
         self.total = float(self.row_sums.sum())
         cells = a.size + b.size

@@ -203,7 +203,7 @@ def test_bad_meta_of_an_answer(meta: dict[str, Any]) -> None:
 def test_bad_row_of_an_answer(name: str, value: Any) -> None:
     row: dict[str, Any] = dict.fromkeys(SCORE_COLUMNS, 0.5)
     row |= {"perturbation": "a", "metric": "e_distance", "flags": "", "n_cells": 3, "n_controls": 3}
-    row |= {"n_used": 3, "p_source": "sequential", "exchanges": 30, "p_tail_source": "", name: value}
+    row |= {"n_used": 3, "p_source": "sequential", "exchanges": 30, "p_tail_source": "", "fired": "", name: value}
     sent = {column: item for column, item in row.items() if item is not ...}
     with pytest.raises(InvalidInputError) as caught:
         protocol.answer_from_json(protocol.ScoreAnswer, json.dumps({"results": [sent], "meta": {}}).encode())

@@ -267,6 +267,50 @@ def test_holm_finds_what_bonferroni_does_and_more(rng):
     assert (found["holm"]["q"] <= found["bonferroni"]["q"]).all()
 
 
+def test_scaling_about_the_mean_keeps_effects_along_it_and_scaling_away_is_announced(rng):
+    vectors, labels = screen(rng, {"control": 200, "a": 60}, {"a": 0.7})
+    vectors[:, 0] += 3  # the mean, along which a is shifted
+    options = ScoreOptions(permutations=400)
+    away = score_perturbations(vectors, labels, control="control", options=options)
+    about = score_perturbations(vectors, labels, control="control", options=replace(options, centre=True))
+    assert about.table["z"][0] > away.table["z"][0] + 1
+    assert any("is one of their lengths" in text for text in away.warnings)
+    assert not any("is one of their lengths" in text for text in about.warnings)
+    batches = np.repeat("x", 260)
+    one = score_perturbations(
+        vectors, labels, control="control", batches=batches, options=replace(options, centre=True)
+    )
+    assert one.table["z"][0] == about.table["z"][0]
+    assert any("in one batch" in text for text in one.warnings)
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["", "batches"])
+def test_an_omnibus_sees_what_energy_does_not_at_the_price_of_one_test(rng, batched):
+    sizes = {"control": 300, "wide": 60, "moved": 60, **{f"p{i}": 40 for i in range(40)}}
+    vectors, labels = screen(rng, sizes, {"moved": 3}, width=8)
+    vectors *= np.array([4, 3, 2, 1, 1, 1, 1, 0.3])
+    vectors[labels == "wide", 7] *= 3  # along the narrowest axis
+    batches = rng.integers(3, size=len(labels)).astype(str) if batched else None
+    if batches is not None:
+        vectors[batches == "1"] += 5
+    options = ScoreOptions(permutations=199, normalize=False, omnibus=True)
+    result = score_perturbations(vectors, labels, control="control", batches=batches, options=options)
+    table = result.table.set_index("perturbation")
+    assert table.loc["wide", "p"] > 0.02
+    assert table.loc["wide", "p_omnibus"] <= 0.02
+    assert "axis" in table.loc["wide", "fired"].split("+")
+    assert "energy" in table.loc["moved", "fired"].split("+")
+    null = table.drop(["wide", "moved"])
+    assert (null["p_omnibus"] <= 0.05).mean() < 0.2
+    assert null.loc[null["p_omnibus"] > 0.05, "fired"].eq("").all()
+    np.testing.assert_allclose(table["q_omnibus"], benjamini_hochberg(table["p_omnibus"]))
+    again = score_perturbations(
+        vectors, labels, control="control", batches=batches, options=replace(options, omnibus=False)
+    ).table.set_index("perturbation")
+    assert again["p_omnibus"].isna().all()
+    pd.testing.assert_series_equal(again["p"], table["p"])
+
+
 def test_a_tail_continues_p_where_no_exchange_reaches(rng):
     vectors, labels = screen(rng, {"control": 200, "a": 40, "b": 40, "c": 40}, {"a": 1.2, "b": 4})
     table = score_perturbations(vectors, labels, control="control").table.set_index("perturbation")

@@ -89,6 +89,7 @@ CASES: list[tuple[str, int, list[int], int, dict[str, Any], int]] = [
     ("score", 800, [300] * 4, 64, {**E, "repeats": 300, "null": "fixed"}, 0),
     ("score", 800, [300] * 30, 64, {}, 0),
     ("score", 1200, [300] * 8, 64, E, 3),
+    ("score", 600, [200] * 8, 64, {**E, "omnibus": True}, 0),
     ("score", 600, [60] * 40, 64, E, 12),
     ("score", 2000, [800] * 8, 256, C, 0),
     ("score", 1000, [300] * 4, 256, {**C, "permutations": 5_000}, 0),
