@@ -74,7 +74,7 @@ def largest_difference(theirs: dict[str, float], mine: dict[str, float]) -> floa
 def p_values(peers: dict[str, Any], values: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
     """p-values of every program, one row for each perturbation."""
     names = labels.tolist()
-    options = ScoreOptions(normalize=False, repeats=1, permutations=PERMUTATIONS)
+    options = ScoreOptions(normalize=False, repeats=1, permutations=PERMUTATIONS, exceedances=0)
     scored = score_perturbations(values, names, control=CONTROL, options=options).table.set_index("perturbation")
     columns = {
         title: pd.DataFrame.from_dict(peers["tests"][key], orient="index")["pvalue"]

@@ -253,7 +253,7 @@ class Model:
         use_rep
             Score this matrix of obsm (``X_pca``, ``X_scVI``, ...) in place of embedding the cells.
         batch_key
-            Column of obs with each cell's batch; labels are permuted within batches.
+            Column of obs with each cell's batch; labels are permuted within batches, about their means.
         unit_key
             Column of obs with each cell's unit (well, guide, donor); whole units are exchanged too, in the columns
             n_units, z_unit, p_unit, q_unit. A server does not do this yet.
@@ -265,8 +265,9 @@ class Model:
         Returns
         -------
         One row a perturbation and metric, with the columns perturbation, n_cells, n_controls, metric, distance,
-        null_mean, null_sd, z, p, q, flags. ``attrs["provenance"]`` holds model, options and input,
-        ``attrs["warnings"]`` reasons to be careful.
+        null_mean, null_sd, z, p, q, flags, n_used, p_source, exchanges, p_tail, p_tail_source, p_omnibus, q_omnibus,
+        fired (:data:`perturbscope.scoring.results.SCORE_COLUMNS`). ``attrs["provenance"]`` holds model, options and
+        input, ``attrs["warnings"]`` reasons to be careful.
 
         Raises
         ------

@@ -54,10 +54,11 @@ FEW_GENES = 1000
 READING = [
     "Distance: how far a perturbation's cells lie from control cells, less how far cells lie from each other within "
     "each group. With the U estimator it is 0 on average if nothing happened, and may be negative.",
-    "z: the distance in standard deviations of what groups of controls of the same size show against other controls. "
-    "It measures the size of an effect relative to noise, and grows with the number of cells.",
-    "p: the share of random exchanges of the labels 'perturbed' and 'control' that give a distance at least as large. "
-    "Its smallest value is 1 / (1 + permutations). q: p corrected for the number of perturbations.",
+    "z: the distance above its mean over exchanges of the labels 'perturbed' and 'control', in their standard "
+    "deviations. It measures an effect relative to noise. It grows with the number of cells, so compare z of equal "
+    "numbers alone; and it is skewed, so that about 1 % of perturbations without an effect have z above 3.",
+    "p: the share of exchanges of these labels that give a distance at least as large, within batches if there are "
+    "any. Its smallest value is 1 / (1 + exchanges). q: p corrected for the number of perturbations.",
     "p treats cells as independent. Wells, donors and guides are not: an effect of the well a perturbation sits in "
     "looks like an effect of the perturbation. Calibration by batch shows how large that can be.",
     "A small q says that cells differ from control, not that the named gene is the cause, nor that the change is "

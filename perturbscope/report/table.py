@@ -21,7 +21,7 @@ _HEADS = {
     "cells": ("", "Cells with this label"),
     "genes": ("", "Differentially expressed genes, tested one by one, without the perturbed gene itself"),
     "distance": ("wide", "Distance from control"),
-    "null mean": ("wide", "Mean distance of controls from controls"),
+    "null mean": ("wide", "Mean distance after exchanges of labels"),
     "null sd": ("wide", "Standard deviation of it"),
     "flags": ("text", "What to be careful about"),
 }

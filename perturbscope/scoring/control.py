@@ -32,7 +32,6 @@ from perturbscope.scoring.scorers import NOT_SCORED, DistanceScorer, EnergyScore
 from perturbscope.scoring.units import Units, UnitScore, unit_score
 from perturbscope.threads import in_order
 
-
 LENGTHS = 0.1
 """Share of the variance of vectors that is one of their lengths above which it is told."""
 

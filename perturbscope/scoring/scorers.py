@@ -4,8 +4,8 @@ Energy distances: distance, z and p are of ONE statistic, the energy distance of
 controls, and of ONE distribution, that of the statistic when the labels "perturbed" and "control" are exchanged over
 the pooled cells. ``z = (distance - mean) / sd`` of all exchanges, in closed form (:meth:`Pool.moments`); p counts drawn
 ones (:mod:`perturbscope.scoring.energy.exchanges`). None of the three depends on the order of the cells or on the
-spelling of labels, and z on no seed either. z is skewed under the null (1 to 2 % lie above 3) and grows with the number
-of cells, so it compares perturbations of equal size alone; p does not mind either.
+spelling of labels, and z on no seed either. z is skewed under the null (about 1 % lie above 3) and grows with the
+number of cells, so it compares perturbations of equal size alone; p does not mind either.
 
 With batches, cells are taken about the mean of ALL cells of their batch, whatever their labels, and are exchanged
 within batches. So a batch that is shifted as a whole moves neither z nor p, and an effect is not hidden by shifts

@@ -16,7 +16,9 @@ random control groups::
 
 For the U estimator every row of A sums to zero and only ``var_k`` counts; its unbiased estimate from the controls is
 the U-centred distance variance of Szekely and Rizzo (2014). For one pair of disjoint control groups this is exactly
-the mean and variance over ALL such pairs, which a finite number of random draws only approaches.
+the mean and variance over ALL such pairs, which a finite number of random draws only approaches. For the V estimator
+the rows do not sum to zero: its mean is ``mean distance * (1 / n + 1 / m)``, the share of the pairs of a cell with
+itself, and ``var_g`` counts too. There the parts of the cells are taken as independent, as of a large population.
 """
 
 from __future__ import annotations
