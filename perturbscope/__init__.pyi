@@ -12,7 +12,7 @@ from .model import Model, load
 from .scoring.control import score_perturbations
 from .scoring.pairs import compare_perturbations
 from .scoring.results import CompareResult, ScoreOptions, ScoreResult
-from .tasks.genes import degs, enrich_genes
+from .tasks.genes import degs, enrich_genes, pseudobulk
 from .tasks.token_files import read_gene_vectors
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "enrich_genes",
     "load",
     "open_cells",
+    "pseudobulk",
     "read_gene_vectors",
     "score_perturbations",
 ]

@@ -16,7 +16,7 @@ from typer.exceptions import TyperException
 from perturbscope import __version__
 from perturbscope.cli import bundles, console
 from perturbscope.cli.embedding import embed
-from perturbscope.cli.enrichment import degs, enrich, enrich_genes
+from perturbscope.cli.enrichment import degs, enrich, enrich_genes, pseudobulk
 from perturbscope.cli.mapping import map_pairs
 from perturbscope.cli.options import CA_VARIABLE, KEY_FILE_VARIABLE, KEY_VARIABLE
 from perturbscope.cli.reference import operations
@@ -65,6 +65,7 @@ app.command()(compare)
 app.command("map")(map_pairs)
 app.command()(degs)
 app.command("enrich-genes")(enrich_genes)
+app.command()(pseudobulk)
 app.command()(enrich)
 app.command()(report)
 app.command()(vocabulary)

@@ -1,4 +1,4 @@
-"""``perturbscope degs``, ``perturbscope enrich-genes`` and ``perturbscope enrich``."""
+"""``perturbscope degs``, ``enrich-genes``, ``pseudobulk`` and ``perturbscope enrich``."""
 
 from __future__ import annotations
 
@@ -192,6 +192,45 @@ def enrich_genes(
     if top:
         ranked = result.table.sort_values(["p", "perturbation"], kind="stable")
         console.show_rows(ranked, title="Gene sets in the expression of perturbations", top=top)
+
+
+@options.grouped
+def pseudobulk(
+    cells: options.In,
+    out: options.OutTable,
+    perturbation_key: options.PerturbationKey,
+    control: options.Control,
+    replicate_key: Annotated[
+        str, typer.Option(metavar="COL", help="Column of obs with each cell's replicate: well, donor, guide.")
+    ],
+    counts_in: options.CountsIn,
+    min_cells: Annotated[int, typer.Option(min=1, help="Fewest cells of a sample.")] = 10,
+    top: Annotated[int, typer.Option(min=0, help="Rows of the table on stdout; 0 for none.")] = 20,
+) -> None:
+    """Test genes between replicates, whose counts are summed (DESeq2; needs perturbscope[pseudobulk])."""
+    from perturbscope.cells.files import check_output, write_table
+    from perturbscope.scoring.results import release
+    from perturbscope.tasks import genes
+
+    check_output(out, [".parquet", ".csv"], source=cells)
+    with console.progress_bars() as progress:
+        table = genes.pseudobulk(
+            cells, perturbation_key=perturbation_key, control=control, replicate_key=replicate_key,
+            min_cells=min_cells, progress=progress, **vars(counts_in),
+        )  # fmt: skip
+    warnings = table.attrs["warnings"]
+    facts: dict[str, object] = {
+        "kind": "pseudobulk",
+        "version": release(),
+        "control": control,
+        "replicate_key": replicate_key,
+    }
+    facts |= {"perturbation_key": perturbation_key, "min_cells": min_cells, "input": cells.name, "warnings": warnings}
+    write_table(out, table, {**facts, **vars(counts_in)})
+    for warning in warnings:
+        console.warn(warning)
+    if top:
+        console.show_rows(table.sort_values(["p", "perturbation"]), title="Genes between replicates", top=top)
 
 
 def enrich(

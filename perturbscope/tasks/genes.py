@@ -14,6 +14,7 @@ import pandas as pd
 from perturbscope.analysis.degs import DEG_COLUMNS, DegOptions, DegResult, DegScreen, differential_genes
 from perturbscope.analysis.expression_sets import SetResult, enrich_expression
 from perturbscope.analysis.gene_sets import read_gmt
+from perturbscope.analysis.pseudobulk import pseudobulk_degs
 from perturbscope.cells.counts import CountMatrix
 from perturbscope.cells.files import table_parts
 from perturbscope.cells.readers import CellSource
@@ -176,6 +177,63 @@ def enrich_genes(
     return replace(
         found, provenance={**found.provenance, **facts}, warnings=list(dict.fromkeys([*warnings, *found.warnings]))
     )
+
+
+def pseudobulk(
+    cells: Any,
+    *,
+    perturbation_key: str,
+    control: str | Sequence[str],
+    replicate_key: str,
+    min_cells: int = 10,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    total_counts_key: str | None = None,
+    round_counts: bool = False,
+    progress: StageProgress | None = None,
+) -> pd.DataFrame:
+    """Test genes between replicates by DESeq2; see :func:`perturbscope.analysis.pseudobulk.pseudobulk_degs`.
+
+    Parameters
+    ----------
+    cells
+        AnnData, path or :class:`CellSource` with labels; cells without a label or replicate are left out.
+    replicate_key
+        Column of obs with each cell's replicate: well, donor, guide.
+    min_cells
+        Fewest cells of a sample; smaller ones are left out.
+    perturbation_key, control, layer, gene_key, total_counts_key, round_counts, progress
+        See :func:`degs`.
+
+    Returns
+    -------
+    A row a perturbation and gene; ``attrs["warnings"]`` names perturbations that could not be tested.
+
+    Raises
+    ------
+    ProviderUnavailableError
+        pydeseq2 is not installed.
+    InvalidParameterError, MissingColumnError, ControlLabelMissingError, TooFewCellsError, InvalidInputError
+        The labels do not allow a test, or the counts cannot be used.
+    """
+    with opened(
+        cells, layer=layer, gene_key=gene_key, total_counts_key=total_counts_key, round_counts=round_counts
+    ) as source:
+        labels = source.labels(perturbation_key, field="perturbation_key")
+        units = source.labels(replicate_key, field="replicate_key")
+        both = zip(labels, units, strict=True)
+        rows = np.array([bool(a and a.strip() and b and b.strip()) for a, b in both]).nonzero()
+        if not len(rows[0]):
+            raise InvalidParameterError(
+                f"No cell has a value in obs[{perturbation_key!r}] and obs[{replicate_key!r}].", field="replicate_key"
+            )
+        counts = source.read()[rows[0]]
+        warnings = list(source.warnings)
+    table, said = pseudobulk_degs(
+        counts, labels[rows].tolist(), units[rows].tolist(), control=control, min_cells=min_cells, progress=progress
+    )
+    table.attrs["warnings"] = [*warnings, *said]
+    return table
 
 
 def deg_screen(
