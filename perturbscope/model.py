@@ -415,6 +415,7 @@ def load(
     api_key: str | None = None,
     ca: str | Path | None = None,
     cert: tuple[str | Path, str | Path] | None = None,
+    wait: float | None = None,
 ) -> Model:
     """Open a bundle, or reach a server.
 
@@ -431,6 +432,8 @@ def load(
     api_key, ca, cert
         API key of a server, file of trusted authorities, and files of the client's certificate and its private key.
         None: those of the environment, see :mod:`perturbscope.client.access`.
+    wait
+        Seconds to wait for a server that is overloaded, cannot be reached or starts again; None: about half a minute.
 
     Raises
     ------
@@ -442,7 +445,16 @@ def load(
         An option is for the other kind of source.
     """
     return Model(
-        open_backend(str(bundle_or_url), device=device, variant=variant, model=model, api_key=api_key, ca=ca, cert=cert)
+        open_backend(
+            str(bundle_or_url),
+            device=device,
+            variant=variant,
+            model=model,
+            api_key=api_key,
+            ca=ca,
+            cert=cert,
+            wait=wait,
+        )
     )
 
 

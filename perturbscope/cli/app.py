@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -88,6 +88,14 @@ def _common(
         Path | None,
         typer.Option(metavar="FILE", help=f"File with the API key of a server; default: ${KEY_VARIABLE}."),
     ] = None,
+    progress: Annotated[
+        Literal["auto", "json", "none"],
+        typer.Option(help="auto: bars on a terminal, else a line every 30 s; json: a JSON object a line on stderr."),
+    ] = "auto",
+    summary: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write what came of it as JSON: exit code, error, warnings; - for stdout."),
+    ] = None,
     ca: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help=f"Authorities (PEM) that a server is trusted by; default: ${CA_VARIABLE}."),
@@ -104,10 +112,18 @@ def _common(
         os.environ[KEY_FILE_VARIABLE] = str(api_key_file)
     if ca is not None:
         os.environ[CA_VARIABLE] = str(ca)
+    console.report_to(progress, summary)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    code = _run(arguments)
+    console.finish(code)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    console.begin()
     try:
         code = typer.main.get_command(app).main(
             args=None if arguments is None else list(arguments), prog_name="perturbscope", standalone_mode=False
@@ -131,7 +147,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return console.EXIT_FAILURE
     if code == _INTERRUPTED:
         console.fail("interrupted", "Stopped; no output was written. perturbscope embed continues where it was.")
-        return console.EXIT_FAILURE
+        return 128 + _signals.pop() if _signals else _INTERRUPTED
     return code if isinstance(code, int) else 0
 
 
@@ -143,5 +159,10 @@ def main() -> None:
     raise SystemExit(run())
 
 
-def _interrupt(_signal: int, _frame: object) -> None:
+_signals: list[int] = []
+"""Signals that ended the command."""
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    _signals.append(number)
     raise KeyboardInterrupt

@@ -133,6 +133,15 @@ class ModelFrom:
         str | None,
         typer.Option("--model", help="Name of one of a server's models; default: its first.", rich_help_panel=_MODEL),
     ] = None
+    wait: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="Wait so long for a server that is busy, away or starting; default: about half a minute.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
     device: Annotated[
         Literal["cpu", "cuda", "tensorrt"],
         typer.Option("--device", help="Device that runs a bundle.", rich_help_panel=_MODEL),
@@ -164,7 +173,13 @@ class ModelFrom:
 
             shown = without_userinfo(self.server)
             raise InvalidParameterError(f"--server {shown} is not a URL; did you mean http://{shown}?", field="server")
-        opened = open_backend(str(address), device=self.device, variant=self.variant, model=self.model)
+        opened = open_backend(
+            str(address),
+            device=self.device,
+            variant=self.variant,
+            model=self.model,
+            wait=self.wait if self.server or grpc else None,
+        )
         with closing(opened) as backend:
             if isinstance(address, Path) and address != self.bundle:
                 console.note(f"Using {address} ({backend.model_id}).")

@@ -84,47 +84,57 @@ class RetryPolicy:
 
     Only overload and a server that cannot be reached are retried. A request changes nothing on the server, so that
     repeating it is safe; but bad input stays bad, and a server that is still computing must not get the work twice.
+    By default the waits are 24 to 48 seconds in all, since a server takes about 18 to start again.
     """
 
-    attempts: int = 5
+    attempts: int = 10
     """Number of tries, the first included; 1 means no retries."""
     first: float = 0.5
     """Seconds before the second try; doubled for each further one."""
-    longest: float = 30.0
+    longest: float = 8.0
     """Longest wait between two tries, in seconds, unless the server asks for more."""
+    wait: float | None = None
+    """Seconds to wait in all before giving up, in place of a number of tries; the time of the tries comes on top."""
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise InvalidParameterError(f"attempts is {self.attempts}; it must be at least 1.", field="attempts")
-        for name in ("first", "longest"):
-            if not 0 <= getattr(self, name) < math.inf:
+        for name in ("first", "longest", "wait"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise InvalidParameterError(
                     f"{name} is {getattr(self, name)}; it must be 0 seconds or more.", field=name
                 )
 
-    def pause(self, attempt: int, error: PerturbScopeError, rng: np.random.Generator) -> Pause:
-        """Return the wait after try number `attempt`, counted from 1.
+    def pause(
+        self, attempt: int, error: PerturbScopeError, rng: np.random.Generator, waited: float = 0.0
+    ) -> Pause | None:
+        """Return the wait after try number `attempt`, counted from 1, and `waited` seconds; None: give up.
 
         It is between half and all of the backed-off time, so that clients that failed together do not return together,
         and never shorter than the server asked for.
         """
-        seconds = min(self.longest, self.first * 2.0 ** (attempt - 1)) * rng.uniform(0.5, 1.0)
+        if attempt >= self.attempts if self.wait is None else waited >= self.wait:
+            return None
+        seconds = min(self.longest, self.first * 2.0 ** min(attempt - 1, 60)) * rng.uniform(0.5, 1.0)
         if isinstance(error, OverloadedError):
             seconds += min(error.retry_after, LONGEST_HINT)
+        if self.wait is not None:  # the last try is at the very end
+            seconds = min(seconds, self.wait - waited)
         return Pause(float(seconds))
 
 
 def ask(request: Request, policy: RetryPolicy, rng: np.random.Generator) -> Conversation[Answer]:
     """Ask one request, and again as `policy` allows. Raises the error of the last attempt."""
-    attempt = 1
+    attempt, waited = 1, 0.0
     while True:
         try:
             answer = yield request
         except Failure as failure:
-            if not failure.retry or attempt >= policy.attempts:
+            pause = policy.pause(attempt, failure.error, rng, waited) if failure.retry else None
+            if pause is None:
                 raise failure.error from failure.__cause__
-            yield policy.pause(attempt, failure.error, rng)
-            attempt += 1
+            yield pause
+            attempt, waited = attempt + 1, waited + pause.seconds
         else:
             return cast("Answer", answer)
 

@@ -89,7 +89,7 @@ class Flight:
         self._genes: NDArray[np.str_] | None = None
         self._next_row = 0
         self._maker: Maker | None = None
-        self._attempt = 1
+        self._attempt, self._waited = 1, 0.0
         self._careful = False
         self.n_cells = 0
         """Number of cells that were answered."""
@@ -169,7 +169,7 @@ class Flight:
         chunk.parts.append(answer)
         chunk.answered += len(answer)
         self.n_cells += len(answer)
-        self._attempt, self._careful = 1, False
+        self._attempt, self._waited, self._careful = 1, 0.0, False
         if chunk.answered < len(chunk.cells):
             return None
         self._chunks.popleft()
@@ -206,10 +206,10 @@ class Flight:
             return Pause(0.0)
         # The server ends a stream that pauses too long, for instance while its caller works with a result.
         again = failure.retry or isinstance(error, DeadlineExceededError)
-        if not again or self._attempt >= self._policy.attempts:
+        pause = self._policy.pause(self._attempt, error, self._rng, self._waited) if again else None
+        if pause is None:
             raise error from failure.__cause__
-        pause = self._policy.pause(self._attempt, error, self._rng)
-        self._attempt += 1
+        self._attempt, self._waited = self._attempt + 1, self._waited + pause.seconds
         return pause
 
     def ask(self, part: CountMatrix) -> Conversation[Embeddings]:

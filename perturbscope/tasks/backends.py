@@ -263,6 +263,7 @@ def open_backend(
     api_key: str | None = None,
     ca: str | Path | None = None,
     cert: tuple[str | Path, str | Path] | None = None,
+    wait: float | None = None,
 ) -> Backend:
     """Open the bundle in a directory, or reach the server at a URL; see :func:`perturbscope.load`."""
     scheme = address.split("://", maxsplit=1)[0] if "://" in address else ""
@@ -271,8 +272,8 @@ def open_backend(
             raise InvalidParameterError(
                 "model chooses among a server's models; a bundle holds one. Leave it out.", field="model"
             )
-        if (api_key, ca, cert) != (None, None, None):
-            raise InvalidParameterError("api_key, ca and cert are for a server; leave them out.", field="api_key")
+        if (api_key, ca, cert, wait) != (None, None, None, None):
+            raise InvalidParameterError("api_key, ca, cert and wait are for a server; leave them out.", field="api_key")
         from perturbscope.inference.bundle import Bundle
 
         return LocalBackend(Embedder.from_bundle(Bundle.open(address), variant=variant, device=device))
@@ -281,13 +282,15 @@ def open_backend(
             "device and variant are chosen where the server is started; leave them out for a URL.", field="device"
         )
     if scheme in ("http", "https"):
-        from perturbscope.client import Client
+        from perturbscope.client import Client, RetryPolicy
 
-        return Client(address, model=model, api_key=api_key, ca=ca, cert=cert)
+        retries = RetryPolicy(wait=wait)
+        return Client(address, model=model, api_key=api_key, ca=ca, cert=cert, retries=retries)
     if scheme in ("grpc", "grpcs"):
-        from perturbscope.client import GrpcClient
+        from perturbscope.client import GrpcClient, RetryPolicy
 
-        return GrpcClient(address, model=model, api_key=api_key, ca=ca, cert=cert)
+        retries = RetryPolicy(wait=wait)
+        return GrpcClient(address, model=model, api_key=api_key, ca=ca, cert=cert, retries=retries)
     from perturbscope.client.access import without_userinfo
 
     raise InvalidParameterError(

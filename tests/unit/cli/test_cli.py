@@ -25,6 +25,7 @@ from perturbscope.errors import (
     BundleError,
     InvalidInputError,
     LimitExceededError,
+    OverloadedError,
     ServerUnreachableError,
     UnknownModelError,
     UnsupportedOperationError,
@@ -440,15 +441,16 @@ def test_without_arguments_there_is_help(cli: Run) -> None:
 def test_every_error_has_its_exit_code() -> None:
     callers = (InvalidInputError, LimitExceededError, UnknownModelError, UnsupportedOperationError, BundleError)
     for name, error in error_classes().items():
-        assert console.exit_code(error("message")) == (2 if issubclass(error, callers) else 1), name
+        again = issubclass(error, (OverloadedError, ServerUnreachableError))
+        assert console.exit_code(error("message")) == (75 if again else 2 if issubclass(error, callers) else 1), name
 
 
 @pytest.mark.parametrize(
     ("raised", "code", "start"),
     [
-        (ServerUnreachableError("http://host:3000 does not answer."), 1, "Error [server_unreachable]: http://host"),
+        (ServerUnreachableError("http://host:3000 does not answer."), 75, "Error [server_unreachable]: http://host"),
         (LimitExceededError("Too many cells."), 2, "Error [limit_exceeded]: Too many cells."),
-        (KeyboardInterrupt(), 1, "Error [interrupted]: "),
+        (KeyboardInterrupt(), 130, "Error [interrupted]: "),
         (ZeroDivisionError("a bug"), 1, "Error [internal]: ZeroDivisionError: a bug"),
         (BrokenPipeError(), 1, ""),
     ],
