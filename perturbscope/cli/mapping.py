@@ -34,12 +34,15 @@ def map_pairs(
     landmarks: Annotated[
         int, typer.Option(help="Number of cells to which distances are measured.", rich_help_panel="Scoring")
     ] = 2048,
+    nearest: Annotated[
+        int, typer.Option(min=0, metavar="K", help="Also write the K nearest of each perturbation to OUT.nearest.csv.")
+    ] = 0,
     figure: Annotated[
         Path | None, typer.Option(metavar="OUT.svg", help="Also draw the map, of at most 60 perturbations.")
     ] = None,
 ) -> None:
     """Map all pairs of perturbations: write their distances as one matrix. A server may embed the cells."""
-    from perturbscope.cells.files import check_output, write_matrix
+    from perturbscope.cells.files import check_output, write_matrix, write_table
     from perturbscope.scoring.pair_map import check_map, distance_map
 
     check_output(out, SUFFIXES, source=cells)
@@ -65,6 +68,8 @@ def map_pairs(
         "warnings": warnings,
     }
     write_matrix(out, pair_map.names, pair_map.n_cells, pair_map.distances, provenance)
+    if nearest:
+        write_table(out.with_name(f"{out.name}.nearest.csv"), pair_map.nearest(nearest), provenance)
     if figure is not None:
         warnings += _draw(figure, pair_map)
     for warning in warnings:

@@ -54,16 +54,20 @@ def compare(
         list[str] | None,
         typer.Option(metavar="LABEL", help="A label of control cells: z by their null; not compared. Repeatable."),
     ] = None,
+    nearest: Annotated[
+        int,
+        typer.Option(min=0, metavar="K", help="Only the K nearest of each, by cells and (with --control) by effects."),
+    ] = 0,
     top: options.Top = 20,
 ) -> None:
-    """Compare perturbations with each other, all pairs."""
+    """Compare perturbations with each other, all pairs; the closest are shown."""
     from perturbscope.cells.files import check_output
 
     check_output(out, [".parquet", ".csv"], source=cells)
-    chosen = screen.options(testing)
+    chosen = screen.options(testing, **({"nearest": nearest} if nearest else {}))
     with screen.open(cells, chosen, control=control, batch_key=testing.batch_key) as (opened, _, progress):
         result = opened.compare(progress=progress)
-    _write(result, out, {"input": cells.name, **vars(screen.counts)}, title="Distances", top=top)
+    _write(result, out, {"input": cells.name, **vars(screen.counts)}, title="Closest pairs", top=top)
 
 
 _IN_THE_FILE_ALONE = ["null_mean", "null_sd", "p_source", "exchanges", "p_tail_source", "q_omnibus"]
@@ -73,6 +77,7 @@ _IN_THE_FILE_ALONE = ["null_mean", "null_sd", "p_source", "exchanges", "p_tail_s
 def _write(result: ScoreResult | CompareResult, out: Path, facts: dict[str, Any], *, title: str, top: int) -> None:
     """Write the table of a result, and show its warnings and its first rows."""
     from perturbscope.cells.files import misread_labels, write_table
+    from perturbscope.scoring.nearest import by_closeness
 
     write_table(out, result.table, {**result.provenance, **facts, "warnings": result.warnings})
     for warning in result.warnings:
@@ -84,7 +89,8 @@ def _write(result: ScoreResult | CompareResult, out: Path, facts: dict[str, Any]
             f"the arguments in {out.name}.provenance.json (read_csv). A .parquet file is read as it is."
         )
     if top:
-        shown = result.table.drop(columns=_IN_THE_FILE_ALONE, errors="ignore")
+        table = result.table if "perturbation" in result.table else by_closeness(result.table)
+        shown = table.drop(columns=_IN_THE_FILE_ALONE, errors="ignore")
         if not result.provenance["options"].get("omnibus"):
             shown = shown.drop(columns=["p_omnibus", "fired"], errors="ignore")
         console.show_table(shown, title=title, top=top)

@@ -25,7 +25,7 @@ _STEP = 4096
 _TEXT = {"perturbation", "a", "b", "metric", "flags", "p_source", "p_tail_source", "fired"}
 _INTEGER = {"n_cells", "n_controls", "n_a", "n_b", "n_used", "n_used_a", "n_used_b", "exchanges"}
 _ADDED = {"n_used", "n_used_a", "n_used_b", "p_source", "exchanges", "p_tail", "p_tail_source"}
-_ADDED |= {"p_omnibus", "q_omnibus", "fired"}
+_ADDED |= {"p_omnibus", "q_omnibus", "fired", "effect_similarity"}
 """Columns that answers of older servers lack."""
 _ABSENT: dict[Kind, Any] = {"text": "", "integer": 0, "number": None}
 

@@ -45,7 +45,8 @@ class Pairs:
     n_all
         Number of perturbations that could be compared; above the number of names if only the strongest were.
     table
-        One row a pair: ``a, b, n_a, n_b, distance``.
+        One row a pair, the closest first: ``a, b, n_a, n_b, distance, effect_similarity``, the cosine between the
+        differences of their means from that of the controls; NaN for pairs with the control.
     """
 
     names: list[str]

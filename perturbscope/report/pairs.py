@@ -13,6 +13,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from perturbscope.report.contents import Absent, Pairs
+from perturbscope.scoring.distances import unit_rows
 from perturbscope.scoring.pair_map import distance_map
 from perturbscope.scoring.results import ScoreOptions, ScoreResult
 
@@ -73,6 +74,8 @@ def make_pairs(
         [(names[i], names[j], sizes[i], sizes[j], measured[i, j]) for i, j in combinations(range(len(names)), 2)],
         columns=["a", "b", "n_a", "n_b", "distance"],
     )
+    pairs["effect_similarity"] = _similarities(embeddings, everything, names, options)
+    pairs = pairs.sort_values("distance", kind="stable", ignore_index=True)
     distances = np.maximum(measured, 0.0)
     tree = hierarchy.linkage(squareform(distances, checks=False), "average", optimal_ordering=True)
     clear = scored[(scored["q"] < 0.05) & (scored["z"] >= CLEAR)]
@@ -87,6 +90,22 @@ def make_pairs(
         n_all=len(scored),
         table=pairs,
     )
+
+
+def _similarities(
+    embeddings: ArrayLike, labels: NDArray[np.object_], names: list[str], options: ScoreOptions
+) -> list[float]:
+    """Return the cosine between the effects of each pair of names, of which the first is the control."""
+    rows = np.asarray(embeddings)
+    means = []
+    for name in names:
+        members = np.flatnonzero(labels == name)[: options.max_cells]
+        vectors = rows[members].astype(np.float64)
+        means.append((unit_rows(vectors) if options.normalize else vectors).mean(axis=0))
+    moved = np.array(means) - means[0]
+    with np.errstate(invalid="ignore"):
+        moved /= np.linalg.norm(moved, axis=1, keepdims=True)
+    return [float(moved[i] @ moved[j]) for i, j in combinations(range(len(names)), 2)]
 
 
 def _alike(names: list[str], distances: NDArray[np.float64], hits: set[str]) -> list[list[str]]:

@@ -59,6 +59,27 @@ class DistanceMap:
     provenance: dict[str, object]
     warnings: list[str]
 
+    def nearest(self, k: int) -> pd.DataFrame:
+        """Return the `k` nearest groups of each, the nearest first.
+
+        Returns
+        -------
+        Columns ``perturbation, rank, nearest, distance``; rank 1 is the nearest.
+        """
+        distances = self.distances.astype(np.float64)
+        np.fill_diagonal(distances, np.inf)
+        order = np.argsort(distances, axis=1, kind="stable")[:, : min(k, len(self.names) - 1)]
+        of, rank = np.indices(order.shape)
+        names = np.array(self.names, dtype=object)
+        return pd.DataFrame(
+            {
+                "perturbation": names[of.ravel()],
+                "rank": rank.ravel() + 1,
+                "nearest": names[order.ravel()],
+                "distance": distances[of.ravel(), order.ravel()],
+            }
+        )
+
     def frame(self) -> pd.DataFrame:
         """Return the matrix with the names as its index and columns."""
         return pd.DataFrame(self.distances, index=self.names, columns=self.names)

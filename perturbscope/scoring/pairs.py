@@ -15,6 +15,7 @@ from perturbscope.scoring.distances import pairwise_distances
 from perturbscope.scoring.energy.exchanges import BASE, ENUMERATED, EnergyTest, PSource
 from perturbscope.scoring.energy.pool import RELATIVE_NOISE, Group, Pool
 from perturbscope.scoring.labels import Groups
+from perturbscope.scoring.nearest import effects, nearest_pairs, similarity
 from perturbscope.scoring.optimal_transport import MAX_TRANSPORT_CELLS, assignment_cost, picked_costs, transport_cost
 from perturbscope.scoring.results import (
     COMPARE_COLUMNS,
@@ -71,7 +72,8 @@ def compare_perturbations(
 
     Returns
     -------
-    A table with one row a pair and metric, in the order of the pairs.
+    A table with one row a pair and metric, in the order of the pairs, or the closest first if only the `nearest` are
+    asked for. ``effect_similarity`` is the cosine between the differences of the two means from that of the controls.
 
     Raises
     ------
@@ -90,6 +92,7 @@ def compare_perturbations(
     names = to_compare.names
     scorable = set(groups.scorable(names, options))
     label_flags = {name: groups.label_flags(name, options) for name in names}
+    directions = {} if control is None else effects(groups, [name for name in names if name != control], control)
     rows = Rows(COMPARE_COLUMNS)
     done, total = 0, len(to_compare) * len(options.metrics)
     for metric in options.metrics:
@@ -108,6 +111,7 @@ def compare_perturbations(
                 n_b=groups.sizes[b],
                 n_used_b=scored.n_used_b,
                 metric=metric,
+                effect_similarity=similarity(a, b, directions),
                 **columns,
                 flags=";".join([*flags, *scored.flags]),
             )
@@ -115,6 +119,8 @@ def compare_perturbations(
             if progress:
                 progress("compare", done, total)
     table = with_q(rows.frame(), options)
+    if options.nearest:
+        table = nearest_pairs(table, options.nearest)
     warnings = cleaned.warnings + groups.warnings(names, options) + flag_warnings(table, ["a", "b"])
     warnings += resolution_warnings(len(to_compare), options)
     facts = {

@@ -62,9 +62,10 @@ COMPARE_COLUMNS = (
     "n_used_b",
     "p_source",
     "exchanges",
+    "effect_similarity",
 )
 """Columns of a table of pairs, in order."""
-NUMBERS = ("distance", "null_mean", "null_sd", "z", "p", "q", "p_tail", "p_omnibus", "q_omnibus")
+NUMBERS = ("distance", "null_mean", "null_sd", "z", "p", "q", "p_tail", "p_omnibus", "q_omnibus", "effect_similarity")
 """Columns of both that hold numbers, NaN where one could not be computed."""
 
 MOST_EXCHANGES = 200_000
@@ -106,8 +107,8 @@ _TOLD = (
 """Flags that undo a number or cast doubt on it, which a result's warnings explain too."""
 
 
-_OF_LABELS = ("missing_labels", "normalize_combinations")
-"""Options about labels."""
+_LATER = ("missing_labels", "normalize_combinations", "nearest")
+"""Options that do nothing by default, and that a server of an earlier version does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +167,9 @@ class ScoreOptions:
         Labels, such as ``nan`` and ``NA``, that stand for a missing one: their cells are left out.
     normalize_combinations
         Write each combination of perturbations in one way, ``A+B`` for ``B,A`` too, and ``A`` for ``A+ctrl``.
+    nearest
+        Of a comparison, return for each perturbation its nearest ones by cells and by effects, this many of each, the
+        closest pairs first; 0: all pairs, in their order. q is over all pairs.
 
     Raises
     ------
@@ -192,6 +196,7 @@ class ScoreOptions:
     seed: int = 0
     missing_labels: tuple[str, ...] = ()
     normalize_combinations: bool = False
+    nearest: int = 0
 
     def __post_init__(self) -> None:
         metrics: object = self.metrics  # a request may hold anything here
@@ -216,6 +221,7 @@ class ScoreOptions:
             ("max_cells", 4, 50_000),
             ("repeats", 1, 1_000),
             ("seed", 0, 2**63 - 1),
+            ("nearest", 0, 1_000_000),
         ):
             _whole(name, getattr(self, name), low, high)
         if self.permutations is not None:
@@ -240,10 +246,10 @@ class ScoreOptions:
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON-able values; the inverse of :meth:`from_dict`.
 
-        Those about labels are left out where nothing is to be done: a server of an earlier version does not know them.
+        Those that a server of an earlier version does not know are left out where they do nothing.
         """
         values = {**asdict(self), "metrics": list(self.metrics), "missing_labels": list(self.missing_labels)}
-        return {name: value for name, value in values.items() if value or name not in _OF_LABELS}
+        return {name: value for name, value in values.items() if value or name not in _LATER}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ScoreOptions:

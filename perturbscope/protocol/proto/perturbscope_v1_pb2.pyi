@@ -184,7 +184,7 @@ class EmbedStreamAnswer(_message.Message):
     def __init__(self, opened: _Optional[_Union[EmbedStreamOpened, _Mapping]] = ..., chunk: _Optional[_Union[EmbedStreamChunk, _Mapping]] = ..., end: _Optional[_Union[EmbedStreamEnd, _Mapping]] = ...) -> None: ...
 
 class ScoreOptions(_message.Message):
-    __slots__ = ("metrics", "ground", "estimator", "null", "null_size", "null_draws", "permutations", "wasserstein_permutations", "correction", "min_cells", "max_cells", "repeats", "normalize", "seed", "exceedances", "centre", "omnibus", "missing_labels", "normalize_combinations")
+    __slots__ = ("metrics", "ground", "estimator", "null", "null_size", "null_draws", "permutations", "wasserstein_permutations", "correction", "min_cells", "max_cells", "repeats", "normalize", "seed", "exceedances", "centre", "omnibus", "missing_labels", "normalize_combinations", "nearest")
     METRICS_FIELD_NUMBER: _ClassVar[int]
     GROUND_FIELD_NUMBER: _ClassVar[int]
     ESTIMATOR_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +204,7 @@ class ScoreOptions(_message.Message):
     OMNIBUS_FIELD_NUMBER: _ClassVar[int]
     MISSING_LABELS_FIELD_NUMBER: _ClassVar[int]
     NORMALIZE_COMBINATIONS_FIELD_NUMBER: _ClassVar[int]
+    NEAREST_FIELD_NUMBER: _ClassVar[int]
     metrics: _containers.RepeatedScalarFieldContainer[str]
     ground: str
     estimator: str
@@ -223,7 +224,8 @@ class ScoreOptions(_message.Message):
     omnibus: bool
     missing_labels: _containers.RepeatedScalarFieldContainer[str]
     normalize_combinations: bool
-    def __init__(self, metrics: _Optional[_Iterable[str]] = ..., ground: _Optional[str] = ..., estimator: _Optional[str] = ..., null: _Optional[str] = ..., null_size: _Optional[int] = ..., null_draws: _Optional[int] = ..., permutations: _Optional[int] = ..., wasserstein_permutations: _Optional[int] = ..., correction: _Optional[str] = ..., min_cells: _Optional[int] = ..., max_cells: _Optional[int] = ..., repeats: _Optional[int] = ..., normalize: _Optional[bool] = ..., seed: _Optional[int] = ..., exceedances: _Optional[int] = ..., centre: _Optional[bool] = ..., omnibus: _Optional[bool] = ..., missing_labels: _Optional[_Iterable[str]] = ..., normalize_combinations: _Optional[bool] = ...) -> None: ...
+    nearest: int
+    def __init__(self, metrics: _Optional[_Iterable[str]] = ..., ground: _Optional[str] = ..., estimator: _Optional[str] = ..., null: _Optional[str] = ..., null_size: _Optional[int] = ..., null_draws: _Optional[int] = ..., permutations: _Optional[int] = ..., wasserstein_permutations: _Optional[int] = ..., correction: _Optional[str] = ..., min_cells: _Optional[int] = ..., max_cells: _Optional[int] = ..., repeats: _Optional[int] = ..., normalize: _Optional[bool] = ..., seed: _Optional[int] = ..., exceedances: _Optional[int] = ..., centre: _Optional[bool] = ..., omnibus: _Optional[bool] = ..., missing_labels: _Optional[_Iterable[str]] = ..., normalize_combinations: _Optional[bool] = ..., nearest: _Optional[int] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("cells", "embeddings", "perturbations", "control", "batches", "options", "model", "controls")
@@ -326,7 +328,7 @@ class CompareRequest(_message.Message):
     def __init__(self, cells: _Optional[_Union[CountMatrix, _Mapping]] = ..., embeddings: _Optional[_Union[EmbeddingMatrix, _Mapping]] = ..., perturbations: _Optional[_Iterable[str]] = ..., pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., batches: _Optional[_Iterable[str]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., model: _Optional[str] = ..., control: _Optional[str] = ..., controls: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Comparison(_message.Message):
-    __slots__ = ("a", "b", "n_a", "n_b", "metric", "distance", "null_mean", "null_sd", "z", "p", "q", "flags", "n_used_a", "n_used_b", "p_source", "exchanges")
+    __slots__ = ("a", "b", "n_a", "n_b", "metric", "distance", "null_mean", "null_sd", "z", "p", "q", "flags", "n_used_a", "n_used_b", "p_source", "exchanges", "effect_similarity")
     A_FIELD_NUMBER: _ClassVar[int]
     B_FIELD_NUMBER: _ClassVar[int]
     N_A_FIELD_NUMBER: _ClassVar[int]
@@ -343,6 +345,7 @@ class Comparison(_message.Message):
     N_USED_B_FIELD_NUMBER: _ClassVar[int]
     P_SOURCE_FIELD_NUMBER: _ClassVar[int]
     EXCHANGES_FIELD_NUMBER: _ClassVar[int]
+    EFFECT_SIMILARITY_FIELD_NUMBER: _ClassVar[int]
     a: str
     b: str
     n_a: int
@@ -359,7 +362,8 @@ class Comparison(_message.Message):
     n_used_b: int
     p_source: str
     exchanges: int
-    def __init__(self, a: _Optional[str] = ..., b: _Optional[str] = ..., n_a: _Optional[int] = ..., n_b: _Optional[int] = ..., metric: _Optional[str] = ..., distance: _Optional[float] = ..., null_mean: _Optional[float] = ..., null_sd: _Optional[float] = ..., z: _Optional[float] = ..., p: _Optional[float] = ..., q: _Optional[float] = ..., flags: _Optional[str] = ..., n_used_a: _Optional[int] = ..., n_used_b: _Optional[int] = ..., p_source: _Optional[str] = ..., exchanges: _Optional[int] = ...) -> None: ...
+    effect_similarity: float
+    def __init__(self, a: _Optional[str] = ..., b: _Optional[str] = ..., n_a: _Optional[int] = ..., n_b: _Optional[int] = ..., metric: _Optional[str] = ..., distance: _Optional[float] = ..., null_mean: _Optional[float] = ..., null_sd: _Optional[float] = ..., z: _Optional[float] = ..., p: _Optional[float] = ..., q: _Optional[float] = ..., flags: _Optional[str] = ..., n_used_a: _Optional[int] = ..., n_used_b: _Optional[int] = ..., p_source: _Optional[str] = ..., exchanges: _Optional[int] = ..., effect_similarity: _Optional[float] = ...) -> None: ...
 
 class CompareAnswer(_message.Message):
     __slots__ = ("results", "meta")

@@ -136,7 +136,7 @@ def test_other_formats_get_the_same(cli: Run, folder: Path) -> None:
             ("--output", "gene_logits"),
             "no output 'gene_logits'; it has cell_embedding, gene_embedding, gene_value, cell",
         ),
-        ((*VECTORS, "--server", "http://localhost:9"), ""),
+        ((*VECTORS, "--server", "http://localhost:9", "--wait", "0"), ""),
     ],
 )
 def test_what_the_model_does_not_have_is_one_line_and_no_file(
