@@ -260,7 +260,7 @@ def no_known_gene_in_row_100(adata: ad.AnnData) -> None:
         (None, {"min_cells": 40}, TooFewCellsError, "40 cells or more"),
         (None, {"batch_key": "lane"}, MissingColumnError, "'lane'"),
         (None, {"use_rep": "X_umap"}, MissingColumnError, "'X_pca'"),
-        (None, {"layer": "logged"}, NotRawCountsError, "log-normalised"),
+        (None, {"layer": "logged"}, NotRawCountsError, "log-transformed"),
         (None, {"layer": "negative"}, NotRawCountsError, "is negative"),
         (None, {"gene_key": "symbol"}, UnknownGenesError, "None of the 40 genes"),
         (None, {"metrics": ["mahalanobis"]}, InvalidParameterError, "mahalanobis"),

@@ -58,6 +58,8 @@ _OTHER_PARTS = (
     *("crispr", "guide", "grna", "multiplex", "custom", "barcode", "peak", "chromatin", "atacseq", "accessib"),
     *("spikein", "codeword", "negativecontrol", "genomiccontrol", "controlprobe", "lipid", "metabol"),
 )
+_IDENTIFIERS = re.compile("symbol|name|ids?$|ensembl")
+"""Columns that hold an identifier each, and are not read to look for types."""
 _FEW = 24
 """Most types of a column whose name does not say that it has types."""
 _INTERVAL = re.compile(r"^(?:chr[^:_\s]+|[0-9]{1,2}|[XYM]|MT|(?:GL|KI)[0-9.]+)[:_-][0-9]+[-_][0-9]+$")
@@ -68,7 +70,6 @@ _ANTIBODY = re.compile(
 )
 _NUMBERED = re.compile(r"^(.+?)[-_.](?:sg|g|grna|sgrna|guide|crispr)?[-_.]?\d{1,2}$", re.IGNORECASE)
 _SURFACE = re.compile(r"^(?:CD\d|PD-|HLA-|TCR|Ig[GMDA]|B7)")
-_ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{11}")
 _STRANGERS = 10
 """With more than so many Ensembl ids for each other name, the other names are strangers."""
 _SHOWN = 3
@@ -124,7 +125,7 @@ def features_of_frame(
     """
     by_letters = {_letters(name): name for name in reversed(names)}
     named = [by_letters[name] for name in _NAMED if name in by_letters]
-    for name in [*named, *(name for name in names if name not in named)]:
+    for name in [*named, *(name for name in names if name not in named and not _IDENTIFIERS.search(_letters(name)))]:
         values = distinct(name, whole=name in named)
         if values is None or not _has_types(values, sure=name in named):
             continue
@@ -200,27 +201,23 @@ def _says_genes(features: Callable[[str], Features], name: str) -> bool:
 
 def doubtful_names(identifiers: NDArray[np.str_]) -> list[str]:
     """Return warnings of names that look like those of antibodies, hashtags or guides, where no types are known."""
-    names: list[str] = identifiers.tolist()
-    foreign = [name for name in names if not _ENSEMBL.match(name)]
+    foreign = _without_ensembl_id(identifiers)
     if not foreign:
         return []
+    names: list[str] = identifiers.tolist()
     antibodies = [name for name in foreign if _ANTIBODY.search(name)]
     resolver, known = GeneResolver.default(), set(names)
     # Beside Ensembl ids a symbol is a stranger; among symbols only its like can tell.
     is_by_id = _STRANGERS * len(foreign) < len(names)
-
-    def is_gene(name: str) -> bool:
-        return resolver.resolve(name)[0] is not None
-
     numbered = [
         name
         for name in set(foreign).difference(antibodies)
         # A dot before the number is that of a clone's name (7SK.2), unless its like is there.
-        if any(base in known or (is_by_id and "." not in name and is_gene(base)) for base in _bases(name))
-        and not is_gene(name)
+        if any(base in known or (is_by_id and "." not in name and resolver.is_spelled(base)) for base in _bases(name))
+        and not resolver.is_spelled(name)
     ]
     if is_by_id:
-        twice = [name for name in foreign if name not in antibodies and is_gene(name)]
+        twice = [name for name in foreign if name not in antibodies and resolver.is_spelled(name)]
     else:
         twice = _named_twice(resolver, names, [name for name in foreign if _SURFACE.match(name)])
     remedy = "Leave them out if they are no genes, or give var a column feature_types."
@@ -262,12 +259,17 @@ def _named_twice(resolver: GeneResolver, names: list[str], suspects: list[str]) 
     return [name for name, gene in of.items() if meant[gene] > 1]
 
 
+def _without_ensembl_id(identifiers: NDArray[np.str_]) -> list[str]:
+    """Return the identifiers that are no Ensembl ids; arrays compare their beginnings at once."""
+    rest: list[str] = identifiers[identifiers.astype("U3") != "ENS"].tolist()
+    return rest
+
+
 def _by_names(identifiers: NDArray[np.str_]) -> Features:
     """Leave out the names of genomic intervals."""
-    names = identifiers.tolist()
-    if not any(name.startswith("chr") or ":" in name for name in names):
+    if not any(_INTERVAL.match(name) for name in _without_ensembl_id(identifiers)):
         return Features()
-    peaks = np.array([_INTERVAL.match(name) is not None for name in names], dtype=bool)
+    peaks = np.array([_INTERVAL.match(name) is not None for name in identifiers.tolist()], dtype=bool)
     if not peaks.any() or peaks.all():
         return Features()
     return Features(~peaks, {"Peaks": int(peaks.sum())})
