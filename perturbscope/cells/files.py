@@ -20,7 +20,20 @@ from perturbscope.errors import InvalidParameterError, UnreadableFileError
 if TYPE_CHECKING:
     import pandas as pd
 
-_TEXTS = ("perturbation", "a", "b", "metric", "flags", "gene_set", "gene", "gene_id", "symbol")
+_TEXTS = (
+    "perturbation",
+    "a",
+    "b",
+    "metric",
+    "flags",
+    "fired",
+    "p_source",
+    "p_tail_source",
+    "gene_set",
+    "gene",
+    "gene_id",
+    "symbol",
+)
 """Columns of tables of this package that hold texts."""
 METADATA_KEY = b"perturbscope"
 """Key of the provenance, as JSON, in the schema metadata of a result's parquet file."""
