@@ -418,7 +418,8 @@ def find_matrix(root: Any, layer: str | None) -> tuple[Any, Any]:
 
 
 def _layers(root: Any) -> list[str]:
-    has_raw = optional(root, "raw") is not None or optional(root, "raw.X") is not None
+    # anndata writes an empty raw into the modalities of a MuData.
+    has_raw = "X" in children(optional(root, "raw")) or optional(root, "raw.X") is not None
     return [*children(optional(root, "layers")), *(["raw"] if has_raw else [])]
 
 
