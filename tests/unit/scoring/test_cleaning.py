@@ -113,7 +113,8 @@ def test_several_controls_of_a_file(two: Path, fake_embedder: Embedder, monkeypa
     written = read_table(two.with_name("score.csv"), field="scores").fillna(
         {"flags": "", "p_source": "", "p_tail_source": ""}
     )
-    pd.testing.assert_frame_equal(written, expected)
+    same = ["perturbation", "n_cells", "n_controls", "distance", "z", "p", "q", "flags"]
+    pd.testing.assert_frame_equal(written[same], expected[same])
     assert "NT-0, NT-1" in two.with_name("report.html").read_text()
     assert set(pd.read_csv(two.with_name("degs.csv"))["perturbation"]) == {"strong", "weak", "rare"}
 
