@@ -16,7 +16,7 @@ export BENTOML_DO_NOT_TRACK := True
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve setup test lint demo bundle quality bench planted peers objectives reliability fuzz mutate audit proto lock notice image image-test clean
+.PHONY: help serve setup test lint demo bundle quality bench planted statistics peers objectives reliability fuzz mutate audit proto lock notice image image-test clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -56,6 +56,9 @@ bench: setup ## benchmarks/performance.md: every part beside its peers (PARTS="t
 
 planted: setup ## runs/planted: the tables of benchmarks/planted.md, on effects of known size (a quarter of an hour)
 	$(PY) -m benchmarks.planted
+
+statistics: setup ## benchmarks/statistics.md: z, p and tails by simulation (STATISTICS="--only tails")
+	$(PY) -m benchmarks.statistics $(STATISTICS)
 
 peers: setup ## print the tables of benchmarks/peers.md: the numbers of pertpy and scPerturb beside ours
 	$(PY) -m benchmarks.peers

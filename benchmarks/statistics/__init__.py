@@ -1,0 +1,1 @@
+"""Simulations of the statistics: error rates, z, tails, sparse screens, batches and units."""
