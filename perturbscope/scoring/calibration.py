@@ -27,8 +27,13 @@ from perturbscope.scoring.scorers import GroupMaker, Scored, make_scorer
 from perturbscope.scoring.statistics import Uniformity, generator, uniformity
 from perturbscope.threads import checkpoint
 
+MOST_CELLS = 50_000
+"""Most controls of which whole batches are chosen."""
 MAX_CALIBRATION_CELLS = 1000
 """Most controls used, since each of many splits is scored in full."""
+WHOLE_BATCH_CELLS = 2000
+"""Controls at which no further whole batch is taken for splits by batch; at least six are. A sample of each batch would
+not do: fewer cells of a batch show less of what batches differ by."""
 CALIBRATION_PERMUTATIONS = 199
 """Most permutations of a split: p in steps of 0.005, finer than a Kolmogorov-Smirnov test of 200 values resolves."""
 _UNDOING = ("constant_embeddings", "null_sd_zero", "batch_confounded")
@@ -104,7 +109,8 @@ def calibrate(
     embeddings, perturbations, control, batches, options
         See :func:`perturbscope.score_perturbations`. Splits by cell use the options' test, exchanges within batches
         included; splits by batch exchange labels freely, since batch and label coincide. Wasserstein is left out, since
-        each split would need its own drawn null. At most 1,000 controls and 199 permutations are used.
+        each split would need its own drawn null. At most 1,000 controls and 199 permutations are used; splits by batch
+        use whole batches, up to 2,000 controls.
     splits
         Number of splits of each kind; there are fewer if the batches cannot be split in so many ways.
     group_size
@@ -152,8 +158,15 @@ def calibrate(
         )
     rng = generator(options.seed, "calibrate")
     parts = {"cell": list(_cell_parts(len(controls), size, splits, rng))}
+    used = {"cell": controls, "batch": controls}
     if groups.batches is not None:
-        by_batch = list(_batch_parts(groups.batches[controls], size, options.min_cells, splits, rng))
+        if groups.sizes[control] > len(controls):
+            every = Groups.of(
+                embeddings, perturbations, batches, replace(options, max_cells=MOST_CELLS), control=control
+            ).members[control]
+            used["batch"] = _whole_batches(every, groups.batches, rng)
+        of_batches = groups.batches[used["batch"]]
+        by_batch = list(_batch_parts(of_batches, size, options.min_cells, splits, rng))
         if by_batch:
             parts["batch"] = by_batch
     done, total = 0, len(metrics) * sum(map(len, parts.values()))
@@ -163,6 +176,7 @@ def calibrate(
         for kind, splits_of_kind in parts.items():
             free = replace(groups, batches=None) if kind == "batch" else groups
             maker = GroupMaker(metric, free, options)
+            controls = used[kind]
             maker.remember(controls)
             scored = []
             for i, part in enumerate(splits_of_kind):
@@ -185,7 +199,7 @@ def calibrate(
     warnings = [*_control_warnings(groups, control, options), *missing, *_warnings(sets)]
     if groups.has_copies(control):
         warnings.append(f"duplicated_vectors: {FLAGS['duplicated_vectors']} ({control}).")
-    facts = {"control": control, "n_controls_used": len(controls), "splits": splits, "group_size": size}
+    facts = {"control": control, "n_controls_used": len(used["cell"]), "splits": splits, "group_size": size}
     return Calibration(
         tuple(sets), provenance("calibrate", options, **groups.facts, **facts, **cleaned.facts), warnings
     )
@@ -215,6 +229,17 @@ def _cell_parts(n: int, size: int, splits: int, rng: np.random.Generator) -> Ite
     for _ in range(splits):
         checkpoint()
         yield rng.choice(n, size, replace=False)
+
+
+def _whole_batches(controls: NDArray[np.intp], batches: NDArray[np.intp], rng: np.random.Generator) -> NDArray[np.intp]:
+    """Return the controls of whole batches in random order, up to :data:`WHOLE_BATCH_CELLS` or six batches."""
+    codes = batches[controls]
+    chosen: list[int] = []
+    for name in rng.permutation(np.unique(codes)):
+        if len(chosen) >= 6 and np.isin(codes, [*chosen, name]).sum() > WHOLE_BATCH_CELLS:
+            break
+        chosen.append(int(name))
+    return controls[np.isin(codes, chosen)]
 
 
 def _batch_parts(
@@ -251,7 +276,7 @@ def _warnings(sets: list[CalibrationSet]) -> list[str]:
         if item.kind == "batch" and small > 0.1:
             warnings.append(
                 f"{item.metric}: controls of different batches differ: {small:.0%} of {len(item.p)} splits by batch "
-                f"have p < 0.05 (5% expected; mean z {item.z_mean:.1f}). Labels are exchanged within batches, which "
-                "keeps that out of p; z takes no account of batches, so judge it against this."
+                f"have p < 0.05 (5% expected; mean z {item.z_mean:.1f}). With batches given, labels are "
+                "exchanged within them, about their means, which keeps that out of z and p."
             )
     return warnings
