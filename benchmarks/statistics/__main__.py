@@ -77,7 +77,7 @@ def _commit(tree: Path) -> str:
 
 def page() -> str:
     """Put the page together of the notes and the recorded numbers."""
-    text = (HERE / "notes.md").read_text()
+    text = PAGE.with_suffix(".in.md").read_text()
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
         columns = list(record["rows"][0])
