@@ -237,7 +237,7 @@ def _scores(
         transport = {
             "metrics": ("wasserstein",),
             "null_draws": options.transport_draws,
-            "wasserstein_permutations": 1,
+            "wasserstein_permutations": options.transport_draws,
         }
         for mode, changes in (
             ("size_matched", {"repeats": 2}),
