@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import h11
@@ -40,6 +40,8 @@ from serving.telemetry.metrics import OTHER
 OPEN = frozenset({"/", "/healthz", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 """Paths without a key: they tell nothing but whether the server is well, or are the empty upload page."""
 METRICS = "/metrics"
+_BENTOML, _BENTOML_FILES = ("/docs.json", "/schema.json"), "/static_content/"
+"""BentoML's own pages, which describe a service without routes: ours are in /v1/openapi.json."""
 LEAST_RATE = 1024
 """Least bytes a second that a client must read of a finished answer."""
 WINDOW = 30.0
@@ -190,28 +192,46 @@ class Gate:
                 return
             await _refusal(scope, error)(scope, receive, send)
             return
+        if kind == "http" and (scope["path"] in _BENTOML or scope["path"].startswith(_BENTOML_FILES)):
+            # Without an id, as BentoML's own answers are: it is noted on the way out.
+            await _answer(scope["path"], scope["method"], 404, {})(scope, receive, send)
+            return
         await self._app(scope, receive, send)
 
 
 class _Noted:
-    """The ``send`` of a request that counts and logs a 404 or 405 which no route of ours has answered.
+    """The ``send`` of a request that counts and logs what no route of ours has answered, and answers it as ours do.
 
-    While the server is about to stop, each answer ends its connection: its client then connects elsewhere.
+    BentoML looks for a path before our routes do, and answers some (``/v1/models/a%2Fb/load``) with text or by sending
+    the caller elsewhere. While the server is about to stop, each answer ends its connection: its client then connects
+    elsewhere.
     """
 
     def __init__(self, scope: Scope, send: Send, front: Callable[[], Front]) -> None:
         self._scope, self._send, self._front = scope, send, front
+        self._answered = False
 
     async def __call__(self, message: Message) -> None:
+        if self._answered:
+            return
         if message["type"] == "http.response.start" and self._front().leaving:
             MutableHeaders(scope=message)["connection"] = "close"
-        if message["type"] == "http.response.start" and message["status"] in (404, 405):
+        if message["type"] == "http.response.start" and message["status"] in (307, 404, 405):
             headers = MutableHeaders(scope=message)
             if REQUEST_ID not in headers:  # an answer of ours has one, and was counted
+                kept = {name: headers[name] for name in ("allow", "connection") if name in headers}
                 call = Call(OTHER, "http", Headers(scope=self._scope), peer_of(self._scope))
-                headers[REQUEST_ID] = call.id
-                Front.finish(call, message["status"], InvalidParameterError.code)
+                status = 405 if message["status"] == 405 else 404
+                answer = _answer(self._scope["path"], self._scope["method"], status, {**kept, REQUEST_ID: call.id})
+                Front.finish(call, status, InvalidParameterError.code)
+                self._answered = True
+                await answer(self._scope, _nothing, self._send)
+                return
         await self._send(message)
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
 
 
 def _refusal(scope: Scope, error: PerturbScopeError) -> Response:
@@ -231,11 +251,15 @@ async def refused(request: Request, error: Exception) -> Response:
     if error.status_code == 405 and request.method == "OPTIONS":
         Front.finish(call, 204)
         return Response(status_code=204, headers=headers)
-    path = request.url.path
+    Front.finish(call, error.status_code, InvalidParameterError.code)
+    return _answer(request.url.path, request.method, error.status_code, headers, str(error.detail))
+
+
+def _answer(path: str, method: str, status: int, headers: Mapping[str, str], detail: str = "") -> Response:
+    """Return the answer to a request that no route of ours takes."""
+    allowed = headers.get("Allow", headers.get("allow"))
     message = {
         404: f"There is nothing at {path[:200]!r}. Operations are {', '.join(OPERATIONS)}; see /v1/openapi.json.",
-        405: f"{request.method[:20]} is not what {path[:200]!r} takes, but {headers.get('Allow')}.",
-    }.get(error.status_code, str(error.detail))
-    told = InvalidParameterError(message)
-    Front.finish(call, error.status_code, told.code)
-    return Response(error_body(told, path), error.status_code, headers, media_type=protocol.JSON)
+        405: f"{method[:20]} is not what {path[:200]!r} takes, but {allowed}.",
+    }.get(status, detail)
+    return Response(error_body(InvalidParameterError(message), path), status, headers, media_type=protocol.JSON)
