@@ -20,7 +20,6 @@ import pytest
 import perturbscope as ps
 from perturbscope.cli import app, console, options
 from perturbscope.client import AsyncClient, AsyncGrpcClient, Client, GrpcClient, RetryPolicy, access
-from perturbscope.client.conversation import Pause
 from perturbscope.errors import InvalidParameterError, PermissionDeniedError, PerturbScopeError, UnauthenticatedError
 from serving.settings import Settings
 from tests.unit.client.conftest import QUICK
@@ -258,7 +257,7 @@ async def test_no_error_shows_name_and_password_of_an_address(
 ) -> None:
     """Neither its message nor what it is chained to, which tracebacks show."""
     address = address.replace("SCHEME", "grpc" if "Grpc" in getattr(kind, "__name__", "") else "http")
-    monkeypatch.setattr(RetryPolicy, "pause", lambda *_: Pause(0.0))
+    monkeypatch.setattr(RetryPolicy, "pause", lambda *_: None)
     with pytest.raises(PerturbScopeError) as failed:
         await ask(kind, address)
     error: BaseException | None = failed.value
