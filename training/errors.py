@@ -25,16 +25,18 @@ class StoppedError(PerturbScopeError):
 
     Parameters
     ----------
-    number
-        Number of the signal.
     message
         What was saved.
+    field
+        See :class:`PerturbScopeError`.
+    number
+        Number of the signal.
     """
 
     code: ClassVar[str] = "stopped"
 
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(f"{signal.Signals(number).name}: {message}")
+    def __init__(self, message: str, *, field: str | None = None, number: int = signal.SIGTERM) -> None:
+        super().__init__(message, field=field)
         self.number = number
 
 

@@ -171,7 +171,7 @@ def mapping(value: Any, field: str, *, required: Iterable[str] = (), optional: I
     if not isinstance(value, Mapping):
         raise InvalidParameterError(f"{field} must be an object; got {shown(value)}.", field=field)
     required = tuple(required)
-    allowed = (*required, *optional)
+    allowed = dict.fromkeys((*required, *optional))
     for name in required:
         if name not in value:
             raise InvalidParameterError(f"{field} lacks {name!r}; it needs {', '.join(required)}.", field=name)

@@ -166,7 +166,7 @@ def provenance_of(
         "vocabulary_hash": embeddings.vocabulary_hash,
         **({"variant": embeddings.variant} if embeddings.variant else {}),
         "version": version,
-        "options": {key: value for key, value in options.items() if value is not None},
+        "options": {key: value for key, value in options.items() if value is not None and value is not False},
         "coverage": {key: value for key, value in coverage.items() if value != []},
         "warnings": embeddings.warnings(),
         OUTPUTS_KEY: {spec.name: _described(spec, (files or {}).get(spec.name)) for spec in outputs},

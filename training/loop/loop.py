@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any, Protocol
 
 import numpy as np
@@ -276,9 +277,9 @@ class _Run:
                 states.save(self.engine, position)
             if signal and not is_last:
                 raise StoppedError(
-                    signal,
-                    f"the run stopped after step {position.step:,} of {self.total:,}, whose state is saved. Run the "
-                    "same command again to go on.",
+                    f"{Signals(signal).name}: the run stopped after step {position.step:,} of {self.total:,}, whose "
+                    "state is saved. Run the same command again to go on.",
+                    number=signal,
                 )
         return loss if not math.isnan(loss) else _last_loss(self.output / LOG)
 

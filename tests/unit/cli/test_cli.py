@@ -210,7 +210,7 @@ def test_compare_writes_all_pairs(cli: Run, folder: Path) -> None:
     table = pd.read_parquet(folder / "out.parquet")
     assert tuple(table.columns) == COMPARE_COLUMNS
     assert len(table) == 6
-    assert "Distances: e_distance" in out
+    assert "Closest pairs: e_distance" in out
 
 
 def test_labels_with_markup_are_shown_as_they_are(cli: Run, folder: Path) -> None:
@@ -326,7 +326,7 @@ BAD = [
     (counts_at(50, SECOND, -3), EMBED, 2, "not_raw_counts", r"row 50 is negative"),
     (counts_at(51, SECOND, 1.5), EMBED, 2, "not_raw_counts", r"row 51 is fractional"),
     (counts_at(52, SECOND, np.nan), EMBED, 2, "not_raw_counts", r"row 52 is not a finite"),
-    (None, [*EMBED, "--layer", "logged"], 2, "not_raw_counts", r"log-normalised.*layer='counts'"),
+    (None, [*EMBED, "--layer", "logged"], 2, "not_raw_counts", r"log-transformed.*layer='X'"),
     (counts_at(53, ALL, 0), EMBED, 2, "empty_cell", r"row 53"),
     (None, [*EMBED, "--gene-key", "symbol"], 2, "unknown_genes", r"None of the 40 genes.*gene_key"),
     (None, [*EMBED, "--gene-key", "one"], 2, "duplicate_genes", r"'A'"),

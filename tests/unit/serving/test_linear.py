@@ -214,7 +214,8 @@ def arrow_cases(kind: type[Any], what: str, form: Form) -> Iterator[tuple[str, C
 
     def strangers(table: pa.Table, n: int) -> bytes:
         for name in names(n // 10):
-            table = table.append_column(name, table.column(0))
+            column = table.column(0) if table.num_columns else pa.array([], pa.int64())
+            table = table.append_column(name, column)
         return arrow_body(table)
 
     def encoded(table: pa.Table, _: int) -> bytes:

@@ -114,7 +114,6 @@ async def test_http_with_a_key(guarded: Guarded, tiny_cells: CountMatrix) -> Non
     async with guarded.http("pipeline") as http:
         assert (await http.post("/v1/embed", **body(tiny_cells))).status_code == 200
         assert (await http.get("/v1/models")).status_code == 200
-        assert (await http.get("/docs.json")).status_code == 200
         reply = await http.get("/metrics")  # they show what all callers do
         assert reply.status_code == 403
         assert "--right metrics" in reply.json()["error"]["message"]
@@ -461,7 +460,9 @@ async def test_no_http_route_is_open_but_those_listed(guarded: Guarded) -> None:
             path = re.sub(r"\{[^}]*\}", "x", route.path)
             for method in sorted(getattr(route, "methods", None) or {"POST"}):
                 reply = await http.request(method, path)
-                assert (reply.status_code == 401) is (path not in http_guard.OPEN), (method, path, reply.status_code)
+                # After some dozens without a key the rest is 429: that is a refusal, too.
+                refused = reply.status_code in (401, 429)
+                assert refused is (path not in http_guard.OPEN), (method, path, reply.status_code)
                 asked += 1
     assert asked > 15
 

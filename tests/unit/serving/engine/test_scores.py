@@ -32,7 +32,7 @@ from serving.engine.engine import Engine
 from serving.engine.reports import ReportRequest
 from tests.unit.serving.conftest import FAST, LABELS, MakeEngine
 
-MUCH = {"permutations": 100_000, "wasserstein_permutations": 100_000, "null_draws": 100_000}
+MUCH = {"permutations": 100_000, "wasserstein_permutations": 100_000}
 SOON = 2.0
 """Seconds for what takes a tenth of one where nothing else runs."""
 
@@ -57,7 +57,6 @@ async def test_a_score_of_hours_is_refused_with_what_to_lower(engine: Engine) ->
         await engine.scores.score(long_score(1500))
     message = caught.value.message
     assert "hours of a processor core; this server takes 10 minutes (PERTURBSCOPE_MAX_SCORE_SECONDS)" in message
-    assert "null_draws (" in message
     assert "wasserstein_permutations (" in message
     assert (await engine.scores.score(short_score())).result.table["perturbation"].tolist() == ["x"]
 
@@ -68,7 +67,7 @@ async def test_a_costly_score_of_counts_embeds_nothing(
     engine = make_engine(max_score_seconds=1)
     options = ScoreOptions(**{**FAST, **MUCH}, metrics=("wasserstein",))
     request = ScoreRequest(cells=tiny_cells, perturbations=LABELS, control="control", options=options)
-    with pytest.raises(LimitExceededError, match=r"takes 1\.0 seconds .* null_draws \("):
+    with pytest.raises(LimitExceededError, match=r"takes 1\.0 seconds .* wasserstein_permutations \("):
         await engine.scores.score(request)
     with pytest.raises(LimitExceededError, match=r"stands for report \("):
         await engine.scores.report(
@@ -119,8 +118,8 @@ async def test_score_work_is_charged_to_the_key(engine: Engine) -> None:
     with pytest.raises(
         LimitExceededError, match=r"needs about \d+ seconds of scoring, which count as [\d,]+ cells; the"
     ):
-        await ask(long_score(200))
-    some = long_score(100, null_draws=100)  # about 15 seconds of the 100 that the key has
+        await ask(long_score(150))
+    some = long_score(100, wasserstein_permutations=10_000)  # about 14 seconds of the 100 that the key has
     refused: list[type[BaseException]] = []
     for _ in range(40):
         try:

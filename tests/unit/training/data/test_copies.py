@@ -142,11 +142,11 @@ def test_guides_of_one_gene_are_warned_of_and_kept_together_on_request(tmp_path:
 
 
 def test_guides_are_labels_with_a_gene_inside() -> None:
-    guides = ["STAT1g2", "STAT1_1", "sgSTAT1-2", "STAT1-guide3", "STAT1_P1P2", "ENSG00000115415_1"]
+    guides = ["STAT1g2", "STAT1_1", "sgSTAT1-2", "STAT1-guide3", "STAT1_P1P2"]
     others = ["STAT1", "C1orf112", "HLA-A", "control", "strong1", "STAT1+JAK2"]
     found = genes_of_guides(guides + others)
     assert list(found) == guides
-    assert set(found.values()) == {"STAT1", "ENSG00000115415"}
+    assert set(found.values()) == {"STAT1"}
     parts = {"train": ["STAT1g1", "JAK2g1"], "test": ["STAT1", "JAK2g2"]}
     genes = {"STAT1g1": "STAT1", "JAK2g1": "JAK2", "JAK2g2": "JAK2"}
     assert separated(genes, parts) == {"JAK2": ["JAK2g1", "JAK2g2"], "STAT1": ["STAT1", "STAT1g1"]}
