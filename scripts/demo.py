@@ -61,8 +61,12 @@ def main() -> int:
         report = ["--report", OUT / "report.html"]
         run([*cli, via_http, *LABELS, *report, "--server", f"http://127.0.0.1:{http_port}"])
         run([*cli, via_grpc, *LABELS, "--top", "0", "--grpc", f"127.0.0.1:{grpc_port}"])
-    difference = largest_difference(pd.read_parquet(via_http), pd.read_parquet(via_grpc))
-    console.print(f"Largest difference between the two tables: {difference:.1e}")
+    tables = pd.read_parquet(via_http), pd.read_parquet(via_grpc)
+    difference, of_p = (largest_difference(*tables, names) for names in (("distance", "z"), ("p",)))
+    console.print(
+        f"Largest difference between the two tables: {difference:.1e} of distance and z; {of_p:.2g} of p, "
+        "whose exchanges follow the last bits of the vectors"
+    )
     with step("Beside PCA and the pre-trained model, on the same held-out cells", times):
         python(
             "-m", "evaluation", HELDOUT,
@@ -144,14 +148,14 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log_path: Path)
     sys.exit(1)
 
 
-def largest_difference(a: pd.DataFrame, b: pd.DataFrame) -> float:
-    """Return the largest difference of distances and p-values between two score tables of the same screen."""
+def largest_difference(a: pd.DataFrame, b: pd.DataFrame, names: tuple[str, ...]) -> float:
+    """Return the largest difference of some columns between two score tables of the same screen."""
     keys = ["perturbation", "metric"]
     both = a.merge(b, on=keys, suffixes=("_a", "_b"), validate="one_to_one")
     if len(both) != len(a) or len(a) != len(b):
         console.print("The two tables do not hold the same perturbations.")
         sys.exit(1)
-    return float(max(np.nanmax(np.abs(both[f"{name}_a"] - both[f"{name}_b"])) for name in ("distance", "p")))
+    return float(max(np.nanmax(np.abs(both[f"{name}_a"] - both[f"{name}_b"])) for name in names))
 
 
 def show_times(times: dict[str, float], total: float) -> None:
