@@ -1,4 +1,4 @@
-"""What a container lets a process have: processor time and memory, from its control groups (cgroup, version 1 or 2).
+"""Limits of a container on processor time and memory, read from its control groups (cgroup, version 1 or 2).
 
 A runtime such as Docker or Kubernetes gives limits to the kernel and tells the process nothing: it still sees all
 cores and all memory of the machine, makes a thread for each core, and is then slowed down or killed. The limits stand

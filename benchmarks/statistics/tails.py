@@ -15,7 +15,7 @@ LEVELS = (1e-2, 1e-3, 1e-4, 2.5e-5)
 
 
 def tails(scale: float) -> list[dict[str, Any]]:
-    """What the weighted chi-square and a Pareto tail of 10,000 exchanges say at known levels, over the truth."""
+    """Measure the weighted chi-square and a Pareto tail of 10,000 exchanges at known levels, over the truth."""
     rows = []
     draws = round(1_000_000 * scale)
     for kind in DESIGNS:

@@ -72,7 +72,7 @@ class DegOptions:
     exchanges: bool = True
     """Whether p of a gene that few cells express is taken from the exchanges of labels; else it is a normal one."""
     correction: Correction = "perturbation"
-    """What q is over: the genes of one perturbation, or all genes of all perturbations (``screen``)."""
+    """Tests that q is corrected over: the genes of one perturbation, or all genes of all perturbations (``screen``)."""
 
     def __post_init__(self) -> None:
         for name, value, low, high in (

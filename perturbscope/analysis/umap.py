@@ -2,8 +2,9 @@
 
 UMAP shows neighbourhoods. Sizes of clusters and distances between far clusters mean little: a map is for looking, the
 scores are for conclusions. scranpy (umappp, in C++) computes it and is imported only when a map is made; scoring does
-not depend on it. It comes with ``perturbscope[report]``. umap-learn makes maps as good (of 14 neighbours 27 and 19 %
-are kept for cells of Kang and Papalexi, as here), but compiles itself anew in every process, for 6 to 26 seconds.
+not depend on it. It comes with ``perturbscope[report]``. umap-learn makes maps as good (it keeps 27 and 19 % of
+the nearest neighbours of cells of Kang and Papalexi, where scranpy keeps 27 and 18 %), but compiles itself anew in
+every process, for 6 to 26 seconds.
 
 ``python -m perturbscope.analysis.umap`` reads vectors from stdin and writes coordinates to stdout (both ``.npy``), for
 servers: making a map holds the interpreter's lock, which would stop their other requests.

@@ -1,4 +1,4 @@
-"""What values look like that are no raw counts: scaled, log-transformed, normalised, or estimated counts.
+"""Kinds of values that are no raw counts: scaled, log-transformed, normalised, or estimated counts.
 
 Estimated counts are what alevin, RSEM, STARsolo with EM, CellBender and SoupX give: a read of several genes is divided
 among them, or background is subtracted. Most of their values are whole, or near to it; they may be rounded. Normalised
@@ -43,7 +43,7 @@ _OF_COUNTS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
 
 @dataclass(frozen=True)
 class Scale:
-    """What fractional values look like.
+    """Description of fractional values.
 
     Attributes
     ----------

@@ -99,7 +99,7 @@ def say(message: str) -> None:
 
 @dataclass
 class _Outcome:
-    """What came of a command."""
+    """Outcome of a command."""
 
     progress: str = "auto"
     summary: str | None = None

@@ -274,7 +274,7 @@ class Frame:
     def distinct(self, name: str, *, whole: bool) -> list[Any] | None:
         """Return the different values of a column of text, without reading more than is needed; None for others.
 
-        Of a column that is stored as plain text, `whole` tells whether to read all of it, or only its ends.
+        `whole` tells whether to read all of a column that is stored as plain text, or only its ends.
         """
         if self._compound:
             return list(set(self._read_field(name))) if self._node.dtype[name].kind in "SO" and whole else None

@@ -6,7 +6,7 @@ times as high, so a matrix with a column of types is read without them. A column
 name decides only how sure they have to be: the biotypes of CELLxGENE's ``feature_type`` (lncRNA, protein_coding) are
 all genes.
 
-Where a file says nothing about types, names of genomic intervals are peaks. Other names that look like those of
+Names of genomic intervals are peaks where a file says nothing about types. Other names that look like those of
 antibodies or guides are only warned of: see :func:`doubtful_names`.
 """
 

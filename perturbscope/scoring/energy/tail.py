@@ -226,7 +226,7 @@ def _spectrum(values: NDArray[np.float64], total: float = 0.0, squares: float = 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the weighted chi-square says of drawn exchanges whose share is known.
+    """Tail probabilities of the weighted chi-square at drawn exchanges whose share is known.
 
     Attributes
     ----------
